@@ -1,0 +1,1 @@
+"""binarize (being written)."""

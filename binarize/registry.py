@@ -1,0 +1,61 @@
+"""One small registry, used for methods, their parts and hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from binarize.errors import BinarizeError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A mapping from name to thing whose errors list what exists and suggest the nearest name.
+
+    Args:
+        kind: What the registry holds, as errors call it ("method", "weight binarizer", ...).
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def register(self, name: str, *, replace: bool = False) -> Callable[[T], T]:
+        """Return a decorator that stores what it decorates under ``name``.
+
+        Args:
+            name: The public name, as recipes write it.
+            replace: Allow an existing name to be taken over.
+
+        Raises:
+            BinarizeError: If the name is taken and ``replace`` is false.
+        """
+
+        def add(item: T) -> T:
+            if name in self._items and not replace:
+                raise BinarizeError(
+                    f"{self.kind} {name!r} is already registered as {self._items[name]!r}; "
+                    "choose another name, or pass replace=True to take it over."
+                )
+            self._items[name] = item
+            return item
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._items:
+            raise BinarizeError(
+                f"unknown {self.kind} {name!r}; registered: {', '.join(sorted(self._items)) or 'none'}."
+                + did_you_mean(name, self._items)
+            )
+        return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._items))
+
+    def __len__(self) -> int:
+        return len(self._items)
