@@ -1,1 +1,49 @@
-"""(being written)"""
+"""Binarization methods: one paper, one file, one frozen dataclass whose fields are the recipe's keys."""
+
+from binarize.methods._base import Method, get_method, list_methods, register_method
+from binarize.methods._bbcu import BBCU
+from binarize.methods._bidiffsr import BiDiffSR
+from binarize.methods._bidm import BiDM
+from binarize.methods._binarydm import BinaryDM
+from binarize.methods._bireal import BiReal
+from binarize.methods._bnn import BNN
+from binarize.methods._dorefa import DoReFa
+from binarize.methods._irnet import IRNet
+from binarize.methods._reactnet import ReActNet
+from binarize.methods._recu import ReCU
+from binarize.methods._xnor import XNOR
+from binarize.methods._xnorpp import XNORPlusPlus
+
+bbcu, bidiffsr, bidm, binarydm, bireal, bnn = BBCU, BiDiffSR, BiDM, BinaryDM, BiReal, BNN
+dorefa, irnet, reactnet, recu, xnor, xnorpp = DoReFa, IRNet, ReActNet, ReCU, XNOR, XNORPlusPlus
+
+__all__ = [
+    "BBCU",
+    "BNN",
+    "XNOR",
+    "BiDM",
+    "BiDiffSR",
+    "BiReal",
+    "BinaryDM",
+    "DoReFa",
+    "IRNet",
+    "Method",
+    "ReActNet",
+    "ReCU",
+    "XNORPlusPlus",
+    "bbcu",
+    "bidiffsr",
+    "bidm",
+    "binarydm",
+    "bireal",
+    "bnn",
+    "dorefa",
+    "get_method",
+    "irnet",
+    "list_methods",
+    "reactnet",
+    "recu",
+    "register_method",
+    "xnor",
+    "xnorpp",
+]

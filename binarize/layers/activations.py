@@ -1,0 +1,115 @@
+"""Activation binarizers: modules that map a pre-activation to two values and define the surrogate gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from binarize.layers.parts import LayerSpec, register_part
+from binarize.layers.schedule import Scheduled, ede_schedule
+from binarize.layers.signs import SignZero, approx_sign, clipped_sign, ede_sign, identity_sign, unit_round
+
+
+class _Sign(nn.Module):
+    """Base of the activations whose forward is sign(x)."""
+
+    def __init__(self, sign_zero: SignZero = "plus") -> None:
+        super().__init__()
+        self.sign_zero: SignZero = sign_zero
+
+    def extra_repr(self) -> str:
+        return f"sign_zero={self.sign_zero!r}"
+
+
+class ClippedSign(_Sign):
+    """Forward sign(x); backward g * 1{|x| <= 1} (STE-clip; BNN, XNOR-Net)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to {-1, +1} of the same shape."""
+        return clipped_sign(x, self.sign_zero)
+
+
+class IdentitySign(_Sign):
+    """Forward sign(x); backward g, the original straight-through estimator (Courbariaux et al. 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to {-1, +1} of the same shape."""
+        return identity_sign(x, self.sign_zero)
+
+
+class ApproxSign(_Sign):
+    """Forward sign(x); backward g * max(0, 2 - 2|x|) (Bi-Real Net, ReActNet, BBCU, BI-DiffSR)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to {-1, +1} of the same shape."""
+        return approx_sign(x, self.sign_zero)
+
+
+class EDESign(Scheduled, _Sign):
+    """Forward sign(x); backward g * k t (1 - tanh^2(t x)), t growing over training (IR-Net's error decay estimator).
+
+    Args:
+        sign_zero: What sign(0) is.
+        t_min: t at progress 0.
+        t_max: t at progress 1.
+    """
+
+    def __init__(self, sign_zero: SignZero = "plus", t_min: float = 0.1, t_max: float = 10.0) -> None:
+        super().__init__(sign_zero)
+        self.t_min, self.t_max = t_min, t_max
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to {-1, +1} of the same shape."""
+        t, k = ede_schedule(self.progress.to(x.dtype), self.t_min, self.t_max)
+        return ede_sign(x, t, k, self.sign_zero)
+
+
+class UnitRound(nn.Module):
+    """Forward round(clip(x, 0, 1)) in {0, 1}; backward g * 1{0 <= x <= 1} (DoReFa-Net, section 2.4)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to {0, 1} of the same shape."""
+        return unit_round(x)
+
+
+class NormalizedApproxSign(_Sign):
+    """ApproxSign of a / sqrt(var(a) + 1e-5), the variance over each sample's features (ReCU).
+
+    The division cannot change a sign: it only sets where the surrogate gradient is not zero.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, ...)`` to {-1, +1} of the same shape."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            x = x / torch.sqrt(x.var(dim=tuple(range(1, x.dim())), keepdim=True) + 1e-5)
+        return approx_sign(x, self.sign_zero)
+
+
+@register_part("activation", "ste")
+def _ste(spec: LayerSpec) -> nn.Module:
+    return ClippedSign(spec.sign_zero)
+
+
+@register_part("activation", "identity_ste")
+def _identity_ste(spec: LayerSpec) -> nn.Module:
+    return IdentitySign(spec.sign_zero)
+
+
+@register_part("activation", "approx_sign")
+def _approx_sign(spec: LayerSpec) -> nn.Module:
+    return ApproxSign(spec.sign_zero)
+
+
+@register_part("activation", "ede")
+def _ede(spec: LayerSpec, t_min: float = 0.1, t_max: float = 10.0) -> nn.Module:
+    return EDESign(spec.sign_zero, t_min, t_max)
+
+
+@register_part("activation", "unit_round")
+def _unit_round(spec: LayerSpec) -> nn.Module:
+    return UnitRound()
+
+
+@register_part("activation", "recu")
+def _recu(spec: LayerSpec) -> nn.Module:
+    return NormalizedApproxSign(spec.sign_zero)

@@ -1,0 +1,290 @@
+"""BinaryConv2d and BinaryLinear: a convolution or linear layer with 1-bit weights and activations.
+
+``pre -> activation -> binary product * scale of the weights -> bias -> scale -> norm -> post``, with a shortcut that is
+added after ``post`` (BI-DiffSR, BBCU) or before it (ReActNet, IR-Net). Zeros are padded AFTER the sign, so a border tap
+contributes 0 and not +-1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from binarize.errors import BinarizeError
+from binarize.layers.parts import LayerSpec, PartKind, build_part
+from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear
+from binarize.timestep import TimestepContext
+
+if TYPE_CHECKING:
+    from binarize.methods import Method
+
+
+class _BinaryLayer(nn.Module):
+    """What BinaryConv2d and BinaryLinear share: the pipeline of parts around the product."""
+
+    kind: Literal["conv2d", "linear"]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    pre: nn.Module | None
+    activation: nn.Module
+    weight_binarizer: nn.Module
+    scale: nn.Module | None
+    norm: nn.Module | None
+    post: nn.Module | None
+    shortcut: nn.Module | None
+
+    def _assemble(self, method: Method, spec: LayerSpec, bias: Tensor | None) -> None:
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        parts = {kind: build_part(kind, method.part(kind), spec) for kind in PART_ORDER}
+        for kind in ("activation", "weight"):
+            if parts[cast(PartKind, kind)] is None:
+                raise BinarizeError(f"{method.name}: the {kind} binarizer cannot be None.")
+        for kind, part in parts.items():
+            self.add_module("weight_binarizer" if kind == "weight" else kind, None if part is None else _like(part, **like))
+        self.method = method
+        self.post_after_shortcut = method.post_after_shortcut
+        self.clamps_latent = method.clamps_latent
+        self.register_parameter("bias", None)
+        if bias is not None and method.keep_bias:
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        elif bias is not None and method.fold_bias:
+            fold = getattr(self.post, "fold_bias_", None)
+            if fold is None or self.norm is not None or self.scale is not None or self.post_after_shortcut:
+                raise BinarizeError(
+                    f"{method.name}: fold_bias=True needs an RPReLU right after the convolution (post='taa' or 'rprelu', "
+                    "no scale, no norm, the shortcut added last); use keep_bias=True, or let the bias be dropped."
+                )
+            fold(bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``(B, C_in, H, W)`` or ``(..., C_in)``."""
+        shifted = x if self.pre is None else self.pre(x)
+        y = self._product(self.activation(shifted), self.weight_binarizer(self.weight))
+        if self.bias is not None:
+            y = y + (self.bias.view(-1, 1, 1) if self.kind == "conv2d" else self.bias).to(y.dtype)
+        if self.scale is not None:
+            y = self.scale(y, shifted)
+        if self.norm is not None:
+            y = self.norm(y)
+        if self.post is not None and not self.post_after_shortcut:
+            y = self.post(y)
+        if self.shortcut is not None:
+            y = self.shortcut(y, x)
+        if self.post is not None and self.post_after_shortcut:
+            y = self.post(y)
+        return y
+
+    def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
+        raise NotImplementedError  # pragma: no cover - both subclasses define it
+
+    def clamp_latent_(self) -> None:
+        """Clamp the latent weights to [-1, 1] where the method does so after each optimizer step (BNN)."""
+        if self.clamps_latent:
+            with torch.no_grad():
+                self.weight.clamp_(-1, 1)
+
+    @torch.no_grad()
+    def binary_weight(self) -> BinaryWeight:
+        """Return the codes ``(n, *weight.shape)`` and scales ``(n, C_out)`` that the forward uses now."""
+        return cast(BinaryWeight, self.weight_binarizer(self.weight))
+
+
+PART_ORDER: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "norm", "post", "shortcut")
+
+
+def _like(part: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    if device.type == "meta":  # the part was created where the model is being built; only its dtype may differ
+        return part.to(dtype=dtype)
+    return part.to(device=device, dtype=dtype)
+
+
+class BinaryConv2d(_BinaryLayer):
+    """A 2-D convolution with 1-bit weights and activations.
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        kernel_size: Height and width of the kernel.
+        stride: As in nn.Conv2d.
+        padding: As in nn.Conv2d, "same" and "valid" included; applied after the sign.
+        dilation: As in nn.Conv2d.
+        groups: As in nn.Conv2d.
+        padding_mode: As in nn.Conv2d; modes other than "zeros" pad the signs, so that borders stay two-valued.
+        method: A method's name or instance; its parts make up the layer.
+        context: Where timestep-aware parts read the timestep.
+
+    Shapes:
+        x: ``(B, C_in, H, W)``; output ``(B, C_out, H', W')``.
+    """
+
+    kind: Literal["conv2d", "linear"] = "conv2d"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        *,
+        method: Method | str = "bidiffsr",
+        context: TimestepContext | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias=False,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self._from(conv, method, context)
+
+    @classmethod
+    def from_float(
+        cls, conv: nn.Conv2d, method: Method | str, context: TimestepContext | None = None
+    ) -> BinaryConv2d:
+        """Return the binary form of ``conv``; its weight becomes the latent weight, as the same Parameter."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._from(conv, method, context)
+        layer.train(conv.training)
+        return layer
+
+    def _from(self, conv: nn.Conv2d, method: Method | str, context: TimestepContext | None) -> None:
+        from binarize.methods import get_method
+
+        method = get_method(method)
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size = cast(tuple[int, int], conv.kernel_size)
+        self.stride = cast(tuple[int, int], conv.stride)
+        self.dilation = cast(tuple[int, int], conv.dilation)
+        self.groups, self.padding_mode = conv.groups, conv.padding_mode
+        left_right, top_bottom = _explicit_padding(conv)
+        symmetric = left_right[0] == left_right[1] and top_bottom[0] == top_bottom[1]
+        self.padding = (top_bottom[0], left_right[0])
+        self.pad_codes = None if symmetric and conv.padding_mode == "zeros" else (*left_right, *top_bottom)
+        self.weight = conv.weight
+        spec = LayerSpec(
+            kind="conv2d",
+            in_channels=conv.in_channels,
+            out_channels=conv.out_channels,
+            weight=conv.weight,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=method.groups,
+            context=context,
+            sign_zero=method.sign_zero,
+        )
+        self._assemble(method, spec, conv.bias)
+
+    def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
+        padding = self.padding
+        if self.pad_codes is not None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            codes = F.pad(codes, self.pad_codes, mode=mode)
+            padding = (0, 0)
+        return binary_conv2d(codes, weight, self.stride, padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", padding={self.padding}"
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode!r}"
+        return f"{text}, method={self.method.name!r}"
+
+
+class BinaryLinear(_BinaryLayer):
+    """A linear layer with 1-bit weights and activations.
+
+    Args:
+        in_features: C_in.
+        out_features: C_out.
+        method: A method's name or instance.
+        context: Where timestep-aware parts read the timestep.
+
+    Shapes:
+        x: ``(B, ..., C_in)``; output ``(B, ..., C_out)``.
+    """
+
+    kind: Literal["conv2d", "linear"] = "linear"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        method: Method | str = "bidiffsr",
+        context: TimestepContext | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self._from(nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype), method, context)
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, method: Method | str, context: TimestepContext | None = None
+    ) -> BinaryLinear:
+        """Return the binary form of ``linear``; its weight becomes the latent weight, as the same Parameter."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._from(linear, method, context)
+        layer.train(linear.training)
+        return layer
+
+    def _from(self, linear: nn.Linear, method: Method | str, context: TimestepContext | None) -> None:
+        from binarize.methods import get_method
+
+        method = get_method(method)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        spec = LayerSpec(
+            kind="linear",
+            in_channels=linear.in_features,
+            out_channels=linear.out_features,
+            weight=linear.weight,
+            groups=method.groups,
+            context=context,
+            sign_zero=method.sign_zero,
+        )
+        self._assemble(method, spec, linear.bias)
+
+    def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
+        return binary_linear(codes, weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, method={self.method.name!r}"
+
+
+def _explicit_padding(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return ((left, right), (top, bottom)) of a convolution, strings resolved."""
+    padding: Any = conv.padding
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    if padding == "same":
+        pads = []
+        for size, dilation in zip(conv.kernel_size, conv.dilation, strict=True):
+            total = dilation * (size - 1)
+            pads.append((total // 2, total - total // 2))
+        return pads[1], pads[0]
+    return (padding[1], padding[1]), (padding[0], padding[0])

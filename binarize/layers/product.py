@@ -1,0 +1,145 @@
+"""The binary product: a convolution or matrix product with +-1 codes, scaled afterwards.
+
+Scaling AFTER the product keeps the dot products exact integers in float32 (below 2^24), so that a packed model, which
+counts bits, evaluates the very same float expression. The published gradient, of the scaled weights
+``w_hat = sum_k alpha_k codes_k`` and not multiplied by alpha once more, is then the backward's business: the gradient
+of ``w_hat`` is the plain weight gradient of a convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class BinaryWeight(NamedTuple):
+    """What a weight binarizer makes of latent weights: ``w_hat = sum_k scales[k] * codes[k]``.
+
+    Attributes:
+        surrogate: Tensor of w's shape whose autograd graph carries the gradient of ``w_hat`` back to the latents. Its
+            values are not used.
+        codes: ``(n, *w.shape)`` in {-1, +1} (or 0 where sign(0) is 0), detached.
+        scales: ``(n, C_out)``, detached.
+    """
+
+    surrogate: Tensor
+    codes: Tensor
+    scales: Tensor
+
+
+class _BinaryConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        surrogate: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, codes, scales)
+        ctx.geometry = stride, padding, dilation, groups
+        ctx.weight_dtype = surrogate.dtype
+        total = None
+        for k in range(codes.shape[0]):
+            term = F.conv2d(x, codes[k], None, stride, padding, dilation, groups)
+            term = term * scales[k].view(-1, 1, 1)
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, codes, scales = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        weight = (codes * scales.view(*scales.shape, 1, 1, 1)).sum(0)
+        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
+            grad.contiguous(memory_format=torch.channels_last)
+            if x.is_contiguous(memory_format=torch.channels_last)
+            else grad,
+            x,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            needed,
+        )
+        if grad_w is not None:
+            grad_w = grad_w.to(ctx.weight_dtype)
+        return grad_x, grad_w, None, None, None, None, None, None
+
+
+class _BinaryLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, surrogate: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(x, codes, scales)
+        ctx.weight_dtype = surrogate.dtype
+        total = None
+        for k in range(codes.shape[0]):
+            term = F.linear(x, codes[k]) * scales[k]
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, codes, scales = ctx.saved_tensors
+        weight = (codes * scales.unsqueeze(-1)).sum(0)
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_w = None
+        if ctx.needs_input_grad[1]:
+            grad_w = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+        return grad_x, grad_w, None, None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta":
+        return x.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def binary_conv2d(
+    x: Tensor,
+    weight: BinaryWeight,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Convolve two-valued activations with binary weights and scale the result.
+
+    Args:
+        x: ``(B, C_in, H, W)``, values in {-1, +1} (or {0, 1}); border taps contribute 0.
+        weight: From a weight binarizer, codes ``(n, C_out, C_in / groups, kh, kw)``.
+        stride: As in torch.nn.functional.conv2d.
+        padding: Zeros on each side, in pixels (height, width).
+        dilation: As in torch.nn.functional.conv2d.
+        groups: As in torch.nn.functional.conv2d.
+
+    Returns:
+        ``(B, C_out, H', W')`` in x's dtype, or in the autocast dtype under autocast.
+    """
+    dtype = _compute_dtype(x)
+    codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)
+    return _BinaryConv2d.apply(x.to(dtype), weight.surrogate, codes, scales, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
+
+
+def binary_linear(x: Tensor, weight: BinaryWeight) -> Tensor:
+    """Multiply two-valued activations ``(..., C_in)`` with binary weights, codes ``(n, C_out, C_in)``, and scale."""
+    dtype = _compute_dtype(x)
+    codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)
+    return _BinaryLinear.apply(x.to(dtype), weight.surrogate, codes, scales)  # type: ignore[no-untyped-call]

@@ -1,0 +1,57 @@
+"""What changes over training: one interface, called by a training loop with its progress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from binarize.errors import BinarizeError
+
+
+class Scheduled(nn.Module):
+    """A module whose behaviour depends on how far training has come.
+
+    The progress, in [0, 1], is a buffer: it is saved with the model and moves with it.
+    """
+
+    progress: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float32))
+
+    def set_progress(self, progress: float) -> None:
+        """Store the progress, in [0, 1]."""
+        self.progress.fill_(progress)
+
+
+def training_step(model: nn.Module, progress: float) -> None:
+    """Tell every part of a converted model how far training has come; call it once after each optimizer step.
+
+    It updates IR-Net's error decay estimator, ReCU's tau and ReActNet's stage, and clamps latent weights where the
+    method clamps them (BNN). For models without such parts it does nothing.
+
+    Args:
+        model: A converted model.
+        progress: Finished steps over all steps, in [0, 1].
+
+    Raises:
+        BinarizeError: If ``progress`` is outside [0, 1].
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise BinarizeError(f"progress is the share of finished training steps, in [0, 1]; got {progress!r}.")
+    for module in model.modules():
+        if isinstance(module, Scheduled):
+            module.set_progress(progress)
+        clamp = getattr(module, "clamp_latent_", None)
+        if clamp is not None:
+            clamp()
+
+
+def ede_schedule(progress: Tensor, t_min: float, t_max: float) -> tuple[Tensor, Tensor]:
+    """Return IR-Net's t = 10^(log10 Tmin + (log10 Tmax - log10 Tmin) progress) and k = max(1 / t, 1) as scalars."""
+    low, high = torch.tensor([t_min, t_max], dtype=torch.float64).log10().tolist()
+    t = torch.pow(torch.full_like(progress, 10.0), low + (high - low) * progress)
+    return t, (1 / t).clamp_min(1)

@@ -1,0 +1,83 @@
+"""Shortcuts around a binary layer, for any change of width and size.
+
+A shortcut carries the full-precision signal past the sign. Where the layer keeps its shape it is the identity; else
+the spatial size is average-pooled (2 x 2 for a stride of 2) and the width is average-pooled over neighbouring channels,
+which repeats channels where the layer widens.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from binarize.errors import BinarizeError
+from binarize.layers.parts import LayerSpec, register_part
+
+
+def pool_channels(x: Tensor, channels: int, channel_dim: int = 1) -> Tensor:
+    """Average-pool (or repeat) the channels of ``x`` to ``channels``.
+
+    Args:
+        x: ``(B, C, H, W)`` with ``channel_dim`` 1, or ``(..., C)`` with -1.
+        channels: The width wanted.
+        channel_dim: Where the channels are.
+    """
+    width = x.shape[channel_dim]
+    if width == channels:
+        return x
+    if channel_dim == 1:
+        return F.adaptive_avg_pool3d(x.unsqueeze(1), (channels, x.shape[2], x.shape[3])).squeeze(1)
+    return F.adaptive_avg_pool1d(x.reshape(-1, 1, width), channels).reshape(*x.shape[:-1], channels)
+
+
+class PoolShortcut(nn.Module):
+    """Adds the input, average-pooled to the output's shape; a plain identity where shapes agree.
+
+    Args:
+        out_channels: Width of the layer's output.
+        channel_dim: Where the channels are.
+    """
+
+    def __init__(self, out_channels: int, channel_dim: int = 1) -> None:
+        super().__init__()
+        self.out_channels, self.channel_dim = out_channels, channel_dim
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y + the shortcut of x."""
+        if self.channel_dim == 1 and x.shape[2:] != y.shape[2:]:
+            x = F.adaptive_avg_pool2d(x, (y.shape[2], y.shape[3]))
+        return y + pool_channels(x, self.out_channels, self.channel_dim)
+
+
+class ProjectionShortcut(nn.Module):
+    """AvgPool -> full-precision 1x1 convolution -> BatchNorm where the shape changes (Bi-Real Net, section 3.3).
+
+    Args:
+        in_channels: Width of the layer's input.
+        out_channels: Width of the layer's output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y + the shortcut of x."""
+        if x.shape[2:] != y.shape[2:]:
+            x = F.adaptive_avg_pool2d(x, (y.shape[2], y.shape[3]))
+        return y + self.norm(self.conv(x))
+
+
+@register_part("shortcut", "pool")
+def _pool(spec: LayerSpec) -> nn.Module:
+    return PoolShortcut(spec.out_channels, spec.channel_dim)
+
+
+@register_part("shortcut", "projection")
+def _projection(spec: LayerSpec) -> nn.Module:
+    if spec.in_channels == spec.out_channels and spec.stride == (1, 1):
+        return _pool(spec)
+    if spec.kind != "conv2d":
+        raise BinarizeError("the projection shortcut is for convolutions; use shortcut='pool' for linear layers.")
+    return ProjectionShortcut(spec.in_channels, spec.out_channels)

@@ -1,0 +1,227 @@
+"""Dimension-consistent structure: CP-Down, CP-Up and CS-Fusion, and the plainer blocks they are compared with.
+
+They are built of plain nn.Conv2d, so that they exist in full precision and any method binarizes them. Every
+convolution in CP-Down, CP-Up and CS-Fusion keeps its width, which is what lets an identity shortcut run around it
+(Chen et al. 2024, BI-DiffSR, sections 3.2 and 3.3).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from binarize.errors import BinarizeError
+from binarize.layers.shortcut import pool_channels
+
+
+class CPDown(nn.Module):
+    """Channel-preserving downsampling: split the channels, one convolution each, sum, PixelUnshuffle(2).
+
+    Args:
+        channels: C, a multiple of ``splits``.
+        splits: s; the output has 4 C / s channels. 2 doubles the width, as published; 4 keeps it.
+
+    Shapes:
+        x: ``(B, C, H, W)`` with even H and W; output ``(B, 4 C / s, H / 2, W / 2)``.
+    """
+
+    def __init__(self, channels: int, splits: int = 2) -> None:
+        super().__init__()
+        if splits < 1 or channels % splits:
+            raise BinarizeError(f"CPDown: {channels} channels cannot be split into {splits} equal parts.")
+        width = channels // splits
+        self.in_channels, self.out_channels = channels, 4 * width
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(splits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the spatial size."""
+        parts = x.chunk(len(self.convs), dim=1)
+        total = self.convs[0](parts[0])
+        for conv, part in zip(self.convs[1:], parts[1:], strict=True):
+            total = total + conv(part)
+        return F.pixel_unshuffle(total, 2)
+
+
+class CPUp(nn.Module):
+    """Channel-preserving upsampling: several convolutions of the same input, concatenated, PixelShuffle(2).
+
+    Args:
+        channels: C.
+        branches: m; the output has m C / 4 channels. 2 halves the width, as published; 4 keeps it.
+
+    Shapes:
+        x: ``(B, C, H, W)``; output ``(B, m C / 4, 2 H, 2 W)``.
+    """
+
+    def __init__(self, channels: int, branches: int = 2) -> None:
+        super().__init__()
+        if branches < 1 or (branches * channels) % 4:
+            raise BinarizeError(f"CPUp: {branches} branches of {channels} channels are not a multiple of 4 channels.")
+        self.in_channels, self.out_channels = channels, branches * channels // 4
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(branches))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Double the spatial size."""
+        return F.pixel_shuffle(torch.cat([conv(x) for conv in self.convs], dim=1), 2)
+
+
+class CSFusion(nn.Module):
+    """Channel-shuffle fusion of [hidden, skip]: mix the two so that both have like distributions, then 1x1 and add.
+
+    With n = (h + s) / C groups:
+
+    - n = 2, as published: f1 = [hidden odd channels, skip even], f2 = [hidden even, skip odd] (counted from 0), then
+      conv1(f1) + conv2(f2). The paper's eq. 3 pairs equal parities; its code, and so every released checkpoint, pairs
+      opposite ones, as here.
+    - another whole n: f_j is every n-th channel of the concatenation, starting at j.
+    - otherwise one 1x1 convolution from h + s to C channels.
+
+    Args:
+        hidden_channels: h, the decoder's width.
+        skip_channels: s, the skip's width.
+        out_channels: C.
+
+    Shapes:
+        x: ``(B, h + s, H, W)``, the concatenation of hidden and skip; output ``(B, C, H, W)``.
+    """
+
+    def __init__(self, hidden_channels: int, skip_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.hidden_channels, self.skip_channels, self.out_channels = hidden_channels, skip_channels, out_channels
+        total = hidden_channels + skip_channels
+        whole = total % out_channels == 0 and total // out_channels >= 2
+        self.terms = total // out_channels if whole else 1
+        even_mix = hidden_channels // 2 + (skip_channels + 1) // 2 == out_channels
+        self.form = "general" if not whole else "published" if self.terms == 2 and even_mix else "strided"
+        width = out_channels if whole else total
+        self.convs = nn.ModuleList(nn.Conv2d(width, out_channels, 1) for _ in range(self.terms))
+
+    def mix(self, x: Tensor) -> list[Tensor]:
+        """Return the shuffled inputs of the convolutions."""
+        if self.form == "published":
+            h, s = x[:, : self.hidden_channels], x[:, self.hidden_channels :]
+            return [torch.cat([h[:, 1::2], s[:, 0::2]], dim=1), torch.cat([h[:, 0::2], s[:, 1::2]], dim=1)]
+        if self.form == "strided":
+            return [x[:, j :: self.terms] for j in range(self.terms)]
+        return [x]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fuse the concatenation of hidden and skip."""
+        parts = self.mix(x)
+        total = self.convs[0](parts[0])
+        for conv, part in zip(self.convs[1:], parts[1:], strict=True):
+            total = total + conv(part)
+        return total
+
+
+class AddFusion(nn.Module):
+    """hidden + skip, without parameters; widths that differ are pooled to the output's.
+
+    Shapes:
+        x: ``(B, h + s, H, W)``; output ``(B, C, H, W)``.
+    """
+
+    def __init__(self, hidden_channels: int, skip_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.hidden_channels, self.out_channels = hidden_channels, out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fuse the concatenation of hidden and skip."""
+        hidden, skip = x[:, : self.hidden_channels], x[:, self.hidden_channels :]
+        return pool_channels(hidden, self.out_channels) + pool_channels(skip, self.out_channels)
+
+
+class ConcatFusion(nn.Module):
+    """One 1x1 convolution from h + s to C channels.
+
+    Shapes:
+        x: ``(B, h + s, H, W)``; output ``(B, C, H, W)``.
+    """
+
+    def __init__(self, hidden_channels: int, skip_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(hidden_channels + skip_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fuse the concatenation of hidden and skip."""
+        out: Tensor = self.conv(x)
+        return out
+
+
+class SplitFusion(nn.Module):
+    """One 1x1 convolution on each of hidden and skip, added: CS-Fusion without the shuffle.
+
+    Shapes:
+        x: ``(B, h + s, H, W)``; output ``(B, C, H, W)``.
+    """
+
+    def __init__(self, hidden_channels: int, skip_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.hidden_channels = hidden_channels
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(hidden_channels, out_channels, 1), nn.Conv2d(skip_channels, out_channels, 1)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fuse the concatenation of hidden and skip."""
+        out: Tensor = self.convs[0](x[:, : self.hidden_channels]) + self.convs[1](x[:, self.hidden_channels :])
+        return out
+
+
+class PixelDown(nn.Module):
+    """One convolution C -> C / 2, then PixelUnshuffle(2): (B, C, H, W) -> (B, 2 C, H / 2, W / 2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % 2:
+            raise BinarizeError(f"PixelDown: needs an even number of channels; got {channels}.")
+        self.out_channels = 2 * channels
+        self.conv = nn.Conv2d(channels, channels // 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the spatial size."""
+        return F.pixel_unshuffle(self.conv(x), 2)
+
+
+class PixelUp(nn.Module):
+    """One convolution C -> 2 C, then PixelShuffle(2): (B, C, H, W) -> (B, C / 2, 2 H, 2 W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % 2:
+            raise BinarizeError(f"PixelUp: needs an even number of channels; got {channels}.")
+        self.out_channels = channels // 2
+        self.conv = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Double the spatial size."""
+        return F.pixel_shuffle(self.conv(x), 2)
+
+
+class ConvDown(nn.Module):
+    """SR3's downsampling, a stride-2 convolution: (B, C, H, W) -> (B, C, H / 2, W / 2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the spatial size."""
+        out: Tensor = self.conv(x)
+        return out
+
+
+class ConvUp(nn.Module):
+    """SR3's upsampling, nearest neighbour then a convolution: (B, C, H, W) -> (B, C, 2 H, 2 W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Double the spatial size."""
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return out

@@ -1,0 +1,44 @@
+"""BNN: Hubara et al. 2016, "Binarized Neural Networks"; BiBench's form: Qin et al. 2023."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from binarize.errors import BinarizeError
+from binarize.layers.parts import Part, PartKind
+from binarize.methods._base import Method, register_method
+
+
+@register_method("bnn")
+@dataclass(frozen=True, kw_only=True)
+class BNN(Method):
+    """sign(w) and sign(x) without a scale: convolution -> BatchNorm -> Hardtanh, no shortcut, no bias.
+
+    Attributes:
+        variant: "bibench" clips both straight-through estimators at |x| <= 1, as the benchmark that published
+            comparisons follow does (the default for that reason); "original" passes gradients through unchanged and
+            clamps the latent weights to [-1, 1] after each step, Hardtanh doing the clipping of activations.
+    """
+
+    activation: Part = "ste"
+    weight: Part = "sign"
+    norm: Part = "batch_norm"
+    post: Part = "hardtanh"
+    variant: Literal["bibench", "original"] = "bibench"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in ("bibench", "original"):
+            raise BinarizeError(f"{self.name}: variant must be 'bibench' or 'original'; got {self.variant!r}.")
+        if self.variant == "original":
+            object.__setattr__(self, "clamps_latent", True)
+
+    def part(self, kind: PartKind) -> Part:
+        """Return the part that serves one stage, in the chosen variant."""
+        if self.variant == "original":
+            if kind == "activation" and self.activation == "ste":
+                return "identity_ste"
+            if kind == "weight" and self.weight == "sign":
+                return {"name": "sign", "clip": False}
+        return super().part(kind)

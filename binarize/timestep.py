@@ -1,0 +1,187 @@
+"""Which timestep group each sample of a batch belongs to, known to layers without changing the host.
+
+BI-DiffSR's timestep-aware layers need the diffusion timestep, but a U-Net hands it only to its time embedding. A
+`TimestepContext` shared by all of a model's layers carries it: a forward pre-hook stores it, layers read it, a forward
+hook clears it. The hooks are bound methods, so that a deepcopy of the model carries a context of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from binarize.errors import BinarizeError
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_steps", "noise_level", "noise_labels", "sigma")
+
+
+def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
+    """Return the group of each timestep, ``clamp(floor(t * K / T), 0, K - 1)`` (BI-DiffSR, section 3.4).
+
+    Args:
+        timesteps: ``(B,)`` or scalar, integer or floating point, in steps of the training schedule.
+        groups: K, how many groups the T timesteps are cut into.
+        num_train_timesteps: T.
+
+    Returns:
+        ``(B,)`` or ``(1,)`` int64. No value is read back to the host.
+    """
+    t = timesteps.reshape(-1)
+    if t.is_floating_point():
+        group = torch.floor(t.to(torch.float32) * groups / num_train_timesteps).long()
+    else:
+        group = torch.div(t.long() * groups, num_train_timesteps, rounding_mode="floor")
+    return group.clamp(0, groups - 1)
+
+
+class TimestepContext:
+    """The timestep of the forward that is running, shared by a model's timestep-aware layers.
+
+    One model serves one thread at a time: two threads that share a model share its context.
+
+    Args:
+        num_train_timesteps: T, how many timesteps the training schedule has.
+    """
+
+    def __init__(self, num_train_timesteps: int) -> None:
+        self.num_train_timesteps = num_train_timesteps
+        self._timesteps: Tensor | None = None
+        self._groups: dict[int, Tensor] = {}
+
+    def set(self, timesteps: Tensor | float | int) -> None:
+        """Store the timesteps, ``(B,)`` or scalar, that layers will see until `clear`."""
+        self._timesteps = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps)
+        self._groups = {}
+
+    def clear(self) -> None:
+        """Forget the timesteps, so that a stray read raises instead of using a stale step."""
+        self._timesteps = None
+        self._groups = {}
+
+    def group(self, groups: int) -> Tensor:
+        """Return the group of each sample, ``(B,)`` or ``(1,)`` int64, for K = ``groups``.
+
+        Raises:
+            BinarizeError: If no forward of the converted model is running.
+        """
+        if self._timesteps is None:
+            raise BinarizeError(
+                "a timestep-aware layer ran outside a forward of its model, so its timestep is unknown; call the "
+                "converted model itself, or wrap the call in `with binarize.timesteps(model, t):`. In a "
+                "torch.utils.checkpoint call of your own, pass context_fn=binarize.checkpoint_context(model)."
+            )
+        if groups not in self._groups:
+            self._groups[groups] = timestep_group(self._timesteps, groups, self.num_train_timesteps)
+        return self._groups[groups]
+
+    @contextmanager
+    def using(self, timesteps: Tensor | float | int | None) -> Iterator[None]:
+        """Within the block, layers see ``timesteps``; afterwards, what they saw before."""
+        before, groups = self._timesteps, self._groups
+        if timesteps is not None:
+            self.set(timesteps)
+        try:
+            yield
+        finally:
+            self._timesteps, self._groups = before, groups
+
+    def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return the context managers that torch.utils.checkpoint's ``context_fn`` wants: forward and recomputation."""
+        return nullcontext(), self.using(self._timesteps)
+
+    def attach(self, model: nn.Module) -> str:
+        """Hook the context onto ``model`` and return a sentence on where the timestep is read.
+
+        Raises:
+            BinarizeError: If neither a ``time_proj`` module nor a timestep argument can be found.
+        """
+        time_proj = getattr(model, "time_proj", None)
+        if isinstance(time_proj, nn.Module):
+            time_proj.register_forward_pre_hook(self._read_projection)
+            where = "time_proj's input"
+        else:
+            found = timestep_argument(model)
+            if found is None:
+                raise BinarizeError(no_timestep_message(model))
+            self._argument = found
+            model.register_forward_pre_hook(self._read_argument, with_kwargs=True)
+            where = f"forward's argument {found[0]!r}"
+        model.register_forward_hook(self._forget, always_call=True)
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.register_forward_pre_hook(self._guard_checkpointing)
+        return where
+
+    def _read_projection(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.set(args[0])
+
+    def _read_argument(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name, position = self._argument
+        if name in kwargs:
+            self.set(kwargs[name])
+        elif position < len(args):
+            self.set(args[position])
+
+    def _forget(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.clear()
+
+    def _guard_checkpointing(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # diffusers stores the checkpoint function on each block; recomputation happens after `_forget`.
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, _CheckpointWithTimestep):
+            module._gradient_checkpointing_func = _CheckpointWithTimestep(self, function)  # type: ignore[assignment]
+
+
+class _CheckpointWithTimestep:
+    """A checkpoint function whose recomputation sees the timesteps that its forward saw."""
+
+    def __init__(self, context: TimestepContext, function: Callable[..., Any]) -> None:
+        self.context = context
+        self.function = function
+
+    def __call__(self, block: Callable[..., Any], *args: Any) -> Any:
+        timesteps = self.context._timesteps
+
+        def run(*inputs: Any) -> Any:
+            with self.context.using(timesteps):
+                return block(*inputs)
+
+        # diffusers' own function calls `module.__call__`.
+        return self.function(_Callable(run), *args)
+
+
+class _Callable:
+    """Wraps a function so that both ``f(x)`` and ``f.__call__(x)`` are plain bound calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def timestep_argument(model: nn.Module) -> tuple[str, int] | None:
+    """Return the name and position of the argument of ``model.forward`` that is the timestep, if there is one."""
+    for position, name in enumerate(inspect.signature(model.forward).parameters):
+        if name in TIMESTEP_NAMES:
+            return name, position
+    return None
+
+
+def has_timestep(model: nn.Module) -> bool:
+    """Say whether a `TimestepContext` can be attached to ``model``."""
+    return isinstance(getattr(model, "time_proj", None), nn.Module) or timestep_argument(model) is not None
+
+
+def no_timestep_message(model: nn.Module) -> str:
+    """Return the error for a timestep-aware method on a model that has no timestep."""
+    return (
+        f"{type(model).__name__} has no timestep: it has no `time_proj` module and its forward has none of the "
+        f"arguments {', '.join(TIMESTEP_NAMES)}. Use a method that is not timestep-aware, or one group for all: "
+        'bidiffsr(groups=1), in a recipe {"name": "bidiffsr", "groups": 1}.'
+    )
