@@ -1,1 +1,1 @@
-"""Recipes (being written)."""
+"""Recipes that reproduce the published rows of BI-DiffSR's tables, one file a row."""

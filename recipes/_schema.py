@@ -1,0 +1,157 @@
+"""`Recipe`: every key that a recipe may have, its type, its default and what it means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
+
+from ._sections import MethodSection, ModelSection, PublishedSection, SchedulerSection, Section
+from ._yaml import to_yaml
+
+_WARMED_UP = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+class Recipe(Section):
+    """One training run, complete: network, binarizer, noise schedule, data, optimiser and bookkeeping.
+
+    A recipe is immutable and knows nothing of the machine it runs on. Keys are named as diffusers' training scripts
+    name theirs and mean the same: `train_batch_size` counts pictures per process and forward pass, so an optimiser
+    step sees ``train_batch_size * gradient_accumulation_steps * processes`` of them.
+    """
+
+    description: str = Field("", description="One line for `binarize recipes ls`.")
+    published: PublishedSection | None = Field(None, description="The published row that the recipe reproduces.")
+    plugins: tuple[str, ...] = Field(
+        (), description="Modules or .py files imported before the model is built, so that they can register methods."
+    )
+
+    scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="The noise schedule.")
+    scale: int = Field(ge=2, description="How many times larger a picture becomes along each side.")
+    model: ModelSection = Field(default_factory=ModelSection, validate_default=True, description="The network.")
+    method: MethodSection | None = Field(
+        None, description="The binarizer: a name, `{name: ..., option: ...}`, or null for full precision."
+    )
+    structure: Literal["auto", "keep"] = Field(
+        "auto", description="auto: the method's own rewiring of the network, if it has one; keep: none."
+    )
+    keep: tuple[str, ...] | None = Field(None, description="Globs of the module names that stay full precision.")
+    overrides: dict[str, Any] | None = Field(None, description="Glob of module names -> method or options for those.")
+    linear: bool = Field(False, description="Binarize linear layers too.")
+
+    train_data_dir: Path | None = Field(None, description="Folder of high-resolution training pictures.")
+    train_lr_data_dir: Path | None = Field(
+        None, description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does."
+    )
+    resolution: PositiveInt = Field(
+        128, validate_default=True, description="Side of a training patch in high-resolution pixels."
+    )
+    random_flip: bool = Field(True, description="Flip patches left to right at random.")
+    random_rotate: bool = Field(True, description="Rotate patches by a random multiple of 90 degrees.")
+    dataloader_num_workers: NonNegativeInt = Field(0, description="Processes that prepare batches; 0: none.")
+
+    output_dir: Path = Field(Path("runs/unnamed"), description="Where everything is written; default runs/<recipe>.")
+    seed: NonNegativeInt = Field(0, description="Decides initial weights, patches, timesteps, noise and dropout.")
+    train_batch_size: PositiveInt = Field(16, description="Patches per process and forward pass.")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="Forward passes per optimiser step.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations backward: less memory, more time.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="Autocast precision.")
+    allow_tf32: bool = Field(False, description="Let CUDA round matrix products' inputs to TF32.")
+    max_train_steps: PositiveInt = Field(1_000_000, description="Optimiser steps.")
+
+    loss: Literal["l1", "l2", "charbonnier"] = Field("l1", description="Distance of prediction and target.")
+    timesteps_per: Literal["sample", "batch"] = Field(
+        "sample", description="Draw a timestep for every picture, or one for all pictures of an optimiser step."
+    )
+
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="Optimiser.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's mean.")
+    adam_beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the gradient's square.")
+    adam_weight_decay: float = Field(
+        0.0, ge=0, description="Weight decay; latent weights, shifts, slopes, scales and norms have none."
+    )
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    max_grad_norm: float | None = Field(None, gt=0, description="Clip the gradient's norm to this; null: never.")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = Field("constant", description="Course of the learning rate, by diffusers' names.")
+    lr_warmup_steps: NonNegativeInt = Field(0, description="Steps over which the rate rises from 0.")
+    lr_num_cycles: PositiveInt = Field(1, description="Restarts of cosine_with_restarts.")
+    lr_power: float = Field(1.0, gt=0, description="Exponent of polynomial.")
+
+    use_ema: bool = Field(False, description="Average the weights; validation and the saved model use the average.")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay of that average after its warm-up.")
+
+    checkpointing_steps: PositiveInt = Field(5000, description="Steps between checkpoints.")
+    checkpoints_total_limit: PositiveInt | None = Field(3, description="How many of the newest to keep; null: all.")
+    resume_from_checkpoint: str | None = Field(None, description="`latest`, or a checkpoint's folder.")
+
+    validation_data_dir: Path | None = Field(None, description="Folder of high-resolution pictures to validate on.")
+    validation_steps: PositiveInt = Field(5000, description="Steps between validations.")
+    num_validation_images: PositiveInt = Field(4, description="How many of the folder's first pictures to enlarge.")
+    num_inference_steps: PositiveInt = Field(50, description="Sampling steps of a validation.")
+
+    report_to: Literal["tensorboard"] | None = Field(None, description="Tracker of scalars and pictures.")
+    logging_steps: PositiveInt = Field(50, description="Steps between logged losses, each a mean since the last.")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        return value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @field_validator("model")
+    @classmethod
+    def _same_timesteps(cls, value: ModelSection, info: ValidationInfo) -> ModelSection:
+        scheduler = info.data.get("scheduler")
+        given = value.num_train_timesteps
+        if scheduler is not None and given is not None and given != scheduler.num_train_timesteps:
+            raise ValueError(
+                f"num_train_timesteps is {given} but the noise schedule's is {scheduler.num_train_timesteps}; "
+                "leave the model's out, or make them equal"
+            )
+        return value
+
+    @field_validator("structure", "keep", "overrides", "linear")
+    @classmethod
+    def _needs_method(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("method", ...) is None and value not in (None, False, "auto"):
+            raise ValueError("has no effect while method is null; name a method, or remove it")
+        return value
+
+    @field_validator("train_lr_data_dir")
+    @classmethod
+    def _needs_hr(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("train_data_dir", ...) is None:
+            raise ValueError("needs train_data_dir, the folder of the high-resolution twins")
+        return value
+
+    @field_validator("resolution")
+    @classmethod
+    def _divisible(cls, value: int, info: ValidationInfo) -> int:
+        scale, model = info.data.get("scale"), info.data.get("model")
+        if scale is not None and value % scale:
+            raise ValueError(f"must be a multiple of scale ({scale})")
+        if model is not None and value % (halvings := 2 ** (len(model.channel_mults) - 1)):
+            raise ValueError(f"must be a multiple of {halvings}, which the network's levels divide it by")
+        return value
+
+    @field_validator("lr_warmup_steps")
+    @classmethod
+    def _warms_up(cls, value: int, info: ValidationInfo) -> int:
+        name = info.data.get("lr_scheduler", _WARMED_UP[0])
+        if value and name not in _WARMED_UP:
+            raise ValueError(f"has no effect with lr_scheduler {name!r}; use one of: {', '.join(_WARMED_UP)}")
+        return value
+
+    def to_yaml(self) -> str:
+        """Return the whole recipe as YAML, every default written out; `load_recipe` reads it back to an equal one."""
+        return to_yaml(self.model_dump(mode="json", by_alias=True))

@@ -1,0 +1,80 @@
+"""YAML as recipes are written in: numbers such as ``1e-4`` are numbers, and a key given twice is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from binarize.errors import BinarizeError
+
+_FLOAT = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$|^\.nan$")
+_INT = re.compile(r"^[-+]?(?:0|[1-9][\d_]*)$")
+_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2's plain scalars, which read ``1e-4`` as a number and ``no`` as a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[Hashable, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if key in seen:
+                raise BinarizeError(
+                    f"the key {key!r} is given twice, on lines {seen[key]} and {line}; keep one of them."
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+_FLOAT_TAG, _INT_TAG, _BOOL_TAG = (f"tag:yaml.org,2002:{name}" for name in ("float", "int", "bool"))
+_REPLACED = {_FLOAT_TAG, _INT_TAG, _BOOL_TAG, "tag:yaml.org,2002:timestamp"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL_TAG, _BOOL, list("tTfF"))
+_Loader.add_implicit_resolver(_INT_TAG, _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Return what ``text`` says.
+
+    Args:
+        text: One YAML document.
+        source: What it was read from, for the error.
+
+    Raises:
+        BinarizeError: If it is not YAML or gives one key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain data only
+    except yaml.MarkedYAMLError as error:
+        where = f" at line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise BinarizeError(f"{source} is not valid YAML{where}: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise BinarizeError(f"{source} is not valid YAML: {error}") from error
+    except BinarizeError as error:
+        raise BinarizeError(f"{source}: {error}") from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper whose words and numbers read back the same by this module and by YAML 1.1 readers."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in ((_FLOAT_TAG, _FLOAT, "-+.0123456789"), (_INT_TAG, _INT, "-+0123456789")):
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
+_Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
+
+
+def to_yaml(data: Any) -> str:
+    """Return ``data`` as YAML: mappings one key a line in the order given, lists in brackets."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=110)
