@@ -1,18 +1,19 @@
 """MATLAB's ``imresize`` for whole scale factors: the degradation and the bicubic enlargement of super-resolution.
 
-Both are the separable cubic convolution of Keys (1981) with a = -0.5, borders mirrored with the edge pixel repeated.
-PyTorch's antialiased bicubic filter has the same kernel, but it cuts the kernel off at the border and rounds nothing;
-mirroring first and working axis by axis gives MATLAB's numbers.
+Both are the separable cubic convolution of Keys (1981) with a = -1/2, borders mirrored with the edge pixel repeated,
+one axis after the other. The filter is written out here because PyTorch's antialiased bicubic one, which has the same
+kernel, cuts the kernel off at the border, is wrong for pictures one pixel wide (2.14) and has weights that do not sum
+to one exactly in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import ceil, floor
 from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from binarize.errors import BinarizeError
 
@@ -48,7 +49,7 @@ def degrade(hr: Pixels, scale: int) -> Pixels:
         raise BinarizeError(f"degrade: a picture of {width}x{height} pixels is smaller than the scale {scale}")
     planes = planes[..., : height - height % scale, : width - width % scale]
     for axis in (-2, -1):
-        planes = _round(_shrink(planes.double(), scale, axis))
+        planes = _round(_shrink(planes.to(_exact(scale)), scale, axis))
     return restore(planes)
 
 
@@ -64,8 +65,7 @@ def enlarge(lr: Pixels, scale: int) -> Pixels:
         scale: Whole factor of at least 1.
 
     Returns:
-        The same kind and dtype, ``h * scale`` by ``w * scale`` pixels. Half precision is computed in float32, and
-        scales that are no power of two in float64.
+        The same kind and dtype, ``h * scale`` by ``w * scale`` pixels. Half precision is computed in float32.
 
     Raises:
         BinarizeError: If the pixels are neither 8-bit nor a floating-point tensor, or the scale is not a whole number.
@@ -73,20 +73,14 @@ def enlarge(lr: Pixels, scale: int) -> Pixels:
     _check_scale(scale)
     if isinstance(lr, torch.Tensor) and lr.is_floating_point():
         _check_shape(lr, "enlarge")
-        planes = lr.to(_precision(lr, scale))
+        planes = lr if lr.dtype in (torch.float32, torch.float64) else lr.float()
         for axis in (-2, -1):
             planes = _grow(planes, scale, axis)
         return planes.clamp(0, 1).to(lr.dtype)
     pixels, restore = _planes(lr, "enlarge")
     for axis in (-2, -1):
-        pixels = _round(_grow(pixels.double(), scale, axis))
+        pixels = _round(_grow(pixels.to(_exact(scale)), scale, axis))
     return restore(pixels)
-
-
-def _precision(lr: torch.Tensor, scale: int) -> torch.dtype:
-    """Float32 where the filter's positions are exact in it: an enlargement then does not depend on a crop's place."""
-    exact = scale & (scale - 1) == 0 or lr.device.type == "mps"  # Apple's GPUs have no float64
-    return torch.float32 if exact and lr.dtype != torch.float64 else torch.float64
 
 
 def _check_scale(scale: int) -> None:
@@ -126,31 +120,60 @@ def _channels_last(tensor: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.numpy().transpose(1, 2, 0))
 
 
+def _exact(scale: int) -> torch.dtype:
+    # The weights are multiples of 2**-12 at x4 (coarser below): with 8-bit pixels every partial sum fits float32.
+    return torch.float32 if scale in (1, 2, 4) else torch.float64
+
+
+def _shrink(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
+    """Filter one axis down, the kernel widened against aliasing."""
+    lines = _mirror(planes, 2 * scale, axis).transpose(axis, -1)
+    last = lines.shape[-1] - 5 * scale  # of the windows' starts
+    windows = (
+        lines[..., 2 * scale + at : 2 * scale + at + last + 1 : scale] * weight
+        for at, weight in _taps((scale - 1) / 2, scale)
+    )
+    return _sum(windows).transpose(axis, -1)
+
+
+def _grow(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
+    """Filter one axis up: every ``scale``-th result has the same weights."""
+    lines = _mirror(planes, 2, axis).transpose(axis, -1)
+    size = lines.shape[-1] - 4
+    phases = []
+    for phase in range(scale):
+        taps = _taps((phase + 0.5) / scale - 0.5, 1)
+        phases.append(_sum(lines[..., 2 + at : 2 + at + size] * weight for at, weight in taps))
+    return torch.stack(phases, dim=-1).flatten(-2).transpose(axis, -1)
+
+
+def _taps(centre: float, stretch: int) -> list[tuple[int, float]]:
+    """Return offset and weight of the pixels that the kernel, stretched and centred so, covers; weights sum to 1."""
+    reach = range(ceil(centre - 2 * stretch), floor(centre + 2 * stretch) + 1)
+    weights = [(at, _cubic(abs(at - centre) / stretch)) for at in reach]
+    total = sum(weight for _, weight in weights)
+    return [(at, weight / total) for at, weight in weights if weight]
+
+
+def _cubic(x: float) -> float:
+    if x < 1:
+        return (1.5 * x - 2.5) * x * x + 1
+    return ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
+
+
+def _sum(terms: Iterator[torch.Tensor]) -> torch.Tensor:
+    # In this order everywhere and with no fused multiply-add, so that a pixel's value does not depend on its place.
+    total = next(terms)
+    for term in terms:
+        total += term
+    return total
+
+
 def _mirror(planes: torch.Tensor, pad: int, axis: int) -> torch.Tensor:
     """Extend an axis by ``pad`` on both sides, mirrored with the edge repeated, over and over where it is short."""
     size = planes.shape[axis]
     index = torch.arange(-pad, size + pad, device=planes.device) % (2 * size)
     return planes.index_select(axis, torch.minimum(index, 2 * size - 1 - index))
-
-
-def _shrink(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
-    """Filter one axis down; float64 (..., H, W)."""
-    out = planes.shape[axis] // scale
-    return _filter(_mirror(planes, 4 * scale, axis), out + 8, axis).narrow(axis, 4, out)
-
-
-def _grow(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
-    """Filter one axis up; floating point (..., H, W)."""
-    size = planes.shape[axis]
-    return _filter(_mirror(planes, 4, axis), (size + 8) * scale, axis).narrow(axis, 4 * scale, size * scale)
-
-
-def _filter(planes: torch.Tensor, size: int, axis: int) -> torch.Tensor:
-    height, width = planes.shape[-2:]
-    flat = planes.reshape(-1, 1, height, width)
-    target = (size, width) if axis == -2 else (height, size)
-    result = F.interpolate(flat, size=target, mode="bicubic", align_corners=False, antialias=True)
-    return result.reshape(*planes.shape[:-2], *target)
 
 
 def _round(planes: torch.Tensor) -> torch.Tensor:
