@@ -1,0 +1,105 @@
+"""What the pipeline takes and gives: Pillow, numpy and torch pictures in, alone, in lists or in batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from binarize.errors import BinarizeError
+from binarize.imaging import Picture, to_picture
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+# Resizing in other libraries overshoots by rounding errors; anything further out is a picture in other units.
+_SLACK = 1e-4
+
+_ALLOWED = (
+    "a PIL image, a binarize.imaging.Picture, a numpy array (H, W) or (H, W, 1 to 4), a tensor (1 to 4, H, W), "
+    "a batch of either with a leading axis, or a list of these"
+)
+
+
+def as_pictures(image: Any) -> list[Picture]:
+    """Return what a user passed as a list of pictures, in order; floating-point input keeps its precision.
+
+    Raises:
+        BinarizeError: If it is nothing of what ``SuperResolutionPipeline.__call__`` lists.
+    """
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise BinarizeError("image is an empty list; pass at least one picture.")
+        return [picture for item in image for picture in as_pictures(item)]
+    if isinstance(image, Picture):
+        return [image]
+    if isinstance(image, Image.Image):
+        return [to_picture(image)]
+    if isinstance(image, np.ndarray) and image.ndim in (2, 3, 4):
+        with_channels = image[..., None] if image.ndim == 2 else image
+        batch = torch.from_numpy(_scaled(with_channels)).movedim(-1, -3)
+        return [_from_tensor(item, image.shape) for item in (batch if image.ndim == 4 else batch[None])]
+    if isinstance(image, Tensor) and image.ndim in (3, 4):
+        values = image.detach() if image.is_floating_point() else torch.from_numpy(_scaled(image.cpu().numpy()))
+        return [_from_tensor(item, image.shape) for item in (values if image.ndim == 4 else values[None])]
+    given = type(image).__name__
+    if isinstance(image, (np.ndarray, Tensor)):
+        given += f" of shape {tuple(image.shape)}"
+    is_path = isinstance(image, (str, os.PathLike))
+    hint = " Open a file with binarize.imaging.read_picture(path)." if is_path else ""
+    raise BinarizeError(f"image must not be of type {given}; allowed: {_ALLOWED}.{hint}")
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Bring unsigned integers to [0, 1] by their type's range; leave floating point as it is."""
+    if values.dtype in (np.uint8, np.uint16):
+        return values.astype(np.float32) / np.iinfo(values.dtype).max
+    if values.dtype.kind == "f":
+        return values if values.dtype.itemsize > 2 else values.astype(np.float32)
+    raise BinarizeError(
+        f"image has the type {values.dtype}; allowed: uint8, uint16, or floating point from 0 to 1. "
+        "Convert it with .astype('uint8') or divide it by its largest level."
+    )
+
+
+def _from_tensor(values: Tensor, shape: Sequence[int]) -> Picture:
+    channels, height, width = values.shape
+    if channels not in (1, 2, 3, 4) or height == 0 or width == 0:
+        raise BinarizeError(f"image has the shape {tuple(shape)}; allowed: {_ALLOWED}.")
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    low, high = values.min().item(), values.max().item()
+    if not (low >= -_SLACK and high <= 1 + _SLACK):  # also where one of them is NaN
+        raise BinarizeError(
+            f"image has values from {low:g} to {high:g}; floating-point pictures go from 0 to 1. Divide 8-bit levels "
+            "by 255, or pass them as uint8; map [-1, 1] with (x + 1) / 2."
+        )
+    values = values.clamp(0, 1)
+    colour, alpha = (values[:-1], values[-1:]) if channels in (2, 4) else (values, None)
+    return Picture(colour.expand(3, -1, -1), alpha, mode={1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels])
+
+
+def finish(source: Picture, rgb: Tensor, alpha: Tensor | None, output_type: str) -> Any:
+    """Return one enlarged picture in the form asked for, alpha as the fourth channel of "np" and "pt".
+
+    Args:
+        source: The picture that was enlarged; a greyscale or 16-bit one gives the like in Pillow's form.
+        rgb: (3, H, W) in [0, 1].
+        alpha: (1, H, W) in [0, 1], or None.
+        output_type: One of ``OUTPUT_TYPES``.
+    """
+    if output_type == "pil":
+        return source.with_pixels(rgb, alpha).to_pil()
+    values = rgb if alpha is None else torch.cat([rgb, alpha])
+    return values if output_type == "pt" else np.ascontiguousarray(values.movedim(0, -1).float().cpu().numpy())
+
+
+def collect(results: list[Any], output_type: str) -> Any:
+    """Return finished pictures as one: a list, or for "np" and "pt" a batch where all of one shape."""
+    if output_type == "pil" or len({result.shape for result in results}) > 1:
+        return results
+    return np.stack(results) if output_type == "np" else torch.stack(results)

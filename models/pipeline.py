@@ -1,0 +1,255 @@
+"""The super-resolution pipeline: a small picture of any size in, a large one out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor, nn
+
+from binarize.imaging import Picture, enlarge
+from binarize.models import _checks as checks
+from binarize.models._canvas import pad_noise, pad_picture
+from binarize.models._pictures import as_pictures, collect, finish
+from binarize.models.tiling import TileGrid, tile_grid
+
+PictureInput = Image.Image | Picture | np.ndarray | Tensor | Sequence[Image.Image | Picture | np.ndarray | Tensor]
+StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str, Any]]
+
+# The released networks have four levels, for networks that do not say what their sizes must be a multiple of.
+_DEFAULT_MULTIPLE = 8
+
+
+def default_scheduler() -> DDIMScheduler:
+    """Return DDIM with the settings of the released super-resolution networks.
+
+    2000 training timesteps, beta linear from 1e-6 to 1e-2, noise prediction, predicted pictures clipped to [-1, 1]
+    although they live in [0, 1].
+    """
+    return DDIMScheduler(num_train_timesteps=2000, beta_start=1e-6, beta_end=1e-2, beta_schedule="linear")
+
+
+class SuperResolutionPipeline(DiffusionPipeline):
+    """Enlarges pictures with a conditional diffusion network.
+
+    The picture is enlarged bicubically (MATLAB's filter), padded to the network's size multiple, and given to the
+    network as the condition while the scheduler turns Gaussian noise into the high-resolution picture, which is
+    clamped to [0, 1] and cropped.
+
+    Args:
+        unet: Predicts from ``unet(sample, timestep, condition).sample``, all (B, 3, H, W), as
+            :class:`binarize.models.SRUNet` does. Its ``size_multiple`` (8 where it has none) says what H and W must be
+            a multiple of, its ``config.num_train_timesteps`` how many steps it was trained with.
+        scheduler: Any of diffusers' schedulers with the betas and the prediction type that the network was trained
+            with; by default :func:`default_scheduler`.
+        scale: How many times larger the result is, a whole number of at least 1, saved with the pipeline.
+
+    Raises:
+        BinarizeError: If the scale is missing or no whole number of at least 1, or if the scheduler and the network
+            were made for different numbers of training timesteps.
+
+    Example:
+        ```python
+        pipe = SuperResolutionPipeline(SRUNet(), scale=4)
+        large = pipe(Image.open("small.png"), generator=torch.Generator().manual_seed(0)).images[0]
+        ```
+    """
+
+    model_cpu_offload_seq: str = "unet"  # type: ignore[assignment]
+    # Diffusers takes parameters with a default for settings unless they are listed here.
+    _optional_components = ["scheduler"]
+    _callback_tensor_inputs = ["latents", "condition"]
+
+    unet: ModelMixin
+    scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin | None = None, scale: int | None = None) -> None:
+        super().__init__()
+        scale = checks.check_scale(scale)
+        scheduler = default_scheduler() if scheduler is None else scheduler
+        checks.check_timesteps(unet, scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(scale=scale)
+
+    @property
+    def scale(self) -> int:
+        """How many times larger the result is."""
+        return self.config["scale"]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PictureInput,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | list[Tensor] | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+        batch_size: int = 1,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Enlarge one picture or many.
+
+        A list gives exactly what its pictures give one after another. With one generator, the noise of a picture
+        depends on the sizes of those before it, as it does in successive calls; with a list of generators, on its own
+        generator alone. (A scheduler that adds noise at each step draws it for ``batch_size`` pictures together.)
+
+        Args:
+            image: PIL image (any mode; orientation, palette, inks and depth are resolved),
+                :class:`binarize.imaging.Picture`, numpy array (H, W) or (H, W, 1 to 4), tensor (1 to 4, H, W), a batch
+                of either with a leading axis, or a list of these in which sizes may differ. Floating point in [0, 1],
+                or uint8 or uint16; two or four channels end in alpha, which is enlarged bicubically.
+            num_inference_steps: Denoising steps, from 1 to the scheduler's number of training timesteps.
+            generator: One generator, or one for each picture.
+            latents: Unit Gaussian noise to start from instead of drawing it, of the size of the results:
+                (B, 3, H * scale, W * scale), or a list of (3, H * scale, W * scale) where sizes differ. It is scaled
+                by the scheduler's ``init_noise_sigma``. Padding is filled with fixed noise in any case.
+            tile: Side in output pixels of the square tiles in which the network sees the picture, cut down to a
+                multiple of the network's size multiple. ``None``, or a tile no smaller than the result, gives the
+                whole picture to the network at once.
+            overlap: Output pixels that neighbouring tiles share at least; by default 32, or a quarter of the tile
+                where that is less.
+            batch_size: How many pictures of the same size, or tiles of a picture, go through the network together.
+                1 needs the least memory and makes a result independent of its neighbours to the last bit.
+            eta: DDIM's eta, from 0 (deterministic) to 1; for schedulers that take it.
+            output_type: "pil" (the source's kind: greyscale, 16-bit and transparency are kept), "np" (float32
+                (B, H, W, C)) or "pt" ((B, C, H, W)); C is 3, or 4 with transparency. Where the shapes differ, the last
+                two are lists.
+            return_dict: False for a plain tuple.
+            callback_on_step_end: Called as ``callback(pipe, step, timestep, tensors)`` after each step of each
+                picture; ``{"latents": ...}`` in the dictionary that it returns replaces x_t.
+            callback_on_step_end_tensor_inputs: What ``tensors`` holds: "latents" (x_t on the padded canvas) and
+                "condition".
+
+        Returns:
+            ``ImagePipelineOutput`` with ``.images``, or a tuple of that alone.
+
+        Raises:
+            BinarizeError: If an argument is none of the above, or if the scheduler was replaced by one with another
+                number of training timesteps.
+        """
+        sources = as_pictures(image)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        checks.check_timesteps(self.unet, self.scheduler)
+        checks.check_numbers(self.scheduler, num_inference_steps, batch_size, eta)
+        checks.check_output_type(output_type)
+        checks.check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        generators = checks.one_each(generator, sources)
+        noises = checks.split_latents(latents, sources, self.scale)
+        multiple = getattr(self.unet, "size_multiple", _DEFAULT_MULTIPLE)
+        chunks = _chunks(sources, 1 if tile is not None else batch_size)
+        grids = [
+            tile_grid(*(self.scale * side for side in size), tile=tile, overlap=overlap, multiple=multiple)
+            for size in (sources[chunk[0]].rgb.shape[-2:] for chunk in chunks)
+        ]
+
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        results: list[Any] = []
+        with _evaluating(self.unet), self.progress_bar(total=len(chunks) * len(self.scheduler.timesteps)) as bar:
+            for chunk, grid in zip(chunks, grids, strict=True):
+                own = [generators[i] for i in chunk]
+                options = {"eta": eta, "generator": own if isinstance(generator, (list, tuple)) else generator}
+                condition = self._condition([sources[i] for i in chunk])
+                samples = self._sample(
+                    noise=torch.cat([self._noise(noises[i], generators[i], condition) for i in chunk]),
+                    condition=condition,
+                    grid=grid,
+                    num_inference_steps=num_inference_steps,
+                    step_options={k: v for k, v in options.items() if k in checks.step_parameters(self.scheduler)},
+                    batch_size=batch_size,
+                    callback=callback_on_step_end,
+                    callback_inputs=callback_on_step_end_tensor_inputs,
+                    advance=bar.update,
+                )
+                for i, rgb in zip(chunk, samples, strict=True):
+                    results.append(finish(sources[i], rgb, self._alpha(sources[i], rgb), output_type))
+        self.maybe_free_model_hooks()
+        images = collect(results, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _sample(
+        self,
+        noise: Tensor,
+        condition: Tensor,
+        grid: TileGrid,
+        num_inference_steps: int,
+        step_options: dict[str, Any],
+        batch_size: int,
+        callback: Callable[..., Any] | None,
+        callback_inputs: Sequence[str],
+        advance: Callable[[], Any],
+    ) -> Tensor:
+        """Denoise pictures of one size; (B, 3, H, W) noise and condition in, (B, 3, H, W) in [0, 1] out."""
+        height, width = condition.shape[-2:]
+        condition = pad_picture(condition, *grid.shape)
+        # The scheduler remembers the last predictions and its place, so each sample starts it anew.
+        self.scheduler.set_timesteps(num_inference_steps, device=condition.device)
+        x = pad_noise(noise, *grid.shape) * self.scheduler.init_noise_sigma
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            model_input = self.scheduler.scale_model_input(x, timestep)
+            epsilon = grid.blend(partial(self._predict, timestep), model_input, condition, batch_size=batch_size)
+            x = self.scheduler.step(epsilon, timestep, x, **step_options).prev_sample
+            if callback is not None:
+                tensors = {"latents": x, "condition": condition}
+                returned = callback(self, step, timestep, {name: tensors[name] for name in callback_inputs})
+                x = x if returned is None else returned.get("latents", x)
+            advance()
+        return x[..., :height, :width].clamp(0, 1)
+
+    def _predict(self, timestep: Tensor, sample: Tensor, condition: Tensor) -> Tensor:
+        dtype = self.unet.dtype
+        # x_t stays in the precision of the sums over steps and tiles, whatever the network computes in.
+        return self.unet(sample.to(dtype), timestep, condition.to(dtype)).sample.to(sample.dtype)
+
+    def _working(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
+
+    def _condition(self, sources: list[Picture]) -> Tensor:
+        return enlarge(self._working(torch.stack([source.rgb for source in sources])), self.scale)
+
+    def _alpha(self, source: Picture, rgb: Tensor) -> Tensor | None:
+        return None if source.alpha is None else enlarge(source.alpha.to(rgb), self.scale)
+
+    def _noise(self, given: Tensor | None, generator: torch.Generator | None, condition: Tensor) -> Tensor:
+        if given is not None:
+            return given.to(condition)
+        shape = (1, *condition.shape[1:])
+        return randn_tensor(shape, generator=generator, device=condition.device, dtype=condition.dtype)
+
+
+def _chunks(sources: list[Picture], batch_size: int) -> list[list[int]]:
+    """Split the pictures' indices, in order, into runs of one size and at most ``batch_size`` pictures."""
+    chunks: list[list[int]] = []
+    for _, run in groupby(range(len(sources)), key=lambda i: sources[i].rgb.shape):
+        same = list(run)
+        chunks += [same[first : first + batch_size] for first in range(0, len(same), batch_size)]
+    return chunks
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Set a module and all in it to evaluation, and each of them back to what it was."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
