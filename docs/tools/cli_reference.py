@@ -28,21 +28,14 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def _describe() -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "typer",
-        "binarize.cli",
-        "utils",
-        "docs",
-        "--name",
-        "binarize",
-        "--title",
-        "Command line",
-    ]
+    typer = [sys.executable, "-m", "typer", "binarize.cli"]
+    command = [*typer, "utils", "docs", "--name", "binarize", "--title", "Command line"]
     # Typer wraps and colours by the terminal it runs in; a page must not depend on that.
     environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
-        raise PluginError(f"cannot describe the command line: {' '.join(command)}\n{done.stderr}")
+        raise PluginError(
+            f"cannot describe the command line with {' '.join(command)}\n{done.stderr}"
+            "If it is the import that failed, python -c 'import binarize.cli' says why."
+        )
     return done.stdout
