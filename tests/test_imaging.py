@@ -20,6 +20,7 @@ from binarize.imaging import (
     degrade,
     enlarge,
     list_pictures,
+    picture_size,
     read_picture,
     save_picture,
     to_picture,
@@ -210,6 +211,7 @@ class TestPicture:
         assert picture.rgb.shape == (3, 4, 6)
         assert (picture.alpha is not None) == (mode in ("LA", "RGBA"))
         assert picture.is_grey == (mode in ("L", "LA", "I;16"))
+        assert torch.equal(picture.pixels().float(), (picture.rgb * 255).round())
         back = picture.to_pil()
         assert back.mode == mode
         np.testing.assert_array_equal(np.array(back), np.array(source))
@@ -270,6 +272,7 @@ class TestPicture:
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
+        assert picture_size(tmp_path / "a.png") == (2, 3)
         shown = read_picture(tmp_path / "a.png").to_pil()
         np.testing.assert_array_equal(np.array(shown), upright)
         again = read_picture(save_picture(shown, tmp_path / "b.png"))
@@ -279,6 +282,7 @@ class TestPicture:
     def test_damaged_exif_is_ignored(self, tmp_path: Path) -> None:
         noise("RGB").save(tmp_path / "a.jpg", exif=b"Exif\x00\x00garbage")
         assert read_picture(tmp_path / "a.jpg").rgb.shape == (3, 4, 6)
+        assert picture_size(tmp_path / "a.jpg") == (4, 6)
 
     def test_colour_profiles_are_kept_only_where_they_fit(self, tmp_path: Path) -> None:
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

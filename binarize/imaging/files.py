@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from binarize.errors import BinarizeError, did_you_mean
-from binarize.imaging.picture import Picture, to_picture
+from binarize.imaging.picture import Picture, to_picture, upright_size
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 
@@ -36,7 +37,23 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
             Pillow's limit against decompression bombs (``2 * PIL.Image.MAX_IMAGE_PIXELS`` pixels). Always one line
             that names the file.
     """
-    path = Path(path)
+    with _opened(Path(path)) as image:
+        return to_picture(image)
+
+
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return height and width of a picture file as shown, its EXIF orientation applied, without decoding the pixels.
+
+    Raises:
+        BinarizeError: As :func:`read_picture`, for what the header alone can tell.
+    """
+    with _opened(Path(path)) as image:
+        return upright_size(image)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a picture file; whatever goes wrong inside becomes one line that names it."""
     if not path.exists():
         raise BinarizeError(f"{path}: no such file")
     if path.is_dir():
@@ -48,7 +65,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
             # Damaged metadata beside sound pixels is no reason to stop.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
             with Image.open(path) as image:
-                return to_picture(image)
+                yield image
     except UnidentifiedImageError:
         raise BinarizeError(f"{path}: is not a picture that Pillow can read") from None
     except Image.DecompressionBombError as error:

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from binarize.errors import BinarizeError
 
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _COLOUR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV")
+# What Pillow's EXIF reader raises on damaged tags.
+_METADATA_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -38,6 +40,10 @@ class Picture:
     def is_grey(self) -> bool:
         """Whether the source was greyscale, and so the written picture is."""
         return self.mode in _GREY
+
+    def pixels(self) -> torch.Tensor:
+        """Return ``rgb`` as uint8 (3, H, W), rounded to the nearest level; transparency is left aside."""
+        return (self.rgb * 255 + 0.5).floor_().clamp_(0, 255).to(torch.uint8)
 
     def with_pixels(self, rgb: torch.Tensor, alpha: torch.Tensor | None) -> Picture:
         """Return a picture of the same mode and profile with other pixels, of any size.
@@ -120,10 +126,19 @@ def to_picture(image: Image.Image) -> Picture:
     return Picture(values[:3].contiguous(), alpha, mode, _fitting(profile, mode))
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return height and width with the EXIF orientation applied."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except _METADATA_ERRORS:
+        turned = False
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+    except _METADATA_ERRORS:
         return image  # damaged metadata beside sound pixels says nothing about the orientation
 
 
