@@ -119,7 +119,7 @@ def validate(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         build_model(recipe)
     missing = [
         f"  {key}: there is no folder {str(folder)!r}."
-        for key in ("train_data_dir", "train_lr_data_dir", "validation_data_dir")
+        for key in ("train_data_dir", "train_lr_data_dir", "validation_data_dir", "validation_lr_data_dir")
         if (folder := getattr(recipe, key)) is not None and not folder.is_dir()
     ]
     if missing:

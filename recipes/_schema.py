@@ -47,8 +47,7 @@ class Recipe(Section):
     resolution: PositiveInt = Field(
         128, validate_default=True, description="Side of a training patch in high-resolution pixels."
     )
-    random_flip: bool = Field(True, description="Flip patches left to right at random.")
-    random_rotate: bool = Field(True, description="Rotate patches by a random multiple of 90 degrees.")
+    augment: bool = Field(True, description="Give each patch one of the eight flips and quarter turns at random.")
     dataloader_num_workers: NonNegativeInt = Field(0, description="Processes that prepare batches; 0: none.")
 
     output_dir: Path = Field(Path("runs/unnamed"), description="Where everything is written; default runs/<recipe>.")
@@ -89,6 +88,9 @@ class Recipe(Section):
     resume_from_checkpoint: str | None = Field(None, description="`latest`, or a checkpoint's folder.")
 
     validation_data_dir: Path | None = Field(None, description="Folder of high-resolution pictures to validate on.")
+    validation_lr_data_dir: Path | None = Field(
+        None, description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does."
+    )
     validation_steps: PositiveInt = Field(5000, description="Steps between validations.")
     num_validation_images: PositiveInt = Field(4, description="How many of the folder's first pictures to enlarge.")
     num_inference_steps: PositiveInt = Field(50, description="Sampling steps of a validation.")
@@ -127,11 +129,12 @@ class Recipe(Section):
             raise ValueError("has no effect while method is null; name a method, or remove it")
         return value
 
-    @field_validator("train_lr_data_dir")
+    @field_validator("train_lr_data_dir", "validation_lr_data_dir")
     @classmethod
     def _needs_hr(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is not None and info.data.get("train_data_dir", ...) is None:
-            raise ValueError("needs train_data_dir, the folder of the high-resolution twins")
+        twin = str(info.field_name).replace("_lr", "")
+        if value is not None and info.data.get(twin, ...) is None:
+            raise ValueError(f"needs {twin}, the folder of the high-resolution twins")
         return value
 
     @field_validator("resolution")

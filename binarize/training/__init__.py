@@ -1,1 +1,33 @@
-"""(being written)"""
+"""Training: data, the loop, exact resume, and what is written on the way.
+
+The loop brings diffusers and Accelerate with it, so it is imported when `train` is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from binarize.training.checkpoint import Checkpoints, load_checkpoint
+from binarize.training.data import PairedPatches
+from binarize.training.errors import DivergedError, TrainingInterrupted
+
+if TYPE_CHECKING:
+    from binarize.training.loop import LogEntry, TrainResult, train
+
+__all__ = [
+    "Checkpoints",
+    "DivergedError",
+    "LogEntry",
+    "PairedPatches",
+    "TrainResult",
+    "TrainingInterrupted",
+    "load_checkpoint",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("binarize.training.loop"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

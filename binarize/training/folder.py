@@ -1,0 +1,75 @@
+"""The output folder of a run: who may write into it, and where to go on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from binarize.errors import BinarizeError
+from binarize.training.checkpoint import RECIPE, Checkpoints
+
+if TYPE_CHECKING:
+    from binarize.recipes import Recipe
+
+MODEL = "model"
+SAMPLES = "samples"
+TRACKER = "tensorboard"
+
+
+def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | None:
+    """Return the checkpoint to go on from, or None for a new run; nothing is changed.
+
+    Args:
+        recipe: Its ``output_dir`` and ``resume_from_checkpoint`` are read.
+        checkpoints: Those of the output folder.
+        force: A new run may take the place of one that is there.
+
+    Raises:
+        BinarizeError: If the output folder holds a run that is neither resumed nor to be replaced, is a file, or has
+            no such checkpoint.
+    """
+    folder, which = recipe.output_dir, recipe.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise BinarizeError(f"output_dir: {folder} is a file; name a folder.")
+    if force and which is not None:
+        raise BinarizeError(
+            f"resume_from_checkpoint={which} goes on with a run and force removes it; give one of them."
+        )
+    found = None if which is None else checkpoints.find(which)
+    resumes_here = which == "latest" or (found is not None and found.resolve().parent == folder.resolve())
+    if _holds_run(folder) and not resumes_here and not force:
+        raise BinarizeError(
+            f"output_dir: {folder} already holds a run; go on with it by resume_from_checkpoint=latest, choose "
+            "another folder by output_dir=..., or remove the run with --force."
+        )
+    return found
+
+
+def prepare_folder(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> None:
+    """Make the output folder ready: remove the run there if forced, and write the recipe beside what will come.
+
+    Args:
+        recipe: What is run.
+        checkpoints: Those of the output folder.
+        force: Remove a run's files that are there; other files stay.
+
+    Raises:
+        BinarizeError: If the folder cannot be written.
+    """
+    folder = recipe.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if force:
+            for path in (*checkpoints.list().values(), folder / MODEL, folder / SAMPLES, folder / TRACKER):
+                if path.exists():
+                    shutil.rmtree(path)
+        checkpoints.tidy()
+        (folder / SAMPLES).mkdir(exist_ok=True)
+        (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise BinarizeError(f"output_dir: cannot write {folder}: {error.strerror}.") from error
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (RECIPE, MODEL)) or any(folder.glob("checkpoint-*"))
