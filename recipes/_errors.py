@@ -33,6 +33,8 @@ def _line(item: Any) -> str:
     if kind == "missing":
         return f"{key}: missing; give it a value."
     message = item["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    if kind == "path_type":
+        message = "must be a path"
     if kind == "value_error" and not isinstance(given, (str, int, float)):
         return f"{key}: {message}."
     hint = ""

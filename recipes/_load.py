@@ -24,9 +24,7 @@ _OWN = ("description", "published", "base", "output_dir")
 
 def list_recipes() -> dict[str, str]:
     """Return the installed recipes: name -> one-line description, the paper's rows (``paper/...``) last."""
-    paths = sorted(_FOLDER.rglob("*.yaml"), key=lambda path: (path.parent != _FOLDER, path))
-    names = {path.relative_to(_FOLDER).with_suffix("").as_posix(): path for path in paths}
-    return {name: str(_read(path).get("description", "")) for name, path in names.items()}
+    return {name: str(_read(path).get("description", "")) for name, path in _installed().items()}
 
 
 def recipe_path(name_or_path: str | Path) -> Path:
@@ -43,15 +41,13 @@ def recipe_path(name_or_path: str | Path) -> Path:
         if Path(text).is_file():
             return Path(text)
         raise BinarizeError(f"there is no recipe file {text!r}; `binarize recipes ls` lists the installed recipes.")
-    path = _FOLDER / f"{text}.yaml"
-    # A name such as "../x" must not lead out of the package.
-    if path.is_file() and path.resolve().is_relative_to(_FOLDER.resolve()):
-        return path
-    names = list(list_recipes())
-    shown = ", ".join(name for name in names if "/" not in name)
+    installed = _installed()
+    if text in installed:
+        return installed[text]
+    shown = ", ".join(name for name in installed if "/" not in name)
     raise BinarizeError(
         f"unknown recipe {text!r}; installed: {shown}, and paper/*. A file of your own needs its .yaml ending."
-        + did_you_mean(text, names)
+        + did_you_mean(text, installed)
     )
 
 
@@ -99,6 +95,11 @@ def copy_recipe(name: str, dest: str | Path, *, force: bool = False) -> Path:
         raise BinarizeError(f"cannot copy the recipe to {target}: its name must end in .yaml.")
     text = source.read_text(encoding="utf-8")
     return write_atomic(target, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=force)
+
+
+def _installed() -> dict[str, Path]:
+    paths = sorted(_FOLDER.rglob("*.yaml"), key=lambda path: (path.parent != _FOLDER, path))
+    return {path.relative_to(_FOLDER).with_suffix("").as_posix(): path for path in paths}
 
 
 def _read(path: Path) -> dict[str, Any]:

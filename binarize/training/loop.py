@@ -159,15 +159,17 @@ class _Run:
                 bar.update()
                 last = self.step == recipe.max_train_steps
                 if self.step % recipe.logging_steps == 0 or last:
-                    now = time.perf_counter()
-                    self._log(bar, sum(losses) / len(losses), self.plan.total * len(losses) / (now - since))
-                    since, losses = now, []
+                    seconds = time.perf_counter() - since
+                    self._log(bar, sum(losses) / len(losses), self.plan.total * len(losses) / seconds)
+                    since, losses = time.perf_counter(), []
+                paused = time.perf_counter()
                 if self.step % recipe.checkpointing_steps == 0 or last or signum:
                     checkpoint = self._save()
                     if signum and not last:
                         raise TrainingInterrupted(signum, checkpoint)
                 if self.step % recipe.validation_steps == 0 or last:
                     self._validate()
+                since += time.perf_counter() - paused
         return TrainResult(
             output_dir=recipe.output_dir,
             model_dir=recipe.output_dir / MODEL,
