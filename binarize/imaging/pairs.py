@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,12 @@ class ImagePairs(Sequence[ImagePair]):
             return [self[at] for at in range(*index.indices(len(self)))]
         hr, lr = self.read(index)
         return ImagePair(self.files[index].hr.stem, hr, degrade(hr, self.scale) if lr is None else lr)
+
+    def first(self, count: int) -> ImagePairs:
+        """Return the first ``count`` pairs, or all where there are fewer."""
+        chosen = copy.copy(self)
+        chosen.files = self.files[:count]
+        return chosen
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decode a pair's files: the cropped uint8 ``hr``, and ``lr`` where it has a file of its own."""

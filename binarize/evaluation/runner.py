@@ -1,0 +1,132 @@
+"""Measuring an enlargement on a set of pictures, beside the bicubic one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from binarize.errors import BinarizeError
+from binarize.evaluation.perceptual import Lpips, LpipsUnavailable
+from binarize.evaluation.quality import SSIM_MIN_SIDE, psnr, scikit_image_ssim, shave, ssim
+from binarize.evaluation.report import EvaluationReport, PictureScores, Scores
+from binarize.imaging import ImagePair, ImagePairs, enlarge, to_picture
+from binarize.imaging.pairs import raise_all
+
+Folder = str | os.PathLike[str]
+
+
+def evaluate(
+    upscale: Callable[[Image.Image], Any],
+    data: Folder | tuple[Folder, Folder],
+    *,
+    scale: int,
+    lpips: str | None = "alex",
+    lpips_backbone: str | os.PathLike[str] | None = None,
+    border: int | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+    baseline: bool = True,
+    name: str = "model",
+    device: torch.device | str = "cpu",
+) -> EvaluationReport:
+    """Enlarge every picture of a folder and measure the results against the originals.
+
+    PSNR and SSIM are computed on Y of BT.601 in studio range, as MATLAB's ``rgb2ycbcr`` gives it before rounding, LPIPS
+    on RGB, all with ``border`` pixels shaved off each side. The baseline called "bicubic" is
+    :func:`binarize.imaging.enlarge` of the 8-bit low-resolution picture, that is MATLAB's ``imresize``, which rounds to
+    8 bits after each axis. On Set5 it gives the published 33.67 / 0.9303 at x2 and 28.43 / 0.8111 at x4. Rounding only
+    once gives 33.68 / 0.9304 and 28.43 / 0.8113, PyTorch's ``bicubic`` (a = -0.75) 33.97 / 0.9330 and 28.63 / 0.8138.
+
+    Args:
+        upscale: Takes the low-resolution picture, a PIL image in mode RGB, and returns the enlarged one: a PIL image,
+            a uint8 array (H, W, 3), or a uint8 tensor (3, H, W) or (1, 3, H, W).
+        data: A folder of high-resolution pictures, or two folders, high and low resolution;
+            see :class:`~binarize.imaging.ImagePairs`.
+        scale: The enlargement.
+        lpips: Backbone of LPIPS, ``alex``, ``vgg`` or ``squeeze``; None leaves LPIPS out. Where it cannot be had, it is
+            left out and the report's notes say how to get it.
+        lpips_backbone: The backbone's file, so that no network is needed; see :class:`~binarize.evaluation.Lpips`.
+        border: Pixels shaved off each side; by default ``scale``.
+        limit: Evaluate the first so many pictures.
+        progress: Show a progress bar.
+        baseline: Measure the bicubic enlargement too.
+        name: What to call ``upscale`` in the report.
+        device: Where to compute LPIPS.
+
+    Raises:
+        BinarizeError: If the data is unusable (every picture at fault is named, before anything is enlarged), an option
+            is out of range, ``upscale`` returns something else than the enlarged picture, or scikit-image is missing.
+    """
+    border = scale if border is None else border
+    for option, value, least in (("border", border, 0), ("limit", limit, 1)):
+        if value is not None and value < least:
+            raise BinarizeError(f"evaluate: {option} must be at least {least}, got {value}")
+    scikit_image_ssim()
+    distance, notes = _lpips(lpips, lpips_backbone, device)
+    pairs = ImagePairs(*data, scale=scale) if isinstance(data, tuple) else ImagePairs(data, scale=scale)
+    pairs = pairs.first(len(pairs) if limit is None else limit)
+    _check_sizes(pairs, border, SSIM_MIN_SIDE if distance is None else max(SSIM_MIN_SIDE, distance.min_side))
+    pairs.check()
+    rows = []
+    for pair in tqdm(pairs, desc=f"evaluate x{scale}", unit="picture", disable=not progress):
+        source = Image.fromarray(pair.lr.permute(1, 2, 0).numpy())
+        start = time.perf_counter()
+        result = _pixels(upscale(source), pair)
+        seconds = time.perf_counter() - start
+        bicubic = _scores(enlarge(pair.lr, scale), pair.hr, border, distance) if baseline else None
+        rows.append(PictureScores(pair.name, _scores(result, pair.hr, border, distance), bicubic, seconds))
+    return EvaluationReport(tuple(rows), scale, border, None if distance is None else distance.net, name, notes)
+
+
+def _lpips(
+    net: str | None, backbone: str | os.PathLike[str] | None, device: torch.device | str
+) -> tuple[Lpips | None, tuple[str, ...]]:
+    if net is None:
+        return None, ()
+    try:
+        return Lpips(net, backbone=backbone, device=device), ()
+    except LpipsUnavailable as reason:
+        return None, (f"LPIPS is left out. {reason}",)
+
+
+def _check_sizes(pairs: ImagePairs, border: int, needed: int) -> None:
+    least = needed + 2 * border
+    raise_all(
+        pairs.files[0].hr.parent,
+        [
+            f"{files.hr}: is {files.size[1]}x{files.size[0]} pixels; the metrics need {least}x{least} with a border of "
+            f"{border}"
+            for files in pairs.files
+            if min(files.size) < least
+        ],
+    )
+
+
+def _scores(result: torch.Tensor, hr: torch.Tensor, border: int, distance: Lpips | None) -> Scores:
+    perceptual = None if distance is None else distance(shave(result, border), shave(hr, border))
+    return Scores(psnr(result, hr, border=border), ssim(result, hr, border=border), perceptual)
+
+
+def _pixels(result: object, pair: ImagePair) -> torch.Tensor:
+    """Return what ``upscale`` gave as uint8 (3, H, W)."""
+    if isinstance(result, Image.Image):
+        pixels = to_picture(result).pixels()
+    elif isinstance(result, np.ndarray) and result.dtype == np.uint8 and result.ndim == 3:
+        pixels = torch.from_numpy(np.ascontiguousarray(result.transpose(2, 0, 1)))
+    elif isinstance(result, torch.Tensor) and result.dtype == torch.uint8:
+        pixels = (result[0] if result.ndim == 4 and len(result) == 1 else result).cpu()
+    else:
+        kind = f"{type(result).__name__} of {getattr(result, 'dtype', 'no dtype')}"
+        raise BinarizeError(f"evaluate: upscale must return a PIL image, a uint8 array or a uint8 tensor, got {kind}")
+    if pixels.shape != pair.hr.shape:
+        raise BinarizeError(
+            f"evaluate: upscale returned {tuple(pixels.shape)} for {pair.name!r}, expected {tuple(pair.hr.shape)}"
+        )
+    return pixels
