@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.resources
+import inspect
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -50,6 +52,13 @@ def test_every_public_name_resolves_and_is_listed_once() -> None:
     missing = [name for name in binarize.__all__ if not hasattr(binarize, name)]
     assert missing == []
     assert set(binarize.__all__) <= set(dir(binarize))
+
+
+def test_no_public_name_hides_a_module() -> None:
+    # `binarize/convert.py` with a function `convert` would leave one of the two out of the reference, and of reach.
+    modules = {module.name for module in pkgutil.iter_modules(binarize.__path__)}
+    hidden = [name for name in binarize.__all__ if name in modules and not inspect.ismodule(getattr(binarize, name))]
+    assert hidden == []
 
 
 def test_package_says_that_it_is_typed() -> None:
