@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError, did_you_mean
@@ -25,8 +26,14 @@ def check_scale(scale: Any) -> int:
     return int(scale)
 
 
-def check_timesteps(unet: nn.Module, scheduler: Any) -> None:
-    """Refuse a scheduler of another number of training timesteps than the network's, where that says its own."""
+def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
+    """Refuse a scheduler of another kind, or of another number of training timesteps than the network says it has."""
+    if not all(hasattr(scheduler, name) for name in ("scale_model_input", "init_noise_sigma", "step")):
+        raise BinarizeError(
+            f"{type(scheduler).__name__} is no scheduler for noise prediction over discrete timesteps; allowed: those "
+            "of diffusers with step, scale_model_input and init_noise_sigma, such as DDIMScheduler, "
+            "DPMSolverMultistepScheduler or EulerDiscreteScheduler."
+        )
     trained = getattr(getattr(unet, "config", None), "num_train_timesteps", None)
     scheduled = getattr(scheduler.config, "num_train_timesteps", None)
     if trained is not None and trained != scheduled:
@@ -73,13 +80,19 @@ def check_callback_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
 
 def one_each(generator: Any, sources: Sequence[Picture]) -> list[Any]:
     """Return a generator, or None, for each picture."""
-    if not isinstance(generator, (list, tuple)):
-        return [generator] * len(sources)
-    if len(generator) != len(sources):
+    several = isinstance(generator, (list, tuple))
+    each = list(generator) if several else [generator] * len(sources)
+    wrong = [one for one in each if not isinstance(one, torch.Generator) and (several or one is not None)]
+    if wrong:
         raise BinarizeError(
-            f"{len(generator)} generators for {len(sources)} pictures; pass one for each, or a single one for all."
+            f"generator holds {wrong[0]!r}; allowed: None, a torch.Generator, or a list with one for each picture. "
+            "For a seed, pass torch.Generator().manual_seed(SEED)."
         )
-    return list(generator)
+    if len(each) != len(sources):
+        raise BinarizeError(
+            f"{len(each)} generators for {len(sources)} pictures; pass one for each, or a single one for all."
+        )
+    return each
 
 
 def split_latents(
@@ -89,6 +102,8 @@ def split_latents(
     if latents is None:
         return [None] * len(sources)
     given = list(latents)
+    if not all(isinstance(noise, Tensor) for noise in given):
+        raise BinarizeError(f"latents hold a {type(given[0]).__name__}; allowed: a tensor, or a list of tensors.")
     wanted = [(3, *(scale * side for side in source.rgb.shape[-2:])) for source in sources]
     shapes = [tuple(noise.shape) for noise in given]
     if shapes != wanted:

@@ -57,8 +57,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
         scale: How many times larger the result is, a whole number of at least 1, saved with the pipeline.
 
     Raises:
-        BinarizeError: If the scale is missing or no whole number of at least 1, or if the scheduler and the network
-            were made for different numbers of training timesteps.
+        BinarizeError: If the scale is missing or no whole number of at least 1, if the scheduler is not of the kind
+            that predicts over discrete timesteps, or if it and the network were made for different numbers of them.
 
     Example:
         ```python
@@ -79,7 +79,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
         super().__init__()
         scale = checks.check_scale(scale)
         scheduler = default_scheduler() if scheduler is None else scheduler
-        checks.check_timesteps(unet, scheduler)
+        checks.check_scheduler(unet, scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(scale=scale)
 
@@ -141,13 +141,13 @@ class SuperResolutionPipeline(DiffusionPipeline):
             ``ImagePipelineOutput`` with ``.images``, or a tuple of that alone.
 
         Raises:
-            BinarizeError: If an argument is none of the above, or if the scheduler was replaced by one with another
-                number of training timesteps.
+            BinarizeError: If an argument is none of the above, or if the scheduler was replaced by one that does not
+                fit the network.
         """
         sources = as_pictures(image)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        checks.check_timesteps(self.unet, self.scheduler)
+        checks.check_scheduler(self.unet, self.scheduler)
         checks.check_numbers(self.scheduler, num_inference_steps, batch_size, eta)
         checks.check_output_type(output_type)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
@@ -222,7 +222,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
         return tensor.to(self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
 
     def _condition(self, sources: list[Picture]) -> Tensor:
-        return enlarge(self._working(torch.stack([source.rgb for source in sources])), self.scale)
+        return enlarge(torch.stack([self._working(source.rgb) for source in sources]), self.scale)
 
     def _alpha(self, source: Picture, rgb: Tensor) -> Tensor | None:
         return None if source.alpha is None else enlarge(source.alpha.to(rgb), self.scale)
