@@ -667,4 +667,5 @@ def test_the_how_to_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "howto" / "upscale.md").read_text(encoding="utf-8")
     exec(compile("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), "upscale.md", "exec"), {})
-    assert Image.open("large.png").size == (128, 96)
+    with Image.open("large.png") as large:
+        assert large.size == (128, 96)
