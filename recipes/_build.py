@@ -17,7 +17,7 @@ from ._schema import Recipe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diffusers import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     from binarize.models import SRUNet
 
@@ -75,7 +75,7 @@ def build_model(recipe: Recipe) -> SRUNet:
         BinarizeError: If a plugin cannot be imported, the network cannot be built, or the conversion is refused.
     """
     import_plugins(recipe.plugins)
-    from binarize import convert
+    from binarize.convert import convert
     from binarize.models import SRUNet
 
     model = SRUNet(**recipe.model.config(recipe.scheduler.num_train_timesteps))
@@ -93,7 +93,7 @@ def build_model(recipe: Recipe) -> SRUNet:
 
 def build_scheduler(recipe: Recipe) -> DDIMScheduler:
     """Return the noise schedule of a recipe, for training and sampling alike."""
-    from diffusers import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return DDIMScheduler(**recipe.scheduler.model_dump())
 

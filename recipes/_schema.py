@@ -21,82 +21,111 @@ class Recipe(Section):
     step sees ``train_batch_size * gradient_accumulation_steps * processes`` of them.
     """
 
-    description: str = Field("", description="One line for `binarize recipes ls`.")
-    published: PublishedSection | None = Field(None, description="The published row that the recipe reproduces.")
+    description: str = Field(default="", description="One line for `binarize recipes ls`.")
+    published: PublishedSection | None = Field(
+        default=None, description="The published row that the recipe reproduces."
+    )
     plugins: tuple[str, ...] = Field(
-        (), description="Modules or .py files imported before the model is built, so that they can register methods."
+        default=(),
+        description="Modules or .py files imported before the model is built, so that they can register methods.",
     )
 
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="The noise schedule.")
     scale: int = Field(ge=2, description="How many times larger a picture becomes along each side.")
     model: ModelSection = Field(default_factory=ModelSection, validate_default=True, description="The network.")
     method: MethodSection | None = Field(
-        None, description="The binarizer: a name, `{name: ..., option: ...}`, or null for full precision."
+        default=None, description="The binarizer: a name, `{name: ..., option: ...}`, or null for full precision."
     )
     structure: Literal["auto", "keep"] = Field(
-        "auto", description="auto: the method's own rewiring of the network, if it has one; keep: none."
+        default="auto", description="auto: the method's own rewiring of the network, if it has one; keep: none."
     )
-    keep: tuple[str, ...] | None = Field(None, description="Globs of the module names that stay full precision.")
-    overrides: dict[str, Any] | None = Field(None, description="Glob of module names -> method or options for those.")
-    linear: bool = Field(False, description="Binarize linear layers too.")
+    keep: tuple[str, ...] | None = Field(
+        default=None, description="Globs of the module names that stay full precision."
+    )
+    overrides: dict[str, Any] | None = Field(
+        default=None, description="Glob of module names -> method or options for those."
+    )
+    linear: bool = Field(default=False, description="Binarize linear layers too.")
 
-    train_data_dir: Path | None = Field(None, description="Folder of high-resolution training pictures.")
+    train_data_dir: Path | None = Field(default=None, description="Folder of high-resolution training pictures.")
     train_lr_data_dir: Path | None = Field(
-        None, description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does."
+        default=None,
+        description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does.",
     )
     resolution: PositiveInt = Field(
-        128, validate_default=True, description="Side of a training patch in high-resolution pixels."
+        default=128, validate_default=True, description="Side of a training patch in high-resolution pixels."
     )
-    augment: bool = Field(True, description="Give each patch one of the eight flips and quarter turns at random.")
-    dataloader_num_workers: NonNegativeInt = Field(0, description="Processes that prepare batches; 0: none.")
+    augment: bool = Field(
+        default=True, description="Give each patch one of the eight flips and quarter turns at random."
+    )
+    dataloader_num_workers: NonNegativeInt = Field(default=0, description="Processes that prepare batches; 0: none.")
 
-    output_dir: Path = Field(Path("runs/unnamed"), description="Where everything is written; default runs/<recipe>.")
-    seed: NonNegativeInt = Field(0, description="Decides initial weights, patches, timesteps, noise and dropout.")
-    train_batch_size: PositiveInt = Field(16, description="Patches per process and forward pass.")
-    gradient_accumulation_steps: PositiveInt = Field(1, description="Forward passes per optimiser step.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations backward: less memory, more time.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="Autocast precision.")
-    allow_tf32: bool = Field(False, description="Let CUDA round matrix products' inputs to TF32.")
-    max_train_steps: PositiveInt = Field(1_000_000, description="Optimiser steps.")
+    output_dir: Path = Field(
+        default=Path("runs/unnamed"), description="Where everything is written; default runs/<recipe>."
+    )
+    seed: NonNegativeInt = Field(
+        default=0, description="Decides initial weights, patches, timesteps, noise and dropout."
+    )
+    train_batch_size: PositiveInt = Field(default=16, description="Patches per process and forward pass.")
+    gradient_accumulation_steps: PositiveInt = Field(default=1, description="Forward passes per optimiser step.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations backward: less memory, more time."
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Autocast precision.")
+    allow_tf32: bool = Field(default=False, description="Let CUDA round matrix products' inputs to TF32.")
+    max_train_steps: PositiveInt = Field(default=1_000_000, description="Optimiser steps.")
 
-    loss: Literal["l1", "l2", "charbonnier"] = Field("l1", description="Distance of prediction and target.")
+    loss: Literal["l1", "l2", "charbonnier"] = Field(default="l1", description="Distance of prediction and target.")
     timesteps_per: Literal["sample", "batch"] = Field(
-        "sample", description="Draw a timestep for every picture, or one for all pictures of an optimiser step."
+        default="sample", description="Draw a timestep for every picture, or one for all pictures of an optimiser step."
     )
 
-    optimizer: Literal["adam", "adamw"] = Field("adam", description="Optimiser.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's mean.")
-    adam_beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the gradient's square.")
+    optimizer: Literal["adam", "adamw"] = Field(default="adam", description="Optimiser.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's mean.")
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the gradient's square.")
     adam_weight_decay: float = Field(
-        0.0, ge=0, description="Weight decay; latent weights, shifts, slopes, scales and norms have none."
+        default=0.0, ge=0, description="Weight decay; latent weights, shifts, slopes, scales and norms have none."
     )
-    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the denominator.")
-    max_grad_norm: float | None = Field(None, gt=0, description="Clip the gradient's norm to this; null: never.")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
+    max_grad_norm: float | None = Field(
+        default=None, gt=0, description="Clip the gradient's norm to this; null: never."
+    )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = Field("constant", description="Course of the learning rate, by diffusers' names.")
-    lr_warmup_steps: NonNegativeInt = Field(0, description="Steps over which the rate rises from 0.")
-    lr_num_cycles: PositiveInt = Field(1, description="Restarts of cosine_with_restarts.")
-    lr_power: float = Field(1.0, gt=0, description="Exponent of polynomial.")
+    ] = Field(default="constant", description="Course of the learning rate, by diffusers' names.")
+    lr_warmup_steps: NonNegativeInt = Field(default=0, description="Steps over which the rate rises from 0.")
+    lr_num_cycles: PositiveInt = Field(default=1, description="Restarts of cosine_with_restarts.")
+    lr_power: float = Field(default=1.0, gt=0, description="Exponent of polynomial.")
 
-    use_ema: bool = Field(False, description="Average the weights; validation and the saved model use the average.")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay of that average after its warm-up.")
-
-    checkpointing_steps: PositiveInt = Field(5000, description="Steps between checkpoints.")
-    checkpoints_total_limit: PositiveInt | None = Field(3, description="How many of the newest to keep; null: all.")
-    resume_from_checkpoint: str | None = Field(None, description="`latest`, or a checkpoint's folder.")
-
-    validation_data_dir: Path | None = Field(None, description="Folder of high-resolution pictures to validate on.")
-    validation_lr_data_dir: Path | None = Field(
-        None, description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does."
+    use_ema: bool = Field(
+        default=False, description="Average the weights; validation and the saved model use the average."
     )
-    validation_steps: PositiveInt = Field(5000, description="Steps between validations.")
-    num_validation_images: PositiveInt = Field(4, description="How many of the folder's first pictures to enlarge.")
-    num_inference_steps: PositiveInt = Field(50, description="Sampling steps of a validation.")
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay of that average after its warm-up.")
 
-    report_to: Literal["tensorboard"] | None = Field(None, description="Tracker of scalars and pictures.")
-    logging_steps: PositiveInt = Field(50, description="Steps between logged losses, each a mean since the last.")
+    checkpointing_steps: PositiveInt = Field(default=5000, description="Steps between checkpoints.")
+    checkpoints_total_limit: PositiveInt | None = Field(
+        default=3, description="How many of the newest to keep; null: all."
+    )
+    resume_from_checkpoint: str | None = Field(default=None, description="`latest`, or a checkpoint's folder.")
+
+    validation_data_dir: Path | None = Field(
+        default=None, description="Folder of high-resolution pictures to validate on."
+    )
+    validation_lr_data_dir: Path | None = Field(
+        default=None,
+        description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does.",
+    )
+    validation_steps: PositiveInt = Field(default=5000, description="Steps between validations.")
+    num_validation_images: PositiveInt = Field(
+        default=4, description="How many of the folder's first pictures to enlarge."
+    )
+    num_inference_steps: PositiveInt = Field(default=50, description="Sampling steps of a validation.")
+
+    report_to: Literal["tensorboard"] | None = Field(default=None, description="Tracker of scalars and pictures.")
+    logging_steps: PositiveInt = Field(
+        default=50, description="Steps between logged losses, each a mean since the last."
+    )
 
     @field_validator("method", mode="before")
     @classmethod

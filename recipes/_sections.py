@@ -16,21 +16,25 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The network before conversion: `binarize.models.SRUNet`'s configuration."""
 
-    class_name: Literal["SRUNet"] = Field("SRUNet", alias="class", description="The network's class.")
-    in_channels: PositiveInt = Field(6, description="Channels of the condition and the noisy picture together.")
-    out_channels: PositiveInt = Field(3, description="Channels of the prediction.")
-    base_channels: PositiveInt = Field(64, description="Width of the finest level.")
+    class_name: Literal["SRUNet"] = Field(default="SRUNet", alias="class", description="The network's class.")
+    in_channels: PositiveInt = Field(default=6, description="Channels of the condition and the noisy picture together.")
+    out_channels: PositiveInt = Field(default=3, description="Channels of the prediction.")
+    base_channels: PositiveInt = Field(default=64, description="Width of the finest level.")
     channel_mults: tuple[PositiveInt, ...] = Field(
-        (1, 2, 4, 8), min_length=1, description="Width of each level, finest first, in `base_channels`."
+        default=(1, 2, 4, 8), min_length=1, description="Width of each level, finest first, in `base_channels`."
     )
-    res_blocks: PositiveInt = Field(2, description="ResBlocks a level in the encoder; the decoder has one more.")
-    norm_groups: PositiveInt = Field(16, description="Groups of every GroupNorm.")
-    dropout: float = Field(0.2, ge=0, lt=1, description="Share of activations dropped inside every ResBlock.")
-    attention_levels: tuple[int, ...] = Field((), description="Levels with self-attention, 0 the finest.")
-    resampling: Literal["conv", "pixel", "cp"] = Field("cp", description="How levels are joined.")
-    fusion: Literal["wide", "concat", "add", "split", "cs"] = Field("cs", description="How a skip enters the decoder.")
+    res_blocks: PositiveInt = Field(
+        default=2, description="ResBlocks a level in the encoder; the decoder has one more."
+    )
+    norm_groups: PositiveInt = Field(default=16, description="Groups of every GroupNorm.")
+    dropout: float = Field(default=0.2, ge=0, lt=1, description="Share of activations dropped inside every ResBlock.")
+    attention_levels: tuple[int, ...] = Field(default=(), description="Levels with self-attention, 0 the finest.")
+    resampling: Literal["conv", "pixel", "cp"] = Field(default="cp", description="How levels are joined.")
+    fusion: Literal["wide", "concat", "add", "split", "cs"] = Field(
+        default="cs", description="How a skip enters the decoder."
+    )
     num_train_timesteps: PositiveInt | None = Field(
-        None, description="Training timesteps T; unset, it is the noise schedule's, and it must equal it."
+        default=None, description="Training timesteps T; unset, it is the noise schedule's, and it must equal it."
     )
 
     def config(self, num_train_timesteps: int) -> dict[str, Any]:
@@ -57,23 +61,23 @@ class MethodSection(BaseModel):
 class SchedulerSection(Section):
     """The noise schedule: the arguments of diffusers' `DDIMScheduler`, with the released settings as defaults."""
 
-    num_train_timesteps: PositiveInt = Field(2000, description="Training timesteps T.")
-    beta_start: float = Field(1e-6, gt=0, lt=1, description="First noise variance.")
-    beta_end: float = Field(1e-2, gt=0, lt=1, description="Last noise variance.")
+    num_train_timesteps: PositiveInt = Field(default=2000, description="Training timesteps T.")
+    beta_start: float = Field(default=1e-6, gt=0, lt=1, description="First noise variance.")
+    beta_end: float = Field(default=1e-2, gt=0, lt=1, description="Last noise variance.")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
-        "linear", description="How the variances go from the first to the last."
+        default="linear", description="How the variances go from the first to the last."
     )
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field(
-        "epsilon", description="What the network predicts: the noise, the velocity, or the clean picture."
+        default="epsilon", description="What the network predicts: the noise, the velocity, or the clean picture."
     )
-    clip_sample: bool = Field(True, description="Clip the predicted picture while sampling.")
-    clip_sample_range: float = Field(1.0, gt=0, description="To what magnitude it is clipped.")
-    set_alpha_to_one: bool = Field(True, description="Let the last sampling step end without noise.")
-    steps_offset: int = Field(0, ge=0, description="Added to every sampling timestep.")
+    clip_sample: bool = Field(default=True, description="Clip the predicted picture while sampling.")
+    clip_sample_range: float = Field(default=1.0, gt=0, description="To what magnitude it is clipped.")
+    set_alpha_to_one: bool = Field(default=True, description="Let the last sampling step end without noise.")
+    steps_offset: int = Field(default=0, ge=0, description="Added to every sampling timestep.")
     timestep_spacing: Literal["leading", "trailing", "linspace"] = Field(
-        "leading", description="How sampling timesteps are spread over the T training ones."
+        default="leading", description="How sampling timesteps are spread over the T training ones."
     )
-    rescale_betas_zero_snr: bool = Field(False, description="Rescale the schedule to end in pure noise.")
+    rescale_betas_zero_snr: bool = Field(default=False, description="Rescale the schedule to end in pure noise.")
 
     @model_validator(mode="after")
     def _solvable(self) -> SchedulerSection:
@@ -97,7 +101,11 @@ class PublishedSection(Section):
     """The published row that a recipe reproduces; metadata for tables, never an input of the training."""
 
     source: str = Field(description="Paper, table and row.")
-    rows: tuple[str, ...] = Field((), description="Other rows of the same paper that are the same network.")
-    params_m: float | None = Field(None, gt=0, description="Parameters in millions, a binary one counting 1/32.")
-    ops_g: float | None = Field(None, gt=0, description="Operations in 10^9 at 3x256x256, a binary one counting 1/64.")
+    rows: tuple[str, ...] = Field(default=(), description="Other rows of the same paper that are the same network.")
+    params_m: float | None = Field(
+        default=None, gt=0, description="Parameters in millions, a binary one counting 1/32."
+    )
+    ops_g: float | None = Field(
+        default=None, gt=0, description="Operations in 10^9 at 3x256x256, a binary one counting 1/64."
+    )
     results: dict[str, Figures] = Field(default_factory=dict, description="Quality by data set.")

@@ -36,12 +36,12 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _flush(temporary)
         if target.exists():
-            target.rename(aside)
-        temporary.rename(target)
+            os.rename(target, aside)
+        os.rename(temporary, target)
         _flush_entry(target.parent)
     except BaseException:
         if aside.exists() and not target.exists():
-            aside.rename(target)
+            os.rename(aside, target)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -243,7 +243,7 @@ class _Run:
         )
 
     def _log(self, bar: tqdm, loss: float, speed: float) -> None:
-        rate = self.lr_scheduler.get_last_lr()[0]
+        rate = float(self.lr_scheduler.get_last_lr()[0])
         self.history.append(LogEntry(self.step, loss, rate, speed))
         bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.1f} samples/s")
         self.accelerator.log({"loss": loss, "learning_rate": rate, "samples_per_second": speed}, step=self.step)

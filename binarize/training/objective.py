@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from binarize.errors import BinarizeError
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 _CHARBONNIER_EPSILON = 1e-3
 
@@ -36,7 +36,7 @@ def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, ti
     if kind == "sample":
         return clean
     if kind == "v_prediction":
-        return scheduler.get_velocity(clean, noise, timesteps)
+        return scheduler.get_velocity(clean, noise, cast(Any, timesteps))
     raise BinarizeError(
         f"prediction_type {kind!r} cannot be trained; it must be 'epsilon', 'sample' or 'v_prediction'."
     )
