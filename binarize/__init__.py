@@ -1,1 +1,89 @@
-"""binarize (being written)."""
+"""binarize: make diffusion models 1-bit.
+
+``binarize.convert(unet, method="bidiffsr")`` replaces the convolutions of a diffusion U-Net by binary ones;
+``binarize.summary`` counts what is left, ``binarize.build`` makes a network from a recipe.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from binarize import hosts, layers, methods
+from binarize._convert import checkpoint_context, convert, plan, report, timesteps
+from binarize._export import binary_state, param_groups, revert
+from binarize._report import ConversionReport
+from binarize._summary import Summary, summary
+from binarize.errors import BinarizeError
+from binarize.hosts import list_hosts, register_host
+from binarize.layers import list_parts, register_part, training_step
+from binarize.methods import Method, get_method, list_methods, register_method
+from binarize.serialization import load, save
+
+if TYPE_CHECKING:
+    from binarize import evaluation, imaging, inspect, models, recipes, training
+    from binarize.recipes import build
+    from binarize.training.ablation import ablate
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "ablate": "binarize.training.ablation",
+    "build": "binarize.recipes",
+    "evaluation": "",
+    "imaging": "",
+    "inspect": "",
+    "models": "",
+    "recipes": "",
+    "training": "",
+}
+
+__all__ = [
+    "BinarizeError",
+    "ConversionReport",
+    "Method",
+    "Summary",
+    "ablate",
+    "binary_state",
+    "build",
+    "checkpoint_context",
+    "convert",
+    "evaluation",
+    "get_method",
+    "hosts",
+    "imaging",
+    "inspect",
+    "layers",
+    "list_hosts",
+    "list_methods",
+    "list_parts",
+    "load",
+    "methods",
+    "models",
+    "param_groups",
+    "plan",
+    "recipes",
+    "register_host",
+    "register_method",
+    "register_part",
+    "report",
+    "revert",
+    "save",
+    "summary",
+    "timesteps",
+    "training",
+    "training_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs diffusers, pydantic or a picture library only when it is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'binarize' has no attribute {name!r}")
+    if not _LAZY[name]:
+        return importlib.import_module(f"binarize.{name}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

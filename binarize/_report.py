@@ -1,0 +1,94 @@
+"""What a conversion did: one row for each convolution, linear layer and new block, with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Action = Literal["binary", "kept", "new"]
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One module.
+
+    Attributes:
+        name: Its path in the model.
+        type: Its class, and the shape of its weight where it has one.
+        action: "binary" (replaced by a binary layer), "kept" (full precision) or "new" (created by the structure pass).
+        detail: By what it was replaced, or why it was kept.
+        weights: How many weights it holds.
+    """
+
+    name: str
+    type: str
+    action: Action
+    detail: str
+    weights: int = 0
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Every module that a conversion looked at.
+
+    Attributes:
+        method: Name of the method.
+        host: What kind of host the model was taken for.
+        structure: Which structure the model has now.
+        rows: One `ReportRow` per module.
+        notes: What concerns the model as a whole.
+    """
+
+    method: str
+    host: str
+    structure: str
+    rows: tuple[ReportRow, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def replaced(self) -> list[ReportRow]:
+        """Rows of the modules that became binary."""
+        return [row for row in self.rows if row.action == "binary"]
+
+    @property
+    def kept(self) -> list[ReportRow]:
+        """Rows of the modules that stayed full precision."""
+        return [row for row in self.rows if row.action == "kept"]
+
+    @property
+    def new(self) -> list[ReportRow]:
+        """Rows of the modules that the structure pass created."""
+        return [row for row in self.rows if row.action == "new"]
+
+    @property
+    def binary_share(self) -> float:
+        """Share of the weights of all convolutions and linear layers that are binary."""
+        total = sum(row.weights for row in self.rows if row.action != "new")
+        return sum(row.weights for row in self.replaced) / total if total else 0.0
+
+    def __str__(self) -> str:
+        counts = Counter(row.action for row in self.rows)
+        head = (
+            f"{self.method} on {self.host}, structure {self.structure}: {counts['binary']} layers binary "
+            f"({100 * self.binary_share:.1f}% of the weights), {counts['kept']} kept, {counts['new']} new blocks"
+        )
+        width = max((len(row.name) for row in self.rows), default=0)
+        kinds = max((len(row.type) for row in self.rows), default=0)
+        lines = [f"{row.name:<{width}}  {row.type:<{kinds}}  {row.action:<6}  {row.detail}" for row in self.rows]
+        return "\n".join([head, *(f"note: {note}" for note in self.notes), *lines])
+
+    def to_markdown(self) -> str:
+        """Return the rows as a Markdown table."""
+        lines = ["| module | type | action | detail |", "|---|---|---|---|"]
+        lines += [f"| `{row.name}` | {row.type} | {row.action} | {row.detail} |" for row in self.rows]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Return everything as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain containers."""
+        return asdict(self)

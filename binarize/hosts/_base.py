@@ -1,0 +1,103 @@
+"""What a host is: a family of networks whose structure the toolkit knows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from binarize.errors import BinarizeError
+from binarize.methods import Method
+from binarize.registry import Registry
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One replacement that rewires a host: ``parent.attribute`` becomes ``module``.
+
+    Attributes:
+        path: Full name of the replaced module.
+        module: What takes its place.
+        note: What the report says.
+        new: Names below ``path`` (or "" for itself) that are freshly initialised.
+    """
+
+    path: str
+    module: nn.Module
+    note: str
+
+
+class Host:
+    """Knows one family of networks. The base class serves any nn.Module.
+
+    Subclass it and register the subclass with `register_host` to teach the toolkit another family.
+    """
+
+    name = "any module"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Say whether the model belongs to this family."""
+        return True
+
+    def num_train_timesteps(self, model: nn.Module) -> int | None:
+        """Return T if the model's own configuration has it."""
+        return None
+
+    def has_structure(self, model: nn.Module) -> bool:
+        """Say whether the structure pass can rewire the model to CP-Down, CP-Up and CS-Fusion."""
+        return False
+
+    def rewire(self, model: nn.Module) -> list[Edit]:
+        """Return the replacements that give the model CP-Down, CP-Up and CS-Fusion; the model is not touched.
+
+        Convolutions that are carried over are the same modules, so that their weights are kept.
+        """
+        raise BinarizeError(
+            f"{type(model).__name__} has no structure that the toolkit can rewire (taken for: {self.name}); "
+            "use structure='keep', or register a host with @binarize.register_host."
+        )
+
+    def after_rewire(self, model: nn.Module) -> None:  # noqa: B027 - most hosts have no such record
+        """Update the model's own record of its structure, once the replacements are in place."""
+
+    def structure(self, model: nn.Module) -> str:
+        """Name the structure that the model has."""
+        return "its own"
+
+    def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
+        """Return the modules that stay full precision by default, as name (or name of an ancestor) to reason."""
+        kept: dict[str, str] = {}
+        convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
+        weighted = [
+            name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+        ]
+        if convolutions:
+            kept[convolutions[0]] = "first convolution"
+        elif weighted:
+            kept[weighted[0]] = "first layer"
+        if weighted:
+            last = weighted[-1]
+            kept.setdefault(last, "last convolution" if last in convolutions else "last layer")
+        for name, module in model.named_modules():
+            if _ATTENTION_CLASS.search(type(module).__name__) or _ATTENTION_PATH.search(name):
+                kept.setdefault(name, "attention projection")
+        return kept
+
+
+_ATTENTION_CLASS = re.compile(r"Attention(Block|Layer)?(\d[dD])?$")
+_ATTENTION_PATH = re.compile(r"(^|\.)(self_|cross_)?att(entio)?n(s|\d+)?$")
+TIME_PATH = re.compile(r"(^|\.)(time|timestep|t_emb|emb_|embed|class_emb|label_emb|add_emb|noise|temb)")
+
+HOSTS: Registry[type[Host]] = Registry("host")
+H = TypeVar("H", bound=type[Host])
+
+
+def find_host(model: nn.Module) -> Host:
+    """Return the host adapter for a model: the one registered last that matches, else the generic one."""
+    for name in reversed(list(HOSTS._items)):
+        if HOSTS[name].matches(model):
+            return HOSTS[name]()
+    return Host()

@@ -1,0 +1,77 @@
+"""Our own SRUNet as a host."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from binarize.hosts._base import HOSTS, Edit, Host
+from binarize.methods import Method
+from binarize.methods._bidiffsr import BiDiffSR
+
+
+@HOSTS.register("SRUNet")
+class SRUNetHost(Host):
+    """binarize.models.SRUNet, whose structure is an option of its configuration."""
+
+    name = "SRUNet"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Say whether the model is an SRUNet, without importing diffusers for models that are not."""
+        return any(c.__module__ == "binarize.models.unet" and c.__name__ == "SRUNet" for c in type(model).__mro__)
+
+    def num_train_timesteps(self, model: nn.Module) -> int | None:
+        """Return T from the configuration."""
+        return int(model.config.num_train_timesteps)  # type: ignore[union-attr]
+
+    def has_structure(self, model: nn.Module) -> bool:
+        """SRUNet can always be asked for (cp, cs); it refuses widths that do not double."""
+        return True
+
+    def structure(self, model: nn.Module) -> str:
+        """Name the structure by its two options."""
+        return f"({model.config.resampling}, {model.config.fusion})"  # type: ignore[union-attr]
+
+    def rewire(self, model: nn.Module) -> list[Edit]:
+        """Build the (cp, cs) twin and carry over every layer that has the same name and shape."""
+        config = dict(model.config)  # type: ignore[arg-type]
+        if (config["resampling"], config["fusion"]) == ("cp", "cs"):
+            return []
+        keys = [key for key in config if not key.startswith("_") and key not in ("resampling", "fusion", "conversion")]
+        twin = type(model)(resampling="cp", fusion="cs", **{key: config[key] for key in keys})
+        twin.train(model.training)
+        parameter = next(model.parameters())
+        if parameter.device.type != "meta":
+            twin.to(device=parameter.device, dtype=parameter.dtype)
+        old = dict(model.named_modules())
+        edits = []
+        for path, module in twin.named_modules():
+            if not path or any(module.children()) or not any(True for _ in module.parameters()):
+                continue
+            mine = old.get(path)
+            if mine is not None and _shapes(mine) == _shapes(module):
+                parent, _, attribute = path.rpartition(".")
+                setattr(twin.get_submodule(parent), attribute, mine)
+        for child in ("encoder", "middle", "decoder"):
+            edits.append(Edit(child, twin.get_submodule(child), "rebuilt with CP-Down, CP-Up and CS-Fusion"))
+        return edits
+
+    def after_rewire(self, model: nn.Module) -> None:
+        """Write the new structure into the configuration."""
+        model.register_to_config(resampling="cp", fusion="cs")  # type: ignore[operator]
+
+    def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
+        """Keep first and last convolution, attention, and BI-DiffSR's finest decoder levels."""
+        kept = {"conv_in": "first convolution", "conv_out": "last convolution", "time_mlp": "time embedding"}
+        for name, module in model.named_modules():
+            if type(module).__name__ == "SelfAttention":
+                kept[name] = "attention projection"
+        if isinstance(method, BiDiffSR):
+            chosen = (0, 1) if method.fp_decoder_levels is None else method.fp_decoder_levels
+            for level in chosen:
+                kept[f"decoder.{level}.blocks"] = f"decoder level {level} (fp_decoder_levels)"
+        return kept
+
+
+def _shapes(module: nn.Module) -> tuple[str, list[tuple[str, tuple[int, ...]]]]:
+    return type(module).__name__, [(name, tuple(p.shape)) for name, p in module.named_parameters()]

@@ -1,0 +1,213 @@
+"""Loading the checkpoints that the authors of BI-DiffSR released."""
+
+from __future__ import annotations
+
+import math
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from binarize._convert import convert
+from binarize.errors import BinarizeError, did_you_mean
+from binarize.methods import BiDiffSR
+from binarize.models.unet import SRUNet
+
+OFFICIAL_CONFIG: dict[str, Any] = {
+    "in_channel": 6,
+    "out_channel": 3,
+    "inner_channel": 64,
+    "norm_groups": 16,
+    "channel_mults": [1, 2, 4, 8],
+    "attn_res": [],
+    "res_blocks": 2,
+    "dropout": 0.2,
+    "image_size": 256,
+    "fp_res": [256, 128],
+    "total_step": 2000,
+    "dynamic_group": 5,
+}
+"""The released x2 and x4 configuration, in the released code's names."""
+
+
+def load_official(path: str | PathLike[str], *, sign_zero: str = "zero", **official_config_names: Any) -> SRUNet:
+    """Read a released BI-DiffSR checkpoint, a torch file ``{"params": state_dict}``.
+
+    Args:
+        path: The ``.pth`` file. It is read with ``weights_only=True``: no code in it is run.
+        sign_zero: What sign(0) is: "zero" as in the released code, which the weights were trained with, or "plus".
+        **official_config_names: What differs from the released configuration, in the released code's names
+            (`OFFICIAL_CONFIG`).
+
+    Returns:
+        The converted SRUNet in eval mode, float32 (or the file's dtype).
+
+    Raises:
+        BinarizeError: If the file cannot be read, a name is unknown, or keys or shapes do not fit; the message names
+            what is missing or unexpected.
+    """
+    for key in official_config_names:
+        if key not in OFFICIAL_CONFIG:
+            raise BinarizeError(
+                f"load_official: unknown configuration name {key!r}; names: {', '.join(OFFICIAL_CONFIG)}."
+                + did_you_mean(key, OFFICIAL_CONFIG)
+            )
+    state = _read(path)
+    config = {**OFFICIAL_CONFIG, **official_config_names}
+    model = official_network(config, sign_zero=sign_zero)
+    mapped, unexpected = _map_keys(state, model, config["dynamic_group"])
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(mapped))
+    wrong = [
+        f"{key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
+        for key, value in mapped.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    unexpected += sorted(set(mapped) - set(expected))
+    if missing or unexpected or wrong:
+        raise BinarizeError(_mismatch(path, missing, unexpected, wrong))
+    dtype = next(iter(mapped.values())).dtype
+    model.to(dtype)
+    model.load_state_dict(mapped)
+    return model.eval()
+
+
+def official_network(config: dict[str, Any], *, sign_zero: str = "zero") -> SRUNet:
+    """Return the untrained, converted network of a configuration in the released code's names."""
+    size = config["image_size"]
+    levels = len(config["channel_mults"])
+
+    def level_of(resolution: int, key: str) -> int:
+        level = math.log2(size / resolution) if resolution > 0 else -1.0
+        if level < 0 or level != int(level) or level >= levels:
+            allowed = [size // 2**i for i in range(levels)]
+            raise BinarizeError(f"load_official: {key} holds {resolution}; with image_size {size} it may hold {allowed}.")
+        return int(level)
+
+    model = SRUNet(
+        in_channels=config["in_channel"],
+        out_channels=config["out_channel"],
+        base_channels=config["inner_channel"],
+        channel_mults=tuple(config["channel_mults"]),
+        res_blocks=config["res_blocks"],
+        norm_groups=config["norm_groups"],
+        dropout=config["dropout"],
+        attention_levels=tuple(sorted(level_of(r, "attn_res") for r in config["attn_res"])),
+        num_train_timesteps=config["total_step"],
+    )
+    method = BiDiffSR(
+        groups=config["dynamic_group"],
+        fp_decoder_levels=tuple(sorted(level_of(r, "fp_res") for r in config["fp_res"])),
+        sign_zero=sign_zero,  # type: ignore[arg-type]
+    )
+    return convert(model, method)
+
+
+def _read(path: str | PathLike[str]) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise BinarizeError(f"load_official: {path} is not a file.")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise BinarizeError(f"load_official: {path} is not a readable torch checkpoint ({type(error).__name__}).") from error
+    state = loaded.get("params") if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
+        keys = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__
+        raise BinarizeError(f"load_official: {path} must hold {{'params': state_dict}}; it holds {keys}.")
+    return state
+
+
+def _mismatch(path: str | PathLike[str], missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
+    parts = [f"load_official: {path} does not fit the configuration."]
+    for label, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
+        if keys:
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            parts.append(f"{len(keys)} {label}: {', '.join(keys[:4])}{more}.")
+    parts.append("Pass the configuration the checkpoint was trained with (inner_channel, channel_mults, fp_res, ...).")
+    return " ".join(parts)
+
+
+def _prefixes(model: SRUNet) -> dict[str, str]:
+    """Return official module path -> our module path; the official lists are flat."""
+    paths: dict[str, str] = {
+        "timestep_level_mlp.1": "time_mlp.0",
+        "timestep_level_mlp.3": "time_mlp.2",
+        "downs.0": "conv_in",
+        "final_conv.block.0": "norm_out",
+        "final_conv.block.3": "conv_out",
+    }
+    index = 1
+    for level, encoder in enumerate(model.encoder):
+        for number in range(len(encoder.blocks)):  # type: ignore[arg-type]
+            paths[f"downs.{index}"] = f"encoder.{level}.blocks.{number}"
+            index += 1
+        if encoder.down is not None:
+            paths[f"downs.{index}"] = f"encoder.{level}.down"
+            index += 1
+    for number in range(len(model.middle)):
+        paths[f"mid.{number}"] = f"middle.{number}"
+    index = 0
+    for level in reversed(range(len(model.decoder))):
+        decoder = model.decoder[level]
+        for number in range(len(decoder.blocks)):  # type: ignore[arg-type]
+            paths[f"ups.{index}"] = f"decoder.{level}.blocks.{number}.fusion"
+            paths[f"ups.{index + 1}"] = f"decoder.{level}.blocks.{number}"
+            index += 2
+        if decoder.up is not None:
+            paths[f"ups.{index}"] = f"decoder.{level}.up"
+            index += 1
+    return paths
+
+
+_INSIDE = (
+    (r"^res_block\.timestep_func\.1\.", "time."),
+    (r"^res_block\.block([12])\.block\.0\.", r"norm\1."),
+    (r"^res_block\.block([12])\.conv\.", r"conv\1."),
+    (r"^attn\.", "attention."),
+    (r"^biconv_?1\.", "convs.0."),
+    (r"^biconv_?2\.", "convs.1."),
+)
+_BINARY = (
+    (r"binary_conv\.weight$", "weight"),
+    (r"TaR\.dynamic_move_(\d+)\.bias$", r"pre.bias@\1"),
+    (r"TaA\.dynamic_relu_(\d+)\.pr_bias0\.bias$", r"post.shift_in@\1"),
+    (r"TaA\.dynamic_relu_(\d+)\.pr_prelu\.weight$", r"post.slope@\1"),
+    (r"TaA\.dynamic_relu_(\d+)\.pr_bias1\.bias$", r"post.shift_out@\1"),
+)
+
+
+def _map_keys(state: dict[str, Tensor], model: SRUNet, groups: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Return our state dict, rows of timestep groups stacked, and the official keys that have no place."""
+    prefixes = sorted(_prefixes(model).items(), key=lambda item: -len(item[0]))
+    plain: dict[str, Tensor] = {}
+    rows: dict[str, dict[int, Tensor]] = {}
+    unexpected = []
+    for key, value in state.items():
+        name = official_to_ours(key, prefixes)
+        if name is None:
+            unexpected.append(key)
+        elif "@" in name:
+            target, _, row = name.partition("@")
+            rows.setdefault(target, {})[int(row)] = value.reshape(-1)
+        else:
+            plain[name] = value
+    for target, found in rows.items():
+        if sorted(found) == list(range(groups)) and len({v.shape for v in found.values()}) == 1:
+            plain[target] = torch.stack([found[row] for row in range(groups)])
+        else:
+            unexpected.append(f"{target} with timestep groups {sorted(found)} instead of 0..{groups - 1}")
+    return plain, unexpected
+
+
+def official_to_ours(key: str, prefixes: list[tuple[str, str]]) -> str | None:
+    """Return our name of an official key, ``name@row`` for one row of a stacked parameter, or None."""
+    for official, ours in prefixes:
+        if key.startswith(f"{official}."):
+            inside = key[len(official) + 1 :]
+            for pattern, replacement in (*_INSIDE, *_BINARY):
+                inside = re.sub(pattern, replacement, inside)
+            return f"{ours}.{inside}"
+    return None
