@@ -22,14 +22,14 @@ from binarize.serialization import load, save
 
 if TYPE_CHECKING:
     from binarize import evaluation, imaging, inspect, models, recipes, training
-    from binarize.recipes import build
+    from binarize._build import build
     from binarize.training.ablation import ablate
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "ablate": "binarize.training.ablation",
-    "build": "binarize.recipes",
+    "build": "binarize._build",
     "evaluation": "",
     "imaging": "",
     "inspect": "",

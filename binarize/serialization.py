@@ -1,14 +1,149 @@
-"""Saving and loading converted models."""
+"""Saving and loading converted models.
+
+A folder holds ``config.json``, which says what the host is and how it was converted, and ``model.safetensors``. SRUNet
+has all of that in diffusers' own format; `save` and `load` do the same for hosts of other libraries.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import nn
 
-from binarize._convert import RECORD, convert
+from binarize._convert import RECORD, conversion, convert
 from binarize.errors import BinarizeError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save(model: nn.Module, folder: str | PathLike[str]) -> Path:
+    """Save a converted model so that `load` can rebuild it.
+
+    Files of an earlier save in the same folder are replaced, each in one step.
+
+    Args:
+        model: A converted model: SRUNet, a diffusers model, or any other nn.Module (which `load` then needs an
+            unconverted instance of).
+        folder: Where to; it is created.
+
+    Returns:
+        The folder.
+
+    Raises:
+        BinarizeError: If the model is not converted, or a part of its method cannot be named in a file.
+    """
+    from binarize.imaging import write_atomic
+
+    record = conversion(model)
+    config = record.to_config()
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise BinarizeError(f"save: {folder} is a file; give a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if _is_srunet(model):
+        model.save_pretrained(folder)  # type: ignore[operator]
+        return folder
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    described = {
+        "binarize_format": 1,
+        "host": _describe_host(model),
+        "dtype": str(dtype).removeprefix("torch."),
+        "conversion": config,
+    }
+    text = json.dumps(described, indent=2) + "\n"
+    write_atomic(folder / WEIGHTS, lambda path: save_model(model, str(path)), force=True)
+    write_atomic(folder / CONFIG, lambda path: path.write_text(text), force=True)
+    return folder
+
+
+def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Rebuild a model that `save` (or ``SRUNet.save_pretrained``) wrote.
+
+    Args:
+        folder: What `save` returned.
+        model: An unconverted instance of the host, needed for hosts that are neither SRUNet nor diffusers models; it
+            is converted in place and returned.
+
+    Returns:
+        The converted model in eval mode, with its weights.
+
+    Raises:
+        BinarizeError: If files are missing or broken, or do not fit the host.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if config.get("_class_name") == "SRUNet" and model is None:
+        from binarize.models import SRUNet
+
+        try:
+            return SRUNet.from_pretrained(folder)
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            raise BinarizeError(f"load: {folder} does not hold a readable SRUNet: {_first_line(error)}") from error
+    if config.get("binarize_format") != 1:
+        raise BinarizeError(
+            f"load: {folder / CONFIG} has binarize_format {config.get('binarize_format')!r}; this version reads 1."
+        )
+    host = _build_host(config["host"], folder) if model is None else model
+    dtype = getattr(torch, str(config.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise BinarizeError(f"load: {folder / CONFIG} names an unknown dtype {config.get('dtype')!r}.")
+    apply_conversion(host, config["conversion"])
+    host.to(dtype)
+    try:
+        load_model(host, str(folder / WEIGHTS), strict=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise BinarizeError(f"load: {folder / WEIGHTS} does not fit the host: {_first_line(error)}") from error
+    return host.eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for name in (CONFIG,):
+        if not (folder / name).is_file():
+            raise BinarizeError(f"load: {folder} has no {name}; give a folder that binarize.save wrote.")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BinarizeError(f"load: {folder / CONFIG} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise BinarizeError(f"load: {folder / CONFIG} must hold a JSON object; got {type(config).__name__}.")
+    return config
+
+
+def _is_srunet(model: nn.Module) -> bool:
+    return any(c.__module__ == "binarize.models.unet" and c.__name__ == "SRUNet" for c in type(model).__mro__)
+
+
+def _describe_host(model: nn.Module) -> dict[str, Any]:
+    cls = type(model)
+    if cls.__module__.startswith("diffusers.") and hasattr(model, "config"):
+        return {"library": "diffusers", "class": cls.__name__, "config": json.loads(model.to_json_string())}  # type: ignore[operator]
+    return {"library": None, "class": f"{cls.__module__}.{cls.__qualname__}"}
+
+
+def _build_host(described: Mapping[str, Any], folder: Path) -> nn.Module:
+    if described.get("library") != "diffusers":
+        raise BinarizeError(
+            f"load: {folder} holds a {described.get('class')}, which only its own code can build; "
+            "pass an unconverted instance: binarize.load(folder, model=...)."
+        )
+    import diffusers
+
+    cls = getattr(diffusers, str(described["class"]), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise BinarizeError(f"load: {folder} names {described['class']!r}, which is no diffusers model.")
+    built: nn.Module = cls.from_config(dict(described["config"]))  # type: ignore[attr-defined]
+    return built
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:

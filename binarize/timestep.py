@@ -185,3 +185,21 @@ def no_timestep_message(model: nn.Module) -> str:
         f"arguments {', '.join(TIMESTEP_NAMES)}. Use a method that is not timestep-aware, or one group for all: "
         'bidiffsr(groups=1), in a recipe {"name": "bidiffsr", "groups": 1}.'
     )
+
+
+def detach_contexts(model: nn.Module) -> None:
+    """Remove every hook that `TimestepContext.attach` put on a model."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), TimestepContext):
+                    del hooks[key]
+                    for extra in (
+                        module._forward_pre_hooks_with_kwargs,
+                        module._forward_hooks_with_kwargs,
+                        module._forward_hooks_always_called,
+                    ):
+                        extra.pop(key, None)
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, _CheckpointWithTimestep):
+            module._gradient_checkpointing_func = function.function  # type: ignore[assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +76,7 @@ def build_model(recipe: Recipe) -> SRUNet:
         BinarizeError: If a plugin cannot be imported, the network cannot be built, or the conversion is refused.
     """
     import_plugins(recipe.plugins)
-    from binarize.convert import convert
+    from binarize import convert
     from binarize.models import SRUNet
 
     model = SRUNet(**recipe.model.config(recipe.scheduler.num_train_timesteps))
@@ -86,7 +87,7 @@ def build_model(recipe: Recipe) -> SRUNet:
             structure=recipe.structure,
             keep=None if recipe.keep is None else list(recipe.keep),
             overrides=recipe.overrides,
-            linear=recipe.linear,
+            linear=recipe.linear if isinstance(recipe.linear, bool) else list(recipe.linear),
         )
     return model
 
@@ -98,7 +99,7 @@ def build_scheduler(recipe: Recipe) -> DDIMScheduler:
     return DDIMScheduler(**recipe.scheduler.model_dump())
 
 
-def validate(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Return a recipe after checking all that can be checked without data or memory for the weights.
 
     Beyond `load_recipe`, this imports the plugins and builds the converted network on the meta device, so an unknown

@@ -7,7 +7,7 @@ contributes 0 and not +-1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,7 @@ class _BinaryLayer(nn.Module):
         self.method = method
         self.post_after_shortcut = method.post_after_shortcut
         self.clamps_latent = method.clamps_latent
+        self.had_bias = bias is not None
         self.register_parameter("bias", None)
         if bias is not None and method.keep_bias:
             self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
@@ -90,6 +91,17 @@ class _BinaryLayer(nn.Module):
     def binary_weight(self) -> BinaryWeight:
         """Return the codes ``(n, *weight.shape)`` and scales ``(n, C_out)`` that the forward uses now."""
         return cast(BinaryWeight, self.weight_binarizer(self.weight))
+
+
+PlainT = TypeVar("PlainT", nn.Conv2d, nn.Linear)
+
+
+def _with_latents(plain: PlainT, layer: _BinaryLayer) -> PlainT:
+    plain.weight = layer.weight
+    if layer.had_bias:
+        bias = layer.bias
+        plain.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0])) if bias is None else bias
+    return plain.train(layer.training)
 
 
 PART_ORDER: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "norm", "post", "shortcut")
@@ -174,6 +186,7 @@ class BinaryConv2d(_BinaryLayer):
         self.stride = cast(tuple[int, int], conv.stride)
         self.dilation = cast(tuple[int, int], conv.dilation)
         self.groups, self.padding_mode = conv.groups, conv.padding_mode
+        self.declared_padding = cast(str | tuple[int, int], conv.padding)
         left_right, top_bottom = _explicit_padding(conv)
         symmetric = left_right[0] == left_right[1] and top_bottom[0] == top_bottom[1]
         self.padding = (top_bottom[0], left_right[0])
@@ -200,6 +213,22 @@ class BinaryConv2d(_BinaryLayer):
             codes = F.pad(codes, self.pad_codes, mode=mode)
             padding = (0, 0)
         return binary_conv2d(codes, weight, self.stride, padding, self.dilation, self.groups)
+
+    def to_float(self) -> nn.Conv2d:
+        """Return the plain convolution with the latent weights, as the same Parameter."""
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.declared_padding,
+            self.dilation,
+            self.groups,
+            bias=self.had_bias,
+            padding_mode=self.padding_mode,
+            device="meta",
+        )
+        return _with_latents(conv, self)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -271,6 +300,11 @@ class BinaryLinear(_BinaryLayer):
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
         return binary_linear(codes, weight)
+
+    def to_float(self) -> nn.Linear:
+        """Return the plain linear layer with the latent weights, as the same Parameter."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.had_bias, device="meta")
+        return _with_latents(linear, self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, method={self.method.name!r}"

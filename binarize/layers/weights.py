@@ -6,7 +6,7 @@ Each one's ``forward(w)`` returns a `BinaryWeight`. ``w`` is ``(C_out, C_in / gr
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ def _column(values: Tensor, w: Tensor) -> Tensor:
 
 
 class _WeightBinarizer(nn.Module):
+    terms = 1
+    stored_scales: Literal["filter", "tensor", "none"] = "filter"
+
     def __init__(self, sign_zero: SignZero = "plus") -> None:
         super().__init__()
         self.sign_zero: SignZero = sign_zero
@@ -46,6 +49,8 @@ class SignWeight(_WeightBinarizer):
         sign_zero: What sign(0) is.
         clip: Backward g * 1{|w| <= 1} (BiBench's form); otherwise the original identity.
     """
+
+    stored_scales = "none"
 
     def __init__(self, sign_zero: SignZero = "plus", clip: bool = True) -> None:
         super().__init__(sign_zero)
@@ -132,6 +137,8 @@ class XnorWeight(_WeightBinarizer):
 class TensorScaledWeight(_WeightBinarizer):
     """DoReFa-Net: w_hat = E sign(w / E), E = mean |w| over the whole tensor, detached; backward g."""
 
+    stored_scales = "tensor"
+
     def forward(self, w: Tensor) -> BinaryWeight:
         """Binarize latent weights."""
         return self._single(w, w, w.detach().abs().mean().expand(w.shape[0]))
@@ -176,6 +183,8 @@ class RectifiedWeight(Scheduled, _WeightBinarizer):
     from ``tau_min`` to ``tau_max`` over training (Xu et al. 2021).
     """
 
+    stored_scales = "none"
+
     def __init__(self, sign_zero: SignZero = "plus", tau_min: float = 0.85, tau_max: float = 0.99) -> None:
         super().__init__(sign_zero)
         self.tau_min, self.tau_max = tau_min, tau_max
@@ -202,6 +211,9 @@ class TwoBasisWeight(_WeightBinarizer):
         weight: The latent weights, from which the scales are initialised.
         sign_zero: What sign(0) is.
     """
+
+    terms = 2
+    stored_scales = "none"  # they are parameters
 
     def __init__(self, weight: Tensor, sign_zero: SignZero = "plus") -> None:
         super().__init__(sign_zero)
