@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def list_recipes() -> dict[str, str]:
     return {name: str(_read(path).get("description", "")) for name, path in _installed().items()}
 
 
-def recipe_path(name_or_path: str | Path) -> Path:
+def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the file of a recipe.
 
     Args:
@@ -51,7 +52,7 @@ def recipe_path(name_or_path: str | Path) -> Path:
     )
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Return a recipe, checked.
 
     Args:
@@ -75,7 +76,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise BinarizeError(explain(error, str(name_or_path))) from None
 
 
-def copy_recipe(name: str, dest: str | Path, *, force: bool = False) -> Path:
+def copy_recipe(name: str, dest: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Copy a recipe's file, to be edited, and return where it went.
 
     Args:

@@ -36,8 +36,9 @@ class Recipe(Section):
     method: MethodSection | None = Field(
         default=None, description="The binarizer: a name, `{name: ..., option: ...}`, or null for full precision."
     )
-    structure: Literal["auto", "keep"] = Field(
-        default="auto", description="auto: the method's own rewiring of the network, if it has one; keep: none."
+    structure: Literal["auto", "keep", "cp_cs"] = Field(
+        default="auto",
+        description="keep: the network's own structure; cp_cs: CP-Down, CP-Up, CS-Fusion; auto: the method's choice.",
     )
     keep: tuple[str, ...] | None = Field(
         default=None, description="Globs of the module names that stay full precision."
@@ -45,7 +46,9 @@ class Recipe(Section):
     overrides: dict[str, Any] | None = Field(
         default=None, description="Glob of module names -> method or options for those."
     )
-    linear: bool = Field(default=False, description="Binarize linear layers too.")
+    linear: bool | tuple[str, ...] = Field(
+        default=False, description="Binarize linear layers too: true, or globs of module names."
+    )
 
     train_data_dir: Path | None = Field(default=None, description="Folder of high-resolution training pictures.")
     train_lr_data_dir: Path | None = Field(
@@ -61,7 +64,7 @@ class Recipe(Section):
     dataloader_num_workers: NonNegativeInt = Field(default=0, description="Processes that prepare batches; 0: none.")
 
     output_dir: Path = Field(
-        default=Path("runs/unnamed"), description="Where everything is written; default runs/<recipe>."
+        default=Path("runs/unnamed"), description="Where everything is written; default runs/ and the recipe's name."
     )
     seed: NonNegativeInt = Field(
         default=0, description="Decides initial weights, patches, timesteps, noise and dropout."

@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, TypeAdapter
 
 from binarize.errors import BinarizeError
 from binarize.recipes import (
+    ModelSection,
     Recipe,
+    SchedulerSection,
     build_model,
     build_scheduler,
     copy_recipe,
@@ -107,11 +110,27 @@ def test_the_list_starts_with_the_main_recipes() -> None:
     assert all(name.startswith("paper/") for name in NAMES[5:])
 
 
-def test_every_key_is_described_and_documented() -> None:
+def key_table(section: type[BaseModel]) -> str:
+    """Return the Markdown table of a section's keys, as the page on recipes has it."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in section.model_fields.items():
+        if isinstance(field.get_default(call_default_factory=True), BaseModel):
+            default = "see below"
+        elif field.is_required():
+            default = "-"
+        else:
+            value = TypeAdapter(Any).dump_python(field.get_default(call_default_factory=True), mode="json")
+            default = "`" + yaml.safe_dump(value, default_flow_style=True).split("\n")[0] + "`"
+        choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+        allowed = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if len(choices) > 1 else ""
+        rows.append(f"| `{field.alias or name}` | {default} | {field.description}{allowed} |")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize("section", [Recipe, ModelSection, SchedulerSection], ids=lambda section: section.__name__)
+def test_the_page_on_recipes_has_every_key_as_the_schema_has_it(section: type[BaseModel]) -> None:
     page = (ROOT / "docs" / "howto" / "recipes.md").read_text(encoding="utf-8")
-    for name, field in Recipe.model_fields.items():
-        assert field.description, name
-        assert f"`{name}`" in page, f"{name} is missing from docs/howto/recipes.md"
+    assert key_table(section) in page
 
 
 def test_the_model_section_is_the_networks_configuration() -> None:

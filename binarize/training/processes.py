@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
             f"report_to: {recipe.report_to} is not installed; pip install 'binarize-diffusion[train]', "
             "or set report_to=none."
         )
-    embedded = AcceleratorState._shared_state != {}
+    embedded = PartialState._shared_state != {}
     try:
         accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision,
@@ -59,7 +59,8 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
             tracker.finish()
         if not embedded:
             # Accelerate keeps the precision for the life of the process, and a next run may have another.
-            AcceleratorState._reset_state()
+            accelerator.state.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
