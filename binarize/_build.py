@@ -22,5 +22,5 @@ def build(recipe: str | PathLike[str] | Recipe, *overrides: str) -> SRUNet:
     """
     from binarize.recipes import Recipe, build_model, load_recipe
 
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)  # type: ignore[arg-type]
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     return build_model(loaded)

@@ -8,18 +8,18 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from binarize._report import ConversionReport, ReportRow
 from binarize.errors import BinarizeError
 from binarize.hosts import Edit, Host, find_host
 from binarize.hosts._base import TIME_PATH
 from binarize.layers import BinaryConv2d, BinaryLinear
 from binarize.methods import Method, get_method
-from binarize._report import ConversionReport, ReportRow
 from binarize.timestep import TimestepContext, has_timestep, no_timestep_message
 
 MethodLike = str | Method | Mapping[str, Any]
@@ -93,7 +93,8 @@ def convert(
 
     Args:
         model: Any nn.Module; a diffusion U-Net for timestep-aware methods.
-        method: A method's name ("bidiffsr"), an instance (``methods.bidiffsr(groups=2)``) or ``{"name": ..., **options}``.
+        method: A method's name ("bidiffsr"), an instance (``methods.bidiffsr(groups=2)``) or
+            ``{"name": ..., **options}``.
         structure: "auto" (CP-Down, CP-Up and CS-Fusion for "bidiffsr" where the host is known, else the host's own),
             "cp_cs" (for any method) or "keep" (convolutions only).
         keep: Glob patterns on module names, or predicates ``f(name, module)``; what matches, and all below it, stays
@@ -116,7 +117,7 @@ def convert(
     host = find_host(model)
     wanted = _resolve_structure(model, method, host, structure)
     undo: list[tuple[nn.Module, str, nn.Module]] = []
-    config_before = dict(model.config) if hasattr(model, "config") and hasattr(model, "register_to_config") else None
+    config_before = _config_of(model)
     try:
         edits = host.rewire(model) if wanted == "cp_cs" else []
         carried = {id(module) for module in model.modules()}
@@ -125,7 +126,7 @@ def convert(
         if edits:
             host.after_rewire(model)
         plan = _select(model, method, host, checked)
-        needs_time = any(m.needs_timestep for m in {*map(_identity, plan.replace.values())})
+        needs_time = any(chosen.needs_timestep for chosen in plan.replace.values())
         context, steps = _make_context(model, host, needs_time, num_train_timesteps, plan)
         _swap(model, plan, context, undo)
         rows = [*_structure_rows(model, edits, carried), *plan.rows]
@@ -138,8 +139,8 @@ def convert(
     except BaseException:
         for parent, attribute, old in reversed(undo):
             setattr(parent, attribute, old)
-        if config_before is not None and dict(model.config) != config_before:  # type: ignore[call-overload]
-            model.register_to_config(**config_before)  # type: ignore[operator]
+        if config_before is not None and _config_of(model) != config_before:
+            cast(Any, model).register_to_config(**config_before)
         raise
     setattr(model, RECORD, record)
     _record_config(model, record)
@@ -180,7 +181,9 @@ def conversion(model: nn.Module) -> Conversion:
     """
     record = getattr(model, RECORD, None)
     if record is None:
-        raise BinarizeError(f"this {type(model).__name__} is not converted; call binarize.convert(model, method) first.")
+        raise BinarizeError(
+            f"this {type(model).__name__} is not converted; call binarize.convert(model, method) first."
+        )
     found: Conversion = record
     return found
 
@@ -221,15 +224,10 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _identity(method: Method) -> _ById:
-    return _ById(method)
-
-
-class _ById:
-    """A method compared by identity: its options may not be hashable."""
-
-    def __init__(self, method: Method) -> None:
-        self.needs_timestep = method.needs_timestep
+def _config_of(model: nn.Module) -> dict[str, Any] | None:
+    if hasattr(model, "config") and hasattr(model, "register_to_config"):
+        return dict(cast(Any, model).config)
+    return None
 
 
 @dataclass
@@ -345,7 +343,7 @@ def _select(model: nn.Module, method: Method, host: Host, checked: _Checked) -> 
         if id(module) in seen:
             continue
         seen[id(module)] = name
-        weights = module.weight.numel()
+        weights = cast(Tensor, module.weight).numel()
         chosen, reason = _decide(name, module, method, checked, defaults, linear)
         if chosen is None:
             plan.rows.append(ReportRow(name, _describe(module), "kept", reason, weights))
@@ -419,9 +417,7 @@ def _detail(module: nn.Module, method: Method) -> str:
         strided = any(s != 1 for s in module.stride)
         if method.part("shortcut") is not None and (not same or strided):
             how = "projected" if method.part("shortcut") == "projection" else "pooled"
-            over = " and ".join(
-                text for text, yes in (("channels", not same), ("2-D average", strided)) if yes
-            )
+            over = " and ".join(text for text, yes in (("channels", not same), ("2-D average", strided)) if yes)
             notes.append(f"shortcut {how} ({over})")
         if module.groups != 1:
             notes.append(f"groups {module.groups}")
@@ -431,7 +427,7 @@ def _detail(module: nn.Module, method: Method) -> str:
 
 
 def _describe(module: nn.Module) -> str:
-    return f"{type(module).__name__} {'x'.join(map(str, module.weight.shape))}"
+    return f"{type(module).__name__} {'x'.join(map(str, cast(Tensor, module.weight).shape))}"
 
 
 def _make_context(
@@ -512,7 +508,7 @@ def _record_config(model: nn.Module, record: Conversion) -> None:
             config = record.to_config()
         except BinarizeError as error:
             config = {"unsaveable": str(error)}
-        model.register_to_config(conversion=config)
+        cast(Any, model).register_to_config(conversion=config)
 
 
 def meta_copy(model: ModelT) -> ModelT:

@@ -68,7 +68,9 @@ def binary_state(model: nn.Module, *, packed: bool = False) -> dict[str, BinaryL
         bits = pack_bits(codes) if packed else None
         state[name] = BinaryLayerState(None if packed else codes, bits, weight.scales, tuple(layer.weight.shape), zeros)
     if not state:
-        raise BinarizeError(f"this {type(model).__name__} has no binary layer; call binarize.convert(model, method) first.")
+        raise BinarizeError(
+            f"this {type(model).__name__} has no binary layer; call binarize.convert(model, method) first."
+        )
     return state
 
 

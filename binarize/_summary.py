@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,15 +90,21 @@ class Summary:
             return self._totals()
         cells = [_HEAD, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(_HEAD))]
-        lines = ["  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-                 for line in cells]
+        lines = [
+            "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in cells
+        ]
         return "\n".join([*lines, "", self._totals()])
 
     def to_markdown(self, *, layers: bool = True) -> str:
         """Return Markdown: the totals, and a table with one line per module."""
         lines = [self._totals().replace("\n", "  \n")]
         if layers:
-            lines += ["", "| " + " | ".join(_HEAD) + " |", "|" + "|".join(["---"] * 3 + ["--:"] * (len(_HEAD) - 3)) + "|"]
+            lines += [
+                "",
+                "| " + " | ".join(_HEAD) + " |",
+                "|" + "|".join(["---"] * 3 + ["--:"] * (len(_HEAD) - 3)) + "|",
+            ]
             lines += ["| " + " | ".join(_cells(row)) + " |" for row in self.rows]
         return "\n".join(lines)
 
@@ -176,7 +182,7 @@ def _row(name: str, module: nn.Module, count: _Count) -> SummaryRow:
     binary = isinstance(module, BinaryConv2d | BinaryLinear)
     owned = _owned(module)
     raw = sum(p.numel() for p in owned)
-    weights = module.weight.numel() if binary else 0
+    weights = cast(Tensor, module.weight).numel() if binary else 0
     size = sum(p.numel() for p in owned if not (binary and p is module.weight)) * 4
     size += sum(b.numel() * b.element_size() for b in _buffers(module))
     if binary:
@@ -212,7 +218,9 @@ def _buffers(module: nn.Module) -> list[Tensor]:
     return list(module.buffers(recurse=isinstance(module, BinaryConv2d | BinaryLinear)))
 
 
-def _run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[dict[str, _Count], list[tuple[str, nn.Module]]]:
+def _run(
+    model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]
+) -> tuple[dict[str, _Count], list[tuple[str, nn.Module]]]:
     counts: dict[str, _Count] = {}
     rows: list[tuple[str, nn.Module]] = []
     stack: list[tuple[str, nn.Module]] = []
@@ -242,8 +250,8 @@ def _run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tu
         raise
     except Exception as error:
         raise BinarizeError(
-            f"summary: {type(model).__name__} cannot run on {_describe(args, kwargs)}: {type(error).__name__}: {error}. "
-            "Pass example_inputs that its forward accepts."
+            f"summary: {type(model).__name__} cannot run on {_describe(args, kwargs)}: "
+            f"{type(error).__name__}: {error}. Pass example_inputs that its forward accepts."
         ) from error
     finally:
         for handle in handles:
@@ -292,8 +300,9 @@ class _Counter(TorchDispatchMode):
 def _inputs(model: nn.Module, given: Any) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], str]:
     if given is None:
         given = default_inputs(model)
+    args: tuple[Any, ...]
     if isinstance(given, Tensor):
-        args, kwargs = (given,), {}
+        args, kwargs = (given,), dict[str, Any]()
     elif isinstance(given, Mapping):
         args, kwargs = (), dict(given)
     elif isinstance(given, Sequence) and not isinstance(given, str):
@@ -325,7 +334,8 @@ def default_inputs(model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
     names = {c.__name__ for c in type(model).__mro__}
     if "SRUNet" in names:
         channels = get("out_channels", 3)
-        size = 256 if 256 % model.size_multiple == 0 else model.size_multiple  # type: ignore[operator, arg-type]
+        multiple = cast(int, model.size_multiple)
+        size = 256 if 256 % multiple == 0 else multiple
         picture = torch.empty(1, channels, size, size, device="meta")
         condition = torch.empty(1, get("in_channels", 6) - channels, size, size, device="meta")
         return picture, torch.zeros(1, dtype=torch.long, device="meta"), condition

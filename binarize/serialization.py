@@ -95,7 +95,8 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     if not isinstance(dtype, torch.dtype):
         raise BinarizeError(f"load: {folder / CONFIG} names an unknown dtype {config.get('dtype')!r}.")
     apply_conversion(host, config["conversion"])
-    host.to(dtype)
+    if next(host.parameters()).dtype != dtype:
+        host.to(dtype)
     try:
         load_model(host, str(folder / WEIGHTS), strict=True)
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_steps", "noise_level", "noise_labels", "sigma")
+TIMESTEP_NAMES = (
+    "timestep",
+    "timesteps",
+    "t",
+    "time",
+    "time_step",
+    "time_steps",
+    "noise_level",
+    "noise_labels",
+    "sigma",
+)
 
 
 def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:

@@ -84,7 +84,9 @@ def official_network(config: dict[str, Any], *, sign_zero: str = "zero") -> SRUN
         level = math.log2(size / resolution) if resolution > 0 else -1.0
         if level < 0 or level != int(level) or level >= levels:
             allowed = [size // 2**i for i in range(levels)]
-            raise BinarizeError(f"load_official: {key} holds {resolution}; with image_size {size} it may hold {allowed}.")
+            raise BinarizeError(
+                f"load_official: {key} holds {resolution}; with image_size {size} it may hold {allowed}."
+            )
         return int(level)
 
     model = SRUNet(
@@ -112,7 +114,9 @@ def _read(path: str | PathLike[str]) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise BinarizeError(f"load_official: {path} is not a readable torch checkpoint ({type(error).__name__}).") from error
+        raise BinarizeError(
+            f"load_official: {path} is not a readable torch checkpoint ({type(error).__name__})."
+        ) from error
     state = loaded.get("params") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
         keys = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__

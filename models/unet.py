@@ -6,9 +6,11 @@ configurations of one class. It is built of plain nn.Conv2d; `binarize.convert` 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +136,9 @@ class ResBlock(nn.Module):
 class EncoderLevel(nn.Module):
     """The ResBlocks of one resolution and what follows them down."""
 
+    blocks: nn.ModuleList
+    down: nn.Module | None
+
     def __init__(self, blocks: Sequence[ResBlock], down: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -142,6 +147,9 @@ class EncoderLevel(nn.Module):
 
 class DecoderLevel(nn.Module):
     """The fusing ResBlocks of one resolution and what follows them up."""
+
+    blocks: nn.ModuleList
+    up: nn.Module | None
 
     def __init__(self, blocks: Sequence[ResBlock], up: nn.Module | None) -> None:
         super().__init__()
@@ -279,7 +287,7 @@ class SRUNet(ModelMixin, ConfigMixin):
 
         x = self.conv_in(torch.cat([condition, sample], dim=1))
         skips = [x]
-        for level in self.encoder:
+        for level in cast(Iterable[EncoderLevel], self.encoder):
             for block in level.blocks:
                 x = self._run(block, x, time)
                 skips.append(x)
@@ -288,11 +296,11 @@ class SRUNet(ModelMixin, ConfigMixin):
                 skips.append(x)
         for block in self.middle:
             x = self._run(block, x, time)
-        for level in reversed(self.decoder):
-            for block in level.blocks:
+        for rung in reversed(cast(Sequence[DecoderLevel], self.decoder)):
+            for block in rung.blocks:
                 x = self._run(block, x, time, skips.pop())
-            if level.up is not None:
-                x = self._run(level.up, x)
+            if rung.up is not None:
+                x = self._run(rung.up, x)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
@@ -325,7 +333,17 @@ class SRUNet(ModelMixin, ConfigMixin):
                 "SuperResolutionPipeline pads and crops for you."
             )
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(  # diffusers' pipelines read these names from the signature
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Save as diffusers does; a converted network keeps its method and options in config.json.
 
         Raises:
@@ -334,7 +352,16 @@ class SRUNet(ModelMixin, ConfigMixin):
         from binarize.serialization import check_saveable
 
         check_saveable(self)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(
+            save_directory,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
 
 
 def _check_config(
@@ -367,7 +394,7 @@ def _check_config(
             f"SRUNet: resampling='conv' goes with fusion='wide' only, since its skips differ in width; got {fusion!r}. "
             "Use resampling='pixel' or 'cp'."
         )
-    if resampling != "conv" and any(b != 2 * a for a, b in zip(widths, widths[1:], strict=False)):
+    if resampling != "conv" and any(b != 2 * a for a, b in itertools.pairwise(widths)):
         raise BinarizeError(
             f"SRUNet: resampling={resampling!r} doubles the width at each level; got channel_mults="
             f"{tuple(channel_mults)}. Use multipliers such as (1, 2, 4, 8), or resampling='conv'."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import nn
 
 from binarize.hosts._base import HOSTS, Edit, Host
@@ -22,7 +24,7 @@ class SRUNetHost(Host):
 
     def num_train_timesteps(self, model: nn.Module) -> int | None:
         """Return T from the configuration."""
-        return int(model.config.num_train_timesteps)  # type: ignore[union-attr]
+        return int(_config(model)["num_train_timesteps"])
 
     def has_structure(self, model: nn.Module) -> bool:
         """SRUNet can always be asked for (cp, cs); it refuses widths that do not double."""
@@ -30,11 +32,11 @@ class SRUNetHost(Host):
 
     def structure(self, model: nn.Module) -> str:
         """Name the structure by its two options."""
-        return f"({model.config.resampling}, {model.config.fusion})"  # type: ignore[union-attr]
+        return f"({_config(model)['resampling']}, {_config(model)['fusion']})"
 
     def rewire(self, model: nn.Module) -> list[Edit]:
         """Build the (cp, cs) twin and carry over every layer that has the same name and shape."""
-        config = dict(model.config)  # type: ignore[arg-type]
+        config = _config(model)
         if (config["resampling"], config["fusion"]) == ("cp", "cs"):
             return []
         keys = [key for key in config if not key.startswith("_") and key not in ("resampling", "fusion", "conversion")]
@@ -58,7 +60,7 @@ class SRUNetHost(Host):
 
     def after_rewire(self, model: nn.Module) -> None:
         """Write the new structure into the configuration."""
-        model.register_to_config(resampling="cp", fusion="cs")  # type: ignore[operator]
+        cast(Any, model).register_to_config(resampling="cp", fusion="cs")
 
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Keep first and last convolution, attention, and BI-DiffSR's finest decoder levels."""
@@ -71,6 +73,10 @@ class SRUNetHost(Host):
             for level in chosen:
                 kept[f"decoder.{level}.blocks"] = f"decoder level {level} (fp_decoder_levels)"
         return kept
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    return dict(cast(Any, model).config)
 
 
 def _shapes(module: nn.Module) -> tuple[str, list[tuple[str, tuple[int, ...]]]]:
