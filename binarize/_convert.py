@@ -18,7 +18,7 @@ from binarize._report import ConversionReport, ReportRow
 from binarize.errors import BinarizeError
 from binarize.hosts import Edit, Host, find_host
 from binarize.hosts._base import TIME_PATH
-from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.layers import BinaryConv2d, BinaryLinear, CPDown, CPUp, CSFusion
 from binarize.methods import Method, get_method
 from binarize.timestep import TimestepContext, has_timestep, no_timestep_message
 
@@ -119,13 +119,15 @@ def convert(
     undo: list[tuple[nn.Module, str, nn.Module]] = []
     config_before = _config_of(model)
     try:
+        notes = host.notes(model, wanted)
         edits = host.rewire(model) if wanted == "cp_cs" else []
         carried = {id(module) for module in model.modules()}
         for edit in edits:
             undo.append(_replace(model, edit.path, edit.module))
         if edits:
             host.after_rewire(model)
-        plan = _select(model, method, host, checked)
+        plan = _select(model, method, host, checked, carried)
+        plan.notes[:0] = notes
         needs_time = any(chosen.needs_timestep for chosen in plan.replace.values())
         context, steps = _make_context(model, host, needs_time, num_train_timesteps, plan)
         _swap(model, plan, context, undo)
@@ -303,6 +305,8 @@ def _wrapper(module: nn.Module) -> str | None:
 
 
 def _resolve_structure(model: nn.Module, method: Method, host: Host, structure: str) -> str:
+    if host.rewired(model):  # converted before and reverted: there is no other structure left to keep
+        return "cp_cs"
     if structure == "auto":
         return "cp_cs" if method.default_structure == "cp_cs" and host.has_structure(model) else "keep"
     return structure
@@ -326,7 +330,7 @@ def _below(name: str, ancestors: Mapping[str, str]) -> str | None:
     return None
 
 
-def _select(model: nn.Module, method: Method, host: Host, checked: _Checked) -> _Plan:
+def _select(model: nn.Module, method: Method, host: Host, checked: _Checked, carried: set[int]) -> _Plan:
     plan = _Plan()
     layers = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name and _is_layer(m)]
     linear = checked.linear if isinstance(checked.linear, list) else []
@@ -338,18 +342,20 @@ def _select(model: nn.Module, method: Method, host: Host, checked: _Checked) -> 
                 f"{', '.join(name for name, _ in layers[:3])}. `binarize.plan(model, method)` lists them all."
             )
     defaults = host.full_precision(model, method)
-    seen: dict[int, str] = {}
+    names: dict[int, list[str]] = {}
     for name, module in layers:
-        if id(module) in seen:
-            continue
-        seen[id(module)] = name
+        names.setdefault(id(module), []).append(name)
+    for name, module in layers:
+        if name != names[id(module)][0]:
+            continue  # another name of a layer that was looked at
         weights = cast(Tensor, module.weight).numel()
-        chosen, reason = _decide(name, module, method, checked, defaults, linear)
+        chosen, reason = _decide(names[id(module)], module, method, checked, defaults, linear)
         if chosen is None:
             plan.rows.append(ReportRow(name, _describe(module), "kept", reason, weights))
         else:
             plan.replace[name] = chosen
-            plan.rows.append(ReportRow(name, _describe(module), "binary", _detail(module, chosen), weights))
+            detail = _detail(module, chosen) + ("" if id(module) in carried else ", freshly initialised")
+            plan.rows.append(ReportRow(name, _describe(module), "binary", detail, weights))
     for item in checked.keep:
         if not isinstance(item, str) and not any(item(name, m) for name, m in layers):
             raise BinarizeError(f"the predicate {item!r} in keep matches no convolution or linear layer.")
@@ -363,19 +369,19 @@ def _select(model: nn.Module, method: Method, host: Host, checked: _Checked) -> 
 
 
 def _decide(
-    name: str,
+    names: list[str],
     module: nn.Module,
     method: Method,
     checked: _Checked,
     defaults: Mapping[str, str],
     linear: list[str],
 ) -> tuple[Method | None, str]:
-    """Return the method for one layer, or None and the reason why it is kept."""
+    """Return the method for one layer, given all its names, or None and the reason why it is kept."""
     for item in checked.keep:
-        if item(name, module) if not isinstance(item, str) else _match(item, name):
+        if any(_match(item, n) if isinstance(item, str) else item(n, module) for n in names):
             return None, f"keep={item!r}" if isinstance(item, str) else "keep predicate"
     unsupported = _unsupported(module)
-    override = [pattern for pattern in checked.overrides if _match(pattern, name)]
+    override = [pattern for pattern in checked.overrides if any(_match(pattern, n) for n in names)]
     if override:
         value = checked.overrides[override[-1]]
         if value is None:
@@ -383,14 +389,14 @@ def _decide(
         return (None, unsupported) if unsupported else (value, "")
     if unsupported:
         return None, unsupported
-    asked = any(_match(pattern, name) for pattern in linear)
+    asked = any(_match(pattern, n) for pattern in linear for n in names)
     if asked:
         return method, ""
-    default = _below(name, defaults)
-    if default is not None:
-        return None, default
+    default = [reason for reason in (_below(n, defaults) for n in names) if reason is not None]
+    if default:
+        return None, default[0]
     if isinstance(module, nn.Linear):
-        if TIME_PATH.search(name):
+        if any(TIME_PATH.search(n) for n in names):
             return None, "time or class embedding"
         if checked.linear is not True:
             return None, "linear layer (convert with linear=True or patterns)"
@@ -398,6 +404,8 @@ def _decide(
 
 
 def _unsupported(module: nn.Module) -> str | None:
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads this layer's weight without calling the layer"
     for cls, kind in ((nn.Conv2d, "convolution"), (nn.Linear, "linear layer")):
         if isinstance(module, cls):
             if type(module).forward is not cls.forward:
@@ -485,19 +493,11 @@ def _structure_rows(model: nn.Module, edits: list[Edit], carried: set[int]) -> l
     for edit in edits:
         for name, module in edit.module.named_modules():
             path = f"{edit.path}.{name}" if name else edit.path
-            if id(module) in carried or not type(module).__module__.startswith("binarize."):
+            if id(module) in carried or not isinstance(module, CPDown | CPUp | CSFusion):
                 continue
-            if isinstance(module, BinaryConv2d | BinaryLinear) or not _is_block(module):
-                continue
-            form = getattr(module, "form", "")
-            rows.append(ReportRow(path, type(module).__name__, "new", f"{edit.note}{f', {form} form' if form else ''}"))
+            fusion = f", {module.form} fusion" if isinstance(module, CSFusion) else ""
+            rows.append(ReportRow(path, type(module).__name__, "new", f"{edit.note}{fusion}"))
     return rows
-
-
-def _is_block(module: nn.Module) -> bool:
-    from binarize.layers import CPDown, CPUp, CSFusion
-
-    return isinstance(module, CPDown | CPUp | CSFusion)
 
 
 def _record_config(model: nn.Module, record: Conversion) -> None:

@@ -21,7 +21,6 @@ class Edit:
         path: Full name of the replaced module.
         module: What takes its place.
         note: What the report says.
-        new: Names below ``path`` (or "" for itself) that are freshly initialised.
     """
 
     path: str
@@ -60,20 +59,31 @@ class Host:
             "use structure='keep', or register a host with @binarize.register_host."
         )
 
-    def after_rewire(self, model: nn.Module) -> None:  # noqa: B027 - most hosts have no such record
+    def after_rewire(self, model: nn.Module) -> None:
         """Update the model's own record of its structure, once the replacements are in place."""
+
+    def rewired(self, model: nn.Module) -> bool:
+        """Say whether the model already has the structure that `rewire` gives, so that it cannot be kept otherwise."""
+        return False
 
     def structure(self, model: nn.Module) -> str:
         """Name the structure that the model has."""
         return "its own"
 
+    def notes(self, model: nn.Module, structure: str) -> list[str]:
+        """Return what the report says of the model as a whole; asked before anything is changed.
+
+        Args:
+            model: The model.
+            structure: "keep" or "cp_cs", what the conversion is about to do.
+        """
+        return []
+
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Return the modules that stay full precision by default, as name (or name of an ancestor) to reason."""
         kept: dict[str, str] = {}
         convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
-        weighted = [
-            name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
-        ]
+        weighted = [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)]
         if convolutions:
             kept[convolutions[0]] = "first convolution"
         elif weighted:
