@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from binarize.hosts._base import HOSTS, Edit, Host
@@ -40,11 +41,11 @@ class SRUNetHost(Host):
         if (config["resampling"], config["fusion"]) == ("cp", "cs"):
             return []
         keys = [key for key in config if not key.startswith("_") and key not in ("resampling", "fusion", "conversion")]
-        twin = type(model)(resampling="cp", fusion="cs", **{key: config[key] for key in keys})
-        twin.train(model.training)
         parameter = next(model.parameters())
-        if parameter.device.type != "meta":
-            twin.to(device=parameter.device, dtype=parameter.dtype)
+        with torch.device(parameter.device):
+            twin = type(model)(resampling="cp", fusion="cs", **{key: config[key] for key in keys})
+        nn.Module.to(twin, dtype=parameter.dtype)  # ModelMixin's own `to` warns of layers kept in float32; none are
+        twin.train(model.training)
         old = dict(model.named_modules())
         edits = []
         for path, module in twin.named_modules():
