@@ -93,7 +93,7 @@ class RPReLU(_Stacked):
     def fold_bias_(self, bias: Tensor) -> None:
         """Add a convolution's bias to the first shift of every group, which is exact."""
         with torch.no_grad():
-            self.shift_in += bias
+            self.shift_in.add_(bias)
 
 
 class ChannelScale(nn.Module):

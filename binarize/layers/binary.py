@@ -37,13 +37,12 @@ class _BinaryLayer(nn.Module):
     shortcut: nn.Module | None
 
     def _assemble(self, method: Method, spec: LayerSpec, bias: Tensor | None) -> None:
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
         parts = {kind: build_part(kind, method.part(kind), spec) for kind in PART_ORDER}
-        for kind in ("activation", "weight"):
-            if parts[cast(PartKind, kind)] is None:
-                raise BinarizeError(f"{method.name}: the {kind} binarizer cannot be None.")
         for kind, part in parts.items():
-            self.add_module("weight_binarizer" if kind == "weight" else kind, None if part is None else _like(part, **like))
+            if part is None and kind in ("activation", "weight"):
+                raise BinarizeError(f"{method.name}: the {kind} binarizer cannot be None.")
+            placed = None if part is None else _like(part, self.weight.device, self.weight.dtype)
+            self.add_module("weight_binarizer" if kind == "weight" else kind, placed)
         self.method = method
         self.post_after_shortcut = method.post_after_shortcut
         self.clamps_latent = method.clamps_latent
@@ -55,8 +54,9 @@ class _BinaryLayer(nn.Module):
             fold = getattr(self.post, "fold_bias_", None)
             if fold is None or self.norm is not None or self.scale is not None or self.post_after_shortcut:
                 raise BinarizeError(
-                    f"{method.name}: fold_bias=True needs an RPReLU right after the convolution (post='taa' or 'rprelu', "
-                    "no scale, no norm, the shortcut added last); use keep_bias=True, or let the bias be dropped."
+                    f"{method.name}: fold_bias=True needs an RPReLU right after the convolution (post='taa' or "
+                    "'rprelu', no scale, no norm, the shortcut added last); use keep_bias=True, or let the bias be "
+                    "dropped."
                 )
             fold(bias.detach())
 
@@ -93,6 +93,7 @@ class _BinaryLayer(nn.Module):
         return cast(BinaryWeight, self.weight_binarizer(self.weight))
 
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PlainT = TypeVar("PlainT", nn.Conv2d, nn.Linear)
 
 
@@ -143,7 +144,7 @@ class BinaryConv2d(_BinaryLayer):
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         method: Method | str = "bidiffsr",
         context: TimestepContext | None = None,
@@ -167,9 +168,7 @@ class BinaryConv2d(_BinaryLayer):
         self._from(conv, method, context)
 
     @classmethod
-    def from_float(
-        cls, conv: nn.Conv2d, method: Method | str, context: TimestepContext | None = None
-    ) -> BinaryConv2d:
+    def from_float(cls, conv: nn.Conv2d, method: Method | str, context: TimestepContext | None = None) -> BinaryConv2d:
         """Return the binary form of ``conv``; its weight becomes the latent weight, as the same Parameter."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -191,7 +190,7 @@ class BinaryConv2d(_BinaryLayer):
         symmetric = left_right[0] == left_right[1] and top_bottom[0] == top_bottom[1]
         self.padding = (top_bottom[0], left_right[0])
         self.pad_codes = None if symmetric and conv.padding_mode == "zeros" else (*left_right, *top_bottom)
-        self.weight = conv.weight
+        self.weight = cast(nn.Parameter, conv.weight)
         spec = LayerSpec(
             kind="conv2d",
             in_channels=conv.in_channels,
@@ -231,6 +230,7 @@ class BinaryConv2d(_BinaryLayer):
         return _with_latents(conv, self)
 
     def extra_repr(self) -> str:
+        """Say what nn.Conv2d says, and the method."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         text += f", padding={self.padding}"
         if self.dilation != (1, 1):
@@ -286,7 +286,7 @@ class BinaryLinear(_BinaryLayer):
 
         method = get_method(method)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
+        self.weight = cast(nn.Parameter, linear.weight)
         spec = LayerSpec(
             kind="linear",
             in_channels=linear.in_features,
@@ -307,6 +307,7 @@ class BinaryLinear(_BinaryLayer):
         return _with_latents(linear, self)
 
     def extra_repr(self) -> str:
+        """Say what nn.Linear says, and the method."""
         return f"{self.in_features}, {self.out_features}, method={self.method.name!r}"
 
 

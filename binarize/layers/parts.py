@@ -22,7 +22,7 @@ from binarize.timestep import TimestepContext
 PartKind = Literal["activation", "weight", "pre", "scale", "norm", "post", "shortcut"]
 Factory = Callable[..., nn.Module]
 Part = str | Mapping[str, Any] | Factory | None
-"""A part as a method names it: a registered name, ``{"name": ..., **options}``, ``"module:name"``, a factory, or None."""
+"""A part as a method names it: a registered name, ``{"name": ..., **options}``, ``"module:name"``, a factory or None."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class _BinaryConv2d(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, codes, scales = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         weight = (codes * scales.view(*scales.shape, 1, 1, 1)).sum(0)
@@ -93,7 +93,7 @@ class _BinaryLinear(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, codes, scales = ctx.saved_tensors
         weight = (codes * scales.unsqueeze(-1)).sum(0)
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
@@ -135,11 +135,11 @@ def binary_conv2d(
     """
     dtype = _compute_dtype(x)
     codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)
-    return _BinaryConv2d.apply(x.to(dtype), weight.surrogate, codes, scales, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
+    return _BinaryConv2d.apply(x.to(dtype), weight.surrogate, codes, scales, stride, padding, dilation, groups)
 
 
 def binary_linear(x: Tensor, weight: BinaryWeight) -> Tensor:
     """Multiply two-valued activations ``(..., C_in)`` with binary weights, codes ``(n, C_out, C_in)``, and scale."""
     dtype = _compute_dtype(x)
     codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)
-    return _BinaryLinear.apply(x.to(dtype), weight.surrogate, codes, scales)  # type: ignore[no-untyped-call]
+    return _BinaryLinear.apply(x.to(dtype), weight.surrogate, codes, scales)

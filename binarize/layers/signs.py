@@ -29,7 +29,7 @@ class _ClippedSign(torch.autograd.Function):
         return hard_sign(x, zero)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (inside,) = ctx.saved_tensors
         return grad * inside, None
 
@@ -41,7 +41,7 @@ class _ApproxSign(torch.autograd.Function):
         return hard_sign(x, zero)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return grad * (2 - 2 * x.abs()).clamp_min(0), None
 
@@ -52,7 +52,7 @@ class _IdentitySign(torch.autograd.Function):
         return hard_sign(x, zero)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -63,7 +63,7 @@ class _EDESign(torch.autograd.Function):
         return hard_sign(x, zero)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, t, k = ctx.saved_tensors
         return grad * (k * t) * (1 - torch.tanh(t * x).square()), None, None, None
 
@@ -75,7 +75,7 @@ class _UnitRound(torch.autograd.Function):
         return x.clamp(0, 1).round()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inside,) = ctx.saved_tensors
         return grad * inside
 
@@ -87,7 +87,7 @@ class _ClippedIdentity(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inside,) = ctx.saved_tensors
         return grad * inside
 
@@ -97,17 +97,17 @@ def clipped_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
 
     Saves one byte an element for the backward.
     """
-    return _ClippedSign.apply(x, zero)  # type: ignore[no-untyped-call]
+    return _ClippedSign.apply(x, zero)
 
 
 def approx_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
     """ApproxSign: forward sign(x); backward g * max(0, 2 - 2|x|) (Liu et al. 2018, "Bi-Real Net", eq. 7)."""
-    return _ApproxSign.apply(x, zero)  # type: ignore[no-untyped-call]
+    return _ApproxSign.apply(x, zero)
 
 
 def identity_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
     """Straight-through sign: forward sign(x); backward g. Saves nothing."""
-    return _IdentitySign.apply(x, zero)  # type: ignore[no-untyped-call]
+    return _IdentitySign.apply(x, zero)
 
 
 def ede_sign(x: Tensor, t: Tensor, k: Tensor, zero: SignZero = "plus") -> Tensor:
@@ -119,14 +119,14 @@ def ede_sign(x: Tensor, t: Tensor, k: Tensor, zero: SignZero = "plus") -> Tensor
         k: Scalar tensor, max(1 / t, 1).
         zero: What sign(0) is.
     """
-    return _EDESign.apply(x, t, k, zero)  # type: ignore[no-untyped-call]
+    return _EDESign.apply(x, t, k, zero)
 
 
 def unit_round(x: Tensor) -> Tensor:
     """DoReFa's 1-bit activation: forward round(clip(x, 0, 1)) in {0, 1}, ties to even; backward g * 1{0 <= x <= 1}."""
-    return _UnitRound.apply(x)  # type: ignore[no-untyped-call]
+    return _UnitRound.apply(x)
 
 
 def clipped_identity(x: Tensor) -> Tensor:
     """Forward x; backward g * 1{|x| <= 1}: the graph of a latent weight whose sign is taken elsewhere."""
-    return _ClippedIdentity.apply(x)  # type: ignore[no-untyped-call]
+    return _ClippedIdentity.apply(x)

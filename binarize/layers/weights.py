@@ -103,7 +103,7 @@ class _XnorGradient(torch.autograd.Function):
         return w.view_as(w)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         centred, alpha = ctx.saved_tensors
         n = centred[0].numel()
         factor = (_column(alpha, centred) * (centred.abs() < 1) + 1 / n) * (1 - 1 / centred.shape[1])
@@ -130,7 +130,7 @@ class XnorWeight(_WeightBinarizer):
         with torch.no_grad():
             centred = (w - w.mean(1, keepdim=True)).clamp(-1, 1)
             alpha = centred.abs().mean(_per_filter(w))
-        surrogate = _XnorGradient.apply(w, centred, alpha, self.sgd)  # type: ignore[no-untyped-call]
+        surrogate = _XnorGradient.apply(w, centred, alpha, self.sgd)
         return self._single(surrogate, centred, alpha)
 
 

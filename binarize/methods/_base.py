@@ -161,7 +161,8 @@ def get_method(method: str | Method | Mapping[str, Any], **options: Any) -> Meth
         raise BinarizeError(f"method must be a name, a Method or a mapping with a 'name'; got {method!r}.")
     cls = METHODS[method]
     _check_options(cls, options)
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return cls(**values)
 
 
 def _check_options(cls: type[Method], options: Mapping[str, Any]) -> None:

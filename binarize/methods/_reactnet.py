@@ -1,4 +1,4 @@
-"""ReActNet: Liu et al. 2020, "ReActNet: Towards Precise Binary Neural Network with Generalized Activation Functions"."""
+"""ReActNet: Liu et al. 2020, "Towards Precise Binary Neural Network with Generalized Activation Functions"."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class ReActNet(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.two_stage is not None and not 0 < self.two_stage < 1:
-            raise BinarizeError(f"{self.name}: two_stage is a share of training in (0, 1), or None; got {self.two_stage}.")
+            raise BinarizeError(
+                f"{self.name}: two_stage is a share of training in (0, 1), or None; got {self.two_stage}."
+            )
 
     def part(self, kind: PartKind) -> Part:
         """Return the part that serves one stage; the weight follows the two stages where asked for."""
