@@ -1,0 +1,136 @@
+"""Saving and loading converted models, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.models import SRUNet
+
+TINY = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 8}
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
+    with torch.no_grad():
+        return model.eval()(x, torch.tensor([3, 900]), x.flip(0)).sample
+
+
+def test_srunet_round_trips_with_method_structure_and_selection(tmp_path):
+    model = binarize.convert(
+        SRUNet(**TINY, resampling="conv", fusion="wide"),
+        binarize.methods.bidiffsr(groups=3),
+        keep=["middle.1.*", lambda name, module: name == "encoder.0.down.convs.0"],
+        overrides={"encoder.1.*": "reactnet"},
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    again = SRUNet.from_pretrained(tmp_path)
+    assert torch.equal(outputs(again), outputs(model))
+    assert [(r.name, r.action) for r in binarize.report(again).rows if r.action != "new"] == [
+        (r.name, r.action) for r in binarize.report(model).rows if r.action != "new"
+    ]
+    assert torch.equal(outputs(binarize.load(tmp_path)), outputs(model))
+    assert json.loads((tmp_path / "config.json").read_text())["conversion"]["method"] == {
+        "name": "bidiffsr",
+        "groups": 3,
+    }
+
+
+def test_a_half_precision_model_keeps_its_dtype(tmp_path):
+    model = binarize.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 3, 3)), "bbcu")
+    binarize.save(model.bfloat16(), tmp_path)
+    fresh = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 3, 3))
+    again = binarize.load(tmp_path, model=fresh)
+    assert again is fresh
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+
+
+def test_a_diffusers_host_is_rebuilt(tmp_path):
+    host = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    model = binarize.convert(host, "bidiffsr").eval()
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
+    binarize.save(model, tmp_path / "deep" / "folder")
+    again = binarize.load(tmp_path / "deep" / "folder")
+    with torch.no_grad():
+        assert torch.equal(again(x, t).sample, model(x, t).sample)
+
+
+def test_broken_folders_are_refused(tmp_path):
+    with pytest.raises(BinarizeError, match=r"has no config\.json"):
+        binarize.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BinarizeError, match="is not valid JSON"):
+        binarize.load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(BinarizeError, match="must hold a JSON object"):
+        binarize.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"binarize_format": 9}')
+    with pytest.raises(BinarizeError, match="binarize_format 9; this version reads 1"):
+        binarize.load(tmp_path)
+    with pytest.raises(BinarizeError, match="is not converted"):
+        binarize.save(nn.Conv2d(3, 3, 1), tmp_path)
+    with pytest.raises(BinarizeError, match="is a file; give a folder"):
+        binarize.save(binarize.convert(SRUNet(**TINY), "bidiffsr"), tmp_path / "config.json")
+
+
+def small_host() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 3, 3))
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    binarize.save(binarize.convert(small_host(), "bbcu"), tmp_path)
+    with pytest.raises(BinarizeError, match=r"pass an unconverted instance: binarize\.load\(folder, model=\.\.\.\)"):
+        binarize.load(tmp_path)
+    other = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 3, 3))
+    with pytest.raises(BinarizeError, match="does not fit the host"):
+        binarize.load(tmp_path, model=other)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(BinarizeError, match="does not fit the host"):
+        binarize.load(tmp_path, model=small_host())
+
+
+def test_a_truncated_srunet_is_refused(tmp_path):
+    SRUNet(**TINY).save_pretrained(tmp_path)
+    weights = next(tmp_path.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BinarizeError, match="does not hold a readable SRUNet"):
+        binarize.load(tmp_path)
+
+
+def test_a_conversion_that_no_file_can_name_is_refused_before_writing(tmp_path):
+    model = binarize.convert(SRUNet(**TINY), binarize.methods.bidiffsr(norm=lambda spec: nn.Identity()))
+    for write in (model.save_pretrained, lambda folder: binarize.save(model, folder)):
+        with pytest.raises(BinarizeError, match="cannot be saved, since no import path leads to it"):
+            write(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("conversion", "message"),
+    [
+        ({"format": 2, "method": {"name": "bbcu"}}, "has format 2; this version of binarize reads format 1"),
+        ({"format": 1}, "unknown or missing keys: method"),
+        ({"format": 1, "method": {"name": "bbcu"}, "extra": 1}, "unknown or missing keys: extra"),
+        ({"format": 1, "method": {"name": "future"}}, "unknown method 'future'"),
+        ({"unsaveable": "a lambda"}, "was not saveable: a lambda"),
+    ],
+)
+def test_records_of_other_versions_are_refused(conversion, message):
+    with pytest.raises(BinarizeError, match=message):
+        SRUNet(**TINY, conversion=conversion)

@@ -1,0 +1,118 @@
+"""SRUNet: every structure, against shapes, diffusers' own time embedding and published sizes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.models import SRUNet
+from binarize.models.unet import SelfAttention, SinusoidalTime
+
+TINY = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 8}
+PAIRS = [("conv", "wide"), *itertools.product(("pixel", "cp"), ("wide", "concat", "add", "split", "cs"))]
+
+
+@pytest.mark.parametrize(("resampling", "fusion"), PAIRS)
+def test_every_structure_maps_a_picture_to_a_picture(resampling, fusion):
+    model = SRUNet(**TINY, resampling=resampling, fusion=fusion).eval()
+    x, condition = torch.randn(2, 3, 16, 24), torch.rand(2, 3, 16, 24)
+    out = model(x, torch.tensor([3, 1999]), condition)
+    assert out.sample.shape == x.shape
+    assert model(x, 7, condition, return_dict=False)[0].shape == x.shape
+    out.sample.mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_without_arguments_it_is_the_released_structure_in_full_precision():
+    config = SRUNet().config
+    assert (config.resampling, config.fusion, config.base_channels) == ("cp", "cs", 64)
+    assert tuple(config.channel_mults) == (1, 2, 4, 8)
+
+
+def test_sr3_has_the_published_size():
+    model = SRUNet(resampling="conv", fusion="wide")
+    assert sum(p.numel() for p in model.parameters()) == 55_407_235
+
+
+def test_time_encoding_is_diffusers():
+    t = torch.tensor([0.0, 1.0, 399.0, 1999.0])
+    ours = SinusoidalTime(64)(t)
+    theirs = get_timestep_embedding(t, 64, flip_sin_to_cos=False, downscale_freq_shift=0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+    torch.testing.assert_close(SinusoidalTime(64)(t.double())[:, 0], t.double().sin(), rtol=0, atol=1e-15)
+
+
+def test_attention_is_softmax_of_scores_over_sqrt_c():
+    attention = SelfAttention(16, 8).double()
+    x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
+    q, k, v = attention.qkv(attention.norm(x)).flatten(2).chunk(3, dim=1)
+    weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / 16**0.5, dim=-1)
+    expected = x + attention.out(torch.einsum("bij,bcj->bci", weights, v).reshape(x.shape))
+    torch.testing.assert_close(attention(x), expected, rtol=0, atol=1e-12)
+
+
+def test_attention_levels_add_attention_to_their_blocks():
+    model = SRUNet(**TINY, attention_levels=(1,))
+    assert all(block.attention is not None for block in model.encoder[1].blocks)
+    assert all(block.attention is None for block in model.decoder[0].blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resampling": "cpp"}, "unknown resampling 'cpp'; allowed: conv, pixel, cp. Did you mean 'cp'"),
+        ({"fusion": "css"}, "unknown fusion 'css'.*Did you mean 'cs'"),
+        ({"resampling": "conv", "fusion": "cs"}, "goes with fusion='wide' only"),
+        ({"channel_mults": (1, 3)}, "doubles the width at each level"),
+        ({"channel_mults": ()}, "at least one level"),
+        ({"norm_groups": 7}, "multiple of norm_groups=7"),
+        ({"attention_levels": (2,)}, r"from 0 \(the finest\) to 1; got \[2\]"),
+    ],
+)
+def test_options_that_cannot_be_built_are_refused(options, message):
+    with pytest.raises(BinarizeError, match=message):
+        SRUNet(**{**TINY, **options})
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    model = SRUNet(**TINY)
+    good = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(BinarizeError, match=r"must be multiples of 2; got \(9, 8\)"):
+        model(torch.zeros(1, 3, 9, 8), 0, torch.zeros(1, 3, 9, 8))
+    with pytest.raises(BinarizeError, match="of equal size"):
+        model(good, 0, torch.zeros(1, 3, 16, 8))
+    with pytest.raises(BinarizeError, match="differ in width"):
+        model(good, 0, torch.zeros(1, 3, 8, 16))
+    with pytest.raises(BinarizeError, match="expects 6 channels in all"):
+        model(good, 0, torch.zeros(1, 1, 8, 8))
+
+
+def test_condition_comes_before_the_sample():
+    model = SRUNet(**TINY).eval()
+    seen = []
+    model.conv_in.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(torch.full((1, 3, 8, 8), 2.0), 0, torch.full((1, 3, 8, 8), 5.0))
+    assert seen[0][:, :3].eq(5).all()
+    assert seen[0][:, 3:].eq(2).all()
+
+
+def test_full_precision_checkpointing_gives_the_same_gradients():
+    model = SRUNet(**TINY, dropout=0.0).double()
+    x, condition = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    plain = torch.autograd.grad(model(x, 5, condition).sample.square().sum(), list(model.parameters()))
+    model.enable_gradient_checkpointing()
+    again = torch.autograd.grad(model(x, 5, condition).sample.square().sum(), list(model.parameters()))
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_build_makes_a_converted_network_from_a_recipe():
+    with torch.device("meta"):
+        model = binarize.build("bidiffsr_x4")
+    assert binarize.report(model).method == "bidiffsr"
+    assert model.config.num_train_timesteps == 2000
