@@ -1,6 +1,7 @@
 """Parity with the released BI-DiffSR network on a small checkpoint of its format, in float64.
 
-The fixture holds what the released code computes with those (random) weights: outputs, loss, gradients and a DDIM sample.
+The fixture holds what the released code computes with those (random) weights: outputs, loss, gradients and a DDIM
+sample.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def test_formats_and_that_nothing_is_touched():
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    with pytest.raises(BinarizeError, match="cannot run on 1x4x8x8.*Pass example_inputs"):
+    with pytest.raises(BinarizeError, match=r"cannot run on 1x4x8x8.*Pass example_inputs"):
         binarize.summary(nn.Conv2d(3, 3, 1), torch.zeros(1, 4, 8, 8))
     with pytest.raises(BinarizeError, match="must be a tensor, a tuple of arguments or a dict; got str"):
         binarize.summary(nn.Conv2d(3, 3, 1), "a picture")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,6 +53,6 @@ def training_step(model: nn.Module, progress: float) -> None:
 
 def ede_schedule(progress: Tensor, t_min: float, t_max: float) -> tuple[Tensor, Tensor]:
     """Return IR-Net's t = 10^(log10 Tmin + (log10 Tmax - log10 Tmin) progress) and k = max(1 / t, 1) as scalars."""
-    low, high = torch.tensor([t_min, t_max], dtype=torch.float64).log10().tolist()
+    low, high = math.log10(t_min), math.log10(t_max)
     t = torch.pow(torch.full_like(progress, 10.0), low + (high - low) * progress)
     return t, (1 / t).clamp_min(1)
