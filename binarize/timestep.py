@@ -112,6 +112,7 @@ class TimestepContext:
         """
         time_proj = getattr(model, "time_proj", None)
         if isinstance(time_proj, nn.Module):
+            model.register_forward_pre_hook(self._start)
             time_proj.register_forward_pre_hook(self._read_projection)
             where = "time_proj's input"
         else:
@@ -127,8 +128,12 @@ class TimestepContext:
                 module.register_forward_pre_hook(self._guard_checkpointing)
         return where
 
+    def _start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.clear()
+
     def _read_projection(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.set(args[0])
+        if self._timesteps is None:  # diffusers' class_embed_type="timestep" projects the class labels afterwards
+            self.set(args[0])
 
     def _read_argument(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name, position = self._argument

@@ -77,7 +77,13 @@ class Host:
             model: The model.
             structure: "keep" or "cp_cs", what the conversion is about to do.
         """
-        return []
+        rectifiers = sum(isinstance(module, nn.ReLU) for module in model.modules())
+        if not rectifiers:
+            return []
+        return [
+            f"the host has {rectifiers} nn.ReLU; where one feeds a binary layer every sign is +1. Methods that learn a "
+            "shift ('reactnet', 'bbcu', 'bidiffsr') get past that, and so does 'dorefa' with its codes in {0, 1}"
+        ]
 
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Return the modules that stay full precision by default, as name (or name of an ancestor) to reason."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from binarize.errors import BinarizeError
 from binarize.layers.parts import LayerSpec, register_part
 
 
@@ -76,8 +75,7 @@ def _pool(spec: LayerSpec) -> nn.Module:
 
 @register_part("shortcut", "projection")
 def _projection(spec: LayerSpec) -> nn.Module:
-    if spec.in_channels == spec.out_channels and spec.stride == (1, 1):
+    same = spec.in_channels == spec.out_channels and spec.stride == (1, 1)
+    if same or spec.kind == "linear":  # a projection of a linear layer would be that layer again, in full precision
         return _pool(spec)
-    if spec.kind != "conv2d":
-        raise BinarizeError("the projection shortcut is for convolutions; use shortcut='pool' for linear layers.")
     return ProjectionShortcut(spec.in_channels, spec.out_channels)

@@ -14,7 +14,7 @@ class BiReal(Method):
     """ApproxSign -> scaled sign convolution -> BatchNorm -> + shortcut around every convolution.
 
     Where the shape changes the shortcut is a full-precision AvgPool -> 1x1 convolution -> BatchNorm, as published;
-    ``shortcut=True`` pools instead, without parameters. The original initialisation (rand * 0.001, all positive) relies
+    ``shortcut=True`` pools instead, without parameters, and so does every linear layer. The original initialisation (rand * 0.001, all positive) relies
     on a pretrained checkpoint and is not used: latent weights keep nn.Conv2d's.
     """
 
