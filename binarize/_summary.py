@@ -22,7 +22,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from binarize._convert import meta_copy
 from binarize.errors import BinarizeError
@@ -277,6 +276,9 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, counts: dict[str, _Count], stack: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()
+        from torch.utils.flop_counter import flop_registry  # which imports triton where it is installed
+
+        self.flops = flop_registry
         self.counts, self.stack = counts, stack
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -284,8 +286,8 @@ class _Counter(TorchDispatchMode):
         packet = func._overloadpacket
         name = packet.__name__
         owner, module = self.stack[-1] if self.stack else ("", None)
-        if packet in flop_registry:
-            macs = int(flop_registry[packet](*args, **(kwargs or {}), out_val=out)) // 2
+        if packet in self.flops:
+            macs = int(self.flops[packet](*args, **(kwargs or {}), out_val=out)) // 2
             binary = isinstance(module, BinaryConv2d | BinaryLinear)
             held = self.counts.setdefault(owner, _Count()).macs
             held[1 if binary else 32] = held.get(1 if binary else 32, 0) + macs
