@@ -60,7 +60,7 @@ class TrainResult:
         checkpoint: The last checkpoint.
         steps: Optimiser steps done, those before a resume included.
         history: The log since the start or the resume.
-        validation: Validated step -> mean PSNR over all channels, in dB.
+        validation: Validated step -> mean PSNR on luma with the border shaved, in dB.
         seconds: Since the start or the resume.
     """
 
@@ -293,8 +293,8 @@ class _Run:
             for result in results:
                 result.save(folder / SAMPLES, self.step)
                 for tracker in self.accelerator.trackers:
-                    picture = result.levels[None].numpy()
-                    tracker.log_images({f"validation/{result.name}": picture}, step=self.step, dataformats="NHWC")
+                    pictures = {f"validation/{result.name}": result.pixels[None]}
+                    tracker.log_images(pictures, step=self.step, dataformats="NHWC")
             return sum(result.psnr for result in results) / len(results) if results else None
 
         psnr = on_main(self.accelerator, work)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.evaluation import psnr
 from binarize.imaging import ImagePairs, enlarge, save_picture
 from binarize.training.checkpoint import replace_folder
 
@@ -29,8 +30,8 @@ class Validation:
 
     Args:
         name: The file's name without its suffix.
-        strip: The condition, the sample and the original side by side, (3, H, 3 W), float32 in [0, 1].
-        psnr: Of the sample over all channels, in dB; infinite if it equals the original.
+        strip: The condition, the sample and the original side by side, uint8 (3, H, 3 W).
+        psnr: Of the sample on luma with the border shaved, as published figures are, in dB; infinite if it is equal.
     """
 
     name: str
@@ -38,9 +39,9 @@ class Validation:
     psnr: float
 
     @property
-    def levels(self) -> Tensor:
+    def pixels(self) -> np.ndarray:
         """The strip as uint8 (H, 3 W, 3)."""
-        return (self.strip * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+        return self.strip.permute(1, 2, 0).numpy()
 
     def save(self, folder: Path, step: int) -> Path:
         """Write the strip as a PNG, named by the step and the picture.
@@ -49,7 +50,7 @@ class Validation:
             BinarizeError: If it cannot be written.
         """
         path = folder / f"step-{step:07d}-{self.name}.png"
-        return save_picture(Image.fromarray(self.levels.numpy()), path, force=True)
+        return save_picture(Image.fromarray(self.pixels), path, force=True)
 
 
 class Validator:
@@ -72,13 +73,13 @@ class Validator:
     def __call__(self, pipeline: SuperResolutionPipeline) -> Iterator[Validation]:
         """Enlarge each picture, from the same noise every time, so that validations differ by the weights alone."""
         for picture in self.pictures:
-            lr, hr = picture.lr.float() / 255, picture.hr.float() / 255
+            scale = pipeline.config.scale
             generator = torch.Generator().manual_seed(self.seed)
-            result = pipeline(lr, num_inference_steps=self.steps, generator=generator, output_type="pt")
-            sample = result.images[0].float().cpu()
-            error = (sample - hr).square().mean().item()
-            strip = torch.cat([enlarge(lr, pipeline.config.scale), sample, hr], dim=-1)
-            yield Validation(picture.name, strip, -10 * math.log10(error) if error else math.inf)
+            result = pipeline(picture.lr, num_inference_steps=self.steps, generator=generator, output_type="pt")
+            sample = (result.images[0].float().cpu() * 255).round().to(torch.uint8)
+            quality = psnr(sample, picture.hr, border=scale)
+            strip = torch.cat([enlarge(picture.lr, scale), sample, picture.hr], dim=-1)
+            yield Validation(picture.name, strip.contiguous(), quality)
 
 
 @contextmanager
