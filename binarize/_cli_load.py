@@ -1,0 +1,237 @@
+"""From what a user calls a model to a pipeline: a folder that was saved, a run's folder, or a released checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from binarize.errors import BinarizeError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from binarize._cli_options import Device, Precision, Scheduler
+    from binarize.imaging import Picture
+    from binarize.models import SRUNet, SuperResolutionPipeline
+
+PIPELINE, NETWORK, RUN = "model_index.json", "config.json", "model"
+CHECKPOINT_SUFFIXES = (".pth", ".pt")
+_ALLOWED = (
+    "a folder that `binarize train` or `binarize import-official` wrote, a run's folder, an SRUNet's folder, or a "
+    "released .pth file"
+)
+
+
+def load_network(path: Path) -> SRUNet:
+    """Return the network of a model, on the CPU and in evaluation mode.
+
+    Args:
+        path: A pipeline's folder, a run's output folder, an SRUNet's folder, or a released ``.pth`` file.
+
+    Raises:
+        BinarizeError: If there is no such thing, or what is there cannot be read or does not fit together.
+    """
+    from binarize.models import load_official
+
+    path = _resolve(path)
+    if path.is_file():
+        return load_official(path)
+    return _read_network(path / "unet" if (path / PIPELINE).is_file() else path)
+
+
+def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPipeline:
+    """Return a model as a pipeline, on the CPU.
+
+    Args:
+        path: As for `load_network`.
+        scale: How many times larger the result is; needed where the model does not say it, refused where it says
+            something else.
+
+    Raises:
+        BinarizeError: As `load_network`, or if the scale is missing or contradicts the model.
+    """
+    from binarize.models import SuperResolutionPipeline
+
+    path = _resolve(path)
+    if not (path / PIPELINE).is_file():
+        if scale is None:
+            raise BinarizeError(f"{path}: does not say how many times it enlarges; add --scale, such as --scale 4.")
+        return SuperResolutionPipeline(load_network(path), scale=scale)
+    index = _read_json(path / PIPELINE)
+    if index.get("_class_name") != "SuperResolutionPipeline":
+        raise BinarizeError(f"{path}: is a {index.get('_class_name')}, not a SuperResolutionPipeline.")
+    if scale is not None and scale != index.get("scale"):
+        raise BinarizeError(f"--scale {scale}: {path} enlarges {index.get('scale')} times; leave --scale out.")
+    network = _read_network(path / "unet")
+    try:
+        with _quiet_diffusers():
+            return SuperResolutionPipeline.from_pretrained(str(path), unet=network, local_files_only=True)
+    except BinarizeError:
+        raise
+    except Exception as error:  # diffusers raises many kinds, and puts advice about its hub into most of them
+        raise BinarizeError(f"{path}: cannot be read as a pipeline: {_one_line(error)}") from error
+
+
+def prepare(
+    pipeline: SuperResolutionPipeline, device: Device, precision: Precision, scheduler: Scheduler | None
+) -> SuperResolutionPipeline:
+    """Move a pipeline to a device and a precision, give it the sampler that was asked for, and return it.
+
+    Args:
+        pipeline: Changed in place.
+        device: As given on the command line.
+        precision: As given on the command line.
+        scheduler: As given on the command line; None keeps the pipeline's.
+
+    Raises:
+        BinarizeError: If the device is not there.
+    """
+    import torch
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    from binarize._cli_options import torch_device
+
+    place, dtype = torch_device(device), getattr(torch, precision.value)
+    if scheduler is not None:
+        kind: Any = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}[scheduler.value]
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    with _quiet_diffusers():
+        pipeline.to(place, dtype)
+    return pipeline
+
+
+def sample(
+    pipeline: SuperResolutionPipeline,
+    picture: Image.Image | Picture,
+    *,
+    steps: int,
+    seed: int,
+    tile: int | None = None,
+    overlap: int | None = None,
+    advance: Callable[[], object] = lambda: None,
+) -> Image.Image:
+    """Return one picture, enlarged; its noise is drawn on the CPU, so that a seed means the same on every device.
+
+    Args:
+        pipeline: The model.
+        picture: What to enlarge.
+        steps: Denoising steps.
+        seed: Decides the noise.
+        tile: As for the pipeline.
+        overlap: As for the pipeline.
+        advance: Called after each step.
+
+    Raises:
+        BinarizeError: If an option does not fit, or the picture needs more memory than there is.
+    """
+    import torch
+
+    def on_step(pipe: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        advance()
+        return {}
+
+    try:
+        images = pipeline(
+            picture,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            tile=tile,
+            overlap=overlap,
+            callback_on_step_end=on_step,
+            return_dict=False,
+        )[0]
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            smaller = "--tile 256" if tile is None else f"a --tile below {tile}"
+            raise BinarizeError(
+                f"the picture is too large for the memory of {pipeline.device.type}; try {smaller}."
+            ) from error
+        raise
+    enlarged: Image.Image = images[0]
+    return enlarged
+
+
+def _resolve(path: Path) -> Path:
+    """Return the folder or file that holds the model which ``path`` names."""
+    if path.is_file():
+        if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
+            raise BinarizeError(f"{path}: is not a model; give {_ALLOWED}.")
+        return path
+    if not path.is_dir():
+        raise BinarizeError(f"{path}: no such file or folder; give {_ALLOWED}.")
+    if (path / PIPELINE).is_file() or (path / NETWORK).is_file():
+        return path
+    if (path / RUN / PIPELINE).is_file():
+        return path / RUN
+    if (path / "state.pt").is_file():
+        raise BinarizeError(
+            f"{path}: is a training checkpoint, from which `binarize train --resume` goes on; the model is in "
+            f"{path.parent / RUN}, once the run has reached its first validation."
+        )
+    raise BinarizeError(f"{path}: holds no model (no {PIPELINE} or {NETWORK}); give {_ALLOWED}.")
+
+
+def _read_network(folder: Path) -> SRUNet:
+    """Read an SRUNet strictly: diffusers would fill weights that are missing with random ones and go on."""
+    from binarize.models import SRUNet
+
+    config = _read_json(folder / NETWORK)
+    if config.get("_class_name") != "SRUNet":
+        raise BinarizeError(
+            f"{folder}: holds a {config.get('_class_name')}; the command line runs SRUNet. Use "
+            "SuperResolutionPipeline from Python for other networks."
+        )
+    try:
+        # Without accelerate's meta tensors, so that a shape that does not fit is an error with both shapes in it.
+        with _quiet_diffusers():
+            network, found = SRUNet.from_pretrained(
+                folder, output_loading_info=True, local_files_only=True, low_cpu_mem_usage=False
+            )
+    except BinarizeError as error:
+        raise BinarizeError(f"{folder}: {error}") from error
+    except Exception as error:  # diffusers raises many kinds, safetensors its own
+        raise BinarizeError(f"{folder}: cannot be read as an SRUNet: {_one_line(error)}") from error
+    wrong = [f"{len(found[kind])} {kind}" for kind in ("missing_keys", "unexpected_keys") if found[kind]]
+    if wrong:
+        first = next(iter([*found["missing_keys"], *found["unexpected_keys"]]))
+        raise BinarizeError(
+            f"{folder}: weights and {NETWORK} do not belong together: {', '.join(wrong).replace('_', ' ')}, "
+            f"such as {first}."
+        )
+    return network.eval()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BinarizeError(f"{path}: is missing; the model is not complete.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BinarizeError(f"{path}: is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise BinarizeError(f"{path}: must hold a JSON object; it holds a {type(content).__name__}.")
+    return content
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Keep diffusers' bars and advice off the terminal; what matters of it is an error here."""
+    from diffusers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
