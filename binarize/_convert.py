@@ -292,7 +292,12 @@ def _check_arguments(
     return _Checked(selectors, resolved, asked)
 
 
+_OUTER = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
 def _wrapper(module: nn.Module) -> str | None:
+    if type(module).__name__ in _OUTER:
+        return f"{type(module).__name__}, which must come after the conversion"
     if parametrize.is_parametrized(module):
         return "torch.nn.utils.parametrize"
     if type(module).__name__ == "BaseTunerLayer" or any(c.__name__ == "BaseTunerLayer" for c in type(module).__mro__):

@@ -282,6 +282,11 @@ class SRUNet(ModelMixin, ConfigMixin):
         if not isinstance(timestep, Tensor):
             timestep = torch.as_tensor(timestep, device=sample.device)
         precise = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        if timestep.numel() not in (1, sample.shape[0]):
+            raise BinarizeError(
+                f"SRUNet: timestep must be a scalar or hold one value for each of the {sample.shape[0]} samples; "
+                f"got shape {tuple(timestep.shape)}."
+            )
         timesteps = timestep.to(device=sample.device, dtype=precise).reshape(-1).expand(sample.shape[0])
         time = self.time_mlp(self.time_proj(timesteps).to(self.time_mlp[0].weight.dtype))
 

@@ -195,6 +195,8 @@ def test_converting_twice_or_a_wrapped_model_is_an_error(converted):
     nn.utils.parametrizations.weight_norm(model.middle[0].conv1)
     with pytest.raises(BinarizeError, match=r"wrapped by torch\.nn\.utils\.parametrize"):
         binarize.convert(model, "bidiffsr")
+    with pytest.raises(BinarizeError, match="wrapped by DataParallel, which must come after the conversion"):
+        binarize.convert(nn.DataParallel(tiny()), "bidiffsr")
     with pytest.raises(BinarizeError, match=r"needs an nn\.Module; got str"):
         binarize.convert("unet", "bidiffsr")
     with pytest.raises(BinarizeError, match="is not converted"):

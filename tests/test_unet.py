@@ -88,6 +88,8 @@ def test_inputs_that_do_not_fit_are_refused():
         model(good, 0, torch.zeros(1, 3, 16, 8))
     with pytest.raises(BinarizeError, match="differ in width"):
         model(good, 0, torch.zeros(1, 3, 8, 16))
+    with pytest.raises(BinarizeError, match=r"one value for each of the 1 samples; got shape \(3,\)"):
+        model(good, torch.tensor([1, 2, 3]), good)
     with pytest.raises(BinarizeError, match="expects 6 channels in all"):
         model(good, 0, torch.zeros(1, 1, 8, 8))
 
