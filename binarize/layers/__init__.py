@@ -5,6 +5,7 @@ from binarize.layers.activations import (
     ClippedSign,
     EDESign,
     IdentitySign,
+    MeanClippedSign,
     NormalizedApproxSign,
     UnitRound,
 )
@@ -13,7 +14,7 @@ from binarize.layers.binary import BinaryConv2d, BinaryLinear
 from binarize.layers.parts import LayerSpec, Part, list_parts, register_part
 from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear
 from binarize.layers.schedule import Scheduled, training_step
-from binarize.layers.shortcut import PoolShortcut, ProjectionShortcut
+from binarize.layers.shortcut import PoolShortcut, ProjectionShortcut, ScaledShortcut
 from binarize.layers.signs import approx_sign, clipped_sign, ede_sign, hard_sign, identity_sign, unit_round
 from binarize.layers.structure import (
     AddFusion,
@@ -58,6 +59,7 @@ __all__ = [
     "KMapScale",
     "LayerSpec",
     "LibraWeight",
+    "MeanClippedSign",
     "NormalizedApproxSign",
     "Part",
     "PixelDown",
@@ -66,6 +68,7 @@ __all__ = [
     "ProjectionShortcut",
     "RPReLU",
     "RectifiedWeight",
+    "ScaledShortcut",
     "ScaledSignWeight",
     "Scheduled",
     "Shift",

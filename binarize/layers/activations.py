@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from binarize.layers.parts import LayerSpec, register_part
-from binarize.layers.schedule import Scheduled, ede_schedule
+from binarize.layers.parts import LayerSpec, feature_dims, register_part
+from binarize.layers.schedule import Scheduled, check_ede_range, ede_schedule
 from binarize.layers.signs import SignZero, approx_sign, clipped_sign, ede_sign, identity_sign, unit_round
 
 
@@ -56,12 +59,47 @@ class EDESign(Scheduled, _Sign):
 
     def __init__(self, sign_zero: SignZero = "plus", t_min: float = 0.1, t_max: float = 10.0) -> None:
         super().__init__(sign_zero)
+        check_ede_range(type(self).__name__, t_min, t_max)
         self.t_min, self.t_max = t_min, t_max
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to {-1, +1} of the same shape."""
-        t, k = ede_schedule(self.progress.to(x.dtype), self.t_min, self.t_max)
+        t, k = ede_schedule(self.progress, self.t_min, self.t_max)
         return ede_sign(x, t, k, self.sign_zero)
+
+
+class _MeanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor) -> Tensor:
+        ctx.save_for_backward(mean)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (mean,) = ctx.saved_tensors
+        return torch.where(mean == 0, 0.0, grad / mean), None
+
+
+class MeanClippedSign(_Sign):
+    """Forward sign(x); backward g * 1{|x| <= 1} / mean |x|: goes with `InputMeanScale` (BiBench's form of XNOR-Net).
+
+    BiBench binarizes to x_hat = mean |x| sign(x) and passes the gradient of x_hat on without the factor. Here the
+    product is taken of +-1 and scaled afterwards, which would put the factor into the gradient; this takes it out. A
+    sample that is zero everywhere has mean 0 and gets no gradient.
+
+    Args:
+        sign_zero: What sign(0) is.
+        channel_dim: 1 takes the mean over each sample, -1 over the last dimension, each token of a linear layer.
+    """
+
+    def __init__(self, sign_zero: SignZero = "plus", channel_dim: int = 1) -> None:
+        super().__init__(sign_zero)
+        self.channel_dim = channel_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` or ``(..., C)`` to {-1, +1} of the same shape."""
+        mean = x.detach().abs().mean(feature_dims(x, self.channel_dim), keepdim=True)
+        return clipped_sign(_MeanGradient.apply(x, mean), self.sign_zero)
 
 
 class UnitRound(nn.Module):
@@ -73,21 +111,37 @@ class UnitRound(nn.Module):
 
 
 class NormalizedApproxSign(_Sign):
-    """ApproxSign of a / sqrt(var(a) + 1e-5), the variance over each sample's features (ReCU).
+    """ApproxSign of a / sqrt(var(a) + 1e-5), the (unbiased) variance over each sample's features (ReCU).
 
-    The division cannot change a sign: it only sets where the surrogate gradient is not zero.
+    The gradient flows through the variance too. The division cannot change a sign, only where the surrogate gradient is
+    not zero; so it is done where a gradient is needed, be it in training mode (as in the released code) or not.
+
+    Args:
+        sign_zero: What sign(0) is.
+        channel_dim: 1 takes the variance over each sample, -1 over the last dimension, each token of a linear layer.
     """
 
+    def __init__(self, sign_zero: SignZero = "plus", channel_dim: int = 1) -> None:
+        super().__init__(sign_zero)
+        self.channel_dim = channel_dim
+
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, ...)`` to {-1, +1} of the same shape."""
+        """Map ``(B, C, H, W)`` or ``(..., C)`` to {-1, +1} of the same shape."""
         if torch.is_grad_enabled() and x.requires_grad:
-            x = x / torch.sqrt(x.var(dim=tuple(range(1, x.dim())), keepdim=True) + 1e-5)
+            dims = feature_dims(x, self.channel_dim)
+            correction = min(1, math.prod(x.shape[dim] for dim in dims) - 1)
+            x = x / torch.sqrt(x.var(dims, correction=correction, keepdim=True) + 1e-5)
         return approx_sign(x, self.sign_zero)
 
 
 @register_part("activation", "ste")
 def _ste(spec: LayerSpec) -> nn.Module:
     return ClippedSign(spec.sign_zero)
+
+
+@register_part("activation", "mean_ste")
+def _mean_ste(spec: LayerSpec) -> nn.Module:
+    return MeanClippedSign(spec.sign_zero, spec.channel_dim)
 
 
 @register_part("activation", "identity_ste")
@@ -112,4 +166,4 @@ def _unit_round(spec: LayerSpec) -> nn.Module:
 
 @register_part("activation", "recu")
 def _recu(spec: LayerSpec) -> nn.Module:
-    return NormalizedApproxSign(spec.sign_zero)
+    return NormalizedApproxSign(spec.sign_zero, spec.channel_dim)

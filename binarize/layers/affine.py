@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
-from binarize.layers.parts import LayerSpec, register_part
+from binarize.layers.parts import LayerSpec, feature_dims, register_part
 from binarize.timestep import TimestepContext
 
 
@@ -88,7 +88,8 @@ class RPReLU(_Stacked):
     def forward(self, x: Tensor) -> Tensor:
         """Activate ``(B, C, ...)`` (or ``(..., C)``); the shape stays."""
         x = x + self.rows(self.shift_in, x)
-        return torch.where(x >= 0, x, x * self.rows(self.slope, x)) + self.rows(self.shift_out, x)
+        # Strictly positive, as in nn.PReLU: dot products of signs are often exactly 0, and there the slope counts.
+        return torch.where(x > 0, x, x * self.rows(self.slope, x)) + self.rows(self.shift_out, x)
 
     def fold_bias_(self, bias: Tensor) -> None:
         """Add a convolution's bias to the first shift of every group, which is exact."""
@@ -99,10 +100,12 @@ class RPReLU(_Stacked):
 class ChannelScale(nn.Module):
     """y * o[C], or y * o[C] h[H] w[W] where the output's size is given; learnable, starting at 1 (XNOR-Net++).
 
+    A smaller output uses the leading entries of h and w, as BiBench does.
+
     Args:
         channels: C.
-        height: H of the output, or None to leave its factor out.
-        width: W of the output, or None to leave its factor out.
+        height: H of the largest output, or None to leave its factor out.
+        width: W of the largest output, or None to leave its factor out.
         channel_dim: Which dimension holds the channels.
     """
 
@@ -116,22 +119,42 @@ class ChannelScale(nn.Module):
         self.column_scale = nn.Parameter(torch.ones(width)) if width is not None else None
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Scale the product ``y``; ``x``, the input before its sign, is not used."""
+        """Scale the product ``y``; ``x``, the input before its sign, is not used.
+
+        Raises:
+            BinarizeError: If ``y`` is larger than the size that the scale was made for.
+        """
         y = y * (self.scale.view(-1, 1, 1) if self.channel_dim == 1 else self.scale).to(y.dtype)
         if self.row_scale is not None:
-            y = y * self.row_scale.to(y.dtype)
+            y = y * self._leading(self.row_scale, y.shape[-2], "high").to(y.dtype)
         if self.column_scale is not None:
-            y = y * self.column_scale.to(y.dtype)
+            y = y * self._leading(self.column_scale, y.shape[-1], "wide").to(y.dtype)
         return y
+
+    @staticmethod
+    def _leading(scale: Tensor, size: int, word: str) -> Tensor:
+        if size > scale.shape[0]:
+            raise BinarizeError(
+                f"an XNOR-Net++ scale was made for outputs up to {scale.shape[0]} pixels {word}; got {size}. "
+                "Give a larger size=(H, W), or none for the channel factor alone."
+            )
+        return scale[:size]
 
 
 class InputMeanScale(nn.Module):
-    """y * mean |x| of each sample, detached (BiBench's form of XNOR-Net)."""
+    """y * mean |x| of each sample, detached (BiBench's form of XNOR-Net).
+
+    Args:
+        channel_dim: 1 takes the mean over each sample, -1 over the last dimension, each token of a linear layer.
+    """
+
+    def __init__(self, channel_dim: int = 1) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Scale the product ``y`` by the mean magnitude of the input ``x`` before its sign, sample by sample."""
-        mean = x.detach().abs().mean(dim=tuple(range(1, x.dim())))
-        return y * mean.view(-1, *[1] * (y.dim() - 1)).to(y.dtype)
+        return y * x.detach().abs().mean(feature_dims(x, self.channel_dim), keepdim=True).to(y.dtype)
 
 
 class KMapScale(nn.Module):
@@ -140,8 +163,12 @@ class KMapScale(nn.Module):
     Args:
         kernel_size: Of the binary convolution.
         stride: Of the binary convolution.
-        padding: Of the binary convolution.
+        padding: Of the binary convolution, (height, width).
         dilation: Of the binary convolution.
+        pad: (left, right, top, bottom) where ``padding`` cannot say it.
+        padding_mode: Of the binary convolution.
+        of_input: Take the map of the layer's input (BiDM) rather than of what goes into the sign, which a shift or a
+            BatchNorm has changed.
     """
 
     def __init__(
@@ -150,15 +177,22 @@ class KMapScale(nn.Module):
         stride: tuple[int, int],
         padding: tuple[int, int],
         dilation: tuple[int, int],
+        pad: tuple[int, int, int, int] | None = None,
+        padding_mode: str = "zeros",
+        of_input: bool = False,
     ) -> None:
         super().__init__()
         self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.pad, self.pad_mode = pad, "constant" if padding_mode == "zeros" else padding_mode
+        self.of_input = of_input
         self.weight = nn.Parameter(torch.full((1, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1])))
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Scale the product ``y`` (B, C_out, H', W') by the map of the input ``x`` (B, C_in, H, W) before its sign."""
-        magnitude = x.abs().mean(1, keepdim=True)
-        return y * F.conv2d(magnitude, self.weight.to(x.dtype), None, self.stride, self.padding, self.dilation)
+        """Scale the product ``y`` ``(B, C_out, H', W')`` by the map of ``x`` ``(B, C_in, H, W)``."""
+        magnitude, padding = x.abs().mean(1, keepdim=True), self.padding
+        if self.pad is not None:
+            magnitude, padding = F.pad(magnitude, self.pad, self.pad_mode), (0, 0)
+        return y * F.conv2d(magnitude, self.weight.to(x.dtype), None, self.stride, padding, self.dilation)
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
@@ -174,7 +208,7 @@ def _shift(spec: LayerSpec) -> nn.Module:
     return Shift(spec.in_channels, channel_dim=spec.channel_dim)
 
 
-@register_part("pre", "tar")
+@register_part("pre", "tar", timestep_aware=True)
 def _tar(spec: LayerSpec) -> nn.Module:
     return Shift(spec.in_channels, spec.groups, spec.context, spec.channel_dim)
 
@@ -195,26 +229,29 @@ def _norm(spec: LayerSpec) -> nn.Module:
 
 @register_part("scale", "channel")
 def _channel_scale(spec: LayerSpec, height: int | None = None, width: int | None = None) -> nn.Module:
+    if spec.kind == "linear":  # tokens have no rows and columns
+        height = width = None
     return ChannelScale(spec.out_channels, height, width, spec.channel_dim)
 
 
 @register_part("scale", "input_mean")
 def _input_mean(spec: LayerSpec) -> nn.Module:
-    return InputMeanScale()
+    return InputMeanScale(spec.channel_dim)
 
 
 @register_part("scale", "k_map")
-def _k_map(spec: LayerSpec) -> nn.Module:
+def _k_map(spec: LayerSpec, of_input: bool = False) -> nn.Module:
     if spec.kind != "conv2d":
         # A linear layer is a 1x1 convolution: its K map is mean |x|, times one learnable number.
-        return _TokenMap()
+        return _TokenMap(of_input)
     kernel = (spec.weight.shape[2], spec.weight.shape[3])
-    return KMapScale(kernel, spec.stride, spec.padding, spec.dilation)
+    return KMapScale(kernel, spec.stride, spec.padding, spec.dilation, spec.pad, spec.padding_mode, of_input)
 
 
 class _TokenMap(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, of_input: bool) -> None:
         super().__init__()
+        self.of_input = of_input
         self.weight = nn.Parameter(torch.ones(()))
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -226,7 +263,7 @@ def _rprelu(spec: LayerSpec) -> nn.Module:
     return RPReLU(spec.out_channels, channel_dim=spec.channel_dim)
 
 
-@register_part("post", "taa")
+@register_part("post", "taa", timestep_aware=True)
 def _taa(spec: LayerSpec) -> nn.Module:
     return RPReLU(spec.out_channels, spec.groups, spec.context, spec.channel_dim)
 

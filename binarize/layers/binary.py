@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
-from binarize.layers.parts import LayerSpec, PartKind, build_part
+from binarize.layers.parts import PART_KINDS, LayerSpec, build_part
 from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear
 from binarize.timestep import TimestepContext
 
@@ -37,7 +37,7 @@ class _BinaryLayer(nn.Module):
     shortcut: nn.Module | None
 
     def _assemble(self, method: Method, spec: LayerSpec, bias: Tensor | None) -> None:
-        parts = {kind: build_part(kind, method.part(kind), spec) for kind in PART_ORDER}
+        parts = {kind: build_part(kind, method.part(kind), spec) for kind in PART_KINDS}
         for kind, part in parts.items():
             if part is None and kind in ("activation", "weight"):
                 raise BinarizeError(f"{method.name}: the {kind} binarizer cannot be None.")
@@ -45,7 +45,7 @@ class _BinaryLayer(nn.Module):
             self.add_module("weight_binarizer" if kind == "weight" else kind, placed)
         self.method = method
         self.post_after_shortcut = method.post_after_shortcut
-        self.clamps_latent = method.clamps_latent
+        self.clamps_latent = method.clamps
         self.had_bias = bias is not None
         self.register_parameter("bias", None)
         if bias is not None and method.keep_bias:
@@ -67,7 +67,7 @@ class _BinaryLayer(nn.Module):
         if self.bias is not None:
             y = y + (self.bias.view(-1, 1, 1) if self.kind == "conv2d" else self.bias).to(y.dtype)
         if self.scale is not None:
-            y = self.scale(y, shifted)
+            y = self.scale(y, x if getattr(self.scale, "of_input", False) else shifted)
         if self.norm is not None:
             y = self.norm(y)
         if self.post is not None and not self.post_after_shortcut:
@@ -103,9 +103,6 @@ def _with_latents(plain: PlainT, layer: _BinaryLayer) -> PlainT:
         bias = layer.bias
         plain.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0])) if bias is None else bias
     return plain.train(layer.training)
-
-
-PART_ORDER: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "norm", "post", "shortcut")
 
 
 def _like(part: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -198,6 +195,8 @@ class BinaryConv2d(_BinaryLayer):
             weight=conv.weight,
             stride=self.stride,
             padding=self.padding,
+            pad=self.pad_codes,
+            padding_mode=conv.padding_mode,
             dilation=self.dilation,
             groups=method.groups,
             context=context,

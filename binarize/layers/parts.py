@@ -8,21 +8,33 @@ parts; any of them can be replaced alone.
 from __future__ import annotations
 
 import importlib
+import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, did_you_mean
 from binarize.layers.signs import SignZero
 from binarize.registry import Registry
 from binarize.timestep import TimestepContext
 
 PartKind = Literal["activation", "weight", "pre", "scale", "norm", "post", "shortcut"]
+PART_KINDS: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "norm", "post", "shortcut")
 Factory = Callable[..., nn.Module]
 Part = str | Mapping[str, Any] | Factory | None
-"""A part as a method names it: a registered name, ``{"name": ..., **options}``, ``"module:name"``, a factory or None."""
+"""A part as a method names it: a registered name, ``"module:name"``, ``{"name": ..., **options}``, a factory, or None.
+
+A factory is called as ``factory(spec, **options)``, once for each layer, and returns a module. Modules are called thus:
+
+- ``pre(x)``, ``activation(x)``, ``norm(y)`` and ``post(y)`` map a tensor to one of the same shape;
+- ``weight(w)`` returns a `BinaryWeight`;
+- ``scale(y, x)`` multiplies the product ``y``; ``x`` is what goes into the sign, or the layer's own input where the
+  module has an attribute ``of_input`` that is true;
+- ``shortcut(y, x)`` adds something of the layer's input ``x`` to ``y``.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,9 @@ class LayerSpec:
         out_channels: C_out.
         weight: The latent weights; parts that initialise from them read it at construction only.
         stride: Of the convolution, (1, 1) for linear layers.
-        padding: Zeros (or mirrored codes) on each side of a convolution's input.
+        padding: Zeros on each side of a convolution's input, (height, width).
+        pad: (left, right, top, bottom) where ``padding`` cannot say it: sides that differ, or another padding mode.
+        padding_mode: As in nn.Conv2d.
         dilation: Of the convolution.
         groups: K, how many timestep groups timestep-aware parts hold.
         context: Where timestep-aware parts read the timestep, or None if the host has none.
@@ -48,6 +62,8 @@ class LayerSpec:
     weight: Tensor
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
+    pad: tuple[int, int, int, int] | None = None
+    padding_mode: str = "zeros"
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     context: TimestepContext | None = None
@@ -59,30 +75,63 @@ class LayerSpec:
         return 1 if self.kind == "conv2d" else -1
 
 
-_KINDS: tuple[PartKind, ...] = ("activation", "weight", "pre", "scale", "norm", "post", "shortcut")
-_PARTS: dict[str, Registry[Factory]] = {kind: Registry(f"{kind} part") for kind in _KINDS}
+def feature_dims(x: Tensor, channel_dim: int) -> tuple[int, ...]:
+    """Return the dimensions that make up one sample of ``(B, C, ...)``, or one token of ``(..., C)``."""
+    return tuple(range(1, x.dim())) if channel_dim == 1 else (-1,)
 
 
-def register_part(kind: PartKind, name: str) -> Callable[[Factory], Factory]:
+_PARTS: dict[str, Registry[Factory]] = {kind: Registry(f"{kind} part") for kind in PART_KINDS}
+_TIMESTEP_AWARE: set[tuple[str, str]] = set()
+
+
+def register_part(
+    kind: PartKind, name: str, *, timestep_aware: bool = False, replace: bool = False
+) -> Callable[[Factory], Factory]:
     """Return a decorator that registers a factory ``f(spec, **options) -> nn.Module`` as a part.
 
     Args:
         kind: The stage it serves.
         name: How methods and recipes refer to it.
+        timestep_aware: Whether it reads ``spec.context`` when ``spec.groups`` is above 1; `binarize.convert` then
+            finds where the host has its timestep.
+        replace: Allow an existing name to be taken over.
 
     Raises:
         BinarizeError: If the kind is unknown or the name is taken.
     """
-    if kind not in _PARTS:
-        raise BinarizeError(f"unknown kind of part {kind!r}; kinds: {', '.join(_PARTS)}.")
-    return _PARTS[kind].register(name)
+    register = _registry(kind).register(name, replace=replace)
+
+    def add(factory: Factory) -> Factory:
+        registered = register(factory)
+        _TIMESTEP_AWARE.discard((kind, name))
+        if timestep_aware:
+            _TIMESTEP_AWARE.add((kind, name))
+        return registered
+
+    return add
 
 
 def list_parts(kind: PartKind) -> list[str]:
-    """Return the names registered for one stage, sorted."""
+    """Return the names registered for one stage, sorted.
+
+    Raises:
+        BinarizeError: If the kind is unknown.
+    """
+    return list(_registry(kind))
+
+
+def _registry(kind: str) -> Registry[Factory]:
     if kind not in _PARTS:
-        raise BinarizeError(f"unknown kind of part {kind!r}; kinds: {', '.join(_PARTS)}.")
-    return list(_PARTS[kind])
+        raise BinarizeError(f"unknown kind of part {kind!r}; kinds: {', '.join(_PARTS)}.{did_you_mean(kind, _PARTS)}")
+    return _PARTS[kind]
+
+
+def is_timestep_aware(kind: PartKind, part: Part) -> bool:
+    """Say whether a part may read the timestep: a registered one says so, a factory of your own is taken to."""
+    name = part.get("name") if isinstance(part, Mapping) else part
+    if name is None:
+        return False
+    return not isinstance(name, str) or ":" in name or (kind, name) in _TIMESTEP_AWARE
 
 
 def build_part(kind: PartKind, part: Part, spec: LayerSpec) -> nn.Module | None:
@@ -100,8 +149,12 @@ def build_part(kind: PartKind, part: Part, spec: LayerSpec) -> nn.Module | None:
             raise BinarizeError(f"a {kind} part given as a mapping needs a 'name'; got {dict(part)!r}.")
         part = options.pop("name")
     factory = find_factory(kind, part) if isinstance(part, str) else part
-    if not callable(factory):
-        raise BinarizeError(f"a {kind} part must be a name, a mapping, a factory or None; got {part!r}.")
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise BinarizeError(
+            f"a {kind} part must be a name, a mapping, a factory or None; got {part!r}. Each layer builds its own, so "
+            "wrap a module in a factory: lambda spec: nn.ReLU()."
+        )
+    _check_options(kind, part, factory, options)
     try:
         module = factory(spec, **options)
     except TypeError as error:
@@ -111,10 +164,26 @@ def build_part(kind: PartKind, part: Part, spec: LayerSpec) -> nn.Module | None:
     return module
 
 
+def _check_options(kind: str, part: Any, factory: Factory, options: Mapping[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature; the call itself will tell
+        return
+    allowed = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][1:]
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return
+    for key in options:
+        if key not in allowed:
+            raise BinarizeError(
+                f"{kind} part {part!r}: unknown option {key!r}; options: {', '.join(allowed) or 'none'}."
+                + did_you_mean(key, allowed)
+            )
+
+
 def find_factory(kind: PartKind, name: str) -> Factory:
     """Return a factory by its registered name or as ``"module:name"``."""
     if ":" not in name:
-        return _PARTS[kind][name]
+        return _registry(kind)[name]
     module_name, _, attribute = name.partition(":")
     try:
         target: Any = importlib.import_module(module_name)
@@ -134,7 +203,11 @@ def part_to_config(kind: str, part: Part) -> Any:
     if part is None or isinstance(part, str):
         return part
     if isinstance(part, Mapping):
-        return dict(part)
+        config = {**part, "name": part_to_config(kind, part.get("name"))}
+        try:
+            return json.loads(json.dumps(config))
+        except TypeError as error:
+            raise BinarizeError(f"the {kind} part {part!r} cannot be saved: {error}.") from error
     module, name = getattr(part, "__module__", None), getattr(part, "__qualname__", None)
     if not module or not name or "<" in name or module == "__main__":
         raise BinarizeError(

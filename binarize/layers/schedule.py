@@ -56,3 +56,20 @@ def ede_schedule(progress: Tensor, t_min: float, t_max: float) -> tuple[Tensor, 
     low, high = math.log10(t_min), math.log10(t_max)
     t = torch.pow(torch.full_like(progress, 10.0), low + (high - low) * progress)
     return t, (1 / t).clamp_min(1)
+
+
+def recu_schedule(progress: Tensor, tau_min: float, tau_max: float) -> Tensor:
+    """Return ReCU's tau = tau_min + (tau_max - tau_min) (e^progress - 1) / (e - 1) as a scalar."""
+    return tau_min + (tau_max - tau_min) * torch.expm1(progress) / math.expm1(1.0)
+
+
+def check_ede_range(owner: str, t_min: float, t_max: float) -> None:
+    """Raise BinarizeError unless 0 < t_min <= t_max."""
+    if not 0 < t_min <= t_max:
+        raise BinarizeError(f"{owner}: needs 0 < t_min <= t_max; got {t_min} and {t_max}.")
+
+
+def check_tau_range(owner: str, tau_min: float, tau_max: float) -> None:
+    """Raise BinarizeError unless 0.5 < tau_min <= tau_max < 1, outside of which the clamp is no clamp."""
+    if not 0.5 < tau_min <= tau_max < 1:
+        raise BinarizeError(f"{owner}: needs 0.5 < tau_min <= tau_max < 1; got {tau_min} and {tau_max}.")

@@ -7,6 +7,7 @@ which repeats channels where the layer widens.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,6 +49,27 @@ class PoolShortcut(nn.Module):
         return y + pool_channels(x, self.out_channels, self.channel_dim)
 
 
+class ScaledShortcut(PoolShortcut):
+    """Adds a learnable number times the input, average-pooled to the output's shape (BinaryDM and BiDM).
+
+    Args:
+        out_channels: Width of the layer's output.
+        channel_dim: Where the channels are.
+        start: What the number starts at.
+        magnitude: Multiply by its absolute value, as BinaryDM does.
+    """
+
+    def __init__(self, out_channels: int, channel_dim: int = 1, start: float = 0.0, magnitude: bool = False) -> None:
+        super().__init__(out_channels, channel_dim)
+        self.factor = nn.Parameter(torch.tensor(float(start)))
+        self.magnitude = magnitude
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y + the shortcut of x."""
+        factor = self.factor.abs() if self.magnitude else self.factor
+        return super().forward(y, x * factor.to(x.dtype))
+
+
 class ProjectionShortcut(nn.Module):
     """AvgPool -> full-precision 1x1 convolution -> BatchNorm where the shape changes (Bi-Real Net, section 3.3).
 
@@ -71,6 +93,11 @@ class ProjectionShortcut(nn.Module):
 @register_part("shortcut", "pool")
 def _pool(spec: LayerSpec) -> nn.Module:
     return PoolShortcut(spec.out_channels, spec.channel_dim)
+
+
+@register_part("shortcut", "scaled")
+def _scaled(spec: LayerSpec, start: float = 0.0, magnitude: bool = False) -> nn.Module:
+    return ScaledShortcut(spec.out_channels, spec.channel_dim, start, magnitude)
 
 
 @register_part("shortcut", "projection")

@@ -101,7 +101,10 @@ def clipped_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
 
 
 def approx_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
-    """ApproxSign: forward sign(x); backward g * max(0, 2 - 2|x|) (Liu et al. 2018, "Bi-Real Net", eq. 7)."""
+    """ApproxSign: forward sign(x); backward g * max(0, 2 - 2|x|) (Liu et al. 2018, "Bi-Real Net", eq. 7).
+
+    Saves x itself for the backward, no copy of it.
+    """
     return _ApproxSign.apply(x, zero)
 
 
@@ -118,15 +121,23 @@ def ede_sign(x: Tensor, t: Tensor, k: Tensor, zero: SignZero = "plus") -> Tensor
         t: Scalar tensor, the steepness of the estimator.
         k: Scalar tensor, max(1 / t, 1).
         zero: What sign(0) is.
+
+    Saves x itself and the two scalars for the backward.
     """
     return _EDESign.apply(x, t, k, zero)
 
 
 def unit_round(x: Tensor) -> Tensor:
-    """DoReFa's 1-bit activation: forward round(clip(x, 0, 1)) in {0, 1}, ties to even; backward g * 1{0 <= x <= 1}."""
+    """DoReFa's 1-bit activation: forward round(clip(x, 0, 1)) in {0, 1}, ties to even; backward g * 1{0 <= x <= 1}.
+
+    Saves one byte an element for the backward.
+    """
     return _UnitRound.apply(x)
 
 
 def clipped_identity(x: Tensor) -> Tensor:
-    """Forward x; backward g * 1{|x| <= 1}: the graph of a latent weight whose sign is taken elsewhere."""
+    """Forward x; backward g * 1{|x| <= 1}: the graph of a latent weight whose sign is taken elsewhere.
+
+    Saves one byte an element for the backward.
+    """
     return _ClippedIdentity.apply(x)

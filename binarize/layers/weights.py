@@ -11,9 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from binarize.errors import BinarizeError
 from binarize.layers.parts import LayerSpec, register_part
 from binarize.layers.product import BinaryWeight
-from binarize.layers.schedule import Scheduled, ede_schedule
+from binarize.layers.schedule import (
+    Scheduled,
+    check_ede_range,
+    check_tau_range,
+    ede_schedule,
+    recu_schedule,
+)
 from binarize.layers.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign
 
 
@@ -82,6 +89,8 @@ class TwoStageWeight(Scheduled, ScaledSignWeight):
 
     def __init__(self, sign_zero: SignZero = "plus", switch: float = 0.5) -> None:
         super().__init__(sign_zero)
+        if not 0 < switch <= 1:
+            raise BinarizeError(f"{type(self).__name__}: switch is a share of training, in (0, 1]; got {switch}.")
         self.switch = switch
 
     def forward(self, w: Tensor) -> BinaryWeight:
@@ -105,8 +114,10 @@ class _XnorGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         centred, alpha = ctx.saved_tensors
-        n = centred[0].numel()
-        factor = (_column(alpha, centred) * (centred.abs() < 1) + 1 / n) * (1 - 1 / centred.shape[1])
+        n, channels = centred[0].numel(), centred.shape[1]
+        factor = _column(alpha, centred) * (centred.abs() < 1) + 1 / n
+        if channels > 1:
+            factor = factor * (1 - 1 / channels)
         return grad * (factor * n if ctx.sgd else factor), None, None, None
 
 
@@ -114,7 +125,10 @@ class XnorWeight(_WeightBinarizer):
     """XNOR-Net: centre over the input channels, clamp to [-1, 1], w_hat = ||w||_1 / n * sign(w).
 
     The backward is the authors' released code's, g * (alpha 1{|w| < 1} + 1/n) (1 - 1/C_in) on the centred weights, with
-    a further factor n under SGD.
+    a further factor n under SGD; n is the size of a filter. Their code writes the centred, clamped weights back into
+    the latents at each step; here the latents are left alone, which is the same as long as none leaves [-1, 1]. Filters
+    over a single channel (depthwise convolutions) are not centred, nor their gradient reduced by 1 - 1/C_in: nothing
+    would be left of either.
 
     Args:
         sign_zero: What sign(0) is.
@@ -128,7 +142,7 @@ class XnorWeight(_WeightBinarizer):
     def forward(self, w: Tensor) -> BinaryWeight:
         """Binarize latent weights."""
         with torch.no_grad():
-            centred = (w - w.mean(1, keepdim=True)).clamp(-1, 1)
+            centred = (w - w.mean(1, keepdim=True) if w.shape[1] > 1 else w).clamp(-1, 1)
             alpha = centred.abs().mean(_per_filter(w))
         surrogate = _XnorGradient.apply(w, centred, alpha, self.sgd)
         return self._single(surrogate, centred, alpha)
@@ -148,7 +162,8 @@ class LibraWeight(Scheduled, _WeightBinarizer):
     """IR-Net's Libra-PB: w~ = (w - mean) / std per filter, w_hat = s sign(w~), s = 2^round(log2 mean |w~|) detached.
 
     The gradient flows through the error decay estimator and through mean and (unbiased) standard deviation. A filter
-    of equal weights has std 0: its w~ is 0 and its scale 0.
+    of equal weights, such as a zero-initialised one, has std 0: its w~ and its scale are 0, so it adds nothing to the
+    output, and its gradient is taken with std = s = 1, so that it can leave that state.
 
     Args:
         sign_zero: What sign(0) is.
@@ -158,6 +173,7 @@ class LibraWeight(Scheduled, _WeightBinarizer):
 
     def __init__(self, sign_zero: SignZero = "plus", t_min: float = 0.1, t_max: float = 10.0) -> None:
         super().__init__(sign_zero)
+        check_ede_range(type(self).__name__, t_min, t_max)
         self.t_min, self.t_max = t_min, t_max
 
     def forward(self, w: Tensor) -> BinaryWeight:
@@ -166,27 +182,36 @@ class LibraWeight(Scheduled, _WeightBinarizer):
         centred = w - w.mean(dims, keepdim=True)
         n = w[0].numel()
         variance = centred.square().sum(dims, keepdim=True) / max(n - 1, 1)
-        flat = variance == 0
+        flat = w.amax(dims, keepdim=True) == w.amin(dims, keepdim=True)
         balanced = centred / torch.where(flat, 1.0, variance).sqrt()
         with torch.no_grad():
-            size = balanced.abs().mean(dims)
-            scale = torch.where(size == 0, 0.0, torch.exp2(torch.log2(size).round()))
-        t, k = ede_schedule(self.progress.to(w.dtype), self.t_min, self.t_max)
-        surrogate = _column(scale, w) * ede_sign(balanced, t, k, self.sign_zero)
-        return self._single(surrogate, balanced, scale)
+            power = torch.exp2(torch.log2(balanced.abs().mean(dims)).round())
+            learning = torch.where(flat.flatten(), 1.0, power)
+            scale = torch.where(flat.flatten(), 0.0, power)
+            signed = torch.where(flat, 0.0, balanced)
+        t, k = ede_schedule(self.progress, self.t_min, self.t_max)
+        surrogate = _column(learning, w) * ede_sign(balanced, t, k, self.sign_zero)
+        return self._single(surrogate, signed, scale)
 
 
 class RectifiedWeight(Scheduled, _WeightBinarizer):
     """ReCU: standardised weights w1, clamped to +-Q, then sign; gradient 1{|w1| <= Q}, through the standardisation.
 
-    w1 = (w - mean_o) / (sqrt(var_o + 1e-5) / (2 sqrt 2)) per filter, Q = -mean |w1| ln(2 - 2 tau) detached, tau going
-    from ``tau_min`` to ``tau_max`` over training (Xu et al. 2021).
+    w1 = (w - mean_o) / (sqrt(var_o + 1e-5) / (2 sqrt 2)) per filter (unbiased variance), Q = -mean |w1| ln(2 - 2 tau)
+    detached, the mean over the whole tensor. tau goes from ``tau_min`` to ``tau_max`` over training along the released
+    code's exponential, tau_min + (tau_max - tau_min) (e^progress - 1) / (e - 1) (Xu et al. 2021).
+
+    Args:
+        sign_zero: What sign(0) is.
+        tau_min: tau at progress 0.
+        tau_max: tau at progress 1.
     """
 
     stored_scales = "none"
 
     def __init__(self, sign_zero: SignZero = "plus", tau_min: float = 0.85, tau_max: float = 0.99) -> None:
         super().__init__(sign_zero)
+        check_tau_range(type(self).__name__, tau_min, tau_max)
         self.tau_min, self.tau_max = tau_min, tau_max
 
     def forward(self, w: Tensor) -> BinaryWeight:
@@ -195,7 +220,7 @@ class RectifiedWeight(Scheduled, _WeightBinarizer):
         centred = w - w.mean(dims, keepdim=True)
         variance = centred.square().sum(dims, keepdim=True) / max(w[0].numel() - 1, 1)
         standard = centred / (torch.sqrt(variance + 1e-5) / (2 * math.sqrt(2)))
-        tau = self.tau_min + (self.tau_max - self.tau_min) * self.progress.to(w.dtype)
+        tau = recu_schedule(self.progress, self.tau_min, self.tau_max)
         bound = -standard.detach().abs().mean() * torch.log(2 - 2 * tau)
         inside = (standard.detach().abs() <= bound).to(w.dtype)
         return self._single(standard * inside, standard, w.new_ones(w.shape[0]))
@@ -204,8 +229,12 @@ class RectifiedWeight(Scheduled, _WeightBinarizer):
 class TwoBasisWeight(_WeightBinarizer):
     """BinaryDM's two bases: w_hat = s1 sign(w) + s2 sign(w - s1 sign(w)), learnable s1 and s2 per filter.
 
-    Both signs have STE-clip's gradient; the residual is taken with s1 sign(w) detached, so that s1 learns from its own
-    term alone. Scales start at the least-squares values: mean |w|, then the mean magnitude of the residual.
+    Both signs have STE-clip's gradient, the second one's flowing through the residual r = w - s1 sign(w) into w and s1
+    alike, as in the released code: with m1 = 1{|w| <= 1} and m2 = 1{|r| <= 1},
+
+        dL/dw = g (s1 m1 + s2 m2 (1 - s1 m1)),  dL/ds1 = sum g sign(w) (1 - s2 m2),  dL/ds2 = sum g sign(r).
+
+    Scales start at the least-squares values: mean |w|, then the mean magnitude of the residual.
 
     Args:
         weight: The latent weights, from which the scales are initialised.
@@ -226,9 +255,9 @@ class TwoBasisWeight(_WeightBinarizer):
     def forward(self, w: Tensor) -> BinaryWeight:
         """Binarize latent weights."""
         first = clipped_sign(w, self.sign_zero)
-        residual = w - (_column(self.scale[0], w) * first).detach()
-        second = clipped_sign(residual, self.sign_zero)
-        surrogate = _column(self.scale[0], w) * first + _column(self.scale[1], w) * second
+        base = _column(self.scale[0], w) * first
+        second = clipped_sign(w - base, self.sign_zero)
+        surrogate = base + _column(self.scale[1], w) * second
         return BinaryWeight(surrogate, torch.stack([first, second]).detach(), self.scale.detach())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from binarize.errors import BinarizeError, did_you_mean
-from binarize.layers.parts import Part, PartKind, part_to_config
+from binarize.layers.parts import PART_KINDS, Part, PartKind, is_timestep_aware, part_to_config
 from binarize.layers.signs import SignZero
 from binarize.registry import Registry
 
@@ -18,7 +18,8 @@ class Method:
     """A binarization method: which parts make up its binary layers.
 
     Every published method is a subclass that sets other defaults and adds its own options. Any part can be replaced
-    alone: ``reactnet(weight="libra")`` is ReActNet with IR-Net's weights.
+    alone: ``reactnet(weight="libra")`` is ReActNet with IR-Net's weights. This class itself is the method "custom":
+    signs with STE-clip and scaled sign weights, nothing around them, to compose from.
 
     Attributes:
         activation: Activation binarizer.
@@ -33,7 +34,7 @@ class Method:
         sign_zero: What sign(0) is: "plus" for +1, which fits one bit, or "zero".
         keep_bias: Keep the full-precision bias of a layer that has one; otherwise it is dropped and reported.
         fold_bias: Add the bias to the first shift of the RPReLU instead, which is exact.
-        clamps_latent: Clamp the latent weights to [-1, 1] after each optimizer step.
+        clamps_latent: Clamp the latent weights to [-1, 1] after each optimizer step; None leaves it to the method.
     """
 
     name: ClassVar[str] = "custom"
@@ -51,13 +52,22 @@ class Method:
     sign_zero: SignZero = "plus"
     keep_bias: bool = False
     fold_bias: bool = False
-    clamps_latent: bool = False
+    clamps_latent: bool | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # YAML and JSON have no tuples
+                object.__setattr__(self, field.name, tuple(value))
+            kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+            if kind == "bool" and not isinstance(value, bool):
+                raise BinarizeError(f"{self.name}: {field.name} must be true or false; got {value!r}.")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if (kind == "float" and not number) or (kind == "float | None" and not (number or value is None)):
+                raise BinarizeError(f"{self.name}: {field.name} must be a number; got {value!r}.")
         if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
             raise BinarizeError(f"{self.name}: groups must be a whole number of at least 1; got {self.groups!r}.")
-        if self.sign_zero not in ("plus", "zero"):
-            raise BinarizeError(f"{self.name}: sign_zero must be 'plus' or 'zero'; got {self.sign_zero!r}.")
+        self.check_choice("sign_zero", "plus", "zero")
         if self.keep_bias and self.fold_bias:
             raise BinarizeError(f"{self.name}: keep_bias and fold_bias exclude each other; set one of them.")
 
@@ -68,10 +78,25 @@ class Method:
         part: Part = getattr(self, kind)
         return part
 
+    def check_choice(self, option: str, *allowed: str) -> None:
+        """Raise BinarizeError unless an option has one of the allowed values; for ``__post_init__`` of methods."""
+        value = getattr(self, option)
+        if value not in allowed:
+            names = [repr(name) for name in allowed]
+            raise BinarizeError(
+                f"{self.name}: {option} must be {', '.join(names[:-1])} or {names[-1]}; got {value!r}."
+                + did_you_mean(str(value), allowed)
+            )
+
+    @property
+    def clamps(self) -> bool:
+        """Whether latent weights are clamped to [-1, 1] after each optimizer step."""
+        return bool(self.clamps_latent)
+
     @property
     def needs_timestep(self) -> bool:
         """Whether layers of this method must know the timestep."""
-        return self.groups > 1 and any(_is_timestep_aware(self.part(kind)) for kind in ("pre", "post"))
+        return self.groups > 1 and any(is_timestep_aware(kind, self.part(kind)) for kind in PART_KINDS)
 
     def replace(self, **options: Any) -> Method:
         """Return the method with some options changed.
@@ -99,12 +124,8 @@ class Method:
         return config
 
 
-def _is_timestep_aware(part: Part) -> bool:
-    name = part.get("name") if isinstance(part, Mapping) else part
-    return name in ("tar", "taa") or callable(name)
-
-
 METHODS: Registry[type[Method]] = Registry("method")
+METHODS.register(Method.name)(Method)
 M = TypeVar("M", bound=type[Method])
 
 
@@ -161,8 +182,7 @@ def get_method(method: str | Method | Mapping[str, Any], **options: Any) -> Meth
         raise BinarizeError(f"method must be a name, a Method or a mapping with a 'name'; got {method!r}.")
     cls = METHODS[method]
     _check_options(cls, options)
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    return cls(**values)
+    return cls(**options)
 
 
 def _check_options(cls: type[Method], options: Mapping[str, Any]) -> None:

@@ -13,8 +13,9 @@ from binarize.methods._base import Method, register_method
 class BBCU(Method):
     """RSign -> scaled sign convolution -> RPReLU -> + shortcut: no BatchNorm, the activation inside the residual.
 
-    Where a layer widens, the pooled shortcut repeats the input's channels, as BBCU's head does. Residual alignment and
-    the bilinear shortcut around the whole network belong to that paper's own network, not to the unit.
+    Where a layer widens, the pooled shortcut repeats the input's channels. Before a PixelShuffle that is the published
+    upsampling unit: the shortcut of a C -> 4 C convolution becomes the nearest-neighbour enlargement of its input.
+    Residual alignment and the bilinear shortcut around the whole network belong to that paper's own network.
     """
 
     activation: Part = "approx_sign"

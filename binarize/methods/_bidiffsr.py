@@ -40,7 +40,10 @@ class BiDiffSR(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         levels = self.fp_decoder_levels
-        if levels is not None and any(not isinstance(level, int) or level < 0 for level in levels):
+        valid = levels is None or (
+            isinstance(levels, tuple) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in levels)
+        )
+        if not valid:
             raise BinarizeError(f"{self.name}: fp_decoder_levels are level indices, 0 the finest; got {levels!r}.")
 
     def part(self, kind: PartKind) -> Part:

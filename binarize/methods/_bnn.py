@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from binarize.errors import BinarizeError
 from binarize.layers.parts import Part, PartKind
 from binarize.methods._base import Method, register_method
 
@@ -29,10 +28,12 @@ class BNN(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in ("bibench", "original"):
-            raise BinarizeError(f"{self.name}: variant must be 'bibench' or 'original'; got {self.variant!r}.")
-        if self.variant == "original":
-            object.__setattr__(self, "clamps_latent", True)
+        self.check_choice("variant", "bibench", "original")
+
+    @property
+    def clamps(self) -> bool:
+        """Whether latent weights are clamped after each optimizer step: in the original variant, unless told."""
+        return self.variant == "original" if self.clamps_latent is None else self.clamps_latent
 
     def part(self, kind: PartKind) -> Part:
         """Return the part that serves one stage, in the chosen variant."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from binarize.errors import BinarizeError
 from binarize.layers.parts import Part, PartKind
 from binarize.methods._base import Method, register_method
 
@@ -27,8 +26,7 @@ class DoReFa(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in ("original", "bibench"):
-            raise BinarizeError(f"{self.name}: variant must be 'original' or 'bibench'; got {self.variant!r}.")
+        self.check_choice("variant", "original", "bibench")
 
     def part(self, kind: PartKind) -> Part:
         """Return the part that serves one stage, in the chosen variant."""

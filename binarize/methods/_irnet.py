@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from binarize.errors import BinarizeError
 from binarize.layers.parts import Part, PartKind
+from binarize.layers.schedule import check_ede_range
 from binarize.methods._base import Method, register_method
 
 
@@ -33,8 +33,7 @@ class IRNet(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.t_min <= self.t_max:
-            raise BinarizeError(f"{self.name}: needs 0 < t_min <= t_max; got {self.t_min} and {self.t_max}.")
+        check_ede_range(self.name, self.t_min, self.t_max)
 
     def part(self, kind: PartKind) -> Part:
         """Return the part that serves one stage, with the estimator's range."""

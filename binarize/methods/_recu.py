@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from binarize.errors import BinarizeError
 from binarize.layers.parts import Part, PartKind
+from binarize.layers.schedule import check_tau_range
 from binarize.methods._base import Method, register_method
 
 
@@ -14,8 +14,9 @@ from binarize.methods._base import Method, register_method
 class ReCU(Method):
     """Rectified clamp of standardised weights, a learnable output scale per channel, normalised ApproxSign activations.
 
-    Convolution -> scale -> BatchNorm -> + shortcut -> Hardtanh. The clamp tightens with training progress:
-    call `binarize.training_step` after each optimizer step.
+    Convolution -> scale -> BatchNorm -> + shortcut -> Hardtanh. The clamp loosens with training progress:
+    call `binarize.training_step` after each optimizer step. The output scale starts at 1; the released code draws it
+    from [0, 1), which the BatchNorm behind it undoes.
 
     Attributes:
         tau_min: tau at the start.
@@ -34,8 +35,7 @@ class ReCU(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.5 < self.tau_min <= self.tau_max < 1:
-            raise BinarizeError(f"{self.name}: needs 0.5 < tau_min <= tau_max < 1; got {self.tau_min}, {self.tau_max}.")
+        check_tau_range(self.name, self.tau_min, self.tau_max)
 
     def part(self, kind: PartKind) -> Part:
         """Return the part that serves one stage, with the range of tau."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from binarize.errors import BinarizeError
 from binarize.layers.parts import Part, PartKind
 from binarize.methods._base import Method, register_method
 
@@ -20,7 +19,8 @@ class XNOR(Method):
 
     Attributes:
         variant: "authors" is the released code's weight binarizer and gradient (the default, being the definition);
-            "bibench" uses plain scaled signs and multiplies each sample by its mean magnitude.
+            "bibench" uses plain scaled signs and multiplies each sample (each token of a linear layer) by its mean
+            magnitude, which its gradient leaves out.
         norm_position: Where the BatchNorm stands: "after" the convolution (the default, which the published parameter
             counts of BI-DiffSR's Table 2 fit) or "before" the sign, as in XNOR-Net's blocks.
         sgd: Multiply the weight gradient by n, as the authors do with SGD.
@@ -35,10 +35,8 @@ class XNOR(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in ("authors", "bibench"):
-            raise BinarizeError(f"{self.name}: variant must be 'authors' or 'bibench'; got {self.variant!r}.")
-        if self.norm_position not in ("after", "before"):
-            raise BinarizeError(f"{self.name}: norm_position must be 'after' or 'before'; got {self.norm_position!r}.")
+        self.check_choice("variant", "authors", "bibench")
+        self.check_choice("norm_position", "after", "before")
 
     def part(self, kind: PartKind) -> Part:
         """Return the part that serves one stage, in the chosen variant."""
@@ -46,6 +44,8 @@ class XNOR(Method):
             return (self.pre or self.norm) if kind == "pre" else None
         if kind == "weight" and self.weight == "xnor":
             return "scaled_sign" if self.variant == "bibench" else {"name": "xnor", "sgd": self.sgd}
-        if kind == "scale" and self.scale is None and self.variant == "bibench":
+        if self.variant == "bibench" and self.scale is None and kind == "scale":
             return "input_mean"
+        if self.variant == "bibench" and self.scale is None and kind == "activation" and self.activation == "ste":
+            return "mean_ste"
         return super().part(kind)

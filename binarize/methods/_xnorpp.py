@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from binarize.errors import BinarizeError
 from binarize.layers.parts import Part, PartKind
 from binarize.methods._base import Method, register_method
 
@@ -14,8 +15,8 @@ class XNORPlusPlus(Method):
     """Signs with STE-clip on both sides; the output times learnable o[C] h[H] w[W], starting at 1; then BatchNorm.
 
     Attributes:
-        size: (H, W) of the output, where every converted layer has the same; None, the default, learns the channel
-            factor alone, since a U-Net's layers differ in size and serve pictures of any size.
+        size: (H, W) of the largest output; smaller ones use the leading factors, as in BiBench. None, the default,
+            learns the channel factor alone, since a U-Net serves pictures of any size. Linear layers have no h and w.
     """
 
     activation: Part = "ste"
@@ -23,6 +24,15 @@ class XNORPlusPlus(Method):
     scale: Part = "channel"
     norm: Part = "batch_norm"
     size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and not (
+            isinstance(self.size, tuple)
+            and len(self.size) == 2
+            and all(isinstance(n, int) and n > 0 for n in self.size)
+        ):
+            raise BinarizeError(f"{self.name}: size must be (H, W) in pixels, or None; got {self.size!r}.")
 
     def part(self, kind: PartKind) -> Part:
         """Return the part that serves one stage, sized where asked for."""
