@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
+import binarize
 from binarize.errors import BinarizeError
 from binarize.recipes import (
     ModelSection,
@@ -430,3 +431,56 @@ def test_a_failing_plugin_is_named_with_its_error_and_can_be_tried_again(tmp_pat
         import_plugins([str(plugin)])
     plugin.write_text("")
     import_plugins([str(plugin)])
+
+
+# The paper's rows.
+
+COUNTS = {
+    "paper/table2_bidiffsr_x2": (4.575043, 36.6686),
+    "paper/table2_sr3_x2": (55.407, 176.408),
+    "paper/table2_bbcu_x2": (4.822, 37.748),
+    "paper/table2_reactnet_x2": (4.853, 37.934),
+    "paper/table2_bnn_x2": (4.787, 37.934),
+    "paper/table2_dorefa_x2": (4.787, 37.934),
+    "paper/table2_xnor_x2": (4.787, 37.934),
+    "paper/table2_irnet_x2": (4.787, 37.934),
+    "paper/ablation_baseline": (4.2885, 36.67),
+    "paper/ablation_identity": (4.2885, 36.67),
+    "paper/ablation_cp": (4.2901, 36.67),
+    "paper/ablation_cs": (4.2975, 36.67),
+    "paper/ablation_add": (4.094, 33.40),
+    "paper/ablation_split": (4.2975, 36.67),
+    "paper/ablation_tar": (4.367, 36.67),
+    "paper/ablation_taa": (4.506, 36.67),
+    "paper/ablation_k2": (4.367, 36.67),
+    "paper/ablation_k5": (4.575043, 36.6686),
+}
+
+
+def test_every_row_of_the_paper_is_counted_below() -> None:
+    assert COUNTS.keys() == {name for name in NAMES if name.startswith("paper/") and not name.endswith("_x4")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_row_of_the_paper_has_the_published_size(name: str) -> None:
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        model = build_model(recipe)
+    summary = binarize.summary(model)
+    params, ops = COUNTS[name]
+    assert summary.params / 1e6 == pytest.approx(params, abs=1e-3)
+    assert summary.ops / 1e9 == pytest.approx(ops, abs=1e-2)
+    assert recipe.published is not None
+    # The paper rounds; two of its rows are off by 0.01.
+    if recipe.published.params_m is not None and recipe.published.ops_g is not None:
+        assert summary.params / 1e6 == pytest.approx(recipe.published.params_m, abs=0.0101)
+        assert summary.ops / 1e9 == pytest.approx(recipe.published.ops_g, abs=0.0101)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_x4")])
+def test_an_x4_row_is_the_x2_row_at_another_scale(name: str) -> None:
+    two, four = load_recipe(name[:-1] + "2").model_dump(), load_recipe(name).model_dump()
+    own = {"description", "published", "scale", "resolution", "output_dir"}
+    assert {key for key in two if two[key] != four[key]} <= own
+    assert (four["scale"], four["resolution"]) == (4, 256)
