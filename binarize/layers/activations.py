@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -129,8 +128,8 @@ class NormalizedApproxSign(_Sign):
         """Map ``(B, C, H, W)`` or ``(..., C)`` to {-1, +1} of the same shape."""
         if torch.is_grad_enabled() and x.requires_grad:
             dims = feature_dims(x, self.channel_dim)
-            correction = min(1, math.prod(x.shape[dim] for dim in dims) - 1)
-            x = x / torch.sqrt(x.var(dims, correction=correction, keepdim=True) + 1e-5)
+            features = x.shape[1:].numel() if self.channel_dim == 1 else x.shape[-1]
+            x = x / torch.sqrt(x.var(dims, correction=min(1, features - 1), keepdim=True) + 1e-5)
         return approx_sign(x, self.sign_zero)
 
 
