@@ -67,7 +67,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
         ```
     """
 
-    model_cpu_offload_seq: str = "unet"  # type: ignore[assignment]
+    model_cpu_offload_seq: str = "unet"
     # Diffusers takes parameters with a default for settings unless they are listed here.
     _optional_components = ["scheduler"]
     _callback_tensor_inputs = ["latents", "condition"]
