@@ -120,7 +120,7 @@ def convert(
     config_before = _config_of(model)
     try:
         notes = host.notes(model, wanted)
-        edits = host.rewire(model) if wanted == "cp_cs" else []
+        edits = host.rewire(model) if wanted == "cp_cs" and not host.rewired(model) else []
         carried = {id(module) for module in model.modules()}
         for edit in edits:
             undo.append(_replace(model, edit.path, edit.module))
@@ -261,6 +261,7 @@ def _check_arguments(
         raise BinarizeError(f"structure must be 'auto', 'keep' or 'cp_cs'; got {structure!r}.")
     if num_train_timesteps is not None and num_train_timesteps < 1:
         raise BinarizeError(f"num_train_timesteps must be at least 1; got {num_train_timesteps}.")
+    _refuse_lazy(model)
     if hasattr(model, RECORD):
         raise BinarizeError(
             f"this {type(model).__name__} is already converted, by method {conversion(model).method.name!r}; "
@@ -415,8 +416,6 @@ def _unsupported(module: nn.Module) -> str | None:
         if isinstance(module, cls):
             if type(module).forward is not cls.forward:
                 return f"{type(module).__name__} has a forward of its own, which a binary {kind} would drop"
-            if "LazyConv2d" in type(module).__name__ or isinstance(module.weight, nn.UninitializedParameter):
-                return "lazy layer: run one forward first"
             return None
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return "transposed convolution: no binary form is published"
@@ -516,8 +515,19 @@ def _record_config(model: nn.Module, record: Conversion) -> None:
         cast(Any, model).register_to_config(conversion=config)
 
 
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise BinarizeError(f"{name!r} is a {type(module).__name__} without weights; run one forward first.")
+
+
 def meta_copy(model: ModelT) -> ModelT:
-    """Return a structural copy of a model whose parameters and buffers take no memory (device "meta")."""
+    """Return a structural copy of a model whose parameters and buffers take no memory (device "meta").
+
+    Raises:
+        BinarizeError: If a lazy layer has no weights yet.
+    """
+    _refuse_lazy(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)

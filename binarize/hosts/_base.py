@@ -63,7 +63,7 @@ class Host:
         """Update the model's own record of its structure, once the replacements are in place."""
 
     def rewired(self, model: nn.Module) -> bool:
-        """Say whether the model already has the structure that `rewire` gives, so that it cannot be kept otherwise."""
+        """Say whether the model already has the structure that `rewire` gives; it is then left out."""
         return False
 
     def structure(self, model: nn.Module) -> str:

@@ -37,7 +37,7 @@ class DiffusersUNetHost(Host):
 
     def has_structure(self, model: nn.Module) -> bool:
         """Say whether some block can be rewired."""
-        return self.rewired(model) or any(True for _ in _fusions(model)) or bool(_resamplers(model)[0])
+        return any(True for _ in _fusions(model)) or bool(_resamplers(model)[0])
 
     def rewired(self, model: nn.Module) -> bool:
         """Say whether the structure pass has been here."""
@@ -66,8 +66,6 @@ class DiffusersUNetHost(Host):
 
     def rewire(self, model: nn.Module) -> list[Edit]:
         """Return what puts CP-Down, CP-Up and CS-Fusion in; carried-over layers are the same objects."""
-        if self.rewired(model):
-            return []
         if not self.has_structure(model):
             kinds = sorted({type(block).__name__ for block in _blocks(model)})
             raise BinarizeError(
