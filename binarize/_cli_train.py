@@ -48,6 +48,9 @@ def train(
         raise typer.Exit(stop.exit_code) from None
     if os.environ.get("RANK", "0") != "0":
         return  # launched in several processes, of which one reports
-    typer.echo(f"trained {result.steps} steps in {result.seconds:.0f} s, loss {result.history[-1].loss:.4f}")
+    if result.history:
+        typer.echo(f"trained to step {result.steps} in {result.seconds:.0f} s, loss {result.history[-1].loss:.4f}")
+    else:
+        typer.echo(f"step {result.steps} was reached before; raise max_train_steps to go on")
     typer.echo(f"model: {result.model_dir}")
     typer.echo(f"next:  binarize upscale IN OUT --model {result.model_dir}")
