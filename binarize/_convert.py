@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from binarize._report import ConversionReport, ReportRow
@@ -517,7 +518,7 @@ def _record_config(model: nn.Module, record: Conversion) -> None:
 
 def _refuse_lazy(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])):
             raise BinarizeError(f"{name!r} is a {type(module).__name__} without weights; run one forward first.")
 
 
