@@ -470,6 +470,33 @@ def test_a_finished_run_resumes_to_itself(recipe: Any) -> None:
     assert again.model_dir.is_dir()
 
 
+def test_a_run_may_go_on_from_a_checkpoint_of_another_folder(recipe: Any) -> None:
+    first = train(recipe("max_train_steps=3", out="first"), progress=False)
+    resume = f"resume_from_checkpoint={first.checkpoint}"
+    there = train(recipe("max_train_steps=3", resume, out="there"), progress=False)
+    assert (there.checkpoint, there.steps) == (first.checkpoint, 3)
+    assert there.model_dir == recipe(out="there").output_dir / "model"
+    assert there.model_dir.is_dir()
+    with pytest.raises(BinarizeError, match="already holds a run"):
+        train(recipe(resume, out="there"), progress=False)
+
+
+def test_a_model_that_cannot_be_written_leaves_the_one_before(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from binarize.models import SuperResolutionPipeline
+
+    before = train(recipe("max_train_steps=1"), progress=False).model_dir
+    files = {path: path.read_bytes() for path in before.rglob("*") if path.is_file()}
+
+    def full(self: SuperResolutionPipeline, folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SuperResolutionPipeline, "save_pretrained", full)
+    with pytest.raises(BinarizeError, match=r"cannot write the model to .*model: .*No space left on device"):
+        train(recipe("max_train_steps=2", "resume_from_checkpoint=latest"), progress=False)
+    assert {path: path.read_bytes() for path in before.rglob("*") if path.is_file()} == files
+
+
 def test_an_output_folder_that_is_a_file_is_refused(recipe: Any) -> None:
     run = recipe()
     run.output_dir.write_text("")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -114,8 +114,8 @@ class _Run:
             accelerator.process_index,
         )
         self.checkpoints = Checkpoints(recipe.output_dir, recipe.checkpoints_total_limit)
-        start = find_start(recipe, self.checkpoints, force)
-        state = None if start is None else self._read(start)
+        self.start = find_start(recipe, self.checkpoints, force)
+        state = None if self.start is None else self._read(self.start)
         self.samples = training_samples(recipe, self.plan)
         self.validator = Validator(recipe)
 
@@ -137,11 +137,14 @@ class _Run:
             accelerator.init_trackers(TRACKER, init_kwargs={recipe.report_to: {"purge_step": self.step + 1}})
         self.history: list[LogEntry] = []
         self.validation: dict[int, float] = {}
-        self._announce(start)
+        self._announce()
 
     def train(self) -> TrainResult:
         """Take the steps that are left."""
         recipe, began = self.recipe, time.perf_counter()
+        if self.step >= recipe.max_train_steps:
+            # Resumed at its end: the run may have been killed between its last checkpoint and the model.
+            self._validate()
         loader = batch_loader(
             self.samples,
             self.plan,
@@ -150,7 +153,7 @@ class _Run:
             workers=recipe.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        batches = iter(loader)
+        batches, checkpoint = iter(loader), self.start
         since, losses = began, list[float]()
         with tqdm(total=recipe.max_train_steps, initial=self.step, disable=not self.shows, unit="step") as bar:
             while self.step < recipe.max_train_steps:
@@ -173,7 +176,7 @@ class _Run:
         return TrainResult(
             output_dir=recipe.output_dir,
             model_dir=recipe.output_dir / MODEL,
-            checkpoint=self.checkpoints.list()[self.step],
+            checkpoint=cast(Path, checkpoint),  # a run that starts at its end was resumed from one
             steps=self.step,
             history=tuple(self.history),
             validation=self.validation,
@@ -303,10 +306,10 @@ class _Run:
             self.accelerator.log({"validation/psnr": psnr}, step=self.step)
             self._say(f"step {self.step}: {psnr:.2f} dB on the validation pictures")
 
-    def _announce(self, start: Path | None) -> None:
+    def _announce(self) -> None:
         plan = self.plan
-        if start is not None:
-            self._say(f"going on from {start}, at step {self.step}")
+        if self.start is not None:
+            self._say(f"going on from {self.start}, at step {self.step}")
         elif self.recipe.resume_from_checkpoint is not None:
             self._say("there is no checkpoint yet; starting anew")
         self._say(

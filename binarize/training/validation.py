@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
@@ -75,8 +76,14 @@ class Validator:
         for picture in self.pictures:
             scale = pipeline.config.scale
             generator = torch.Generator().manual_seed(self.seed)
-            result = pipeline(picture.lr, num_inference_steps=self.steps, generator=generator, output_type="pt")
-            sample = (result.images[0].float().cpu() * 255).round().to(torch.uint8)
+            images = pipeline(
+                picture.lr,
+                num_inference_steps=self.steps,
+                generator=generator,
+                output_type="pt",
+                return_dict=False,
+            )[0]
+            sample = (images[0].float().cpu() * 255).round().to(torch.uint8)
             quality = psnr(sample, picture.hr, border=scale)
             strip = torch.cat([enlarge(picture.lr, scale), sample, picture.hr], dim=-1)
             yield Validation(picture.name, strip.contiguous(), quality)
@@ -104,5 +111,5 @@ def export(pipeline: SuperResolutionPipeline, folder: Path) -> None:
     """
     try:
         replace_folder(folder, pipeline.save_pretrained)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise BinarizeError(f"cannot write the model to {folder}: {' '.join(str(error).split())}.") from error
