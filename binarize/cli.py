@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 import binarize
-from binarize import _cli_convert, _cli_demo, _cli_evaluate, _cli_models, _cli_recipes, _cli_train, _cli_upscale
+from binarize import (
+    _cli_ablate,
+    _cli_convert,
+    _cli_demo,
+    _cli_evaluate,
+    _cli_models,
+    _cli_recipes,
+    _cli_train,
+    _cli_upscale,
+)
 from binarize._cli_errors import OneLineErrors
 
 app = typer.Typer(
@@ -47,6 +56,7 @@ app.command("evaluate")(_cli_evaluate.evaluate)
 app.command("summary")(_cli_models.summary)
 app.command("methods")(_cli_models.methods)
 app.command("import-official")(_cli_convert.import_official)
+_cli_ablate.register(app)
 app.command("demo")(_cli_demo.demo)
 app.add_typer(_cli_recipes.app, name="recipes")
 

@@ -1,4 +1,4 @@
-"""One sentence for each thing that is wrong in a recipe."""
+"""One sentence for each thing that is wrong in a recipe or a study."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from binarize.errors import did_you_mean
 from ._schema import Recipe
 
 
-def explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, source: str, what: str = "recipe", schema: type[BaseModel] = Recipe) -> str:
     """Return every error of a recipe, one a line: the dotted key, what was given, what is allowed.
 
     Args:
         error: What pydantic found.
         source: The recipe's name or path.
+        what: What to call it.
+        schema: What it was checked against.
     """
-    lines = [_line(item) for item in error.errors(include_url=False)]
+    lines = [_line(item, schema) for item in error.errors(include_url=False)]
     count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
-    return "\n".join([f"recipe {source!r} has {count}:", *(f"  {line}" for line in lines)])
+    return "\n".join([f"{what} {source!r} has {count}:", *(f"  {line}" for line in lines)])
 
 
-def _line(item: Any) -> str:
+def _line(item: Any, schema: type[BaseModel]) -> str:
     path = tuple(str(part) for part in item["loc"])
     key, kind, given = ".".join(path), item["type"], item["input"]
     if kind == "extra_forbidden":
-        allowed = _keys(path[:-1])
+        allowed = _keys(path[:-1], schema)
         return f"{key}: unknown key.{did_you_mean(path[-1], allowed) or ' Allowed: ' + ', '.join(allowed) + '.'}"
     if kind == "missing":
         return f"{key}: missing; give it a value."
@@ -43,9 +45,9 @@ def _line(item: Any) -> str:
     return f"{key}: got {given!r}; {message}.{hint}"
 
 
-def _keys(sections: tuple[str, ...]) -> list[str]:
+def _keys(sections: tuple[str, ...], schema: type[BaseModel]) -> list[str]:
     """Return the keys of a section of the schema."""
-    model: type[BaseModel] = Recipe
+    model = schema
     for name in sections:
         for candidate in _section_types(model, name):
             model = candidate

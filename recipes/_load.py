@@ -16,6 +16,7 @@ from ._schema import Recipe
 from ._yaml import parse_yaml
 
 _FOLDER = Path(__file__).parent
+_STUDIES = _FOLDER / "ablations"
 _SUFFIXES = (".yaml", ".yml")
 # Sections whose keys a derived recipe changes one by one; any other value replaces the base's whole.
 _MERGED = ("model", "scheduler", "method")
@@ -99,17 +100,18 @@ def copy_recipe(name: str, dest: str | os.PathLike[str], *, force: bool = False)
 
 
 def _installed() -> dict[str, Path]:
-    paths = sorted(_FOLDER.rglob("*.yaml"), key=lambda path: (path.parent != _FOLDER, path))
+    found = (path for path in _FOLDER.rglob("*.yaml") if path.parent != _STUDIES)
+    paths = sorted(found, key=lambda path: (path.parent != _FOLDER, path))
     return {path.relative_to(_FOLDER).with_suffix("").as_posix(): path for path in paths}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, what: str = "recipe") -> dict[str, Any]:
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise BinarizeError(f"cannot read the recipe {path}: {error}.") from error
+        raise BinarizeError(f"cannot read the {what} {path}: {error}.") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise BinarizeError(f"{path} is not a recipe: it must hold `key: value` lines at its top level.")
+        raise BinarizeError(f"{path} is not a {what}: it must hold `key: value` lines at its top level.")
     plugins = data.get("plugins")
     if isinstance(plugins, list):
         data["plugins"] = [str(path.parent / p) if str(p).endswith(".py") else p for p in plugins]
