@@ -432,9 +432,8 @@ def test_a_deepcopy_is_independent(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["unet2d_attention", "ddpm_cifar"])
-def test_compiled_equals_eager_in_one_graph(name: str) -> None:
-    host, model = built(name)
+def test_compiled_equals_eager_in_one_graph() -> None:
+    host, model = built("unet2d_attention")
     model.double().eval()
     binarize.convert(model, "bidiffsr", **host.options)
     inputs = host.inputs(3)
@@ -615,24 +614,24 @@ def test_better_methods_learn_better() -> None:
     for method in ("bnn", "reactnet", "bidiffsr"):
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
-        model = unet2d((16, 32), in_channels=1, out_channels=1, norm_num_groups=8)
+        model = unet2d((8, 16), in_channels=1, out_channels=1)
         binarize.convert(model, method, num_train_timesteps=1000)
-        optimizer = torch.optim.Adam(binarize.param_groups(model), 2e-3)
+        optimizer = torch.optim.Adam(binarize.param_groups(model), 3e-3)
         history = []
-        for step in range(300):
-            clean = _stripes(16, generator)
+        for step in range(200):
+            clean = _stripes(8, generator)
             noise = torch.randn(clean.shape, generator=generator)
-            timesteps = torch.randint(0, 1000, (16,), generator=generator)
+            timesteps = torch.randint(0, 1000, (8,), generator=generator)
             noisy = scheduler.add_noise(clean, noise, timesteps)  # type: ignore[arg-type]
             loss = F.mse_loss(output_of(model, ((noisy, timesteps), {})), noise)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            binarize.training_step(model, (step + 1) / 300)
+            binarize.training_step(model, (step + 1) / 200)
             history.append(loss.item())
-        losses[method] = sum(history[-60:]) / 60
-    assert losses["reactnet"] < losses["bnn"]
-    assert losses["bidiffsr"] < losses["bnn"]
+        losses[method] = sum(history[-40:]) / 40
+    assert losses["reactnet"] < 0.9 * losses["bnn"]
+    assert losses["bidiffsr"] < 0.9 * losses["bnn"]
 
 
 @pytest.mark.parametrize("page", ["convert", "hosts"])
