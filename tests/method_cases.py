@@ -1,0 +1,94 @@
+"""Every registered method and variant, and the form that its paper and released code give its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from closed_forms import Form
+
+import binarize
+from binarize.methods import Method, get_method
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with options.
+
+    Attributes:
+        name: The method's.
+        form: What its layers compute.
+        options: Options of the method.
+        first: What they compute before ``switch`` of the training is done, where that differs.
+        switch: When ``form`` takes over from ``first``.
+    """
+
+    name: str
+    form: Form
+    options: dict[str, Any] = field(default_factory=dict)
+    first: Form | None = None
+    switch: float = 0.0
+
+    @property
+    def method(self) -> Method:
+        return get_method(self.name, **self.options)
+
+    def __str__(self) -> str:
+        return self.name + "".join(f"-{key}={value}" for key, value in self.options.items())
+
+    def at(self, progress: float) -> Form:
+        return self.first if self.first is not None and progress < self.switch else self.form
+
+
+REACTNET = {"pre": "shift", "norm": True, "post": "rprelu", "shortcut": "identity", "post_last": True}
+BIDIFFSR = Form("approx", "scaled", pre="shift", post="rprelu", shortcut="identity")
+IRNET = {"norm": True, "post": "hardtanh", "shortcut": "identity", "post_last": True}
+
+DEFAULTS = [
+    Case("custom", Form("ste", "scaled")),
+    Case("bnn", Form("ste", "sign", norm=True, post="hardtanh")),
+    Case("xnor", Form("ste", "xnor", norm=True)),
+    Case("xnor++", Form("ste", "sign", scale="channel", norm=True)),
+    Case("dorefa", Form("round", "tensor", norm=True)),
+    Case("bireal", Form("approx", "scaled", norm=True, shortcut="identity")),
+    Case("irnet", Form("ede", "libra", **IRNET)),
+    Case("reactnet", Form("approx", "scaled", **REACTNET)),
+    Case("recu", Form("recu", "recu", scale="channel", **IRNET)),
+    Case("bbcu", BIDIFFSR),
+    Case("bidiffsr", BIDIFFSR),
+    Case("bidm", Form("approx", "scaled", pre="shift", scale="k_map", shortcut="factor")),
+    Case("binarydm", Form("ste", "two_basis", shortcut="magnitude")),
+]
+
+VARIANTS = [
+    Case("bnn", Form("identity", "sign_identity", norm=True, post="hardtanh"), {"variant": "original"}),
+    Case("xnor", Form("mean", "scaled", norm=True), {"variant": "bibench"}),
+    Case("xnor", Form("ste", "xnor", pre="batch_norm"), {"norm_position": "before"}),
+    Case("xnor", Form("ste", "xnor", norm=True, options=(("sgd", 1),)), {"sgd": True}),
+    Case("xnor", Form("ste", "xnor", scale="k_map", norm=True), {"scale": "k_map"}),
+    Case("xnor++", Form("ste", "sign", scale="channel", norm=True), {"size": (8, 9)}),
+    Case("dorefa", Form("ste", "scaled", norm=True), {"variant": "bibench"}),
+    Case("bireal", Form("approx", "scaled", norm=True, shortcut="identity"), {"shortcut": True}),
+    Case("irnet", Form("ede", "libra", options=(("t_min", 1e-3),), **IRNET), {"t_min": 1e-3}),
+    Case(
+        "reactnet",
+        Form("approx", "scaled", **REACTNET),
+        {"two_stage": 0.5},
+        first=Form("approx", "real", **REACTNET),
+        switch=0.5,
+    ),
+    Case(
+        "recu",
+        Form("recu", "recu", scale="channel", options=(("tau_min", 0.6), ("tau_max", 0.9)), **IRNET),
+        {"tau_min": 0.6, "tau_max": 0.9},
+    ),
+    Case("bidiffsr", BIDIFFSR, {"groups": 2}),
+    Case("bidiffsr", BIDIFFSR, {"tar": False}),
+    Case("bidiffsr", BIDIFFSR, {"taa": False}),
+    Case("bidiffsr", Form("approx", "scaled", pre="shift", post="rprelu"), {"shortcut": False}),
+    Case("binarydm", Form("ste", "two_basis", shortcut="identity"), {"shortcut": True}),
+]
+
+CASES = DEFAULTS + VARIANTS
+# What the toolkit registers; other tests register methods of their own.
+METHODS = [name for name in binarize.list_methods() if type(get_method(name)).__module__.startswith("binarize.")]
