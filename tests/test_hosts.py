@@ -496,6 +496,21 @@ def test_defaults_keep_embeddings_and_attention(name: str) -> None:
     assert not any(".attentions." in n and ".ff." not in n for n in (row.name for row in report.replaced))
 
 
+def test_fp_decoder_levels_keep_fusions_and_resnet_blocks() -> None:
+    for levels, blocks in (((0,), "1"), ((1,), "0"), ((0, 1), "01"), (None, "")):
+        method = binarize.methods.bidiffsr(fp_decoder_levels=levels)
+        report = binarize.plan(unet2d((8, 16)), method)
+        kept = {row.name for row in report.kept if "fp_decoder_levels" in row.detail and "time_emb" not in row.name}
+        assert {name.split(".")[1] for name in kept} == set(blocks)
+        assert sum("fusion" in name for name in kept) == 4 * len(blocks)
+        assert not any("samplers" in name for name in kept)
+    method = binarize.methods.bidiffsr(fp_decoder_levels=(2,))
+    with pytest.raises(BinarizeError, match=r"fp_decoder_levels=\(2,\), but UNet2DModel has levels 0 .* to 1"):
+        binarize.convert(unet2d((8, 16)), method)
+    with pytest.raises(BinarizeError, match="ADMUNet has no decoder levels that the toolkit knows; use keep"):
+        binarize.convert(HOSTS["adm"].build(), method)
+
+
 def test_attention_converts_where_a_pattern_names_it() -> None:
     model = unet2d_condition()
     binarize.convert(model, "bidiffsr", linear=["*.attn2.to_?", "*proj_in"])

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from binarize.errors import BinarizeError
-from binarize.methods import Method
+from binarize.methods import BiDiffSR, Method
 from binarize.registry import Registry
 
 
@@ -85,9 +85,39 @@ class Host:
             "shift ('reactnet', 'bbcu', 'bidiffsr') get past that, and so does 'dorefa' with its codes in {0, 1}"
         ]
 
+    def decoder_levels(self, model: nn.Module) -> list[str]:
+        """Return the module that holds the ResBlocks (and fusions) of each decoder level, the finest first."""
+        return []
+
+    def full_precision_levels(self, model: nn.Module, method: Method, default: tuple[int, ...] = ()) -> dict[str, str]:
+        """Return the decoder levels that ``bidiffsr(fp_decoder_levels=...)`` keeps, as `full_precision` does.
+
+        Args:
+            model: The model.
+            method: The method.
+            default: Levels kept where the option is not given; those that the model does not have are left out.
+
+        Raises:
+            BinarizeError: If the option names a level that the model does not have.
+        """
+        if not isinstance(method, BiDiffSR):
+            return {}
+        levels, chosen = self.decoder_levels(model), method.fp_decoder_levels
+        if chosen is None:
+            chosen = tuple(level for level in default if level < len(levels))
+        if any(level >= len(levels) for level in chosen):
+            have = (
+                f"levels 0 (the finest) to {len(levels) - 1}" if levels else "no decoder levels that the toolkit knows"
+            )
+            raise BinarizeError(
+                f"{method.name}: fp_decoder_levels={chosen!r}, but {type(model).__name__} has {have}; "
+                "use keep=[...] patterns for other parts."
+            )
+        return {levels[level]: f"decoder level {level} (fp_decoder_levels)" for level in chosen}
+
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Return the modules that stay full precision by default, as name (or name of an ancestor) to reason."""
-        kept: dict[str, str] = {}
+        kept = self.full_precision_levels(model, method)
         convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
         weighted = [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)]
         if convolutions:

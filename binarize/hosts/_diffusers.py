@@ -74,6 +74,10 @@ class DiffusersUNetHost(Host):
             )
         return list(_edits(model, published=_doubles(model)))
 
+    def decoder_levels(self, model: nn.Module) -> list[str]:
+        """Return the resnet blocks of each up block, the last one first."""
+        return [f"up_blocks.{i}.resnets" for i in reversed(range(len(_config(model)["block_out_channels"])))]
+
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Keep first and last convolution, embeddings of time and class, and attention; feed-forward layers may go."""
         kept = {"conv_in": "first convolution", "conv_out": "last convolution"}
@@ -87,7 +91,7 @@ class DiffusersUNetHost(Host):
                 kept[name] = "attention projection"
             elif kind in ("Transformer2DModel", "DualTransformer2DModel"):
                 kept[f"{name}.proj_in"] = kept[f"{name}.proj_out"] = "attention projection"
-        return kept
+        return kept | self.full_precision_levels(model, method)
 
 
 @HOSTS.register("UNet2DModel")

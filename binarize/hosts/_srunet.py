@@ -9,7 +9,6 @@ from torch import nn
 
 from binarize.hosts._base import HOSTS, Edit, Host
 from binarize.methods import Method
-from binarize.methods._bidiffsr import BiDiffSR
 
 
 @HOSTS.register("SRUNet")
@@ -63,17 +62,17 @@ class SRUNetHost(Host):
         """Write the new structure into the configuration."""
         cast(Any, model).register_to_config(resampling="cp", fusion="cs")
 
+    def decoder_levels(self, model: nn.Module) -> list[str]:
+        """Return the blocks of each level."""
+        return [f"decoder.{level}.blocks" for level in range(len(_config(model)["channel_mults"]))]
+
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Keep first and last convolution, attention, and BI-DiffSR's finest decoder levels."""
         kept = {"conv_in": "first convolution", "conv_out": "last convolution", "time_mlp": "time embedding"}
         for name, module in model.named_modules():
             if type(module).__name__ == "SelfAttention":
                 kept[name] = "attention projection"
-        if isinstance(method, BiDiffSR):
-            chosen = (0, 1) if method.fp_decoder_levels is None else method.fp_decoder_levels
-            for level in chosen:
-                kept[f"decoder.{level}.blocks"] = f"decoder level {level} (fp_decoder_levels)"
-        return kept
+        return kept | self.full_precision_levels(model, method, default=(0, 1))
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
