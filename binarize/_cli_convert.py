@@ -30,7 +30,9 @@ def import_official(
     sign_zero: Annotated[SignZero, typer.Option(help="What the sign of exactly 0 is.")] = SignZero.zero,
     force: ForceOption = False,
 ) -> None:
-    """Turn a checkpoint that BI-DiffSR's authors released into a folder that every other command takes.
+    """Import a checkpoint of BI-DiffSR's authors.
+
+    OUT becomes a folder that every other command takes as a model.
 
     ```
     binarize import-official BI-DiffSR_x2.pth bidiffsr-x2 --scale 2

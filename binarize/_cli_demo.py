@@ -15,9 +15,10 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.")] = Path("demo-output"),
     force: ForceOption = False,
 ) -> None:
-    """Train a small 1-bit network on photographs that scikit-image ships, and compare it with bicubic enlargement.
+    """Train a small 1-bit network in minutes.
 
-    Takes about four minutes on two CPU cores, needs no data set and downloads nothing.
+    On photographs that scikit-image ships: nothing is downloaded. Then compares it with bicubic enlargement on one that
+    it never saw, and writes the pictures and a report. Takes less than five minutes on two CPU cores.
 
     ```
     binarize demo

@@ -61,9 +61,10 @@ def evaluate(
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.float32,
 ) -> None:
-    """Measure PSNR and SSIM (on Y, border shaved) and LPIPS, per picture and on average, beside bicubic enlargement.
+    """Measure PSNR, SSIM and LPIPS of a model.
 
-    Prints a table on a terminal and Markdown elsewhere; `--output` writes evaluation.json, .csv and .md as well.
+    For each picture and on average, beside bicubic enlargement; PSNR and SSIM on Y with the border shaved, as the
+    papers do. Prints a table on a terminal and Markdown elsewhere; `--output` writes evaluation.json, .csv and .md too.
 
     ```
     binarize evaluate runs/bidiffsr_x2/model --data Set5/HR

@@ -36,7 +36,9 @@ def summary(
     layers: Annotated[bool, typer.Option("--layers", help="A line for each layer, too; JSON always has them.")] = False,
     style: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.text,
 ) -> None:
-    """Count parameters, operations and bytes as the papers do: a binary weight as 1/32, a binary operation as 1/64.
+    """Count parameters, operations and bytes.
+
+    As the papers do: a binary weight is 1/32 of a parameter, a binary multiplication 1/64 of an operation.
 
     ```
     binarize summary bidiffsr_x2
@@ -59,7 +61,7 @@ def summary(
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method, to see its options.")] = None,
 ) -> None:
-    """List the binarization methods, or the options of one with their defaults.
+    """List the binarization methods and their options.
 
     ```
     binarize methods

@@ -55,7 +55,7 @@ def upscale(
     precision: PrecisionOption = Precision.float32,
     force: ForceOption = False,
 ) -> None:
-    """Enlarge a picture, or every picture of a folder.
+    """Enlarge a picture, or a folder of pictures.
 
     Any size, any mode: greyscale stays greyscale, 16-bit stays 16-bit, transparency is enlarged along. The same seed
     gives the same picture. Results are written whole or not at all.

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -183,6 +184,26 @@ def test_the_real_program_prints_one_line_for_a_truncated_picture(model: Path, s
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_training_saves_a_checkpoint(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tiny = [text for text in TINY if not text.startswith("max_train_steps")]
+    settings = [*tiny, "max_train_steps=1000000", f"train_data_dir={photos}", f"output_dir={folder}"]
+    command = [sys.executable, "-m", "binarize.cli", "train", "demo", *settings, "checkpointing_steps=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("checkpoint-*")):
+            assert time.monotonic() < deadline, "the training did not start"
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in errors
+    saved = re.fullmatch(r"stopped by SIGINT; saved (.*checkpoint-\d+)\..*", errors.splitlines()[-1])
+    assert saved is not None
+    assert Path(saved[1]).is_dir()
+
+
 # upscale
 
 
@@ -280,6 +301,16 @@ def test_upscale_refuses_places_where_it_cannot_or_must_not_write(model: Path, s
     assert "is a file" in fails("upscale", tmp_path, small, "--model", model)
     assert "is one of the pictures" in fails("upscale", tmp_path, tmp_path, "--model", model, "--force")
     assert "is one of the pictures" in fails("upscale", small, small, "--model", model, "--force")
+    assert contents(tmp_path) == before
+
+
+def test_ctrl_c_leaves_nothing_behind(
+    model: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SuperResolutionPipeline, "__call__", raising(KeyboardInterrupt()))
+    before = contents(tmp_path)
+    result = run("upscale", small, tmp_path / "large.png", "--model", model)
+    assert (result.exit_code, result.stderr) == (130, "error: interrupted\n")
     assert contents(tmp_path) == before
 
 
