@@ -84,7 +84,7 @@ class Study(Section):
         description="Key of the recipe -> values; every combination is a row, times the cells if there are any.",
     )
     seeds: tuple[NonNegativeInt, ...] = Field(
-        default=(0,), min_length=1, description="Every cell is run once with each; means and spreads are shown."
+        default=(0,), description="Every cell is run once with each; means and spreads are shown."
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured.")
     output_dir: Path = Field(description="Where everything is written; default runs/ablations/ and the study's name.")
@@ -122,6 +122,8 @@ class Study(Section):
     @field_validator("seeds")
     @classmethod
     def _different(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("there is none; give at least one, such as [0]")
         if len(set(value)) != len(value):
             raise ValueError("a seed is given twice; the same seed gives the same run")
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_flips_are_those_of_the_signs_since_the_last_update_and_since_the_start(
             assert found.since_last[update, number] == (now != history[update][name]).mean()
             assert found.since_start[update, number] == (now != history[0][name]).mean()
     every = [np.concatenate([one[name].ravel() for name in found.layers]) for one in history]
-    np.testing.assert_allclose(found.overall(), [(a != b).mean() for a, b in zip(every, every[1:], strict=False)])
+    np.testing.assert_allclose(found.overall(), [(a != b).mean() for a, b in itertools.pairwise(every)])
     np.testing.assert_allclose(found.overall("start"), [(every[0] != b).mean() for b in every[1:]])
     np.testing.assert_allclose(returned, found.overall())
     assert 0 < returned[0] < 0.5
