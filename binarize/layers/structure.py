@@ -92,8 +92,7 @@ class CSFusion(nn.Module):
         total = hidden_channels + skip_channels
         whole = total % out_channels == 0 and total // out_channels >= 2
         self.terms = total // out_channels if whole else 1
-        even_mix = hidden_channels // 2 + (skip_channels + 1) // 2 == out_channels
-        self.form = "general" if not whole else "published" if self.terms == 2 and even_mix else "strided"
+        self.form = "general" if not whole else "published" if self.terms == 2 else "strided"
         width = out_channels if whole else total
         self.convs = nn.ModuleList(nn.Conv2d(width, out_channels, 1) for _ in range(self.terms))
 
