@@ -7,6 +7,8 @@ import io
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -26,7 +28,15 @@ import binarize
 from binarize.errors import BinarizeError
 from binarize.evaluation import LpipsUnavailable, evaluate
 from binarize.models import SuperResolutionPipeline
-from binarize.recipes import build_model, list_recipes, list_studies, load_recipe, load_study, study_path
+from binarize.recipes import (
+    EvaluationSection,
+    build_model,
+    list_recipes,
+    list_studies,
+    load_recipe,
+    load_study,
+    study_path,
+)
 from binarize.recipes._study import as_texts
 from binarize.training import TrainingInterrupted, ablation, load_checkpoint, train
 from binarize.training.ablation import ablate
@@ -173,7 +183,7 @@ def test_what_is_done_is_not_repeated(
     again = ablate(study)
     assert again == result
     assert times(result.output_dir) == before
-    assert "4 runs are done already" in capsys.readouterr().out
+    assert "4 of 4 runs are done already" in capsys.readouterr().out
 
 
 def test_bookkeeping_keys_repeat_nothing(
@@ -246,8 +256,6 @@ def test_a_half_trained_run_goes_on_and_ends_as_if_never_stopped(
 
 
 def test_a_run_killed_after_its_last_checkpoint_still_gets_its_model(pictures: Path, tmp_path: Path) -> None:
-    import shutil
-
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
     whole = ablate(study, progress=False).trials[0]
     (whole.folder / "result.json").unlink()
@@ -652,6 +660,44 @@ def test_folders_are_named_by_cells_on_any_system() -> None:
     assert len(folder_name("x" * 300)) < 80
 
 
+# The how-to.
+
+PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "ablate.md").read_text(encoding="utf-8")
+SHRINK = [
+    "max_train_steps=1",
+    "model.channel_mults=[1]",
+    "model.base_channels=8",
+    "resolution=16",
+    "train_batch_size=1",
+]
+
+
+def test_the_how_to_runs_as_it_stands(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "held-out"):
+        shutil.copytree(pictures, folder)
+    quick = [*SHRINK, "lr_warmup_steps=0", "evaluation.num_inference_steps=1"]
+    monkeypatch.setattr(binarize, "ablate", lambda study, **options: ablate(study, quick, **options), raising=False)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+    exec(compile(code, "ablate.md", "exec"), {})
+    assert "| method.groups=5 |" in capsys.readouterr().out
+
+
+def test_the_how_tos_study_is_valid_and_its_table_complete(tmp_path: Path) -> None:
+    whole, cells = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(whole, encoding="utf-8")
+    study, _ = load_study(tmp_path / "mine.yaml")
+    assert next(iter(study.recipes())) == "method.groups=1, method.activation=approx_sign"
+    assert len(study.recipes()) == 4
+    (tmp_path / "cells.yaml").write_text(cells, encoding="utf-8")
+    assert list(load_study(tmp_path / "cells.yaml")[0].recipes()) == ["SR3", "ReActNet", "mine"]
+    keys = re.findall(r"^\| `(\w+)` \|", PAGE[PAGE.index("| key of `evaluation`") :], re.MULTILINE)
+    assert keys == list(EvaluationSection.model_fields)
+    assert set(re.findall(r"`([a-z]\w+)`", PAGE.partition("## Write")[0])) >= set(list_studies())
+
+
 # The command.
 
 
@@ -665,8 +711,7 @@ def test_the_command_lists_shows_and_runs(pictures: Path, tmp_path: Path) -> Non
     nothing = run(app, ["ablate"])
     assert nothing.exit_code == 2
     assert "STUDY" in nothing.stderr
-    shrink = ["model.channel_mults=[1]", "model.base_channels=8", "resolution=16"]
-    dry = run(app, ["ablate", "small_groups", "--dry-run", f"output_dir={tmp_path / 'none'}", *shrink])
+    dry = run(app, ["ablate", "small_groups", "--dry-run", f"output_dir={tmp_path / 'none'}", *SHRINK])
     assert dry.exit_code == 0
     assert "| method.groups=5 |" in dry.stdout
     assert "table:" not in dry.stdout
@@ -723,7 +768,7 @@ def test_a_study_survives_kill_9_and_repeats_nothing(pictures: Path, tmp_path: P
 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert "1 runs are done already" in done.stdout
+    assert "1 of 3 runs are done already" in done.stdout
     assert f"going on from {second / f'checkpoint-{reached}'}, at step {reached}" in done.stdout
     assert times(first) == before
     for name in ("table.md", "table.csv", "table.json", "table.png"):

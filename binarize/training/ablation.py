@@ -91,7 +91,8 @@ class _Ablation:
         recipes = study.recipes(overrides)
         self.trials = [Trial(cell, seed, recipe, study) for cell, recipe in recipes.items() for seed in study.seeds]
         _refuse_shared_folders(self.trials)
-        self.chosen = _choose(recipes, only)
+        wanted = _choose(recipes, only)
+        self.chosen = [trial for trial in self.trials if trial.cell in wanted]
         self.costs = self._measure_costs(recipes)
         self.states = {trial: TrialState.read(trial) for trial in self.trials}
         self.failures: dict[Trial, str] = {}
@@ -116,24 +117,23 @@ class _Ablation:
             self.states[trial] = TrialState.read(trial)
         evaluation = self.study.evaluation
         self.lpips: str | None = evaluation.lpips
-        if any(self.states[trial].figure("lpips") is None for trial in self.todo(None, done=True)):
+        if any(self.states[trial].figure("lpips") is None for trial in self.chosen):
             self.lpips, notes = _available_lpips(evaluation)
             self.notes += notes
         pending = self.todo(self.lpips)
         if pending:
             _check_data({trial.cell: trial.recipe for trial in pending}, evaluation)
 
-    def todo(self, lpips: str | None, *, done: bool = False) -> list[Trial]:
-        """Return the chosen runs that are not done, or all chosen ones."""
-        chosen = [trial for trial in self.trials if trial.cell in self.chosen]
-        return chosen if done else [trial for trial in chosen if not self.states[trial].done(lpips)]
+    def todo(self, lpips: str | None) -> list[Trial]:
+        """Return the chosen runs that are not done; LPIPS is needed for that if a backbone is given."""
+        return [trial for trial in self.chosen if not self.states[trial].done(lpips)]
 
     def work(self) -> None:
         """Run what is left; one failure does not stop the others."""
         pending = self.todo(self.lpips)
-        finished = sum(trial.cell in self.chosen for trial in self.trials) - len(pending)
-        if finished:
-            self._say(f"{finished} runs are done already")
+        chosen = len(self.chosen)
+        if len(pending) < chosen:
+            self._say(f"{chosen - len(pending)} of {chosen} runs are done already")
         for number, trial in enumerate(pending, 1):
             self._say(f"[{number}/{len(pending)}] {trial}")
             try:
