@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.layers.parts import PART_KINDS, Part, PartKind, is_timestep_aware, part_to_config
 from binarize.layers.signs import SignZero
 from binarize.registry import Registry
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,11 @@ class Method:
     keep_bias: bool = False
     fold_bias: bool = False
     clamps_latent: bool | None = None
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Check the names of the options before Python does, to say which there are."""
+        _check_options(cls, options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -104,7 +113,6 @@ class Method:
         Raises:
             BinarizeError: If an option is unknown.
         """
-        _check_options(type(self), options)
         return dataclasses.replace(self, **options)
 
     def to_config(self) -> dict[str, Any]:
@@ -181,12 +189,13 @@ def get_method(method: str | Method | Mapping[str, Any], **options: Any) -> Meth
     if not isinstance(method, str):
         raise BinarizeError(f"method must be a name, a Method or a mapping with a 'name'; got {method!r}.")
     cls = METHODS[method]
-    _check_options(cls, options)
     return cls(**options)
 
 
 def _check_options(cls: type[Method], options: Mapping[str, Any]) -> None:
-    allowed = [field.name for field in dataclasses.fields(cls)]
+    own = inspect.get_annotations(cls)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    allowed = sorted(fields, key=lambda name: (name not in own, name in PART_KINDS))  # stable: what is special first
     for key in options:
         if key not in allowed:
             raise BinarizeError(
