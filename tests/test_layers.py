@@ -41,6 +41,7 @@ from binarize.layers import (
     TwoStageWeight,
     XnorWeight,
     approx_sign,
+    clipped_identity,
     clipped_sign,
     ede_sign,
     hard_sign,
@@ -50,7 +51,6 @@ from binarize.layers import (
 from binarize.layers.affine import TokenBatchNorm
 from binarize.layers.schedule import ede_schedule, recu_schedule
 from binarize.layers.shortcut import pool_channels
-from binarize.layers.signs import clipped_identity
 from binarize.methods import Method
 from binarize.timestep import TimestepContext, timestep_group
 

@@ -15,7 +15,15 @@ from binarize.layers.parts import LayerSpec, Part, list_parts, register_part
 from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear
 from binarize.layers.schedule import Scheduled, training_step
 from binarize.layers.shortcut import PoolShortcut, ProjectionShortcut, ScaledShortcut
-from binarize.layers.signs import approx_sign, clipped_sign, ede_sign, hard_sign, identity_sign, unit_round
+from binarize.layers.signs import (
+    approx_sign,
+    clipped_identity,
+    clipped_sign,
+    ede_sign,
+    hard_sign,
+    identity_sign,
+    unit_round,
+)
 from binarize.layers.structure import (
     AddFusion,
     ConcatFusion,
@@ -82,6 +90,7 @@ __all__ = [
     "approx_sign",
     "binary_conv2d",
     "binary_linear",
+    "clipped_identity",
     "clipped_sign",
     "ede_sign",
     "hard_sign",

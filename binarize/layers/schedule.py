@@ -23,6 +23,13 @@ class Scheduled(nn.Module):
         super().__init__(*args, **kwargs)
         self.register_buffer("progress", torch.zeros((), dtype=torch.float32))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Scheduled:
+        before = self.progress
+        super()._apply(fn, recurse)
+        if self.progress.itemsize < before.itemsize:  # a half-precision progress would round to 1 before the end
+            self.progress = before.to(self.progress.device)
+        return self
+
     def set_progress(self, progress: float) -> None:
         """Store the progress, in [0, 1]."""
         self.progress.fill_(progress)
