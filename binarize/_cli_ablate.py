@@ -37,7 +37,7 @@ def ablate(
     ```
     binarize ablate --list
     binarize ablate small_methods train_data_dir=photos evaluation.data_dir=held-out
-    binarize ablate small_groups train_data_dir=photos evaluation.data_dir=held-out seeds=[0,1,2]
+    binarize ablate small_groups train_data_dir=photos evaluation.data_dir=held-out 'seeds=[0,1,2]'
     binarize ablate table2_x2 --dry-run
     binarize ablate breakdown train_data_dir=DF2K/HR evaluation.data_dir=Manga109/HR --only baseline
     ```
@@ -68,7 +68,9 @@ def ablate(
         typer.echo(result.to_markdown(), nl=False)
     if dry_run:
         return
-    typer.echo(f"table: {result.output_dir / 'table.md'}, and the same as .csv, .json and .png")
+    table = result.output_dir / "table.md"
+    others = [kind for kind in (".csv", ".json", ".png") if table.with_suffix(kind).exists()]
+    typer.echo(f"table: {table}, and the same as {', '.join(others)}")
     if result.failed:
         typer.echo(
             f"{len(result.failed)} of {len(result.trials)} runs failed; see error.txt in their folders", err=True
