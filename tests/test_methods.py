@@ -207,6 +207,7 @@ def test_an_unknown_option_is_answered_with_the_nearest(how):
         ("dorefa", {"variant": "x"}, "dorefa: variant must be 'original' or 'bibench'; got 'x'"),
         ("xnor", {"variant": "x"}, "xnor: variant must be 'authors' or 'bibench'; got 'x'"),
         ("xnor", {"norm_position": "befor"}, "norm_position must be 'after' or 'before'.*Did you mean 'before'"),
+        ("xnor", {"norm_position": "before", "pre": "shift"}, "puts the norm where pre='shift' stands; set norm=None"),
         ("xnor++", {"size": (3,)}, r"xnor\+\+: size must be \(H, W\) in pixels, or None; got \(3,\)"),
         ("irnet", {"t_min": 0}, "irnet: needs 0 < t_min <= t_max; got 0 and 10.0"),
         ("irnet", {"t_min": "0.1"}, "irnet: t_min must be a number; got '0.1'"),

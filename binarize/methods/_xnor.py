@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from binarize.errors import BinarizeError
 from binarize.layers.parts import Part, PartKind
 from binarize.methods._base import Method, register_method
 
@@ -37,6 +38,11 @@ class XNOR(Method):
         super().__post_init__()
         self.check_choice("variant", "authors", "bibench")
         self.check_choice("norm_position", "after", "before")
+        if self.norm_position == "before" and self.pre is not None and self.norm is not None:
+            raise BinarizeError(
+                f"{self.name}: norm_position='before' puts the norm where pre={self.pre!r} stands; "
+                "set norm=None or pre=None."
+            )
 
     def part(self, kind: PartKind) -> Part:
         """Return the part that serves one stage, in the chosen variant."""
