@@ -135,7 +135,7 @@ def convert(
         rows = [*_structure_rows(model, edits, carried), *plan.rows]
         report = ConversionReport(method.name, host.name, host.structure(model), tuple(rows), tuple(plan.notes))
         record = Conversion(
-            method, wanted, checked.keep_record(model), checked.overrides, checked.linear, steps, report, context
+            method, wanted, cast(list[str], checked.keep), checked.overrides, checked.linear, steps, report, context
         )
         if context is not None:
             context.attach(model)
@@ -238,13 +238,21 @@ class _Checked:
     keep: list[Selector]
     overrides: dict[str, Method | None]
     linear: bool | list[str]
+    picked: set[str] = field(default_factory=set)
 
-    def keep_record(self, model: nn.Module) -> list[str]:
-        names = [item for item in self.keep if isinstance(item, str)]
+    def resolve_predicates(self, model: nn.Module) -> None:
+        """Replace each predicate by the names of the modules that it picks, so that what is below them is kept too."""
+        resolved: list[str] = []
         for item in self.keep:
-            if not isinstance(item, str):
-                names += [n for n, m in model.named_modules() if n and _is_layer(m) and item(n, m)]
-        return names
+            if isinstance(item, str):
+                resolved.append(item)
+                continue
+            picked = [n for n, m in model.named_modules(remove_duplicate=False) if n and item(n, m)]
+            if not picked:
+                raise BinarizeError(f"the predicate {item!r} in keep matches no module.")
+            self.picked.update(picked)
+            resolved += picked
+        self.keep = list(resolved)
 
 
 def _check_arguments(
@@ -260,8 +268,15 @@ def _check_arguments(
         raise BinarizeError(f"convert needs an nn.Module; got {type(model).__name__}. For a pipeline, pass its unet.")
     if structure not in ("auto", "keep", "cp_cs"):
         raise BinarizeError(f"structure must be 'auto', 'keep' or 'cp_cs'; got {structure!r}.")
-    if num_train_timesteps is not None and num_train_timesteps < 1:
-        raise BinarizeError(f"num_train_timesteps must be at least 1; got {num_train_timesteps}.")
+    if num_train_timesteps is not None and (not isinstance(num_train_timesteps, int) or num_train_timesteps < 1):
+        raise BinarizeError(f"num_train_timesteps must be a whole number of at least 1; got {num_train_timesteps!r}.")
+    for label, value, kinds in (("keep", keep, Sequence), ("linear", linear, bool | Sequence)):
+        if value is not None and not (isinstance(value, kinds) or (label == "keep" and callable(value))):
+            raise BinarizeError(f"{label} must be a sequence of glob patterns; got {value!r}.")
+    if linear is None:
+        raise BinarizeError("linear must be True, False or glob patterns; got None.")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise BinarizeError(f"overrides must map glob patterns to methods, options or None; got {overrides!r}.")
     _refuse_lazy(model)
     if hasattr(model, RECORD):
         raise BinarizeError(
@@ -341,11 +356,14 @@ def _select(model: nn.Module, method: Method, host: Host, checked: _Checked, car
     plan = _Plan()
     layers = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name and _is_layer(m)]
     linear = checked.linear if isinstance(checked.linear, list) else []
-    patterns = [*(p for p in checked.keep if isinstance(p, str)), *checked.overrides, *linear]
-    for pattern in patterns:
-        if not any(_match(pattern, name) for name, _ in layers):
+    checked.resolve_predicates(model)
+    keep = [pattern for pattern in cast(list[str], checked.keep) if pattern not in checked.picked]
+    for pattern in [*keep, *checked.overrides, *linear]:
+        wanted = nn.Linear if pattern in linear else nn.Module
+        if not any(_match(pattern, name) and isinstance(module, wanted) for name, module in layers):
+            what = "linear layer" if pattern in linear else "convolution or linear layer"
             raise BinarizeError(
-                f"the pattern {pattern!r} matches no convolution or linear layer; names look like "
+                f"the pattern {pattern!r} matches no {what}; names look like "
                 f"{', '.join(name for name, _ in layers[:3])}. `binarize.plan(model, method)` lists them all."
             )
     defaults = host.full_precision(model, method)
@@ -363,9 +381,6 @@ def _select(model: nn.Module, method: Method, host: Host, checked: _Checked, car
             plan.replace[name] = chosen
             detail = _detail(module, chosen) + ("" if id(module) in carried else ", freshly initialised")
             plan.rows.append(ReportRow(name, _describe(module), "binary", detail, weights))
-    for item in checked.keep:
-        if not isinstance(item, str) and not any(item(name, m) for name, m in layers):
-            raise BinarizeError(f"the predicate {item!r} in keep matches no convolution or linear layer.")
     if not plan.replace:
         raise BinarizeError(
             f"{method.name} would replace nothing in this {type(model).__name__}: "
@@ -384,9 +399,9 @@ def _decide(
     linear: list[str],
 ) -> tuple[Method | None, str]:
     """Return the method for one layer, given all its names, or None and the reason why it is kept."""
-    for item in checked.keep:
-        if any(_match(item, n) if isinstance(item, str) else item(n, module) for n in names):
-            return None, f"keep={item!r}" if isinstance(item, str) else "keep predicate"
+    for item in cast(list[str], checked.keep):
+        if any(_below(n, {item: ""}) is not None if item in checked.picked else _match(item, n) for n in names):
+            return None, "keep predicate" if item in checked.picked else f"keep={item!r}"
     unsupported = _unsupported(module)
     override = [pattern for pattern in checked.overrides if any(_match(pattern, n) for n in names)]
     if override:
@@ -396,8 +411,7 @@ def _decide(
         return (None, unsupported) if unsupported else (value, "")
     if unsupported:
         return None, unsupported
-    asked = any(_match(pattern, n) for pattern in linear for n in names)
-    if asked:
+    if isinstance(module, nn.Linear) and any(_match(pattern, n) for pattern in linear for n in names):
         return method, ""
     default = [reason for reason in (_below(n, defaults) for n in names) if reason is not None]
     if default:

@@ -95,9 +95,9 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
         Two groups, ``{"params": [...], "weight_decay": ...}``, for a torch optimiser.
     """
     decays: set[int] = set()
-    inside = {id(p) for _, layer in binary_layers(model) for p in layer.parameters()}
+    latent = {id(layer.weight) for _, layer in binary_layers(model)}
     for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and id(module.weight) not in inside:
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and id(module.weight) not in latent:
             decays.add(id(module.weight))
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -109,7 +109,8 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
 def revert(model: ModelT) -> ModelT:
     """Undo the binarizer in place and keep the structure: plain layers with the latent weights.
 
-    The weights are the same Parameter objects. Shifts, activations, norms and shortcuts of the binary layers are gone;
+    A rewired diffusers host keeps blocks that its own class cannot rebuild: keep its state dict, or convert it again
+    and use `binarize.save`. The weights are the same Parameter objects. Shifts, activations, norms and shortcuts of the binary layers are gone;
     a layer that had a bias gets it back if the method kept it, else a bias of zero.
 
     Args:

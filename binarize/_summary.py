@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from binarize._convert import meta_copy
 from binarize.errors import BinarizeError
@@ -41,7 +42,7 @@ class SummaryRow:
         bits: 1 for a binary layer, else 32.
         output: Shape of its last output, or () if it did not run.
         raw_params: Parameters as stored for training.
-        params: Parameters with a binary weight as 1/32.
+        params: Parameters with a binary weight as 1/32 for each of its bits (two in two-basis weights).
         macs: Multiply-accumulates, by bit-width.
         ops: Operations with a binary MAC as 1/64.
         bytes: Bytes on disk when packed.
@@ -160,7 +161,8 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     inputs, described = _inputs(model, example_inputs)
     ghost = meta_copy(model).eval()
     counts, order = _run(ghost, inputs)
-    rows = [_row(name, module, counts.get(name, _Count())) for name, module in order]
+    seen: set[int] = set()
+    rows = [_row(name, module, counts.get(name, _Count()), seen) for name, module in order]
     rows = [row for row in rows if row.raw_params or row.ops]
     macs: dict[int, int] = {}
     for row in rows:
@@ -177,11 +179,12 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     )
 
 
-def _row(name: str, module: nn.Module, count: _Count) -> SummaryRow:
+def _row(name: str, module: nn.Module, count: _Count, seen: set[int]) -> SummaryRow:
     binary = isinstance(module, BinaryConv2d | BinaryLinear)
-    owned = _owned(module)
+    owned = [p for p in _owned(module) if id(p) not in seen]  # a tied parameter counts once
+    seen.update(id(p) for p in owned)
     raw = sum(p.numel() for p in owned)
-    weights = cast(Tensor, module.weight).numel() if binary else 0
+    weights = sum(p.numel() for p in owned if p is module.weight) if binary else 0
     size = sum(p.numel() for p in owned if not (binary and p is module.weight)) * 4
     size += sum(b.numel() * b.element_size() for b in _buffers(module))
     if binary:
@@ -193,19 +196,22 @@ def _row(name: str, module: nn.Module, count: _Count) -> SummaryRow:
         bits=1 if binary else 32,
         output=count.output,
         raw_params=raw,
-        params=raw - weights + weights / 32,
+        params=raw - weights + _terms(module) * weights / 32,
         macs=dict(count.macs),
         ops=ops,
         bytes=size,
     )
 
 
+def _terms(module: nn.Module) -> int:
+    return int(getattr(getattr(module, "weight_binarizer", None), "terms", 1))
+
+
 def _binary_bytes(layer: BinaryConv2d | BinaryLinear) -> int:
     weights, channels = layer.weight.numel(), layer.weight.shape[0]
     binarizer = layer.weight_binarizer
-    terms = getattr(binarizer, "terms", 1)
     stored = {"filter": channels, "tensor": 1, "none": 0}[getattr(binarizer, "stored_scales", "filter")]
-    return terms * math.ceil(weights / 8) + 4 * stored
+    return _terms(layer) * math.ceil(weights / 8) + 4 * stored
 
 
 def _owned(module: nn.Module) -> list[nn.Parameter]:
@@ -320,12 +326,11 @@ def _inputs(model: nn.Module, given: Any) -> tuple[tuple[tuple[Any, ...], dict[s
             return value
         return value.to("meta", dtype if value.is_floating_point() else None)
 
-    moved = tuple(map(move, args)), {key: move(value) for key, value in kwargs.items()}
-    return moved, _describe(args, kwargs)
+    return cast(tuple[tuple[Any, ...], dict[str, Any]], tree_map(move, (args, kwargs))), _describe(args, kwargs)
 
 
 def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    shapes = ["x".join(map(str, v.shape)) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1]
+    shapes = ["x".join(map(str, v.shape)) for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.dim() > 1]
     return ", ".join(shapes) or "scalars"
 
 

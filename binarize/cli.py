@@ -39,6 +39,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(help="Module or .py file to import first, which registers methods of yours. Can be repeated."),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -48,6 +52,10 @@ def _root(
     Exit status: 0 done, 1 something cannot be done (one line on stderr says what), 2 the command line is wrong,
     130 and 143 stopped by Ctrl-C and SIGTERM.
     """
+    if plugin:
+        from binarize.recipes import import_plugins
+
+        import_plugins(plugin)
 
 
 app.command("upscale")(_cli_upscale.upscale)

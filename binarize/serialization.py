@@ -10,14 +10,14 @@ import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
 
-from binarize._convert import RECORD, conversion, convert
+from binarize._convert import RECORD, conversion, convert, meta_copy
 from binarize.errors import BinarizeError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -50,11 +50,9 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> Path:
     if _is_srunet(model):
         model.save_pretrained(folder)  # type: ignore[operator]
         return folder
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     described = {
         "binarize_format": 1,
         "host": _describe_host(model),
-        "dtype": str(dtype).removeprefix("torch."),
         "conversion": config,
     }
     text = json.dumps(described, indent=2) + "\n"
@@ -79,35 +77,62 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     """
     folder = Path(folder)
     config = _read_config(folder)
-    if config.get("_class_name") == "SRUNet" and model is None:
+    if config.get("_class_name") == "SRUNet":
+        if model is not None:
+            raise BinarizeError(f"load: {folder} holds an SRUNet, which is rebuilt from its files; leave model out.")
         from binarize.models import SRUNet
 
         try:
-            return SRUNet.from_pretrained(folder)
+            return cast(nn.Module, SRUNet.from_pretrained(folder))
+        except BinarizeError:
+            raise
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise BinarizeError(f"load: {folder} does not hold a readable SRUNet: {_first_line(error)}") from error
     if config.get("binarize_format") != 1:
         raise BinarizeError(
             f"load: {folder / CONFIG} has binarize_format {config.get('binarize_format')!r}; this version reads 1."
         )
+    missing = [key for key in ("host", "conversion") if not isinstance(config.get(key), dict)]
+    if missing:
+        raise BinarizeError(f"load: {folder / CONFIG} has no {' and no '.join(missing)}; it is not what save wrote.")
+    state = _read_weights(folder / WEIGHTS)
     host = _build_host(config["host"], folder) if model is None else model
-    dtype = getattr(torch, str(config.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
-        raise BinarizeError(f"load: {folder / CONFIG} names an unknown dtype {config.get('dtype')!r}.")
+    ghost = meta_copy(host)  # so that a misfit is found before the caller's instance is touched
+    with torch.device("meta"):
+        apply_conversion(ghost, config["conversion"])
+    _check_fit(ghost, state, folder / WEIGHTS)
     apply_conversion(host, config["conversion"])
-    if next(host.parameters()).dtype != dtype:
-        host.to(dtype)
-    try:
-        load_model(host, str(folder / WEIGHTS), strict=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise BinarizeError(f"load: {folder / WEIGHTS} does not fit the host: {_first_line(error)}") from error
+    kept = host.state_dict(keep_vars=True)
+    for name, value in state.items():  # each with the dtype that it was saved in
+        kept[name].data = value.to(kept[name].device)
     return host.eval()
 
 
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BinarizeError(f"load: {path} cannot be read: {_first_line(error)}") from error
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Raise unless a state dict has just what the model needs; tied tensors are stored under one of their names."""
+    kept = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in kept.items():
+        names.setdefault(id(tensor), []).append(name)
+    missing = [aliases[0] for aliases in names.values() if not any(name in state for name in aliases)]
+    unexpected = [name for name in state if name not in kept]
+    wrong = [name for name in state if name in kept and state[name].shape != kept[name].shape]
+    if missing or unexpected or wrong:
+        kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        told = "; ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in kinds if found)
+        raise BinarizeError(f"load: {path} does not fit the host: {told}.")
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
-    for name in (CONFIG,):
-        if not (folder / name).is_file():
-            raise BinarizeError(f"load: {folder} has no {name}; give a folder that binarize.save wrote.")
+    if not (folder / CONFIG).is_file():
+        raise BinarizeError(f"load: {folder} has no {CONFIG}; give a folder that binarize.save wrote.")
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

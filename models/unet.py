@@ -44,6 +44,9 @@ FUSIONS: dict[str, Callable[[int, int, int], nn.Module] | None] = {
 }
 
 
+_MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
 class SinusoidalTime(nn.Module):
     """sin and cos of t exp(-ln(1e4) k / (C / 2)), sines first (the released networks' encoding of raw integer steps).
 
@@ -337,6 +340,24 @@ class SRUNet(ModelMixin, ConfigMixin):
                 f"SRUNet: height and width must be multiples of {multiple}; got {tuple(sample.shape[2:])}. "
                 "SuperResolutionPipeline pads and crops for you."
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
+        """Load as diffusers does, but strictly: it would go on with weights that are missing.
+
+        Raises:
+            BinarizeError: If weights and configuration do not belong together.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        wrong = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in _MISFITS if info.get(kind)]
+        if wrong:
+            first = next(str(key) for kind in _MISFITS for key in info.get(kind) or ())
+            raise BinarizeError(
+                f"{pretrained_model_name_or_path}: weights and config.json do not belong together: "
+                f"{', '.join(wrong)}, such as {first}."
+            )
+        return (model, info) if wants_info else model
 
     def save_pretrained(  # diffusers' pipelines read these names from the signature
         self,

@@ -618,3 +618,27 @@ def test_validate_lists_every_error_at_once(tmp_path: Path) -> None:
     assert "learning_rate: got -1" in result.stderr
     assert "Did you mean 'seed'?" in result.stderr
     assert "Did you mean 'groups'?" in fails("recipes", "validate", "demo", "method.grups=3")
+
+
+def test_a_model_of_a_users_own_method_needs_its_plugin(small: Path, tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from dataclasses import dataclass\n"
+        "import binarize\n"
+        "@binarize.register_method('cli-mine', replace=True)\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(binarize.Method):\n"
+        "    '''A user's own.'''\n"
+    )
+    program = (
+        "import sys, binarize; from binarize.recipes import import_plugins; from binarize.models import SRUNet, "
+        "SuperResolutionPipeline as P; import_plugins([sys.argv[1]]); "
+        f"P(binarize.convert(SRUNet(**{NETWORK!r}), 'cli-mine'), scale=2).save_pretrained(sys.argv[2])"
+    )
+    folder = tmp_path / "model"
+    subprocess.run([sys.executable, "-c", program, str(plugin), str(folder)], check=True, capture_output=True)
+    assert "unknown method 'cli-mine'" in fails(
+        "upscale", small, tmp_path / "out.png", "--model", folder, "--steps", "1"
+    )
+    succeeds("--plugin", plugin, "upscale", small, tmp_path / "out.png", "--model", folder, "--steps", "1")
+    assert read_picture(tmp_path / "out.png").rgb.shape[0] == 3

@@ -464,3 +464,30 @@ def test_the_how_to_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monkey
     text = (Path(__file__).parents[1] / "docs" / "howto" / "inspect.md").read_text(encoding="utf-8")
     exec(compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), "inspect.md", "exec"), {})
     assert (tmp_path / "fusion.png").is_file()
+
+
+def test_saturation_of_tokens_is_normalised_as_the_layer_normalises_them() -> None:
+    model = binarize.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), "recu", linear=True)
+    x = torch.randn(2, 5, 8)
+    result = inspect.saturation(model, x)
+    h = model[0](x)
+    normal = h / torch.sqrt(h.var(-1, keepdim=True) + 1e-5)
+    assert result.share[0] == pytest.approx((normal.abs() >= 1).float().mean().item())
+
+
+def test_class_labels_are_not_taken_for_timesteps() -> None:
+    from diffusers import UNet2DModel
+
+    host = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        class_embed_type="timestep",
+    )
+    x = torch.randn(2, 3, 8, 8)
+    run = {"sample": x, "timestep": torch.tensor([10, 900]), "class_labels": torch.tensor([1, 2])}
+    result = inspect.activation_distribution(host, "mid_block.resnets.0.conv1", run)
+    assert result.timesteps.tolist() == [10, 900]

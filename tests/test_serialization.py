@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import UNet2DModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import binarize
@@ -79,6 +80,12 @@ def test_broken_folders_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(BinarizeError, match="must hold a JSON object"):
         binarize.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"binarize_format": 1}')
+    with pytest.raises(BinarizeError, match="has no host and no conversion"):
+        binarize.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "SRUNet"}')
+    with pytest.raises(BinarizeError, match="is rebuilt from its files; leave model out"):
+        binarize.load(tmp_path, model=small_host())
     (tmp_path / "config.json").write_text('{"binarize_format": 9}')
     with pytest.raises(BinarizeError, match="binarize_format 9; this version reads 1"):
         binarize.load(tmp_path)
@@ -97,12 +104,36 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(BinarizeError, match=r"pass an unconverted instance: binarize\.load\(folder, model=\.\.\.\)"):
         binarize.load(tmp_path)
     other = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 3, 3))
-    with pytest.raises(BinarizeError, match="does not fit the host"):
+    with pytest.raises(BinarizeError, match=r"does not fit the host: 8 of another shape, such as 0\.bias"):
         binarize.load(tmp_path, model=other)
+    assert type(other[1]) is nn.Conv2d  # as it was
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    with pytest.raises(BinarizeError, match="does not fit the host"):
+    with pytest.raises(BinarizeError, match=r"model\.safetensors cannot be read"):
         binarize.load(tmp_path, model=small_host())
+
+
+def test_weights_that_are_missing_or_extra_are_refused(tmp_path):
+    binarize.save(binarize.convert(small_host(), "bbcu"), tmp_path / "host")
+    SRUNet(**TINY).save_pretrained(tmp_path / "unet")
+    for weights in (tmp_path / "host" / "model.safetensors", tmp_path / "unet" / "diffusion_pytorch_model.safetensors"):
+        state = load_file(weights)
+        first = next(iter(state))
+        save_file({**{k: v for k, v in state.items() if k != first}, "extra": torch.zeros(1)}, weights)
+    with pytest.raises(BinarizeError, match="1 missing, such as .*; 1 unexpected, such as extra"):
+        binarize.load(tmp_path / "host", model=small_host())
+    for read in (binarize.load, SRUNet.from_pretrained):
+        with pytest.raises(BinarizeError, match="1 missing keys, 1 unexpected keys, such as"):
+            read(tmp_path / "unet")
+
+
+def test_each_tensor_keeps_its_dtype(tmp_path):
+    model = binarize.convert(nn.Sequential(*small_host(), nn.GroupNorm(1, 3)), "bbcu", overrides={"2": {}}).bfloat16()
+    model[3].float()
+    binarize.save(model, tmp_path)
+    again = binarize.load(tmp_path, model=nn.Sequential(*small_host(), nn.GroupNorm(1, 3)))
+    assert again[3].weight.dtype == torch.float32
+    assert again[1].weight.dtype == torch.bfloat16
 
 
 def test_a_truncated_srunet_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, cast
 
 import torch
@@ -27,8 +28,15 @@ class SRUNetHost(Host):
         return int(_config(model)["num_train_timesteps"])
 
     def has_structure(self, model: nn.Module) -> bool:
-        """SRUNet can always be asked for (cp, cs); it refuses widths that do not double."""
-        return True
+        """Say whether the widths double from level to level, which (cp, cs) needs."""
+        mults = _config(model)["channel_mults"]
+        return all(fine * 2 == coarse for fine, coarse in itertools.pairwise(mults))
+
+    def notes(self, model: nn.Module, structure: str) -> list[str]:
+        """Say why a structure was not rewired."""
+        if self.has_structure(model) or structure != "keep":
+            return []
+        return ["the structure was kept: CP-Down and CP-Up need widths that double from level to level"]
 
     def structure(self, model: nn.Module) -> str:
         """Name the structure by its two options."""

@@ -106,7 +106,8 @@ def activation_distribution(
     Gathered(samples)
 
     def note(timesteps: Any) -> None:
-        now[:] = torch.as_tensor(timesteps).detach().reshape(-1).tolist()
+        if not now:  # diffusers' class_embed_type="timestep" projects the class labels afterwards
+            now[:] = torch.as_tensor(timesteps).detach().reshape(-1).tolist()
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -125,6 +126,7 @@ def activation_distribution(
             gathered.setdefault(timestep, Gathered(samples)).add(part)
 
     with observing(model) as undo:
+        undo.enter_context(model.register_forward_pre_hook(lambda *_: now.clear()))
         undo.enter_context(_on_timestep(model, note))
         undo.enter_context(watched.register_forward_pre_hook(look, with_kwargs=True))
         start(model, run)

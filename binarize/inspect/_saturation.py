@@ -96,7 +96,7 @@ def saturation(model: nn.Module, run: Run, *, layers: str | Sequence[str] | None
 def _dead(activation: nn.Module, x: Tensor) -> Tensor:
     if isinstance(activation, NormalizedApproxSign):
         # Its gradient also flows through the variance, which never makes it exactly zero.
-        return x.square() >= x.var(dim=tuple(range(1, x.dim())), keepdim=True) + 1e-5
+        return activation.normalize(x).abs() >= 1
     with torch.inference_mode(False), torch.enable_grad():
         probe = x.detach().clone().requires_grad_()
         # `forward`, not a call: a call would run the hook that asks.

@@ -127,10 +127,14 @@ class NormalizedApproxSign(_Sign):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, H, W)`` or ``(..., C)`` to {-1, +1} of the same shape."""
         if torch.is_grad_enabled() and x.requires_grad:
-            dims = feature_dims(x, self.channel_dim)
-            features = x.shape[1:].numel() if self.channel_dim == 1 else x.shape[-1]
-            x = x / torch.sqrt(x.var(dims, correction=min(1, features - 1), keepdim=True) + 1e-5)
+            x = self.normalize(x)
         return approx_sign(x, self.sign_zero)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Return x / sqrt(var(x) + 1e-5), which the surrogate gradient sees."""
+        dims = feature_dims(x, self.channel_dim)
+        features = x.shape[1:].numel() if self.channel_dim == 1 else x.shape[-1]
+        return x / torch.sqrt(x.var(dims, correction=min(1, features - 1), keepdim=True) + 1e-5)
 
 
 @register_part("activation", "ste")
