@@ -34,6 +34,7 @@ TINY = (
     "resolution=16",
     "train_batch_size=4",
     "max_train_steps=6",
+    "learning_rate=1e-3",
     "lr_scheduler=constant",
     "lr_warmup_steps=0",
     "use_ema=false",
