@@ -109,9 +109,9 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
 def revert(model: ModelT) -> ModelT:
     """Undo the binarizer in place and keep the structure: plain layers with the latent weights.
 
-    A rewired diffusers host keeps blocks that its own class cannot rebuild: keep its state dict, or convert it again
-    and use `binarize.save`. The weights are the same Parameter objects. Shifts, activations, norms and shortcuts of the binary layers are gone;
-    a layer that had a bias gets it back if the method kept it, else a bias of zero.
+    The weights are the same Parameter objects. Shifts, activations, norms and shortcuts of the binary layers are gone;
+    a layer that had a bias gets it back if the method kept it, else a bias of zero. A rewired diffusers host keeps
+    blocks that its own class cannot rebuild: keep its state dict, or convert it again and use `binarize.save`.
 
     Args:
         model: A converted model.

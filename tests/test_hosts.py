@@ -450,7 +450,7 @@ def test_compiled_equals_eager_in_one_graph() -> None:
         ("bidiffsr", {"keep": ["down_blocks.0.downsamplers.0.conv"]}, "matches no convolution or linear layer"),
         ("reactnet", {"structure": "cp_cs", "overrides": {"conv_out": {"fold_bias": True}}}, "fold_bias=True needs"),
         ("bidiffsr", {"keep": ["*"]}, "would replace nothing"),
-        ("bidiffsr", {"num_train_timesteps": 0}, "must be at least 1"),
+        ("bidiffsr", {"num_train_timesteps": 0}, "must be a whole number of at least 1"),
     ],
 )
 @pytest.mark.parametrize("name", ["ddpm_cifar", "unet2d_attention", "stable_diffusion"])
@@ -513,7 +513,7 @@ def test_fp_decoder_levels_keep_fusions_and_resnet_blocks() -> None:
 
 def test_attention_converts_where_a_pattern_names_it() -> None:
     model = unet2d_condition()
-    binarize.convert(model, "bidiffsr", linear=["*.attn2.to_?", "*proj_in"])
+    binarize.convert(model, "bidiffsr", linear=["*.attn2.to_?"], overrides={"*proj_in": {}})
     names = {row.name for row in binarize.report(model).replaced}
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k" in names
     assert isinstance(model.get_submodule("down_blocks.0.attentions.0.proj_in"), BinaryConv2d)

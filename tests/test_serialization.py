@@ -120,7 +120,7 @@ def test_weights_that_are_missing_or_extra_are_refused(tmp_path):
         state = load_file(weights)
         first = next(iter(state))
         save_file({**{k: v for k, v in state.items() if k != first}, "extra": torch.zeros(1)}, weights)
-    with pytest.raises(BinarizeError, match="1 missing, such as .*; 1 unexpected, such as extra"):
+    with pytest.raises(BinarizeError, match=r"1 missing, such as .*; 1 unexpected, such as extra"):
         binarize.load(tmp_path / "host", model=small_host())
     for read in (binarize.load, SRUNet.from_pretrained):
         with pytest.raises(BinarizeError, match="1 missing keys, 1 unexpected keys, such as"):
