@@ -48,6 +48,7 @@ TINY: dict[str, Any] = {
     "resolution": 16,
     "train_batch_size": 2,
     "max_train_steps": 4,
+    "learning_rate": 1e-3,
     "lr_warmup_steps": 0,
     "checkpointing_steps": 2,
     "validation_steps": 1000,
