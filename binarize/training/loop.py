@@ -127,7 +127,7 @@ class _Run:
         optimizer = build_optimizer(recipe, self.unet)
         self.lr_scheduler = build_lr_scheduler(recipe, optimizer)
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
-        self.ema = EMAModel(self.unet.parameters(), decay=recipe.ema_decay) if recipe.use_ema else None
+        self.ema = EMAModel(self.unet.parameters(), decay=recipe.ema_decay, foreach=True) if recipe.use_ema else None
         self.step = 0
         if state is not None:
             self._restore(state)
