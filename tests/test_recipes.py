@@ -227,6 +227,7 @@ def test_written_yaml_reads_back_the_same_here_and_elsewhere(data: dict[str, Any
 def test_all_errors_are_listed_at_once() -> None:
     overrides = [
         "scale=3",
+        "resolution=64",
         "learnin_rate=1",
         "loss=charbonier",
         "train_batch_size=0",

@@ -12,6 +12,7 @@ import binarize
 from binarize.errors import BinarizeError
 from binarize.models import SRUNet
 from binarize.models.unet import SelfAttention, SinusoidalTime
+from binarize.recipes import load_recipe
 
 TINY = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 8}
 PAIRS = [("conv", "wide"), *itertools.product(("pixel", "cp"), ("wide", "concat", "add", "split", "cs"))]
@@ -117,4 +118,8 @@ def test_build_makes_a_converted_network_from_a_recipe():
     with torch.device("meta"):
         model = binarize.build("bidiffsr_x4")
     assert binarize.report(model).method == "bidiffsr"
+    with torch.device("meta"):
+        assert binarize.build("bidiffsr_x2", "method.groups=2").middle[0].conv1.pre.bias.shape == (2, 512)
+    with pytest.raises(BinarizeError, match="a loaded recipe takes no overrides"):
+        binarize.build(load_recipe("bidiffsr_x2"), "method.groups=2")
     assert model.config.num_train_timesteps == 2000
