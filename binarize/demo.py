@@ -136,7 +136,7 @@ def run_demo(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute on one thread: at this size a second gains little where a core is free, and costs minutes where none is."""
+    """Compute on one thread: here a second gains little where a core is free, and costs minutes where none is."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
