@@ -84,7 +84,7 @@ def verdict(mean: PictureScores, steps: int) -> str:
         return f"The network is **level with bicubic enlargement**: {figures}, after only {steps} steps."
     return (
         f"The network is **{-gain:.2f} dB below bicubic enlargement**: {figures}. That is what {steps} steps on a few "
-        "photographs give; the published network was trained for 1,000,000 steps on 3,450 photographs."
+        "pictures give; the published network was trained for 1,000,000 steps on 3,450 photographs."
     )
 
 
