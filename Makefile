@@ -32,7 +32,7 @@ help:
 	@echo "make distclean  remove the environment too"
 
 demo: $(VENV)/.installed-all
-	$(BIN)/binarize demo
+	$(BIN)/binarize demo --force
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
