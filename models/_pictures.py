@@ -14,8 +14,6 @@ from torch import Tensor
 from binarize.errors import BinarizeError
 from binarize.imaging import Picture, to_picture
 
-OUTPUT_TYPES = ("pil", "np", "pt")
-
 # Resizing in other libraries overshoots by rounding errors; anything further out is a picture in other units.
 _SLACK = 1e-4
 
@@ -90,7 +88,7 @@ def finish(source: Picture, rgb: Tensor, alpha: Tensor | None, output_type: str)
         source: The picture that was enlarged; a greyscale or 16-bit one gives the like in Pillow's form.
         rgb: (3, H, W) in [0, 1].
         alpha: (1, H, W) in [0, 1], or None.
-        output_type: One of ``OUTPUT_TYPES``.
+        output_type: "pil", "np" or "pt".
     """
     if output_type == "pil":
         return source.with_pixels(rgb, alpha).to_pil()

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from binarize.methods import Method
 
 
+LayerT = TypeVar("LayerT", bound="_BinaryLayer")
+
+
 class _BinaryLayer(nn.Module):
     """What BinaryConv2d and BinaryLinear share: the pipeline of parts around the product."""
 
@@ -77,6 +80,19 @@ class _BinaryLayer(nn.Module):
         if self.post is not None and self.post_after_shortcut:
             y = self.post(y)
         return y
+
+    @classmethod
+    def _converted(
+        cls: type[LayerT], plain: nn.Module, method: Method | str, context: TimestepContext | None
+    ) -> LayerT:
+        layer = cls.__new__(cls)  # `__init__` would allocate weights of its own
+        nn.Module.__init__(layer)
+        layer._from(plain, method, context)
+        layer.train(plain.training)
+        return layer
+
+    def _from(self, plain: Any, method: Method | str, context: TimestepContext | None) -> None:
+        raise NotImplementedError  # pragma: no cover - both subclasses define it
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
         raise NotImplementedError  # pragma: no cover - both subclasses define it
@@ -167,11 +183,7 @@ class BinaryConv2d(_BinaryLayer):
     @classmethod
     def from_float(cls, conv: nn.Conv2d, method: Method | str, context: TimestepContext | None = None) -> BinaryConv2d:
         """Return the binary form of ``conv``; its weight becomes the latent weight, as the same Parameter."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._from(conv, method, context)
-        layer.train(conv.training)
-        return layer
+        return cls._converted(conv, method, context)
 
     def _from(self, conv: nn.Conv2d, method: Method | str, context: TimestepContext | None) -> None:
         from binarize.methods import get_method
@@ -274,11 +286,7 @@ class BinaryLinear(_BinaryLayer):
         cls, linear: nn.Linear, method: Method | str, context: TimestepContext | None = None
     ) -> BinaryLinear:
         """Return the binary form of ``linear``; its weight becomes the latent weight, as the same Parameter."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._from(linear, method, context)
-        layer.train(linear.training)
-        return layer
+        return cls._converted(linear, method, context)
 
     def _from(self, linear: nn.Linear, method: Method | str, context: TimestepContext | None) -> None:
         from binarize.methods import get_method
