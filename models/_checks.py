@@ -26,6 +26,15 @@ def check_scale(scale: Any) -> int:
     return int(scale)
 
 
+def check_residual_scale(residual_scale: Any) -> None:
+    """Refuse anything but a positive number or None."""
+    if residual_scale is not None and (not isinstance(residual_scale, (int, float)) or not residual_scale > 0):
+        raise BinarizeError(
+            f"residual_scale={residual_scale!r}: it is the standard deviation that residuals were divided by, a "
+            "positive number, or None for a network that was trained on pictures."
+        )
+
+
 def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
     """Refuse a scheduler of another kind, or of another number of training timesteps than the network says it has."""
     if not all(hasattr(scheduler, name) for name in ("scale_model_input", "init_noise_sigma", "step")):

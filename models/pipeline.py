@@ -23,6 +23,7 @@ from binarize.imaging import Picture, enlarge
 from binarize.models import _checks as checks
 from binarize.models._canvas import pad_noise, pad_picture
 from binarize.models._pictures import as_pictures, collect, finish
+from binarize.models._target import picture_of
 from binarize.models.tiling import TileGrid, tile_grid
 
 PictureInput = Image.Image | Picture | np.ndarray | Tensor | Sequence[Image.Image | Picture | np.ndarray | Tensor]
@@ -55,9 +56,12 @@ class SuperResolutionPipeline(DiffusionPipeline):
         scheduler: Any of diffusers' schedulers with the betas and the prediction type that the network was trained
             with; by default :func:`default_scheduler`.
         scale: How many times larger the result is, a whole number of at least 1, saved with the pipeline.
+        residual_scale: For networks that were trained on residuals, (picture - enlarged picture) / residual_scale, the
+            number that they were divided by, saved with the pipeline; None for networks of pictures.
 
     Raises:
-        BinarizeError: If the scale is missing or no whole number of at least 1, if the scheduler is not of the kind
+        BinarizeError: If the scale is missing or no whole number of at least 1, if residual_scale is not positive, if
+            the scheduler is not of the kind
             that predicts over discrete timesteps, or if it and the network were made for different numbers of them.
 
     Example:
@@ -75,18 +79,30 @@ class SuperResolutionPipeline(DiffusionPipeline):
     unet: ModelMixin
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin | None = None, scale: int | None = None) -> None:
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin | None = None,
+        scale: int | None = None,
+        residual_scale: float | None = None,
+    ) -> None:
         super().__init__()
         scale = checks.check_scale(scale)
+        checks.check_residual_scale(residual_scale)
         scheduler = default_scheduler() if scheduler is None else scheduler
         checks.check_scheduler(unet, scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(scale=scale)
+        self.register_to_config(scale=scale, residual_scale=residual_scale)
 
     @property
     def scale(self) -> int:
         """How many times larger the result is."""
         return self.config["scale"]
+
+    @property
+    def residual_scale(self) -> float | None:
+        """What residuals were divided by, or None where the network diffuses pictures."""
+        return self.config["residual_scale"]
 
     @torch.no_grad()
     def __call__(
@@ -134,8 +150,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
             return_dict: False for a plain tuple.
             callback_on_step_end: Called as ``callback(pipe, step, timestep, tensors)`` after each step of each
                 picture; ``{"latents": ...}`` in the dictionary that it returns replaces x_t.
-            callback_on_step_end_tensor_inputs: What ``tensors`` holds: "latents" (x_t on the padded canvas) and
-                "condition".
+            callback_on_step_end_tensor_inputs: What ``tensors`` holds: "latents" (x_t on the padded canvas, of scaled
+                residuals where the network was trained on them) and "condition".
 
         Returns:
             ``ImagePipelineOutput`` with ``.images``, or a tuple of that alone.
@@ -211,7 +227,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
                 returned = callback(self, step, timestep, {name: tensors[name] for name in callback_inputs})
                 x = x if returned is None else returned.get("latents", x)
             advance()
-        return x[..., :height, :width].clamp(0, 1)
+        return picture_of(x, condition, self.residual_scale)[..., :height, :width].clamp(0, 1)
 
     def _predict(self, timestep: Tensor, sample: Tensor, condition: Tensor) -> Tensor:
         dtype = self.unet.dtype

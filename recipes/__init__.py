@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from ._build import build_model, build_scheduler, import_plugins, validate
+from ._build import build_model, build_pipeline, build_scheduler, import_plugins, validate
 from ._load import copy_recipe, list_recipes, load_recipe, recipe_path
 from ._schema import Recipe
-from ._sections import Figures, MethodSection, ModelSection, PublishedSection, SchedulerSection
+from ._sections import (
+    DistillationSection,
+    Figures,
+    MethodSection,
+    ModelSection,
+    ProgressiveSection,
+    PublishedSection,
+    SchedulerSection,
+)
+from ._stages import settled, stages_end
 from ._study import CellSection, EvaluationSection, Study, list_studies, load_study, study_path
 
 __all__ = [
     "CellSection",
+    "DistillationSection",
     "EvaluationSection",
     "Figures",
     "MethodSection",
     "ModelSection",
+    "ProgressiveSection",
     "PublishedSection",
     "Recipe",
     "SchedulerSection",
     "Study",
     "build_model",
+    "build_pipeline",
     "build_scheduler",
     "copy_recipe",
     "import_plugins",
@@ -27,6 +39,8 @@ __all__ = [
     "load_recipe",
     "load_study",
     "recipe_path",
+    "settled",
+    "stages_end",
     "study_path",
     "validate",
 ]

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from binarize.errors import BinarizeError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    from binarize.models import SRUNet
+    from binarize.models import SRUNet, SuperResolutionPipeline
 
 
 def import_plugins(plugins: Sequence[str]) -> None:
@@ -64,32 +64,68 @@ def _import_file(path: Path) -> None:
         raise
 
 
-def build_model(recipe: Recipe) -> SRUNet:
+def build_model(recipe: Recipe, network: SRUNet | None = None) -> SRUNet:
     """Return a recipe's network, converted by its method and untrained, on torch's current default device.
 
     Initial weights come from torch's global random state; `binarize.training.train` seeds it with the recipe's seed.
 
     Args:
         recipe: What to build.
+        network: The network before its conversion, where there is one, such as a trained full-precision twin; it is
+            converted in place.
 
     Raises:
         BinarizeError: If a plugin cannot be imported, the network cannot be built, or the conversion is refused.
     """
     import_plugins(recipe.plugins)
-    from binarize import convert
     from binarize.models import SRUNet
 
-    model = SRUNet(**recipe.model.config(recipe.scheduler.num_train_timesteps))
-    if recipe.method is not None:
-        convert(
-            model,
-            recipe.method.spec,
-            structure=recipe.structure,
-            keep=None if recipe.keep is None else list(recipe.keep),
-            overrides=recipe.overrides,
-            linear=recipe.linear if isinstance(recipe.linear, bool) else list(recipe.linear),
+    model = SRUNet(**recipe.model.config(recipe.scheduler.num_train_timesteps)) if network is None else network
+    if recipe.method is None:
+        return model
+    overrides = recipe.overrides
+    if recipe.two_stage is not None or recipe.progressive is not None:
+        from ._stages import staged_overrides
+
+        overrides = {**(overrides or {}), **staged_overrides(recipe)}
+    return _converted(recipe, model, overrides)
+
+
+def _converted(recipe: Recipe, model: SRUNet, overrides: dict[str, Any] | None) -> SRUNet:
+    from binarize import convert
+
+    assert recipe.method is not None
+    return convert(
+        model,
+        recipe.method.spec,
+        structure=recipe.structure,
+        keep=None if recipe.keep is None else list(recipe.keep),
+        overrides=overrides,
+        linear=recipe.linear if isinstance(recipe.linear, bool) else list(recipe.linear),
+    )
+
+
+def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
+    """Return the pipeline that samples from a recipe's network.
+
+    Args:
+        recipe: Its noise schedule, scale and target. Where residuals are diffused, ``residual_scale`` must be set, as
+            it is in the ``recipe.yaml`` of a run.
+        unet: The network.
+
+    Raises:
+        BinarizeError: If ``residual_scale`` is needed and not set.
+    """
+    from binarize.models import SuperResolutionPipeline
+
+    if recipe.target == "residual" and recipe.residual_scale is None:
+        raise BinarizeError(
+            "residual_scale: not set, and the pipeline of a network of residuals needs it; it is in the recipe.yaml "
+            "that the run has written."
         )
-    return model
+    return SuperResolutionPipeline(
+        unet, build_scheduler(recipe), scale=recipe.scale, residual_scale=recipe.residual_scale
+    )
 
 
 def build_scheduler(recipe: Recipe) -> DDIMScheduler:

@@ -19,7 +19,7 @@ _FOLDER = Path(__file__).parent
 _STUDIES = _FOLDER / "ablations"
 _SUFFIXES = (".yaml", ".yml")
 # Sections whose keys a derived recipe changes one by one; any other value replaces the base's whole.
-_MERGED = ("model", "scheduler", "method")
+_MERGED = ("model", "scheduler", "method", "distillation", "progressive")
 # What describes a recipe itself and so is never taken from its base.
 _OWN = ("description", "published", "base", "output_dir")
 

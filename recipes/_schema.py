@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
-from ._sections import MethodSection, ModelSection, PublishedSection, SchedulerSection, Section
+from ._sections import (
+    DistillationSection,
+    MethodSection,
+    ModelSection,
+    ProgressiveSection,
+    PublishedSection,
+    SchedulerSection,
+    Section,
+)
 from ._yaml import to_yaml
 
 _WARMED_UP = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+_LR_SCHEDULERS = ("constant", *_WARMED_UP)
+_TIMM_LR_SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+_OPTIMIZERS = ("adam", "adamw")
+_TIMM_NAME = re.compile(r"timm/\w+")
+# Residuals have unit variance and long tails; the released schedule clips predictions to 1.
+_LEAST_CLIP = 5.0
 
 
 class Recipe(Section):
@@ -50,6 +65,20 @@ class Recipe(Section):
         default=False, description="Binarize linear layers too: true, or globs of module names."
     )
 
+    two_stage: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the steps in which weights stay full precision and only activations are binary.",
+    )
+    progressive: ProgressiveSection | None = Field(
+        default=None, description="Blocks that become binary one after another: `{blocks: [globs], until: share}`."
+    )
+    init_from: Path | None = Field(
+        default=None,
+        description="Trained model to start from: a full-precision twin, which is then converted, or the same network.",
+    )
+
     train_data_dir: Path | None = Field(default=None, description="Folder of high-resolution training pictures.")
     train_lr_data_dir: Path | None = Field(
         default=None,
@@ -74,16 +103,40 @@ class Recipe(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations backward: less memory, more time."
     )
+    compile: bool = Field(default=False, description="Run the network through torch.compile.")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Autocast precision.")
     allow_tf32: bool = Field(default=False, description="Let CUDA round matrix products' inputs to TF32.")
     max_train_steps: PositiveInt = Field(default=1_000_000, description="Optimiser steps.")
 
     loss: Literal["l1", "l2", "charbonnier"] = Field(default="l1", description="Distance of prediction and target.")
+    target: Literal["image", "residual"] = Field(
+        default="image",
+        description="What is diffused: the picture, or (picture - enlarged low resolution) / `residual_scale`.",
+    )
+    residual_scale: float | None = Field(
+        default=None,
+        gt=0,
+        validate_default=True,
+        description="Standard deviation of the residuals; unset, it is measured on the training pictures.",
+    )
+    snr_gamma: float | None = Field(
+        default=None,
+        gt=0,
+        description="Min-SNR weighting of the timesteps with this gamma, 5 as published; null: none.",
+    )
+    distillation: DistillationSection | None = Field(
+        default=None, description="Learn from a trained network as well: `{teacher: folder, ...}`."
+    )
     timesteps_per: Literal["sample", "batch"] = Field(
         default="sample", description="Draw a timestep for every picture, or one for all pictures of an optimiser step."
     )
 
-    optimizer: Literal["adam", "adamw"] = Field(default="adam", description="Optimiser.")
+    optimizer: str = Field(
+        default="adam", description="`adam`, `adamw`, or one of timm's by its name, such as `timm/lion`."
+    )
+    optimizer_options: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of the optimiser, such as `{momentum: 0.95}`."
+    )
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's mean.")
     adam_beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the gradient's square.")
@@ -94,9 +147,15 @@ class Recipe(Section):
     max_grad_norm: float | None = Field(
         default=None, gt=0, description="Clip the gradient's norm to this; null: never."
     )
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = Field(default="constant", description="Course of the learning rate, by diffusers' names.")
+    lr_scheduler: str = Field(
+        default="constant",
+        description="Course of the learning rate: `constant`, `constant_with_warmup`, `linear`, `cosine`, "
+        "`cosine_with_restarts` or `polynomial` of diffusers, or one of timm's, such as `timm/cosine`.",
+    )
+    lr_scheduler_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of timm's create_scheduler_v2, epochs meaning steps, such as `{min_lr: 1e-6}`.",
+    )
     lr_warmup_steps: NonNegativeInt = Field(default=0, description="Steps over which the rate rises from 0.")
     lr_num_cycles: PositiveInt = Field(default=1, description="Restarts of cosine_with_restarts.")
     lr_power: float = Field(default=1.0, gt=0, description="Exponent of polynomial.")
@@ -125,7 +184,9 @@ class Recipe(Section):
     )
     num_inference_steps: PositiveInt = Field(default=50, description="Sampling steps of a validation.")
 
-    report_to: Literal["tensorboard"] | None = Field(default=None, description="Tracker of scalars and pictures.")
+    report_to: Literal["tensorboard", "wandb"] | None = Field(
+        default=None, description="Tracker of scalars and pictures: tensorboard or wandb."
+    )
     logging_steps: PositiveInt = Field(
         default=50, description="Steps between logged losses, each a mean since the last."
     )
@@ -154,7 +215,7 @@ class Recipe(Section):
             )
         return value
 
-    @field_validator("structure", "keep", "overrides", "linear")
+    @field_validator("structure", "keep", "overrides", "linear", "two_stage", "progressive")
     @classmethod
     def _needs_method(cls, value: Any, info: ValidationInfo) -> Any:
         if info.data.get("method", ...) is None and value not in (None, False, "auto"):
@@ -179,11 +240,52 @@ class Recipe(Section):
             raise ValueError(f"must be a multiple of {halvings}, which the network's levels divide it by")
         return value
 
+    @field_validator("target")
+    @classmethod
+    def _unclipped(cls, value: str, info: ValidationInfo) -> str:
+        scheduler = info.data.get("scheduler")
+        if value == "residual" and scheduler is not None and scheduler.clip_sample:
+            found = scheduler.clip_sample_range
+            if found < _LEAST_CLIP:
+                raise ValueError(
+                    f"residuals have unit variance and long tails, which scheduler.clip_sample_range {found:g} would "
+                    f"cut off while sampling; set it to {_LEAST_CLIP:g} or more, or scheduler.clip_sample to false"
+                )
+        return value
+
+    @field_validator("residual_scale")
+    @classmethod
+    def _of_residuals(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("target", "residual") != "residual":
+            raise ValueError("has no effect while target is image; set target to residual, or remove it")
+        return value
+
+    @field_validator("optimizer", "lr_scheduler")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        if info.field_name == "optimizer":
+            # Which ones timm has is asked when one is made: a recipe can be read where timm is not installed.
+            allowed: tuple[str, ...] = (*_OPTIMIZERS, "timm/NAME")
+            known = value in _OPTIMIZERS or bool(_TIMM_NAME.fullmatch(value))
+        else:
+            allowed = (*_LR_SCHEDULERS, *(f"timm/{name}" for name in _TIMM_LR_SCHEDULERS))
+            known = value in allowed
+        if not known:
+            raise ValueError(f"must be one of: {', '.join(allowed)}")
+        return value
+
+    @field_validator("lr_scheduler_options")
+    @classmethod
+    def _timm_only(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if value and not info.data.get("lr_scheduler", "timm/").startswith("timm/"):
+            raise ValueError("are those of timm's schedulers; choose one, such as lr_scheduler: timm/cosine")
+        return value
+
     @field_validator("lr_warmup_steps")
     @classmethod
     def _warms_up(cls, value: int, info: ValidationInfo) -> int:
         name = info.data.get("lr_scheduler", _WARMED_UP[0])
-        if value and name not in _WARMED_UP:
+        if value and name not in _WARMED_UP and not name.startswith("timm/"):
             raise ValueError(f"has no effect with lr_scheduler {name!r}; use one of: {', '.join(_WARMED_UP)}")
         return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -36,6 +37,11 @@ class ModelSection(Section):
     num_train_timesteps: PositiveInt | None = Field(
         default=None, description="Training timesteps T; unset, it is the noise schedule's, and it must equal it."
     )
+    detail_factor: float | None = Field(
+        default=None,
+        gt=0,
+        description="Show the network the condition's fine detail as well, (condition - its 3x3 mean) times this.",
+    )
 
     def config(self, num_train_timesteps: int) -> dict[str, Any]:
         """Return the keyword arguments of the network's class.
@@ -56,6 +62,41 @@ class MethodSection(BaseModel):
     def spec(self) -> dict[str, Any]:
         """The mapping that `binarize.convert` takes: ``{"name": ..., **options}``."""
         return self.model_dump()
+
+
+class ProgressiveSection(Section):
+    """Progressive binarization: blocks become binary one after another, and compute in full precision before."""
+
+    blocks: tuple[str, ...] = Field(
+        min_length=1, description="Globs on names of modules or binary layers, in the order in which they turn binary."
+    )
+    until: float = Field(default=0.5, gt=0, le=1, description="Share of the steps after which the last one is binary.")
+
+
+class DistillationSection(Section):
+    """Knowledge distillation: the loss is task * loss + output * distance of outputs + features * that of features."""
+
+    teacher: Path = Field(description="A trained model: a run's folder, a pipeline's, or a network's.")
+    task: float = Field(default=1.0, ge=0, description="Weight of the loss against the data.")
+    output: float = Field(
+        default=1.0, ge=0, description="Weight of the distance of the two predictions, by the recipe's `loss`."
+    )
+    features: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the mean squared distance of blocks' outputs, each scaled to unit norm a sample.",
+    )
+    blocks: tuple[str, ...] = Field(
+        default=("encoder.*.blocks.*", "middle.*", "decoder.*.blocks.*"),
+        min_length=1,
+        description="Globs on the names of the blocks whose outputs are compared.",
+    )
+
+    @model_validator(mode="after")
+    def _teaches(self) -> DistillationSection:
+        if self.output == 0 and self.features == 0:
+            raise ValueError("output and features are both 0, so that the teacher says nothing; raise one of them")
+        return self
 
 
 class SchedulerSection(Section):

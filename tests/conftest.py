@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +37,34 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the optional fixtures: {folder} is not there; set BINARIZE_SHARED to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five smooth coloured pictures with edges, from which a network can learn in seconds."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    rows, columns = np.mgrid[0:40, 0:32]
+    for number in range(5):
+        waves = [np.sin(rows / random.uniform(3, 9) + columns / random.uniform(3, 9)) for _ in range(3)]
+        levels = (np.stack(waves, axis=-1) * 90 + 128).astype(np.uint8)
+        Image.fromarray(levels).save(folder / f"p{number}.png")
+    return folder
+
+
+@pytest.fixture
+def recipe(pictures: Path, tmp_path: Path) -> Any:
+    """Return a tiny recipe with overrides, writing into a folder of the test's own."""
+
+    from training_case import TINY
+
+    from binarize.recipes import Recipe, load_recipe
+
+    def make(*overrides: str, out: str = "run") -> Recipe:
+        where = (f"train_data_dir={pictures}", f"output_dir={tmp_path / out}")
+        return load_recipe("demo", [*TINY, *where, *overrides])
+
+    return make
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

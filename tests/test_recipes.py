@@ -17,7 +17,9 @@ from pydantic import BaseModel, TypeAdapter
 import binarize
 from binarize.errors import BinarizeError
 from binarize.recipes import (
+    DistillationSection,
     ModelSection,
+    ProgressiveSection,
     Recipe,
     SchedulerSection,
     build_model,
@@ -76,6 +78,7 @@ def test_the_released_settings_are_the_published_ones() -> None:
         "resampling": "cp",
         "fusion": "cs",
         "num_train_timesteps": 2000,
+        "detail_factor": None,
     }
     assert recipe.method is not None
     assert recipe.method.spec == {"name": "bidiffsr", "groups": 5}
@@ -111,6 +114,9 @@ def test_the_list_starts_with_the_main_recipes() -> None:
     assert all(name.startswith("paper/") for name in NAMES[5:])
 
 
+SECTIONS = [Recipe, ModelSection, SchedulerSection, DistillationSection, ProgressiveSection]
+
+
 def key_table(section: type[BaseModel]) -> str:
     """Return the Markdown table of a section's keys, as the page on recipes has it."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
@@ -128,7 +134,7 @@ def key_table(section: type[BaseModel]) -> str:
     return "\n".join(rows)
 
 
-@pytest.mark.parametrize("section", [Recipe, ModelSection, SchedulerSection], ids=lambda section: section.__name__)
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_the_page_on_recipes_has_every_key_as_the_schema_has_it(section: type[BaseModel]) -> None:
     page = (ROOT / "docs" / "howto" / "recipes.md").read_text(encoding="utf-8")
     assert key_table(section) in page

@@ -18,6 +18,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from training_case import TINY, assert_same, weights
 
 from binarize.errors import BinarizeError
 from binarize.recipes import Recipe, build_scheduler, load_recipe
@@ -26,59 +27,6 @@ from binarize.training.checkpoint import STATE, replace_folder
 from binarize.training.objective import prediction_target, sample_losses
 from binarize.training.randomness import generator, torch_seed
 from binarize.training.samples import BatchPlan
-
-TINY = (
-    "model.base_channels=8",
-    "model.channel_mults=[1, 2]",
-    "model.norm_groups=4",
-    "resolution=16",
-    "train_batch_size=4",
-    "max_train_steps=6",
-    "learning_rate=1e-3",
-    "lr_scheduler=constant",
-    "lr_warmup_steps=0",
-    "use_ema=false",
-    "checkpointing_steps=3",
-    "validation_steps=1000",
-    "num_inference_steps=2",
-    "logging_steps=1",
-)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five smooth coloured pictures with edges, from which a network can learn in seconds."""
-    folder = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    rows, columns = np.mgrid[0:40, 0:32]
-    for number in range(5):
-        waves = [np.sin(rows / random.uniform(3, 9) + columns / random.uniform(3, 9)) for _ in range(3)]
-        levels = (np.stack(waves, axis=-1) * 90 + 128).astype(np.uint8)
-        Image.fromarray(levels).save(folder / f"p{number}.png")
-    return folder
-
-
-@pytest.fixture
-def recipe(pictures: Path, tmp_path: Path) -> Any:
-    """Return a tiny recipe with overrides, writing into a folder of the test's own."""
-
-    def make(*overrides: str, out: str = "run") -> Recipe:
-        where = (f"train_data_dir={pictures}", f"output_dir={tmp_path / out}")
-        return load_recipe("demo", [*TINY, *where, *overrides])
-
-    return make
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = load_checkpoint(folder)[0]["model"]
-    return state
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
 
 # Randomness and the order of samples.
 
@@ -337,9 +285,9 @@ def test_an_interrupted_run_ends_bit_for_bit_as_the_uninterrupted_one(
 
 def interrupt_at(forward_pass: int, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
     """Send this process a signal while a forward pass is under way."""
-    from binarize.training import loop
+    from binarize.training import objective
 
-    real = loop.sample_losses
+    real = objective.sample_losses
     calls = 0
 
     def counting(*arguments: Any) -> torch.Tensor:
@@ -349,7 +297,7 @@ def interrupt_at(forward_pass: int, monkeypatch: pytest.MonkeyPatch, signum: int
             os.kill(os.getpid(), signum)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "sample_losses", counting)
+    monkeypatch.setattr(objective, "sample_losses", counting)
 
 
 def test_ctrl_c_saves_and_leaves_with_its_own_status(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,9 +488,9 @@ def test_a_run_with_a_falling_rate_keeps_its_length(recipe: Any) -> None:
 def test_a_loss_that_is_not_finite_names_the_pictures_and_spares_the_weights(
     recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from binarize.training import loop
+    from binarize.training import objective
 
-    real = loop.sample_losses
+    real = objective.sample_losses
     calls = 0
 
     def poisoned(*arguments: Any) -> torch.Tensor:
@@ -551,7 +499,7 @@ def test_a_loss_that_is_not_finite_names_the_pictures_and_spares_the_weights(
         losses = real(*arguments)
         return losses.clone().index_fill(0, torch.tensor([1]), float("nan")) if calls == 5 else losses
 
-    monkeypatch.setattr(loop, "sample_losses", poisoned)
+    monkeypatch.setattr(objective, "sample_losses", poisoned)
     with pytest.raises(
         DivergedError, match=r"loss of step 5 is not finite for the pictures p\d; .* The last checkpoint is .*-3\."
     ):

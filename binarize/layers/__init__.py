@@ -11,6 +11,7 @@ from binarize.layers.activations import (
 )
 from binarize.layers.affine import ChannelScale, InputMeanScale, KMapScale, RPReLU, Shift
 from binarize.layers.binary import BinaryConv2d, BinaryLinear
+from binarize.layers.delayed import Delayed, DelayedActivation, DelayedScale, DelayedWeight, delayed, undelayed
 from binarize.layers.parts import LayerSpec, Part, list_parts, register_part
 from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear
 from binarize.layers.schedule import Scheduled, training_step
@@ -61,6 +62,10 @@ __all__ = [
     "ConcatFusion",
     "ConvDown",
     "ConvUp",
+    "Delayed",
+    "DelayedActivation",
+    "DelayedScale",
+    "DelayedWeight",
     "EDESign",
     "IdentitySign",
     "InputMeanScale",
@@ -92,11 +97,13 @@ __all__ = [
     "binary_linear",
     "clipped_identity",
     "clipped_sign",
+    "delayed",
     "ede_sign",
     "hard_sign",
     "identity_sign",
     "list_parts",
     "register_part",
     "training_step",
+    "undelayed",
     "unit_round",
 ]

@@ -13,7 +13,8 @@ from binarize.training.data import PairedPatches
 from binarize.training.errors import DivergedError, TrainingInterrupted
 
 if TYPE_CHECKING:
-    from binarize.training.loop import LogEntry, TrainResult, train
+    from binarize.training.log import LogEntry
+    from binarize.training.loop import TrainResult, train
 
 __all__ = [
     "Checkpoints",

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from binarize._summary import summary
 from binarize.errors import BinarizeError
 from binarize.imaging import ImagePairs
-from binarize.recipes import EvaluationSection, Recipe, Study, build_model, build_scheduler, load_study
+from binarize.recipes import EvaluationSection, Recipe, Study, build_model, load_study
 from binarize.training.ablation_results import AblationResult, TrialResult
 from binarize.training.ablation_state import Trial, TrialState
 from binarize.training.errors import TrainingInterrupted
@@ -210,7 +210,7 @@ def run_trial(trial: Trial, lpips: str | None, *, progress: bool) -> TrialState:
         progress: Show progress bars.
     """
     from binarize.evaluation import evaluate
-    from binarize.models import SRUNet, SuperResolutionPipeline
+    from binarize.models import SuperResolutionPipeline
     from binarize.training.loop import train
 
     state = TrialState.begin(trial)
@@ -223,8 +223,7 @@ def run_trial(trial: Trial, lpips: str | None, *, progress: bool) -> TrialState:
             if trained.history
             else None,
         )
-    unet = SRUNet.from_pretrained(trial.folder / MODEL / "unet")
-    pipeline = SuperResolutionPipeline(unet, build_scheduler(trial.recipe), scale=trial.recipe.scale)
+    pipeline = SuperResolutionPipeline.from_pretrained(trial.folder / MODEL, local_files_only=True)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)

@@ -8,11 +8,15 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from binarize.errors import BinarizeError
+
+if TYPE_CHECKING:
+    from binarize.recipes import Recipe
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "state.pt"
@@ -69,13 +73,14 @@ class Checkpoints:
         named = {int(m[1]): path for path in self.folder.iterdir() if (m := _NAME.fullmatch(path.name))}
         return {step: named[step] for step in sorted(named) if (named[step] / STATE).is_file()}
 
-    def save(self, step: int, state: dict[str, Any], recipe: str) -> Path:
+    def save(self, step: int, state: dict[str, Any], recipe: str, best: int | None = None) -> Path:
         """Write a checkpoint, then remove the oldest beyond the limit, and return its folder.
 
         Args:
             step: Optimiser steps done.
             state: Tensors, numbers, texts, lists and dictionaries.
             recipe: The recipe as YAML.
+            best: A step whose checkpoint is kept beside the newest.
 
         Raises:
             BinarizeError: If it cannot be written, such as on a full disk; the previous ones are then as they were.
@@ -97,6 +102,8 @@ class Checkpoints:
             ) from error
         if self.limit is not None:
             for path in before[: max(0, len(before) + 1 - self.limit)]:
+                if path.name == f"checkpoint-{best}":
+                    continue
                 # Renamed first, so that a removal cut short never leaves a damaged checkpoint under a valid name.
                 doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
                 path.rename(doomed)
@@ -152,6 +159,25 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
             f"cannot read the checkpoint {folder}: {' '.join(str(error).split())[:200]}; "
             "remove it and resume from an earlier one."
         ) from error
+
+
+def recipe_of(folder: Path, recipe: Recipe) -> Recipe:
+    """Return a recipe with the residual scale that a checkpoint's run measured, if it does not give one itself.
+
+    Args:
+        folder: The checkpoint.
+        recipe: What is to be run on from it.
+
+    Raises:
+        BinarizeError: If the checkpoint's recipe cannot be read.
+    """
+    if recipe.target != "residual" or recipe.residual_scale is not None:
+        return recipe
+    try:
+        saved = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise BinarizeError(f"cannot read {folder / RECIPE}: {error}.") from error
+    return recipe.model_copy(update={"residual_scale": saved.get("residual_scale")})
 
 
 def _flush(folder: Path) -> None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 SAMPLES = "samples"
-TRACKER = "tensorboard"
+BEST = "best"
+TRACKERS = ("tensorboard", "wandb")
 
 
 def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | None:
@@ -61,7 +62,7 @@ def prepare_folder(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Non
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if force:
-            for path in (*checkpoints.list().values(), folder / MODEL, folder / SAMPLES, folder / TRACKER):
+            for path in (*checkpoints.list().values(), *(folder / name for name in (MODEL, BEST, SAMPLES, *TRACKERS))):
                 if path.exists():
                     shutil.rmtree(path)
         checkpoints.tidy()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,12 +18,14 @@ from tqdm.auto import tqdm
 
 from binarize.errors import BinarizeError
 from binarize.layers import training_step
-from binarize.models import SuperResolutionPipeline
-from binarize.recipes import Recipe, build_model, build_scheduler
-from binarize.training.checkpoint import Checkpoints, load_checkpoint
+from binarize.recipes import Recipe, build_pipeline, build_scheduler, settled, stages_end
+from binarize.training.checkpoint import Checkpoints, load_checkpoint, recipe_of
+from binarize.training.distillation import Distillation
 from binarize.training.errors import DivergedError, TrainingInterrupted
-from binarize.training.folder import MODEL, SAMPLES, TRACKER, find_start, prepare_folder
-from binarize.training.objective import prediction_target, sample_losses
+from binarize.training.folder import BEST, MODEL, SAMPLES, find_start, prepare_folder
+from binarize.training.initial import check_speaks_the_same, initial_network, read_trained, with_residual_scale
+from binarize.training.log import Log, LogEntry, start_tracker
+from binarize.training.objective import Objective
 from binarize.training.optim import build_lr_scheduler, build_optimizer
 from binarize.training.processes import accelerator_for, agree, on_main
 from binarize.training.randomness import torch_seed
@@ -32,22 +34,8 @@ from binarize.training.samples import BatchPlan, batch_loader, training_samples
 from binarize.training.signals import StopRequest
 from binarize.training.validation import Validator, averaged_weights, export
 
-
-@dataclass(frozen=True)
-class LogEntry:
-    """One line of the log.
-
-    Args:
-        step: Optimiser steps done.
-        loss: Mean loss since the entry before.
-        learning_rate: Of the last step.
-        samples_per_second: Since the entry before.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    samples_per_second: float
+if TYPE_CHECKING:
+    from binarize.models import SRUNet
 
 
 @dataclass(frozen=True)
@@ -61,6 +49,7 @@ class TrainResult:
         steps: Optimiser steps done, those before a resume included.
         history: The log since the start or the resume.
         validation: Validated step -> mean PSNR on luma with the border shaved, in dB.
+        best: The step with the best of these of the whole run, and that PSNR; None without validation pictures.
         seconds: Since the start or the resume.
     """
 
@@ -70,6 +59,7 @@ class TrainResult:
     steps: int
     history: tuple[LogEntry, ...]
     validation: dict[int, float]
+    best: tuple[int, float] | None
     seconds: float
 
 
@@ -115,35 +105,54 @@ class _Run:
         )
         self.checkpoints = Checkpoints(recipe.output_dir, recipe.checkpoints_total_limit)
         self.start = find_start(recipe, self.checkpoints, force)
-        state = None if self.start is None else self._read(self.start)
         self.samples = training_samples(recipe, self.plan)
         self.validator = Validator(recipe)
+        teacher = None if recipe.distillation is None else read_trained("distillation", recipe.distillation.teacher)
+        begun = None
+        if self.start is None and recipe.init_from is not None:
+            begun = read_trained("init_from", recipe.init_from)
+        if self.start is not None:
+            recipe = recipe_of(self.start, recipe)
+        recipe = with_residual_scale(recipe, self.samples.patches, [teacher, begun])
+        self.recipe = recipe
+        state = None if self.start is None else self._read(self.start)
 
         torch.manual_seed(torch_seed(recipe.seed, "weights"))
-        self.scheduler = build_scheduler(recipe)
-        self.unet = build_model(recipe).train()
+        self.unet = initial_network(recipe, begun).train()
         if recipe.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         optimizer = build_optimizer(recipe, self.unet)
         self.lr_scheduler = build_lr_scheduler(recipe, optimizer)
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        distillation = None
+        if teacher is not None and recipe.distillation is not None:
+            check_speaks_the_same("distillation", recipe, teacher)
+            network = teacher.network.to(accelerator.device, self.unet.dtype)
+            distillation = Distillation(recipe.distillation, self.unet, network, accelerator.autocast)
+        # After `prepare`, so that DDP's buckets are compiled with the network; the state dict is that of `unet`.
+        self.forward = torch.compile(self.model) if recipe.compile else self.model
+        self.objective = Objective(recipe, build_scheduler(recipe), distillation)
         self.ema = EMAModel(self.unet.parameters(), decay=recipe.ema_decay, foreach=True) if recipe.use_ema else None
-        self.step = 0
+        self.step, self.validated = 0, 0
+        self.best: tuple[int, float] | None = None
         if state is not None:
             self._restore(state)
 
         on_main(accelerator, lambda: prepare_folder(recipe, self.checkpoints, force))
-        if recipe.report_to is not None:
-            accelerator.init_trackers(TRACKER, init_kwargs={recipe.report_to: {"purge_step": self.step + 1}})
-        self.history: list[LogEntry] = []
+        start_tracker(recipe, accelerator, self.step)
+        self.log = Log(recipe, accelerator, self.unet)
         self.validation: dict[int, float] = {}
         self._announce()
 
     def train(self) -> TrainResult:
         """Take the steps that are left."""
         recipe, began = self.recipe, time.perf_counter()
-        if self.step >= recipe.max_train_steps:
-            # Resumed at its end: the run may have been killed between its last checkpoint and the model.
+        if (
+            self.step
+            and self._validates()
+            and (self.validated != self.step or not (recipe.output_dir / MODEL).is_dir())
+        ):
+            # The run was stopped between this step and its validation, or goes on in another folder.
             self._validate()
         loader = batch_loader(
             self.samples,
@@ -154,51 +163,54 @@ class _Run:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         batches, checkpoint = iter(loader), self.start
-        since, losses = began, list[float]()
         with tqdm(total=recipe.max_train_steps, initial=self.step, disable=not self.shows, unit="step") as bar:
             while self.step < recipe.max_train_steps:
-                loss, signum = self._optimizer_step(batches)
-                losses.append(loss)
+                losses, signum = self._optimizer_step(batches)
+                self.log.add(losses)
                 bar.update()
                 last = self.step == recipe.max_train_steps
                 if self.step % recipe.logging_steps == 0 or last:
-                    seconds = time.perf_counter() - since
-                    self._log(bar, sum(losses) / len(losses), self.plan.total * len(losses) / seconds)
-                    since, losses = time.perf_counter(), []
+                    self.log.write(bar, self.step, float(self.lr_scheduler.get_last_lr()[0]), self.plan.total)
                 paused = time.perf_counter()
-                if self.step % recipe.checkpointing_steps == 0 or last or signum:
-                    checkpoint = self._save()
-                    if signum and not last:
-                        raise TrainingInterrupted(signum, checkpoint)
-                if self.step % recipe.validation_steps == 0 or last:
+                if signum and not last:
+                    raise TrainingInterrupted(signum, self._save())
+                if self._validates():
+                    # Before the checkpoint, which then knows the best one so far.
                     self._validate()
-                since += time.perf_counter() - paused
+                if self.step % recipe.checkpointing_steps == 0 or last:
+                    checkpoint = self._save()
+                self.log.pause(time.perf_counter() - paused)
         return TrainResult(
             output_dir=recipe.output_dir,
             model_dir=recipe.output_dir / MODEL,
             checkpoint=cast(Path, checkpoint),  # a run that starts at its end was resumed from one
             steps=self.step,
-            history=tuple(self.history),
+            history=tuple(self.log.entries),
             validation=self.validation,
+            best=self.best,
             seconds=time.perf_counter() - began,
         )
 
-    def _optimizer_step(self, batches: Iterator[dict[str, Any]]) -> tuple[float, int]:
-        """Take one step; return its mean loss and the signal that asks to stop, or 0."""
-        losses: list[Tensor] = []
+    def _validates(self) -> bool:
+        return self.step % self.recipe.validation_steps == 0 or self.step >= self.recipe.max_train_steps
+
+    def _optimizer_step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, float], int]:
+        """Take one step; return its mean losses and the signal that asks to stop, or 0."""
+        losses: list[dict[str, Tensor]] = []
         names: list[str] = []
         for forward in range(self.plan.accumulation):
             batch = self._next(batches)
             # Dropout is the one thing that draws from torch's own state.
             torch.manual_seed(torch_seed(self.recipe.seed, "dropout", self.step, forward, self.plan.rank))
             with self.accelerator.accumulate(self.model):
-                loss = self._losses(batch)
-                self.accelerator.backward(loss.mean())
-            losses.append(loss.detach())
+                found = self.objective(self.forward, self._placed(batch))
+                self.accelerator.backward(found.total.mean())
+            losses.append({"loss": found.total.detach(), **found.parts})
             names += batch["name"]
-        mean, signum = agree(self.accelerator, torch.cat(losses), self.stop.signum)
-        if not math.isfinite(mean):
-            self._diverged(torch.cat(losses), names)
+        joined = {name: torch.cat([one[name] for one in losses]) for name in losses[0]}
+        means, signum = agree(self.accelerator, joined, self.stop.signum)
+        if not math.isfinite(means["loss"]):
+            self._diverged(joined["loss"], names)
         if self.recipe.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         self.optimizer.step()
@@ -209,20 +221,13 @@ class _Run:
         training_step(self.unet, self.step / self.recipe.max_train_steps)
         if self.ema is not None:
             self.ema.step(self.unet.parameters())
-        return mean, signum
+        return means, signum
 
-    def _losses(self, batch: dict[str, Any]) -> Tensor:
-        """Return the loss of each sample of a batch, (B,)."""
-
-        def placed(name: str) -> Tensor:
-            return batch[name].to(self.accelerator.device, self.unet.dtype, non_blocking=True)
-
-        clean, noise, condition = placed("hr"), placed("noise"), placed("condition")
-        timesteps = batch["timestep"].to(self.accelerator.device, non_blocking=True)
-        noisy = self.scheduler.add_noise(clean, noise, timesteps)
-        target = prediction_target(self.scheduler, clean, noise, timesteps)
-        prediction = self.model(noisy, timesteps, condition).sample
-        return sample_losses(self.recipe.loss, prediction, target)
+    def _placed(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return a batch's tensors on the device, pictures in the network's dtype."""
+        device, dtype = self.accelerator.device, self.unet.dtype
+        placed = {name: batch[name].to(device, dtype, non_blocking=True) for name in ("hr", "noise", "condition")}
+        return {**placed, "timestep": batch["timestep"].to(device, non_blocking=True)}
 
     def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -245,12 +250,6 @@ class _Run:
             f"they were before it. {last} Lower learning_rate, set max_grad_norm, or use mixed_precision=bf16 or no."
         )
 
-    def _log(self, bar: tqdm, loss: float, speed: float) -> None:
-        rate = float(self.lr_scheduler.get_last_lr()[0])
-        self.history.append(LogEntry(self.step, loss, rate, speed))
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.1f} samples/s")
-        self.accelerator.log({"loss": loss, "learning_rate": rate, "samples_per_second": speed}, step=self.step)
-
     def _save(self) -> Path:
         def write() -> Path:
             scaler = self.accelerator.scaler
@@ -262,8 +261,11 @@ class _Run:
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "ema": None if self.ema is None else self.ema.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
+                "validated": self.validated,
+                "best": self.best,
             }
-            return self.checkpoints.save(self.step, state, self.recipe.to_yaml())
+            best = None if self.best is None else self.best[0]
+            return self.checkpoints.save(self.step, state, self.recipe.to_yaml(), best)
 
         return on_main(self.accelerator, write)
 
@@ -282,29 +284,41 @@ class _Run:
             self.ema.to(self.accelerator.device)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.validated = state["validated"]
+        self.best = state["best"]
 
     def _validate(self) -> None:
-        """Save the model as a pipeline, and enlarge the validation pictures with it."""
+        """Save the model as a pipeline, and enlarge the validation pictures with it; keep the best one apart."""
 
         def work() -> float | None:
             folder = self.recipe.output_dir
-            pipeline = SuperResolutionPipeline(self.unet, build_scheduler(self.recipe), scale=self.recipe.scale)
-            pipeline.set_progress_bar_config(disable=True)
             with averaged_weights(self.unet, self.ema):
+                pipeline = build_pipeline(self.recipe, self._plain())
+                pipeline.set_progress_bar_config(disable=True)
                 export(pipeline, folder / MODEL)
                 results = list(self.validator(pipeline))
+                psnr = sum(result.psnr for result in results) / len(results) if results else None
+                if psnr is not None and (self.best is None or psnr > self.best[1]):
+                    export(pipeline, folder / BEST)
             for result in results:
                 result.save(folder / SAMPLES, self.step)
-                for tracker in self.accelerator.trackers:
-                    pictures = {f"validation/{result.name}": result.pixels[None]}
-                    tracker.log_images(pictures, step=self.step, dataformats="NHWC")
-            return sum(result.psnr for result in results) / len(results) if results else None
+                self.log.picture(self.step, result)
+            return psnr
 
         psnr = on_main(self.accelerator, work)
+        self.validated = self.step
         if psnr is not None:
+            if self.best is None or psnr > self.best[1]:
+                self.best = self.step, psnr
             self.validation[self.step] = psnr
-            self.accelerator.log({"validation/psnr": psnr}, step=self.step)
-            self._say(f"step {self.step}: {psnr:.2f} dB on the validation pictures")
+            self.log.validated(self.step, psnr)
+            self._say(f"step {self.step}: {psnr:.2f} dB on the validation pictures, best {self.best[1]:.2f} dB")
+
+    def _plain(self) -> SRUNet:
+        """Return the network as it is to be saved: without its stages, once they are over."""
+        end = stages_end(self.recipe)
+        over = end is not None and self.step >= end * self.recipe.max_train_steps
+        return settled(self.recipe, self.unet) if over else self.unet
 
     def _announce(self) -> None:
         plan = self.plan
@@ -316,6 +330,8 @@ class _Run:
             f"{plan.size} samples x {plan.accumulation} forward passes x {plan.processes} processes "
             f"= {plan.total} per step, on {self.accelerator.device}"
         )
+        if self.recipe.residual_scale is not None:
+            self._say(f"residuals are divided by {self.recipe.residual_scale:.6g}")
 
     def _say(self, text: str) -> None:
         if self.shows:

@@ -2,16 +2,81 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from binarize.errors import BinarizeError
+from binarize.models._target import diffused_of
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
+    from binarize.recipes import Recipe
+    from binarize.training.distillation import Distillation
+
 _CHARBONNIER_EPSILON = 1e-3
+
+
+class Losses(NamedTuple):
+    """What one forward pass costs.
+
+    Attributes:
+        total: (B,), what is minimised.
+        parts: The unweighted terms where there are several, (B,) each.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Objective:
+    """The loss of a recipe, as a function of a batch.
+
+    Args:
+        recipe: Its loss, target and weighting; ``residual_scale`` must be set where residuals are diffused.
+        scheduler: The noise schedule.
+        distillation: What a teacher adds, or None.
+    """
+
+    def __init__(self, recipe: Recipe, scheduler: DDIMScheduler, distillation: Distillation | None = None) -> None:
+        self.recipe, self.scheduler, self.distillation = recipe, scheduler, distillation
+
+    def __call__(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Losses:
+        """Return the losses of the samples of a batch.
+
+        Args:
+            model: Predicts from ``model(noisy, timesteps, condition).sample``.
+            batch: ``hr``, ``condition`` and ``noise``, (B, 3, H, W), and ``timestep``, (B,), on the model's device.
+        """
+        recipe, timesteps, condition = self.recipe, batch["timestep"], batch["condition"]
+        clean = diffused_of(batch["hr"], condition, recipe.residual_scale)
+        noisy = self.scheduler.add_noise(clean, batch["noise"], cast(Any, timesteps))
+        target = prediction_target(self.scheduler, clean, batch["noise"], timesteps)
+        weights = None
+        if recipe.snr_gamma is not None:
+            weights = snr_weights(self.scheduler, timesteps, recipe.snr_gamma, recipe.loss)
+
+        def weighted(losses: Tensor) -> Tensor:
+            return losses if weights is None else losses * weights.to(losses.dtype)
+
+        if self.distillation is None:
+            prediction = model(noisy, timesteps, condition).sample
+            return Losses(weighted(sample_losses(recipe.loss, prediction, target)), {})
+        section = self.distillation.section
+        with self.distillation.listening():
+            prediction = model(noisy, timesteps, condition).sample
+            taught, features = self.distillation.teach(noisy, timesteps, condition)
+        task = weighted(sample_losses(recipe.loss, prediction, target))
+        output = weighted(sample_losses(recipe.loss, prediction, taught))
+        total = section.task * task + section.output * output
+        parts = {"task": task, "output": output}
+        if features is not None:
+            total = total + section.features * features
+            parts["features"] = features
+        return Losses(total, {name: part.detach() for name, part in parts.items()})
 
 
 def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -19,7 +84,7 @@ def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, ti
 
     Args:
         scheduler: The noise schedule, with cumulative products a_t.
-        clean: Clean pictures x_0, (B, C, H, W), in [0, 1].
+        clean: What is diffused, x_0: clean pictures (B, C, H, W) in [0, 1], or residuals of unit variance.
         noise: Unit Gaussian noise of the same shape.
         timesteps: (B,), int64.
 
@@ -40,6 +105,29 @@ def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, ti
     raise BinarizeError(
         f"prediction_type {kind!r} cannot be trained; it must be 'epsilon', 'sample' or 'v_prediction'."
     )
+
+
+def snr_weights(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float, loss: str) -> Tensor:
+    """Return the Min-SNR weight of each sample (Hang et al. 2023, "Min-SNR Weighting Strategy").
+
+    With snr = a_t / (1 - a_t), an error of x_0 counts min(snr, gamma) times its square whatever the network predicts:
+    the squared error of "sample" is weighted by that, of "epsilon" by that over snr, of "v_prediction" by that over
+    snr + 1. The distances "l1" and "charbonnier" grow with the error instead of its square and take the root of it.
+
+    Args:
+        scheduler: The noise schedule.
+        timesteps: (B,), int64.
+        gamma: 5 in the paper.
+        loss: "l1", "l2" or "charbonnier".
+
+    Returns:
+        (B,) float64 on the timesteps' device.
+    """
+    a = scheduler.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]
+    snr = a / (1 - a)
+    divisor = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}
+    weights = snr.clamp(max=gamma) / divisor[scheduler.config["prediction_type"]]
+    return weights if loss == "l2" else weights.sqrt()
 
 
 def sample_losses(kind: str, prediction: Tensor, target: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from binarize.recipes import Recipe
 
 T = TypeVar("T")
+REQUIREMENT = "'binarize-diffusion[train]'"
 
 
 @contextmanager
@@ -33,10 +35,11 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
     """
     if recipe.report_to is not None and importlib.util.find_spec(recipe.report_to) is None:
         raise BinarizeError(
-            f"report_to: {recipe.report_to} is not installed; pip install 'binarize-diffusion[train]', "
-            "or set report_to=none."
+            f"report_to: {recipe.report_to} is not installed; pip install "
+            f"{'wandb' if recipe.report_to == 'wandb' else REQUIREMENT}, or set report_to=none."
         )
     embedded = PartialState._shared_state != {}
+    _check_precision(recipe)
     try:
         accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision,
@@ -63,6 +66,15 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def _check_precision(recipe: Recipe) -> None:
+    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "") in ("true", "1", "yes")
+    if recipe.mixed_precision == "fp16" and on_cpu:
+        raise BinarizeError(
+            "mixed_precision: fp16 needs a GPU: it overflows without a scaled loss, and CPUs compute it slowly; use "
+            "mixed_precision=bf16 or no."
+        )
+
+
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Return what ``work`` returns in the main process, in every process; the others wait.
 
@@ -87,17 +99,19 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def agree(accelerator: Accelerator, losses: Tensor, signum: int) -> tuple[float, int]:
+def agree(accelerator: Accelerator, losses: Mapping[str, Tensor], signum: int) -> tuple[dict[str, float], int]:
     """Return what all processes have to know after a step, the same in each.
 
     Args:
         accelerator: The processes.
-        losses: (B,), this process's losses.
+        losses: (B,) each, this process's losses by the name "loss", and their parts.
         signum: The signal that this process received, or 0.
 
     Returns:
-        The mean loss over the processes, and the largest signal that any received.
+        The means over the processes, and the largest signal that any received.
     """
-    mean = losses.mean()
-    gathered = accelerator.gather(torch.stack([mean, torch.full_like(mean, signum)])[None]).tolist()
-    return sum(row[0] for row in gathered) / len(gathered), int(max(row[1] for row in gathered))
+    total = losses["loss"].mean()
+    row = torch.stack([*(part.mean().to(total.dtype) for part in losses.values()), torch.full_like(total, signum)])
+    gathered = accelerator.gather(row[None]).tolist()
+    means = [sum(column) / len(gathered) for column in zip(*gathered, strict=True)]
+    return dict(zip(losses, means, strict=False)), int(max(row[-1] for row in gathered))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Keys that leave the mathematics alone, or that a move to another machine asks for. The batch is compared as a whole.
 _FREE = {
-    "description", "published", "plugins", "output_dir", "train_data_dir", "train_lr_data_dir",
+    "description", "published", "plugins", "output_dir", "init_from", "compile", "train_data_dir", "train_lr_data_dir",
     "dataloader_num_workers", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
     "mixed_precision", "allow_tf32", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
     "validation_data_dir", "validation_lr_data_dir", "validation_steps", "num_validation_images",

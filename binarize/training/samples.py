@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from binarize.errors import BinarizeError
 from binarize.training.data import PairedPatches
 from binarize.training.randomness import generator
+from binarize.training.residual import PATCHES
 
 if TYPE_CHECKING:
     from binarize.recipes import Recipe
@@ -111,7 +112,7 @@ def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
         patch_size=recipe.resolution,
         augment=recipe.augment,
         seed=recipe.seed,
-        length=recipe.max_train_steps * plan.total,
+        length=max(recipe.max_train_steps * plan.total, PATCHES),
     )
     share = plan.total if recipe.timesteps_per == "batch" else 1
     return NoisySamples(patches, recipe.scheduler.num_train_timesteps, recipe.seed, share)

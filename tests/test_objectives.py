@@ -1,0 +1,256 @@
+"""What is predicted and how it is weighted: residuals, Min-SNR, and the condition's fine detail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.ndimage import uniform_filter
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.imaging import ImagePairs, degrade, enlarge, read_picture
+from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.recipes import build_pipeline, build_scheduler, load_recipe
+from binarize.training import train
+from binarize.training.data import PairedPatches
+from binarize.training.objective import Objective, prediction_target, snr_weights
+from binarize.training.residual import residual_deviation
+
+UNCLIPPED = ("target=residual", "scheduler.clip_sample=false")
+KINDS = ["epsilon", "sample", "v_prediction"]
+
+
+def small(**options: Any) -> SRUNet:
+    return SRUNet(base_channels=8, channel_mults=(1, 2), res_blocks=1, norm_groups=4, dropout=0.0, **options)
+
+
+# Residuals.
+
+
+def test_the_residual_scale_is_the_standard_deviation_of_what_pictures_add_to_their_enlargement(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    whole = []
+    for number in range(3):
+        levels = random.normal(128, 25, (96, 96, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(levels).save(tmp_path / f"{number}.png")
+        small_picture = degrade(levels, 2).astype(np.float32) / 255
+        enlarged = enlarge(torch.from_numpy(small_picture).permute(2, 0, 1)[None], 2)[0].permute(1, 2, 0).numpy()
+        whole.append((levels / 255 - enlarged).ravel())
+    found = residual_deviation(PairedPatches(tmp_path, scale=2, patch_size=32, length=64), 64)
+    assert found == pytest.approx(np.concatenate(whole).std(), rel=0.02)
+
+
+def test_pictures_without_detail_have_no_residual(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "flat.png")
+    with pytest.raises(BinarizeError, match=r"equal their enlargements, so that nothing is left to learn"):
+        residual_deviation(PairedPatches(tmp_path, scale=2, patch_size=16, length=8), 8)
+
+
+class Oracle(torch.nn.Module):
+    """A network that knows the picture, and predicts what it is asked for from x_t exactly."""
+
+    size_multiple = 1
+
+    def __init__(self, picture: torch.Tensor, kind: str, residual_scale: float, scheduler: Any) -> None:
+        super().__init__()
+        self.picture, self.kind, self.scale = picture, kind, residual_scale
+        self.alphas = scheduler.alphas_cumprod.double()
+        self.dtype = torch.float64
+        self.device = torch.device("cpu")
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> Any:
+        clean = (self.picture - condition) / self.scale
+        a = self.alphas[timestep]
+        noise = (sample - a.sqrt() * clean) / (1 - a).sqrt()
+        prediction = {"sample": clean, "epsilon": noise, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * clean}
+        return SimpleNamespace(sample=prediction[self.kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_perfect_network_of_residuals_gives_the_picture_back(kind: str, pictures: Path) -> None:
+    recipe = load_recipe("demo", [*UNCLIPPED, "residual_scale=0.04", f"scheduler.prediction_type={kind}"])
+    scheduler = build_scheduler(recipe)
+    picture = read_picture(sorted(pictures.iterdir())[0]).rgb.double()[None]
+    low = torch.nn.functional.interpolate(picture, scale_factor=0.5, mode="area")
+    oracle: Any = Oracle(picture, kind, 0.04, scheduler)
+    pipeline = SuperResolutionPipeline(oracle, scheduler, scale=2, residual_scale=0.04)
+    pipeline.set_progress_bar_config(disable=True)
+    out = pipeline(low, num_inference_steps=5, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    torch.testing.assert_close(out, picture, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_objective_asks_for_the_scaled_residual(kind: str) -> None:
+    recipe = load_recipe("demo", [*UNCLIPPED, "residual_scale=0.05", f"scheduler.prediction_type={kind}", "loss=l2"])
+    scheduler = build_scheduler(recipe)
+    hr, condition = torch.rand(2, 3, 8, 8).double(), torch.rand(2, 3, 8, 8).double()
+    noise, timestep = torch.randn(2, 3, 8, 8).double(), torch.tensor([100, 1500])
+    seen: dict[str, torch.Tensor] = {}
+
+    def model(noisy: torch.Tensor, timesteps: torch.Tensor, given: torch.Tensor) -> Any:
+        seen["noisy"] = noisy
+        return SimpleNamespace(sample=torch.zeros_like(noisy))
+
+    batch = {"hr": hr, "condition": condition, "noise": noise, "timestep": timestep}
+    losses = Objective(recipe, scheduler)(model, batch)
+    a = scheduler.alphas_cumprod[timestep].double().view(2, 1, 1, 1)
+    clean = (hr - condition) / 0.05
+    torch.testing.assert_close(seen["noisy"], a.sqrt() * clean + (1 - a).sqrt() * noise, rtol=1e-6, atol=1e-6)
+    target = {"epsilon": noise, "sample": clean, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * clean}[kind]
+    torch.testing.assert_close(losses.total, target.square().mean((1, 2, 3)), rtol=1e-6, atol=0)
+    assert losses.parts == {}
+
+
+def test_a_run_measures_the_scale_saves_it_with_the_model_and_resumes_with_it(recipe: Any, pictures: Path) -> None:
+    options = (*UNCLIPPED, f"validation_data_dir={pictures}", "num_validation_images=1")
+    whole = train(recipe(*options, out="whole"), progress=False)
+    measured = residual_deviation(PairedPatches(pictures, scale=2, patch_size=16, length=512))
+    saved = yaml.safe_load((whole.output_dir / "recipe.yaml").read_text())
+    assert saved["residual_scale"] == pytest.approx(measured, rel=1e-12)
+    pipeline = SuperResolutionPipeline.from_pretrained(whole.model_dir)
+    assert pipeline.residual_scale == saved["residual_scale"]
+    assert json.loads((whole.model_dir / "model_index.json").read_text())["residual_scale"] == pipeline.residual_scale
+
+    train(recipe(*options, "max_train_steps=3", out="cut"), progress=False)
+    resumed = train(recipe(*options, "resume_from_checkpoint=latest", out="cut"), progress=False)
+    assert [e.loss for e in whole.history][3:] == [e.loss for e in resumed.history]
+    with pytest.raises(BinarizeError, match=r"residual_scale: was 0\.\d+, is 0\.5"):
+        train(recipe(*options, "residual_scale=0.5", "resume_from_checkpoint=latest", out="cut"), progress=False)
+    # What validation has measured is what the saved pipeline gives.
+    picture = sorted(pictures.iterdir())[0]
+    pipeline.set_progress_bar_config(disable=True)
+    pair = ImagePairs(pictures, scale=2)[0]
+    out = pipeline(pair.lr, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    strip = read_picture(whole.output_dir / "samples" / f"step-0000006-{picture.stem}.png").pixels()
+    assert torch.equal((out[0] * 255).round().to(torch.uint8), strip[..., 32:64])
+
+
+def test_a_residual_network_without_its_scale_makes_no_pipeline() -> None:
+    with pytest.raises(BinarizeError, match=r"residual_scale: not set, and the pipeline .* recipe\.yaml"):
+        build_pipeline(load_recipe("demo", list(UNCLIPPED)), small())
+    with pytest.raises(BinarizeError, match=r"residual_scale=0: it is the standard deviation"):
+        SuperResolutionPipeline(small(), scale=2, residual_scale=0)
+
+
+def test_clipping_that_would_cut_residuals_is_refused() -> None:
+    with pytest.raises(BinarizeError, match=r"target: got 'residual'; residuals .*range 1 would cut"):
+        load_recipe("demo", ["target=residual"])
+    assert load_recipe("demo", ["target=residual", "scheduler.clip_sample_range=8"]).target == "residual"
+    with pytest.raises(BinarizeError, match=r"residual_scale: got 0\.1; has no effect while target is image"):
+        load_recipe("demo", ["residual_scale=0.1"])
+
+
+# Min-SNR.
+
+
+@given(step=st.integers(1, 1999), gamma=st.floats(0.1, 20.0), seed=st.integers(0, 100))
+def test_min_snr_makes_the_three_predictions_count_an_error_of_the_picture_alike(
+    step: int, gamma: float, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    clean, noise, error = (torch.from_numpy(random.standard_normal((1, 3, 4, 4))) for _ in range(3))
+    timesteps = torch.tensor([step])
+    weighted = {}
+    for kind in KINDS:
+        scheduler = build_scheduler(load_recipe("demo", [f"scheduler.prediction_type={kind}"]))
+        a = scheduler.alphas_cumprod.double()[step]
+        noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+        wrong_clean = clean + error
+        wrong_noise = (noisy - a.sqrt() * wrong_clean) / (1 - a).sqrt()
+        wrong = {
+            "sample": wrong_clean,
+            "epsilon": wrong_noise,
+            "v_prediction": a.sqrt() * wrong_noise - (1 - a).sqrt() * wrong_clean,
+        }[kind]
+        target = {"sample": clean, "epsilon": noise, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * clean}[kind]
+        assert torch.allclose(target, prediction_target(scheduler, clean, noise, timesteps), atol=1e-4)
+        for loss, distance in (("l2", (wrong - target).square().mean()), ("l1", (wrong - target).abs().mean())):
+            weighted[kind, loss] = float(snr_weights(scheduler, timesteps, gamma, loss)[0] * distance)
+    snr = float(a / (1 - a))
+    assert weighted["sample", "l2"] == pytest.approx(min(snr, gamma) * float(error.square().mean()), rel=1e-6)
+    for loss in ("l2", "l1"):
+        for kind in ("epsilon", "v_prediction"):
+            assert weighted[kind, loss] == pytest.approx(weighted["sample", loss], rel=1e-6)
+
+
+def test_min_snr_equals_the_formula_of_diffusers_training_scripts() -> None:
+    from diffusers.training_utils import compute_snr
+
+    timesteps = torch.arange(1, 2000, 37)
+    for kind, extra in (("epsilon", 0), ("v_prediction", 1)):
+        scheduler = build_scheduler(load_recipe("demo", [f"scheduler.prediction_type={kind}"]))
+        snr = compute_snr(scheduler, timesteps)
+        theirs = torch.stack([snr, torch.full_like(snr, 5.0)], dim=1).min(dim=1)[0] / (snr + extra)
+        ours = snr_weights(scheduler, timesteps, 5.0, "l2")
+        torch.testing.assert_close(ours, theirs.double(), rtol=1e-3, atol=0)
+
+
+def test_a_run_uses_the_weights(recipe: Any) -> None:
+    plain = train(recipe("max_train_steps=1", "loss=l2", out="plain"), progress=False)
+    weighted = train(recipe("max_train_steps=1", "loss=l2", "snr_gamma=1e-5", out="weighted"), progress=False)
+    # With so small a gamma every timestep is clipped: the picture's squared error counts a hundred-thousandth.
+    assert weighted.history[0].loss == pytest.approx(1e-5 * plain.history[0].loss, rel=1e-3)
+
+
+# Fine detail of the condition.
+
+
+def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
+    network = small(detail_factor=20.0).double()
+    assert network.conv_in.in_channels == 9
+    condition = torch.rand(2, 3, 8, 12, dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+    network.conv_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    sample = torch.randn_like(condition)
+    network(sample, 5, condition)
+    mean = uniform_filter(condition.numpy(), size=(1, 1, 3, 3), mode="nearest")
+    detail = 20.0 * (condition.numpy() - mean)
+    np.testing.assert_allclose(seen[0][:, :3], condition)
+    np.testing.assert_allclose(seen[0][:, 3:6, 1:-1, 1:-1], detail[..., 1:-1, 1:-1], atol=1e-12)
+    corner = condition[:, :, 0, 0] - condition[:, :, :2, :2].mean((-1, -2))
+    torch.testing.assert_close(seen[0][:, 3:6, 0, 0], 20.0 * corner)
+    torch.testing.assert_close(seen[0][:, 6:], sample)
+    with pytest.raises(BinarizeError, match=r"expects 6 channels in all; got 3 of sample and 6 of condition"):
+        network(sample, 5, torch.cat([condition, condition], 1))
+
+
+def test_without_detail_the_network_is_the_released_one() -> None:
+    assert SRUNet().conv_in.in_channels == 6
+    assert binarize.build("bidiffsr_x2").config["detail_factor"] is None
+
+
+@pytest.mark.parametrize("structure", [("conv", "wide"), ("cp", "cs")])
+def test_detail_survives_rewiring_saving_and_the_pipeline(structure: tuple[str, str], tmp_path: Path) -> None:
+    network = small(detail_factor=16.0, resampling=structure[0], fusion=structure[1])
+    binarize.convert(network, "bidiffsr")
+    pipeline = SuperResolutionPipeline(network, scale=2)
+    pipeline.save_pretrained(tmp_path)
+    loaded = SuperResolutionPipeline.from_pretrained(tmp_path)
+    assert loaded.unet.config["detail_factor"] == 16.0
+    low = torch.rand(1, 3, 9, 7)
+    results = []
+    for pipe in (pipeline, loaded):
+        pipe.set_progress_bar_config(disable=True)
+        results.append(
+            pipe(low, num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="pt").images
+        )
+    assert torch.equal(*results)
+    assert "conv_in" in str(binarize.summary(network))
+
+
+def test_a_recipe_with_detail_trains_validates_and_says_so_in_its_model(recipe: Any, pictures: Path) -> None:
+    options = ("model.detail_factor=25", "max_train_steps=2", f"validation_data_dir={pictures}")
+    result = train(recipe(*options, "num_validation_images=1"), progress=False)
+    assert SuperResolutionPipeline.from_pretrained(result.model_dir).unet.config["detail_factor"] == 25
+    with pytest.raises(BinarizeError, match=r"model\.detail_factor: got 0; must be greater than 0"):
+        recipe("model.detail_factor=0")
