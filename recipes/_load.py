@@ -25,7 +25,11 @@ _OWN = ("description", "published", "base", "output_dir")
 
 
 def list_recipes() -> dict[str, str]:
-    """Return the installed recipes: name -> one-line description, the paper's rows (``paper/...``) last."""
+    """Return the installed recipes: name -> one-line description.
+
+    The main ones come first, then the paper's rows (``paper/...``) and those that show one option of the training each
+    (``training/...``).
+    """
     return {name: str(_read(path).get("description", "")) for name, path in _installed().items()}
 
 
@@ -48,7 +52,7 @@ def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
         return installed[text]
     shown = ", ".join(name for name in installed if "/" not in name)
     raise BinarizeError(
-        f"unknown recipe {text!r}; installed: {shown}, and paper/*. A file of your own needs its .yaml ending."
+        f"unknown recipe {text!r}; installed: {shown}, paper/*, training/*. A file of your own needs its .yaml ending."
         + did_you_mean(text, installed)
     )
 

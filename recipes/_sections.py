@@ -89,7 +89,7 @@ class DistillationSection(Section):
     blocks: tuple[str, ...] = Field(
         default=("encoder.*.blocks.*", "middle.*", "decoder.*.blocks.*"),
         min_length=1,
-        description="Globs on the names of the blocks whose outputs are compared.",
+        description="Names of the blocks whose outputs are compared; a star stands for one step of a name.",
     )
 
     @model_validator(mode="after")

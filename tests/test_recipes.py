@@ -111,7 +111,7 @@ def test_every_installed_recipe_is_valid_described_and_survives_being_written_ou
 
 def test_the_list_starts_with_the_main_recipes() -> None:
     assert NAMES[:5] == ["bidiffsr_x2", "bidiffsr_x4", "demo", "sr3_x2", "sr3_x4"]
-    assert all(name.startswith("paper/") for name in NAMES[5:])
+    assert all(name.startswith(("paper/", "training/")) for name in NAMES[5:])
 
 
 SECTIONS = [Recipe, ModelSection, SchedulerSection, DistillationSection, ProgressiveSection]

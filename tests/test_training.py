@@ -18,10 +18,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from training_case import TINY, assert_same, weights
+from training_case import TINY, assert_same, interrupt_at, weights
 
 from binarize.errors import BinarizeError
-from binarize.recipes import Recipe, build_scheduler, load_recipe
+from binarize.recipes import DistillationSection, Recipe, build_scheduler, load_recipe
 from binarize.training import Checkpoints, DivergedError, TrainingInterrupted, load_checkpoint, train
 from binarize.training.checkpoint import STATE, replace_folder
 from binarize.training.objective import prediction_target, sample_losses
@@ -281,23 +281,6 @@ def test_an_interrupted_run_ends_bit_for_bit_as_the_uninterrupted_one(
     one, other = (load_checkpoint(result.checkpoint)[0] for result in (whole, resumed))
     if one["ema"] is not None:
         assert all(map(torch.equal, one["ema"]["shadow_params"], other["ema"]["shadow_params"]))
-
-
-def interrupt_at(forward_pass: int, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
-    """Send this process a signal while a forward pass is under way."""
-    from binarize.training import objective
-
-    real = objective.sample_losses
-    calls = 0
-
-    def counting(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == forward_pass:
-            os.kill(os.getpid(), signum)
-        return real(*arguments)
-
-    monkeypatch.setattr(objective, "sample_losses", counting)
 
 
 def test_ctrl_c_saves_and_leaves_with_its_own_status(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,5 +558,6 @@ def test_two_processes_equal_one_and_resume_as_one(pictures: Path, tmp_path: Pat
 def test_every_free_key_is_a_key() -> None:
     from binarize.training.resume import _FREE
 
-    assert set(Recipe.model_fields) >= _FREE
+    keys = {*Recipe.model_fields, *(f"distillation.{key}" for key in DistillationSection.model_fields)}
+    assert keys >= _FREE
     assert yaml.safe_load(load_recipe("demo").to_yaml()).keys() == set(Recipe.model_fields)

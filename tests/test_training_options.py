@@ -6,13 +6,14 @@ import functools
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from training_case import assert_same, weights
+from training_case import assert_same, interrupt_at, weights
 
 import binarize
 from binarize.errors import BinarizeError
@@ -322,10 +323,6 @@ def test_a_resumed_run_remembers_the_best(recipe: Any, pictures: Path, monkeypat
 def test_a_validation_that_an_interruption_left_out_is_made_up_for(
     recipe: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import signal
-
-    from test_training import interrupt_at
-
     options = (f"validation_data_dir={pictures}", "num_validation_images=1", "validation_steps=2")
     whole = train(recipe(*options, out="whole"), progress=False)
     with monkeypatch.context() as patch:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from binarize.training import load_checkpoint
+from binarize.training import load_checkpoint, objective
 
 TINY = (
     "model.base_channels=8",
@@ -35,3 +38,18 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+def interrupt_at(forward_pass: int, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
+    """Send this process a signal while a forward pass is under way."""
+    real = objective.sample_losses
+    calls = 0
+
+    def counting(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == forward_pass:
+            os.kill(os.getpid(), signum)
+        return real(*arguments)
+
+    monkeypatch.setattr(objective, "sample_losses", counting)

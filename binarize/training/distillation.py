@@ -100,7 +100,9 @@ class Distillation:
 
 
 def matching_blocks(patterns: tuple[str, ...], student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
-    """Return the names of the outermost modules that the patterns match in both networks, in the student's order.
+    """Return the names of the modules that the patterns match in both networks, in the student's order.
+
+    A star stands for one step of a name, so that ``middle.*`` is the blocks and not all that they are made of.
 
     Raises:
         BinarizeError: If a pattern matches no module that both have.
@@ -120,6 +122,5 @@ def matching_blocks(patterns: tuple[str, ...], student: nn.Module, teacher: nn.M
 
 
 def _matches(pattern: str, name: str) -> bool:
-    # A star stands for one step of the path, so that `middle.*` is the blocks and not all that they are made of.
     steps, parts = pattern.split("."), name.split(".")
     return len(steps) == len(parts) and all(map(fnmatch.fnmatchcase, parts, steps))

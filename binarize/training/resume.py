@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 # Keys that leave the mathematics alone, or that a move to another machine asks for. The batch is compared as a whole.
 _FREE = {
-    "description", "published", "plugins", "output_dir", "init_from", "compile", "train_data_dir", "train_lr_data_dir",
-    "dataloader_num_workers", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-    "mixed_precision", "allow_tf32", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "validation_data_dir", "validation_lr_data_dir", "validation_steps", "num_validation_images",
-    "num_inference_steps", "report_to", "logging_steps",
+    "description", "published", "plugins", "output_dir", "init_from", "compile", "distillation.teacher",
+    "train_data_dir", "train_lr_data_dir", "dataloader_num_workers", "train_batch_size",
+    "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32", "checkpointing_steps",
+    "checkpoints_total_limit", "resume_from_checkpoint", "validation_data_dir", "validation_lr_data_dir",
+    "validation_steps", "num_validation_images", "num_inference_steps", "report_to", "logging_steps",
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, ch
     changed = [
         f"  {key}: was {then.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
-        if key.split(".")[0] not in free and then.get(key) != now.get(key)
+        if key not in free and key.split(".")[0] not in free and then.get(key) != now.get(key)
     ]
     if total != saved_total:
         changed.append(

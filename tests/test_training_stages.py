@@ -1,0 +1,343 @@
+"""Starting from a trained twin, becoming binary in stages, and learning from a teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from training_case import TINY, assert_same, weights
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.layers import BinaryConv2d, Delayed, delayed, hard_sign, undelayed
+from binarize.methods import Method, list_methods
+from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.recipes import build_model, build_scheduler, load_recipe, settled
+from binarize.training import TrainingInterrupted, load_checkpoint, train
+from binarize.training.distillation import Distillation
+from binarize.training.initial import initial_network, read_trained
+from binarize.training.objective import Objective
+
+BLOCKS = ("encoder.0", "encoder.1", "middle", "decoder.*")
+STAGES = ("two_stage=0.4", f"progressive={{blocks: [{', '.join(map(repr, BLOCKS))}], until: 0.8}}")
+
+
+def built(*overrides: str) -> SRUNet:
+    torch.manual_seed(0)
+    return build_model(load_recipe("demo", [*TINY, *overrides])).eval()
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, 16, 16), torch.tensor([5, 1500]), torch.rand(2, 3, 16, 16)
+
+
+# Stages: single layers.
+
+
+def test_delayed_parts_are_a_plain_convolution_at_first_and_the_method_later() -> None:
+    scale = delayed("input_mean", 0.5)
+    method = Method(activation=delayed("ste", 0.5), weight=delayed("scaled_sign", 0.75), scale=scale)
+    layer = BinaryConv2d(3, 4, 3, padding=1, method=method)
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    weight = layer.weight.detach().clone().requires_grad_()
+
+    layer(x).square().sum().backward()
+    F.conv2d(twin, weight, padding=1).square().sum().backward()
+    assert x.grad is not None
+    assert twin.grad is not None
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(layer.weight.grad, weight.grad)
+
+    signs = hard_sign(x.detach())
+    mean = x.detach().abs().mean((1, 2, 3), keepdim=True)
+    binarize.training_step(layer, 0.5)
+    torch.testing.assert_close(layer(x), mean * F.conv2d(signs, weight, padding=1))
+    binarize.training_step(layer, 0.75)
+    alpha = weight.abs().mean((1, 2, 3)).view(1, -1, 1, 1)
+    torch.testing.assert_close(layer(x), mean * alpha * F.conv2d(signs, hard_sign(weight), padding=1))
+
+
+def test_a_delay_of_nothing_is_refused() -> None:
+    with pytest.raises(BinarizeError, match=r"weight part 'delayed': there is nothing to delay; name a part"):
+        BinaryConv2d(3, 3, 3, method=Method(weight={"name": "delayed", "part": None}))
+    with pytest.raises(BinarizeError, match=r"DelayedWeight: until is a share of training, in \(0, 1\]; got 2"):
+        BinaryConv2d(3, 3, 3, method=Method(weight=delayed("sign", 2)))
+
+
+# Stages: recipes.
+
+
+@pytest.mark.parametrize("method", [name for name in list_methods() if name != "custom"])
+def test_every_method_is_itself_again_after_its_stages(method: str) -> None:
+    options = (f"method={method}",)
+    staged, plain = built(*options, *STAGES), built(*options)
+    plain.load_state_dict(undelayed(staged))
+    for network in (staged, plain):
+        binarize.training_step(network, 1.0)
+    arguments = inputs()
+    with torch.no_grad():
+        expected = plain(*arguments).sample
+        assert torch.equal(staged(*arguments).sample, expected)
+        recipe = load_recipe("demo", [*TINY, *options, *STAGES])
+        after = settled(recipe, staged)
+        assert torch.equal(after(*arguments).sample, expected)
+    assert not any(isinstance(module, Delayed) for module in after.modules())
+    assert binarize.binary_state(after).keys() == binarize.binary_state(plain).keys()
+
+
+def test_blocks_become_binary_one_after_another() -> None:
+    network = built(*STAGES)
+    binary: dict[str, bool] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
+            binary[name] = bool((output.abs() == 1).all())
+
+        return hook
+
+    names = [name for name, module in network.named_modules() if isinstance(module, BinaryConv2d)]
+    for name in names:
+        network.get_submodule(f"{name}.activation").register_forward_hook(watch(name))
+
+    def block_of(name: str) -> str:
+        return ".".join(name.split(".")[:2]) if name.startswith("encoder") else name.split(".")[0]
+
+    turns = {"encoder.0": 0.2, "encoder.1": 0.4, "middle": 0.6, "decoder": 0.8}
+    for progress in (0.0, 0.19, 0.2, 0.4, 0.59, 0.6, 0.8, 1.0):
+        binarize.training_step(network, progress)
+        with torch.no_grad():
+            network(*inputs())
+        for name in names:
+            turn = turns[block_of(name)]
+            assert binary[name] == (progress >= turn), (name, progress)
+            codes = network.get_submodule(name).binary_weight().codes  # type: ignore[operator]
+            assert bool((codes.abs() == 1).all()) == (progress >= max(turn, 0.4)), (name, progress)
+
+
+def test_a_pattern_of_no_block_is_refused() -> None:
+    with pytest.raises(BinarizeError, match=r"progressive\.blocks: the pattern 'tail' matches no binary layer; names"):
+        built("progressive={blocks: [tail]}")
+    with pytest.raises(BinarizeError, match=r"two_stage: got 0\.5; has no effect while method is null"):
+        load_recipe("demo", ["method=null", "two_stage=0.5"])
+
+
+def test_a_run_in_stages_resumes_across_them_and_leaves_a_plain_model(recipe: Any) -> None:
+    options = (*STAGES, "validation_steps=2")
+    whole = train(recipe(*options, out="whole"), progress=False)
+    train(recipe(*options, "max_train_steps=6", "checkpointing_steps=2", out="cut"), progress=False)
+    for step in (4, 6):
+        shutil.rmtree(recipe(out="cut").output_dir / f"checkpoint-{step}")
+    resumed = train(recipe(*options, "resume_from_checkpoint=latest", out="cut"), progress=False)
+    assert [entry.step for entry in resumed.history] == [3, 4, 5, 6]
+    assert_same(weights(whole.checkpoint), weights(resumed.checkpoint))
+
+    final = SuperResolutionPipeline.from_pretrained(whole.model_dir).unet
+    assert not any(isinstance(module, Delayed) for module in final.modules())
+    assert "delayed" not in json.dumps(final.config["conversion"])
+    trained = recipe(*options)
+    torch.manual_seed(3)
+    network = build_model(trained)
+    network.load_state_dict(load_checkpoint(whole.checkpoint)[0]["model"])
+    with torch.no_grad():
+        arguments = inputs()
+        assert torch.equal(network.eval()(*arguments).sample, final.eval()(*arguments).sample)
+
+
+def test_a_model_saved_before_its_stages_are_over_goes_on_computing_as_it_did(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    from test_training import interrupt_at
+
+    interrupt_at(3, monkeypatch, signal.SIGTERM)
+    run = recipe(*STAGES, "validation_steps=2")
+    with pytest.raises(TrainingInterrupted) as caught:
+        train(run, progress=False)
+    monkeypatch.undo()
+    # The model is that of step 2: full-precision weights, one block with binary activations.
+    saved = SuperResolutionPipeline.from_pretrained(run.output_dir / "model").unet
+    steps = {float(module.progress) for module in saved.modules() if isinstance(module, Delayed)}
+    assert list(steps) == [pytest.approx(2 / 6)]
+    with pytest.raises(BinarizeError, match="still full precision"):
+        binarize.binary_state(saved)
+    assert caught.value.checkpoint.name == "checkpoint-3"
+
+
+# A trained twin.
+
+
+@pytest.fixture(scope="module")
+def twin(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A full-precision network, a little trained."""
+    folder = tmp_path_factory.mktemp("twin")
+    recipe = load_recipe(
+        "demo",
+        [*TINY, "method=null", "max_train_steps=4", f"train_data_dir={pictures}", f"output_dir={folder / 'run'}"],
+    )
+    return train(recipe, progress=False).output_dir
+
+
+@pytest.mark.parametrize("inside", ["", "model", "model/unet"])
+def test_a_binary_network_starts_from_its_twins_weights(inside: str, twin: Path) -> None:
+    trained = SRUNet.from_pretrained(twin / "model" / "unet")
+    recipe = load_recipe("demo", [*TINY, f"init_from={twin / inside}", "method=binarydm", "model.dropout=0.1"])
+    network = initial_network(recipe, read_trained("init_from", twin / inside))
+    assert network.config["dropout"] == 0.1
+    latents = dict(network.named_parameters())
+    for name, value in trained.named_parameters():
+        if name.endswith(".bias") and name not in latents:
+            continue  # dropped by the method
+        assert torch.equal(latents[name], value), name
+    # Scales that a method initialises from weights are those of the trained ones.
+    name, layer = next((n, m) for n, m in network.named_modules() if isinstance(m, BinaryConv2d))
+    found = layer.weight_binarizer.scale
+    assert isinstance(found, torch.Tensor)
+    expected = trained.get_parameter(f"{name}.weight").abs().mean((1, 2, 3))
+    torch.testing.assert_close(found[0].detach(), expected.detach())
+
+
+def test_a_run_starts_from_its_twin_and_resumes_without_it(twin: Path, recipe: Any) -> None:
+    options = (f"init_from={twin}", "learning_rate=1e-12", "lr_scheduler=constant")
+    begun = train(recipe(*options, "max_train_steps=1"), progress=False)
+    latent = SRUNet.from_pretrained(twin / "model" / "unet").get_parameter("encoder.0.blocks.0.conv1.weight")
+    torch.testing.assert_close(weights(begun.checkpoint)["encoder.0.blocks.0.conv1.weight"], latent.detach())
+    resumed = recipe("init_from=gone", *options[1:], "max_train_steps=2", "resume_from_checkpoint=latest")
+    assert train(resumed, progress=False).steps == 2
+
+
+def test_a_run_starts_from_the_same_binary_network(recipe: Any) -> None:
+    first = train(recipe("max_train_steps=2", out="first"), progress=False)
+    second = recipe(f"init_from={first.output_dir}", "max_train_steps=1", "learning_rate=1e-12", out="second")
+    one, other = weights(first.checkpoint), weights(train(second, progress=False).checkpoint)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
+
+
+def test_another_network_is_no_twin(twin: Path, recipe: Any) -> None:
+    with pytest.raises(BinarizeError, match=r"init_from: .* holds another network than .*:\n  base_channels: 8 t"):
+        train(recipe(f"init_from={twin}", "model.base_channels=16"), progress=False)
+    with pytest.raises(BinarizeError, match=r"init_from: .*nowhere: no such file or folder"):
+        train(recipe("init_from=nowhere"), progress=False)
+    binary = train(recipe("max_train_steps=1", out="binary"), progress=False)
+    with pytest.raises(BinarizeError, match=r"another network than the recipe's:\n  conversion: "):
+        train(recipe(f"init_from={binary.output_dir}", "method=reactnet", out="other"), progress=False)
+
+
+# A teacher.
+
+
+def lesson(twin: Path, section: str, *overrides: str) -> tuple[Any, SRUNet, SRUNet, Any]:
+    recipe = load_recipe("demo", [*TINY, f"distillation={{teacher: {twin}, {section}}}", *overrides])
+    student, teacher = built(*overrides), read_trained("distillation", twin).network
+    assert recipe.distillation is not None
+    distillation = Distillation(recipe.distillation, student, teacher, contextlib.nullcontext)
+    return recipe, student, teacher, Objective(recipe, build_scheduler(recipe), distillation)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    pictures = {name: torch.rand(2, 3, 16, 16) for name in ("hr", "condition")}
+    return {**pictures, "noise": torch.randn(2, 3, 16, 16), "timestep": torch.tensor([300, 1200])}
+
+
+def test_the_distilled_loss_is_the_written_sum(twin: Path) -> None:
+    names = ["encoder.0.blocks.0", "middle.0", "middle.1"]
+    section = "task: 0.5, output: 2, features: 3, blocks: [encoder.0.blocks.*, middle.*]"
+    recipe, student, teacher, objective = lesson(twin, section)
+    data = batch()
+    losses = objective(student, data)
+
+    noisy = build_scheduler(recipe).add_noise(data["hr"], data["noise"], data["timestep"])  # type: ignore[arg-type]
+    outputs: dict[str, dict[str, np.ndarray]] = {"student": {}, "teacher": {}}
+    predictions = {}
+    for who, network in (("student", student), ("teacher", teacher)):
+        for name in names:
+            network.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output, who=who, name=name: outputs[who].update({name: output.detach().numpy()})
+            )
+        with torch.no_grad():
+            predictions[who] = network(noisy, data["timestep"], data["condition"]).sample.numpy()
+    features = np.zeros(2)
+    for name in names:
+        f, g = (outputs[who][name].reshape(2, -1) for who in ("student", "teacher"))
+        cosine = (f * g).sum(1) / np.linalg.norm(f, axis=1) / np.linalg.norm(g, axis=1)
+        features += (2 - 2 * cosine) / len(names)
+    task = np.abs(predictions["student"] - data["hr"].numpy()).mean((1, 2, 3))
+    output = np.abs(predictions["student"] - predictions["teacher"]).mean((1, 2, 3))
+    np.testing.assert_allclose(losses.parts["task"].numpy(), task, rtol=1e-4)
+    np.testing.assert_allclose(losses.parts["output"].numpy(), output, rtol=1e-4)
+    np.testing.assert_allclose(losses.parts["features"].numpy(), features, rtol=1e-4)
+    np.testing.assert_allclose(losses.total.detach().numpy(), 0.5 * task + 2 * output + 3 * features, rtol=1e-4)
+    losses.total.sum().backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not teacher.training
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(twin: Path) -> None:
+    _, student, teacher, objective = lesson(twin, "features: 1", "method=null")
+    student.load_state_dict(teacher.state_dict())
+    parts = objective(student, batch()).parts
+    assert float(parts["output"].abs().max()) == 0
+    assert float(parts["features"].max()) < 1e-10
+    assert float(parts["task"].min()) > 0
+
+
+def test_a_distilled_run_logs_its_terms_and_resumes_exactly(twin: Path, recipe: Any) -> None:
+    options = (f"distillation={{teacher: {twin}, output: 0.5, features: 0.25}}",)
+    whole = train(recipe(*options, out="whole"), progress=False)
+    for entry in whole.history:
+        terms = entry.parts
+        assert entry.loss == pytest.approx(terms["task"] + 0.5 * terms["output"] + 0.25 * terms["features"], rel=1e-5)
+    train(recipe(*options, "max_train_steps=3", out="cut"), progress=False)
+    resumed = train(recipe(*options, "resume_from_checkpoint=latest", out="cut"), progress=False)
+    assert_same(weights(whole.checkpoint), weights(resumed.checkpoint))
+    saving = train(recipe(*options, "gradient_checkpointing=true", out="saving"), progress=False)
+    assert_same(weights(whole.checkpoint), weights(saving.checkpoint))
+
+
+def test_a_compiled_student_learns_the_same_from_its_teacher(
+    twin: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (f"distillation={{teacher: {twin}, features: 1}}", "max_train_steps=2")
+    plain = train(recipe(*options, out="plain"), progress=False)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled = train(recipe(*options, "compile=true", out="compiled"), progress=False)
+    for one, other in zip(plain.history, compiled.history, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-4)
+        assert other.parts == pytest.approx(one.parts, rel=1e-4)
+
+
+def test_a_teacher_of_residuals_gives_its_unit(pictures: Path, recipe: Any) -> None:
+    residuals = ("target=residual", "scheduler.clip_sample=false")
+    teacher = train(
+        recipe(*residuals, "residual_scale=0.07", "method=null", "max_train_steps=1", out="teacher"), progress=False
+    )
+    student = recipe(*residuals, f"distillation={{teacher: {teacher.output_dir}}}", "max_train_steps=1", out="student")
+    result = train(student, progress=False)
+    assert SuperResolutionPipeline.from_pretrained(result.model_dir).residual_scale == 0.07
+    with pytest.raises(BinarizeError, match=r"predict something else:\n  residual_scale: 0\.07 there, None here\n"):
+        train(recipe(f"distillation={{teacher: {teacher.output_dir}}}", out="pictures"), progress=False)
+
+
+def test_what_a_teacher_cannot_teach_is_refused(twin: Path, recipe: Any) -> None:
+    with pytest.raises(BinarizeError, match=r"something else:\n  prediction_type: 'sample' there, 'epsilon' here"):
+        train(recipe(f"distillation={{teacher: {twin}}}", "scheduler.prediction_type=epsilon"), progress=False)
+    with pytest.raises(BinarizeError, match=r"distillation: .*nobody: no such file or folder"):
+        train(recipe("distillation={teacher: nobody}"), progress=False)
+    with pytest.raises(BinarizeError, match=r"distillation\.blocks: the pattern 'tail\.\*' matches no module that"):
+        train(recipe(f"distillation={{teacher: {twin}, features: 1, blocks: [tail.*]}}"), progress=False)
+    wide = ("model.base_channels=16", f"distillation={{teacher: {twin}, features: 1}}")
+    with pytest.raises(BinarizeError, match=r"outputs of encoder\.0\.blocks\.0 are \(4, 16, 16, 16\) in"):
+        train(recipe(*wide, out="wide"), progress=False)
+    with pytest.raises(BinarizeError, match=r"distillation: output and features are both 0"):
+        load_recipe("demo", ["distillation={teacher: x, output: 0}"])
