@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from binarize import hosts, layers, methods
+from binarize import hosts, layers, methods, packed
 from binarize._convert import checkpoint_context, convert, plan, report, timesteps
 from binarize._export import binary_state, param_groups, revert
+from binarize._pack import is_packed, pack
 from binarize._report import ConversionReport
 from binarize._summary import Summary, summary
 from binarize.errors import BinarizeError
@@ -53,6 +54,7 @@ __all__ = [
     "hosts",
     "imaging",
     "inspect",
+    "is_packed",
     "layers",
     "list_hosts",
     "list_methods",
@@ -60,6 +62,8 @@ __all__ = [
     "load",
     "methods",
     "models",
+    "pack",
+    "packed",
     "param_groups",
     "plan",
     "recipes",

@@ -28,6 +28,7 @@ Selector = str | Callable[[str, nn.Module], bool]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 RECORD = "_binarize_conversion"
+PACKED_FORMAT = 1
 DEFAULT_TIMESTEPS = 1000
 
 
@@ -44,6 +45,7 @@ class Conversion:
         num_train_timesteps: T, or None where no timestep is needed.
         report: The rows.
         context: The timestep context, or None.
+        packed: Whether `binarize.pack` has replaced the latent weights by bits.
     """
 
     method: Method
@@ -54,10 +56,11 @@ class Conversion:
     num_train_timesteps: int | None
     report: ConversionReport
     context: TimestepContext | None = None
+    packed: bool = False
 
     def to_config(self) -> dict[str, Any]:
         """Return the arguments that `convert` needs to do the same again, fit for JSON."""
-        return {
+        config = {
             "format": 1,
             "method": self.method.to_config(),
             "structure": self.structure,
@@ -66,6 +69,9 @@ class Conversion:
             "linear": self.linear,
             "num_train_timesteps": self.num_train_timesteps,
         }
+        if self.packed:
+            config["packed"] = PACKED_FORMAT
+        return config
 
 
 @dataclass
@@ -146,7 +152,7 @@ def convert(
             cast(Any, model).register_to_config(**config_before)
         raise
     setattr(model, RECORD, record)
-    _record_config(model, record)
+    record_config(model, record)
     return model
 
 
@@ -519,7 +525,7 @@ def _structure_rows(model: nn.Module, edits: list[Edit], carried: set[int]) -> l
     return rows
 
 
-def _record_config(model: nn.Module, record: Conversion) -> None:
+def record_config(model: nn.Module, record: Conversion) -> None:
     """Write the conversion into the configuration of a host that has a place for it (SRUNet)."""
     init = getattr(type(model), "__init__", None)
     if hasattr(model, "register_to_config") and init is not None and "conversion" in inspect.signature(init).parameters:

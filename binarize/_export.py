@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from binarize._convert import RECORD, conversion
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.layers.product import BinaryWeight
+from binarize.packed.layers import PackedConv2d, PackedLinear
 from binarize.timestep import detach_contexts
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -44,6 +46,13 @@ def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryConv2d | Binary
             yield name, module
 
 
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedConv2d | PackedLinear]]:
+    """Yield the packed layers of a model with their names, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedConv2d | PackedLinear):
+            yield name, module
+
+
 def binary_state(model: nn.Module, *, packed: bool = False) -> dict[str, BinaryLayerState]:
     """Return the +-1 weights and scales of every binary layer, never the float latents.
 
@@ -58,20 +67,36 @@ def binary_state(model: nn.Module, *, packed: bool = False) -> dict[str, BinaryL
     state = {}
     for name, layer in binary_layers(model):
         weight = layer.binary_weight()
+        check_binary(name, weight)
         codes = weight.codes.to(torch.int8)
-        if not torch.equal(codes.to(weight.codes.dtype), weight.codes) or bool((codes.abs() > 1).any()):
-            raise BinarizeError(
-                f"{name}: its weights are still full precision, in the first stage of a two-stage training; call "
-                "binarize.training_step(model, 1.0) to make them binary."
-            )
         zeros = int((codes == 0).sum())
         bits = pack_bits(codes) if packed else None
         state[name] = BinaryLayerState(None if packed else codes, bits, weight.scales, tuple(layer.weight.shape), zeros)
+    for name, held in packed_layers(model):
+        codes = held.codes()
+        bits = pack_bits(codes) if packed else None
+        state[name] = BinaryLayerState(
+            None if packed else codes, bits, held.weight_scales().clone(), tuple(codes.shape[1:]), 0
+        )
     if not state:
         raise BinarizeError(
             f"this {type(model).__name__} has no binary layer; call binarize.convert(model, method) first."
         )
     return state
+
+
+def check_binary(name: str, weight: BinaryWeight) -> None:
+    """Raise if a layer's weights are not binary now.
+
+    Raises:
+        BinarizeError: If they are full precision, in the first stage of a two-stage training.
+    """
+    codes = weight.codes
+    if not codes.is_meta and bool(((codes.abs() != 1) & (codes != 0)).any()):
+        raise BinarizeError(
+            f"{name}: its weights are still full precision, in the first stage of a two-stage training; call "
+            "binarize.training_step(model, 1.0) to make them binary."
+        )
 
 
 def pack_bits(codes: Tensor) -> Tensor:
@@ -120,9 +145,10 @@ def revert(model: ModelT) -> ModelT:
         The same object, which can be converted again.
 
     Raises:
-        BinarizeError: If the model is not converted.
+        BinarizeError: If the model is not converted, or packed.
     """
-    conversion(model)
+    if conversion(model).packed:
+        raise BinarizeError("revert: this model is packed, so its latent weights are gone; revert the unpacked model.")
     made: dict[int, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, BinaryConv2d | BinaryLinear):

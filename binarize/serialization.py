@@ -17,14 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
-from binarize._convert import RECORD, conversion, convert, meta_copy
+from binarize._convert import PACKED_FORMAT, RECORD, conversion, convert, meta_copy
+from binarize._pack import pack
 from binarize.errors import BinarizeError
+from binarize.packed.files import WEIGHTS as SRUNET_WEIGHTS
+from binarize.packed.files import read_config, read_packed, write_packed
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save(model: nn.Module, folder: str | PathLike[str]) -> Path:
-    """Save a converted model so that `load` can rebuild it.
+def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
+    """Save a converted or packed model so that `load` can rebuild it.
 
     Files of an earlier save in the same folder are replaced, each in one step.
 
@@ -32,21 +35,30 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> Path:
         model: A converted model: SRUNet, a diffusers model, or any other nn.Module (which `load` then needs an
             unconverted instance of).
         folder: Where to; it is created.
+        dtype: What a packed model's full-precision tensors are stored as, such as torch.float16; by default what they
+            are. `load` makes half precision float32 again.
 
     Returns:
         The folder.
 
     Raises:
-        BinarizeError: If the model is not converted, or a part of its method cannot be named in a file.
+        BinarizeError: If the model is not converted, a part of its method cannot be named in a file, or a dtype is
+            given for a model that is not packed.
     """
     from binarize.imaging import write_atomic
 
     record = conversion(model)
     config = record.to_config()
+    if dtype is not None and not record.packed:
+        raise BinarizeError("save: dtype is for packed models; call binarize.pack(model) first, or model.to(dtype).")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise BinarizeError(f"save: {folder} is a file; give a folder.")
     folder.mkdir(parents=True, exist_ok=True)
+    if _is_srunet(model) and record.packed:
+        model.save_config(folder)  # type: ignore[operator]
+        write_packed(model, folder / SRUNET_WEIGHTS, json.loads(model.to_json_string()), dtype)  # type: ignore[operator]
+        return folder
     if _is_srunet(model):
         model.save_pretrained(folder)  # type: ignore[operator]
         return folder
@@ -56,7 +68,10 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> Path:
         "conversion": config,
     }
     text = json.dumps(described, indent=2) + "\n"
-    write_atomic(folder / WEIGHTS, lambda path: save_model(model, str(path)), force=True)
+    if record.packed:
+        write_packed(model, folder / WEIGHTS, described, dtype)
+    else:
+        write_atomic(folder / WEIGHTS, lambda path: save_model(model, str(path)), force=True)
     write_atomic(folder / CONFIG, lambda path: path.write_text(text), force=True)
     return folder
 
@@ -65,7 +80,7 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     """Rebuild a model that `save` (or ``SRUNet.save_pretrained``) wrote.
 
     Args:
-        folder: What `save` returned.
+        folder: What `save` returned, or a packed model's ``model.safetensors`` alone.
         model: An unconverted instance of the host, needed for hosts that are neither SRUNet nor diffusers models; it
             is converted in place and returned.
 
@@ -76,7 +91,10 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
         BinarizeError: If files are missing or broken, or do not fit the host.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    if folder.is_file():
+        config, weights = read_config(folder), folder
+    else:
+        config, weights = _read_config(folder), folder / WEIGHTS
     if config.get("_class_name") == "SRUNet":
         if model is not None:
             raise BinarizeError(f"load: {folder} holds an SRUNet, which is rebuilt from its files; leave model out.")
@@ -95,7 +113,9 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     missing = [key for key in ("host", "conversion") if not isinstance(config.get(key), dict)]
     if missing:
         raise BinarizeError(f"load: {folder / CONFIG} has no {' and no '.join(missing)}; it is not what save wrote.")
-    state = _read_weights(folder / WEIGHTS)
+    if "packed" in config["conversion"]:
+        return _load_packed(config, weights, model)
+    state = _read_weights(weights)
     host = _build_host(config["host"], folder) if model is None else model
     ghost = meta_copy(host)  # so that a misfit is found before the caller's instance is touched
     with torch.device("meta"):
@@ -106,6 +126,21 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     for name, value in state.items():  # each with the dtype that it was saved in
         kept[name].data = value.to(kept[name].device)
     return host.eval()
+
+
+def _load_packed(config: Mapping[str, Any], path: Path, model: nn.Module | None) -> nn.Module:
+    if model is not None:
+        ghost = meta_copy(model)  # so that a misfit is found before the caller's instance is touched
+    with torch.device("meta"):
+        if model is None:
+            ghost = _build_host(config["host"], path)
+        apply_conversion(ghost, config["conversion"])
+    read_packed(ghost, path)
+    if model is None:
+        return ghost
+    apply_conversion(model, config["conversion"])
+    model.load_state_dict(ghost.state_dict(), strict=True, assign=True)
+    return model.eval()
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -179,6 +214,9 @@ def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
         BinarizeError: If the record comes from a newer version or names something that is not registered.
     """
     options = dict(config)
+    packed = options.pop("packed", None)
+    if packed not in (None, PACKED_FORMAT):
+        raise BinarizeError(f"the model has packed format {packed!r}; this version of binarize reads {PACKED_FORMAT}.")
     if "unsaveable" in options:
         raise BinarizeError(f"this conversion was not saveable: {options['unsaveable']}")
     version = options.pop("format", None)
@@ -189,6 +227,8 @@ def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
     if unknown or "method" not in options:
         raise BinarizeError(f"the conversion has unknown or missing keys: {', '.join(unknown) or 'method'}.")
     convert(model, options.pop("method"), **options)
+    if packed is not None:
+        pack(model)
 
 
 def check_saveable(model: nn.Module) -> None:

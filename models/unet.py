@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from binarize._pack import is_packed
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.layers import (
     AddFusion,
@@ -32,6 +34,7 @@ from binarize.layers import (
     PixelUp,
     SplitFusion,
 )
+from binarize.packed.files import find_packed, read_config, read_packed
 
 DOWN: dict[str, Callable[[int], nn.Module]] = {"conv": ConvDown, "pixel": PixelDown, "cp": CPDown}
 UP: dict[str, Callable[[int], nn.Module]] = {"conv": ConvUp, "pixel": PixelUp, "cp": CPUp}
@@ -43,6 +46,9 @@ FUSIONS: dict[str, Callable[[int, int, int], nn.Module] | None] = {
     "cs": CSFusion,
 }
 
+
+# No network has more; a configuration that says so would keep the constructor busy for hours.
+_MOST_LEVELS, _MOST_BLOCKS = 12, 64
 
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -351,9 +357,15 @@ class SRUNet(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
         """Load as diffusers does, but strictly: it would go on with weights that are missing.
 
+        A packed model's ``model.safetensors`` can also be given by itself; half precision in it becomes float32, unless
+        ``torch_dtype`` says otherwise.
+
         Raises:
-            BinarizeError: If weights and configuration do not belong together.
+            BinarizeError: If weights and configuration do not belong together, or a packed file is broken.
         """
+        packed = find_packed(pretrained_model_name_or_path, kwargs)
+        if packed is not None:
+            return cls._from_packed(packed, kwargs.get("torch_dtype"))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         wrong = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in _MISFITS if info.get(kind)]
@@ -364,6 +376,21 @@ class SRUNet(ModelMixin, ConfigMixin):
                 f"{', '.join(wrong)}, such as {first}."
             )
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_packed(cls, path: Path, dtype: torch.dtype | None) -> Any:
+        config = read_config(path)
+        if config.get("_class_name") != cls.__name__:
+            raise BinarizeError(f"{path}: holds a {config.get('_class_name')}, not an {cls.__name__}.")
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(config)
+        except BinarizeError:
+            raise
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise BinarizeError(f"{path}: its configuration builds no {cls.__name__}: {error}.") from error
+        read_packed(model, path, dtype)
+        return model
 
     def save_pretrained(  # diffusers' pipelines read these names from the signature
         self,
@@ -381,9 +408,13 @@ class SRUNet(ModelMixin, ConfigMixin):
         Raises:
             BinarizeError: If the conversion uses a part that cannot be named in a file.
         """
-        from binarize.serialization import check_saveable
+        from binarize.serialization import check_saveable, save
 
         check_saveable(self)
+        if is_packed(self):
+            if is_main_process:
+                save(self, save_directory)
+            return
         super().save_pretrained(
             save_directory,
             is_main_process=is_main_process,
@@ -420,6 +451,10 @@ def _check_config(
             raise BinarizeError(
                 f"SRUNet: unknown {key} {value!r}; allowed: {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
             )
+    if len(channel_mults) > _MOST_LEVELS or res_blocks > _MOST_BLOCKS:
+        raise BinarizeError(
+            f"SRUNet: at most {_MOST_LEVELS} levels of {_MOST_BLOCKS} ResBlocks; got {len(channel_mults)} of {res_blocks}."
+        )
     if not channel_mults or any(mult < 1 for mult in channel_mults) or res_blocks < 1:
         raise BinarizeError(
             f"SRUNet: needs at least one level and one ResBlock; got channel_mults={tuple(channel_mults)}, "

@@ -15,6 +15,8 @@ from binarize.layers.signs import SignZero, approx_sign, clipped_sign, ede_sign,
 class _Sign(nn.Module):
     """Base of the activations whose forward is sign(x)."""
 
+    levels = (-1, 1)
+
     def __init__(self, sign_zero: SignZero = "plus") -> None:
         super().__init__()
         self.sign_zero: SignZero = sign_zero
@@ -103,6 +105,8 @@ class MeanClippedSign(_Sign):
 
 class UnitRound(nn.Module):
     """Forward round(clip(x, 0, 1)) in {0, 1}; backward g * 1{0 <= x <= 1} (DoReFa-Net, section 2.4)."""
+
+    levels = (0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to {0, 1} of the same shape."""

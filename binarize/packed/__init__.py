@@ -1,0 +1,8 @@
+"""Real 1-bit inference: packed weights, xnor-popcount kernels for CPUs, and a pure-torch oracle."""
+
+from __future__ import annotations
+
+from binarize.packed import backends
+from binarize.packed.layers import PackedConv2d, PackedLinear
+
+__all__ = ["PackedConv2d", "PackedLinear", "backends"]

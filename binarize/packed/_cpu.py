@@ -1,0 +1,201 @@
+"""Calls the compiled kernels on tensors: lays out their parameters, scratch memory and tasks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from binarize.packed import _threads
+from binarize.packed._compile import workers
+from binarize.packed._layout import FilterShape
+from binarize.packed._workers import PIXELS, Conv, Norm
+
+if TYPE_CHECKING:
+    from binarize.packed._op import Geometry
+
+ALIGN = 64
+# An output strip's input should stay in the second-level cache from packing until the shortcut reads it again.
+STRIP_BYTES = 400_000
+TASKS_PER_THREAD = 4
+
+
+class _Plan(NamedTuple):
+    """What a convolution's parameters are before addresses are known."""
+
+    fields: np.ndarray
+    tasks: int
+    scratch: int
+    height: int
+    width: int
+
+
+def packed_conv2d(
+    x: Tensor,
+    filters: Tensor,
+    counts: Tensor,
+    thresholds: Tensor,
+    table: Tensor,
+    group: Tensor | None,
+    shape: FilterShape,
+    geometry: Geometry,
+    *,
+    halve: bool,
+    low: float,
+    high: float,
+    shortcut: int,
+    norm: Tensor | None,
+    row: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Do what `binarize.packed._op.packed_conv2d` says with the compiled kernels."""
+    x = _pixels(x)
+    batch, _, height, width = x.shape
+    threads = _threads.workers()
+    plan = _plan(batch, height, width, shape, geometry, halve, x.element_size(), norm is not None, threads)
+    out = torch.empty(
+        (batch, shape.out_channels, plan.height, plan.width), dtype=x.dtype, memory_format=torch.channels_last
+    )
+    if out.numel() == 0:
+        return out
+    held = [filters, counts, thresholds.float(), table.float(), np.array([low, high], np.float32)]
+    p = plan.fields.copy()
+    scratch = torch.empty(min(threads, plan.tasks) * plan.scratch + ALIGN, dtype=torch.uint8)
+    p[Conv.SCRATCH] = -(-scratch.data_ptr() // ALIGN) * ALIGN
+    _place(p, Conv.X, x)
+    _place(p, Conv.OUT, out)
+    p[Conv.FILTERS], p[Conv.BASE] = filters.data_ptr(), counts.data_ptr()
+    p[Conv.FILTER_SUMS] = counts.data_ptr() + counts.stride(0) * 4
+    p[Conv.THRESHOLDS], p[Conv.TABLE] = held[2].data_ptr(), held[3].data_ptr()
+    p[Conv.LIMITS] = held[4].ctypes.data
+    p[Conv.SHORTCUT], p[Conv.EARLY] = int(shortcut != 0), int(shortcut == 2)
+    if group is not None:
+        held.append(group.expand(batch).contiguous())
+        p[Conv.GROUP] = held[-1].data_ptr()
+    if norm is not None:
+        held.append(norm.float().contiguous())
+        p[Conv.NORM_FACTORS], p[Conv.NORM_OFFSETS] = held[-1][0].data_ptr(), held[-1][1].data_ptr()
+    if row is not None:
+        held.append(row.float().expand(batch, -1).contiguous())
+        p[Conv.ROW_ADD] = held[-1].data_ptr()
+    if residual is not None:
+        held.append(_pixels(residual.to(x.dtype)))
+        _place(p, Conv.RESIDUAL, held[-1])
+    _threads.run(workers()["conv"], p.ctypes.data, plan.tasks)
+    return out
+
+
+def norm_factors(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Do what `binarize.packed._norm.norm_factors` says with the compiled kernels."""
+    x = _pixels(x)
+    batch, channels, height, width = x.shape
+    strips = min(height, max(1, -(-height * width * channels * x.element_size() // STRIP_BYTES)))
+    rows = -(-height // strips)
+    strips = -(-height // rows)
+    sums = torch.zeros(batch, strips, 2, channels)
+    p = np.zeros(len(Norm), np.int64)
+    p[Norm.COUNT], p[Norm.STRIPS], p[Norm.ROWS] = batch * strips, strips, rows
+    p[Norm.HEIGHT], p[Norm.WIDTH], p[Norm.CHANNELS] = height, width, channels
+    p[Norm.HALF] = int(x.dtype == torch.bfloat16)
+    _place(p, Norm.X, x)
+    p[Norm.SUMS] = sums.data_ptr()
+    _threads.run(workers()["moments"], p.ctypes.data, batch * strips)
+    total = sums.double().sum(1).view(batch, 2, groups, -1).sum(-1) / (channels // groups * height * width)
+    mean, square = total.unbind(1)
+    scale = (square - mean * mean).clamp_min_(0).add_(eps).rsqrt_()
+    factors = scale.repeat_interleave(channels // groups, 1)
+    offsets = -(mean * scale).repeat_interleave(channels // groups, 1)
+    if weight is not None:
+        factors, offsets = factors * weight, offsets * weight
+    if bias is not None:
+        offsets = offsets + bias
+    return torch.stack([factors, offsets]).float()
+
+
+def norm_silu(x: Tensor, norm: Tensor) -> Tensor:
+    """Do what `binarize.packed._norm.scaled_silu` says with the compiled kernels."""
+    x = _pixels(x)
+    batch, channels, height, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    rows = max(1, min(STRIP_BYTES // max(1, width * channels * x.element_size()), height))
+    strips = -(-height // rows)
+    norm = norm.float().contiguous()
+    p = np.zeros(len(Norm), np.int64)
+    p[Norm.COUNT], p[Norm.STRIPS], p[Norm.ROWS] = batch * strips, strips, rows
+    p[Norm.HEIGHT], p[Norm.WIDTH], p[Norm.CHANNELS] = height, width, channels
+    p[Norm.HALF] = int(x.dtype == torch.bfloat16)
+    _place(p, Norm.X, x)
+    _place(p, Norm.OUT, out)
+    p[Norm.FACTORS], p[Norm.OFFSETS] = norm[0].data_ptr(), norm[1].data_ptr()
+    _threads.run(workers()["silu"], p.ctypes.data, batch * strips)
+    return out
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Return ``x`` with the channels of a pixel side by side; slices of channels are left as they are."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _place(p: np.ndarray, field: int, x: Tensor) -> None:
+    size = x.element_size()
+    p[field : field + 4] = x.data_ptr(), x.stride(0) * size, x.stride(2) * size, x.stride(3) * size
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    batch: int,
+    height: int,
+    width: int,
+    shape: FilterShape,
+    geometry: Geometry,
+    halve: bool,
+    size: int,
+    normed: bool,
+    threads: int,
+) -> _Plan:
+    kh, kw = shape.kernel
+    out_height, out_width = geometry.output(height, width, shape.kernel)
+    left, right, top, _ = geometry.pad
+    channels = shape.groups * shape.in_channels
+    strip = min(-(-out_height * batch // (TASKS_PER_THREAD * threads)), STRIP_BYTES // (width * channels * size))
+    strip = max(1, min(strip, out_height))
+
+    reach = (kw - 1) * geometry.dilation[1]
+    starts = [x * geometry.stride[1] - left for x in range(out_width)]
+    inside = [i for i, start in enumerate(starts) if halve or (start >= 0 and start + reach < width)]
+    first, last = (inside[0], inside[-1] + 1) if inside else (out_width, out_width)
+    borders = first + out_width - last
+
+    pixel, lines = (
+        shape.groups * shape.words * 4,
+        (strip - 1) * geometry.stride[0] + (kh - 1) * geometry.dilation[0] + 1,
+    )
+    scratch = _aligned(4 * kh * kw * shape.words) + PIXELS * 4 * ALIGN + _aligned((borders + 1) * shape.lanes * 4)
+    scratch += _aligned(lines * (left + width + right) * pixel)
+    if normed:
+        scratch += _aligned(lines * width * channels * size)
+    tasks = -(-out_height // strip) * batch
+    p = np.zeros(len(Conv), np.int64)
+    p[Conv.COUNT], p[Conv.SCRATCH_STEP], p[Conv.STRIP] = tasks, scratch, strip
+    p[Conv.HEIGHT], p[Conv.WIDTH], p[Conv.OUT_HEIGHT], p[Conv.OUT_WIDTH] = height, width, out_height, out_width
+    p[Conv.GROUPS], p[Conv.GROUP_IN], p[Conv.GROUP_OUT] = (
+        shape.groups,
+        shape.in_channels,
+        shape.out_channels // shape.groups,
+    )
+    p[Conv.WORDS], p[Conv.OUT_BLOCKS], p[Conv.KERNEL_H], p[Conv.KERNEL_W] = shape.words, shape.blocks, kh, kw
+    p[Conv.HALF] = int(size == 2)
+    p[Conv.STRIDE_H], p[Conv.STRIDE_W] = geometry.stride
+    p[Conv.LEFT], p[Conv.RIGHT], p[Conv.TOP] = left, right, top
+    p[Conv.DILATION_H], p[Conv.DILATION_W] = geometry.dilation
+    p[Conv.BORDERS], p[Conv.INNER_FIRST], p[Conv.INNER_LAST], p[Conv.HALVE] = borders, first, last, int(halve)
+    return _Plan(p, tasks, scratch, out_height, out_width)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN

@@ -1,0 +1,366 @@
+"""Vector instructions for the CPU kernels, written once in LLVM's portable form.
+
+Numba compiles what is built here for the machine that runs it: a population count of sixteen 32-bit lanes becomes one
+VPOPCNTD with AVX-512, table lookups with AVX2, CNT with NEON. Everything works on 16 lanes: 16 output channels of the
+product, 16 channels of a pixel.
+
+Addresses are int64 values, strides are in bytes. Nothing here checks anything: `binarize.packed._cpu` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_INTS, _FLOATS, _HALVES = (ir.VectorType(t, LANES) for t in (_I32, _F32, _I16))
+_BYTES = ir.VectorType(_I8, 4 * LANES)
+
+
+def _constant(value: float | int, kind: ir.VectorType) -> ir.Constant:
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _splat(b: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    kind = ir.VectorType(scalar.type, LANES)
+    first = b.insert_element(ir.Constant(kind, ir.Undefined), scalar, _I32(0))
+    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), _constant(0, _INTS))
+
+
+def _pointer(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return b.inttoptr(address, kind.as_pointer())
+
+
+def _load(b: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int = 4) -> ir.Value:
+    value = b.load(_pointer(b, address, kind))
+    value.align = align
+    return value
+
+
+def _store(b: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 4) -> None:
+    b.store(value, _pointer(b, address, value.type)).align = align
+
+
+def _call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), list(args))
+
+
+def _fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    return _call(b, "llvm.fma.v16f32", _FLOATS, x, y, z)
+
+
+def _lanes_below(b: ir.IRBuilder, count: ir.Value) -> ir.Value:
+    lanes = ir.Constant(_INTS, list(range(LANES)))
+    return b.icmp_signed("<", lanes, _splat(b, b.trunc(count, _I32)))
+
+
+def _widen(b: ir.IRBuilder, halves: ir.Value) -> ir.Value:
+    return b.bitcast(b.shl(b.zext(halves, _INTS), _constant(16, _INTS)), _FLOATS)
+
+
+def _narrow(b: ir.IRBuilder, values: ir.Value) -> ir.Value:
+    """Round to bfloat16, to nearest even; a NaN stays one."""
+    bits = b.bitcast(values, _INTS)
+    odd = b.and_(b.lshr(bits, _constant(16, _INTS)), _constant(1, _INTS))
+    rounded = b.lshr(b.add(bits, b.add(odd, _constant(0x7FFF, _INTS))), _constant(16, _INTS))
+    quiet = b.select(b.fcmp_unordered("uno", values, values), _constant(0x7FC0, _INTS), rounded)
+    return b.trunc(quiet, _HALVES)
+
+
+def _load_pixels(b: ir.IRBuilder, address: ir.Value, bf16: bool, mask: ir.Value | None) -> ir.Value:
+    """Load 16 channels as float32; lanes outside the mask give 0 and are not touched."""
+    kind = _HALVES if bf16 else _FLOATS
+    if mask is None:
+        value = _load(b, address, kind, 2 if bf16 else 4)
+    else:
+        name = "llvm.masked.load.v16i16.p0" if bf16 else "llvm.masked.load.v16f32.p0"
+        fill = ir.Constant(kind, None)
+        value = _call(b, name, kind, _pointer(b, address, kind), _I32(2 if bf16 else 4), mask, fill)
+    return _widen(b, value) if bf16 else value
+
+
+def _store_pixels(b: ir.IRBuilder, value: ir.Value, address: ir.Value, bf16: bool, mask: ir.Value | None) -> None:
+    if bf16:
+        value = _narrow(b, value)
+    if mask is None:
+        _store(b, value, address, 2 if bf16 else 4)
+    else:
+        name = "llvm.masked.store.v16i16.p0" if bf16 else "llvm.masked.store.v16f32.p0"
+        _call(b, name, ir.VoidType(), value, _pointer(b, address, value.type), _I32(2 if bf16 else 4), mask)
+
+
+def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp(x) to about 1 unit in the last place: 2^n times a polynomial (Taylor to the 7th order on |r| <= ln(2) / 2)."""
+    x = _call(b, "llvm.minnum.v16f32", _FLOATS, x, _constant(88.0, _FLOATS))
+    x = _call(b, "llvm.maxnum.v16f32", _FLOATS, x, _constant(-87.0, _FLOATS))
+    n = _call(b, "llvm.rint.v16f32", _FLOATS, b.fmul(x, _constant(1.4426950216293335, _FLOATS)))
+    r = _fma(b, n, _constant(-0.693145751953125, _FLOATS), x)
+    r = _fma(b, n, _constant(-1.428606765330187e-06, _FLOATS), r)
+    y = _constant(1 / 5040, _FLOATS)
+    for factorial in (720, 120, 24, 6, 2, 1, 1):
+        y = _fma(b, y, r, _constant(1 / factorial, _FLOATS))
+    power = b.shl(b.add(b.fptosi(n, _INTS), _constant(127, _INTS)), _constant(23, _INTS))
+    return b.fmul(y, b.bitcast(power, _FLOATS))
+
+
+def _silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    return b.fdiv(x, b.fadd(_constant(1.0, _FLOATS), _exp(b, b.fneg(x))))
+
+
+def _when(b: ir.IRBuilder, condition: ir.Value, value: ir.Value, make: Callable[[], ir.Value]) -> ir.Value:
+    """Return ``make()`` where the condition holds, else ``value``."""
+    before = b.block
+    then, after = b.append_basic_block("then"), b.append_basic_block("after")
+    b.cbranch(condition, then, after)
+    b.position_at_end(then)
+    made = make()
+    last = b.block
+    b.branch(after)
+    b.position_at_end(after)
+    result = b.phi(value.type)
+    result.add_incoming(value, before)
+    result.add_incoming(made, last)
+    return result
+
+
+def _sum_bytes(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Return the sum of the four bytes of each 32-bit lane."""
+    low = _constant(0x00FF00FF, _INTS)
+    pairs = b.add(b.and_(value, low), b.and_(b.lshr(value, _constant(8, _INTS)), low))
+    return b.add(b.and_(pairs, _constant(0xFFFF, _INTS)), b.lshr(pairs, _constant(16, _INTS)))
+
+
+def make_product(pixels: int, blocks: int, bytewise: bool) -> Any:
+    """Return ``f(x, offsets, step, w, w_step, k, out)``: differing bits of pixels with filters, counted in registers.
+
+    ``out[p, r, lane] = sum_j popcount(x[p * step + offsets[j]] ^ w[r * w_step + 64 j + 4 lane])`` as int32, for
+    ``pixels`` x ``blocks`` x 16 sums at once, j below k. ``bytewise`` counts in bytes and widens every 31 words, for
+    machines without a population count of 32-bit lanes.
+    """
+
+    @intrinsic
+    def product(context, x, offsets, step, w, w_step, k, out):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, offsets, step, w, w_step, count, out = args
+            pixel = [x]
+            for _ in range(1, pixels):
+                pixel.append(b.add(pixel[-1], step))
+            block = [w]
+            for _ in range(1, blocks):
+                block.append(b.add(block[-1], w_step))
+            zeros = [ir.Constant(_INTS, None)] * (pixels * blocks)
+
+            def counts(j: ir.Value) -> list[ir.Value]:
+                offset = b.sext(_load(b, b.add(offsets, b.shl(j, _I64(2))), _I32), _I64)
+                filters = [_load(b, b.add(a, b.shl(j, _I64(6))), _INTS) for a in block]
+                found = []
+                for address in pixel:
+                    word = _splat(b, _load(b, b.add(address, offset), _I32))
+                    for f in filters:
+                        bits = b.xor(word, f)
+                        if bytewise:
+                            bits = b.bitcast(bits, _BYTES)
+                            bits = b.bitcast(_call(b, "llvm.ctpop.v64i8", _BYTES, bits), _INTS)
+                        else:
+                            bits = _call(b, "llvm.ctpop.v16i32", _INTS, bits)
+                        found.append(bits)
+                return found
+
+            def loop(start: ir.Value, stop: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                before, body, done = b.block, b.append_basic_block("body"), b.append_basic_block("done")
+                b.branch(body)
+                b.position_at_end(body)
+                j, held = b.phi(_I64), [b.phi(_INTS) for _ in sums]
+                # Bytes never carry into one another: 31 words of 8 bits stay below 256.
+                new = [b.add(s, c) for s, c in zip(held, counts(j), strict=True)]
+                after = b.add(j, _I64(1))
+                for phi, first, last in ((j, start, after), *zip(held, sums, new, strict=True)):
+                    phi.add_incoming(first, before)
+                    phi.add_incoming(last, body)
+                b.cbranch(b.icmp_signed("<", after, stop), body, done)
+                b.position_at_end(done)
+                return new
+
+            if not bytewise:
+                totals = loop(_I64(0), count, zeros)
+            else:
+                before, chunk, done = b.block, b.append_basic_block("chunk"), b.append_basic_block("end")
+                b.branch(chunk)
+                b.position_at_end(chunk)
+                start, held = b.phi(_I64), [b.phi(_INTS) for _ in zeros]
+                stop = b.add(start, _I64(31))
+                stop = b.select(b.icmp_signed("<", stop, count), stop, count)
+                part = loop(start, stop, zeros)
+                totals = [b.add(s, _sum_bytes(b, c)) for s, c in zip(held, part, strict=True)]
+                for phi, first, last in ((start, _I64(0), stop), *zip(held, zeros, totals, strict=True)):
+                    phi.add_incoming(first, before)
+                    phi.add_incoming(last, b.block)
+                b.cbranch(b.icmp_signed("<", stop, count), chunk, done)
+                b.position_at_end(done)
+            for i, value in enumerate(totals):
+                _store(b, value, b.add(out, _I64(64 * i)), 64)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return product
+
+
+def make_finish(bf16: bool, partial: bool) -> Any:
+    """Return ``f(sums, base, table, halve, low, high, shortcut, early, row, residual, out, count)``: what follows.
+
+    Of 16 output channels: the dot product ``base - 2 sums`` (or ``base - sums`` where ``halve``), times the scale,
+    affine, shift, PReLU, shift, clamp, plus the shortcut (before the activation where ``early``), plus ``row`` and
+    ``residual``; a null address leaves a summand out. ``table`` holds 16 floats each of scale, factor, offset, shift in,
+    slope and shift out. ``partial`` builds the form for ``count`` < 16 channels.
+    """
+
+    @intrinsic
+    def finish(context, sums, base, table, halve, low, high, shortcut, early, row, residual, out, count):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            sums, base, table, halve, low, high, shortcut, early, row, residual, out, count = args
+            mask = _lanes_below(b, count) if partial else None
+
+            def constant(i: int) -> ir.Value:
+                return _load(b, b.add(table, _I64(64 * i)), _FLOATS)
+
+            def plus(value: ir.Value, address: ir.Value, wide: bool = False) -> ir.Value:
+                there = b.icmp_signed("!=", address, _I64(0))
+                return _when(b, there, value, lambda: b.fadd(value, _load_pixels(b, address, bf16 and not wide, mask)))
+
+            differing = b.shl(_load(b, sums, _INTS), _splat(b, b.trunc(b.sub(_I64(1), halve), _I32)))
+            dot = b.sitofp(b.sub(_load(b, base, _INTS), differing), _FLOATS)
+            value = b.fmul(dot, constant(0))
+            value = b.fadd(b.fmul(value, constant(1)), constant(2))
+            value = plus(value, b.mul(shortcut, early))
+            value = b.fadd(value, constant(3))
+            value = b.select(b.fcmp_ordered(">", value, _constant(0.0, _FLOATS)), value, b.fmul(value, constant(4)))
+            value = b.fadd(value, constant(5))
+            for limit, beyond in ((_splat(b, high), ">"), (_splat(b, low), "<")):  # a NaN stays one
+                value = b.select(b.fcmp_ordered(beyond, value, limit), limit, value)
+            value = plus(value, b.mul(shortcut, b.sub(_I64(1), early)))
+            value = plus(value, row, wide=True)
+            value = plus(value, residual)
+            _store_pixels(b, value, out, bf16, mask)
+            return context.get_dummy_value()
+
+        kinds = [types.int64] * 4 + [types.float32] * 2 + [types.int64] * 6
+        return types.void(*kinds), codegen
+
+    return finish
+
+
+def make_signs(bf16: bool, partial: bool) -> Any:
+    """Return ``f(x, thresholds, count)``: 32 bits, bit i set where ``x[i] >= thresholds[i]``; bits from count on are 0."""
+
+    @intrinsic
+    def signs(context, x, thresholds, count):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, thresholds, count = args
+            word = _I32(0)
+            for half in range(2):
+                address = b.add(x, _I64(half * LANES * (2 if bf16 else 4)))
+                mask = _lanes_below(b, b.sub(count, _I64(half * LANES))) if partial else None
+                values = _load_pixels(b, address, bf16, mask)
+                limits = _load(b, b.add(thresholds, _I64(64 * half)), _FLOATS)
+                set_ = b.fcmp_ordered(">=", values, limits)
+                if mask is not None:
+                    set_ = b.and_(set_, mask)
+                bits = b.zext(b.bitcast(set_, _I16), _I32)
+                word = bits if half == 0 else b.or_(word, b.shl(bits, _I32(LANES)))
+            return word
+
+        return types.int32(*[types.int64] * 3), codegen
+
+    return signs
+
+
+def make_activate(bf16: bool, partial: bool) -> Any:
+    """Return ``f(x, factors, offsets, out, count)``: ``out = silu(x * factors + offsets)`` for 16 channels."""
+
+    @intrinsic
+    def activate(context, x, factors, offsets, out, count):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, factors, offsets, out, count = args
+            mask = _lanes_below(b, count) if partial else None
+            factor, offset = (_load_pixels(b, a, False, mask) for a in (factors, offsets))
+            value = b.fadd(b.fmul(_load_pixels(b, x, bf16, mask), factor), offset)
+            _store_pixels(b, _silu(b, value), out, bf16, mask)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), codegen
+
+    return activate
+
+
+def make_moments(bf16: bool, partial: bool) -> Any:
+    """Return ``f(x, step, pixels, sums, squares, count)``: add a row's sums and sums of squares of 16 channels."""
+
+    @intrinsic
+    def moments(context, x, step, pixels, sums, squares, count):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, step, pixels, sums, squares, count = args
+            mask = _lanes_below(b, count) if partial else None
+            entry = b.block
+            loop, done = b.append_basic_block("loop"), b.append_basic_block("done")
+            start = [_load_pixels(b, a, False, mask) for a in (sums, squares)]
+            b.branch(loop)
+            b.position_at_end(loop)
+            i, total, square = b.phi(_I64), b.phi(_FLOATS), b.phi(_FLOATS)
+            value = _load_pixels(b, b.add(x, b.mul(i, step)), bf16, mask)
+            new_total, new_square = b.fadd(total, value), _fma(b, value, value, square)
+            after = b.add(i, _I64(1))
+            for phi, first, new in ((i, _I64(0), after), (total, start[0], new_total), (square, start[1], new_square)):
+                phi.add_incoming(first, entry)
+                phi.add_incoming(new, loop)
+            b.cbranch(b.icmp_signed("<", after, pixels), loop, done)
+            b.position_at_end(done)
+            _store_pixels(b, new_total, sums, False, mask)
+            _store_pixels(b, new_square, squares, False, mask)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    return moments
+
+
+@intrinsic
+def fetch_add(context, address, amount):  # type: ignore[no-untyped-def]
+    """Add to an int64 in memory as one step for all threads; return what it was."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        return b.atomic_rmw("add", _pointer(b, args[0], _I64), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+def _memory(kind: Any, width: ir.Type) -> tuple[Any, Any]:
+    @intrinsic
+    def read(context, address):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            return b.load(_pointer(b, args[0], width))
+
+        return kind(types.int64), codegen
+
+    @intrinsic
+    def write(context, address, value):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            b.store(args[1], _pointer(b, args[0], width))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, kind), codegen
+
+    return read, write
+
+
+read_int64, write_int64 = _memory(types.int64, _I64)
+read_int32, write_int32 = _memory(types.int32, _I32)
+read_float32, write_float32 = _memory(types.float32, _F32)

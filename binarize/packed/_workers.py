@@ -1,0 +1,492 @@
+"""The loops of the CPU kernels, compiled by numba. A worker takes tasks until none is left; threads run it together.
+
+A worker's only argument is the address of a block of int64 fields, named below; it shares nothing else. It allocates
+nothing and raises nothing.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, auto
+from typing import Any
+
+from llvmlite import binding
+from numba import cfunc, njit, types
+from numba.core import config
+
+from binarize.packed import _vectors as vectors
+from binarize.packed._layout import WORD
+from binarize.packed._vectors import LANES, fetch_add, read_float32, read_int32, read_int64, write_float32, write_int32
+
+
+def _features() -> str:
+    named = getattr(config, "CPU_FEATURES", None)
+    if named is not None:
+        return str(named)
+    return str(binding.get_host_cpu_features().flatten())
+
+
+FEATURES = _features()
+BYTEWISE = "+avx512vpopcntdq" not in FEATURES
+# Register blocking: how many pixels x 16 output channels are summed at once, so that sums and filters fit the registers.
+PIXELS, BLOCKS = (4, 4) if not BYTEWISE else (4, 1)
+
+
+class Conv(IntEnum):
+    """Fields of a convolution's parameters: addresses, strides in bytes, sizes."""
+
+    WORKERS = 0  # how many workers have started
+    TASKS = auto()  # how many tasks have been taken
+    COUNT = auto()
+    HALF = auto()  # 1 for bfloat16
+    SCRATCH = auto()
+    SCRATCH_STEP = auto()
+    STRIP = auto()  # output rows of a task
+    HEIGHT = auto()
+    WIDTH = auto()
+    OUT_HEIGHT = auto()
+    OUT_WIDTH = auto()
+    GROUPS = auto()
+    GROUP_IN = auto()  # input channels of a group
+    GROUP_OUT = auto()
+    WORDS = auto()  # words of a pixel and group
+    OUT_BLOCKS = auto()  # of 16 channels, of a group
+    KERNEL_H = auto()
+    KERNEL_W = auto()
+    STRIDE_H = auto()
+    STRIDE_W = auto()
+    LEFT = auto()
+    RIGHT = auto()
+    TOP = auto()
+    DILATION_H = auto()
+    DILATION_W = auto()
+    X = auto()
+    X_BATCH = auto()
+    X_ROW = auto()
+    X_PIXEL = auto()
+    OUT = auto()
+    OUT_BATCH = auto()
+    OUT_ROW = auto()
+    OUT_PIXEL = auto()
+    RESIDUAL = auto()
+    RESIDUAL_BATCH = auto()
+    RESIDUAL_ROW = auto()
+    RESIDUAL_PIXEL = auto()
+    FILTERS = auto()
+    FILTER_SUMS = auto()  # int32, (kernel taps, groups * blocks * 16)
+    BASE = auto()  # int32, (groups * blocks * 16): the dot product of no differing bits
+    HALVE = auto()  # 1 for {0, 1} activations
+    THRESHOLDS = auto()
+    TABLE = auto()
+    GROUP = auto()  # int64, (B,) rows of thresholds and table, or null for row 0
+    LIMITS = auto()  # two floats, the clamp
+    SHORTCUT = auto()
+    EARLY = auto()
+    ROW_ADD = auto()  # float32, (B, C_out) or null
+    NORM_FACTORS = auto()  # float32, (B, C_in) or null
+    NORM_OFFSETS = auto()
+    BORDERS = auto()  # output columns with a tap outside the input
+    INNER_FIRST = auto()  # the first output column whose taps are all inside, and the one after the last
+    INNER_LAST = auto()
+
+
+class Norm(IntEnum):
+    """Fields of the parameters of a pass over all pixels: GroupNorm's moments, or its result and SiLU."""
+
+    WORKERS = 0
+    TASKS = auto()
+    COUNT = auto()
+    HALF = auto()  # 1 for bfloat16
+    STRIPS = auto()
+    ROWS = auto()  # of a strip
+    HEIGHT = auto()
+    WIDTH = auto()
+    CHANNELS = auto()
+    X = auto()
+    X_BATCH = auto()
+    X_ROW = auto()
+    X_PIXEL = auto()
+    OUT = auto()
+    OUT_BATCH = auto()
+    OUT_ROW = auto()
+    OUT_PIXEL = auto()
+    SUMS = auto()  # float32, (B, strips, 2, C)
+    FACTORS = auto()  # float32, (B, C)
+    OFFSETS = auto()
+
+
+@njit
+def _field(parameters, which):  # type: ignore[no-untyped-def]
+    return read_int64(parameters + 8 * which)
+
+
+_signs, _signs_part = vectors.make_signs(False, False), vectors.make_signs(False, True)
+_signs_bf16, _signs_part_bf16 = vectors.make_signs(True, False), vectors.make_signs(True, True)
+_finish, _finish_part = vectors.make_finish(False, False), vectors.make_finish(False, True)
+_finish_bf16, _finish_part_bf16 = vectors.make_finish(True, False), vectors.make_finish(True, True)
+_activate, _activate_part = vectors.make_activate(False, False), vectors.make_activate(False, True)
+_activate_bf16, _activate_part_bf16 = vectors.make_activate(True, False), vectors.make_activate(True, True)
+_moments, _moments_part = vectors.make_moments(False, False), vectors.make_moments(False, True)
+_moments_bf16, _moments_part_bf16 = vectors.make_moments(True, False), vectors.make_moments(True, True)
+_many4, _one4 = (vectors.make_product(p, min(4, BLOCKS), BYTEWISE) for p in (PIXELS, 1))
+_many3, _one3 = (vectors.make_product(p, min(3, BLOCKS), BYTEWISE) for p in (PIXELS, 1))
+_many2, _one2 = (vectors.make_product(p, min(2, BLOCKS), BYTEWISE) for p in (PIXELS, 1))
+_many1, _one1 = (vectors.make_product(p, 1, BYTEWISE) for p in (PIXELS, 1))
+_WIDE = BLOCKS > 1
+
+# The functions below are global and have no closure, or numba would compile them in every process: its cache cannot
+# tell two closures apart. So the dtype is a flag at run time, "half" for bfloat16.
+
+
+@njit
+def _multiply(pixels, blocks, x, offsets, step, w, w_step, k, out):  # type: ignore[no-untyped-def]
+    if _WIDE and pixels == PIXELS:
+        if blocks == 4:
+            _many4(x, offsets, step, w, w_step, k, out)
+        elif blocks == 3:
+            _many3(x, offsets, step, w, w_step, k, out)
+        elif blocks == 2:
+            _many2(x, offsets, step, w, w_step, k, out)
+        else:
+            _many1(x, offsets, step, w, w_step, k, out)
+    elif _WIDE:
+        if blocks == 4:
+            _one4(x, offsets, step, w, w_step, k, out)
+        elif blocks == 3:
+            _one3(x, offsets, step, w, w_step, k, out)
+        elif blocks == 2:
+            _one2(x, offsets, step, w, w_step, k, out)
+        else:
+            _one1(x, offsets, step, w, w_step, k, out)
+    elif pixels == PIXELS:
+        _many1(x, offsets, step, w, w_step, k, out)
+    else:
+        _one1(x, offsets, step, w, w_step, k, out)
+
+
+@njit
+def _activate_row(x, x_step, width, channels, factors, offsets, out, out_step, half):  # type: ignore[no-untyped-def]
+    size = 2 if half else 4
+    for _ in range(width):
+        for c in range(0, channels, LANES):
+            source, target, f, o = x + c * size, out + c * size, factors + 4 * c, offsets + 4 * c
+            if c + LANES <= channels:
+                if half:
+                    _activate_bf16(source, f, o, target, LANES)
+                else:
+                    _activate(source, f, o, target, LANES)
+            elif half:
+                _activate_part_bf16(source, f, o, target, channels - c)
+            else:
+                _activate_part(source, f, o, target, channels - c)
+        x += x_step
+        out += out_step
+
+
+@njit
+def _sign_row(x, x_step, width, groups, channels, words, thresholds, out, half):  # type: ignore[no-untyped-def]
+    size = 2 if half else 4
+    for _ in range(width):
+        for g in range(groups):
+            start, limits = x + g * channels * size, thresholds + g * words * 128
+            for c in range(0, channels, WORD):
+                source, limit = start + c * size, limits + 4 * c
+                if c + WORD <= channels:
+                    if half:
+                        word = _signs_bf16(source, limit, WORD)
+                    else:
+                        word = _signs(source, limit, WORD)
+                elif half:
+                    word = _signs_part_bf16(source, limit, channels - c)
+                else:
+                    word = _signs_part(source, limit, channels - c)
+                write_int32(out, word)
+                out += 4
+        x += x_step
+
+
+@njit
+def _clear(address, words):  # type: ignore[no-untyped-def]
+    for i in range(words):
+        write_int32(address + 4 * i, types.int32(0))
+
+
+@njit
+def _inside(at, kernel, dilation, size_in):  # type: ignore[no-untyped-def]
+    """A bit for each kernel tap along one axis that lies inside the input."""
+    found = 0
+    for i in range(kernel):
+        position = at + i * dilation
+        if 0 <= position < size_in:
+            found |= 1 << i
+    return found
+
+
+@njit
+def _base_row(p, rows, out):  # type: ignore[no-untyped-def]
+    """The dot product of no differing bits for each column of an output row: border taps count nothing.
+
+    Columns whose taps are all inside share the first entry; each border column has its own after it.
+    """
+    lanes = _field(p, Conv.GROUPS) * _field(p, Conv.OUT_BLOCKS) * LANES
+    kernel_h, kernel_w = _field(p, Conv.KERNEL_H), _field(p, Conv.KERNEL_W)
+    base, sums = _field(p, Conv.BASE), _field(p, Conv.FILTER_SUMS)
+    halve = _field(p, Conv.HALVE)
+    for i in range(lanes):
+        write_int32(out + 4 * i, read_int32(base + 4 * i))
+    if halve == 0:
+        for ky in range(kernel_h):
+            if not (rows >> ky) & 1:
+                for kx in range(kernel_w):
+                    tap = sums + (ky * kernel_w + kx) * lanes * 4
+                    for i in range(lanes):
+                        write_int32(out + 4 * i, read_int32(out + 4 * i) + read_int32(tap + 4 * i))
+    full = (1 << kernel_w) - 1
+    entry = out
+    for ox in range(_field(p, Conv.OUT_WIDTH)):
+        at = ox * _field(p, Conv.STRIDE_W) - _field(p, Conv.LEFT)
+        columns = _inside(at, kernel_w, _field(p, Conv.DILATION_W), _field(p, Conv.WIDTH))
+        if columns == full or halve == 1:
+            continue
+        entry += lanes * 4
+        for i in range(lanes):
+            write_int32(entry + 4 * i, read_int32(out + 4 * i))
+        for kx in range(kernel_w):
+            if (columns >> kx) & 1:
+                continue
+            for ky in range(kernel_h):
+                if (rows >> ky) & 1:
+                    tap = sums + (ky * kernel_w + kx) * lanes * 4
+                    for i in range(lanes):
+                        write_int32(entry + 4 * i, read_int32(entry + 4 * i) + read_int32(tap + 4 * i))
+
+
+@njit
+def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
+    half = _field(p, Conv.HALF) == 1
+    size = 2 if half else 4
+    groups, words, blocks = _field(p, Conv.GROUPS), _field(p, Conv.WORDS), _field(p, Conv.OUT_BLOCKS)
+    group_in, group_out = _field(p, Conv.GROUP_IN), _field(p, Conv.GROUP_OUT)
+    height, width = _field(p, Conv.HEIGHT), _field(p, Conv.WIDTH)
+    out_height, out_width = _field(p, Conv.OUT_HEIGHT), _field(p, Conv.OUT_WIDTH)
+    kernel_h, kernel_w = _field(p, Conv.KERNEL_H), _field(p, Conv.KERNEL_W)
+    stride_h, stride_w = _field(p, Conv.STRIDE_H), _field(p, Conv.STRIDE_W)
+    left, right, top = _field(p, Conv.LEFT), _field(p, Conv.RIGHT), _field(p, Conv.TOP)
+    dilation_h, dilation_w = _field(p, Conv.DILATION_H), _field(p, Conv.DILATION_W)
+    rows_of_task = _field(p, Conv.STRIP)
+    strips = (out_height + rows_of_task - 1) // rows_of_task
+    sample, first = task // strips, task % strips * rows_of_task
+    last = min(first + rows_of_task, out_height)
+    channels, lanes = groups * group_in, groups * blocks * LANES
+    padded, pixel = left + width + right, groups * words * 4
+    k = kernel_h * kernel_w * words
+
+    # Scratch: offsets of the words of a patch, sums, base rows, signs, and the activated rows.
+    offsets = scratch
+    sums = offsets + (4 * k + 63) // 64 * 64
+    bases = sums + PIXELS * 4 * 64
+    signs = bases + _field(p, Conv.BORDERS) * lanes * 4 + lanes * 4
+    input_rows = (rows_of_task - 1) * stride_h + (kernel_h - 1) * dilation_h + 1
+    activated = signs + (input_rows * padded * pixel + 63) // 64 * 64
+    if last_rows < -1:  # this worker's first task
+        for ky in range(kernel_h):
+            for kx in range(kernel_w):
+                for i in range(words):
+                    at = (ky * dilation_h * padded + kx * dilation_w) * pixel + 4 * i
+                    write_int32(offsets + 4 * ((ky * kernel_w + kx) * words + i), types.int32(at))
+
+    group = _field(p, Conv.GROUP)
+    row = read_int64(group + 8 * sample) if group != 0 else 0
+    thresholds = _field(p, Conv.THRESHOLDS) + row * groups * words * 128
+    table = _field(p, Conv.TABLE) + row * groups * blocks * 384
+    x = _field(p, Conv.X) + sample * _field(p, Conv.X_BATCH)
+    x_row, x_pixel = _field(p, Conv.X_ROW), _field(p, Conv.X_PIXEL)
+    factors = _field(p, Conv.NORM_FACTORS)
+    normed = factors != 0
+    norm_offsets = _field(p, Conv.NORM_OFFSETS)
+    if normed:
+        factors += sample * channels * 4
+        norm_offsets += sample * channels * 4
+
+    start = first * stride_h - top
+    for i in range((last - 1 - first) * stride_h + (kernel_h - 1) * dilation_h + 1):
+        y, out = start + i, signs + i * padded * pixel
+        if y < 0 or y >= height:
+            _clear(out, padded * groups * words)
+            continue
+        _clear(out, left * groups * words)
+        source, step = x + y * x_row, x_pixel
+        if normed:
+            target = activated + i * width * channels * size
+            _activate_row(source, x_pixel, width, channels, factors, norm_offsets, target, channels * size, half)
+            source, step = target, channels * size
+        _sign_row(source, step, width, groups, group_in, words, thresholds, out + left * pixel, half)
+        _clear(out + (left + width) * pixel, right * groups * words)
+
+    filters = _field(p, Conv.FILTERS)
+    low, high = read_float32(_field(p, Conv.LIMITS)), read_float32(_field(p, Conv.LIMITS) + 4)
+    halve, early = _field(p, Conv.HALVE), _field(p, Conv.EARLY)
+    row_add = _field(p, Conv.ROW_ADD)
+    if row_add != 0:
+        row_add += sample * groups * group_out * 4
+    residual = _field(p, Conv.RESIDUAL)
+    residual_row, residual_pixel = _field(p, Conv.RESIDUAL_ROW), _field(p, Conv.RESIDUAL_PIXEL)
+    if residual != 0:
+        residual += sample * _field(p, Conv.RESIDUAL_BATCH)
+    has_shortcut = _field(p, Conv.SHORTCUT) == 1
+    out = _field(p, Conv.OUT) + sample * _field(p, Conv.OUT_BATCH)
+    out_row, out_pixel = _field(p, Conv.OUT_ROW), _field(p, Conv.OUT_PIXEL)
+    inner_first, inner_last = _field(p, Conv.INNER_FIRST), _field(p, Conv.INNER_LAST)
+
+    for y in range(first, last):
+        rows = _inside(y * stride_h - top, kernel_h, dilation_h, height)
+        if rows != last_rows:
+            _base_row(p, rows, bases)
+            last_rows = rows
+        line = signs + (y - first) * stride_h * padded * pixel
+        for g in range(groups):
+            block = 0
+            while block < blocks:
+                together = min(BLOCKS, blocks - block)
+                w = filters + (g * blocks + block) * k * 64
+                x_at = 0
+                while x_at < out_width:
+                    many = PIXELS if x_at + PIXELS <= out_width else 1
+                    source = line + x_at * stride_w * pixel + g * words * 4
+                    _multiply(many, together, source, offsets, stride_w * pixel, w, k * 64, k, sums)
+                    for i in range(many):
+                        px = x_at + i
+                        entry = bases
+                        if px < inner_first:
+                            entry = bases + (1 + px) * lanes * 4
+                        elif px >= inner_last:
+                            entry = bases + (1 + inner_first + px - inner_last) * lanes * 4
+                        for r in range(together):
+                            at = (g * blocks + block + r) * LANES
+                            o = g * group_out + (block + r) * LANES
+                            short = 0
+                            if has_shortcut:
+                                if normed:
+                                    short = activated + (((y + top - first) * width + px) * channels + o) * size
+                                else:
+                                    short = x + y * x_row + px * x_pixel + o * size
+                            add = row_add + 4 * o if row_add != 0 else 0
+                            more = 0
+                            if residual != 0:
+                                more = residual + y * residual_row + px * residual_pixel + o * size
+                            target = out + y * out_row + px * out_pixel + o * size
+                            count = group_out - (block + r) * LANES
+                            total, start, constants = sums + (i * together + r) * 64, entry + 4 * at, table + at * 24
+                            if count >= LANES:
+                                if half:
+                                    _finish_bf16(
+                                        total,
+                                        start,
+                                        constants,
+                                        halve,
+                                        low,
+                                        high,
+                                        short,
+                                        early,
+                                        add,
+                                        more,
+                                        target,
+                                        LANES,
+                                    )
+                                else:
+                                    _finish(
+                                        total,
+                                        start,
+                                        constants,
+                                        halve,
+                                        low,
+                                        high,
+                                        short,
+                                        early,
+                                        add,
+                                        more,
+                                        target,
+                                        LANES,
+                                    )
+                            elif half:
+                                _finish_part_bf16(
+                                    total, start, constants, halve, low, high, short, early, add, more, target, count
+                                )
+                            else:
+                                _finish_part(
+                                    total, start, constants, halve, low, high, short, early, add, more, target, count
+                                )
+                    x_at += many
+                block += together
+    return last_rows
+
+
+def conv_worker(p):  # type: ignore[no-untyped-def]
+    me = fetch_add(p + 8 * Conv.WORKERS, 1)
+    scratch = _field(p, Conv.SCRATCH) + me * _field(p, Conv.SCRATCH_STEP)
+    last_rows = -2
+    while True:
+        task = fetch_add(p + 8 * Conv.TASKS, 1)
+        if task >= _field(p, Conv.COUNT):
+            break
+        last_rows = _strip(p, task, scratch, last_rows)
+
+
+@njit
+def _moments_row(x, step, width, channels, sums, squares, half):  # type: ignore[no-untyped-def]
+    size = 2 if half else 4
+    for c in range(0, channels, LANES):
+        source, s, q = x + c * size, sums + 4 * c, squares + 4 * c
+        if c + LANES <= channels:
+            if half:
+                _moments_bf16(source, step, width, s, q, LANES)
+            else:
+                _moments(source, step, width, s, q, LANES)
+        elif half:
+            _moments_part_bf16(source, step, width, s, q, channels - c)
+        else:
+            _moments_part(source, step, width, s, q, channels - c)
+
+
+def moments_worker(p):  # type: ignore[no-untyped-def]
+    """Sum each strip of rows and its squares, channel by channel."""
+    strips, rows, channels = _field(p, Norm.STRIPS), _field(p, Norm.ROWS), _field(p, Norm.CHANNELS)
+    while True:
+        task = fetch_add(p + 8 * Norm.TASKS, 1)
+        if task >= _field(p, Norm.COUNT):
+            break
+        first = task % strips * rows
+        x = _field(p, Norm.X) + task // strips * _field(p, Norm.X_BATCH) + first * _field(p, Norm.X_ROW)
+        sums = _field(p, Norm.SUMS) + task * 8 * channels
+        for _ in range(first, min(first + rows, _field(p, Norm.HEIGHT))):
+            half = _field(p, Norm.HALF) == 1
+            _moments_row(x, _field(p, Norm.X_PIXEL), _field(p, Norm.WIDTH), channels, sums, sums + 4 * channels, half)
+            x += _field(p, Norm.X_ROW)
+
+
+def silu_worker(p):  # type: ignore[no-untyped-def]
+    """Write silu(x * factor + offset)."""
+    strips, rows, channels = _field(p, Norm.STRIPS), _field(p, Norm.ROWS), _field(p, Norm.CHANNELS)
+    half = _field(p, Norm.HALF) == 1
+    while True:
+        task = fetch_add(p + 8 * Norm.TASKS, 1)
+        if task >= _field(p, Norm.COUNT):
+            break
+        sample, first = task // strips, task % strips * rows
+        factors = _field(p, Norm.FACTORS) + sample * channels * 4
+        offsets = _field(p, Norm.OFFSETS) + sample * channels * 4
+        for y in range(first, min(first + rows, _field(p, Norm.HEIGHT))):
+            x = _field(p, Norm.X) + sample * _field(p, Norm.X_BATCH) + y * _field(p, Norm.X_ROW)
+            out = _field(p, Norm.OUT) + sample * _field(p, Norm.OUT_BATCH) + y * _field(p, Norm.OUT_ROW)
+            step, out_step = _field(p, Norm.X_PIXEL), _field(p, Norm.OUT_PIXEL)
+            _activate_row(x, step, _field(p, Norm.WIDTH), channels, factors, offsets, out, out_step, half)
+
+
+def compile_workers() -> dict[str, int]:
+    """Return the address of every worker, compiled now or by an earlier run."""
+    made = {"conv": conv_worker, "moments": moments_worker, "silu": silu_worker}
+    compiled = {name: cfunc(types.void(types.int64), nopython=True, cache=True)(f) for name, f in made.items()}
+    _kept.update(compiled)
+    return {name: function.address for name, function in compiled.items()}
+
+
+_kept: dict[str, Any] = {}  # compiled code lives as long as its function object

@@ -1,0 +1,216 @@
+"""The packed file: bits, full-precision tensors and everything needed to rebuild the network, in safetensors.
+
+The file's metadata hold ``binarize_packed`` (the format's version), ``config`` (JSON: the host and its conversion) and
+``sha256`` of the tensors' bytes. A binary layer NAME has ``NAME.bits`` (uint8, dense, see `binarize.packed._layout`)
+and, where its method has scales, ``NAME.scales``; everything else has the names that it has in the unpacked model.
+
+Reading checks the header, every name, shape and dtype against the network that the configuration describes, and the
+digest, before the first tensor is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from binarize._convert import PACKED_FORMAT
+from binarize.errors import BinarizeError
+
+VERSION, CONFIG, DIGEST = "binarize_packed", "config", "sha256"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+_CHUNK = 1 << 20
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write the weights of a packed model; an earlier file is replaced in one step.
+
+    Args:
+        model: A packed model.
+        path: The file.
+        config: What describes the host and its conversion, fit for JSON.
+        dtype: What full-precision tensors are stored as, or None for what they are.
+
+    Raises:
+        BinarizeError: If the dtype is not a floating-point one that the format has.
+    """
+    from binarize.imaging import write_atomic
+
+    if dtype is not None and dtype not in _FLOATS.values():
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS.values())
+        raise BinarizeError(f"a packed file stores full-precision tensors as {allowed}; got {dtype}.")
+    state, seen = {}, set()
+    for name, value in model.state_dict().items():
+        if value.data_ptr() in seen and value.numel():  # tied tensors are stored under their first name
+            continue
+        seen.add(value.data_ptr())
+        value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        state[name] = value.detach().cpu().contiguous()
+    plain = serialize(state)
+    digest = hashlib.sha256(memoryview(plain)[8 + _header_size(plain[:8]) :]).hexdigest()
+    metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: json.dumps(config), DIGEST: digest}
+    data = serialize(state, metadata)
+    write_atomic(path, lambda temporary: temporary.write_bytes(data), force=True)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration in a packed file.
+
+    Raises:
+        BinarizeError: If the file is no packed model or has another format version.
+    """
+    metadata = _metadata(path)
+    try:
+        config = json.loads(metadata.get(CONFIG, ""))
+    except json.JSONDecodeError as error:
+        raise BinarizeError(f"{path}: its configuration is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise BinarizeError(f"{path}: its configuration must be a JSON object; got {type(config).__name__}.")
+    return config
+
+
+def find_packed(name: str | PathLike[str], options: Mapping[str, Any]) -> Path | None:
+    """Return the packed file that ``from_pretrained(name, **options)`` means, or None if it is no packed model.
+
+    Args:
+        name: A file, a folder, or a repository on the Hugging Face hub.
+        options: diffusers' own: ``subfolder``, and for the hub ``revision``, ``cache_dir``, ``token``,
+            ``local_files_only`` and ``force_download``.
+    """
+    path, subfolder = Path(name), options.get("subfolder") or ""
+    if path.is_file():
+        return path if is_packed_file(path) else None
+    if path.is_dir():
+        folder = path / subfolder
+        return folder / WEIGHTS if _says_packed(folder / "config.json") else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    given = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
+    try:  # not there, not reachable, not packed: diffusers' own loading says what is wrong
+        if not _says_packed(Path(hf_hub_download(str(name), "config.json", subfolder=subfolder, **given))):
+            return None
+        return Path(hf_hub_download(str(name), WEIGHTS, subfolder=subfolder, **given))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def _says_packed(config: Path) -> bool:
+    try:
+        return "packed" in (json.loads(config.read_text()).get("conversion") or {})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def is_packed_file(path: Path) -> bool:
+    """Say whether a file is a safetensors file that says it holds a packed model."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return VERSION in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def read_packed(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Give a packed model, built on the meta device, the weights of a file.
+
+    Args:
+        model: A packed model without weights.
+        path: What `write_packed` wrote.
+        dtype: What full-precision tensors become, or None: what the file has, half precision as float32.
+
+    Raises:
+        BinarizeError: If the file is broken, of another version, or does not fit the model.
+    """
+    digest = _metadata(path).get(DIGEST)
+    expected = model.state_dict(keep_vars=True)
+    with safe_open(path, framework="pt") as file:
+        held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in held.items()}
+        _check_fit(expected, shapes, path)
+        if digest != _digest(path):
+            raise BinarizeError(f"{path}: is damaged: its tensors do not have the digest that its header says.")
+        state = {}
+        for name in held:
+            value = file.get_tensor(name)
+            if value.is_floating_point():
+                value = value.to(dtype or (torch.float32 if value.dtype in _HALVES else value.dtype))
+            state[name] = value
+    for name, twin in _tied(expected, state).items():
+        state[name] = state[twin]
+    model.load_state_dict(state, strict=True, assign=True)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise BinarizeError(f"{path}: has no value for {name}, which its network needs.")
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(False)
+    model.eval()
+
+
+def _check_fit(expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[tuple[int, ...], str]], path: Path) -> None:
+    tied = {id(t) for name, t in expected.items() if name in shapes}
+    missing = [name for name, tensor in expected.items() if name not in shapes and id(tensor) not in tied]
+    unexpected = [name for name in shapes if name not in expected]
+    wrong = []
+    for name, (shape, dtype) in shapes.items():
+        if name in expected:
+            floating = expected[name].is_floating_point()
+            same_kind = dtype in _FLOATS if floating else dtype == _code(expected[name].dtype)
+            if shape != tuple(expected[name].shape) or not same_kind:
+                wrong.append(
+                    f"{name} ({dtype} {shape} for {_code(expected[name].dtype)} {tuple(expected[name].shape)})"
+                )
+    if missing or unexpected or wrong:
+        kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape or dtype", wrong))
+        told = "; ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in kinds if found)
+        raise BinarizeError(f"{path}: its tensors do not fit its configuration: {told}.")
+
+
+def _tied(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:
+    first = {id(expected[name]): name for name in state}
+    return {name: first[id(t)] for name, t in expected.items() if name not in state and id(t) in first}
+
+
+def _code(dtype: torch.dtype) -> str:
+    codes = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
+    named = {**codes, torch.bool: "BOOL", **{d: name for name, d in _FLOATS.items()}}
+    return named.get(dtype, str(dtype))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise BinarizeError(f"{path}: cannot be read as a safetensors file: {' '.join(str(error).split())}") from error
+    version = metadata.get(VERSION)
+    if version is None:
+        raise BinarizeError(f"{path}: is a safetensors file, but holds no packed model; binarize.pack makes one.")
+    if version != str(PACKED_FORMAT):
+        raise BinarizeError(f"{path}: has packed format {version!r}; this version of binarize reads {PACKED_FORMAT}.")
+    return metadata
+
+
+def _header_size(start: bytes) -> int:
+    return int(struct.unpack("<Q", start)[0])
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(8 + _header_size(file.read(8)))
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
