@@ -33,6 +33,7 @@ from binarize.layers import (
     PixelDown,
     PixelUp,
     SplitFusion,
+    norm_silu,
 )
 from binarize.packed.files import find_packed, read_config, read_packed
 
@@ -135,9 +136,9 @@ class ResBlock(nn.Module):
             x = torch.cat([x, skip], dim=1)
         if self.fusion is not None:
             x = self.fusion(x)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(norm_silu(x, self.norm1))
         h = h + self.time(F.silu(time))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(norm_silu(h, self.norm2, self.dropout))
         h = h + self.residual(x)
         return h if self.attention is None else self.attention(h)
 
@@ -305,7 +306,10 @@ class SRUNet(ModelMixin, ConfigMixin):
         time = self.time_mlp(self.time_proj(timesteps).to(self.time_mlp[0].weight.dtype))
 
         seen = [condition] if self._detail_factor is None else [condition, fine_detail(condition, self._detail_factor)]
-        x = self.conv_in(torch.cat([*seen, sample], dim=1))
+        x = torch.cat([*seen, sample], dim=1)
+        if x.device.type == "cpu":  # where everything that follows is faster in this layout, and keeps it
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(x)
         skips = [x]
         for level in cast(Iterable[EncoderLevel], self.encoder):
             for block in level.blocks:
@@ -321,7 +325,7 @@ class SRUNet(ModelMixin, ConfigMixin):
                 x = self._run(block, x, time, skips.pop())
             if rung.up is not None:
                 x = self._run(rung.up, x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(norm_silu(x, self.norm_out))
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from binarize.layers.activations import (
 from binarize.layers.affine import ChannelScale, InputMeanScale, KMapScale, RPReLU, Shift
 from binarize.layers.binary import BinaryConv2d, BinaryLinear
 from binarize.layers.delayed import Delayed, DelayedActivation, DelayedScale, DelayedWeight, delayed, undelayed
+from binarize.layers.normed import norm_silu
 from binarize.layers.parts import LayerSpec, Part, list_parts, register_part
 from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear
 from binarize.layers.schedule import Scheduled, training_step
@@ -102,6 +103,7 @@ __all__ = [
     "hard_sign",
     "identity_sign",
     "list_parts",
+    "norm_silu",
     "register_part",
     "training_step",
     "undelayed",

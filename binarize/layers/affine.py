@@ -30,12 +30,15 @@ class _Stacked(nn.Module):
         self.channels, self.groups, self.channel_dim = channels, groups, channel_dim
         self.context = context
 
+    def gather(self, parameter: Tensor) -> Tensor:
+        """Return the parameter's rows for the batch that is running, ``(B, C)`` or ``(1, C)``."""
+        if self.groups == 1 or self.context is None:
+            return parameter
+        return F.embedding(self.context.group(self.groups).to(parameter.device), parameter)
+
     def rows(self, parameter: Tensor, x: Tensor) -> Tensor:
         """Return the parameter's rows for the batch of ``x``, broadcastable against it, in its dtype."""
-        if self.groups == 1 or self.context is None:
-            rows = parameter
-        else:
-            rows = F.embedding(self.context.group(self.groups).to(parameter.device), parameter)
+        rows = self.gather(parameter)
         shape = [1] * x.dim()
         shape[0], shape[self.channel_dim] = rows.shape[0], self.channels
         return rows.reshape(shape).to(x.dtype)
@@ -90,6 +93,10 @@ class RPReLU(_Stacked):
         x = x + self.rows(self.shift_in, x)
         # Strictly positive, as in nn.PReLU: dot products of signs are often exactly 0, and there the slope counts.
         return torch.where(x > 0, x, x * self.rows(self.slope, x)) + self.rows(self.shift_out, x)
+
+    def gather_all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows of the batch that is running: first shift, slope, last shift."""
+        return self.gather(self.shift_in), self.gather(self.slope), self.gather(self.shift_out)
 
     def fold_bias_(self, bias: Tensor) -> None:
         """Add a convolution's bias to the first shift of every group, which is exact."""

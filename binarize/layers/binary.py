@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.layers.affine import RPReLU, Shift
+from binarize.layers.block import SURROGATES, BinaryBlock, Block, Memory, block_fits, is_plain, tail_fits
 from binarize.layers.parts import PART_KINDS, LayerSpec, build_part
-from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear
+from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear, compute_dtype
+from binarize.layers.steps import Geometry
 from binarize.timestep import TimestepContext
 
 if TYPE_CHECKING:
@@ -67,6 +70,10 @@ class _BinaryLayer(nn.Module):
         """Apply the layer to ``(B, C_in, H, W)`` or ``(..., C_in)``."""
         shifted = x if self.pre is None else self.pre(x)
         y = self._product(self.activation(shifted), self.weight_binarizer(self.weight))
+        return self._finish(y, x, shifted)
+
+    def _finish(self, y: Tensor, x: Tensor, shifted: Tensor) -> Tensor:
+        """Apply what follows the product."""
         if self.bias is not None:
             y = y + (self.bias.view(-1, 1, 1) if self.kind == "conv2d" else self.bias).to(y.dtype)
         if self.scale is not None:
@@ -194,6 +201,7 @@ class BinaryConv2d(_BinaryLayer):
         self.stride = cast(tuple[int, int], conv.stride)
         self.dilation = cast(tuple[int, int], conv.dilation)
         self.groups, self.padding_mode = conv.groups, conv.padding_mode
+        self.memory: Memory = "exact"
         self.declared_padding = cast(str | tuple[int, int], conv.padding)
         left_right, top_bottom = _explicit_padding(conv)
         symmetric = left_right[0] == left_right[1] and top_bottom[0] == top_bottom[1]
@@ -215,6 +223,35 @@ class BinaryConv2d(_BinaryLayer):
             sign_zero=method.sign_zero,
         )
         self._assemble(method, spec, conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``(B, C_in, H, W)``."""
+        if not block_fits(self, x):
+            return super().forward(x)
+        source, shift = x, None
+        if is_plain(self.pre, Shift):
+            shift = self.pre.gather(self.pre.bias)
+        elif self.pre is not None:
+            source = self.pre(x)
+        whole = tail_fits(self)
+        post = self.post.gather_all() if whole and isinstance(self.post, RPReLU) else (None, None, None)
+        y: Tensor = BinaryBlock.apply(
+            source,
+            self.weight,
+            self.weight_binarizer.scale(self.weight),
+            shift,
+            *post,
+            Block(
+                geometry=Geometry(self.stride, self.padding, self.dilation, self.groups),
+                zero=self.activation.sign_zero,
+                surrogate=SURROGATES[type(self.activation)],
+                clip_weight=self.weight_binarizer.clip,
+                shortcut=whole and self.shortcut is not None,
+                memory=self.memory,
+                dtype=compute_dtype(x),
+            ),
+        )
+        return y if whole else self._finish(y, x, source)
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
         padding = self.padding

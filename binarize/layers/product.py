@@ -103,7 +103,8 @@ class _BinaryLinear(torch.autograd.Function):
         return grad_x, grad_w, None, None
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that the product of x is computed in: autocast's, if it is on, else x's."""
     device = x.device.type
     if x.dtype == torch.float64 or device == "meta":
         return x.dtype
@@ -133,13 +134,13 @@ def binary_conv2d(
     Returns:
         ``(B, C_out, H', W')`` in x's dtype, or in the autocast dtype under autocast.
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)
     return _BinaryConv2d.apply(x.to(dtype), weight.surrogate, codes, scales, stride, padding, dilation, groups)
 
 
 def binary_linear(x: Tensor, weight: BinaryWeight) -> Tensor:
     """Multiply two-valued activations ``(..., C_in)`` with binary weights, codes ``(n, C_out, C_in)``, and scale."""
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)
     return _BinaryLinear.apply(x.to(dtype), weight.surrogate, codes, scales)

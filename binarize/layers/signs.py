@@ -16,10 +16,18 @@ SignZero = Literal["plus", "zero"]
 
 
 def hard_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
-    """Return sign(x) in x's dtype, without a gradient; sign(0) is +1 ("plus") or 0 ("zero")."""
-    if zero == "zero":
-        return torch.sign(x)
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    """Return sign(x) in x's dtype, without a gradient; sign(0) is +1 ("plus") or 0 ("zero"), and NaN stays NaN."""
+    return _round_up(torch.sign(x.detach()), zero)
+
+
+def sign_(x: Tensor, zero: SignZero = "plus") -> Tensor:
+    """`hard_sign` in place."""
+    return _round_up(x.sign_(), zero)
+
+
+def _round_up(signs: Tensor, zero: SignZero) -> Tensor:
+    # Many times faster on a CPU than torch.where with two numbers.
+    return signs if zero == "zero" else signs.add_(0.5).sign_()
 
 
 class _ClippedSign(torch.autograd.Function):

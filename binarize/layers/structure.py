@@ -7,9 +7,12 @@ convolution in CP-Down, CP-Up and CS-Fusion keeps its width, which is what lets 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from binarize.errors import BinarizeError
 from binarize.layers.shortcut import pool_channels
@@ -66,6 +69,36 @@ class CPUp(nn.Module):
         return F.pixel_shuffle(torch.cat([conv(x) for conv in self.convs], dim=1), 2)
 
 
+class _Shuffle(torch.autograd.Function):
+    """The published mix as one node, whose backward fills one tensor; that of slices adds up four full of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, hidden: int) -> tuple[Tensor, ...]:
+        ctx.hidden, ctx.channels = hidden, x.shape[1]
+        return tuple(torch.cat(pair, dim=1) for pair in _opposite_parities(x, hidden))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        b, _, h, w = grads[0].shape
+        channels_last = grads[0].is_contiguous(memory_format=torch.channels_last)
+        out = torch.empty(
+            (b, ctx.channels, h, w),
+            dtype=grads[0].dtype,
+            device=grads[0].device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        )
+        for (first, second), grad in zip(_opposite_parities(out, ctx.hidden), grads, strict=True):
+            first.copy_(grad[:, : first.shape[1]])
+            second.copy_(grad[:, first.shape[1] :])
+        return out, None
+
+
+def _opposite_parities(x: Tensor, hidden: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    h, s = x[:, :hidden], x[:, hidden:]
+    return (h[:, 1::2], s[:, 0::2]), (h[:, 0::2], s[:, 1::2])
+
+
 class CSFusion(nn.Module):
     """Channel-shuffle fusion of [hidden, skip]: mix the two so that both have like distributions, then 1x1 and add.
 
@@ -99,8 +132,9 @@ class CSFusion(nn.Module):
     def mix(self, x: Tensor) -> list[Tensor]:
         """Return the shuffled inputs of the convolutions."""
         if self.form == "published":
-            h, s = x[:, : self.hidden_channels], x[:, self.hidden_channels :]
-            return [torch.cat([h[:, 1::2], s[:, 0::2]], dim=1), torch.cat([h[:, 0::2], s[:, 1::2]], dim=1)]
+            if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+                return list(_Shuffle.apply(x, self.hidden_channels))
+            return [torch.cat(pair, dim=1) for pair in _opposite_parities(x, self.hidden_channels)]
         if self.form == "strided":
             return [x[:, j :: self.terms] for j in range(self.terms)]
         return [x]

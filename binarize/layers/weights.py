@@ -67,6 +67,10 @@ class SignWeight(_WeightBinarizer):
         """Binarize latent weights."""
         return self._single(clipped_identity(w) if self.clip else w, w, w.new_ones(w.shape[0]))
 
+    def scale(self, w: Tensor) -> Tensor | None:
+        """Return the scales ``(C_out,)``, or None where they are 1."""
+        return None
+
 
 class ScaledSignWeight(_WeightBinarizer):
     """w_hat = alpha_o sign(w), alpha_o = mean |w| of the filter, detached; backward g * 1{|w| <= 1}.
@@ -74,9 +78,16 @@ class ScaledSignWeight(_WeightBinarizer):
     Bi-Real Net, ReActNet, BBCU, BiDM and BI-DiffSR. The gradient is not multiplied by alpha.
     """
 
+    clip = True
+
     def forward(self, w: Tensor) -> BinaryWeight:
         """Binarize latent weights."""
-        return self._single(clipped_identity(w), w, w.detach().abs().mean(_per_filter(w)))
+        return self._single(clipped_identity(w), w, self.scale(w))
+
+    def scale(self, w: Tensor) -> Tensor:
+        """Return the scales ``(C_out,)``."""
+        # One pass without a copy, unlike abs().mean().
+        return torch.linalg.vector_norm(w.detach(), 1, _per_filter(w)) / w[0].numel()
 
 
 class TwoStageWeight(Scheduled, ScaledSignWeight):

@@ -1,0 +1,169 @@
+"""A binary convolution with its shift, activation and shortcut as one node of the autograd graph.
+
+``y = RPReLU(scale * conv(sign(x + b), sign(w))) + x`` written as a chain of modules keeps every step's input for the
+backward. As one node it keeps the input x, which belongs to the layer before anyway, and the dot products as 16-bit
+integers; the rest is computed again. Gradients are those of the chain: only rounding differs.
+
+With ``memory="compact"`` it keeps one byte for each element of x instead, and computes the dot products again from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from binarize.layers import steps
+from binarize.layers.activations import ApproxSign, ClippedSign, IdentitySign
+from binarize.layers.affine import RPReLU, Shift
+from binarize.layers.shortcut import PoolShortcut
+from binarize.layers.signs import SignZero, hard_sign
+from binarize.layers.steps import Activation, Geometry, Surrogate
+from binarize.layers.weights import ScaledSignWeight, SignWeight
+
+Memory = Literal["exact", "compact"]
+
+SURROGATES: dict[type[nn.Module], Surrogate] = {
+    ApproxSign: "approx",
+    ClippedSign: "clip",
+    IdentitySign: "identity",
+}
+
+
+class Block(NamedTuple):
+    """What a binary convolution is, apart from tensors."""
+
+    geometry: Geometry
+    zero: SignZero
+    surrogate: Surrogate
+    clip_weight: bool
+    shortcut: bool
+    memory: Memory
+    dtype: torch.dtype
+
+
+def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """Say whether a module is exactly of one of these classes and nobody listens to it, so that it can be passed by."""
+    return type(module) in kinds and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def block_fits(layer: Any, x: Tensor) -> bool:
+    """Say whether a binary convolution's sign and product are those of `BinaryBlock`.
+
+    A compiled graph keeps the modules, since its compiler fuses them and chooses itself what to keep.
+    """
+    return (
+        is_plain(layer.activation, *SURROGATES)
+        and is_plain(layer.weight_binarizer, SignWeight, ScaledSignWeight)
+        and layer.activation.sign_zero == layer.weight_binarizer.sign_zero
+        and layer.scale is None
+        and layer.pad_codes is None
+        and not x.is_meta
+        and not torch.compiler.is_compiling()
+    )
+
+
+def tail_fits(layer: Any) -> bool:
+    """Say whether what follows the product is an RPReLU and an identity shortcut, or less."""
+    return (
+        layer.bias is None
+        and layer.norm is None
+        and (layer.post is None or (is_plain(layer.post, RPReLU) and not layer.post_after_shortcut))
+        and (layer.shortcut is None or (is_plain(layer.shortcut, PoolShortcut) and _keeps_shape(layer)))
+        and (layer.pre is None or layer.shortcut is None or is_plain(layer.pre, Shift))
+    )
+
+
+def _keeps_shape(layer: Any) -> bool:
+    same = layer.in_channels == layer.out_channels and layer.stride == (1, 1)
+    return same and all(
+        2 * padding == dilation * (size - 1)
+        for padding, dilation, size in zip(layer.padding, layer.dilation, layer.kernel_size, strict=True)
+    )
+
+
+class BinaryBlock(torch.autograd.Function):
+    """See the module; `apply` takes the forward's arguments after ``ctx``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        shift_in: Tensor | None,
+        slope: Tensor | None,
+        shift_out: Tensor | None,
+        block: Block,
+    ) -> Tensor:
+        """Return ``(B, C_out, H', W')``.
+
+        Args:
+            ctx: Autograd's.
+            x: ``(B, C_in, H, W)``.
+            weight: Latent weights.
+            scale: ``(C_out,)``, or None for 1.
+            shift: Rows ``(R, C_in)`` before the sign, or None.
+            shift_in: Rows ``(R, C_out)`` of the RPReLU, or None where there is none; so are the next two.
+            slope: Rows.
+            shift_out: Rows.
+            block: The rest.
+        """
+        post = (
+            None if shift_in is None or slope is None or shift_out is None else Activation(shift_in, slope, shift_out)
+        )
+        codes = hard_sign(weight, block.zero)
+        dot = steps.product(x, shift, codes, block.geometry, block.zero, block.dtype)
+        out_dtype = torch.promote_types(block.dtype, x.dtype) if block.shortcut else block.dtype
+        kept = None
+        if post is not None and any(ctx.needs_input_grad):
+            fits = weight[0].numel() < 2**15 and block.dtype != torch.float16
+            kept = dot.to(torch.int16 if fits else torch.int32)
+        ctx.save_for_backward(x, kept, weight, scale, shift, shift_in, slope, shift_out)
+        ctx.block = block
+        return steps.activate(dot, scale, post, x if block.shortcut else None, out_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the forward's arguments."""
+        x, dot, weight, scale, shift, shift_in, slope, shift_out = ctx.saved_tensors
+        block: Block = ctx.block
+        format = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        grad = grad.contiguous(memory_format=format)
+        inner, of_in, of_slope, of_out = grad.to(block.dtype), None, None, None
+        if dot is not None:
+            inner, of_in, of_slope, of_out = steps.activate_backward(
+                grad, dot, scale, Activation(shift_in, slope, shift_out), block.dtype
+            )
+        codes = hard_sign(weight, block.zero)
+        scaled = codes if scale is None else codes.mul_(scale.view(-1, 1, 1, 1))
+        of_signs, of_weight = steps.product_backward(
+            inner,
+            steps.signs(x, shift, block.zero, block.dtype),
+            scaled.to(block.dtype),
+            block.geometry,
+            (ctx.needs_input_grad[0] or ctx.needs_input_grad[3], ctx.needs_input_grad[1]),
+        )
+        del inner, codes, scaled
+        if of_weight is not None:
+            of_weight = of_weight.to(weight.dtype)
+            if block.clip_weight:
+                of_weight = of_weight.mul_(weight.abs() <= 1)
+        of_x = of_shift = None
+        if of_signs is not None:
+            of_x, of_shift = steps.sign_backward(of_signs, x, shift, grad if block.shortcut else None, block.surrogate)
+        rows = (of_shift, of_in, of_slope, of_out)
+        like = (shift, shift_in, slope, shift_out)
+        return (
+            of_x,
+            of_weight,
+            None,
+            *(None if value is None else value.to(row.dtype) for value, row in zip(rows, like, strict=True)),
+            None,
+        )

@@ -1,0 +1,224 @@
+"""The element-wise steps of a binary convolution, forward and backward, and the product that they surround.
+
+Each step is one function with the same meaning on every device. On a CPU, where memory traffic decides what training
+costs, `binarize.layers.steps_cpu` does each of them in one pass if numba is installed; here is the same in PyTorch.
+
+Rows of parameters are ``(R, C)`` with R = 1, or one row for each sample. Arithmetic is done in float32 where tensors are
+half precision, else in their own dtype.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from binarize.layers.signs import SignZero, sign_
+
+Surrogate = Literal["approx", "clip", "identity"]
+
+
+class Geometry(NamedTuple):
+    """What torch.nn.functional.conv2d calls by the same names."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+_POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
+
+
+class Activation(NamedTuple):
+    """Rows of an RPReLU."""
+
+    shift_in: Tensor
+    slope: Tensor
+    shift_out: Tensor
+
+
+@cache
+def _numba_steps() -> ModuleType | None:
+    if importlib.util.find_spec("numba") is None:
+        return None
+    return importlib.import_module("binarize.layers.steps_cpu")
+
+
+def fast(*tensors: Tensor | None) -> ModuleType | None:
+    """Return the one-pass implementation if it takes these tensors."""
+    for tensor in tensors:
+        if tensor is not None and not (
+            tensor.device.type == "cpu"
+            and tensor.dtype in (torch.float32, torch.bfloat16, torch.int16)
+            and tensor.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return None
+    return _numba_steps()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that element-wise arithmetic is done in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def broadcast(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Shape rows ``(R, C)`` for ``(B, C, H, W)``."""
+    return rows.to(dtype).view(*rows.shape, 1, 1)
+
+
+def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    """Return x + b in the wide dtype; x itself where there is nothing to do."""
+    dtype = wide(x.dtype)
+    return x.to(dtype) if shift is None else x + broadcast(shift, dtype)
+
+
+def signs(x: Tensor, shift: Tensor | None, zero: SignZero, dtype: torch.dtype) -> Tensor:
+    """Return sign(x + b) in ``dtype``."""
+    quick = fast(x) if dtype in (torch.float32, torch.bfloat16) else None
+    if quick is not None:
+        return quick.signs(x, shift, zero, dtype)
+    v = shifted(x, shift)
+    return sign_(v.clone() if v is x else v, zero).to(dtype)
+
+
+def product(
+    x: Tensor, shift: Tensor | None, codes: Tensor, geometry: Geometry, zero: SignZero, dtype: torch.dtype
+) -> Tensor:
+    """Return the convolution of sign(x + b) with two-valued weights: whole numbers.
+
+    Args:
+        x: ``(B, C_in, H, W)``.
+        shift: Rows b, or None.
+        codes: ``(C_out, C_in / groups, kh, kw)`` in {-1, +1}, or 0 where sign(0) is 0.
+        geometry: Of the convolution.
+        zero: What sign(0) is.
+        dtype: What the convolution is computed in. Half precision rounds sums above 256 (bfloat16) or 2048 (float16).
+
+    Returns:
+        ``(B, C_out, H', W')`` in ``dtype``.
+    """
+    return F.conv2d(signs(x, shift, zero, dtype), codes.to(dtype), None, *geometry)
+
+
+def product_backward(
+    grad: Tensor, signs: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the signs and of the weights, each where it is needed.
+
+    Args:
+        grad: ``(B, C_out, H', W')``.
+        signs: ``(B, C_in, H, W)``.
+        weight: Scaled codes ``(C_out, C_in / groups, kh, kw)``.
+        geometry: Of the convolution.
+        needed: For the signs, for the weights.
+    """
+    pointwise = weight.shape[2:] == (1, 1) and geometry == _POINTWISE
+    if pointwise and all(t.is_contiguous(memory_format=torch.channels_last) for t in (grad, signs)):
+        # A matrix product, where torch's convolution on CPUs would go through a slow fallback.
+        pixels, columns = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (grad, signs))
+        b, _, h, w = signs.shape
+        of_signs = (pixels @ weight[:, :, 0, 0]).view(b, h, w, -1).permute(0, 3, 1, 2) if needed[0] else None
+        return of_signs, (pixels.T @ columns)[:, :, None, None] if needed[1] else None
+    of_signs, of_weight, _ = torch.ops.aten.convolution_backward(
+        grad, signs, weight, None, *geometry[:3], False, [0, 0], geometry.groups, [*needed, False]
+    )
+    return of_signs, of_weight
+
+
+def activate(
+    dot: Tensor, scale: Tensor | None, post: Activation | None, shortcut: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return RPReLU(scale * dot) + shortcut in ``dtype``; ``dot`` may be overwritten.
+
+    Args:
+        dot: ``(B, C, H, W)``.
+        scale: ``(C,)`` or None for 1.
+        post: The RPReLU's rows, or None for the identity.
+        shortcut: Of dot's shape, or None for 0.
+        dtype: Of the result.
+    """
+    quick = fast(dot, shortcut) if post is not None and dtype in (torch.float32, torch.bfloat16) else None
+    if quick is not None:
+        return quick.activate(dot, scale, post, shortcut, dtype)
+    y = dot.to(wide(dtype))
+    if scale is not None:
+        y = y.mul_(scale.to(y.dtype).view(-1, 1, 1))
+    if post is not None:
+        shift_in, slope, shift_out = (broadcast(rows, y.dtype) for rows in post)
+        y = y.add_(shift_in)
+        below = y.clamp_max(0).mul_(slope)
+        y = y.relu_().add_(below).add_(shift_out)
+    if shortcut is not None:
+        y = y.add_(shortcut)
+    return y.to(dtype)
+
+
+def activate_backward(
+    grad: Tensor, dot: Tensor, scale: Tensor | None, post: Activation, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradient of scale * dot in ``dtype``, and those of shift_in, slope and shift_out as rows.
+
+    Args:
+        grad: Gradient of the RPReLU's output, ``(B, C, H, W)``.
+        dot: ``(B, C, H, W)``.
+        scale: ``(C,)`` or None for 1.
+        post: The RPReLU's rows.
+        dtype: Of the first result.
+    """
+    quick = fast(grad, dot) if dtype in (torch.float32, torch.bfloat16) else None
+    if quick is not None:
+        return quick.activate_backward(grad, dot, scale, post, dtype)
+    shift_in, slope, _ = (broadcast(rows, wide(grad.dtype)) for rows in post)
+    u = dot.to(slope.dtype, copy=True)
+    if scale is not None:
+        u = u.mul_(scale.to(u.dtype).view(-1, 1, 1))
+    u = u.add_(shift_in)
+    wide_grad = grad.to(u.dtype)
+    rows = post.slope.shape[0]
+    inner = torch.where(u > 0, wide_grad, wide_grad * slope)
+    of_slope = u.clamp_max_(0).mul_(wide_grad)
+    return inner.to(dtype), *(_to_rows(total, rows) for total in (inner, of_slope, wide_grad))
+
+
+def sign_backward(
+    grad: Tensor, x: Tensor, shift: Tensor | None, through: Tensor | None, surrogate: Surrogate
+) -> tuple[Tensor, Tensor | None]:
+    """Return through + grad * surrogate'(x + b) in x's dtype, and b's gradient as rows; ``grad`` may be overwritten.
+
+    Args:
+        grad: Gradient of the signs, of x's shape.
+        x: ``(B, C, H, W)``.
+        shift: Rows b, or None.
+        through: Gradient that reaches x by the shortcut, or None.
+        surrogate: "approx" for max(0, 2 - 2|v|), "clip" for 1{|v| <= 1}, "identity" for 1.
+    """
+    quick = fast(grad, x, through)
+    if quick is not None:
+        return quick.sign_backward(grad, x, shift, through, surrogate)
+    inner = grad.to(wide(x.dtype))
+    if surrogate != "identity":
+        inner = inner.mul_(_slope_of(shifted(x, shift), surrogate))
+    of_shift = None if shift is None else _to_rows(inner, shift.shape[0])
+    if through is not None:
+        inner = inner.add_(through)
+    return inner.to(x.dtype), of_shift
+
+
+def _slope_of(v: Tensor, surrogate: Surrogate) -> Tensor:
+    distance = v.abs()
+    if surrogate == "clip":
+        return distance <= 1
+    return distance.mul_(-2).add_(2).clamp_min_(0)
+
+
+def _to_rows(values: Tensor, rows: int) -> Tensor:
+    """Sum ``(B, C, H, W)`` over pixels, and over samples where they share one row."""
+    if rows == 1:
+        return values.sum((0, 2, 3)).unsqueeze(0)
+    return values.sum((2, 3))

@@ -1,0 +1,480 @@
+"""The steps of `binarize.layers.steps` in one pass each over channels_last memory, compiled by numba for this CPU.
+
+Tensors are seen as ``(pixels, C)`` arrays. bfloat16 ones come as their bits in uint16 and are computed in float32. Sums
+over pixels are taken in float32 over `CHUNK` pixels, and in float64 over these sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+from binarize.layers.cpu_threads import run
+from binarize.layers.signs import SignZero
+
+CHUNK = 128
+
+_SURROGATES = {"identity": 0, "clip": 1, "approx": 2}
+
+
+@intrinsic
+def _as_float(typingctx: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _as_bits(typingctx: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+def _get(array: Any, i: int, c: int) -> Any:
+    """Read a number as float32; unsigned ones are bfloat16."""
+    raise NotImplementedError  # pragma: no cover - replaced in compiled code
+
+
+@overload(_get)
+def _get_compiled(array: Any, i: Any, c: Any) -> Any:
+    if array.dtype == types.uint16:
+
+        def get(array: Any, i: Any, c: Any) -> Any:
+            return _as_float(np.uint32(np.uint32(array[i, c]) << np.uint32(16)))
+
+        return get
+
+    def get_plain(array: Any, i: Any, c: Any) -> Any:
+        return np.float32(array[i, c])
+
+    return get_plain
+
+
+def _set(array: Any, i: int, c: int, value: float) -> None:
+    """Write a float32, rounded to nearest even where the array is bfloat16; NaNs of arithmetic, 0x7FC00000, stay so."""
+    raise NotImplementedError  # pragma: no cover - replaced in compiled code
+
+
+@overload(_set)
+def _set_compiled(array: Any, i: Any, c: Any, value: Any) -> Any:
+    if array.dtype == types.uint16:
+
+        def put(array: Any, i: Any, c: Any, value: Any) -> None:
+            bits = _as_bits(np.float32(value))
+            odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+            rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd)
+            array[i, c] = np.uint16(rounded >> np.uint32(16))
+
+        return put
+
+    def put_plain(array: Any, i: Any, c: Any, value: Any) -> None:
+        array[i, c] = value
+
+    return put_plain
+
+
+_compile = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+
+
+@_compile
+def _signs(start: int, stop: int, per_row: int, x: Any, shift: Any, at_zero: float, out: Any) -> None:
+    channels = x.shape[1]
+    signed = np.empty(channels, np.float32)
+    above, zero, below = np.float32(1), np.float32(0), np.float32(-1)
+    for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
+        row = shift[i // per_row]
+        for c in range(channels):
+            v = _get(x, i, c) + row[c]
+            low = below if v < zero else v + at_zero  # 0, or a NaN that stays one
+            signed[c] = above if v > zero else low
+        for c in range(channels):
+            _set(out, i, c, signed[c])
+
+
+@_compile
+def _activate(
+    start: int, stop: int, per_row: int, dot: Any, scale: Any, rows: Any, shortcut: Any, add: bool, out: Any
+) -> None:
+    channels = dot.shape[1]
+    active = np.empty(channels, np.float32)
+    zero = np.float32(0)
+    for i in range(start * CHUNK, min(stop * CHUNK, dot.shape[0])):
+        shift_in, slope, shift_out = rows[0, i // per_row], rows[1, i // per_row], rows[2, i // per_row]
+        for c in range(channels):
+            u, s = _get(dot, i, c) * scale[c] + shift_in[c], slope[c]
+            active[c] = (u if u > zero else u * s) + shift_out[c]
+        if add:
+            for c in range(channels):
+                _set(out, i, c, active[c] + _get(shortcut, i, c))
+        else:
+            for c in range(channels):
+                _set(out, i, c, active[c])
+
+
+@_compile
+def _activate_backward(
+    start: int,
+    stop: int,
+    per_sample: int,
+    per_row: int,
+    grad: Any,
+    dot: Any,
+    scale: Any,
+    rows: Any,
+    out: Any,
+    sums: Any,
+) -> None:
+    channels = dot.shape[1]
+    chunks = (per_sample + CHUNK - 1) // CHUNK
+    for chunk in range(start, stop):
+        sample, part = chunk // chunks, chunk % chunks
+        first = sample * per_sample + part * CHUNK
+        last = min(first + CHUNK, (sample + 1) * per_sample)
+        shift_in, slope = rows[0, first // per_row], rows[1, first // per_row]
+        of_in, of_slope, of_out = sums[0, chunk], sums[1, chunk], sums[2, chunk]
+        for i in range(first, last):
+            for c in range(channels):
+                u, s, g = _get(dot, i, c) * scale[c] + shift_in[c], slope[c], _get(grad, i, c)
+                inner = g if u > 0 else g * s
+                of_in[c] += inner
+                of_slope[c] += np.float32(0) if u > 0 else g * u
+                of_out[c] += g
+                _set(out, i, c, inner)
+
+
+@_compile
+def _sign_backward(
+    start: int,
+    stop: int,
+    per_sample: int,
+    per_row: int,
+    grad: Any,
+    x: Any,
+    shift: Any,
+    through: Any,
+    add: bool,
+    kind: int,
+    out: Any,
+    sums: Any,
+) -> None:
+    channels = x.shape[1]
+    chunks = (per_sample + CHUNK - 1) // CHUNK
+    # Loops over few arrays each, so that the compiler can tell that they do not overlap.
+    two, zero, one = np.float32(2), np.float32(0), np.float32(1)
+    inner = np.empty(channels, np.float32)
+    for chunk in range(start, stop):
+        sample, part = chunk // chunks, chunk % chunks
+        first = sample * per_sample + part * CHUNK
+        last = min(first + CHUNK, (sample + 1) * per_sample)
+        row, of_shift = shift[first // per_row], sums[chunk]
+        for i in range(first, last):
+            if kind == 2:
+                for c in range(channels):
+                    slope = two - two * abs(_get(x, i, c) + row[c])
+                    inner[c] = _get(grad, i, c) * (slope if slope > zero else zero)
+            elif kind == 1:
+                for c in range(channels):
+                    inner[c] = _get(grad, i, c) * (one if abs(_get(x, i, c) + row[c]) <= one else zero)
+            else:
+                for c in range(channels):
+                    inner[c] = _get(grad, i, c)
+            for c in range(channels):
+                of_shift[c] += inner[c]
+            if add:
+                for c in range(channels):
+                    _set(out, i, c, inner[c] + _get(through, i, c))
+            else:
+                for c in range(channels):
+                    _set(out, i, c, inner[c])
+
+
+@njit(inline="never", error_model="numpy", boundscheck=False)
+def _sigmoid(y: Any) -> Any:
+    # exp(z) = 2^n exp(r) with |r| <= ln(2) / 2 and a polynomial for exp(r) (Cephes' coefficients); libm's does not
+    # vectorise here. Relative error below 2e-7.
+    z = min(max(-y, np.float32(-87.0)), np.float32(87.0))
+    n = (z * np.float32(1.44269504) + np.float32(12582912.0)) - np.float32(12582912.0)
+    r = (z - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    power = _as_float(np.uint32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)))
+    return np.float32(1) / (np.float32(1) + p * power)
+
+
+@njit(inline="never", error_model="numpy", boundscheck=False)
+def _hash(x: Any, key: Any) -> Any:
+    # Two rounds of a 32-bit mixer with a key between them: every bit of the counter reaches every bit of the result.
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) + key)
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@_compile
+def _moments(start: int, stop: int, per_sample: int, x: Any, sums: Any) -> None:
+    channels = x.shape[1]
+    chunks = (per_sample + CHUNK - 1) // CHUNK
+    for chunk in range(start, stop):
+        sample, part = chunk // chunks, chunk % chunks
+        first = sample * per_sample + part * CHUNK
+        last = min(first + CHUNK, (sample + 1) * per_sample)
+        total, squares, near = sums[0, chunk], sums[1, chunk], sample * per_sample
+        for i in range(first, last):
+            for c in range(channels):
+                d = _get(x, i, c) - _get(x, near, c)  # so that a large mean costs no digits
+                total[c] += d
+                squares[c] += d * d
+
+
+@_compile
+def _norm_silu(
+    start: int, stop: int, per_sample: int, x: Any, factors: Any, keys: Any, limit: int, boost: float, out: Any
+) -> None:
+    channels = x.shape[1]
+    active = np.empty(channels, np.float32)
+    zero = np.float32(0)
+    for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
+        factor, offset = factors[0, i // per_sample], factors[1, i // per_sample]
+        for c in range(channels):
+            y = _get(x, i, c) * factor[c] + offset[c]
+            active[c] = y * _sigmoid(y)
+        if limit > 0:
+            base = np.uint32(np.uint32(i * channels) + keys[0])
+            for c in range(channels):
+                kept = _hash(np.uint32(base + np.uint32(c)), keys[1]) >= limit
+                active[c] = active[c] * boost if kept else zero
+        for c in range(channels):
+            _set(out, i, c, active[c])
+
+
+@_compile
+def _norm_silu_inner(
+    start: int,
+    stop: int,
+    per_sample: int,
+    grad: Any,
+    x: Any,
+    factors: Any,
+    whiten: Any,
+    keys: Any,
+    limit: int,
+    boost: float,
+    out: Any,
+    sums: Any,
+) -> None:
+    channels = x.shape[1]
+    inner = np.empty(channels, np.float32)
+    one, zero = np.float32(1), np.float32(0)
+    chunks = (per_sample + CHUNK - 1) // CHUNK
+    for chunk in range(start, stop):
+        sample, part = chunk // chunks, chunk % chunks
+        first = sample * per_sample + part * CHUNK
+        last = min(first + CHUNK, (sample + 1) * per_sample)
+        factor, offset, rstd, mean = factors[0, sample], factors[1, sample], whiten[0, sample], whiten[1, sample]
+        of_bias, of_weight = sums[0, chunk], sums[1, chunk]
+        for i in range(first, last):
+            for c in range(channels):
+                inner[c] = _get(grad, i, c)
+            if limit > 0:
+                base = np.uint32(np.uint32(i * channels) + keys[0])
+                for c in range(channels):
+                    kept = _hash(np.uint32(base + np.uint32(c)), keys[1]) >= limit
+                    inner[c] = inner[c] * boost if kept else zero
+            for c in range(channels):
+                y = _get(x, i, c) * factor[c] + offset[c]
+                s = _sigmoid(y)
+                inner[c] *= s * (one + y * (one - s))
+            for c in range(channels):
+                of_bias[c] += inner[c]
+                of_weight[c] += inner[c] * ((_get(x, i, c) - mean[c]) * rstd[c])
+            for c in range(channels):
+                _set(out, i, c, inner[c])
+
+
+@_compile
+def _norm_outer(start: int, stop: int, per_sample: int, x: Any, terms: Any, out: Any) -> None:
+    channels = x.shape[1]
+    for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
+        of_grad, of_x, constant = terms[0, i // per_sample], terms[1, i // per_sample], terms[2, i // per_sample]
+        for c in range(channels):
+            _set(out, i, c, of_grad[c] * _get(out, i, c) + of_x[c] * _get(x, i, c) + constant[c])
+
+
+def _array(x: Tensor) -> Any:
+    """See ``(B, C, H, W)`` in channels_last memory as ``(B H W, C)``."""
+    flat = x.detach().permute(0, 2, 3, 1).view(-1, x.shape[1])
+    return (flat.view(torch.uint16) if x.dtype == torch.bfloat16 else flat).numpy()
+
+
+def _rows(rows: Tensor) -> Any:
+    return rows.detach().to(torch.float32).contiguous().numpy()
+
+
+def _per_row(x: Tensor, rows: int) -> int:
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return max(pixels // rows, 1)
+
+
+def _chunks(x: Tensor) -> int:
+    return x.shape[0] * -(-x.shape[2] * x.shape[3] // CHUNK)
+
+
+def _sums(sums: Any, x: Tensor, rows: int) -> Tensor:
+    """Add what each chunk summed, ``(..., chunks, C)``, to rows ``(..., R, C)``."""
+    total = torch.from_numpy(sums)
+    total = total.view(*total.shape[:-2], rows, -1, total.shape[-1])
+    return total.sum(-2, dtype=torch.float64).to(torch.float32)
+
+
+def signs(x: Tensor, shift: Tensor | None, zero: SignZero, dtype: torch.dtype) -> Tensor:
+    """`binarize.layers.steps.signs`."""
+    shift = x.new_zeros(1, x.shape[1]) if shift is None else shift
+    out = torch.empty_like(x, dtype=dtype)
+    at_zero = np.float32(1 if zero == "plus" else 0)
+    chunks = -(-x.numel() // x.shape[1] // CHUNK)
+    run(_signs, chunks, _per_row(x, shift.shape[0]), _array(x), _rows(shift), at_zero, _array(out))
+    return out
+
+
+def _scale(scale: Tensor | None, channels: int) -> Any:
+    return np.ones(channels, np.float32) if scale is None else _rows(scale)
+
+
+def activate(dot: Tensor, scale: Tensor | None, post: Any, shortcut: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`binarize.layers.steps.activate`."""
+    out = torch.empty_like(dot, dtype=dtype)
+    rows, factors = _rows(torch.stack(list(post))), _scale(scale, dot.shape[1])
+    added = _array(out if shortcut is None else shortcut)
+    chunks = -(-dot.numel() // dot.shape[1] // CHUNK)
+    per_row = _per_row(dot, rows.shape[1])
+    run(_activate, chunks, per_row, _array(dot), factors, rows, added, shortcut is not None, _array(out))
+    return out
+
+
+def activate_backward(
+    grad: Tensor, dot: Tensor, scale: Tensor | None, post: Any, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`binarize.layers.steps.activate_backward`."""
+    out = torch.empty_like(grad, dtype=dtype)
+    rows, factors = _rows(torch.stack(list(post))), _scale(scale, dot.shape[1])
+    sums = np.zeros((3, _chunks(dot), dot.shape[1]), np.float32)
+    sizes = dot.shape[2] * dot.shape[3], _per_row(dot, rows.shape[1])
+    run(_activate_backward, _chunks(dot), *sizes, _array(grad), _array(dot), factors, rows, _array(out), sums)
+    of_in, of_slope, of_out = _sums(sums, dot, rows.shape[1])
+    return out, of_in, of_slope, of_out
+
+
+def sign_backward(
+    grad: Tensor, x: Tensor, shift: Tensor | None, through: Tensor | None, surrogate: str
+) -> tuple[Tensor, Tensor | None]:
+    """`binarize.layers.steps.sign_backward`."""
+    out = grad if grad.dtype == x.dtype else torch.empty_like(x)
+    rows = x.new_zeros(1, x.shape[1]) if shift is None else shift
+    sums = np.zeros((_chunks(x), x.shape[1]), np.float32)
+    run(
+        _sign_backward,
+        _chunks(x),
+        x.shape[2] * x.shape[3],
+        _per_row(x, rows.shape[0]),
+        _array(grad),
+        _array(x),
+        _rows(rows),
+        _array(out if through is None else through),
+        through is not None,
+        _SURROGATES[surrogate],
+        _array(out),
+        sums,
+    )
+    return out, None if shift is None else _sums(sums, x, rows.shape[0])
+
+
+class Dropping(NamedTuple):
+    """Which elements a dropout drops: those whose hash under two keys is below a limit."""
+
+    keys: Any
+    limit: Any
+    boost: Any
+
+
+def dropping(p: float) -> Dropping:
+    """Draw the keys of a dropout from torch's generator."""
+    keys = torch.randint(2**32, (2,)).numpy().astype(np.uint32) if p > 0 else np.zeros(2, np.uint32)
+    return Dropping(keys, np.uint32(min(round(p * 2**32), 2**32 - 1)), np.float32(1 / (1 - p)))
+
+
+class Normed(NamedTuple):
+    """Statistics of a GroupNorm, expanded to channels, ``(B, C)``, float64."""
+
+    mean: Tensor
+    rstd: Tensor
+
+
+def _pixels(x: Tensor) -> int:
+    return x.shape[2] * x.shape[3]
+
+
+def moments(x: Tensor, groups: int, eps: float) -> Normed:
+    """Return mean and 1 / standard deviation of each sample's groups."""
+    b, channels = x.shape[:2]
+    sums = np.zeros((2, _chunks(x), channels), np.float32)
+    run(_moments, _chunks(x), _pixels(x), _array(x), sums)
+    total, squares = torch.from_numpy(sums).view(2, b, -1, channels).sum(2, dtype=torch.float64) / _pixels(x)
+    mean = total + x[:, :, 0, 0].double()
+    spread = squares - total.square()
+    of_group = mean.view(b, groups, -1).mean(2, keepdim=True)
+    variance = (spread.view(b, groups, -1) + (mean.view(b, groups, -1) - of_group).square()).mean(2, keepdim=True)
+    size = channels // groups
+    rstd = (variance.clamp_min(0) + eps).rsqrt()
+    return Normed(of_group.expand(-1, -1, size).reshape(b, -1), rstd.expand(-1, -1, size).reshape(b, -1))
+
+
+def _factors(normed: Normed, weight: Tensor, bias: Tensor) -> Any:
+    factor = normed.rstd * weight.detach().double()
+    return torch.stack([factor, bias.detach().double() - normed.mean * factor]).float().numpy()
+
+
+def norm_silu(x: Tensor, normed: Normed, weight: Tensor, bias: Tensor, drop: Dropping) -> Tensor:
+    """Return dropout(silu(norm(x))) in x's dtype."""
+    out = torch.empty_like(x)
+    chunks = -(-x.numel() // x.shape[1] // CHUNK)
+    run(_norm_silu, chunks, _pixels(x), _array(x), _factors(normed, weight, bias), *drop, _array(out))
+    return out
+
+
+def norm_silu_backward(
+    grad: Tensor, x: Tensor, normed: Normed, weight: Tensor, bias: Tensor, drop: Dropping, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and bias."""
+    b, channels = x.shape[:2]
+    out = torch.empty_like(x)
+    sums = np.zeros((2, _chunks(x), channels), np.float32)
+    whiten = torch.stack([normed.rstd, normed.mean]).float().numpy()
+    sources = _array(grad), _array(x), _factors(normed, weight, bias), whiten
+    run(_norm_silu_inner, _chunks(x), _pixels(x), *sources, *drop, _array(out), sums)
+    of_bias, of_weight = torch.from_numpy(sums).view(2, b, -1, channels).sum(2, dtype=torch.float64)
+    scaled = torch.stack([of_bias, of_weight]) * weight.detach().double()
+    first, second = scaled.view(2, b, groups, -1).mean(3, keepdim=True).expand(
+        -1, -1, -1, channels // groups
+    ) / _pixels(x)
+    first, second = first.reshape(b, channels), second.reshape(b, channels)
+    of_x = -normed.rstd.square() * second
+    constant = -normed.rstd * first - of_x * normed.mean
+    terms = torch.stack([normed.rstd * weight.detach().double(), of_x, constant]).float().numpy()
+    chunks = -(-x.numel() // channels // CHUNK)
+    run(_norm_outer, chunks, _pixels(x), _array(x), terms, _array(out))
+    return out, of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)
