@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from binarize._convert import conversion, record_config
@@ -43,6 +44,14 @@ def pack(model: ModelT) -> ModelT:
         if id(module) in made:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, made[id(module)])
+    for module in model.modules():
+        pack_block = getattr(module, "pack_", None)
+        if callable(pack_block):
+            pack_block()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dim() == 4 and not parameter.is_meta:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     record.packed = True
     record_config(model, record)
     return model.eval()

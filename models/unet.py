@@ -35,6 +35,7 @@ from binarize.layers import (
     SplitFusion,
     norm_silu,
 )
+from binarize.packed.blocks import fuse, norm_silu_conv
 from binarize.packed.files import find_packed, read_config, read_packed
 
 DOWN: dict[str, Callable[[int], nn.Module]] = {"conv": ConvDown, "pixel": PixelDown, "cp": CPDown}
@@ -129,9 +130,23 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.residual = nn.Conv2d(width, out_channels, 1) if width != out_channels else nn.Identity()
         self.attention = SelfAttention(out_channels, norm_groups) if attention else None
+        self.packed = False
+
+    def pack_(self) -> None:
+        """Fold what stands around the convolutions into them; `binarize.pack` calls this."""
+        self.packed = True
+
+    def _packed_forward(self, x: Tensor, time: Tensor, skip: Tensor | None) -> Tensor:
+        if skip is not None:
+            x = fuse(self.fusion, x, skip)
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        h = norm_silu_conv(self.norm2, self.conv2, h, shift=self.time(F.silu(time)), residual=self.residual(x))
+        return h if self.attention is None else self.attention(h)
 
     def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None) -> Tensor:
         """Map ``(B, C_in, H, W)``, the embedding ``(B, C_time)`` and maybe a skip to ``(B, C, H, W)``."""
+        if self.packed:
+            return self._packed_forward(x, time, skip)
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         if self.fusion is not None:
@@ -325,7 +340,8 @@ class SRUNet(ModelMixin, ConfigMixin):
                 x = self._run(block, x, time, skips.pop())
             if rung.up is not None:
                 x = self._run(rung.up, x)
-        x = self.conv_out(norm_silu(x, self.norm_out))
+        packed = self.middle[0].packed
+        x = norm_silu_conv(self.norm_out, self.conv_out, x) if packed else self.conv_out(norm_silu(x, self.norm_out))
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:

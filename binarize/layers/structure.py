@@ -18,6 +18,12 @@ from binarize.errors import BinarizeError
 from binarize.layers.shortcut import pool_channels
 
 
+def accumulate(conv: nn.Module, x: Tensor, total: Tensor) -> Tensor:
+    """Return total + conv(x); a packed convolution adds while it writes."""
+    out: Tensor = conv(x, None, None, total) if getattr(conv, "absorbs", False) else total + conv(x)
+    return out
+
+
 class CPDown(nn.Module):
     """Channel-preserving downsampling: split the channels, one convolution each, sum, PixelUnshuffle(2).
 
@@ -40,9 +46,9 @@ class CPDown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Halve the spatial size."""
         parts = x.chunk(len(self.convs), dim=1)
-        total = self.convs[0](parts[0])
+        total: Tensor = self.convs[0](parts[0])
         for conv, part in zip(self.convs[1:], parts[1:], strict=True):
-            total = total + conv(part)
+            total = accumulate(conv, part, total)
         return F.pixel_unshuffle(total, 2)
 
 
@@ -142,9 +148,9 @@ class CSFusion(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Fuse the concatenation of hidden and skip."""
         parts = self.mix(x)
-        total = self.convs[0](parts[0])
+        total: Tensor = self.convs[0](parts[0])
         for conv, part in zip(self.convs[1:], parts[1:], strict=True):
-            total = total + conv(part)
+            total = accumulate(conv, part, total)
         return total
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from binarize.packed import _threads
 from binarize.packed._compile import workers
 from binarize.packed._layout import FilterShape
-from binarize.packed._workers import PIXELS, Conv, Norm
+from binarize.packed._workers import PIXELS, Conv, Norm, Unzip
 
 if TYPE_CHECKING:
     from binarize.packed._op import Geometry
@@ -88,50 +88,58 @@ def packed_conv2d(
     return out
 
 
-def norm_factors(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Do what `binarize.packed._norm.norm_factors` says with the compiled kernels."""
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the mean square of each sample's channels, ``(B, C)`` float64 each."""
     x = _pixels(x)
     batch, channels, height, width = x.shape
-    strips = min(height, max(1, -(-height * width * channels * x.element_size() // STRIP_BYTES)))
-    rows = -(-height // strips)
-    strips = -(-height // rows)
+    p, tasks, strips = _strips(x)
     sums = torch.zeros(batch, strips, 2, channels)
-    p = np.zeros(len(Norm), np.int64)
-    p[Norm.COUNT], p[Norm.STRIPS], p[Norm.ROWS] = batch * strips, strips, rows
-    p[Norm.HEIGHT], p[Norm.WIDTH], p[Norm.CHANNELS] = height, width, channels
-    p[Norm.HALF] = int(x.dtype == torch.bfloat16)
-    _place(p, Norm.X, x)
     p[Norm.SUMS] = sums.data_ptr()
-    _threads.run(workers()["moments"], p.ctypes.data, batch * strips)
-    total = sums.double().sum(1).view(batch, 2, groups, -1).sum(-1) / (channels // groups * height * width)
-    mean, square = total.unbind(1)
-    scale = (square - mean * mean).clamp_min_(0).add_(eps).rsqrt_()
-    factors = scale.repeat_interleave(channels // groups, 1)
-    offsets = -(mean * scale).repeat_interleave(channels // groups, 1)
-    if weight is not None:
-        factors, offsets = factors * weight, offsets * weight
-    if bias is not None:
-        offsets = offsets + bias
-    return torch.stack([factors, offsets]).float()
+    _threads.run(workers()["moments"], p.ctypes.data, tasks)
+    mean, square = (sums.double().sum(1) / (height * width)).unbind(1)
+    return mean, square
 
 
 def norm_silu(x: Tensor, norm: Tensor) -> Tensor:
-    """Do what `binarize.packed._norm.scaled_silu` says with the compiled kernels."""
+    """Do what `binarize.packed._norm.norm_silu` says with the compiled kernels."""
     x = _pixels(x)
-    batch, channels, height, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
-    rows = max(1, min(STRIP_BYTES // max(1, width * channels * x.element_size()), height))
-    strips = -(-height // rows)
     norm = norm.float().contiguous()
+    p, tasks, _ = _strips(x)
+    _place(p, Norm.OUT, out)
+    p[Norm.FACTORS], p[Norm.OFFSETS] = norm[0].data_ptr(), norm[1].data_ptr()
+    _threads.run(workers()["silu"], p.ctypes.data, tasks)
+    return out
+
+
+def unzip(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `binarize.packed._norm.shuffle` says with the compiled kernels, widths being multiples of 32."""
+    hidden, skip = _pixels(hidden), _pixels(skip)
+    batch, _, height, width = hidden.shape
+    shape = (batch, (hidden.shape[1] + skip.shape[1]) // 2, height, width)
+    outs = [torch.empty(shape, dtype=hidden.dtype, memory_format=torch.channels_last) for _ in range(2)]
+    p = np.zeros(len(Unzip), np.int64)
+    p[Unzip.COUNT], p[Unzip.HALF] = batch * height, int(hidden.dtype == torch.bfloat16)
+    p[Unzip.HEIGHT], p[Unzip.WIDTH] = height, width
+    p[Unzip.HIDDEN_CHANNELS], p[Unzip.SKIP_CHANNELS] = hidden.shape[1], skip.shape[1]
+    _place(p, Unzip.HIDDEN, hidden)
+    _place(p, Unzip.SKIP, skip)
+    p[Unzip.FIRST], p[Unzip.SECOND] = (out.data_ptr() for out in outs)
+    _threads.run(workers()["unzip"], p.ctypes.data, batch * height)
+    return outs[0], outs[1]
+
+
+def _strips(x: Tensor) -> tuple[np.ndarray, int, int]:
+    """Return the parameters of a pass over all pixels, how many tasks it has, and how many strips a sample has."""
+    batch, channels, height, width = x.shape
+    rows = max(1, min(STRIP_BYTES // max(1, width * channels * x.element_size()), -(-height // TASKS_PER_THREAD)))
+    strips = -(-height // rows)
     p = np.zeros(len(Norm), np.int64)
     p[Norm.COUNT], p[Norm.STRIPS], p[Norm.ROWS] = batch * strips, strips, rows
     p[Norm.HEIGHT], p[Norm.WIDTH], p[Norm.CHANNELS] = height, width, channels
     p[Norm.HALF] = int(x.dtype == torch.bfloat16)
     _place(p, Norm.X, x)
-    _place(p, Norm.OUT, out)
-    p[Norm.FACTORS], p[Norm.OFFSETS] = norm[0].data_ptr(), norm[1].data_ptr()
-    _threads.run(workers()["silu"], p.ctypes.data, batch * strips)
-    return out
+    return p, batch * strips, strips
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -332,6 +332,25 @@ def make_moments(bf16: bool, partial: bool) -> Any:
     return moments
 
 
+def make_unzip(bf16: bool) -> Any:
+    """Return ``f(x, evens, odds)``: 32 channels to the 16 of even and the 16 of odd number."""
+
+    @intrinsic
+    def unzip(context, x, evens, odds):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, evens, odds = args
+            kind, size, align = (_HALVES, 2, 2) if bf16 else (_FLOATS, 4, 4)
+            low, high = _load(b, x, kind, align), _load(b, b.add(x, _I64(LANES * size)), kind, align)
+            for first, out in ((0, evens), (1, odds)):
+                lanes = ir.Constant(_INTS, list(range(first, 2 * LANES, 2)))
+                _store(b, b.shuffle_vector(low, high, lanes), out, align)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), codegen
+
+    return unzip
+
+
 @intrinsic
 def fetch_add(context, address, amount):  # type: ignore[no-untyped-def]
     """Add to an int64 in memory as one step for all threads; return what it was."""
@@ -363,4 +382,4 @@ def _memory(kind: Any, width: ir.Type) -> tuple[Any, Any]:
 
 read_int64, write_int64 = _memory(types.int64, _I64)
 read_int32, write_int32 = _memory(types.int32, _I32)
-read_float32, write_float32 = _memory(types.float32, _F32)
+read_float32, _ = _memory(types.float32, _F32)

@@ -15,7 +15,7 @@ from numba.core import config
 
 from binarize.packed import _vectors as vectors
 from binarize.packed._layout import WORD
-from binarize.packed._vectors import LANES, fetch_add, read_float32, read_int32, read_int64, write_float32, write_int32
+from binarize.packed._vectors import LANES, fetch_add, read_float32, read_int32, read_int64, write_int32
 
 
 def _features() -> str:
@@ -131,6 +131,7 @@ _many4, _one4 = (vectors.make_product(p, min(4, BLOCKS), BYTEWISE) for p in (PIX
 _many3, _one3 = (vectors.make_product(p, min(3, BLOCKS), BYTEWISE) for p in (PIXELS, 1))
 _many2, _one2 = (vectors.make_product(p, min(2, BLOCKS), BYTEWISE) for p in (PIXELS, 1))
 _many1, _one1 = (vectors.make_product(p, 1, BYTEWISE) for p in (PIXELS, 1))
+_unzip, _unzip_bf16 = vectors.make_unzip(False), vectors.make_unzip(True)
 _WIDE = BLOCKS > 1
 
 # The functions below are global and have no closure, or numba would compile them in every process: its cache cannot
@@ -481,9 +482,67 @@ def silu_worker(p):  # type: ignore[no-untyped-def]
             _activate_row(x, step, _field(p, Norm.WIDTH), channels, factors, offsets, out, out_step, half)
 
 
+class Unzip(IntEnum):
+    """Fields of the parameters of CS-Fusion's shuffle."""
+
+    WORKERS = 0
+    TASKS = auto()
+    COUNT = auto()
+    HALF = auto()
+    HEIGHT = auto()
+    WIDTH = auto()
+    HIDDEN_CHANNELS = auto()
+    SKIP_CHANNELS = auto()
+    HIDDEN = auto()
+    HIDDEN_BATCH = auto()
+    HIDDEN_ROW = auto()
+    HIDDEN_PIXEL = auto()
+    SKIP = auto()
+    SKIP_BATCH = auto()
+    SKIP_ROW = auto()
+    SKIP_PIXEL = auto()
+    FIRST = auto()  # both outputs are dense
+    SECOND = auto()
+
+
+@njit
+def _unzip_pixel(x, channels, evens, odds, half):  # type: ignore[no-untyped-def]
+    size = 2 if half else 4
+    for c in range(0, channels, WORD):
+        if half:
+            _unzip_bf16(x + c * size, evens + c // 2 * size, odds + c // 2 * size)
+        else:
+            _unzip(x + c * size, evens + c // 2 * size, odds + c // 2 * size)
+
+
+def unzip_worker(p):  # type: ignore[no-untyped-def]
+    """Deal the channels of hidden and skip out to two pictures, opposite parities together."""
+    half = _field(p, Unzip.HALF) == 1
+    size = 2 if half else 4
+    hidden, skip = _field(p, Unzip.HIDDEN_CHANNELS), _field(p, Unzip.SKIP_CHANNELS)
+    height, width = _field(p, Unzip.HEIGHT), _field(p, Unzip.WIDTH)
+    channels = (hidden + skip) // 2
+    while True:
+        task = fetch_add(p + 8 * Unzip.TASKS, 1)
+        if task >= _field(p, Unzip.COUNT):
+            break
+        sample, y = task // height, task % height
+        h = _field(p, Unzip.HIDDEN) + sample * _field(p, Unzip.HIDDEN_BATCH) + y * _field(p, Unzip.HIDDEN_ROW)
+        s = _field(p, Unzip.SKIP) + sample * _field(p, Unzip.SKIP_BATCH) + y * _field(p, Unzip.SKIP_ROW)
+        first = _field(p, Unzip.FIRST) + task * width * channels * size
+        second = _field(p, Unzip.SECOND) + task * width * channels * size
+        for _ in range(width):
+            _unzip_pixel(h, hidden, second, first, half)
+            _unzip_pixel(s, skip, first + hidden // 2 * size, second + hidden // 2 * size, half)
+            h += _field(p, Unzip.HIDDEN_PIXEL)
+            s += _field(p, Unzip.SKIP_PIXEL)
+            first += channels * size
+            second += channels * size
+
+
 def compile_workers() -> dict[str, int]:
     """Return the address of every worker, compiled now or by an earlier run."""
-    made = {"conv": conv_worker, "moments": moments_worker, "silu": silu_worker}
+    made = {"conv": conv_worker, "moments": moments_worker, "silu": silu_worker, "unzip": unzip_worker}
     compiled = {name: cfunc(types.void(types.int64), nopython=True, cache=True)(f) for name, f in made.items()}
     _kept.update(compiled)
     return {name: function.address for name, function in compiled.items()}

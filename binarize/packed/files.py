@@ -156,6 +156,8 @@ def read_packed(model: nn.Module, path: Path, dtype: torch.dtype | None = None) 
             raise BinarizeError(f"{path}: has no value for {name}, which its network needs.")
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(False)
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     model.eval()
 
 
