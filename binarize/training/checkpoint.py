@@ -140,6 +140,8 @@ class Checkpoints:
         for pattern in (".*.tmp", ".*.old"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.rglob(".*.tmp.*"):  # files that were being replaced
+            path.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from binarize.errors import BinarizeError
+from binarize.imaging import write_atomic
 from binarize.training.checkpoint import RECIPE, Checkpoints
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def prepare_folder(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Non
                     shutil.rmtree(path)
         checkpoints.tidy()
         (folder / SAMPLES).mkdir(exist_ok=True)
-        (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+        text = recipe.to_yaml()
+        write_atomic(folder / RECIPE, lambda path: path.write_text(text, encoding="utf-8"), force=True)
     except OSError as error:
         raise BinarizeError(f"output_dir: cannot write {folder}: {error.strerror}.") from error
 

@@ -232,6 +232,10 @@ class _Run:
     def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         try:
             return next(batches)
+        except BinarizeError as error:
+            # A worker's error comes with its traceback, of which the last line says what is wrong.
+            reason = str(error).strip().splitlines()[-1].partition("BinarizeError: ")
+            raise BinarizeError(f"{reason[2] or reason[0]} {self._last_checkpoint()}") from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -243,12 +247,15 @@ class _Run:
     def _diverged(self, losses: Tensor, names: list[str]) -> NoReturn:
         bad = [name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)]
         pictures = ", ".join(sorted(set(gather_object(bad))))
-        complete = list(self.checkpoints.list().values())
-        last = f"The last checkpoint is {complete[-1]}." if complete else "There is no checkpoint yet."
         raise DivergedError(
             f"the loss of step {self.step + 1} is not finite for the pictures {pictures}; the weights were left as "
-            f"they were before it. {last} Lower learning_rate, set max_grad_norm, or use mixed_precision=bf16 or no."
+            f"they were before it. {self._last_checkpoint()} Lower learning_rate, set max_grad_norm, or use "
+            "mixed_precision=bf16 or no."
         )
+
+    def _last_checkpoint(self) -> str:
+        complete = list(self.checkpoints.list().values())
+        return f"The last checkpoint is {complete[-1]}." if complete else "There is no checkpoint yet."
 
     def _save(self) -> Path:
         def write() -> Path:
