@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from training_case import assert_same, interrupt_at, weights
 
 import binarize
@@ -175,6 +177,14 @@ def test_fp16_is_refused_without_a_gpu(recipe: Any, monkeypatch: pytest.MonkeyPa
         train(recipe("mixed_precision=fp16"), progress=False)
 
 
+def test_a_launcher_that_shards_the_parameters_is_refused(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+        with pytest.raises(BinarizeError, match=r"cannot be launched with FSDP: it shards .* Use data parallelism"):
+            train(recipe(), progress=False)
+    assert train(recipe("max_train_steps=1"), progress=False).steps == 1
+
+
 # What is logged.
 
 
@@ -263,8 +273,6 @@ def test_wandb_gets_the_same_without_a_network(recipe: Any, pictures: Path, monk
 
 
 def test_a_tracker_that_cannot_start_is_said(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate import Accelerator
-
     def refuse(self: Accelerator, *arguments: Any, **options: Any) -> None:
         raise OSError("disk on fire")
 

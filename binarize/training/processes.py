@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from torch import Tensor
 
 from binarize.errors import BinarizeError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from binarize.recipes import Recipe
 
 T = TypeVar("T")
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 REQUIREMENT = "'binarize-diffusion[train]'"
 
 
@@ -31,7 +32,8 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
         recipe: Its precision, accumulation, tracker and TF32 keys are used.
 
     Raises:
-        BinarizeError: If the tracker is not installed or the precision is not to be had on this machine.
+        BinarizeError: If the tracker is not installed, the precision is not to be had on this machine, or the launcher
+            asks for sharded parameters.
     """
     if recipe.report_to is not None and importlib.util.find_spec(recipe.report_to) is None:
         raise BinarizeError(
@@ -52,6 +54,7 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
+        _refuse_sharding(accelerator)
         with torch.random.fork_rng(devices=cuda):
             torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
             torch.backends.cudnn.allow_tf32 = recipe.allow_tf32
@@ -64,6 +67,15 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
             # Accelerate keeps the precision for the life of the process, and a next run may have another.
             accelerator.state.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _refuse_sharding(accelerator: Accelerator) -> None:
+    if accelerator.distributed_type in _SHARDED:
+        raise BinarizeError(
+            f"training cannot be launched with {accelerator.distributed_type.value}: it shards the parameters, which "
+            "checkpoints and averaged weights here do not follow. Use data parallelism: accelerate launch "
+            "--num_processes N, without --use_fsdp or --use_deepspeed."
+        )
 
 
 def _check_precision(recipe: Recipe) -> None:
