@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from binarize import hosts, layers, methods, packed
 from binarize._convert import checkpoint_context, convert, plan, report, timesteps
 from binarize._export import binary_state, param_groups, revert
+from binarize._memory import memory_mode
 from binarize._pack import is_packed, pack
 from binarize._report import ConversionReport
 from binarize._summary import Summary, summary
@@ -60,6 +61,7 @@ __all__ = [
     "list_methods",
     "list_parts",
     "load",
+    "memory_mode",
     "methods",
     "models",
     "pack",

@@ -9,9 +9,11 @@ With ``memory="compact"`` it keeps one byte for each element of x instead, and c
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -24,6 +26,7 @@ from binarize.layers.steps import Activation, Geometry, Surrogate
 from binarize.layers.weights import ScaledSignWeight, SignWeight
 
 Memory = Literal["exact", "compact"]
+MEMORY_MODES: tuple[Memory, ...] = ("exact", "compact")
 
 SURROGATES: dict[type[nn.Module], Surrogate] = {
     ApproxSign: "approx",
@@ -86,6 +89,13 @@ def _keeps_shape(layer: Any) -> bool:
     )
 
 
+def _kernels(x: Tensor, weight: Tensor, block: Block) -> ModuleType | None:
+    """Return the compiled steps if the xnor-popcount kernel computes this block."""
+    if block.zero != "plus" or weight.dtype != torch.float32:
+        return None
+    return steps.fast(x)
+
+
 class BinaryBlock(torch.autograd.Function):
     """See the module; `apply` takes the forward's arguments after ``ctx``."""
 
@@ -114,19 +124,26 @@ class BinaryBlock(torch.autograd.Function):
             shift_out: Rows.
             block: The rest.
         """
-        post = (
-            None if shift_in is None or slope is None or shift_out is None else Activation(shift_in, slope, shift_out)
-        )
-        codes = hard_sign(weight, block.zero)
-        dot = steps.product(x, shift, codes, block.geometry, block.zero, block.dtype)
+        post = None
+        if shift_in is not None and slope is not None and shift_out is not None:
+            post = Activation(shift_in, slope, shift_out)
         out_dtype = torch.promote_types(block.dtype, x.dtype) if block.shortcut else block.dtype
-        kept = None
-        if post is not None and any(ctx.needs_input_grad):
-            fits = weight[0].numel() < 2**15 and block.dtype != torch.float16
-            kept = dot.to(torch.int16 if fits else torch.int32)
-        ctx.save_for_backward(x, kept, weight, scale, shift, shift_in, slope, shift_out)
-        ctx.block = block
-        return steps.activate(dot, scale, post, x if block.shortcut else None, out_dtype)
+        ctx.block, ctx.x_dtype, ctx.packed, dot = block, x.dtype, None, None
+        quick = _kernels(x, weight, block)
+        if quick is not None:
+            ctx.packed = quick.pack(weight, block.geometry.groups)
+            out = quick.packed_conv(x, ctx.packed, shift, block.geometry, scale, post, block.shortcut).to(out_dtype)
+        else:
+            codes = hard_sign(weight, block.zero).to(block.dtype)
+            total = F.conv2d(steps.signs(x, shift, block.zero, block.dtype), codes, None, *block.geometry)
+            if post is not None and any(ctx.needs_input_grad):
+                short = weight[0].numel() < 2**15 and block.dtype != torch.float16  # which may overflow to infinity
+                dot = total.to(torch.int16 if short else torch.int32)
+            out = steps.activate(total, scale, post, x if block.shortcut else None, out_dtype)
+        if block.memory == "compact" and block.zero == "plus" and any(ctx.needs_input_grad):
+            x, shift = steps.encode(x, shift), None if shift is None else torch.zeros_like(shift)
+        ctx.save_for_backward(x, dot, weight, scale, shift, shift_in, slope, shift_out)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -134,30 +151,36 @@ class BinaryBlock(torch.autograd.Function):
         """Return the gradients of the forward's arguments."""
         x, dot, weight, scale, shift, shift_in, slope, shift_out = ctx.saved_tensors
         block: Block = ctx.block
-        format = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        grad = grad.contiguous(memory_format=format)
-        inner, of_in, of_slope, of_out = grad.to(block.dtype), None, None, None
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        grad = grad.contiguous(memory_format=layout)
+        dtype = steps.gradient_dtype(block.dtype, x.device)
+        quick = steps.fast(x) if ctx.packed is not None else None
+        signs = steps.signs(x, shift, block.zero, dtype if quick is None else torch.float32)
+        if quick is not None and shift_in is not None:
+            dot = quick.packed_conv(signs, ctx.packed, None, block.geometry)
+        inner, of_in, of_slope, of_out = grad.to(dtype), None, None, None
         if dot is not None:
-            inner, of_in, of_slope, of_out = steps.activate_backward(
-                grad, dot, scale, Activation(shift_in, slope, shift_out), block.dtype
-            )
-        codes = hard_sign(weight, block.zero)
-        scaled = codes if scale is None else codes.mul_(scale.view(-1, 1, 1, 1))
-        of_signs, of_weight = steps.product_backward(
-            inner,
-            steps.signs(x, shift, block.zero, block.dtype),
-            scaled.to(block.dtype),
-            block.geometry,
-            (ctx.needs_input_grad[0] or ctx.needs_input_grad[3], ctx.needs_input_grad[1]),
-        )
-        del inner, codes, scaled
+            post = Activation(shift_in, slope, shift_out)
+            inner, of_in, of_slope, of_out = steps.activate_backward(grad, dot, scale, post, dtype)
+            del dot
+        if quick is not None:
+            scaled = quick.scaled_codes(weight, scale)
+        else:
+            scaled = hard_sign(weight, block.zero)
+            scaled = scaled if scale is None else scaled.mul_(scale.view(-1, 1, 1, 1))
+        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[3], ctx.needs_input_grad[1]
+        of_signs, of_weight = steps.product_backward(inner, signs.to(dtype), scaled.to(dtype), block.geometry, needed)
+        del inner, signs, scaled
         if of_weight is not None:
             of_weight = of_weight.to(weight.dtype)
-            if block.clip_weight:
+            if block.clip_weight and quick is not None:
+                of_weight = quick.clip_(of_weight.contiguous(), weight)
+            elif block.clip_weight:
                 of_weight = of_weight.mul_(weight.abs() <= 1)
         of_x = of_shift = None
         if of_signs is not None:
-            of_x, of_shift = steps.sign_backward(of_signs, x, shift, grad if block.shortcut else None, block.surrogate)
+            through = grad if block.shortcut else None
+            of_x, of_shift = steps.sign_backward(of_signs, x, shift, through, block.surrogate, ctx.x_dtype)
         rows = (of_shift, of_in, of_slope, of_out)
         like = (shift, shift_in, slope, shift_out)
         return (

@@ -9,7 +9,8 @@ half precision, else in their own dtype.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import platform
 from functools import cache
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -32,6 +33,7 @@ class Geometry(NamedTuple):
     groups: int
 
 
+STEPS = 127  # of the magnitudes in [0, 1] that `encode` tells apart
 _POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
 
 
@@ -43,23 +45,23 @@ class Activation(NamedTuple):
     shift_out: Tensor
 
 
-@cache
-def _numba_steps() -> ModuleType | None:
-    if importlib.util.find_spec("numba") is None:
-        return None
-    return importlib.import_module("binarize.layers.steps_cpu")
-
-
-def fast(*tensors: Tensor | None) -> ModuleType | None:
-    """Return the one-pass implementation if it takes these tensors."""
-    for tensor in tensors:
+def fast(first: Tensor, *others: Tensor | None) -> ModuleType | None:
+    """Return `binarize.layers.steps_cpu` if it takes these tensors and the backend is not plain torch."""
+    for tensor in (first, *others):
         if tensor is not None and not (
             tensor.device.type == "cpu"
-            and tensor.dtype in (torch.float32, torch.bfloat16, torch.int16)
+            and tensor.dtype in (torch.float32, torch.bfloat16, torch.int16, torch.uint8)
             and tensor.is_contiguous(memory_format=torch.channels_last)
         ):
             return None
-    return _numba_steps()
+    from binarize.packed import backends  # which imports the layers
+
+    return _steps_cpu() if backends.kernels_for(torch.empty(0)) is not None else None
+
+
+@cache
+def _steps_cpu() -> ModuleType:
+    return importlib.import_module("binarize.layers.steps_cpu")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -73,9 +75,26 @@ def broadcast(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
-    """Return x + b in the wide dtype; x itself where there is nothing to do."""
+    """Return x + b in the wide dtype; x itself where there is nothing to do. ``x`` may come from `encode`."""
+    if x.dtype == torch.uint8:
+        return x.to(torch.float32).sub_(127.5).div_(STEPS)
     dtype = wide(x.dtype)
     return x.to(dtype) if shift is None else x + broadcast(shift, dtype)
+
+
+def encode(x: Tensor, shift: Tensor | None) -> Tensor:
+    """Return x + b in one byte: its sign, and its magnitude cut into 127 steps of [0, 1] with one more for all above.
+
+    The middle of a step is at most 1/254 from what was there, which is 1/127 in max(0, 2 - 2|v|); the sign and whether
+    the magnitude is above 1 are exact. The other functions take the result as ``x`` with a shift of 0.
+    """
+    quick = fast(x)
+    if quick is not None:
+        return quick.encode(x, shift)
+    v = shifted(x, shift)
+    size = v.abs()
+    step = torch.where(size <= 1, (size * STEPS).floor_().clamp_max_(STEPS - 1), STEPS)
+    return torch.where(v >= 0, 128 + step, STEPS - step).to(torch.uint8)
 
 
 def signs(x: Tensor, shift: Tensor | None, zero: SignZero, dtype: torch.dtype) -> Tensor:
@@ -87,23 +106,21 @@ def signs(x: Tensor, shift: Tensor | None, zero: SignZero, dtype: torch.dtype) -
     return sign_(v.clone() if v is x else v, zero).to(dtype)
 
 
-def product(
-    x: Tensor, shift: Tensor | None, codes: Tensor, geometry: Geometry, zero: SignZero, dtype: torch.dtype
-) -> Tensor:
-    """Return the convolution of sign(x + b) with two-valued weights: whole numbers.
+def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that the backward's convolutions are computed in.
 
-    Args:
-        x: ``(B, C_in, H, W)``.
-        shift: Rows b, or None.
-        codes: ``(C_out, C_in / groups, kh, kw)`` in {-1, +1}, or 0 where sign(0) is 0.
-        geometry: Of the convolution.
-        zero: What sign(0) is.
-        dtype: What the convolution is computed in. Half precision rounds sums above 256 (bfloat16) or 2048 (float16).
-
-    Returns:
-        ``(B, C_out, H', W')`` in ``dtype``.
+    x86 CPUs convolve in bfloat16 at half the speed of float32 where they have no AMX tiles (measured), so there
+    float32 it is.
     """
-    return F.conv2d(signs(x, shift, zero, dtype), codes.to(dtype), None, *geometry)
+    slow = dtype == torch.bfloat16 and device.type == "cpu" and not _has_tiles()
+    return torch.float32 if slow else dtype
+
+
+@cache
+def _has_tiles() -> bool:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def product_backward(
@@ -187,9 +204,14 @@ def activate_backward(
 
 
 def sign_backward(
-    grad: Tensor, x: Tensor, shift: Tensor | None, through: Tensor | None, surrogate: Surrogate
+    grad: Tensor,
+    x: Tensor,
+    shift: Tensor | None,
+    through: Tensor | None,
+    surrogate: Surrogate,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return through + grad * surrogate'(x + b) in x's dtype, and b's gradient as rows; ``grad`` may be overwritten.
+    """Return through + grad * surrogate'(x + b) in ``dtype``, and b's gradient as rows; ``grad`` may be overwritten.
 
     Args:
         grad: Gradient of the signs, of x's shape.
@@ -197,17 +219,18 @@ def sign_backward(
         shift: Rows b, or None.
         through: Gradient that reaches x by the shortcut, or None.
         surrogate: "approx" for max(0, 2 - 2|v|), "clip" for 1{|v| <= 1}, "identity" for 1.
+        dtype: Of the first result.
     """
-    quick = fast(grad, x, through)
+    quick = fast(grad, x, through) if dtype in (torch.float32, torch.bfloat16) else None
     if quick is not None:
-        return quick.sign_backward(grad, x, shift, through, surrogate)
-    inner = grad.to(wide(x.dtype))
+        return quick.sign_backward(grad, x, shift, through, surrogate, dtype)
+    inner = grad.to(wide(dtype))
     if surrogate != "identity":
         inner = inner.mul_(_slope_of(shifted(x, shift), surrogate))
     of_shift = None if shift is None else _to_rows(inner, shift.shape[0])
     if through is not None:
         inner = inner.add_(through)
-    return inner.to(x.dtype), of_shift
+    return inner.to(dtype), of_shift
 
 
 def _slope_of(v: Tensor, surrogate: Surrogate) -> Tensor:

@@ -6,6 +6,7 @@ over pixels are taken in float32 over `CHUNK` pixels, and in float64 over these 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from binarize.layers.cpu_threads import run
 from binarize.layers.signs import SignZero
+from binarize.packed import _cpu
+from binarize.packed._layout import FilterShape, from_bits
+from binarize.packed._op import Geometry as PackedGeometry
+from binarize.packed._op import count_filters, lay_out_table, lay_out_thresholds
 
 CHUNK = 128
 
@@ -40,7 +45,7 @@ def _as_bits(typingctx: Any, value: Any) -> Any:
 
 
 def _get(array: Any, i: int, c: int) -> Any:
-    """Read a number as float32; unsigned ones are bfloat16."""
+    """Read a number as float32; uint16 are the bits of bfloat16, uint8 is what `encode` wrote."""
     raise NotImplementedError  # pragma: no cover - replaced in compiled code
 
 
@@ -52,6 +57,12 @@ def _get_compiled(array: Any, i: Any, c: Any) -> Any:
             return _as_float(np.uint32(np.uint32(array[i, c]) << np.uint32(16)))
 
         return get
+    if array.dtype == types.uint8:
+
+        def get_code(array: Any, i: Any, c: Any) -> Any:
+            return (np.float32(array[i, c]) - np.float32(127.5)) * np.float32(1 / 127)
+
+        return get_code
 
     def get_plain(array: Any, i: Any, c: Any) -> Any:
         return np.float32(array[i, c])
@@ -98,6 +109,22 @@ def _signs(start: int, stop: int, per_row: int, x: Any, shift: Any, at_zero: flo
             signed[c] = above if v > zero else low
         for c in range(channels):
             _set(out, i, c, signed[c])
+
+
+@_compile
+def _encode(start: int, stop: int, per_row: int, x: Any, shift: Any, out: Any) -> None:
+    channels = x.shape[1]
+    v = np.empty(channels, np.float32)
+    one, steps, last = np.float32(1), np.float32(127), np.float32(126)
+    for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
+        row = shift[i // per_row]
+        for c in range(channels):
+            v[c] = _get(x, i, c) + row[c]
+        for c in range(channels):
+            size = abs(v[c])
+            inside = np.int32(min(size * steps, last))
+            step = inside if size <= one else np.int32(127)
+            out[i, c] = np.uint8(np.int32(128) + step if v[c] >= 0 else np.int32(127) - step)
 
 
 @_compile
@@ -315,6 +342,42 @@ def _norm_outer(start: int, stop: int, per_sample: int, x: Any, terms: Any, out:
             _set(out, i, c, of_grad[c] * _get(out, i, c) + of_x[c] * _get(x, i, c) + constant[c])
 
 
+@_compile
+def _pack(start: int, stop: int, weight: Any, taps: int, out: Any, counts: Any) -> None:
+    # weight (C_out, C_in * taps); out (blocks, taps * words, 16) as binarize.packed has filters, counts (taps, blocks * 16)
+    channels = weight.shape[1] // taps
+    words = (channels + 31) // 32
+    for o in range(start, stop):
+        block, lane = o // 16, o % 16
+        for word in range(words):
+            width = min(32, channels - 32 * word)
+            for tap in range(taps):
+                bits, ones = np.uint32(0), 0
+                for c in range(width):
+                    one = weight[o, (32 * word + c) * taps + tap] >= 0
+                    ones += one
+                    bits |= np.uint32(np.uint32(one) << np.uint32(c))
+                out[block, tap * words + word, lane] = bits
+                counts[tap, o] += 2 * ones - width
+
+
+@_compile
+def _scaled_codes(start: int, stop: int, weight: Any, scale: Any, out: Any) -> None:
+    for o in range(start, stop):
+        above = scale[o]
+        below = -above
+        for i in range(weight.shape[1]):
+            out[o, i] = above if weight[o, i] >= 0 else below
+
+
+@_compile
+def _clip(start: int, stop: int, weight: Any, grad: Any) -> None:
+    zero = np.float32(0)
+    for o in range(start, stop):
+        for i in range(weight.shape[1]):
+            grad[o, i] = grad[o, i] if abs(weight[o, i]) <= 1 else zero
+
+
 def _array(x: Tensor) -> Any:
     """See ``(B, C, H, W)`` in channels_last memory as ``(B H W, C)``."""
     flat = x.detach().permute(0, 2, 3, 1).view(-1, x.shape[1])
@@ -351,6 +414,15 @@ def signs(x: Tensor, shift: Tensor | None, zero: SignZero, dtype: torch.dtype) -
     return out
 
 
+def encode(x: Tensor, shift: Tensor | None) -> Tensor:
+    """`binarize.layers.steps.encode`."""
+    shift = x.new_zeros(1, x.shape[1]) if shift is None else shift
+    out = torch.empty_like(x, dtype=torch.uint8)
+    chunks = -(-x.numel() // x.shape[1] // CHUNK)
+    run(_encode, chunks, _per_row(x, shift.shape[0]), _array(x), _rows(shift), _array(out))
+    return out
+
+
 def _scale(scale: Tensor | None, channels: int) -> Any:
     return np.ones(channels, np.float32) if scale is None else _rows(scale)
 
@@ -380,11 +452,11 @@ def activate_backward(
 
 
 def sign_backward(
-    grad: Tensor, x: Tensor, shift: Tensor | None, through: Tensor | None, surrogate: str
+    grad: Tensor, x: Tensor, shift: Tensor | None, through: Tensor | None, surrogate: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """`binarize.layers.steps.sign_backward`."""
-    out = grad if grad.dtype == x.dtype else torch.empty_like(x)
-    rows = x.new_zeros(1, x.shape[1]) if shift is None else shift
+    out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    rows = torch.zeros(1, x.shape[1]) if shift is None else shift
     sums = np.zeros((_chunks(x), x.shape[1]), np.float32)
     run(
         _sign_backward,
@@ -478,3 +550,92 @@ def norm_silu_backward(
     chunks = -(-x.numel() // channels // CHUNK)
     run(_norm_outer, chunks, _pixels(x), _array(x), terms, _array(out))
     return out, of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)
+
+
+def _filters(weight: Tensor) -> Any:
+    return weight.detach().contiguous().view(weight.shape[0], -1).numpy()
+
+
+class Packed(NamedTuple):
+    """Signs of weights as the kernel of `binarize.packed` has them."""
+
+    filters: Tensor
+    counts: Tensor
+    shape: FilterShape
+
+
+def pack(weight: Tensor, groups: int) -> Packed:
+    """Return the signs of float32 weights ``(C_out, C_in / groups, kh, kw)`` as bits, sign(0) being 1."""
+    out_channels, in_channels, kh, kw = weight.shape
+    shape = FilterShape(out_channels, in_channels, (kh, kw), groups)
+    if groups > 1:
+        filters = from_bits((weight.detach() >= 0).to(torch.uint8).unsqueeze(0), shape)[0]
+        return Packed(filters, count_filters(filters, shape, False), shape)
+    filters = torch.zeros(shape.memory[1:], dtype=torch.int32)
+    counts = torch.zeros(1 + kh * kw, shape.lanes, dtype=torch.int32)
+    counts[0] = kh * kw * in_channels
+    run(_pack, out_channels, _filters(weight), kh * kw, filters.numpy().view(np.uint32), counts[1:].numpy())
+    return Packed(filters, counts, shape)
+
+
+def packed_conv(
+    x: Tensor,
+    packed: Packed,
+    shift: Tensor | None,
+    geometry: Any,
+    scale: Tensor | None = None,
+    post: Any = None,
+    shortcut: bool = False,
+) -> Tensor:
+    """Return RPReLU(scale * conv(sign(x + b))) + shortcut in x's dtype by the xnor-popcount kernel.
+
+    Args:
+        x: ``(B, C_in, H, W)``.
+        packed: The filters.
+        shift: Rows b, or None.
+        geometry: The convolution's.
+        scale: ``(C_out,)`` or None for 1.
+        post: The RPReLU's rows, or None for the identity.
+        shortcut: Whether to add x.
+    """
+    shape, (top, left) = packed.shape, geometry.padding
+    columns = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0]).view(6, 1, 1)
+    columns = columns.repeat(1, 1 if post is None else post.slope.shape[0], shape.out_channels)
+    if scale is not None:
+        columns[0] = scale
+    if post is not None:
+        columns[3], columns[4], columns[5] = (rows.detach() for rows in post)
+    limits = torch.zeros(1, x.shape[1]) if shift is None else -shift.detach().float()
+    rows = max(columns.shape[1], limits.shape[0])
+    table = lay_out_table(columns.expand(-1, rows, -1).contiguous(), shape)
+    thresholds = lay_out_thresholds(limits.expand(rows, -1).contiguous(), shape)
+    return _cpu.packed_conv2d(
+        x,
+        packed.filters,
+        packed.counts,
+        thresholds,
+        table,
+        torch.arange(rows) if rows > 1 else None,
+        shape,
+        PackedGeometry(geometry.stride, (left, left, top, top), geometry.dilation),
+        halve=False,
+        low=-math.inf,
+        high=math.inf,
+        shortcut=int(shortcut),
+        norm=None,
+        row=None,
+        residual=None,
+    )
+
+
+def scaled_codes(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Return scale * sign(weight), sign(0) being 1, for float32 weights."""
+    out = torch.empty(weight.shape)
+    run(_scaled_codes, weight.shape[0], _filters(weight), _scale(scale, weight.shape[0]), _filters(out))
+    return out
+
+
+def clip_(grad: Tensor, weight: Tensor) -> Tensor:
+    """Set a contiguous gradient to zero where the weight is outside [-1, 1], in place."""
+    run(_clip, weight.shape[0], _filters(weight), _filters(grad))
+    return grad

@@ -1,0 +1,139 @@
+"""A training step of BI-DiffSR on this CPU: peak memory and time, against the same network written the textbook way.
+
+Every variant runs in a process of its own: it builds the network, then trains it for a few steps (forward, L1 loss,
+backward, Adam with the released settings). Memory is the peak of the resident set above what the process held before
+the first step, so it counts activations, gradients, Adam's two moments and whatever libraries keep; time is the median
+step after the first two.
+
+    python benchmarks/bench_training.py                       # the released configuration, 4 pictures of 128x128
+    python benchmarks/bench_training.py --size 64 --batch 1 --variants textbook exact --json figures.json
+    python benchmarks/bench_training.py --sweep               # memory by size and batch, of ours alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+VARIANTS = {
+    "textbook": "textbook, float32",
+    "exact": "ours, float32, memory exact",
+    "compact": "ours, float32, memory compact",
+    "exact-bf16": "ours, bfloat16 autocast, memory exact",
+    "compact-bf16": "ours, bfloat16 autocast, memory compact",
+    "textbook-bf16": "textbook, bfloat16 autocast",
+}
+BARS = {"exact": (0.4, 0.6), "compact": (0.3, 0.6), "exact-bf16": (0.4, 0.35), "compact-bf16": (0.3, 0.35)}
+SWEEP = ((128, 1), (128, 2), (128, 4), (128, 8), (256, 1), (256, 2), (64, 16))
+
+
+def resident(key: str) -> float:
+    """Return a field of /proc/self/status in MB."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+
+
+def measure(variant: str, size: int, batch: int, steps: int, threads: int) -> dict[str, Any]:
+    """Train for a few steps in this process and return peak memory in MB and seconds of each step."""
+    import torch
+    from textbook import TextbookSRUNet
+
+    import binarize
+    from binarize.models import SRUNet
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    kind, _, precision = variant.partition("-")
+    if kind == "textbook":
+        net: torch.nn.Module = TextbookSRUNet()
+    else:
+        net = binarize.convert(SRUNet(), "bidiffsr")
+        binarize.memory_mode(net, kind)
+    net.train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    sample, condition, noise = torch.rand(3, batch, 3, size, size)
+    timesteps = torch.full((batch,), 700)
+
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before, seconds = resident("VmRSS"), []
+    for _ in range(steps + 2):
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(precision)):
+            out = net(sample, timesteps, condition)
+        predicted = out if isinstance(out, torch.Tensor) else out.sample
+        (predicted.float() - noise).abs().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        del out, predicted
+        seconds.append(time.perf_counter() - started)
+    return {
+        "memory": resident("VmHWM") - before,
+        "seconds": statistics.median(seconds[2:]),
+        "first": seconds[0],
+        "before": before,
+    }
+
+
+def run(variant: str, size: int, batch: int, steps: int, threads: int) -> dict[str, Any]:
+    """Measure in a fresh process."""
+    task = json.dumps([variant, size, batch, steps, threads])
+    done = subprocess.run([sys.executable, __file__, "--task", task], check=True, capture_output=True, text=True)
+    return {"variant": variant, "size": size, "batch": batch, "threads": threads, **json.loads(done.stdout)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table, with ratios to the textbook form of the same size and batch."""
+    lines = [
+        "| network | pixels | batch | peak memory (MB) | ratio | bar | a step (s) | ratio | bar |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = {(row["size"], row["batch"]): row for row in rows if row["variant"] == "textbook"}
+    for row in rows:
+        reference = base.get((row["size"], row["batch"]))
+        bars = BARS.get(row["variant"], ("", ""))
+        cells = [VARIANTS[row["variant"]], f"{row['size']}x{row['size']}", row["batch"]]
+        for key, bar, form in (("memory", bars[0], ".0f"), ("seconds", bars[1], ".2f")):
+            ratio = "" if reference is None else f"{row[key] / reference[key]:.3f}"
+            cells += [format(row[key], form), ratio, bar if reference is not None else ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:5])
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures, in pixels")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sweep", action="store_true", help="measure ours over several sizes and batches instead")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.task:
+        print(json.dumps(measure(*json.loads(given.task))))
+        return
+    cases = [(variant, given.size, given.batch) for variant in given.variants]
+    if given.sweep:
+        cases = [(variant, *shape) for shape in SWEEP for variant in ("exact", "compact")]
+    rows = []
+    for case in cases:
+        rows.append(run(*case, given.steps, given.threads))
+        print(f"{VARIANTS[case[0]]}: {rows[-1]['memory']:.0f} MB, {rows[-1]['seconds']:.2f} s", file=sys.stderr)
+    print(table(rows))
+    if given.json is not None:
+        import torch
+
+        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+        given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
