@@ -11,6 +11,8 @@ from torch import Tensor
 
 import binarize
 from binarize.models import SRUNet
+from binarize.recipes import Recipe, build_model, build_scheduler, load_recipe
+from binarize.training.objective import prediction_target, sample_losses
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from textbook import TextbookSRUNet, textbook_names, textbook_state, textbook_twin
@@ -24,7 +26,15 @@ def network(zero: str = "zero", dropout: float = 0.0) -> SRUNet:
         base_channels=8, channel_mults=(1, 2, 4), res_blocks=1, norm_groups=4, dropout=dropout, num_train_timesteps=T
     )
     binarize.convert(unet, {"name": "bidiffsr", "sign_zero": zero})
-    unet.double()
+    return roughen(unet.double())
+
+
+def roughen(unet: SRUNet) -> SRUNet:
+    """Move shifts and slopes away from where they start.
+
+    With a first shift of 0, a dot product of 0 sits on the kink of the RPReLU. Ours are exactly 0 there, and take the
+    slope; the textbook's, whose scale is inside the weights, are rounding errors of either sign, and take either side.
+    """
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if ".pre." in name or ".post." in name:
@@ -66,3 +76,86 @@ def test_the_textbook_network_of_the_released_configuration_has_our_parameters()
         textbook = TextbookSRUNet()
     shapes = {name: value.shape for name, value in textbook_state(ours.state_dict()).items()}
     assert shapes == {name: value.shape for name, value in textbook.state_dict().items()}
+
+
+# -- a training run ----------------------------------------------------------------------------------------------------
+
+STEPS = 50
+
+
+def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, *, fill: bool = False) -> list[float]:
+    """Train on fixed random pictures, one timestep a batch, and return the loss of every step.
+
+    With ``fill``, parameters that a step did not reach get a gradient of zero rather than None.
+    """
+    scheduler, losses = build_scheduler(recipe), []
+    for step in range(STEPS):
+        draw = torch.Generator().manual_seed(step)
+        clean, condition, noise = torch.rand(3, 2, 3, 16, 16, generator=draw, dtype=torch.float64)
+        steps = torch.randint(T, (1,), generator=draw).expand(2)
+        noisy = scheduler.add_noise(clean, noise, steps)
+        out = net(noisy, steps, condition)
+        prediction = out if isinstance(out, Tensor) else out.sample
+        loss = sample_losses(recipe.loss, prediction, prediction_target(scheduler, clean, noise, steps)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in net.parameters() if fill else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def pair() -> tuple[SRUNet, TextbookSRUNet, Recipe]:
+    recipe = load_recipe(
+        "bidiffsr_x2",
+        (
+            "timesteps_per=batch", f"scheduler.num_train_timesteps={T}", "model.base_channels=8",
+            "model.channel_mults=[1,2]", "model.res_blocks=1", "model.norm_groups=4", "method.sign_zero=zero",
+            "method.fp_decoder_levels=[0]", "resolution=16", "train_batch_size=2",
+            "model.dropout=0",  # whose masks follow the order of memory, which differs
+        ),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ours = roughen(build_model(recipe).double())
+    return ours, textbook_twin(ours), recipe
+
+
+def adam(net: torch.nn.Module, recipe: Recipe) -> torch.optim.Adam:
+    return torch.optim.Adam(net.parameters(), recipe.learning_rate, (recipe.adam_beta1, recipe.adam_beta2))
+
+
+def test_losses_agree_with_the_textbook_networks_over_a_run_with_adam():
+    ours, textbook, recipe = pair()
+    mine = train(ours, adam(ours, recipe), recipe)
+    theirs = train(textbook, adam(textbook, recipe), recipe, fill=True)
+    assert max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) < 1e-5
+    assert sum(mine[-10:]) < sum(mine[:10])
+
+
+def test_losses_agree_as_they_are_where_the_optimizer_has_no_memory():
+    ours, textbook, recipe = pair()
+    mine = train(ours, torch.optim.SGD(ours.parameters(), 0.05), recipe)
+    theirs = train(textbook, torch.optim.SGD(textbook.parameters(), 0.05), recipe)
+    assert max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) < 1e-5
+
+
+def test_momentum_moves_rows_that_no_sample_selected_and_leaves_the_textbooks_modules():
+    ours, textbook, recipe = pair()
+    sample, condition, _ = batch()
+    optimizers = adam(ours, recipe), adam(textbook, recipe)
+    history: list[tuple[Tensor, Tensor]] = []
+    for step in (0, T - 1):  # the first group, then the last one
+        steps = torch.full((2,), step)
+        for net, optimizer in zip((ours, textbook), optimizers, strict=True):
+            out = net(sample, steps, condition)
+            optimizer.zero_grad()
+            (out if isinstance(out, Tensor) else out.sample).abs().mean().backward()
+            optimizer.step()
+        row = ours.encoder[0].blocks[0].conv1.pre.bias[0]
+        module = textbook.encoder[0].blocks[0].conv1.shifts[0].bias.flatten()
+        history.append((row.detach().clone(), module.detach().clone()))
+    (row_before, module_before), (row_after, module_after) = history
+    assert (row_after != row_before).any()
+    assert torch.equal(module_after, module_before)
