@@ -11,8 +11,8 @@ from torch import Tensor
 
 from binarize.packed import _threads
 from binarize.packed._compile import workers
-from binarize.packed._layout import FilterShape
-from binarize.packed._workers import PIXELS, Conv, Norm, Unzip
+from binarize.packed._layout import LANES, FilterShape
+from binarize.packed._workers import PIXELS, Conv, Norm, Unzip, Wide
 
 if TYPE_CHECKING:
     from binarize.packed._op import Geometry
@@ -21,6 +21,8 @@ ALIGN = 64
 # An output strip's input should stay in the second-level cache from packing until the shortcut reads it again.
 STRIP_BYTES = 400_000
 TASKS_PER_THREAD = 4
+# The transformed patches of a full-precision convolution and their products share that cache with its filters.
+TILE_BYTES = 600_000
 
 
 class _Plan(NamedTuple):
@@ -109,6 +111,52 @@ def norm_silu(x: Tensor, norm: Tensor) -> Tensor:
     _place(p, Norm.OUT, out)
     p[Norm.FACTORS], p[Norm.OFFSETS] = norm[0].data_ptr(), norm[1].data_ptr()
     _threads.run(workers()["silu"], p.ctypes.data, tasks)
+    return out
+
+
+def wide_pays(x: Tensor) -> bool:
+    """Say whether `wide_conv` is worth it for such a tensor."""
+    return min(x.shape[2:]) >= 4 and (x.dtype == torch.float32 or not _threads.has_tiles())
+
+
+def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Do what `binarize.packed._wide.wide_conv` says with the compiled kernels, widths being multiples of 16."""
+    x = _pixels(x)
+    batch, channels, height, width = x.shape
+    out_channels, size, threads = weight.shape[0], x.element_size(), _threads.workers()
+    weight = weight.float()
+    filters = torch.empty(36, out_channels // LANES, channels, LANES)
+    p = np.zeros(len(Wide), np.int64)
+    p[Wide.COUNT], p[Wide.IN_CHANNELS], p[Wide.OUT_CHANNELS] = out_channels // LANES, channels, out_channels
+    p[Wide.FILTERS], p[Wide.WEIGHT] = filters.data_ptr(), weight.data_ptr()
+    p[Wide.WEIGHT_OUT : Wide.WEIGHT_COLUMN + 1] = [4 * s for s in weight.stride()]
+    _threads.run(workers()["filters"], p.ctypes.data, out_channels // LANES)
+
+    out = torch.empty((batch, out_channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    tile_rows = -(-height // 4)
+    chunk = max(1, -(-tile_rows * batch // (TASKS_PER_THREAD * threads)))
+    tasks = -(-tile_rows // chunk) * batch
+    tiles = max(4, min(-(-width // 4 // 4) * 4, TILE_BYTES // (36 * 4 * (channels + out_channels)) // 4 * 4))
+    scratch = 64 + 320 + _aligned(4 * channels) + 36 * 4 * tiles * (channels + out_channels)
+    if norm is not None:
+        scratch += _aligned(8 * width * channels * size)
+    held = [torch.empty(min(threads, tasks) * _aligned(scratch) + ALIGN, dtype=torch.uint8)]
+    p[Wide.WORKERS] = p[Wide.TASKS] = 0
+    p[Wide.COUNT], p[Wide.HALF], p[Wide.TILE_ROWS], p[Wide.TILES] = tasks, int(size == 2), chunk, tiles
+    p[Wide.SCRATCH], p[Wide.SCRATCH_STEP] = -(-held[0].data_ptr() // ALIGN) * ALIGN, _aligned(scratch)
+    p[Wide.HEIGHT], p[Wide.WIDTH] = height, width
+    _place(p, Wide.X, x)
+    _place(p, Wide.OUT, out)
+    if bias is not None:
+        held.append(bias.float())
+        p[Wide.BIAS] = held[-1].data_ptr()
+    if norm is not None:
+        held.append(norm.float().contiguous())
+        p[Wide.NORM_FACTORS], p[Wide.NORM_OFFSETS] = held[-1][0].data_ptr(), held[-1][1].data_ptr()
+    if residual is not None:
+        held.append(_pixels(residual.to(x.dtype)))
+        _place(p, Wide.RESIDUAL, held[-1])
+    _threads.run(workers()["wide"], p.ctypes.data, tasks)
     return out
 
 

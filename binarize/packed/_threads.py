@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
 
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_int64)
-_state = threading.local()
 _forked = False
 
 
@@ -68,6 +66,12 @@ def run(worker: int, parameters: int, tasks: int) -> None:
     function(parameters)
     for future in futures:
         future.result()
+
+
+@cache
+def has_tiles() -> bool:
+    """Say whether the processor multiplies bfloat16 matrices in tiles (AMX), where torch's convolutions are fastest."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def workers() -> int:

@@ -332,6 +332,177 @@ def make_moments(bf16: bool, partial: bool) -> Any:
     return moments
 
 
+def make_matmul(rows: int, blocks: int) -> Any:
+    """Return ``f(x, x_step, w, w_step, k, out, out_step)``: ``rows`` x ``blocks`` x 16 sums of k products in registers.
+
+    ``out[p * out_step + 64 r + 4 lane] = sum_j x[p * x_step + 4 j] * w[r * w_step + 64 j + 4 lane]``, all float32.
+    """
+
+    @intrinsic
+    def matmul(context, x, x_step, w, w_step, k, out, out_step):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, x_step, w, w_step, count, out, out_step = args
+            entry, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
+            row, block = [x], [w]
+            for _ in range(1, rows):
+                row.append(b.add(row[-1], x_step))
+            for _ in range(1, blocks):
+                block.append(b.add(block[-1], w_step))
+            b.branch(loop)
+            b.position_at_end(loop)
+            j = b.phi(_I64)
+            sums = [b.phi(_FLOATS) for _ in range(rows * blocks)]
+            filters = [_load(b, b.add(a, b.shl(j, _I64(6))), _FLOATS) for a in block]
+            new = []
+            for p, address in enumerate(row):
+                value = _splat(b, _load(b, b.add(address, b.shl(j, _I64(2))), _F32))
+                new += [_fma(b, value, f, sums[p * blocks + r]) for r, f in enumerate(filters)]
+            after = b.add(j, _I64(1))
+            for phi, first, last in (
+                (j, _I64(0), after),
+                *((s, ir.Constant(_FLOATS, None), n) for s, n in zip(sums, new, strict=True)),
+            ):
+                phi.add_incoming(first, entry)
+                phi.add_incoming(last, loop)
+            b.cbranch(b.icmp_signed("<", after, count), loop, done)
+            b.position_at_end(done)
+            for p in range(rows):
+                for r in range(blocks):
+                    _store(b, new[p * blocks + r], b.add(b.add(out, b.mul(_I64(p), out_step)), _I64(64 * r)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return matmul
+
+
+def _combine(b: ir.IRBuilder, values: list[ir.Value], factors: tuple[float, ...]) -> ir.Value:
+    """Return the sum of values times constants."""
+    total = None
+    for value, factor in zip(values, factors, strict=True):
+        if factor == 0:
+            continue
+        if total is None:
+            total = value if factor == 1 else b.fmul(value, _constant(float(factor), _FLOATS))
+        elif factor in (1, -1):
+            total = b.fadd(total, value) if factor == 1 else b.fsub(total, value)
+        else:
+            total = _fma(b, value, _constant(float(factor), _FLOATS), total)
+    return total
+
+
+def _sandwich(
+    b: ir.IRBuilder, grid: list[list[ir.Value]], matrix: tuple[tuple[float, ...], ...]
+) -> list[list[ir.Value]]:
+    """Return matrix @ grid @ matrix.T."""
+    columns = [[_combine(b, [line[x] for line in grid], row) for row in matrix] for x in range(len(grid[0]))]
+    return [[_combine(b, [column[y] for column in columns], row) for row in matrix] for y in range(len(matrix))]
+
+
+# F(4x4, 3x3) of Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.3.
+_SPREAD = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+_FILTER = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+_GATHER = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+
+
+def make_spread(bf16: bool) -> Any:
+    """Return ``f(addresses, channel, out, step)``: Winograd's transform of a 6x6 patch, for 16 channels.
+
+    ``addresses`` points to the addresses of the patch's 36 pixels, ``channel`` is an offset in bytes from each; value
+    i of the transform goes to ``out + i * step``, float32.
+    """
+
+    @intrinsic
+    def spread(context, addresses, channel, out, step):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            addresses, channel, out, step = args
+
+            def pixel(i: int) -> ir.Value:
+                address = b.load(_pointer(b, b.add(addresses, _I64(8 * i)), _I64))
+                return _load_pixels(b, b.add(address, channel), bf16, None)
+
+            grid = [[pixel(6 * y + x) for x in range(6)] for y in range(6)]
+            for i, value in enumerate(v for line in _sandwich(b, grid, _SPREAD) for v in line):
+                _store(b, value, b.add(out, b.mul(_I64(i), step)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return spread
+
+
+@intrinsic
+def spread_filters(context, w, lane, row, column, out, step):  # type: ignore[no-untyped-def]
+    """Winograd's transform of one input channel's 3x3 taps for 16 output channels, whose weights are ``lane`` apart."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        w, lane, row, column, out, step = args
+
+        def tap(y: int, x: int) -> ir.Value:
+            start = b.add(w, b.add(b.mul(row, _I64(y)), b.mul(column, _I64(x))))
+            values = ir.Constant(_FLOATS, ir.Undefined)
+            for i in range(LANES):
+                value = _load(b, b.add(start, b.mul(lane, _I64(i))), _F32)
+                values = b.insert_element(values, value, _I32(i))
+            return values
+
+        grid = [[tap(y, x) for x in range(3)] for y in range(3)]
+        for i, value in enumerate(v for line in _sandwich(b, grid, _FILTER) for v in line):
+            _store(b, value, b.add(out, b.mul(_I64(i), step)))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), codegen
+
+
+def make_gather(bf16: bool) -> Any:
+    """Return ``f(x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns)``: Winograd's way back.
+
+    The 36 values at ``x + i * step`` become 4x4 output pixels of 16 channels, plus bias and residual (null addresses
+    leave them out), of which ``rows`` x ``columns`` are inside the picture.
+    """
+
+    @intrinsic
+    def gather(context, x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns = args
+            grid = [[_load(b, b.add(x, b.mul(_I64(6 * y + i), step)), _FLOATS) for i in range(6)] for y in range(6)]
+            zero = ir.Constant(_FLOATS, None)
+            biased = b.icmp_signed("!=", bias, _I64(0))
+            start = _when(b, biased, zero, lambda: _load(b, bias, _FLOATS))
+            more = b.icmp_signed("!=", residual, _I64(0))
+            for y, line in enumerate(_sandwich(b, grid, _GATHER)):
+                for i, value in enumerate(line):
+                    inside = b.and_(b.icmp_signed(">", rows, _I64(y)), b.icmp_signed(">", columns, _I64(i)))
+                    with b.if_then(inside):
+                        value = b.fadd(value, start)
+                        at = b.add(b.mul(r_row, _I64(y)), b.mul(r_pixel, _I64(i)))
+                        value = _when(
+                            b, more, value,
+                            lambda value=value, at=at: b.fadd(value, _load_pixels(b, b.add(residual, at), bf16, None)),
+                        )  # fmt: skip
+                        to = b.add(out, b.add(b.mul(row, _I64(y)), b.mul(pixel, _I64(i))))
+                        _store_pixels(b, value, to, bf16, None)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 11), codegen
+
+    return gather
+
+
 def make_unzip(bf16: bool) -> Any:
     """Return ``f(x, evens, odds)``: 32 channels to the 16 of even and the 16 of odd number."""
 

@@ -15,7 +15,16 @@ from numba.core import config
 
 from binarize.packed import _vectors as vectors
 from binarize.packed._layout import WORD
-from binarize.packed._vectors import LANES, fetch_add, read_float32, read_int32, read_int64, write_int32
+from binarize.packed._vectors import (
+    LANES,
+    fetch_add,
+    read_float32,
+    read_int32,
+    read_int64,
+    spread_filters,
+    write_int32,
+    write_int64,
+)
 
 
 def _features() -> str:
@@ -192,10 +201,7 @@ def _sign_row(x, x_step, width, groups, channels, words, thresholds, out, half):
             for c in range(0, channels, WORD):
                 source, limit = start + c * size, limits + 4 * c
                 if c + WORD <= channels:
-                    if half:
-                        word = _signs_bf16(source, limit, WORD)
-                    else:
-                        word = _signs(source, limit, WORD)
+                    word = _signs_bf16(source, limit, WORD) if half else _signs(source, limit, WORD)
                 elif half:
                     word = _signs_part_bf16(source, limit, channels - c)
                 else:
@@ -482,6 +488,189 @@ def silu_worker(p):  # type: ignore[no-untyped-def]
             _activate_row(x, step, _field(p, Norm.WIDTH), channels, factors, offsets, out, out_step, half)
 
 
+class Wide(IntEnum):
+    """Fields of the parameters of a full-precision 3x3 convolution, and of the transform of its weights."""
+
+    WORKERS = 0
+    TASKS = auto()
+    COUNT = auto()
+    HALF = auto()
+    SCRATCH = auto()
+    SCRATCH_STEP = auto()
+    TILE_ROWS = auto()  # rows of 4x4 output tiles of a task
+    TILES = auto()  # tiles multiplied together, a multiple of 4
+    HEIGHT = auto()
+    WIDTH = auto()
+    IN_CHANNELS = auto()
+    OUT_CHANNELS = auto()
+    X = auto()
+    X_BATCH = auto()
+    X_ROW = auto()
+    X_PIXEL = auto()
+    OUT = auto()
+    OUT_BATCH = auto()
+    OUT_ROW = auto()
+    OUT_PIXEL = auto()
+    RESIDUAL = auto()
+    RESIDUAL_BATCH = auto()
+    RESIDUAL_ROW = auto()
+    RESIDUAL_PIXEL = auto()
+    FILTERS = auto()  # float32, (36, C_out / 16, C_in, 16)
+    BIAS = auto()
+    NORM_FACTORS = auto()
+    NORM_OFFSETS = auto()
+    WEIGHT = auto()  # of the plain convolution, float32
+    WEIGHT_OUT = auto()  # its strides in bytes
+    WEIGHT_IN = auto()
+    WEIGHT_ROW = auto()
+    WEIGHT_COLUMN = auto()
+
+
+_spread, _spread_bf16 = vectors.make_spread(False), vectors.make_spread(True)
+_gather, _gather_bf16 = vectors.make_gather(False), vectors.make_gather(True)
+_matmul4, _matmul3, _matmul2, _matmul1 = (vectors.make_matmul(4, n) for n in (4, 3, 2, 1))
+
+
+def filters_worker(p):  # type: ignore[no-untyped-def]
+    """Transform the 3x3 weights of one block of 16 output channels at a time."""
+    channels, blocks = _field(p, Wide.IN_CHANNELS), _field(p, Wide.OUT_CHANNELS) // LANES
+    lane, row, column = _field(p, Wide.WEIGHT_OUT), _field(p, Wide.WEIGHT_ROW), _field(p, Wide.WEIGHT_COLUMN)
+    while True:
+        task = fetch_add(p + 8 * Wide.TASKS, 1)
+        if task >= _field(p, Wide.COUNT):
+            break
+        w = _field(p, Wide.WEIGHT) + task * LANES * lane
+        out = _field(p, Wide.FILTERS) + task * channels * 64
+        for i in range(channels):
+            at = w + i * _field(p, Wide.WEIGHT_IN)
+            spread_filters(at, lane, row, column, out + i * 64, blocks * channels * 64)
+
+
+@njit
+def _multiply_tiles(count, x, in_channels, w, out_channels, out):  # type: ignore[no-untyped-def]
+    """(count, C_in) times (C_in, C_out), count a multiple of 4."""
+    block = 0
+    blocks = out_channels // LANES
+    while block < blocks:
+        together = min(4, blocks - block)
+        filters = w + block * in_channels * 64
+        for t in range(0, count, 4):
+            source, target = x + t * in_channels * 4, out + (t * out_channels + block * LANES) * 4
+            if together == 4:
+                _matmul4(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
+            elif together == 3:
+                _matmul3(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
+            elif together == 2:
+                _matmul2(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
+            else:
+                _matmul1(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
+        block += together
+
+
+@njit
+def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def]
+    """One row of tiles; ``lines`` points to the addresses of its six input rows, 0 for one outside the picture."""
+    half = _field(p, Wide.HALF) == 1
+    size = 2 if half else 4
+    height, width = _field(p, Wide.HEIGHT), _field(p, Wide.WIDTH)
+    channels, out_channels = _field(p, Wide.IN_CHANNELS), _field(p, Wide.OUT_CHANNELS)
+    pixel = channels * size if _field(p, Wide.NORM_FACTORS) != 0 else _field(p, Wide.X_PIXEL)
+    together = _field(p, Wide.TILES)
+    addresses = scratch
+    nothing = addresses + 320
+    spread = nothing + (channels * 4 + 63) // 64 * 64
+    products = spread + 36 * together * channels * 4
+    spread_step, product_step = together * channels * 4, together * out_channels * 4
+    filter_step = out_channels // LANES * channels * 64
+    out = _field(p, Wide.OUT) + sample * _field(p, Wide.OUT_BATCH) + 4 * tile_y * _field(p, Wide.OUT_ROW)
+    residual = _field(p, Wide.RESIDUAL)
+    if residual != 0:
+        residual += sample * _field(p, Wide.RESIDUAL_BATCH) + 4 * tile_y * _field(p, Wide.RESIDUAL_ROW)
+    bias = _field(p, Wide.BIAS)
+    tiles = (width + 3) // 4
+    for first in range(0, tiles, together):
+        here = min(together, tiles - first)
+        for t in range(here):
+            for i in range(36):
+                line, x = read_int64(lines + 8 * (i // 6)), 4 * (first + t) - 1 + i % 6
+                inside = line != 0 and 0 <= x < width
+                write_int64(addresses + 8 * i, line + x * pixel if inside else nothing)
+            for c in range(0, channels, LANES):
+                target = spread + (t * channels + c) * 4
+                if half:
+                    _spread_bf16(addresses, c * size, target, spread_step)
+                else:
+                    _spread(addresses, c * size, target, spread_step)
+        rounded = (here + 3) // 4 * 4
+        for i in range(36):
+            w = _field(p, Wide.FILTERS) + i * filter_step
+            _multiply_tiles(rounded, spread + i * spread_step, channels, w, out_channels, products + i * product_step)
+        for t in range(here):
+            x = 4 * (first + t)
+            rows, columns = min(4, height - 4 * tile_y), min(4, width - x)
+            for o in range(0, out_channels, LANES):
+                more = 0
+                if residual != 0:
+                    more = residual + x * _field(p, Wide.RESIDUAL_PIXEL) + o * size
+                start = bias + 4 * o if bias != 0 else 0
+                source = products + (t * out_channels + o) * 4
+                target = out + x * _field(p, Wide.OUT_PIXEL) + o * size
+                if half:
+                    _gather_bf16(
+                        source, product_step, start, more, _field(p, Wide.RESIDUAL_ROW),
+                        _field(p, Wide.RESIDUAL_PIXEL), target, _field(p, Wide.OUT_ROW), _field(p, Wide.OUT_PIXEL),
+                        rows, columns,
+                    )  # fmt: skip
+                else:
+                    _gather(
+                        source, product_step, start, more, _field(p, Wide.RESIDUAL_ROW),
+                        _field(p, Wide.RESIDUAL_PIXEL), target, _field(p, Wide.OUT_ROW), _field(p, Wide.OUT_PIXEL),
+                        rows, columns,
+                    )  # fmt: skip
+
+
+def wide_worker(p):  # type: ignore[no-untyped-def]
+    """A full-precision 3x3 convolution by Winograd's algorithm, with what stands before and after it."""
+    half = _field(p, Wide.HALF) == 1
+    size = 2 if half else 4
+    height, width, channels = _field(p, Wide.HEIGHT), _field(p, Wide.WIDTH), _field(p, Wide.IN_CHANNELS)
+    me = fetch_add(p + 8 * Wide.WORKERS, 1)
+    scratch = _field(p, Wide.SCRATCH) + me * _field(p, Wide.SCRATCH_STEP)
+    lines, activated = scratch, scratch + 64
+    normed = _field(p, Wide.NORM_FACTORS) != 0
+    row_size = width * channels * size
+    rest = activated + (8 * row_size + 63) // 64 * 64 if normed else activated
+    _clear(rest + 320, channels)
+    tile_rows, together = (height + 3) // 4, _field(p, Wide.TILE_ROWS)
+    chunks = (tile_rows + together - 1) // together
+    while True:
+        task = fetch_add(p + 8 * Wide.TASKS, 1)
+        if task >= _field(p, Wide.COUNT):
+            break
+        sample, first = task // chunks, task % chunks * together
+        x = _field(p, Wide.X) + sample * _field(p, Wide.X_BATCH)
+        factors = _field(p, Wide.NORM_FACTORS) + sample * channels * 4
+        offsets = _field(p, Wide.NORM_OFFSETS) + sample * channels * 4
+        done = 4 * first - 1  # input rows before this one are activated
+        for tile_y in range(first, min(first + together, tile_rows)):
+            for i in range(6):
+                y = 4 * tile_y - 1 + i
+                line = 0
+                if 0 <= y < height:
+                    line = x + y * _field(p, Wide.X_ROW)
+                    if normed:
+                        target = activated + y % 8 * row_size
+                        if y >= done:
+                            _activate_row(
+                                line, _field(p, Wide.X_PIXEL), width, channels, factors, offsets, target,
+                                channels * size, half,
+                            )  # fmt: skip
+                        line = target
+                write_int64(lines + 8 * i, line)
+            done = 4 * tile_y + 5
+            _tile_row(p, sample, tile_y, lines, rest)
+
+
 class Unzip(IntEnum):
     """Fields of the parameters of CS-Fusion's shuffle."""
 
@@ -542,7 +731,14 @@ def unzip_worker(p):  # type: ignore[no-untyped-def]
 
 def compile_workers() -> dict[str, int]:
     """Return the address of every worker, compiled now or by an earlier run."""
-    made = {"conv": conv_worker, "moments": moments_worker, "silu": silu_worker, "unzip": unzip_worker}
+    made = {
+        "conv": conv_worker,
+        "moments": moments_worker,
+        "silu": silu_worker,
+        "unzip": unzip_worker,
+        "filters": filters_worker,
+        "wide": wide_worker,
+    }
     compiled = {name: cfunc(types.void(types.int64), nopython=True, cache=True)(f) for name, f in made.items()}
     _kept.update(compiled)
     return {name: function.address for name, function in compiled.items()}

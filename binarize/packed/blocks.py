@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from binarize.layers.structure import CSFusion, accumulate
 from binarize.packed._norm import factors_of, norm_silu, shuffle
+from binarize.packed._wide import is_wide, wide_conv
 from binarize.packed.layers import PackedConv2d
 
 
@@ -31,6 +32,9 @@ def norm_silu_conv(
     if isinstance(conv, PackedConv2d) and conv.absorbs:
         packed: Tensor = conv(x, factors, None, residual)
         return packed
+    if is_wide(conv):
+        wide: Tensor = wide_conv(x, conv.weight, conv.bias, factors, residual)
+        return wide
     y: Tensor = conv(norm_silu(x, factors))
     return y if residual is None else y.add_(residual)
 
