@@ -90,16 +90,23 @@ def packed_conv2d(
     return out
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the mean square of each sample's channels, ``(B, C)`` float64 each."""
+def norm_factors(
+    x: Tensor, row: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Do what `binarize.packed._norm.norm_factors` says with the compiled kernels."""
     x = _pixels(x)
-    batch, channels, height, width = x.shape
     p, tasks, strips = _strips(x)
-    sums = torch.zeros(batch, strips, 2, channels)
-    p[Norm.SUMS] = sums.data_ptr()
+    sums = torch.zeros(x.shape[0], strips, 2, x.shape[1])
+    out = torch.empty(2, x.shape[0], x.shape[1])
+    small = np.array([eps])
+    held = [None if t is None else t.float().contiguous() for t in (weight, bias)]
+    held.append(None if row is None else row.float().expand(x.shape[0], -1).contiguous())
+    p[Norm.GROUPS], p[Norm.SUMS], p[Norm.EPS] = groups, sums.data_ptr(), small.ctypes.data
+    p[Norm.WEIGHT], p[Norm.BIAS], p[Norm.SHIFT] = (0 if t is None else t.data_ptr() for t in held)
+    p[Norm.FACTORS], p[Norm.OFFSETS] = out[0].data_ptr(), out[1].data_ptr()
     _threads.run(workers()["moments"], p.ctypes.data, tasks)
-    mean, square = (sums.double().sum(1) / (height * width)).unbind(1)
-    return mean, square
+    _threads.run(workers()["factors"], p.ctypes.data, 1)
+    return out
 
 
 def norm_silu(x: Tensor, norm: Tensor) -> Tensor:

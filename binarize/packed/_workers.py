@@ -9,9 +9,8 @@ from __future__ import annotations
 from enum import IntEnum, auto
 from typing import Any
 
-from llvmlite import binding
+import numpy as np
 from numba import cfunc, njit, types
-from numba.core import config
 
 from binarize.packed import _vectors as vectors
 from binarize.packed._layout import WORD
@@ -19,23 +18,16 @@ from binarize.packed._vectors import (
     LANES,
     fetch_add,
     read_float32,
+    read_float64,
     read_int32,
     read_int64,
     spread_filters,
+    write_float32,
     write_int32,
     write_int64,
 )
 
-
-def _features() -> str:
-    named = getattr(config, "CPU_FEATURES", None)
-    if named is not None:
-        return str(named)
-    return str(binding.get_host_cpu_features().flatten())
-
-
-FEATURES = _features()
-BYTEWISE = "+avx512vpopcntdq" not in FEATURES
+BYTEWISE = "+avx512vpopcntdq" not in vectors.cpu_features()
 # Register blocking: how many pixels x 16 output channels are summed at once, so that sums and filters fit the registers.
 PIXELS, BLOCKS = (4, 4) if not BYTEWISE else (4, 1)
 
@@ -121,6 +113,11 @@ class Norm(IntEnum):
     SUMS = auto()  # float32, (B, strips, 2, C)
     FACTORS = auto()  # float32, (B, C)
     OFFSETS = auto()
+    GROUPS = auto()
+    WEIGHT = auto()  # float32, (C,) or null, as the next
+    BIAS = auto()
+    SHIFT = auto()  # float32, (B, C) or null
+    EPS = auto()  # the address of a float64
 
 
 @njit
@@ -131,6 +128,7 @@ def _field(parameters, which):  # type: ignore[no-untyped-def]
 _signs, _signs_part = vectors.make_signs(False, False), vectors.make_signs(False, True)
 _signs_bf16, _signs_part_bf16 = vectors.make_signs(True, False), vectors.make_signs(True, True)
 _finish, _finish_part = vectors.make_finish(False, False), vectors.make_finish(False, True)
+_finish_plain, _finish_plain_bf16 = vectors.make_finish(False, False, True), vectors.make_finish(True, False, True)
 _finish_bf16, _finish_part_bf16 = vectors.make_finish(True, False), vectors.make_finish(True, True)
 _activate, _activate_part = vectors.make_activate(False, False), vectors.make_activate(False, True)
 _activate_bf16, _activate_part_bf16 = vectors.make_activate(True, False), vectors.make_activate(True, True)
@@ -268,6 +266,20 @@ def _base_row(p, rows, out):  # type: ignore[no-untyped-def]
 
 
 @njit
+def _is_plain(table, blocks, low, high):  # type: ignore[no-untyped-def]
+    """Whether factors are 1, offsets 0 and the clamp infinite, so that the epilogue can leave them out."""
+    if low > -np.inf or high < np.inf:
+        return False
+    for block in range(blocks):
+        for lane in range(LANES):
+            at = table + block * 384 + 4 * lane
+            factor = read_float32(at + 64)  # 0 in lanes beyond the last channel
+            if (factor != 1 and factor != 0) or read_float32(at + 128) != 0:
+                return False
+    return True
+
+
+@njit
 def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
     half = _field(p, Conv.HALF) == 1
     size = 2 if half else 4
@@ -331,6 +343,7 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
 
     filters = _field(p, Conv.FILTERS)
     low, high = read_float32(_field(p, Conv.LIMITS)), read_float32(_field(p, Conv.LIMITS) + 4)
+    plain = _is_plain(table, groups * blocks, low, high)
     halve, early = _field(p, Conv.HALVE), _field(p, Conv.EARLY)
     row_add = _field(p, Conv.ROW_ADD)
     if row_add != 0:
@@ -383,9 +396,40 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
                             target = out + y * out_row + px * out_pixel + o * size
                             count = group_out - (block + r) * LANES
                             total, start, constants = sums + (i * together + r) * 64, entry + 4 * at, table + at * 24
-                            if count >= LANES:
+                            if count < LANES:
                                 if half:
-                                    _finish_bf16(
+                                    _finish_part_bf16(
+                                        total,
+                                        start,
+                                        constants,
+                                        halve,
+                                        low,
+                                        high,
+                                        short,
+                                        early,
+                                        add,
+                                        more,
+                                        target,
+                                        count,
+                                    )
+                                else:
+                                    _finish_part(
+                                        total,
+                                        start,
+                                        constants,
+                                        halve,
+                                        low,
+                                        high,
+                                        short,
+                                        early,
+                                        add,
+                                        more,
+                                        target,
+                                        count,
+                                    )
+                            elif half:
+                                if plain:
+                                    _finish_plain_bf16(
                                         total,
                                         start,
                                         constants,
@@ -400,7 +444,7 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
                                         LANES,
                                     )
                                 else:
-                                    _finish(
+                                    _finish_bf16(
                                         total,
                                         start,
                                         constants,
@@ -414,13 +458,13 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
                                         target,
                                         LANES,
                                     )
-                            elif half:
-                                _finish_part_bf16(
-                                    total, start, constants, halve, low, high, short, early, add, more, target, count
+                            elif plain:
+                                _finish_plain(
+                                    total, start, constants, halve, low, high, short, early, add, more, target, LANES
                                 )
                             else:
-                                _finish_part(
-                                    total, start, constants, halve, low, high, short, early, add, more, target, count
+                                _finish(
+                                    total, start, constants, halve, low, high, short, early, add, more, target, LANES
                                 )
                     x_at += many
                 block += together
@@ -468,6 +512,40 @@ def moments_worker(p):  # type: ignore[no-untyped-def]
             half = _field(p, Norm.HALF) == 1
             _moments_row(x, _field(p, Norm.X_PIXEL), _field(p, Norm.WIDTH), channels, sums, sums + 4 * channels, half)
             x += _field(p, Norm.X_ROW)
+
+
+def factors_worker(p):  # type: ignore[no-untyped-def]
+    """Turn sums and sums of squares into GroupNorm's factors and offsets, for every sample."""
+    strips, channels, groups = _field(p, Norm.STRIPS), _field(p, Norm.CHANNELS), _field(p, Norm.GROUPS)
+    pixels = _field(p, Norm.HEIGHT) * _field(p, Norm.WIDTH)
+    weight, bias, shifts, eps = _field(p, Norm.WEIGHT), _field(p, Norm.BIAS), _field(p, Norm.SHIFT), _field(p, Norm.EPS)
+    width = channels // groups
+    for sample in range(_field(p, Norm.COUNT) // strips):
+        sums = _field(p, Norm.SUMS) + sample * strips * 8 * channels
+        row = shifts + sample * channels * 4 if shifts != 0 else 0
+        factors = _field(p, Norm.FACTORS) + sample * channels * 4
+        offsets = _field(p, Norm.OFFSETS) + sample * channels * 4
+        for g in range(groups):
+            mean, square = 0.0, 0.0
+            for c in range(g * width, (g + 1) * width):
+                total, squares = 0.0, 0.0
+                for strip in range(strips):
+                    total += types.float64(read_float32(sums + (strip * 2 * channels + c) * 4))
+                    squares += types.float64(read_float32(sums + ((strip * 2 + 1) * channels + c) * 4))
+                shift = types.float64(read_float32(row + 4 * c)) if row != 0 else 0.0
+                mean += total / pixels + shift
+                square += squares / pixels + 2 * shift * total / pixels + shift * shift
+            mean, square = mean / width, square / width
+            scale = 1.0 / np.sqrt(max(square - mean * mean, 0.0) + read_float64(eps))
+            for c in range(g * width, (g + 1) * width):
+                factor = scale * types.float64(read_float32(weight + 4 * c)) if weight != 0 else scale
+                offset = -mean * factor
+                if bias != 0:
+                    offset += types.float64(read_float32(bias + 4 * c))
+                if row != 0:
+                    offset += types.float64(read_float32(row + 4 * c)) * factor
+                write_float32(factors + 4 * c, types.float32(factor))
+                write_float32(offsets + 4 * c, types.float32(offset))
 
 
 def silu_worker(p):  # type: ignore[no-untyped-def]
@@ -734,6 +812,7 @@ def compile_workers() -> dict[str, int]:
     made = {
         "conv": conv_worker,
         "moments": moments_worker,
+        "factors": factors_worker,
         "silu": silu_worker,
         "unzip": unzip_worker,
         "filters": filters_worker,
