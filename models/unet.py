@@ -152,8 +152,7 @@ class ResBlock(nn.Module):
         if self.fusion is not None:
             x = self.fusion(x)
         h = self.conv1(norm_silu(x, self.norm1))
-        h = h + self.time(F.silu(time))[:, :, None, None]
-        h = self.conv2(norm_silu(h, self.norm2, self.dropout))
+        h = self.conv2(norm_silu(h, self.norm2, self.dropout, shift=self.time(F.silu(time))))
         h = h + self.residual(x)
         return h if self.attention is None else self.attention(h)
 

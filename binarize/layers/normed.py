@@ -61,17 +61,30 @@ class _NormSiLU(torch.autograd.Function):
         return *grads, None, None
 
 
-def norm_silu(x: Tensor, norm: nn.GroupNorm, dropout: nn.Dropout | None = None) -> Tensor:
-    """Return dropout(silu(norm(x))), keeping x alone for the backward.
+def norm_silu(
+    x: Tensor, norm: nn.GroupNorm, dropout: nn.Dropout | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """Return dropout(silu(norm(x + shift))), keeping the norm's input alone for the backward.
+
+    Without a gradient, on a CPU, it is the arithmetic that a packed network uses, to the last bit: another rounding
+    would turn signs over further on.
 
     Args:
         x: ``(B, C, H, W)``.
         norm: The GroupNorm; with hooks, or of another class, it is called as the module that it is.
         dropout: The dropout, or None.
+        shift: ``(B, C)``, added to every pixel, or None.
 
     Returns:
         ``(B, C, H, W)``.
     """
+    if _as_packed(x, norm, dropout):
+        from binarize.packed._norm import factors_of
+        from binarize.packed._norm import norm_silu as apply
+
+        return apply(x, factors_of(norm, x, shift))
+    if shift is not None:
+        x = x + shift[:, :, None, None]
     drops = dropout is not None and dropout.training and dropout.p > 0
     one_node = (
         is_plain(norm, nn.GroupNorm)
@@ -92,3 +105,11 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm, dropout: nn.Dropout | None = None) 
     else:
         y = _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return y if dropout is None else dropout(y)
+
+
+def _as_packed(x: Tensor, norm: nn.GroupNorm, dropout: nn.Dropout | None) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_meta or not is_plain(norm, nn.GroupNorm):
+        return False
+    if dropout is not None and (dropout.training or not is_plain(dropout, nn.Dropout)):
+        return False
+    return steps.fast(x) is not None
