@@ -13,7 +13,7 @@ from binarize import hosts, layers, methods, packed
 from binarize._convert import checkpoint_context, convert, plan, report, timesteps
 from binarize._export import binary_state, param_groups, revert
 from binarize._memory import memory_mode
-from binarize._pack import is_packed, pack
+from binarize._pack import is_packed, pack, unpack
 from binarize._report import ConversionReport
 from binarize._summary import Summary, summary
 from binarize.errors import BinarizeError
@@ -79,6 +79,7 @@ __all__ = [
     "timesteps",
     "training",
     "training_step",
+    "unpack",
 ]
 
 

@@ -15,6 +15,7 @@ from binarize._cli_options import (
     LimitOption,
     OutputOption,
     OverlapOption,
+    PackOption,
     Precision,
     PrecisionOption,
     ScaleOption,
@@ -40,7 +41,9 @@ class Backbone(str, Enum):
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A trained model: a folder, a run's folder, or a released .pth file.")],
+    model: Annotated[
+        Path, typer.Argument(help="A trained model: a folder, a run's folder, a packed or a released file.")
+    ],
     data: Annotated[Path, typer.Option("--data", "-d", help="Folder of high-resolution pictures.")],
     lr: Annotated[
         Path | None, typer.Option(help="Folder of their low-resolution twins; by default these are made from --data.")
@@ -60,6 +63,7 @@ def evaluate(
     force: ForceOption = False,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.float32,
+    packing: PackOption = True,
 ) -> None:
     """Measure PSNR, SSIM and LPIPS of a model.
 
@@ -80,7 +84,7 @@ def evaluate(
 
     if output is not None:
         check_output(output, force=force)
-    pipeline = prepare(load_pipeline(model, scale=scale), device, precision, scheduler)
+    pipeline = prepare(load_pipeline(model, scale=scale), device, precision, scheduler, packing)
 
     def enlarge(picture: Image.Image) -> Image.Image:
         return sample(pipeline, picture, steps=steps, seed=seed, tile=tile, overlap=overlap)

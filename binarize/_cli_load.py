@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from binarize.errors import BinarizeError
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from binarize.models import SRUNet, SuperResolutionPipeline
 
 PIPELINE, NETWORK, RUN = "model_index.json", "config.json", "model"
-CHECKPOINT_SUFFIXES = (".pth", ".pt")
+CHECKPOINT_SUFFIXES, PACKED_SUFFIX = (".pth", ".pt"), ".safetensors"
 _ALLOWED = (
-    "a folder that `binarize train` or `binarize import-official` wrote, a run's folder, an SRUNet's folder, or a "
-    "released .pth file"
+    "a folder that `binarize train`, `binarize import-official` or `binarize pack` wrote, a run's folder, an SRUNet's "
+    "folder, a packed network's .safetensors file, or a released .pth file"
 )
 
 
@@ -29,7 +29,8 @@ def load_network(path: Path) -> SRUNet:
     """Return the network of a model, on the CPU and in evaluation mode.
 
     Args:
-        path: A pipeline's folder, a run's output folder, an SRUNet's folder, or a released ``.pth`` file.
+        path: A pipeline's folder, a run's output folder, an SRUNet's folder, a packed network's ``.safetensors`` file,
+            or a released ``.pth`` file.
 
     Raises:
         BinarizeError: If there is no such thing, or what is there cannot be read or does not fit together.
@@ -37,9 +38,18 @@ def load_network(path: Path) -> SRUNet:
     from binarize.models import load_official
 
     path = _resolve(path)
-    if path.is_file():
+    if path.suffix.lower() in CHECKPOINT_SUFFIXES and path.is_file():
         return load_official(path)
+    if path.is_file():
+        from binarize.serialization import load
+
+        return cast("SRUNet", load(path))
     return _read_network(path / "unet" if (path / PIPELINE).is_file() else path)
+
+
+def has_scale(path: Path) -> bool:
+    """Say whether a model says itself how many times it enlarges, as pipelines do."""
+    return (_resolve(path) / PIPELINE).is_file()
 
 
 def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPipeline:
@@ -76,15 +86,22 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
 
 
 def prepare(
-    pipeline: SuperResolutionPipeline, device: Device, precision: Precision, scheduler: Scheduler | None
+    pipeline: SuperResolutionPipeline,
+    device: Device,
+    precision: Precision,
+    scheduler: Scheduler | None,
+    packing: bool = True,
 ) -> SuperResolutionPipeline:
     """Move a pipeline to a device and a precision, give it the sampler that was asked for, and return it.
+
+    Packed networks are for CPUs: elsewhere they are unpacked, since no kernel computes with their bits there.
 
     Args:
         pipeline: Changed in place.
         device: As given on the command line.
         precision: As given on the command line.
         scheduler: As given on the command line; None keeps the pipeline's.
+        packing: Whether a binary network is packed on a CPU.
 
     Raises:
         BinarizeError: If the device is not there.
@@ -93,12 +110,17 @@ def prepare(
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     from binarize._cli_options import torch_device
+    from binarize._pack import is_packed, pack_if_possible, unpack
 
     place, dtype = torch_device(device), getattr(torch, precision.value)
     if scheduler is not None:
         kind: Any = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}[scheduler.value]
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
+    if place.type == "cpu" and packing:
+        pack_if_possible(pipeline.unet)
+    elif is_packed(pipeline.unet):
+        unpack(pipeline.unet)
     with _quiet_diffusers():
         pipeline.to(place, dtype)
     return pipeline
@@ -158,7 +180,7 @@ def sample(
 def _resolve(path: Path) -> Path:
     """Return the folder or file that holds the model which ``path`` names."""
     if path.is_file():
-        if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
+        if path.suffix.lower() not in (*CHECKPOINT_SUFFIXES, PACKED_SUFFIX):
             raise BinarizeError(f"{path}: is not a model; give {_ALLOWED}.")
         return path
     if not path.is_dir():

@@ -55,6 +55,9 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Decides the noise, anew fo
 SchedulerOption = Annotated[Scheduler | None, typer.Option(help="The sampler; by default that saved with the model.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="What the network computes in.")]
+PackOption = Annotated[
+    bool, typer.Option("--pack/--no-pack", help="On a CPU, compute with the bits of a binary network, not with floats.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", "-f", help="Overwrite what is there.")]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change; dots reach inside.")

@@ -14,6 +14,7 @@ from binarize._cli_options import (
     DeviceOption,
     ForceOption,
     OverlapOption,
+    PackOption,
     Precision,
     PrecisionOption,
     ScaleOption,
@@ -43,7 +44,8 @@ def upscale(
         Path, typer.Argument(metavar="OUT", help="The new picture, or a folder for it; PNG files go into a folder.")
     ],
     model: Annotated[
-        Path, typer.Option("--model", "-m", help="A trained model: a folder, a run's folder, or a released .pth file.")
+        Path,
+        typer.Option("--model", "-m", help="A trained model: a folder, a run's folder, a packed or a released file."),
     ],
     scale: ScaleOption = None,
     steps: StepsOption = 50,
@@ -53,6 +55,7 @@ def upscale(
     scheduler: SchedulerOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.float32,
+    packing: PackOption = True,
     force: ForceOption = False,
 ) -> None:
     """Enlarge a picture, or a folder of pictures.
@@ -74,7 +77,7 @@ def upscale(
 
     jobs = plan_jobs(source, target, force=force)
     modes = _decode(jobs)
-    pipeline = prepare(load_pipeline(model, scale=scale), device, precision, scheduler)
+    pipeline = prepare(load_pipeline(model, scale=scale), device, precision, scheduler, packing)
     for job, pixel in modes.values():
         _check_target(job, pixel)
     with tqdm(total=len(jobs) * steps, unit="step", disable=not shows_progress()) as bar:

@@ -118,7 +118,15 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
 
     Returns:
         Two groups, ``{"params": [...], "weight_decay": ...}``, for a torch optimiser.
+
+    Raises:
+        BinarizeError: If the model is packed.
     """
+    if any(True for _ in packed_layers(model)):
+        raise BinarizeError(
+            "param_groups: this model is packed and has nothing to train; train the unpacked model, or call "
+            "binarize.unpack(model), which gives +-1 latent weights and fixed scales."
+        )
     decays: set[int] = set()
     latent = {id(layer.weight) for _, layer in binary_layers(model)}
     for module in model.modules():

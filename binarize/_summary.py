@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from binarize._convert import meta_copy
+from binarize._pack import unpack_layers
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d, BinaryLinear
 
@@ -150,7 +151,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     """Count parameters, operations and bytes of a network, converted or not.
 
     Args:
-        model: Any nn.Module; it is not run and not changed.
+        model: Any nn.Module; it is not run and not changed. A packed one gives the figures of the binary one.
         example_inputs: What the forward gets: a tensor, a tuple of arguments or a dict of keyword arguments. Without
             it, SRUNet is run at 3x256x256, batch 1, diffusers' U-Nets at their configured size, and anything else on
             one 3x224x224 picture.
@@ -160,6 +161,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     """
     inputs, described = _inputs(model, example_inputs)
     ghost = meta_copy(model).eval()
+    unpack_layers(ghost)  # packed blocks do several modules' work at once
     counts, order = _run(ghost, inputs)
     seen: set[int] = set()
     rows = [_row(name, module, counts.get(name, _Count()), seen) for name, module in order]
@@ -185,8 +187,10 @@ def _row(name: str, module: nn.Module, count: _Count, seen: set[int]) -> Summary
     seen.update(id(p) for p in owned)
     raw = sum(p.numel() for p in owned)
     weights = sum(p.numel() for p in owned if p is module.weight) if binary else 0
-    size = sum(p.numel() for p in owned if not (binary and p is module.weight)) * 4
-    size += sum(b.numel() * b.element_size() for b in _buffers(module))
+    inside = cast(nn.Module, module.weight_binarizer) if binary else None
+    latent = set() if inside is None else {id(t) for t in (module.weight, *inside.parameters(), *inside.buffers())}
+    size = sum(p.numel() for p in owned if id(p) not in latent) * 4
+    size += sum(b.numel() * b.element_size() for b in _buffers(module) if id(b) not in latent)
     if binary:
         size += _binary_bytes(module)  # type: ignore[arg-type]
     ops = sum(macs / (64 if bits == 1 else 1) for bits, macs in count.macs.items()) + count.other
@@ -211,7 +215,7 @@ def _binary_bytes(layer: BinaryConv2d | BinaryLinear) -> int:
     weights, channels = layer.weight.numel(), layer.weight.shape[0]
     binarizer = layer.weight_binarizer
     stored = {"filter": channels, "tensor": 1, "none": 0}[getattr(binarizer, "stored_scales", "filter")]
-    return _terms(layer) * math.ceil(weights / 8) + 4 * stored
+    return _terms(layer) * (math.ceil(weights / 8) + 4 * stored)
 
 
 def _owned(module: nn.Module) -> list[nn.Parameter]:

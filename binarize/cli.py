@@ -13,6 +13,7 @@ from binarize import (
     _cli_demo,
     _cli_evaluate,
     _cli_models,
+    _cli_pack,
     _cli_recipes,
     _cli_train,
     _cli_upscale,
@@ -64,6 +65,7 @@ app.command("evaluate")(_cli_evaluate.evaluate)
 app.command("summary")(_cli_models.summary)
 app.command("methods")(_cli_models.methods)
 app.command("import-official")(_cli_convert.import_official)
+app.command("pack")(_cli_pack.pack)
 _cli_ablate.register(app)
 app.command("demo")(_cli_demo.demo)
 app.add_typer(_cli_recipes.app, name="recipes")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
+from binarize._pack import is_packed, pack_if_possible, unpack
 from binarize.imaging import Picture, enlarge
 from binarize.models import _checks as checks
 from binarize.models._canvas import pad_noise, pad_picture
@@ -26,6 +29,7 @@ from binarize.models._pictures import as_pictures, collect, finish
 from binarize.models._target import picture_of
 from binarize.models.tiling import TileGrid, tile_grid
 
+_log = logging.getLogger("binarize")
 PictureInput = Image.Image | Picture | np.ndarray | Tensor | Sequence[Image.Image | Picture | np.ndarray | Tensor]
 StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str, Any]]
 
@@ -77,6 +81,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents", "condition"]
 
     unet: ModelMixin
+    _packed_in_memory = False
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps
 
     def __init__(
@@ -93,6 +98,45 @@ class SuperResolutionPipeline(DiffusionPipeline):
         checks.check_scheduler(unet, scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(scale=scale, residual_scale=residual_scale)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], *, pack: bool = True, **kwargs: Any
+    ) -> SuperResolutionPipeline:
+        """Load as diffusers does; a binary network then computes with its bits, as `binarize.pack` makes it.
+
+        That is several times faster on a CPU and needs a tenth of the memory for weights. The latent weights are gone,
+        in memory: saving the pipeline again writes the bits alone. A network that was packed here is unpacked when the
+        pipeline moves to another device, for which there are no kernels.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository on the Hugging Face hub.
+            pack: False keeps the latent weights, to train, inspect or revert the network, and computes with floats. A
+                network that was saved packed stays so.
+            **kwargs: As in diffusers; a ``unet`` among them is used as it is.
+        """
+        pipe: SuperResolutionPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if pack and "unet" not in kwargs and not is_packed(pipe.unet):
+            pipe._packed_in_memory = pack_if_possible(pipe.unet)
+        return pipe
+
+    def to(self, *args: Any, **kwargs: Any) -> SuperResolutionPipeline:
+        """Move as diffusers does."""
+        super().to(*args, **kwargs)
+        if self._packed_in_memory and self.unet.device.type != "cpu":
+            unpack(self.unet)
+            self._packed_in_memory = False
+        return self
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does."""
+        if self._packed_in_memory:
+            _log.warning(
+                "The network was packed while it was loaded, so %s gets 1-bit weights, which cannot be trained. To copy "
+                "the latent weights, load with pack=False.",
+                save_directory,
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def scale(self) -> int:

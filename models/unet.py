@@ -136,6 +136,10 @@ class ResBlock(nn.Module):
         """Fold what stands around the convolutions into them; `binarize.pack` calls this."""
         self.packed = True
 
+    def unpack_(self) -> None:
+        """Call the convolutions and what stands around them one by one; `binarize.unpack` calls this."""
+        self.packed = False
+
     def _packed_forward(self, x: Tensor, time: Tensor, skip: Tensor | None) -> Tensor:
         if skip is not None:
             x = fuse(self.fusion, x, skip)

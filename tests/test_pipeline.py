@@ -651,7 +651,7 @@ def test_a_converted_network_comes_back_with_its_pipeline_in_a_fresh_process(sru
     code = f"""
         import numpy as np, torch
         from binarize.models import SuperResolutionPipeline
-        pipe = SuperResolutionPipeline.from_pretrained({str(tmp_path / "model")!r}).to(torch.float64)
+        pipe = SuperResolutionPipeline.from_pretrained({str(tmp_path / "model")!r}, pack=False).to(torch.float64)
         large = pipe(np.full((4, 6, 3), 0.5), 1, torch.Generator().manual_seed(0), tile=8, output_type="pt").images
         np.testing.assert_allclose(large, np.load({str(tmp_path / "expected.npy")!r}), rtol=0, atol=1e-10)
     """

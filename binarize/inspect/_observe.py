@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from binarize._export import binary_layers
+from binarize._pack import is_packed
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.layers import BinaryConv2d, BinaryLinear
 
@@ -27,7 +28,11 @@ def observing(model: nn.Module) -> Iterator[ExitStack]:
 
     Yields:
         A stack; what is entered into it, such as the handle of a hook, is undone on leaving.
+
+    Raises:
+        BinarizeError: If the model is packed.
     """
+    _refuse_packed(model)
     modes = [(module, module.training) for module in model.modules()]
     try:
         with ExitStack() as undo, torch.no_grad():
@@ -89,8 +94,9 @@ def chosen_layers(
     """Return the binary layers that any pattern matches, by itself or by a module around it; all without patterns.
 
     Raises:
-        BinarizeError: If the model has no binary layer, or a pattern matches none.
+        BinarizeError: If the model is packed, has no binary layer, or a pattern matches none.
     """
+    _refuse_packed(model)
     layers = list(binary_layers(model))
     if not layers:
         raise BinarizeError(
@@ -106,6 +112,14 @@ def chosen_layers(
                 f"{', '.join(name for name, _ in layers[:3])}."
             )
     return [(name, layer) for name, layer in layers if any(_matches(pattern, name) for pattern in patterns)]
+
+
+def _refuse_packed(model: nn.Module) -> None:
+    if is_packed(model):
+        raise BinarizeError(
+            "inspect: this model is packed, and its parts no longer run one by one; inspect a copy, "
+            "binarize.unpack(copy.deepcopy(model)), or load it with pack=False."
+        )
 
 
 def _matches(pattern: str, name: str) -> bool:

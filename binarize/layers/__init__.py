@@ -39,6 +39,7 @@ from binarize.layers.structure import (
     SplitFusion,
 )
 from binarize.layers.weights import (
+    FixedWeight,
     LibraWeight,
     RectifiedWeight,
     ScaledSignWeight,
@@ -68,6 +69,7 @@ __all__ = [
     "DelayedScale",
     "DelayedWeight",
     "EDESign",
+    "FixedWeight",
     "IdentitySign",
     "InputMeanScale",
     "KMapScale",

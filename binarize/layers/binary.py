@@ -7,6 +7,7 @@ contributes 0 and not +-1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.layers.affine import RPReLU, Shift
 from binarize.layers.block import SURROGATES, BinaryBlock, Block, Memory, block_fits, is_plain, tail_fits
-from binarize.layers.parts import PART_KINDS, LayerSpec, build_part
+from binarize.layers.parts import PART_KINDS, LayerSpec, PartKind, build_part
 from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear, compute_dtype
 from binarize.layers.steps import Geometry
 from binarize.timestep import TimestepContext
@@ -47,13 +48,8 @@ class _BinaryLayer(nn.Module):
         for kind, part in parts.items():
             if part is None and kind in ("activation", "weight"):
                 raise BinarizeError(f"{method.name}: the {kind} binarizer cannot be None.")
-            placed = None if part is None else _like(part, self.weight.device, self.weight.dtype)
-            self.add_module("weight_binarizer" if kind == "weight" else kind, placed)
-        self.method = method
-        self.post_after_shortcut = method.post_after_shortcut
-        self.clamps_latent = method.clamps
-        self.had_bias = bias is not None
-        self.register_parameter("bias", None)
+            parts[kind] = None if part is None else _like(part, self.weight.device, self.weight.dtype)
+        self._place(method, parts, had_bias=bias is not None)
         if bias is not None and method.keep_bias:
             self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         elif bias is not None and method.fold_bias:
@@ -65,6 +61,41 @@ class _BinaryLayer(nn.Module):
                     "dropped."
                 )
             fold(bias.detach())
+
+    def _place(self, method: Method, parts: Mapping[PartKind, nn.Module | None], *, had_bias: bool) -> None:
+        for kind, part in parts.items():
+            self.add_module("weight_binarizer" if kind == "weight" else kind, part)
+        self.method = method
+        self.post_after_shortcut = method.post_after_shortcut
+        self.clamps_latent = method.clamps
+        self.had_bias = had_bias
+        self.register_parameter("bias", None)
+
+    @classmethod
+    def from_parts(
+        cls: type[LayerT],
+        plain: nn.Module,
+        method: Method,
+        parts: Mapping[PartKind, nn.Module | None],
+        *,
+        had_bias: bool,
+    ) -> LayerT:
+        """Return a layer of parts that there are already, in evaluation mode.
+
+        Args:
+            plain: The layer that it stands for; its weight becomes the latent weight, as the same Parameter, and its
+                bias, if it has one, is kept as it is.
+            method: What the parts are parts of.
+            parts: A module or None for each stage.
+            had_bias: Whether the layer that was converted had a bias.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take_geometry(plain)
+        layer.weight = cast(nn.Parameter, plain.weight)
+        layer._place(method, parts, had_bias=had_bias)
+        layer.bias = cast("nn.Parameter | None", plain.bias)
+        return layer.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(B, C_in, H, W)`` or ``(..., C_in)``."""
@@ -99,6 +130,9 @@ class _BinaryLayer(nn.Module):
         return layer
 
     def _from(self, plain: Any, method: Method | str, context: TimestepContext | None) -> None:
+        raise NotImplementedError  # pragma: no cover - both subclasses define it
+
+    def _take_geometry(self, plain: Any) -> None:
         raise NotImplementedError  # pragma: no cover - both subclasses define it
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
@@ -196,17 +230,7 @@ class BinaryConv2d(_BinaryLayer):
         from binarize.methods import get_method
 
         method = get_method(method)
-        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.kernel_size = cast(tuple[int, int], conv.kernel_size)
-        self.stride = cast(tuple[int, int], conv.stride)
-        self.dilation = cast(tuple[int, int], conv.dilation)
-        self.groups, self.padding_mode = conv.groups, conv.padding_mode
-        self.memory: Memory = "exact"
-        self.declared_padding = cast(str | tuple[int, int], conv.padding)
-        left_right, top_bottom = _explicit_padding(conv)
-        symmetric = left_right[0] == left_right[1] and top_bottom[0] == top_bottom[1]
-        self.padding = (top_bottom[0], left_right[0])
-        self.pad_codes = None if symmetric and conv.padding_mode == "zeros" else (*left_right, *top_bottom)
+        self._take_geometry(conv)
         self.weight = cast(nn.Parameter, conv.weight)
         spec = LayerSpec(
             kind="conv2d",
@@ -223,6 +247,19 @@ class BinaryConv2d(_BinaryLayer):
             sign_zero=method.sign_zero,
         )
         self._assemble(method, spec, conv.bias)
+
+    def _take_geometry(self, conv: nn.Conv2d) -> None:
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size = cast(tuple[int, int], conv.kernel_size)
+        self.stride = cast(tuple[int, int], conv.stride)
+        self.dilation = cast(tuple[int, int], conv.dilation)
+        self.groups, self.padding_mode = conv.groups, conv.padding_mode
+        self.memory: Memory = "exact"
+        self.declared_padding = cast(str | tuple[int, int], conv.padding)
+        left_right, top_bottom = _explicit_padding(conv)
+        symmetric = left_right[0] == left_right[1] and top_bottom[0] == top_bottom[1]
+        self.padding = (top_bottom[0], left_right[0])
+        self.pad_codes = None if symmetric and conv.padding_mode == "zeros" else (*left_right, *top_bottom)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(B, C_in, H, W)``."""
@@ -331,7 +368,7 @@ class BinaryLinear(_BinaryLayer):
         from binarize.methods import get_method
 
         method = get_method(method)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._take_geometry(linear)
         self.weight = cast(nn.Parameter, linear.weight)
         spec = LayerSpec(
             kind="linear",
@@ -343,6 +380,9 @@ class BinaryLinear(_BinaryLayer):
             sign_zero=method.sign_zero,
         )
         self._assemble(method, spec, linear.bias)
+
+    def _take_geometry(self, linear: nn.Linear) -> None:
+        self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
         return binary_linear(codes, weight)

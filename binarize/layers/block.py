@@ -23,7 +23,7 @@ from binarize.layers.affine import RPReLU, Shift
 from binarize.layers.shortcut import PoolShortcut
 from binarize.layers.signs import SignZero, hard_sign
 from binarize.layers.steps import Activation, Geometry, Surrogate
-from binarize.layers.weights import ScaledSignWeight, SignWeight
+from binarize.layers.weights import FixedWeight, ScaledSignWeight, SignWeight
 
 Memory = Literal["exact", "compact"]
 MEMORY_MODES: tuple[Memory, ...] = ("exact", "compact")
@@ -61,7 +61,8 @@ def block_fits(layer: Any, x: Tensor) -> bool:
     """
     return (
         is_plain(layer.activation, *SURROGATES)
-        and is_plain(layer.weight_binarizer, SignWeight, ScaledSignWeight)
+        and is_plain(layer.weight_binarizer, SignWeight, ScaledSignWeight, FixedWeight)
+        and layer.weight_binarizer.terms == 1
         and layer.activation.sign_zero == layer.weight_binarizer.sign_zero
         and layer.scale is None
         and layer.pad_codes is None

@@ -44,6 +44,11 @@ class Delayed(Scheduled):
 class DelayedActivation(Delayed):
     """The identity, later an activation binarizer."""
 
+    @property
+    def levels(self) -> tuple[int, int] | None:
+        """The two values that it gives once it has joined in, or None if the binarizer does not say."""
+        return getattr(self.part, "levels", None)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to the same shape."""
         return torch.where(self.joined, self.part(x), x)

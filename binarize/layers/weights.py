@@ -23,6 +23,8 @@ from binarize.layers.schedule import (
 )
 from binarize.layers.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign
 
+StoredScales = Literal["filter", "tensor", "none"]
+
 
 def _per_filter(w: Tensor) -> tuple[int, ...]:
     return tuple(range(1, w.dim()))
@@ -34,7 +36,7 @@ def _column(values: Tensor, w: Tensor) -> Tensor:
 
 class _WeightBinarizer(nn.Module):
     terms = 1
-    stored_scales: Literal["filter", "tensor", "none"] = "filter"
+    stored_scales: StoredScales = "filter"
 
     def __init__(self, sign_zero: SignZero = "plus") -> None:
         super().__init__()
@@ -253,7 +255,6 @@ class TwoBasisWeight(_WeightBinarizer):
     """
 
     terms = 2
-    stored_scales = "none"  # they are parameters
 
     def __init__(self, weight: Tensor, sign_zero: SignZero = "plus") -> None:
         super().__init__(sign_zero)
@@ -270,6 +271,64 @@ class TwoBasisWeight(_WeightBinarizer):
         second = clipped_sign(w - base, self.sign_zero)
         surrogate = base + _column(self.scale[1], w) * second
         return BinaryWeight(surrogate, torch.stack([first, second]).detach(), self.scale.detach())
+
+
+class FixedWeight(_WeightBinarizer):
+    """w_hat = s_1 sign(w) + sum_k>1 s_k c_k, all scales and the further codes kept; what `binarize.unpack` gives.
+
+    The gradient that reaches w is g * 1{|w| <= 1}, so signs can still be trained while scales stay. With ``learned``
+    scales it is s_1 g * 1{|w| <= 1}, and that of s_k is sum g c_k, as in the two-basis weights that they come from.
+
+    A new layer starts from the least-squares values: s_k the mean magnitude and c_k the sign of what the terms before
+    it have left of w.
+
+    Args:
+        weight: The latent weights, from which scales and codes are initialised.
+        terms: How many scaled signs add up.
+        stored_scales: What scales a file needs: one of each "filter", one of the "tensor", or "none", being 1.
+        learned: Whether scales are parameters.
+    """
+
+    clip = True
+
+    def __init__(
+        self, weight: Tensor, terms: int = 1, stored_scales: StoredScales = "filter", learned: bool = False
+    ) -> None:
+        super().__init__("plus")
+        if terms < 1 or stored_scales not in ("filter", "tensor", "none"):
+            raise BinarizeError(
+                "fixed weights have at least one term and stored_scales 'filter', 'tensor' or 'none'; "
+                f"got {terms} and {stored_scales!r}."
+            )
+        self.terms, self.stored_scales, self.learned = terms, stored_scales, learned
+        scales, codes, rest = [], [], weight.detach()
+        for _ in range(terms):
+            codes.append(hard_sign(rest, "plus"))
+            mean = rest.abs().mean(_per_filter(rest) if stored_scales == "filter" else None)
+            scales.append(weight.new_ones(weight.shape[0]) * (1 if stored_scales == "none" else mean))
+            rest = rest - _column(scales[-1], rest) * codes[-1]
+        if learned:
+            self.scales: Tensor = nn.Parameter(torch.stack(scales))
+        else:
+            self.register_buffer("scales", torch.stack(scales))
+        self.register_buffer("codes", torch.stack(codes[1:]).to(torch.int8) if terms > 1 else None)
+
+    def forward(self, w: Tensor) -> BinaryWeight:
+        """Binarize latent weights."""
+        held = self.scales.detach()
+        codes = hard_sign(w.detach(), "plus").unsqueeze(0)
+        if self.codes is not None:
+            codes = torch.cat([codes, self.codes.to(w.dtype)])
+        if not self.learned:
+            return BinaryWeight(clipped_identity(w), codes, held)
+        surrogate = _column(self.scales[0], w) * clipped_sign(w, "plus")
+        for scale, code in zip(self.scales[1:], codes[1:], strict=True):
+            surrogate = surrogate + _column(scale, w) * code
+        return BinaryWeight(surrogate, codes, held)
+
+    def scale(self, w: Tensor) -> Tensor:
+        """Return the scales ``(C_out,)`` of the first term."""
+        return self.scales[0].detach()
 
 
 @register_part("weight", "sign")
@@ -310,3 +369,8 @@ def _recu(spec: LayerSpec, tau_min: float = 0.85, tau_max: float = 0.99) -> nn.M
 @register_part("weight", "two_basis")
 def _two_basis(spec: LayerSpec) -> nn.Module:
     return TwoBasisWeight(spec.weight.detach(), spec.sign_zero)
+
+
+@register_part("weight", "fixed")
+def _fixed(spec: LayerSpec, terms: int = 1, stored_scales: StoredScales = "filter", learned: bool = False) -> nn.Module:
+    return FixedWeight(spec.weight.detach(), terms, stored_scales, learned)

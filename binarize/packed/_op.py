@@ -8,12 +8,13 @@ and bfloat16; everywhere else, and in float64, plain torch does, with the same i
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from binarize.errors import BinarizeError
 from binarize.packed import backends
 from binarize.packed._layout import LANES, WORD, FilterShape, to_bits
 
@@ -111,6 +112,16 @@ def _(x, filters, counts, thresholds, table, group, shape, halve, low, high, sho
     return out.to(memory_format=torch.channels_last)
 
 
+def _refuse_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise BinarizeError(
+        "packed layers have no gradient; train the unpacked model, or call binarize.unpack(model), which gives +-1 latent "
+        "weights and fixed scales."
+    )
+
+
+packed_conv2d.register_autograd(_refuse_gradient)
+
+
 def plain_conv2d(
     x: Tensor,
     filters: Tensor,
@@ -130,7 +141,7 @@ def plain_conv2d(
     residual: Tensor | None,
 ) -> Tensor:
     """Do what `packed_conv2d` says in plain torch, on any device: the kernels' oracle and their stand-in."""
-    wide = table.dtype
+    wide = torch.promote_types(table.dtype, x.dtype)
     h = x.to(wide)
     if norm is not None:
         h = F.silu(h * norm[0].to(wide)[:, :, None, None] + norm[1].to(wide)[:, :, None, None])
@@ -143,7 +154,7 @@ def plain_conv2d(
     weights = 2 * to_bits(filters.unsqueeze(0), shape)[0].to(wide) - 1
     padded = F.pad(codes, geometry.pad)
     dot = F.conv2d(padded, weights, None, geometry.stride, 0, geometry.dilation, shape.groups)
-    scale, factor, offset, shift_in, slope, shift_out = _columns(table, shape)[:, rows].unbind()
+    scale, factor, offset, shift_in, slope, shift_out = _columns(table, shape)[:, rows].to(wide).unbind()
     y = dot * scale * factor + offset
     if shortcut == SHORTCUT_FIRST:
         y = y + h

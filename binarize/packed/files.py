@@ -58,10 +58,14 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
         seen.add(value.data_ptr())
         value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         state[name] = value.detach().cpu().contiguous()
-    plain = serialize(state)
-    digest = hashlib.sha256(memoryview(plain)[8 + _header_size(plain[:8]) :]).hexdigest()
+    plain = memoryview(serialize(state))
+    start = 8 + _header_size(plain[:8])
+    digest = hashlib.sha256(plain[start:]).hexdigest()
     metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: json.dumps(config), DIGEST: digest}
-    data = serialize(state, metadata)
+    # The library writes metadata in an order of chance; a model's file should be the same each time.
+    header = json.dumps({"__metadata__": metadata, **json.loads(bytes(plain[8:start]))}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    data = b"".join([struct.pack("<Q", len(header)), header, plain[start:]])
     write_atomic(path, lambda temporary: temporary.write_bytes(data), force=True)
 
 
@@ -205,7 +209,7 @@ def _metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def _header_size(start: bytes) -> int:
+def _header_size(start: bytes | memoryview) -> int:
     return int(struct.unpack("<Q", start)[0])
 
 

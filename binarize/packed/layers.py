@@ -9,7 +9,7 @@ after it, so every method and every own part works.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d, BinaryLinear
 from binarize.layers.affine import ChannelScale, RPReLU, Shift
-from binarize.layers.parts import PART_KINDS
+from binarize.layers.delayed import Delayed
+from binarize.layers.parts import PART_KINDS, PartKind
 from binarize.layers.shortcut import PoolShortcut
 from binarize.packed._layout import FilterShape, from_bits, from_dense, to_bits, to_dense
 from binarize.packed._op import (
@@ -79,6 +80,7 @@ class _PackedLayer(nn.Module):
         self.post_after_shortcut = layer.post_after_shortcut
         self.register_parameter("bias", layer.bias)
         self.stored_scales = getattr(layer.weight_binarizer, "stored_scales", "filter")
+        self.learned_scales = any(True for _ in layer.weight_binarizer.parameters())
         weight = layer.binary_weight()
         bits = (
             (weight.codes >= 0).to(torch.uint8).view(shape.terms, shape.out_channels, shape.in_channels, *shape.kernel)
@@ -87,7 +89,7 @@ class _PackedLayer(nn.Module):
         self.register_buffer("words", words, persistent=False)
         stored = {"filter": weight.scales, "tensor": weight.scales[:, :1], "none": None}[self.stored_scales]
         self.register_buffer("scales", None if stored is None else stored.detach().clone())
-        self.levels = _levels(self.activation)
+        self.levels = levels_of(self.activation)
         self.inside = self.pre is None or (isinstance(self.pre, Shift) and self.levels == (-1, 1))
         self.fused = self._plan()
         self._tables: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
@@ -135,9 +137,36 @@ class _PackedLayer(nn.Module):
         """Return the scale of every filter, ``(terms, C_out)``."""
         size = (self.shape.terms, self.shape.out_channels)
         if self.scales is None:
-            dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-            return torch.ones(size, dtype=dtype, device=self.words.device)
+            return torch.ones(size, dtype=self.float_dtype, device=self.words.device)
         return self.scales.expand(size)
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype of what is not bits; float32 where there is nothing else."""
+        floats = (t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+        return next(floats, torch.float32)
+
+    def parts(self) -> dict[PartKind, nn.Module | None]:
+        """Return the parts of the layer but its weight binarizer, by stage."""
+        return {kind: getattr(self, kind) for kind in PART_KINDS if kind != "weight"}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._tables = None  # what they are made from changes, and not always in a way that shows
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": None}  # a copy makes its own, and a pickle does not carry them
+
+    def clamp_latent_(self) -> None:
+        """Refuse to be trained: `binarize.training_step` calls this.
+
+        Raises:
+            BinarizeError: Always.
+        """
+        raise BinarizeError(
+            "training_step: this model is packed and has nothing to train; train the unpacked model, or call "
+            "binarize.unpack(model), which gives +-1 latent weights and fixed scales."
+        )
 
     # What the operator takes over
 
@@ -205,7 +234,7 @@ class _PackedLayer(nn.Module):
 
     @torch.no_grad()
     def _make_tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        shape, rows, halve = self.shape, self._rows(), self.levels == (0, 1)
+        shape, rows, halve = replace(self.shape, terms=1), self._rows(), self.levels == (0, 1)
         channels, device = shape.in_channels * shape.groups, self.words.device
         floats = [t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()]
         wide = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
@@ -381,7 +410,17 @@ class PackedLinear(_PackedLayer):
         return f"{self.in_features}, {self.out_features}, method={self.method.name!r}"
 
 
-def _levels(activation: nn.Module) -> tuple[int, int]:
+def levels_of(activation: nn.Module) -> tuple[int, int]:
+    """Return the two values that an activation binarizer gives.
+
+    Raises:
+        BinarizeError: If it does not say, or still computes in full precision, being delayed.
+    """
+    if isinstance(activation, Delayed) and not activation.progress.is_meta and not activation.joined:
+        raise BinarizeError(
+            "pack: activations are still full precision, since training has not come to where they become binary; call "
+            "binarize.training_step(model, 1.0) to make them binary."
+        )
     levels = getattr(activation, "levels", None)
     if levels not in ((-1, 1), (0, 1)):
         raise BinarizeError(

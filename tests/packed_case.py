@@ -1,0 +1,157 @@
+"""What the tests of packed layers share: a counting oracle that knows nothing of bits, and drawn problems for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from binarize.packed._layout import FilterShape, from_bits
+from binarize.packed._op import Geometry, count_filters, lay_out_table, lay_out_thresholds, to_list
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def dot_products(
+    codes: np.ndarray,
+    weight: np.ndarray,
+    stride: tuple[int, int],
+    pad: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> np.ndarray:
+    """Convolve integers tap by tap in int64; pad is (left, right, top, bottom), of zeros."""
+    left, right, top, bottom = pad
+    x = np.pad(codes.astype(np.int64), ((0, 0), (0, 0), (top, bottom), (left, right)))
+    batch, _, height, width = x.shape
+    out, per_group, kh, kw = weight.shape
+    tall = (height - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    wide = (width - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    y = np.zeros((batch, groups, out // groups, tall, wide), np.int64)
+    w = weight.astype(np.int64).reshape(groups, out // groups, per_group, kh, kw)
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(i * dilation[0], i * dilation[0] + (tall - 1) * stride[0] + 1, stride[0])
+            columns = slice(j * dilation[1], j * dilation[1] + (wide - 1) * stride[1] + 1, stride[1])
+            taps = x[:, :, rows, columns].reshape(batch, groups, per_group, tall, wide)
+            y += np.einsum("bgchw,goc->bgohw", taps, w[..., i, j])
+    return y.reshape(batch, out, tall, wide)
+
+
+def codes_of(x: Tensor, limits: Tensor, halve: bool) -> np.ndarray:
+    """Return the codes of ``(B, C, H, W)`` with a limit for each sample and channel, ``(B, C)``."""
+    above = x.double().numpy() >= limits.double().numpy()[:, :, None, None]
+    return above.astype(np.int64) if halve else 2 * above.astype(np.int64) - 1
+
+
+LAYOUTS = ("contiguous", "channels_last", "channel_slice", "pixel_slice", "transposed", "expanded")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """Return the same values in another memory layout."""
+    batch, channels, height, width = x.shape
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "channel_slice":
+        wider = x.new_full((batch, channels + 7, height, width), math.nan).to(memory_format=torch.channels_last)
+        wider[:, 3 : 3 + channels] = x
+        return wider[:, 3 : 3 + channels]
+    if layout == "pixel_slice":
+        wider = x.new_full((batch, channels, height + 2, 2 * width), math.nan).to(memory_format=torch.channels_last)
+        wider[:, :, 1:-1, ::2] = x
+        return wider[:, :, 1:-1, ::2]
+    if layout == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "expanded" and batch > 1:
+        return x[:1].expand(batch, -1, -1, -1)
+    return x.contiguous()
+
+
+@dataclass
+class Problem:
+    """Arguments of the operator, and what its dot products are by the oracle."""
+
+    x: Tensor
+    arguments: dict[str, Any]
+    shape: FilterShape
+    geometry: Geometry
+    expected: np.ndarray
+
+
+@st.composite
+def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Problem:
+    """Draw a convolution with odd widths, groups, strides, dilations, paddings, levels, rows and memory layouts."""
+    small = st.integers(1, 3)
+    groups, batch, rows = draw(small), draw(small), draw(small)
+    widths = st.one_of(st.integers(1, 70), st.sampled_from([31, 32, 33, 63, 64, 65, 96, 128]))
+    shape = FilterShape(groups * draw(st.integers(1, 40)), draw(widths), (draw(small), draw(small)), groups)
+    stride, dilation = (draw(small), draw(small)), (draw(small), draw(small))
+    pad = tuple(draw(st.integers(0, 3)) for _ in range(4))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, shape.kernel, strict=True)]
+    height = draw(st.integers(max(1, reach[0] - pad[2] - pad[3]), reach[0] + 8))
+    width = draw(st.integers(max(1, reach[1] - pad[0] - pad[1]), reach[1] + 20))
+    geometry = Geometry(stride, pad, dilation)
+    halve, mixed = draw(st.booleans()), draw(st.booleans())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    channels = groups * shape.in_channels
+
+    # Multiples of 1/4, limits among them: every third value lies on a limit, and bfloat16 holds all of them.
+    x = torch.from_numpy(rng.integers(-3, 4, (batch, channels, height, width)) / 4)
+    x = laid_out(x.to(draw(st.sampled_from(dtypes))), draw(st.sampled_from(LAYOUTS)))
+    limits = torch.from_numpy(rng.integers(-1, 2, (rows, channels)) / 4)
+    group = torch.from_numpy(rng.integers(0, rows, batch if draw(st.booleans()) else 1)) if mixed else None
+    weight = rng.integers(0, 2, (shape.out_channels, shape.in_channels, *shape.kernel))
+    words = from_bits(torch.from_numpy(weight.astype(np.uint8)).unsqueeze(0), shape)[0]
+    columns = torch.zeros(6, rows, shape.out_channels)
+    columns[[0, 1, 4]] = 1.0
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    arguments = {
+        "filters": words,
+        "counts": count_filters(words, shape, halve),
+        "thresholds": lay_out_thresholds(limits.to(wide), shape),
+        "table": lay_out_table(columns.to(wide), shape),
+        "group": group,
+        "shape": to_list(shape, geometry),
+        "halve": halve,
+        "low": -math.inf,
+        "high": math.inf,
+        "shortcut": 0,
+        "norm": None,
+        "row": None,
+        "residual": None,
+    }
+    chosen = torch.zeros(batch, dtype=torch.long) if group is None else group.expand(batch)
+    codes = codes_of(x, limits[chosen], halve)
+    expected = dot_products(codes, 2 * weight - 1, stride, pad, dilation, groups)
+    return Problem(x, arguments, shape, geometry, expected)
+
+
+def scatter(model: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
+    """Draw every shift, slope, scale, bias and statistic of a model at random."""
+
+    def random(like: Tensor, low: float, high: float) -> Tensor:
+        drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64)
+        return (low + (high - low) * drawn).to(like.dtype)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 2 and "binarizer" not in name:
+                continue
+            gentle = name.endswith(("shift_in", "shift_out", "bias"))
+            if gentle:
+                parameter.add_(random(parameter, -0.4, 0.4))
+            elif parameter.dim() <= 2 and "weight_binarizer" not in name:
+                parameter.mul_(random(parameter, 0.5, 1.5)).add_(random(parameter, -0.1, 0.1))
+            else:
+                parameter.mul_(random(parameter, 0.5, 1.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(random(buffer, -0.5, 0.5))
+            if name.endswith("running_var"):
+                buffer.mul_(random(buffer, 0.5, 2.0))
+    return model
