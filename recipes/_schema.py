@@ -90,6 +90,9 @@ class Recipe(Section):
     augment: bool = Field(
         default=True, description="Give each patch one of the eight flips and quarter turns at random."
     )
+    patch_candidates: PositiveInt = Field(
+        default=1, description="Positions drawn for each patch, of which the one with most texture is taken."
+    )
     dataloader_num_workers: NonNegativeInt = Field(default=0, description="Processes that prepare batches; 0: none.")
 
     output_dir: Path = Field(

@@ -235,7 +235,7 @@ def test_detail_survives_rewiring_saving_and_the_pipeline(structure: tuple[str, 
     binarize.convert(network, "bidiffsr")
     pipeline = SuperResolutionPipeline(network, scale=2)
     pipeline.save_pretrained(tmp_path)
-    loaded = SuperResolutionPipeline.from_pretrained(tmp_path)
+    loaded = SuperResolutionPipeline.from_pretrained(tmp_path, pack=False)
     assert loaded.unet.config["detail_factor"] == 16.0
     low = torch.rand(1, 3, 9, 7)
     results = []

@@ -238,7 +238,7 @@ def test_thirty_steps_lower_the_loss_and_leave_a_pipeline(method: str, recipe: A
         assert strip.size == (3 * 32, 40)
     assert load_recipe(run.output_dir / "recipe.yaml") == run
 
-    pipeline = SuperResolutionPipeline.from_pretrained(result.model_dir)
+    pipeline = SuperResolutionPipeline.from_pretrained(result.model_dir, pack=False)
     assert pipeline.config.scale == 2
     assert pipeline.scheduler.config["prediction_type"] == run.scheduler.prediction_type
     # The saved model has the averaged weights, the checkpoint the trained ones and the average.

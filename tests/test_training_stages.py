@@ -142,7 +142,7 @@ def test_a_run_in_stages_resumes_across_them_and_leaves_a_plain_model(recipe: An
     assert [entry.step for entry in resumed.history] == [3, 4, 5, 6]
     assert_same(weights(whole.checkpoint), weights(resumed.checkpoint))
 
-    final = SuperResolutionPipeline.from_pretrained(whole.model_dir).unet
+    final = SuperResolutionPipeline.from_pretrained(whole.model_dir, pack=False).unet
     assert not any(isinstance(module, Delayed) for module in final.modules())
     assert "delayed" not in json.dumps(final.config["conversion"])
     trained = recipe(*options)
@@ -166,7 +166,7 @@ def test_a_model_saved_before_its_stages_are_over_goes_on_computing_as_it_did(
         train(run, progress=False)
     monkeypatch.undo()
     # The model is that of step 2: full-precision weights, one block with binary activations.
-    saved = SuperResolutionPipeline.from_pretrained(run.output_dir / "model").unet
+    saved = SuperResolutionPipeline.from_pretrained(run.output_dir / "model", pack=False).unet
     steps = {float(module.progress) for module in saved.modules() if isinstance(module, Delayed)}
     assert list(steps) == [pytest.approx(2 / 6)]
     with pytest.raises(BinarizeError, match="still full precision"):

@@ -61,9 +61,7 @@ class _NormSiLU(torch.autograd.Function):
         return *grads, None, None
 
 
-def norm_silu(
-    x: Tensor, norm: nn.GroupNorm, dropout: nn.Dropout | None = None, shift: Tensor | None = None
-) -> Tensor:
+def norm_silu(x: Tensor, norm: nn.GroupNorm, dropout: nn.Dropout | None = None, shift: Tensor | None = None) -> Tensor:
     """Return dropout(silu(norm(x + shift))), keeping the norm's input alone for the backward.
 
     Without a gradient, on a CPU, it is the arithmetic that a packed network uses, to the last bit: another rounding

@@ -22,7 +22,7 @@ ALIGN = 64
 STRIP_BYTES = 400_000
 TASKS_PER_THREAD = 4
 # The transformed patches of a full-precision convolution and their products share that cache with its filters.
-TILE_BYTES = 600_000
+TILE_BYTES, MOST_TILES = 600_000, 16
 
 
 class _Plan(NamedTuple):
@@ -143,7 +143,8 @@ def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | Non
     tile_rows = -(-height // 4)
     chunk = max(1, -(-tile_rows * batch // (TASKS_PER_THREAD * threads)))
     tasks = -(-tile_rows // chunk) * batch
-    tiles = max(4, min(-(-width // 4 // 4) * 4, TILE_BYTES // (36 * 4 * (channels + out_channels)) // 4 * 4))
+    tiles = min(MOST_TILES, TILE_BYTES // (36 * 4 * (channels + out_channels)), -(-width // 4) + 3)
+    tiles = max(4, tiles // 4 * 4)
     scratch = 64 + 320 + _aligned(4 * channels) + 36 * 4 * tiles * (channels + out_channels)
     if norm is not None:
         scratch += _aligned(8 * width * channels * size)

@@ -112,6 +112,7 @@ def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
         patch_size=recipe.resolution,
         augment=recipe.augment,
         seed=recipe.seed,
+        candidates=recipe.patch_candidates,
         length=max(recipe.max_train_steps * plan.total, PATCHES),
     )
     share = plan.total if recipe.timesteps_per == "batch" else 1
