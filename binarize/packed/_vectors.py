@@ -27,6 +27,9 @@ def cpu_features() -> str:
 
 
 QUICK_RECIPROCAL = "+avx512f" in cpu_features()
+# Without a population count of lanes, adding words bit by bit first halves the work where one instruction computes any
+# function of three operands and there are 32 registers for the bits that are kept.
+CARRY_SAVE = "+avx512bw" in cpu_features()
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INTS, _FLOATS, _HALVES = (ir.VectorType(t, LANES) for t in (_I32, _F32, _I16))
@@ -154,13 +157,26 @@ def _sum_bytes(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return b.add(b.and_(pairs, _constant(0xFFFF, _INTS)), b.lshr(pairs, _constant(16, _INTS)))
 
 
+def _add_bits(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return sum and carry of three bits, for each bit of the operands."""
+    found = [_call(b, "llvm.x86.avx512.pternlog.d.512", _INTS, x, y, z, _I32(table)) for table in (0x96, 0xE8)]
+    return found[0], found[1]
+
+
+def _count_bytes(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Return the population count of each byte."""
+    return b.bitcast(_call(b, "llvm.ctpop.v64i8", _BYTES, b.bitcast(value, _BYTES)), _INTS)
+
+
 def make_product(pixels: int, blocks: int, bytewise: bool) -> Any:
     """Return ``f(x, offsets, step, w, w_step, k, out)``: differing bits of pixels with filters, counted in registers.
 
     ``out[p, r, lane] = sum_j popcount(x[p * step + offsets[j]] ^ w[r * w_step + 64 j + 4 lane])`` as int32, for
     ``pixels`` x ``blocks`` x 16 sums at once, j below k. ``bytewise`` counts in bytes and widens every 31 words, for
-    machines without a population count of 32-bit lanes.
+    machines without a population count of 32-bit lanes. With AVX-512 these add eight words in carry-save form first (a
+    Harley-Seal counter), so that one word in eight is counted.
     """
+    saving = bytewise and blocks == 1 and CARRY_SAVE
 
     @intrinsic
     def product(context, x, offsets, step, w, w_step, k, out):  # type: ignore[no-untyped-def]
@@ -174,53 +190,104 @@ def make_product(pixels: int, blocks: int, bytewise: bool) -> Any:
                 block.append(b.add(block[-1], w_step))
             zeros = [ir.Constant(_INTS, None)] * (pixels * blocks)
 
-            def counts(j: ir.Value) -> list[ir.Value]:
+            def differing(j: ir.Value) -> list[ir.Value]:
                 offset = b.sext(_load(b, b.add(offsets, b.shl(j, _I64(2))), _I32), _I64)
                 filters = [_load(b, b.add(a, b.shl(j, _I64(6))), _INTS) for a in block]
-                found = []
-                for address in pixel:
-                    word = _splat(b, _load(b, b.add(address, offset), _I32))
-                    for f in filters:
-                        bits = b.xor(word, f)
-                        if bytewise:
-                            bits = b.bitcast(bits, _BYTES)
-                            bits = b.bitcast(_call(b, "llvm.ctpop.v64i8", _BYTES, bits), _INTS)
-                        else:
-                            bits = _call(b, "llvm.ctpop.v16i32", _INTS, bits)
-                        found.append(bits)
-                return found
+                words = (_splat(b, _load(b, b.add(address, offset), _I32)) for address in pixel)
+                return [b.xor(word, f) for word in words for f in filters]
 
-            def loop(start: ir.Value, stop: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                before, body, done = b.block, b.append_basic_block("body"), b.append_basic_block("done")
-                b.branch(body)
-                b.position_at_end(body)
-                j, held = b.phi(_I64), [b.phi(_INTS) for _ in sums]
-                # Bytes never carry into one another: 31 words of 8 bits stay below 256.
-                new = [b.add(s, c) for s, c in zip(held, counts(j), strict=True)]
-                after = b.add(j, _I64(1))
-                for phi, first, last in ((j, start, after), *zip(held, sums, new, strict=True)):
+            def counts(j: ir.Value) -> list[ir.Value]:
+                if bytewise:
+                    return [_count_bytes(b, bits) for bits in differing(j)]
+                return [_call(b, "llvm.ctpop.v16i32", _INTS, bits) for bits in differing(j)]
+
+            def loop(
+                start: ir.Value,
+                stop: ir.Value,
+                kept: list[ir.Value],
+                step: int,
+                body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+            ) -> list[ir.Value]:
+                """Run ``kept = body(j, kept)`` for j from start to stop, which is above it, by step."""
+                before, inside, done = b.block, b.append_basic_block("body"), b.append_basic_block("done")
+                b.branch(inside)
+                b.position_at_end(inside)
+                j, held = b.phi(_I64), [b.phi(_INTS) for _ in kept]
+                new = body(j, held)
+                after = b.add(j, _I64(step))
+                for phi, first, last in ((j, start, after), *zip(held, kept, new, strict=True)):
                     phi.add_incoming(first, before)
-                    phi.add_incoming(last, body)
-                b.cbranch(b.icmp_signed("<", after, stop), body, done)
+                    phi.add_incoming(last, b.block)
+                b.cbranch(b.icmp_signed("<", after, stop), inside, done)
                 b.position_at_end(done)
                 return new
 
-            if not bytewise:
-                totals = loop(_I64(0), count, zeros)
-            else:
+            def add_counts(j: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                return [b.add(s, c) for s, c in zip(sums, counts(j), strict=True)]
+
+            def in_chunks(start: ir.Value, stop: ir.Value, sums: list[ir.Value], size: int, part: Any) -> list[ir.Value]:
+                """Add what ``part(start, stop)`` finds in chunks of ``size`` words, if there are any words."""
                 before, chunk, done = b.block, b.append_basic_block("chunk"), b.append_basic_block("end")
-                b.branch(chunk)
+                b.cbranch(b.icmp_signed("<", start, stop), chunk, done)
                 b.position_at_end(chunk)
-                start, held = b.phi(_I64), [b.phi(_INTS) for _ in zeros]
-                stop = b.add(start, _I64(31))
-                stop = b.select(b.icmp_signed("<", stop, count), stop, count)
-                part = loop(start, stop, zeros)
-                totals = [b.add(s, _sum_bytes(b, c)) for s, c in zip(held, part, strict=True)]
-                for phi, first, last in ((start, _I64(0), stop), *zip(held, zeros, totals, strict=True)):
-                    phi.add_incoming(first, before)
-                    phi.add_incoming(last, b.block)
-                b.cbranch(b.icmp_signed("<", stop, count), chunk, done)
+                first, held = b.phi(_I64), [b.phi(_INTS) for _ in sums]
+                last = b.add(first, _I64(size))
+                last = b.select(b.icmp_signed("<", last, stop), last, stop)
+                new = [b.add(s, c) for s, c in zip(held, part(first, last), strict=True)]
+                for phi, begun, more in ((first, start, last), *zip(held, sums, new, strict=True)):
+                    phi.add_incoming(begun, before)
+                    phi.add_incoming(more, b.block)
+                end = b.block
+                b.cbranch(b.icmp_signed("<", last, stop), chunk, done)
                 b.position_at_end(done)
+                totals = [b.phi(_INTS) for _ in sums]
+                for phi, begun, more in zip(totals, sums, new, strict=True):
+                    phi.add_incoming(begun, before)
+                    phi.add_incoming(more, end)
+                return totals
+
+            def add_eight(j: ir.Value, kept: list[ir.Value]) -> list[ir.Value]:
+                """Add eight words to what is kept of each sum: ones, twos and fours bit by bit, eights in bytes."""
+                n = len(zeros)
+                ones, twos, fours, eights = (kept[i * n : (i + 1) * n] for i in range(4))
+                quads: list[list[ir.Value]] = []
+                for quad in range(2):
+                    pairs: list[list[ir.Value]] = []
+                    for pair in range(2):
+                        word = b.add(j, _I64(4 * quad + 2 * pair))
+                        both = zip(ones, differing(word), differing(b.add(word, _I64(1))), strict=True)
+                        ones, carries = map(list, zip(*(_add_bits(b, *bits) for bits in both), strict=True))
+                        pairs.append(carries)
+                    both = zip(twos, *pairs, strict=True)
+                    twos, carries = map(list, zip(*(_add_bits(b, *bits) for bits in both), strict=True))
+                    quads.append(carries)
+                found = [_add_bits(b, *bits) for bits in zip(fours, *quads, strict=True)]
+                eights = [b.add(e, _count_bytes(b, carry)) for e, (_, carry) in zip(eights, found, strict=True)]
+                return [*ones, *twos, *(kept for kept, _ in found), *eights]
+
+            def eights(start: ir.Value, stop: ir.Value) -> list[ir.Value]:
+                kept = loop(start, stop, 4 * zeros, 8, add_eight)
+                n, found = len(zeros), []
+                for i in range(n):
+                    small = _count_bytes(b, kept[2 * n + i])
+                    for part in (kept[n + i], kept[i]):  # at most 8 * (4 + 2 + 1) in a byte
+                        small = b.add(b.add(small, small), _count_bytes(b, part))
+                    wide = b.shl(_sum_bytes(b, kept[3 * n + i]), _constant(3, _INTS))
+                    found.append(b.add(wide, _sum_bytes(b, small)))
+                return found
+
+            def single(start: ir.Value, stop: ir.Value) -> list[ir.Value]:
+                return [_sum_bytes(b, c) for c in loop(start, stop, zeros, 1, add_counts)]
+
+            # Bytes never carry into one another: 31 counts of at most 8 stay below 256.
+            if not bytewise:
+                totals = loop(_I64(0), count, zeros, 1, add_counts)
+            else:
+                # Counting what is kept at the end costs as much as the first eight words save.
+                many = b.icmp_signed(">=", count, _I64(16))
+                whole = b.select(many, b.and_(count, _I64(-8)), _I64(0)) if saving else _I64(0)
+                totals = in_chunks(_I64(0), whole, zeros, 31 * 8, eights) if saving else zeros
+                totals = in_chunks(whole, count, totals, 31, single)
             for i, value in enumerate(totals):
                 _store(b, value, b.add(out, _I64(64 * i)), 64)
             return context.get_dummy_value()
@@ -273,6 +340,43 @@ def make_finish(bf16: bool, partial: bool, plain: bool = False) -> Any:
 
         kinds = [types.int64] * 4 + [types.float32] * 2 + [types.int64] * 6
         return types.void(*kinds), codegen
+
+    return finish
+
+
+def make_finish_row(bf16: bool, pixels: int) -> Any:
+    """Return ``f(sums, sums_step, base, table, halve, shortcut, row, residual, out, steps...)`` for ``pixels`` at once.
+
+    What `make_finish`'s plain form does with a late shortcut, with the constants of 16 output channels in registers.
+    The steps from pixel to pixel are those of the shortcut, the residual and the output.
+    """
+
+    @intrinsic
+    def finish(context, sums, sums_step, base, table, halve, shortcut, row, residual, out, s_step, r_step, o_step):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            sums, sums_step, base, table, halve, shortcut, row, residual, out, s_step, r_step, o_step = args
+            scale, shift_in, slope, shift_out = (_load(b, b.add(table, _I64(64 * i)), _FLOATS) for i in (0, 3, 4, 5))
+            full = _load(b, base, _INTS)
+            double = _splat(b, b.trunc(b.sub(_I64(1), halve), _I32))
+            there = [b.icmp_signed("!=", address, _I64(0)) for address in (shortcut, row, residual)]
+
+            def plus(value: ir.Value, which: int, address: ir.Value) -> ir.Value:
+                half = bf16 and which != 1
+                return _when(b, there[which], value, lambda: b.fadd(value, _load_pixels(b, address, half, None)))
+
+            for _ in range(pixels):
+                dot = b.sitofp(b.sub(full, b.shl(_load(b, sums, _INTS), double)), _FLOATS)
+                value = b.fadd(b.fmul(dot, scale), shift_in)
+                value = b.select(b.fcmp_ordered(">", value, _constant(0.0, _FLOATS)), value, b.fmul(value, slope))
+                value = b.fadd(value, shift_out)
+                for which, address in enumerate((shortcut, row, residual)):
+                    value = plus(value, which, address)
+                _store_pixels(b, value, out, bf16, None)
+                sums, out = b.add(sums, sums_step), b.add(out, o_step)
+                shortcut, residual = b.add(shortcut, s_step), b.add(residual, r_step)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 12), codegen
 
     return finish
 

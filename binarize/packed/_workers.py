@@ -6,12 +6,15 @@ nothing and raises nothing.
 
 from __future__ import annotations
 
+import hashlib
 from enum import IntEnum, auto
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import cfunc, njit, types
 
+from binarize.packed import _layout as layout
 from binarize.packed import _vectors as vectors
 from binarize.packed._layout import WORD
 from binarize.packed._vectors import (
@@ -130,6 +133,7 @@ _signs_bf16, _signs_part_bf16 = vectors.make_signs(True, False), vectors.make_si
 _finish, _finish_part = vectors.make_finish(False, False), vectors.make_finish(False, True)
 _finish_plain, _finish_plain_bf16 = vectors.make_finish(False, False, True), vectors.make_finish(True, False, True)
 _finish_bf16, _finish_part_bf16 = vectors.make_finish(True, False), vectors.make_finish(True, True)
+_finish_row, _finish_row_bf16 = vectors.make_finish_row(False, PIXELS), vectors.make_finish_row(True, PIXELS)
 _activate, _activate_part = vectors.make_activate(False, False), vectors.make_activate(False, True)
 _activate_bf16, _activate_part_bf16 = vectors.make_activate(True, False), vectors.make_activate(True, True)
 _moments, _moments_part = vectors.make_moments(False, False), vectors.make_moments(False, True)
@@ -280,6 +284,24 @@ def _is_plain(table, blocks, low, high):  # type: ignore[no-untyped-def]
 
 
 @njit
+def _finish_pixel(half, plain, sums, base, table, halve, low, high, short, early, add, more, out, count):  # type: ignore[no-untyped-def]
+    if count < LANES:
+        if half:
+            _finish_part_bf16(sums, base, table, halve, low, high, short, early, add, more, out, count)
+        else:
+            _finish_part(sums, base, table, halve, low, high, short, early, add, more, out, count)
+    elif half:
+        if plain:
+            _finish_plain_bf16(sums, base, table, halve, low, high, short, early, add, more, out, LANES)
+        else:
+            _finish_bf16(sums, base, table, halve, low, high, short, early, add, more, out, LANES)
+    elif plain:
+        _finish_plain(sums, base, table, halve, low, high, short, early, add, more, out, LANES)
+    else:
+        _finish(sums, base, table, halve, low, high, short, early, add, more, out, LANES)
+
+
+@njit
 def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
     half = _field(p, Conv.HALF) == 1
     size = 2 if half else 4
@@ -373,99 +395,50 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
                     many = PIXELS if x_at + PIXELS <= out_width else 1
                     source = line + x_at * stride_w * pixel + g * words * 4
                     _multiply(many, together, source, offsets, stride_w * pixel, w, k * 64, k, sums)
-                    for i in range(many):
-                        px = x_at + i
-                        entry = bases
-                        if px < inner_first:
-                            entry = bases + (1 + px) * lanes * 4
-                        elif px >= inner_last:
-                            entry = bases + (1 + inner_first + px - inner_last) * lanes * 4
-                        for r in range(together):
-                            at = (g * blocks + block + r) * LANES
-                            o = g * group_out + (block + r) * LANES
-                            short = 0
-                            if has_shortcut:
-                                if normed:
-                                    short = activated + (((y + top - first) * width + px) * channels + o) * size
-                                else:
-                                    short = x + y * x_row + px * x_pixel + o * size
-                            add = row_add + 4 * o if row_add != 0 else 0
-                            more = 0
-                            if residual != 0:
-                                more = residual + y * residual_row + px * residual_pixel + o * size
-                            target = out + y * out_row + px * out_pixel + o * size
-                            count = group_out - (block + r) * LANES
-                            total, start, constants = sums + (i * together + r) * 64, entry + 4 * at, table + at * 24
-                            if count < LANES:
-                                if half:
-                                    _finish_part_bf16(
-                                        total,
-                                        start,
-                                        constants,
-                                        halve,
-                                        low,
-                                        high,
-                                        short,
-                                        early,
-                                        add,
-                                        more,
-                                        target,
-                                        count,
-                                    )
-                                else:
-                                    _finish_part(
-                                        total,
-                                        start,
-                                        constants,
-                                        halve,
-                                        low,
-                                        high,
-                                        short,
-                                        early,
-                                        add,
-                                        more,
-                                        target,
-                                        count,
-                                    )
-                            elif half:
-                                if plain:
-                                    _finish_plain_bf16(
-                                        total,
-                                        start,
-                                        constants,
-                                        halve,
-                                        low,
-                                        high,
-                                        short,
-                                        early,
-                                        add,
-                                        more,
-                                        target,
-                                        LANES,
-                                    )
-                                else:
-                                    _finish_bf16(
-                                        total,
-                                        start,
-                                        constants,
-                                        halve,
-                                        low,
-                                        high,
-                                        short,
-                                        early,
-                                        add,
-                                        more,
-                                        target,
-                                        LANES,
-                                    )
-                            elif plain:
-                                _finish_plain(
-                                    total, start, constants, halve, low, high, short, early, add, more, target, LANES
-                                )
+                    quick = plain and early == 0 and many == PIXELS
+                    quick = quick and inner_first <= x_at and x_at + many <= inner_last
+                    for r in range(together):
+                        at = (g * blocks + block + r) * LANES
+                        o = g * group_out + (block + r) * LANES
+                        short, short_step = 0, channels * size
+                        if has_shortcut and normed:
+                            short = activated + (((y + top - first) * width + x_at) * channels + o) * size
+                        elif has_shortcut:
+                            short, short_step = x + y * x_row + x_at * x_pixel + o * size, x_pixel
+                        add = row_add + 4 * o if row_add != 0 else 0
+                        more = 0
+                        if residual != 0:
+                            more = residual + y * residual_row + x_at * residual_pixel + o * size
+                        target = out + y * out_row + x_at * out_pixel + o * size
+                        count = group_out - (block + r) * LANES
+                        total, constants = sums + r * 64, table + at * 24
+                        if quick and count >= LANES:
+                            start, step = bases + 4 * at, together * 64
+                            if half:
+                                _finish_row_bf16(
+                                    total, step, start, constants, halve, short, add, more, target, short_step,
+                                    residual_pixel, out_pixel,
+                                )  # fmt: skip
                             else:
-                                _finish(
-                                    total, start, constants, halve, low, high, short, early, add, more, target, LANES
-                                )
+                                _finish_row(
+                                    total, step, start, constants, halve, short, add, more, target, short_step,
+                                    residual_pixel, out_pixel,
+                                )  # fmt: skip
+                            continue
+                        for i in range(many):
+                            px = x_at + i
+                            entry = bases
+                            if px < inner_first:
+                                entry = bases + (1 + px) * lanes * 4
+                            elif px >= inner_last:
+                                entry = bases + (1 + inner_first + px - inner_last) * lanes * 4
+                            _finish_pixel(
+                                half, plain, total, entry + 4 * at, constants, halve, low, high, short, early, add,
+                                more, target, count,
+                            )  # fmt: skip
+                            total, target = total + together * 64, target + out_pixel
+                            short = short + short_step if has_shortcut else 0
+                            more = more + residual_pixel if residual != 0 else 0
                     x_at += many
                 block += together
     return last_rows
@@ -818,6 +791,10 @@ def compile_workers() -> dict[str, int]:
         "filters": filters_worker,
         "wide": wide_worker,
     }
+    # Numba's cache looks at this file alone, and would go on with what an earlier version of the other one says.
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (vectors, layout))
+    for function in made.values():
+        function.__qualname__ = f"{function.__name__}_{hashlib.sha256(sources).hexdigest()[:16]}"
     compiled = {name: cfunc(types.void(types.int64), nopython=True, cache=True)(f) for name, f in made.items()}
     _kept.update(compiled)
     return {name: function.address for name, function in compiled.items()}
