@@ -106,6 +106,11 @@ class Recipe(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations backward: less memory, more time."
     )
+    memory_mode: Literal["exact", "compact"] = Field(
+        default="exact",
+        description="What binary convolutions keep for the backward: their input, or one byte for each element of it "
+        "(see `binarize.memory_mode`).",
+    )
     compile: bool = Field(default=False, description="Run the network through torch.compile.")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Autocast precision.")
     allow_tf32: bool = Field(default=False, description="Let CUDA round matrix products' inputs to TF32.")
@@ -218,10 +223,10 @@ class Recipe(Section):
             )
         return value
 
-    @field_validator("structure", "keep", "overrides", "linear", "two_stage", "progressive")
+    @field_validator("structure", "keep", "overrides", "linear", "two_stage", "progressive", "memory_mode")
     @classmethod
     def _needs_method(cls, value: Any, info: ValidationInfo) -> Any:
-        if info.data.get("method", ...) is None and value not in (None, False, "auto"):
+        if info.data.get("method", ...) is None and value not in (None, False, "auto", "exact"):
             raise ValueError("has no effect while method is null; name a method, or remove it")
         return value
 

@@ -16,6 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from binarize._memory import memory_mode
 from binarize.errors import BinarizeError
 from binarize.layers import training_step
 from binarize.recipes import Recipe, build_pipeline, build_scheduler, settled, stages_end
@@ -119,6 +120,8 @@ class _Run:
 
         torch.manual_seed(torch_seed(recipe.seed, "weights"))
         self.unet = initial_network(recipe, begun).train()
+        if recipe.memory_mode != "exact":
+            memory_mode(self.unet, recipe.memory_mode)
         if recipe.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         optimizer = build_optimizer(recipe, self.unet)
