@@ -5,7 +5,8 @@
     python benchmarks/bench_packed.py --only layers
 
 Each table's rows are timed in turns, round after round, so that a machine that slows down slows all of them; a cell is
-the median. Figures to rely on are ratios within one run. Results go to benchmarks/results/packed.json and packed.png.
+the median. Figures to rely on are ratios within one run. Results go to benchmarks/results/packed.json and packed.png,
+and are printed as Markdown; `python benchmarks/tables.py` puts them into the documentation.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tables import section
 from textbook import textbook_twin
 from torch import Tensor, nn
 
@@ -406,18 +408,25 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "packed.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    results["machine"] = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    results["machine"] = machine()
     for name in chosen:
         print(f"-- {name}", flush=True)
         results[name] = todo[name]()
         path.write_text(json.dumps(results, indent=1) + "\n")
         gc.collect()
     plot(results, RESULTS / "packed.png")
+    for name in chosen:
+        print(f"\n{section('packed-' + name, {path.name: results})}")
+
+
+def machine() -> dict[str, Any]:
+    """Return what the tables say of where their figures come from."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def processor() -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -91,16 +90,16 @@ def run(variant: str, size: int, batch: int, steps: int, threads: int) -> dict[s
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table, with ratios to the textbook form of the same size and batch."""
     lines = [
-        "| network | pixels | batch | peak memory (MB) | ratio | bar | a step (s) | ratio | bar |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network | pixels | batch | threads | peak memory, MB | ratio | bar | a step, s | ratio | bar |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     base = {(row["size"], row["batch"]): row for row in rows if row["variant"] == "textbook"}
     for row in rows:
         reference = base.get((row["size"], row["batch"]))
         bars = BARS.get(row["variant"], ("", ""))
-        cells = [VARIANTS[row["variant"]], f"{row['size']}x{row['size']}", row["batch"]]
+        cells = [VARIANTS[row["variant"]], f"{row['size']}x{row['size']}", row["batch"], row["threads"]]
         for key, bar, form in (("memory", bars[0], ".0f"), ("seconds", bars[1], ".2f")):
-            ratio = "" if reference is None else f"{row[key] / reference[key]:.3f}"
+            ratio = "" if reference is None else f"{row[key] / reference[key]:.2f}"
             cells += [format(row[key], form), ratio, bar if reference is not None else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -129,10 +128,9 @@ def main() -> None:
         print(f"{VARIANTS[case[0]]}: {rows[-1]['memory']:.0f} MB, {rows[-1]['seconds']:.2f} s", file=sys.stderr)
     print(table(rows))
     if given.json is not None:
-        import torch
+        from bench_packed import machine
 
-        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-        given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+        given.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
