@@ -476,7 +476,8 @@ def _check_config(
             )
     if len(channel_mults) > _MOST_LEVELS or res_blocks > _MOST_BLOCKS:
         raise BinarizeError(
-            f"SRUNet: at most {_MOST_LEVELS} levels of {_MOST_BLOCKS} ResBlocks; got {len(channel_mults)} of {res_blocks}."
+            f"SRUNet: at most {_MOST_LEVELS} levels of {_MOST_BLOCKS} ResBlocks; got {len(channel_mults)} of "
+            f"{res_blocks}."
         )
     if not channel_mults or any(mult < 1 for mult in channel_mults) or res_blocks < 1:
         raise BinarizeError(

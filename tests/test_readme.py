@@ -13,7 +13,7 @@ from typer.main import get_command
 from binarize.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/index.md", "docs/howto/save-and-load.md")
+PAGES = ("README.md", "docs/index.md", "docs/howto/save-and-load.md", "docs/howto/pack.md")
 EVERY_PAGE = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))]
 
 

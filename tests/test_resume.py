@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -123,6 +124,7 @@ def test_a_picture_that_breaks_during_the_run_is_named_with_the_last_checkpoint(
     monkeypatch.setattr(NoisySamples, "__getitem__", breaking)
     with pytest.raises(BinarizeError, match=r"^photos/p3\.png: is damaged The last checkpoint is .*checkpoint-3\.$"):
         train(recipe(f"dataloader_num_workers={workers}"), progress=False)
+    assert not multiprocessing.active_children()  # which the end of the program would wait for, and they for it
 
 
 # Another number of processes.

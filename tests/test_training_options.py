@@ -233,7 +233,9 @@ def test_flips_of_each_layer_reach_tensorboard(recipe: Any) -> None:
     tags = set(events.Tags()["scalars"])
     layers = {
         f"flips/{name}"
-        for name in FlipTracker(SuperResolutionPipeline.from_pretrained(result.model_dir, pack=False).unet).result().layers
+        for name in FlipTracker(SuperResolutionPipeline.from_pretrained(result.model_dir, pack=False).unet)
+        .result()
+        .layers
     }
     assert {"flips", "memory_bytes", *layers} <= tags
     assert [event.value for event in events.Scalars("flips")] == pytest.approx([e.flips for e in result.history])

@@ -268,23 +268,25 @@ class BinaryConv2d(_BinaryLayer):
         if x.device.type == "cpu" and x.stride(1) == 1:  # a slice of channels, such as CP-Down's
             x = x.contiguous(memory_format=torch.channels_last)
         source, shift = x, None
-        if is_plain(self.pre, Shift):
+        if isinstance(self.pre, Shift) and is_plain(self.pre, Shift):
             shift = self.pre.gather(self.pre.bias)
         elif self.pre is not None:
             source = self.pre(x)
         whole = tail_fits(self)
         post = self.post.gather_all() if whole and isinstance(self.post, RPReLU) else (None, None, None)
+        binarizer: Any = self.weight_binarizer
+        activation: Any = self.activation
         y: Tensor = BinaryBlock.apply(
             source,
             self.weight,
-            self.weight_binarizer.scale(self.weight),
+            binarizer.scale(self.weight),
             shift,
             *post,
             Block(
                 geometry=Geometry(self.stride, self.padding, self.dilation, self.groups),
-                zero=self.activation.sign_zero,
-                surrogate=SURROGATES[type(self.activation)],
-                clip_weight=self.weight_binarizer.clip,
+                zero=activation.sign_zero,
+                surrogate=SURROGATES[type(activation)],
+                clip_weight=binarizer.clip,
                 shortcut=whole and self.shortcut is not None,
                 memory=self.memory,
                 dtype=compute_dtype(x),

@@ -49,8 +49,12 @@ class Block(NamedTuple):
 
 def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     """Say whether a module is exactly of one of these classes and nobody listens to it, so that it can be passed by."""
-    return type(module) in kinds and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return (
+        module is not None
+        and type(module) in kinds
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
     )
 
 

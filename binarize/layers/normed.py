@@ -52,7 +52,8 @@ class _NormSiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        out = torch.native_group_norm(x, weight, bias, *ctx.sizes, ctx.eps)[0]
+        batch, channels, pixels, groups = ctx.sizes
+        out = torch.native_group_norm(x, weight, bias, batch, channels, pixels, groups, ctx.eps)[0]
         inner = torch.ops.aten.silu_backward(grad, out)
         del out
         grads = torch.ops.aten.native_group_norm_backward(

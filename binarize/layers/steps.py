@@ -3,8 +3,8 @@
 Each step is one function with the same meaning on every device. On a CPU, where memory traffic decides what training
 costs, `binarize.layers.steps_cpu` does each of them in one pass if numba is installed; here is the same in PyTorch.
 
-Rows of parameters are ``(R, C)`` with R = 1, or one row for each sample. Arithmetic is done in float32 where tensors are
-half precision, else in their own dtype.
+Rows of parameters are ``(R, C)`` with R = 1, or one row for each sample. Arithmetic is done in float32 where tensors
+are half precision, else in their own dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from binarize.layers.signs import SignZero, sign_
@@ -200,7 +199,8 @@ def activate_backward(
     rows = post.slope.shape[0]
     inner = torch.where(u > 0, wide_grad, wide_grad * slope)
     of_slope = u.clamp_max_(0).mul_(wide_grad)
-    return inner.to(dtype), *(_to_rows(total, rows) for total in (inner, of_slope, wide_grad))
+    of_in, of_slope, of_out = (_to_rows(total, rows) for total in (inner, of_slope, wide_grad))
+    return inner.to(dtype), of_in, of_slope, of_out
 
 
 def sign_backward(

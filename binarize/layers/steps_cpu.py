@@ -344,7 +344,8 @@ def _norm_outer(start: int, stop: int, per_sample: int, x: Any, terms: Any, out:
 
 @_compile
 def _pack(start: int, stop: int, weight: Any, taps: int, out: Any, counts: Any) -> None:
-    # weight (C_out, C_in * taps); out (blocks, taps * words, 16) as binarize.packed has filters, counts (taps, blocks * 16)
+    # weight (C_out, C_in * taps); out (blocks, taps * words, 16) as binarize.packed has filters; counts
+    # (taps, blocks * 16)
     channels = weight.shape[1] // taps
     words = (channels + 31) // 32
     for o in range(start, stop):

@@ -291,6 +291,9 @@ class FixedWeight(_WeightBinarizer):
 
     clip = True
 
+    scales: Tensor
+    codes: Tensor | None
+
     def __init__(
         self, weight: Tensor, terms: int = 1, stored_scales: StoredScales = "filter", learned: bool = False
     ) -> None:
@@ -308,7 +311,7 @@ class FixedWeight(_WeightBinarizer):
             scales.append(weight.new_ones(weight.shape[0]) * (1 if stored_scales == "none" else mean))
             rest = rest - _column(scales[-1], rest) * codes[-1]
         if learned:
-            self.scales: Tensor = nn.Parameter(torch.stack(scales))
+            self.scales = nn.Parameter(torch.stack(scales))
         else:
             self.register_buffer("scales", torch.stack(scales))
         self.register_buffer("codes", torch.stack(codes[1:]).to(torch.int8) if terms > 1 else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ def packed_conv2d(
     )
     if out.numel() == 0:
         return out
-    held = [filters, counts, thresholds.float(), table.float(), np.array([low, high], np.float32)]
+    held: list[Any] = [filters, counts, thresholds.float(), table.float(), np.array([low, high], np.float32)]
     p = plan.fields.copy()
     scratch = torch.empty(min(threads, plan.tasks) * plan.scratch + ALIGN, dtype=torch.uint8)
     p[Conv.SCRATCH] = -(-scratch.data_ptr() // ALIGN) * ALIGN

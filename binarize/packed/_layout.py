@@ -89,7 +89,7 @@ def from_dense(dense: Tensor, shape: FilterShape) -> Tensor:
 
 
 def from_bits(bits: Tensor, shape: FilterShape) -> Tensor:
-    """Return words, int32 ``shape.memory``, of bits ``(terms, C_out, C_in / groups, kh, kw)`` uint8; spare bits are 0."""
+    """Return words, int32 ``shape.memory``, of uint8 bits ``(terms, C_out, C_in / groups, kh, kw)``; spares are 0."""
     n, group_out = shape.terms, shape.out_channels // shape.groups
     kh, kw = shape.kernel
     bits = bits.reshape(n, shape.groups, group_out, shape.in_channels, kh * kw)

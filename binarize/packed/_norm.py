@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.packed import backends
+from binarize.packed._gradient import refuse_gradient
 
 
 @torch.library.custom_op("binarize::norm_factors", mutates_args=())
@@ -112,6 +113,10 @@ def _(hidden, skip):  # type: ignore[no-untyped-def]
     batch, channels, height, width = hidden.shape
     shape = (batch, (channels + skip.shape[1]) // 2, height, width)
     return tuple(hidden.new_empty(shape).to(memory_format=torch.channels_last) for _ in range(2))
+
+
+for _operator in (norm_factors, norm_silu, shuffle):
+    _operator.register_autograd(refuse_gradient)
 
 
 def factors_of(norm: nn.GroupNorm, x: Tensor, row: Tensor | None = None) -> Tensor:

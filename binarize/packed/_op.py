@@ -8,14 +8,14 @@ and bfloat16; everywhere else, and in float64, plain torch does, with the same i
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from binarize.errors import BinarizeError
 from binarize.packed import backends
+from binarize.packed._gradient import refuse_gradient
 from binarize.packed._layout import LANES, WORD, FilterShape, to_bits
 
 NO_SHORTCUT, SHORTCUT_LAST, SHORTCUT_FIRST = 0, 1, 2
@@ -112,14 +112,7 @@ def _(x, filters, counts, thresholds, table, group, shape, halve, low, high, sho
     return out.to(memory_format=torch.channels_last)
 
 
-def _refuse_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise BinarizeError(
-        "packed layers have no gradient; train the unpacked model, or call binarize.unpack(model), which gives +-1 latent "
-        "weights and fixed scales."
-    )
-
-
-packed_conv2d.register_autograd(_refuse_gradient)
+packed_conv2d.register_autograd(refuse_gradient)
 
 
 def plain_conv2d(

@@ -110,7 +110,7 @@ def _store_pixels(b: ir.IRBuilder, value: ir.Value, address: ir.Value, bf16: boo
 
 
 def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """exp(x) to about 1 unit in the last place: 2^n times a polynomial (Taylor to the 7th order on |r| <= ln(2) / 2)."""
+    """exp(x) to about 1 unit in the last place: 2^n times Taylor's polynomial of order 7 on |r| <= ln(2) / 2."""
     x = _call(b, "llvm.minnum.v16f32", _FLOATS, x, _constant(88.0, _FLOATS))
     x = _call(b, "llvm.maxnum.v16f32", _FLOATS, x, _constant(-87.0, _FLOATS))
     n = _call(b, "llvm.rint.v16f32", _FLOATS, b.fmul(x, _constant(1.4426950216293335, _FLOATS)))
@@ -225,7 +225,9 @@ def make_product(pixels: int, blocks: int, bytewise: bool) -> Any:
             def add_counts(j: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 return [b.add(s, c) for s, c in zip(sums, counts(j), strict=True)]
 
-            def in_chunks(start: ir.Value, stop: ir.Value, sums: list[ir.Value], size: int, part: Any) -> list[ir.Value]:
+            def in_chunks(
+                start: ir.Value, stop: ir.Value, sums: list[ir.Value], size: int, part: Any
+            ) -> list[ir.Value]:
                 """Add what ``part(start, stop)`` finds in chunks of ``size`` words, if there are any words."""
                 before, chunk, done = b.block, b.append_basic_block("chunk"), b.append_basic_block("end")
                 b.cbranch(b.icmp_signed("<", start, stop), chunk, done)
@@ -302,9 +304,9 @@ def make_finish(bf16: bool, partial: bool, plain: bool = False) -> Any:
 
     Of 16 output channels: the dot product ``base - 2 sums`` (or ``base - sums`` where ``halve``), times the scale,
     affine, shift, PReLU, shift, clamp, plus the shortcut (before the activation where ``early``), plus ``row`` and
-    ``residual``; a null address leaves a summand out. ``table`` holds 16 floats each of scale, factor, offset, shift in,
-    slope and shift out. ``partial`` builds the form for ``count`` < 16 channels, ``plain`` the one without affine and
-    clamp.
+    ``residual``; a null address leaves a summand out. ``table`` holds 16 floats each of scale, factor, offset, shift
+    in, slope and shift out. ``partial`` builds the form for ``count`` < 16 channels, ``plain`` the one without affine
+    and clamp.
     """
 
     @intrinsic
@@ -382,7 +384,7 @@ def make_finish_row(bf16: bool, pixels: int) -> Any:
 
 
 def make_signs(bf16: bool, partial: bool) -> Any:
-    """Return ``f(x, thresholds, count)``: 32 bits, bit i set where ``x[i] >= thresholds[i]``; bits from count on are 0."""
+    """Return ``f(x, thresholds, count)``: 32 bits, bit i set where ``x[i] >= thresholds[i]``, and 0 from count on."""
 
     @intrinsic
     def signs(context, x, thresholds, count):  # type: ignore[no-untyped-def]
@@ -613,10 +615,11 @@ def make_gather(bf16: bool) -> Any:
                     with b.if_then(inside):
                         value = b.fadd(value, start)
                         at = b.add(b.mul(r_row, _I64(y)), b.mul(r_pixel, _I64(i)))
-                        value = _when(
-                            b, more, value,
-                            lambda value=value, at=at: b.fadd(value, _load_pixels(b, b.add(residual, at), bf16, None)),
-                        )  # fmt: skip
+
+                        def plus_residual(value: ir.Value = value, at: ir.Value = at) -> ir.Value:
+                            return b.fadd(value, _load_pixels(b, b.add(residual, at), bf16, None))
+
+                        value = _when(b, more, value, plus_residual)
                         to = b.add(out, b.add(b.mul(row, _I64(y)), b.mul(pixel, _I64(i))))
                         _store_pixels(b, value, to, bf16, None)
             return context.get_dummy_value()

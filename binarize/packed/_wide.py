@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.packed import backends
+from binarize.packed._gradient import refuse_gradient
 from binarize.packed._layout import LANES
 from binarize.packed._norm import norm_silu
 
@@ -44,6 +45,9 @@ def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | Non
 def _(x, weight, bias, norm, residual):  # type: ignore[no-untyped-def]
     out = x.new_empty((x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
     return out.to(memory_format=torch.channels_last)
+
+
+wide_conv.register_autograd(refuse_gradient)
 
 
 def is_wide(conv: nn.Module) -> bool:

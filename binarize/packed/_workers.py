@@ -31,7 +31,7 @@ from binarize.packed._vectors import (
 )
 
 BYTEWISE = "+avx512vpopcntdq" not in vectors.cpu_features()
-# Register blocking: how many pixels x 16 output channels are summed at once, so that sums and filters fit the registers.
+# Register blocking: how many pixels x 16 output channels are summed at once; sums and filters must fit the registers.
 PIXELS, BLOCKS = (4, 4) if not BYTEWISE else (4, 1)
 
 
@@ -792,7 +792,7 @@ def compile_workers() -> dict[str, int]:
         "wide": wide_worker,
     }
     # Numba's cache looks at this file alone, and would go on with what an earlier version of the other one says.
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (vectors, layout))
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (vectors, layout))
     for function in made.values():
         function.__qualname__ = f"{function.__name__}_{hashlib.sha256(sources).hexdigest()[:16]}"
     compiled = {name: cfunc(types.void(types.int64), nopython=True, cache=True)(f) for name, f in made.items()}

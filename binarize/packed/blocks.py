@@ -42,13 +42,14 @@ def norm_silu_conv(
 def fuse(fusion: nn.Module | None, hidden: Tensor, skip: Tensor) -> Tensor:
     """Return what a decoder's fusion makes of hidden and skip, without their concatenation where it can.
 
-    Two full-precision 1x1 convolutions of a shuffle are two matrix products of what was shuffled, with shuffled weights.
+    Two full-precision 1x1 convolutions of a shuffle are two matrix products of what was shuffled, with weights
+    shuffled.
     """
     if not isinstance(fusion, CSFusion) or fusion.form != "published" or hidden.shape[1] % 2 or skip.shape[1] % 2:
         joined = torch.cat([hidden, skip], dim=1)
         return joined if fusion is None else fusion(joined)
     first, second = fusion.convs
-    if not all(type(conv) is nn.Conv2d for conv in (first, second)):
+    if type(first) is not nn.Conv2d or type(second) is not nn.Conv2d:
         one, two = shuffle(hidden, skip)
         return accumulate(second, two, first(one))
     half = hidden.shape[1] // 2

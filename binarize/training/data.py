@@ -109,7 +109,7 @@ class PairedPatches(Dataset[dict[str, Any]]):
         ]
         top, left = places[0]
         if len(places) > 1:
-            top, left = max(places, key=lambda place: _texture(hr, self.scale, *place, side))
+            top, left = max(places, key=lambda place: _texture(hr, self.scale, place, side))
         patches = _cut(hr, lr, self.scale, top, left, side)
         turn = _below(draw[2], 8) if self.augment else 0
         high, low, condition = (_turned(patch, turn) for patch in patches)
@@ -179,9 +179,9 @@ def _cut(
     return high, low, condition
 
 
-def _texture(hr: torch.Tensor, scale: int, top: int, left: int, side: int) -> float:
+def _texture(hr: torch.Tensor, scale: int, place: tuple[int, int], side: int) -> float:
     """Return the mean absolute difference between vertical and horizontal neighbours in a patch."""
-    patch = _crop(hr, *(_scaled(slice(start, start + side), scale) for start in (top, left))).to(torch.int16)
+    patch = _crop(hr, *(_scaled(slice(start, start + side), scale) for start in place)).to(torch.int16)
     return sum(float(patch.diff(dim=axis).abs().float().mean()) for axis in (-2, -1))
 
 

@@ -31,7 +31,7 @@ from binarize.training.optim import build_lr_scheduler, build_optimizer
 from binarize.training.processes import accelerator_for, agree, on_main
 from binarize.training.randomness import torch_seed
 from binarize.training.resume import check_resumable
-from binarize.training.samples import BatchPlan, batch_loader, training_samples
+from binarize.training.samples import BatchPlan, batch_loader, close, training_samples
 from binarize.training.signals import StopRequest
 from binarize.training.validation import Validator, averaged_weights, export
 
@@ -165,7 +165,25 @@ class _Run:
             workers=recipe.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        batches, checkpoint = iter(loader), self.start
+        batches = iter(loader)
+        try:
+            checkpoint = self._steps(batches)
+        finally:
+            close(batches)
+        return TrainResult(
+            output_dir=recipe.output_dir,
+            model_dir=recipe.output_dir / MODEL,
+            checkpoint=cast(Path, checkpoint),  # a run that starts at its end was resumed from one
+            steps=self.step,
+            history=tuple(self.log.entries),
+            validation=self.validation,
+            best=self.best,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _steps(self, batches: Iterator[dict[str, Any]]) -> Path | None:
+        """Take the steps; return the last checkpoint."""
+        recipe, checkpoint = self.recipe, self.start
         with tqdm(total=recipe.max_train_steps, initial=self.step, disable=not self.shows, unit="step") as bar:
             while self.step < recipe.max_train_steps:
                 losses, signum = self._optimizer_step(batches)
@@ -183,16 +201,7 @@ class _Run:
                 if self.step % recipe.checkpointing_steps == 0 or last:
                     checkpoint = self._save()
                 self.log.pause(time.perf_counter() - paused)
-        return TrainResult(
-            output_dir=recipe.output_dir,
-            model_dir=recipe.output_dir / MODEL,
-            checkpoint=cast(Path, checkpoint),  # a run that starts at its end was resumed from one
-            steps=self.step,
-            history=tuple(self.log.entries),
-            validation=self.validation,
-            best=self.best,
-            seconds=time.perf_counter() - began,
-        )
+        return checkpoint
 
     def _validates(self) -> bool:
         return self.step % self.recipe.validation_steps == 0 or self.step >= self.recipe.max_train_steps

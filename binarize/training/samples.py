@@ -141,6 +141,16 @@ def batch_loader(
     )
 
 
+def close(batches: Iterator[dict[str, Any]]) -> None:
+    """Stop the processes behind an iterator over `batch_loader`.
+
+    They outlive the signal by which Python ends its children, so a program that left them would wait for ever.
+    """
+    stop = getattr(batches, "_shutdown_workers", None)  # PyTorch does it when the iterator is forgotten, and only then
+    if stop is not None:
+        stop()
+
+
 def _outlive_signals(worker: int) -> None:
     # Ctrl-C and a cluster's SIGTERM reach every process of a run; the step that is under way needs its batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
