@@ -23,8 +23,9 @@ from binarize.methods import Method, get_method, list_methods, register_method
 from binarize.serialization import load, save
 
 if TYPE_CHECKING:
-    from binarize import evaluation, imaging, inspect, models, recipes, training
+    from binarize import diagnosis, evaluation, imaging, inspect, models, recipes, training
     from binarize._build import build
+    from binarize.diagnosis import doctor
     from binarize.training.ablation import ablate
 
 __version__ = "0.1.0"
@@ -32,6 +33,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "ablate": "binarize.training.ablation",
     "build": "binarize._build",
+    "diagnosis": "",
+    "doctor": "binarize.diagnosis",
     "evaluation": "",
     "imaging": "",
     "inspect": "",
@@ -50,6 +53,8 @@ __all__ = [
     "build",
     "checkpoint_context",
     "convert",
+    "diagnosis",
+    "doctor",
     "evaluation",
     "get_method",
     "hosts",

@@ -53,7 +53,7 @@ def evaluate(
     lpips_backbone: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The backbone's weights, so that nothing is downloaded.")
     ] = None,
-    steps: StepsOption = 50,
+    steps: StepsOption = None,
     tile: TileOption = None,
     overlap: OverlapOption = None,
     seed: SeedOption = 0,
@@ -86,8 +86,10 @@ def evaluate(
         check_output(output, force=force)
     pipeline = prepare(load_pipeline(model, scale=scale), device, precision, scheduler, packing)
 
+    chosen = pipeline.num_inference_steps if steps is None else steps
+
     def enlarge(picture: Image.Image) -> Image.Image:
-        return sample(pipeline, picture, steps=steps, seed=seed, tile=tile, overlap=overlap)
+        return sample(pipeline, picture, steps=chosen, seed=seed, tile=tile, overlap=overlap)
 
     report = measure(
         enlarge,

@@ -1,8 +1,9 @@
-"""From what a user calls a model to a pipeline: a folder that was saved, a run's folder, or a released checkpoint."""
+"""From what a user calls a model to a pipeline: a folder, a run, a released checkpoint, or a name on the hub."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,10 @@ PIPELINE, NETWORK, RUN = "model_index.json", "config.json", "model"
 CHECKPOINT_SUFFIXES, PACKED_SUFFIX = (".pth", ".pt"), ".safetensors"
 _ALLOWED = (
     "a folder that `binarize train`, `binarize import-official` or `binarize pack` wrote, a run's folder, an SRUNet's "
-    "folder, a packed network's .safetensors file, or a released .pth file"
+    "folder, a packed network's .safetensors file, a released .pth file, or a name on the Hugging Face hub "
+    "(user/repository or user/repository/folder)"
 )
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)+")
 
 
 def load_network(path: Path) -> SRUNet:
@@ -30,14 +33,15 @@ def load_network(path: Path) -> SRUNet:
 
     Args:
         path: A pipeline's folder, a run's output folder, an SRUNet's folder, a packed network's ``.safetensors`` file,
-            or a released ``.pth`` file.
+            a released ``.pth`` file, or, where no such file or folder exists, ``user/repository`` or
+            ``user/repository/folder`` on the Hugging Face hub, which is downloaded once.
 
     Raises:
         BinarizeError: If there is no such thing, or what is there cannot be read or does not fit together.
     """
     from binarize.models import load_official
 
-    path = _resolve(path)
+    path = locate(path)
     if path.suffix.lower() in CHECKPOINT_SUFFIXES and path.is_file():
         return load_official(path)
     if path.is_file():
@@ -49,7 +53,33 @@ def load_network(path: Path) -> SRUNet:
 
 def has_scale(path: Path) -> bool:
     """Say whether a model says itself how many times it enlarges, as pipelines do."""
-    return (_resolve(path) / PIPELINE).is_file()
+    return (locate(path) / PIPELINE).is_file()
+
+
+def scale_of(path: Path, scale: int | None = None) -> int:
+    """Return how many times a model enlarges, without loading it.
+
+    Args:
+        path: As for `load_network`.
+        scale: As for `load_pipeline`.
+
+    Raises:
+        BinarizeError: If there is no such model, or the scale is missing or contradicts the model.
+    """
+    path = locate(path)
+    if not (path / PIPELINE).is_file():
+        if scale is None:
+            raise BinarizeError(f"{path}: does not say how many times it enlarges; add --scale, such as --scale 4.")
+        return scale
+    index = _read_json(path / PIPELINE)
+    if index.get("_class_name") != "SuperResolutionPipeline":
+        raise BinarizeError(f"{path}: is a {index.get('_class_name')}, not a SuperResolutionPipeline.")
+    known = index.get("scale")
+    if scale is not None and scale != known:
+        raise BinarizeError(f"--scale {scale}: {path} enlarges {known} times; leave --scale out.")
+    if not isinstance(known, int):
+        raise BinarizeError(f"{path / PIPELINE}: scale is {known!r}; it must be the whole number of the training.")
+    return known
 
 
 def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPipeline:
@@ -65,16 +95,10 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
     """
     from binarize.models import SuperResolutionPipeline
 
-    path = _resolve(path)
+    path = locate(path)
+    scale = scale_of(path, scale)
     if not (path / PIPELINE).is_file():
-        if scale is None:
-            raise BinarizeError(f"{path}: does not say how many times it enlarges; add --scale, such as --scale 4.")
         return SuperResolutionPipeline(load_network(path), scale=scale)
-    index = _read_json(path / PIPELINE)
-    if index.get("_class_name") != "SuperResolutionPipeline":
-        raise BinarizeError(f"{path}: is a {index.get('_class_name')}, not a SuperResolutionPipeline.")
-    if scale is not None and scale != index.get("scale"):
-        raise BinarizeError(f"--scale {scale}: {path} enlarges {index.get('scale')} times; leave --scale out.")
     network = _read_network(path / "unet")
     try:
         with _quiet_diffusers():
@@ -130,7 +154,7 @@ def sample(
     pipeline: SuperResolutionPipeline,
     picture: Image.Image | Picture,
     *,
-    steps: int,
+    steps: int | None,
     seed: int,
     tile: int | None = None,
     overlap: int | None = None,
@@ -141,21 +165,22 @@ def sample(
     Args:
         pipeline: The model.
         picture: What to enlarge.
-        steps: Denoising steps.
+        steps: Denoising steps; None for the number that the pipeline was saved with.
         seed: Decides the noise.
         tile: As for the pipeline.
         overlap: As for the pipeline.
-        advance: Called after each step.
+        advance: Called each time that the network has run: once a step and tile.
 
     Raises:
         BinarizeError: If an option does not fit, or the picture needs more memory than there is.
     """
     import torch
 
-    def on_step(pipe: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_pass(*_: object) -> None:
         advance()
-        return {}
 
+    # Steps would say too little: a network of one step would show nothing until the last of many tiles is done.
+    watch = pipeline.unet.register_forward_hook(on_pass)
     try:
         images = pipeline(
             picture,
@@ -163,7 +188,6 @@ def sample(
             generator=torch.Generator().manual_seed(seed),
             tile=tile,
             overlap=overlap,
-            callback_on_step_end=on_step,
             return_dict=False,
         )[0]
     except RuntimeError as error:
@@ -173,18 +197,26 @@ def sample(
                 f"the picture is too large for the memory of {pipeline.device.type}; try {smaller}."
             ) from error
         raise
+    finally:
+        watch.remove()
     enlarged: Image.Image = images[0]
     return enlarged
 
 
-def _resolve(path: Path) -> Path:
-    """Return the folder or file that holds the model which ``path`` names."""
+def locate(path: Path) -> Path:
+    """Return the folder or file that holds the model which ``path`` names; from the hub, it is downloaded.
+
+    Raises:
+        BinarizeError: If there is none.
+    """
     if path.is_file():
         if path.suffix.lower() not in (*CHECKPOINT_SUFFIXES, PACKED_SUFFIX):
             raise BinarizeError(f"{path}: is not a model; give {_ALLOWED}.")
         return path
     if not path.is_dir():
-        raise BinarizeError(f"{path}: no such file or folder; give {_ALLOWED}.")
+        if not _names_repository(path):
+            raise BinarizeError(f"{path}: no such file or folder; give {_ALLOWED}.")
+        path = _download(path.as_posix())
     if (path / PIPELINE).is_file() or (path / NETWORK).is_file():
         return path
     if (path / RUN / PIPELINE).is_file():
@@ -195,6 +227,41 @@ def _resolve(path: Path) -> Path:
             f"{path.parent / RUN}, once the run has reached its first validation."
         )
     raise BinarizeError(f"{path}: holds no model (no {PIPELINE} or {NETWORK}); give {_ALLOWED}.")
+
+
+def _names_repository(path: Path) -> bool:
+    """Say whether a path that does not exist may be meant as a name on the hub."""
+    name = path.as_posix()
+    is_a_file_name = path.suffix.lower() in (*CHECKPOINT_SUFFIXES, PACKED_SUFFIX)
+    # With its first folder there, a path is a slip of the pen in the rest of it.
+    return _HUB_NAME.fullmatch(name) is not None and not is_a_file_name and not Path(path.parts[0]).exists()
+
+
+def _download(name: str) -> Path:
+    """Return the local copy of ``user/repository`` or ``user/repository/folder``; weights in safetensors alone."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    user, repository, *inside = name.split("/")
+    repo, folder = f"{user}/{repository}", "/".join(inside)
+    patterns = [f"{folder}/{kind}" if folder else kind for kind in ("*.json", "*.safetensors")]
+    try:
+        found = Path(snapshot_download(repo, allow_patterns=patterns))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BinarizeError(
+            f"{name}: no such file or folder here, and no repository {repo} on the Hugging Face hub (or a private one: "
+            f"`hf auth login`); give {_ALLOWED}."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise BinarizeError(
+            f"{name}: no such file or folder here, and the Hugging Face hub cannot be reached, nor was {repo} "
+            "downloaded before; go online, or give the path of a model."
+        ) from error
+    except Exception as error:  # the hub's client and the libraries below it raise many kinds
+        raise BinarizeError(f"{name}: cannot be downloaded from the Hugging Face hub: {_one_line(error)}") from error
+    if not (found / folder).is_dir():
+        raise BinarizeError(f"{name}: the repository {repo} on the Hugging Face hub has no folder {folder} of a model.")
+    return found / folder
 
 
 def _read_network(folder: Path) -> SRUNet:

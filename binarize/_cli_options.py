@@ -43,10 +43,20 @@ ScaleOption = Annotated[
     int | None,
     typer.Option(min=1, help="How many times larger, for models that do not say it: .pth files and bare networks."),
 ]
-StepsOption = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+StepsOption = Annotated[
+    int | None, typer.Option(min=1, help="Denoising steps; by default the number that is saved with the model, or 50.")
+]
 TileOption = Annotated[
     int | None,
     typer.Option(min=1, help="Side, in output pixels, of the tiles that the network sees; bounds memory."),
+]
+AutoTileOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Side, in output pixels, of the tiles that the network sees, which bounds memory; 0: no tiles; by default "
+        "512 where a side of the result is longer than 1024.",
+    ),
 ]
 OverlapOption = Annotated[
     int | None, typer.Option(min=0, help="Output pixels that tiles share; 32, or a quarter of the tile.")

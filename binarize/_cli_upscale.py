@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from binarize._cli_options import (
+    AutoTileOption,
     Device,
     DeviceOption,
     ForceOption,
@@ -17,17 +20,20 @@ from binarize._cli_options import (
     PackOption,
     Precision,
     PrecisionOption,
-    ScaleOption,
     SchedulerOption,
     SeedOption,
     StepsOption,
-    TileOption,
     shows_progress,
 )
 from binarize.errors import BinarizeError
 
 if TYPE_CHECKING:
     from binarize.imaging import Picture
+    from binarize.models import SuperResolutionPipeline
+
+DEFAULT_SCALE = 2
+TILE, UNTILED = 512, 1024
+"""The tile where none is asked for, and the longest side of a result that is given to the network at once."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +44,46 @@ class Job:
     target: Path
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What decoding every source once has told: each one's (height, width), and a job and a pixel of each mode."""
+
+    sizes: dict[Path, tuple[int, int]]
+    modes: dict[str, tuple[Job, Picture]]
+
+
 def upscale(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of pictures.")],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The new picture, or a folder for it; PNG files go into a folder.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="OUT",
+            show_default=False,
+            help="The new picture, or a folder for it; PNG files go into a folder. By default beside IN, such as "
+            "photo_x2.png.",
+        ),
+    ] = None,
     model: Annotated[
-        Path,
-        typer.Option("--model", "-m", help="A trained model: a folder, a run's folder, a packed or a released file."),
-    ],
-    scale: ScaleOption = None,
-    steps: StepsOption = 50,
-    tile: TileOption = None,
+        Path | None,
+        typer.Option(
+            "--model",
+            "-m",
+            show_default=False,
+            help="A trained model: a folder, a run's folder, a packed or a released file, or user/repository on the "
+            "Hugging Face hub. By default the one that comes with binarize.",
+        ),
+    ] = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="How many times larger: 2 or 4, by default 2. With --model, for models that do not say it: .pth files "
+            "and bare networks.",
+        ),
+    ] = None,
+    steps: StepsOption = None,
+    tile: AutoTileOption = None,
     overlap: OverlapOption = None,
     seed: SeedOption = 0,
     scheduler: SchedulerOption = None,
@@ -61,41 +95,111 @@ def upscale(
     """Enlarge a picture, or a folder of pictures.
 
     Any size, any mode: greyscale stays greyscale, 16-bit stays 16-bit, transparency is enlarged along. The same seed
-    gives the same picture. Results are written whole or not at all.
+    gives the same picture. Results are written whole or not at all, and replace nothing without `--force`.
 
     ```
+    binarize upscale photo.jpg    # writes photo_x2.png beside it
+    binarize upscale photo.jpg large.png --scale 4
     binarize upscale small.png large.png --model runs/bidiffsr_x4/model
     binarize upscale photos/ enlarged/ --model runs/bidiffsr_x4/model --steps 20
     binarize upscale small.png large.png --model BI-DiffSR_x2.pth --scale 2
-    binarize upscale panorama.jpg large.png --model my-model --tile 512 --scheduler dpm++
+    binarize upscale panorama.jpg large.png --model my-model --tile 256 --scheduler dpm++
+    binarize upscale small.png large.png --model user/repository
     ```
     """
+    began = process_start()
     from tqdm import tqdm
 
-    from binarize._cli_load import load_pipeline, prepare, sample
+    from binarize._cli_load import load_pipeline, prepare, sample, scale_of
     from binarize.imaging import read_picture, save_picture
 
+    if not source.exists():  # before anything is downloaded
+        raise BinarizeError(f"{source}: no such file or folder; give a picture, or a folder of pictures.")
+    if model is None:
+        from binarize.models import default_model
+
+        scale = DEFAULT_SCALE if scale is None else scale
+        model = default_model(scale)
+    if target is None:
+        target = default_target(source, scale_of(model, scale))
     jobs = plan_jobs(source, target, force=force)
-    modes = _decode(jobs)
+    decoded = _decode(jobs)
     pipeline = prepare(load_pipeline(model, scale=scale), device, precision, scheduler, packing)
-    for job, pixel in modes.values():
+    for job, pixel in decoded.modes.values():
         _check_target(job, pixel)
-    with tqdm(total=len(jobs) * steps, unit="step", disable=not shows_progress()) as bar:
+    steps = pipeline.num_inference_steps if steps is None else steps
+    tiles = {job.source: tile_for(decoded.sizes[job.source], pipeline.scale, tile) for job in jobs}
+    passes = sum(steps * _tiles_of(pipeline, decoded.sizes[path], side, overlap) for path, side in tiles.items())
+    _warm_up(pipeline)
+    started, sampling = time.time() - began, 0.0
+    with tqdm(total=passes, unit="pass", disable=not shows_progress()) as bar:
         for job in jobs:
             bar.set_description(job.source.name)
-            began = time.perf_counter()
-            large = sample(
-                pipeline,
-                read_picture(job.source),
-                steps=steps,
-                seed=seed,
-                tile=tile,
-                overlap=overlap,
-                advance=bar.update,
-            )
+            picture = read_picture(job.source)
+            before = time.perf_counter()
+            side = tiles[job.source]
+            large = sample(pipeline, picture, steps=steps, seed=seed, tile=side, overlap=overlap, advance=bar.update)
+            seconds = time.perf_counter() - before
+            sampling += seconds
             save_picture(large, job.target, force=force)
             with bar.external_write_mode():
-                typer.echo(f"{job.target}: {large.width}x{large.height}, {time.perf_counter() - began:.1f} s")
+                typer.echo(f"{job.target}: {large.width}x{large.height}, {seconds:.1f} s")
+    each = f"{steps} step{'s' if steps > 1 else ''} a picture"
+    typer.echo(f"start-up {started:.1f} s, sampling {sampling:.1f} s ({each}, on {pipeline.device.type})")
+
+
+def process_start() -> float:
+    """Return when this program was started, in seconds since the epoch, so that its imports count as start-up.
+
+    That is known on Linux, and where `binarize` is the program; elsewhere the answer is now.
+    """
+    is_ours = Path(sys.argv[0]).stem in ("binarize", "cli")
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.time()
+    return time.time() - age if is_ours else time.time()
+
+
+def default_target(source: Path, scale: int) -> Path:
+    """Return where the enlargement of a picture or of a folder goes if nothing is said: beside it."""
+    source = source.resolve() if source.name in ("", "..") else source
+    return source.with_name(f"{source.name}_x{scale}" if source.is_dir() else f"{source.stem}_x{scale}.png")
+
+
+def tile_for(size: tuple[int, int], scale: int, tile: int | None) -> int | None:
+    """Return the tile of a picture in output pixels, or None for the whole at once.
+
+    Args:
+        size: Height and width of the small picture.
+        scale: How many times it is enlarged.
+        tile: What was asked for; None decides by the size, and 0 wants no tiles.
+    """
+    if tile is None:
+        return TILE if max(size) * scale > UNTILED else None
+    return tile if tile > 0 else None
+
+
+def _tiles_of(pipeline: SuperResolutionPipeline, size: tuple[int, int], tile: int | None, overlap: int | None) -> int:
+    """Return how many tiles a picture is seen in."""
+    from binarize.models.tiling import tile_grid
+
+    height, width = (side * pipeline.scale for side in size)
+    return len(tile_grid(height, width, tile=tile, overlap=overlap, multiple=pipeline.size_multiple))
+
+
+def _warm_up(pipeline: SuperResolutionPipeline) -> None:
+    """Run the network once on next to nothing: its kernels are compiled or loaded then, which is no sampling."""
+    import torch
+
+    from binarize._pack import is_packed
+
+    if is_packed(pipeline.unet):
+        side = pipeline.size_multiple
+        empty = torch.zeros(1, 3, side, side, dtype=pipeline.unet.dtype, device=pipeline.device)
+        with torch.inference_mode():
+            pipeline.unet(empty, 0, empty)
 
 
 def plan_jobs(source: Path, target: Path, *, force: bool) -> list[Job]:
@@ -137,13 +241,14 @@ def plan_jobs(source: Path, target: Path, *, force: bool) -> list[Job]:
     return jobs
 
 
-def _decode(jobs: list[Job]) -> dict[str, tuple[Job, Picture]]:
-    """Decode every source once, so that a broken one is found before hours of work; return a pixel of each mode."""
+def _decode(jobs: list[Job]) -> Decoded:
+    """Decode every source once, so that a broken one is found before hours of work."""
     import torch
 
     from binarize.imaging import read_picture
     from binarize.imaging.pairs import raise_all
 
+    sizes: dict[Path, tuple[int, int]] = {}
     modes: dict[str, tuple[Job, Picture]] = {}
     problems = []
     for job in jobs:
@@ -152,11 +257,12 @@ def _decode(jobs: list[Job]) -> dict[str, tuple[Job, Picture]]:
         except BinarizeError as error:
             problems.append(str(error))
             continue
+        sizes[job.source] = (picture.rgb.shape[-2], picture.rgb.shape[-1])
         alpha = None if picture.alpha is None else torch.zeros(1, 1, 1)
         pixel = picture.with_pixels(torch.zeros(3, 1, 1), alpha)
         modes.setdefault(pixel.to_pil().mode, (job, pixel))
     raise_all(jobs[0].source.parent, problems)
-    return modes
+    return Decoded(sizes, modes)
 
 
 def _check_target(job: Job, pixel: Picture) -> None:

@@ -11,6 +11,7 @@ from binarize import (
     _cli_ablate,
     _cli_convert,
     _cli_demo,
+    _cli_doctor,
     _cli_evaluate,
     _cli_models,
     _cli_pack,
@@ -66,6 +67,7 @@ app.command("summary")(_cli_models.summary)
 app.command("methods")(_cli_models.methods)
 app.command("import-official")(_cli_convert.import_official)
 app.command("pack")(_cli_pack.pack)
+app.command("doctor")(_cli_doctor.doctor)
 _cli_ablate.register(app)
 app.command("demo")(_cli_demo.demo)
 app.add_typer(_cli_recipes.app, name="recipes")

@@ -1,7 +1,15 @@
-"""The U-Net, the loader of released checkpoints, and the super-resolution pipeline."""
+"""The U-Net, the loader of released checkpoints, the super-resolution pipeline, and the models that are shipped."""
 
+from binarize.models._pretrained import default_model
 from binarize.models.official import OFFICIAL_CONFIG, load_official
 from binarize.models.pipeline import SuperResolutionPipeline, default_scheduler
 from binarize.models.unet import SRUNet
 
-__all__ = ["OFFICIAL_CONFIG", "SRUNet", "SuperResolutionPipeline", "default_scheduler", "load_official"]
+__all__ = [
+    "OFFICIAL_CONFIG",
+    "SRUNet",
+    "SuperResolutionPipeline",
+    "default_model",
+    "default_scheduler",
+    "load_official",
+]

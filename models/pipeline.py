@@ -35,6 +35,8 @@ StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str,
 
 # The released networks have four levels, for networks that do not say what their sizes must be a multiple of.
 _DEFAULT_MULTIPLE = 8
+# The published results' number of denoising steps, for pipelines that do not say theirs.
+_DEFAULT_STEPS = 50
 
 
 def default_scheduler() -> DDIMScheduler:
@@ -62,11 +64,13 @@ class SuperResolutionPipeline(DiffusionPipeline):
         scale: How many times larger the result is, a whole number of at least 1, saved with the pipeline.
         residual_scale: For networks that were trained on residuals, (picture - enlarged picture) / residual_scale, the
             number that they were divided by, saved with the pipeline; None for networks of pictures.
+        num_inference_steps: Denoising steps of a call that does not say how many, saved with the pipeline; None for
+            the published 50. At most the scheduler's number of training timesteps.
 
     Raises:
         BinarizeError: If the scale is missing or no whole number of at least 1, if residual_scale is not positive, if
-            the scheduler is not of the kind
-            that predicts over discrete timesteps, or if it and the network were made for different numbers of them.
+            num_inference_steps is out of range, if the scheduler is not of the kind that predicts over discrete
+            timesteps, or if it and the network were made for different numbers of them.
 
     Example:
         ```python
@@ -90,14 +94,17 @@ class SuperResolutionPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin | None = None,
         scale: int | None = None,
         residual_scale: float | None = None,
+        num_inference_steps: int | None = None,
     ) -> None:
         super().__init__()
         scale = checks.check_scale(scale)
         checks.check_residual_scale(residual_scale)
         scheduler = default_scheduler() if scheduler is None else scheduler
         checks.check_scheduler(unet, scheduler)
+        if num_inference_steps is not None:
+            checks.check_numbers(scheduler, num_inference_steps, batch_size=1, eta=0)
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(scale=scale, residual_scale=residual_scale)
+        self.register_to_config(scale=scale, residual_scale=residual_scale, num_inference_steps=num_inference_steps)
 
     @classmethod
     def from_pretrained(
@@ -132,8 +139,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
         """Save as diffusers does."""
         if self._packed_in_memory:
             _log.warning(
-                "The network was packed while it was loaded, so %s gets 1-bit weights, which cannot be trained. To copy "
-                "the latent weights, load with pack=False.",
+                "The network was packed while it was loaded, so %s gets 1-bit weights, which cannot be trained. To "
+                "copy the latent weights, load with pack=False.",
                 save_directory,
             )
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -148,11 +155,22 @@ class SuperResolutionPipeline(DiffusionPipeline):
         """What residuals were divided by, or None where the network diffuses pictures."""
         return self.config["residual_scale"]
 
+    @property
+    def num_inference_steps(self) -> int:
+        """Denoising steps of a call that does not say how many."""
+        saved = self.config["num_inference_steps"]
+        return _DEFAULT_STEPS if saved is None else saved
+
+    @property
+    def size_multiple(self) -> int:
+        """What the network's sizes must be a multiple of; pictures are padded to it."""
+        return getattr(self.unet, "size_multiple", _DEFAULT_MULTIPLE)
+
     @torch.no_grad()
     def __call__(
         self,
         image: PictureInput,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | list[Tensor] | None = None,
         tile: int | None = None,
@@ -175,7 +193,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
                 :class:`binarize.imaging.Picture`, numpy array (H, W) or (H, W, 1 to 4), tensor (1 to 4, H, W), a batch
                 of either with a leading axis, or a list of these in which sizes may differ. Floating point in [0, 1],
                 or uint8 or uint16; two or four channels end in alpha, which is enlarged bicubically.
-            num_inference_steps: Denoising steps, from 1 to the scheduler's number of training timesteps.
+            num_inference_steps: Denoising steps, from 1 to the scheduler's number of training timesteps; by default
+                the number that the pipeline was saved with, or 50.
             generator: One generator, or one for each picture.
             latents: Unit Gaussian noise to start from instead of drawing it, of the size of the results:
                 (B, 3, H * scale, W * scale), or a list of (3, H * scale, W * scale) where sizes differ. It is scaled
@@ -205,6 +224,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
                 fit the network.
         """
         sources = as_pictures(image)
+        num_inference_steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         checks.check_scheduler(self.unet, self.scheduler)
@@ -213,10 +233,9 @@ class SuperResolutionPipeline(DiffusionPipeline):
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         generators = checks.one_each(generator, sources)
         noises = checks.split_latents(latents, sources, self.scale)
-        multiple = getattr(self.unet, "size_multiple", _DEFAULT_MULTIPLE)
         chunks = _chunks(sources, 1 if tile is not None else batch_size)
         grids = [
-            tile_grid(*(self.scale * side for side in size), tile=tile, overlap=overlap, multiple=multiple)
+            tile_grid(*(self.scale * side for side in size), tile=tile, overlap=overlap, multiple=self.size_multiple)
             for size in (sources[chunk[0]].rgb.shape[-2:] for chunk in chunks)
         ]
 

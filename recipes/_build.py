@@ -109,8 +109,8 @@ def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
     """Return the pipeline that samples from a recipe's network.
 
     Args:
-        recipe: Its noise schedule, scale and target. Where residuals are diffused, ``residual_scale`` must be set, as
-            it is in the ``recipe.yaml`` of a run.
+        recipe: Its noise schedule, scale, target and sampling steps. Where residuals are diffused, ``residual_scale``
+            must be set, as it is in the ``recipe.yaml`` of a run.
         unet: The network.
 
     Raises:
@@ -124,7 +124,12 @@ def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
             "that the run has written."
         )
     return SuperResolutionPipeline(
-        unet, build_scheduler(recipe), scale=recipe.scale, residual_scale=recipe.residual_scale
+        unet,
+        build_scheduler(recipe),
+        scale=recipe.scale,
+        residual_scale=recipe.residual_scale,
+        # A schedule of fewer timesteps than the default number of steps must not fail when a long training is saved.
+        num_inference_steps=min(recipe.num_inference_steps, recipe.scheduler.num_train_timesteps),
     )
 
 

@@ -11,17 +11,21 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+import tqdm
 import yaml
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import binarize
+from binarize._cli_upscale import tile_for
 from binarize.cli import app
 from binarize.imaging import degrade, read_picture
 from binarize.models import SRUNet, SuperResolutionPipeline, load_official
@@ -47,6 +51,7 @@ COMMANDS = [
     ["methods"],
     ["import-official"],
     ["pack"],
+    ["doctor"],
     ["demo"],
     ["recipes", "ls"],
     ["recipes", "show"],
@@ -337,10 +342,118 @@ def test_a_device_that_is_not_there_is_refused(
     assert "finds no such device here" in message
 
 
-def test_upscale_needs_a_model(small: Path, tmp_path: Path) -> None:
-    result = run("upscale", small, tmp_path / "large.png")
-    assert result.exit_code == 2
-    assert "--model" in result.stderr
+def test_upscale_writes_beside_the_picture_where_nothing_is_said(model: Path, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(photos, folder)
+    (folder / "p0.png").rename(folder / "a.b.PNG")
+    before = contents(folder)
+    succeeds("upscale", folder / "a.b.PNG", "--model", model, "--steps", "1")
+    assert (folder / "a.b_x2.png").is_file()
+    assert "a.b_x2.png: already exists" in fails("upscale", folder / "a.b.PNG", "--model", model)
+    (folder / "a.b_x2.png").unlink()
+    succeeds("upscale", folder, "--model", model / "unet", "--scale", "3", "--steps", "1")
+    assert sorted(path.name for path in (tmp_path / "pictures_x3").iterdir()) == ["a.b.png", "p1.png"]
+    assert contents(folder) == before
+
+
+def test_upscale_takes_the_steps_that_the_model_says(model: Path, small: Path, tmp_path: Path) -> None:
+    own = damaged(model, tmp_path / "own")
+    edit_json(own / "model_index.json", num_inference_steps=3)
+    said = succeeds("upscale", small, tmp_path / "a.png", "--model", own)
+    assert re.search(r"^start-up \d+\.\d s, sampling \d+\.\d s \(3 steps a picture, on ", said, flags=re.MULTILINE)
+    succeeds("upscale", small, tmp_path / "b.png", "--model", model, "--steps", "3")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert "(1 step a picture" in succeeds("upscale", small, tmp_path / "c.png", "--model", own, "--steps", "1")
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "tile"),
+    [((512, 300), None, None), ((300, 513), None, 512), ((4, 4), 96, 96), ((2000, 2000), 0, None)],
+)
+def test_large_results_are_made_of_tiles_unless_told_otherwise(
+    size: tuple[int, int], asked: int | None, tile: int | None
+) -> None:
+    assert tile_for(size, 2, asked) == tile
+
+
+@pytest.mark.parametrize("tile", [None, 16])
+def test_the_bar_counts_the_passes_of_the_network(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int | None
+) -> None:
+    bars: list[Any] = []
+    real = tqdm.tqdm
+
+    class Watched(real):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": False})
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Watched)
+    picture(20, 9).save(tmp_path / "small.png")
+    options = [] if tile is None else ["--tile", str(tile)]
+    succeeds("upscale", tmp_path / "small.png", "--model", model, "--steps", "2", *options)
+    assert bars[0].n == bars[0].total == 2 * (1 if tile is None else 3 * 2)  # steps, and rows and columns of tiles
+
+
+def test_start_up_counts_from_the_start_of_the_program(model: Path, small: Path) -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "binarize.cli", "upscale", small, "--model", model, "--steps", "1", "--no-pack"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    wall = time.monotonic() - began
+    found = re.search(r"start-up (\S+) s, sampling (\S+) s", done.stdout)
+    assert found is not None
+    assert float(found[1]) + float(found[2]) <= wall + 0.2
+    if sys.platform == "linux":
+        assert float(found[1]) > 0.5  # no import of torch is that fast
+
+
+# Names on the hub
+
+
+def test_a_model_on_the_hub_is_downloaded(
+    model: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        return str(model.parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    succeeds("upscale", small, tmp_path / "a.png", "--model", f"someone/models/{model.name}", "--steps", "1")
+    assert ("someone/models", [f"{model.name}/*.json", f"{model.name}/*.safetensors"]) in asked
+    succeeds("upscale", small, tmp_path / "b.png", "--model", model, "--steps", "1")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert "has no folder sub of a model" in fails("upscale", small, tmp_path / "c.png", "--model", "some/one/sub")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RepositoryNotFoundError("404", response=Mock()), "no repository some/one on the Hugging Face hub"),
+        (HFValidationError("odd"), "no repository some/one"),
+        (LocalEntryNotFoundError("offline"), "the Hugging Face hub cannot be reached, nor was some/one downloaded"),
+        (OSError("disk\nfull"), "cannot be downloaded from the Hugging Face hub: disk full"),
+    ],
+)
+def test_what_fails_on_the_hub_is_one_line(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(error))
+    assert words in fails("upscale", small, tmp_path / "large.png", "--model", "some/one")
+
+
+@pytest.mark.parametrize(
+    "name", ["{here}/missing", "runs/missing", "one", "some/BI-DiffSR_x2.pth", "a/b/x.safetensors"]
+)
+def test_paths_are_not_looked_up_on_the_hub(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(AssertionError("asked the hub")))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    message = fails("upscale", small, tmp_path / "large.png", "--model", name.format(here=tmp_path))
+    assert "no such file or folder" in message
 
 
 # What is given as a model

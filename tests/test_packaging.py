@@ -8,8 +8,10 @@ import inspect
 import json
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,40 @@ def test_every_data_file_is_installed(pyproject: dict[str, Any]) -> None:
         for pattern in patterns:
             packed |= set(folder.glob(pattern))
     on_disk = set((ROOT / "recipes").rglob("*.yaml")) | {ROOT / "binarize" / "py.typed"}
+    on_disk |= {ROOT / "binarize" / "diagnosis" / "picture.png"} | set(shipped_files(ROOT))
     assert packed == on_disk
+
+
+def shipped_files(root: Path) -> list[Path]:
+    """Every file of the trained models in a tree, whatever it is called."""
+    files = (path for path in (root / "models" / "pretrained").rglob("*") if path.is_file())
+    return [path for path in files if path.suffix not in (".py", ".pyc")]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_file_of_the_trained_models(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("binarize", "models", "recipes"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    # Beside what is shipped, a folder with all that a saved pipeline has, so that this tests something in any case.
+    for name in ("README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"):
+        path = tree / "models" / "pretrained" / "x64" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    (tree / "models" / "pretrained" / "x64" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    program = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
+    made = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=tree, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name: archive.read(name) for name in archive.namelist()}
+    assert len(shipped_files(tree)) >= 5
+    for path in shipped_files(tree):
+        assert held["binarize/models/" + path.relative_to(tree / "models").as_posix()] == path.read_bytes()
+    assert "binarize/diagnosis/picture.png" in held
 
 
 def tracked_texts() -> list[tuple[str, str]]:
