@@ -134,7 +134,7 @@ def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear
     if isinstance(layer, PackedConv2d):
         plain = nn.Conv2d(
             layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.declared_padding,
-            layer.dilation, layer.groups, bias=False, padding_mode=layer.padding_mode, device="meta",
+            layer.dilation, layer.groups, bias=False, padding_mode=cast(Any, layer.padding_mode), device="meta",
         )  # fmt: skip
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

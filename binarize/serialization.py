@@ -7,7 +7,9 @@ has all of that in diffusers' own format; `save` and `load` do the same for host
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +18,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from binarize._convert import PACKED_FORMAT, RECORD, conversion, convert, meta_copy
 from binarize._pack import pack
 from binarize.errors import BinarizeError
+from binarize.layers.parts import named_by_a_file
 from binarize.packed.files import WEIGHTS as SRUNET_WEIGHTS
-from binarize.packed.files import read_config, read_packed, write_packed
+from binarize.packed.files import count_tensors, read_config, read_packed, write_packed
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+# What constructors raise when a configuration hands them what they do not expect.
+_STRANGE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError)
+# Networks register one to three: layers, the parts that they are replaced by, and the containers around them.
+_MODULES_PER_TENSOR = 10
 
 
 def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
@@ -43,7 +52,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
 
     Raises:
         BinarizeError: If the model is not converted, a part of its method cannot be named in a file, or a dtype is
-            given for a model that is not packed.
+            given for a model that is not packed or is too small for one of its values.
     """
     from binarize.imaging import write_atomic
 
@@ -54,12 +63,13 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise BinarizeError(f"save: {folder} is a file; give a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     if _is_srunet(model) and record.packed:
-        model.save_config(folder)  # type: ignore[operator]
-        write_packed(model, folder / SRUNET_WEIGHTS, json.loads(model.to_json_string()), dtype)  # type: ignore[operator]
+        text = model.to_json_string()  # type: ignore[operator]
+        write_packed(model, folder / SRUNET_WEIGHTS, json.loads(text), dtype)  # the larger file, which may not fit
+        write_atomic(folder / CONFIG, lambda path: path.write_text(text), force=True)
         return folder
     if _is_srunet(model):
+        folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)  # type: ignore[operator]
         return folder
     described = {
@@ -71,6 +81,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
     if record.packed:
         write_packed(model, folder / WEIGHTS, described, dtype)
     else:
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / WEIGHTS, lambda path: save_model(model, str(path)), force=True)
     write_atomic(folder / CONFIG, lambda path: path.write_text(text), force=True)
     return folder
@@ -92,9 +103,9 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     """
     folder = Path(folder)
     if folder.is_file():
-        config, weights = read_config(folder), folder
+        config, weights, where = read_config(folder), folder, folder
     else:
-        config, weights = _read_config(folder), folder / WEIGHTS
+        config, weights, where = _read_config(folder), folder / WEIGHTS, folder / CONFIG
     if config.get("_class_name") == "SRUNet":
         if model is not None:
             raise BinarizeError(f"load: {folder} holds an SRUNet, which is rebuilt from its files; leave model out.")
@@ -104,21 +115,21 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
             return cast(nn.Module, SRUNet.from_pretrained(folder))
         except BinarizeError:
             raise
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, *_STRANGE, SafetensorError) as error:
             raise BinarizeError(f"load: {folder} does not hold a readable SRUNet: {_first_line(error)}") from error
     if config.get("binarize_format") != 1:
         raise BinarizeError(
-            f"load: {folder / CONFIG} has binarize_format {config.get('binarize_format')!r}; this version reads 1."
+            f"load: {where} has binarize_format {config.get('binarize_format')!r}; this version reads 1."
         )
     missing = [key for key in ("host", "conversion") if not isinstance(config.get(key), dict)]
     if missing:
-        raise BinarizeError(f"load: {folder / CONFIG} has no {' and no '.join(missing)}; it is not what save wrote.")
+        raise BinarizeError(f"load: {where} has no {' and no '.join(missing)}; it is not what save wrote.")
     if "packed" in config["conversion"]:
         return _load_packed(config, weights, model)
     state = _read_weights(weights)
     host = _build_host(config["host"], folder) if model is None else model
     ghost = meta_copy(host)  # so that a misfit is found before the caller's instance is touched
-    with torch.device("meta"):
+    with _building(where), torch.device("meta"):
         apply_conversion(ghost, config["conversion"])
     _check_fit(ghost, state, folder / WEIGHTS)
     apply_conversion(host, config["conversion"])
@@ -131,16 +142,51 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
 def _load_packed(config: Mapping[str, Any], path: Path, model: nn.Module | None) -> nn.Module:
     if model is not None:
         ghost = meta_copy(model)  # so that a misfit is found before the caller's instance is touched
-    with torch.device("meta"):
+    most = _MODULES_PER_TENSOR * (100 + count_tensors(path))
+    with _building(path), _at_most(most, path), torch.device("meta"):
         if model is None:
             ghost = _build_host(config["host"], path)
         apply_conversion(ghost, config["conversion"])
-    read_packed(ghost, path)
+
+    def unsaved() -> dict[str, Tensor]:
+        host = _build_host(config["host"], path) if model is None else model
+        return dict(host.named_buffers(remove_duplicate=False))
+
+    read_packed(ghost, path, unsaved=unsaved)
     if model is None:
         return ghost
     apply_conversion(model, config["conversion"])
-    model.load_state_dict(ghost.state_dict(), strict=True, assign=True)
+    model.load_state_dict(ghost.state_dict(keep_vars=True), strict=True, assign=True)
     return model.eval()
+
+
+@contextmanager
+def _building(path: Path) -> Iterator[None]:
+    """Say that a configuration is wrong, whatever it makes a constructor raise."""
+    try:
+        yield
+    except BinarizeError:
+        raise
+    except _STRANGE as error:
+        raise BinarizeError(f"load: {path}: its configuration builds no network: {_first_line(error)}") from error
+
+
+@contextmanager
+def _at_most(modules: int, path: Path) -> Iterator[None]:
+    """Stop building a network of more modules than its file can have weights for, be it a billion layers."""
+    thread, left = threading.get_ident(), modules
+
+    def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        nonlocal left
+        left -= threading.get_ident() == thread
+        if left < 0:
+            raise BinarizeError(f"load: {path}: its configuration has more layers than the file has weights for.")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -170,7 +216,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise BinarizeError(f"load: {folder} has no {CONFIG}; give a folder that binarize.save wrote.")
     try:
         config = json.loads((folder / CONFIG).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise BinarizeError(f"load: {folder / CONFIG} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise BinarizeError(f"load: {folder / CONFIG} must hold a JSON object; got {type(config).__name__}.")
@@ -196,10 +242,13 @@ def _build_host(described: Mapping[str, Any], folder: Path) -> nn.Module:
         )
     import diffusers
 
-    cls = getattr(diffusers, str(described["class"]), None)
+    cls = getattr(diffusers, str(described.get("class")), None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
-        raise BinarizeError(f"load: {folder} names {described['class']!r}, which is no diffusers model.")
-    built: nn.Module = cls.from_config(dict(described["config"]))  # type: ignore[attr-defined]
+        raise BinarizeError(f"load: {folder} names {described.get('class')!r}, which is no diffusers model.")
+    options = described.get("config")
+    if not isinstance(options, dict):
+        raise BinarizeError(f"load: {folder} has no configuration of its {cls.__name__}; got {options!r}.")
+    built: nn.Module = cls.from_config(options)  # type: ignore[attr-defined]
     return built
 
 
@@ -226,7 +275,8 @@ def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
     unknown = sorted(set(options) - known)
     if unknown or "method" not in options:
         raise BinarizeError(f"the conversion has unknown or missing keys: {', '.join(unknown) or 'method'}.")
-    convert(model, options.pop("method"), **options)
+    with named_by_a_file():
+        convert(model, options.pop("method"), **options)
     if packed is not None:
         pack(model)
 

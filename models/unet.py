@@ -410,7 +410,7 @@ class SRUNet(ModelMixin, ConfigMixin):
                 model = cls.from_config(config)
         except BinarizeError:
             raise
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise BinarizeError(f"{path}: its configuration builds no {cls.__name__}: {error}.") from error
         read_packed(model, path, dtype)
         return model
@@ -483,6 +483,10 @@ def _check_config(
         raise BinarizeError(
             f"SRUNet: needs at least one level and one ResBlock; got channel_mults={tuple(channel_mults)}, "
             f"res_blocks={res_blocks}."
+        )
+    if base_channels < 1 or norm_groups < 1:
+        raise BinarizeError(
+            f"SRUNet: base_channels and norm_groups must be at least 1; got {base_channels} and {norm_groups}."
         )
     widths = [base_channels * mult for mult in channel_mults]
     if base_channels % 2 or any(width % norm_groups for width in widths):

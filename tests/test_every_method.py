@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from method_cases import CASES, DEFAULTS, METHODS, Case
+from packed_case import scatter
 from torch import Tensor, nn
 
 import binarize
 from binarize._convert import conversion
-from binarize._export import binary_layers
+from binarize._export import binary_layers, packed_layers
 from binarize.layers import BinaryConv2d
 from binarize.methods import get_method
 from binarize.models import SRUNet
@@ -369,6 +370,68 @@ def test_the_configuration_survives_json(case):
     text = json.dumps(case.method.to_config())
     assert get_method(json.loads(text)) == case.method
     assert case.method.replace() == case.method
+
+
+# -- packed ------------------------------------------------------------------------------------------------------------
+
+
+def trained(case: Case) -> SRUNet:
+    """A network at the end of its training, every shift, slope, scale and statistic with a value that matters."""
+    model = scatter(tiny(case.method))
+    binarize.training_step(model, 1.0)
+    return model.eval()
+
+
+def predict(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x, condition = (torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    with torch.no_grad():
+        return model(x, torch.tensor([0, 30, 55, T - 1]), condition).sample
+
+
+@every_case
+def test_packed_equals_unpacked(case):
+    model = trained(case)
+    names = [name for name, _ in binary_layers(model)]
+    exact, single = copy.deepcopy(model).double(), copy.deepcopy(model)
+    expected = predict(exact, torch.float64)
+    assert [name for name, _ in packed_layers(binarize.pack(exact))] == names
+    torch.testing.assert_close(predict(exact, torch.float64), expected, rtol=1e-10, atol=1e-10)
+    # Rounding may flip a sign that sits near zero, which a network this small passes on; nearly all pixels are close.
+    difference = (predict(binarize.pack(single), torch.float32) - predict(model, torch.float32)).abs()
+    scale = expected.abs().mean()
+    assert difference.mean() < 2e-2 * scale
+    assert (difference < 1e-4 * scale).double().mean() > 0.5
+
+
+@every_case
+def test_a_packed_network_survives_its_file(case, tmp_path: Path):
+    packed = binarize.pack(trained(case))
+    binarize.save(packed, tmp_path)
+    for loaded in (binarize.load(tmp_path), SRUNet.from_pretrained(tmp_path)):
+        assert binarize.is_packed(loaded)
+        assert conversion(loaded).method == case.method
+        assert torch.equal(predict(loaded, torch.float32), predict(packed, torch.float32))
+
+
+@every_case
+def test_unpacked_weights_are_the_signs_of_the_latents(case):
+    model = trained(case).double()
+    before = predict(model, torch.float64)
+    expected = {}
+    for name, made in binary_layers(model):
+        parameters = {f"weight_binarizer.{k}": v.detach().numpy() for k, v in made.weight_binarizer.named_parameters()}
+        expected[name] = weights(case.at(1.0), {"weight": made.weight.detach().numpy(), **parameters}, 1.0)
+    unpacked = binarize.unpack(binarize.pack(model))
+    assert not binarize.is_packed(unpacked)
+    found = dict(binary_layers(unpacked))
+    assert found.keys() == expected.keys()
+    for name, closed_form in expected.items():
+        same(found[name].weight, closed_form.codes[0], 0)
+        same(found[name].binary_weight().codes, closed_form.codes, 0)
+        same(found[name].binary_weight().scales, closed_form.scales)
+    torch.testing.assert_close(predict(unpacked, torch.float64), before, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(predict(binarize.pack(unpacked), torch.float64), before, rtol=1e-10, atol=1e-10)
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------

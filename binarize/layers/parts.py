@@ -10,7 +10,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +27,7 @@ from binarize.timestep import TimestepContext
 PartKind = Literal["activation", "weight", "pre", "scale", "norm", "post", "shortcut"]
 PART_KINDS: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "norm", "post", "shortcut")
 Factory = Callable[..., nn.Module]
+_OF_A_FILE: ContextVar[bool] = ContextVar("_OF_A_FILE", default=False)
 Part = str | Mapping[str, Any] | Factory | None
 """A part as a method names it: a registered name, ``"module:name"``, ``{"name": ..., **options}``, a factory, or None.
 
@@ -180,10 +184,26 @@ def _check_options(kind: str, part: Any, factory: Factory, options: Mapping[str,
             )
 
 
+@contextmanager
+def named_by_a_file() -> Iterator[None]:
+    """Take names of parts from a file, which may come from anyone: import nothing for them, and call no function."""
+    token = _OF_A_FILE.set(True)
+    try:
+        yield
+    finally:
+        _OF_A_FILE.reset(token)
+
+
 def find_factory(kind: PartKind, name: str) -> Factory:
-    """Return a factory by its registered name or as ``"module:name"``."""
+    """Return a factory by its registered name or as ``"module:name"``.
+
+    Raises:
+        BinarizeError: If there is no such thing, or a file names a function or something that is not imported.
+    """
     if ":" not in name:
         return _registry(kind)[name]
+    if _OF_A_FILE.get():
+        return _imported_class(kind, name)
     module_name, _, attribute = name.partition(":")
     try:
         target: Any = importlib.import_module(module_name)
@@ -192,6 +212,20 @@ def find_factory(kind: PartKind, name: str) -> Factory:
     except (ImportError, AttributeError) as error:
         raise BinarizeError(f"{kind} part {name!r} cannot be imported: {error}.") from error
     return target
+
+
+def _imported_class(kind: PartKind, name: str) -> Factory:
+    module_name, _, attribute = name.partition(":")
+    target: Any = sys.modules.get(module_name)
+    for step in attribute.split("."):
+        target = getattr(target, step, None)
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        return target
+    raise BinarizeError(
+        f"the model's file names the {kind} part {name!r}, and a file may not have modules imported or functions "
+        f"called. Import {module_name} first if that is a class of modules of yours; else give the part a name of its "
+        f"own with @binarize.register_part({kind!r}, 'its-name'), convert with that name, and save the model again."
+    )
 
 
 def part_to_config(kind: str, part: Part) -> Any:

@@ -23,6 +23,8 @@ from binarize.layers.schedule import (
 )
 from binarize.layers.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign
 
+_MOST_TERMS = 16  # of fixed weights; a file may ask for any number
+
 StoredScales = Literal["filter", "tensor", "none"]
 
 
@@ -298,9 +300,9 @@ class FixedWeight(_WeightBinarizer):
         self, weight: Tensor, terms: int = 1, stored_scales: StoredScales = "filter", learned: bool = False
     ) -> None:
         super().__init__("plus")
-        if terms < 1 or stored_scales not in ("filter", "tensor", "none"):
+        if not 1 <= terms <= _MOST_TERMS or stored_scales not in ("filter", "tensor", "none"):
             raise BinarizeError(
-                "fixed weights have at least one term and stored_scales 'filter', 'tensor' or 'none'; "
+                f"fixed weights have 1 to {_MOST_TERMS} terms and stored_scales 'filter', 'tensor' or 'none'; "
                 f"got {terms} and {stored_scales!r}."
             )
         self.terms, self.stored_scales, self.learned = terms, stored_scales, learned

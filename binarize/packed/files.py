@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _CHUNK = 1 << 20
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_UNREADABLE = (OSError, SafetensorError, MemoryError, RuntimeError)  # the last two: larger than what can be mapped
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -39,12 +40,12 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
 
     Args:
         model: A packed model.
-        path: The file.
+        path: The file; its folder is created.
         config: What describes the host and its conversion, fit for JSON.
         dtype: What full-precision tensors are stored as, or None for what they are.
 
     Raises:
-        BinarizeError: If the dtype is not a floating-point one that the format has.
+        BinarizeError: If the dtype is not a floating-point one that the format has, or too small for a value.
     """
     from binarize.imaging import write_atomic
 
@@ -52,21 +53,37 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS.values())
         raise BinarizeError(f"a packed file stores full-precision tensors as {allowed}; got {dtype}.")
     state, seen = {}, set()
-    for name, value in model.state_dict().items():
-        if value.data_ptr() in seen and value.numel():  # tied tensors are stored under their first name
+    held = model.state_dict(keep_vars=True)  # which gives a tied tensor as the same object under each of its names
+    for name, value in held.items():
+        if id(value) in seen:  # tied tensors are stored under their first name
             continue
-        seen.add(value.data_ptr())
-        value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        state[name] = value.detach().cpu().contiguous()
+        seen.add(id(value))
+        state[name] = _stored(name, value.detach(), dtype).cpu().contiguous()
     plain = memoryview(serialize(state))
     start = 8 + _header_size(plain[:8])
-    digest = hashlib.sha256(plain[start:]).hexdigest()
-    metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: json.dumps(config), DIGEST: digest}
+    told = json.dumps(config)
+    digest = hashlib.sha256(told.encode())
+    digest.update(plain[start:])
+    metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: told, DIGEST: digest.hexdigest()}
     # The library writes metadata in an order of chance; a model's file should be the same each time.
     header = json.dumps({"__metadata__": metadata, **json.loads(bytes(plain[8:start]))}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     data = b"".join([struct.pack("<Q", len(header)), header, plain[start:]])
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda temporary: temporary.write_bytes(data), force=True)
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not value.is_floating_point():
+        return value
+    stored = value.to(dtype)
+    if bool((value.isfinite() & ~stored.isfinite()).any()):
+        code = str(dtype).removeprefix("torch.")
+        raise BinarizeError(
+            f"{name} has values up to {value.abs().max().item():.3g}, which {code} cannot hold (its largest is "
+            f"{torch.finfo(dtype).max:.3g}); store it as bfloat16, or leave dtype out."
+        )
+    return stored
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -78,11 +95,22 @@ def read_config(path: Path) -> dict[str, Any]:
     metadata = _metadata(path)
     try:
         config = json.loads(metadata.get(CONFIG, ""))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         raise BinarizeError(f"{path}: its configuration is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise BinarizeError(f"{path}: its configuration must be a JSON object; got {type(config).__name__}.")
     return config
+
+
+def count_tensors(path: Path) -> int:
+    """Return how many tensors a packed file holds.
+
+    Raises:
+        BinarizeError: As `read_config`.
+    """
+    _metadata(path)
+    with safe_open(path, framework="pt") as file:
+        return len(file.keys())
 
 
 def find_packed(name: str | PathLike[str], options: Mapping[str, Any]) -> Path | None:
@@ -94,8 +122,8 @@ def find_packed(name: str | PathLike[str], options: Mapping[str, Any]) -> Path |
             ``local_files_only`` and ``force_download``.
     """
     path, subfolder = Path(name), options.get("subfolder") or ""
-    if path.is_file():
-        return path if is_packed_file(path) else None
+    if path.is_file():  # diffusers loads no single files, so that reading it says what is wrong with it
+        return path if path.suffix == ".safetensors" or is_packed_file(path) else None
     if path.is_dir():
         folder = path / subfolder
         return folder / WEIGHTS if _says_packed(folder / "config.json") else None
@@ -114,7 +142,7 @@ def find_packed(name: str | PathLike[str], options: Mapping[str, Any]) -> Path |
 def _says_packed(config: Path) -> bool:
     try:
         return "packed" in (json.loads(config.read_text()).get("conversion") or {})
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
         return False
 
 
@@ -123,38 +151,49 @@ def is_packed_file(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             return VERSION in (file.metadata() or {})
-    except (OSError, SafetensorError):
+    except _UNREADABLE:
         return False
 
 
-def read_packed(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
+def read_packed(
+    model: nn.Module,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    unsaved: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> None:
     """Give a packed model, built on the meta device, the weights of a file.
 
     Args:
         model: A packed model without weights.
         path: What `write_packed` wrote.
         dtype: What full-precision tensors become, or None: what the file has, half precision as float32.
+        unsaved: Returns the host's buffers that no state dict holds, by name; called once the file has been checked,
+            and only if there are such buffers.
 
     Raises:
         BinarizeError: If the file is broken, of another version, or does not fit the model.
     """
-    digest = _metadata(path).get(DIGEST)
+    metadata = _metadata(path)
     expected = model.state_dict(keep_vars=True)
     with safe_open(path, framework="pt") as file:
         held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in held.items()}
         _check_fit(expected, shapes, path)
-        if digest != _digest(path):
-            raise BinarizeError(f"{path}: is damaged: its tensors do not have the digest that its header says.")
+        if metadata.get(DIGEST) != _digest(metadata.get(CONFIG, ""), path):
+            raise BinarizeError(f"{path}: is damaged: its content does not have the digest that its header says.")
         state = {}
         for name in held:
             value = file.get_tensor(name)
             if value.is_floating_point():
                 value = value.to(dtype or (torch.float32 if value.dtype in _HALVES else value.dtype))
+            if isinstance(expected[name], nn.Parameter):  # of which loading makes no copy, so that ties hold
+                value = nn.Parameter(value, requires_grad=False)
             state[name] = value
     for name, twin in _tied(expected, state).items():
         state[name] = state[twin]
     model.load_state_dict(state, strict=True, assign=True)
+    if unsaved is not None and any(buffer.is_meta for buffer in model.buffers()):
+        _fill(model, unsaved(), dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise BinarizeError(f"{path}: has no value for {name}, which its network needs.")
@@ -163,6 +202,16 @@ def read_packed(model: nn.Module, path: Path, dtype: torch.dtype | None = None) 
             if tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     model.eval()
+
+
+def _fill(model: nn.Module, buffers: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    for name, tensor in list(model.named_buffers(remove_duplicate=False)):
+        given = buffers.get(name)
+        if tensor.is_meta and given is not None and given.shape == tensor.shape:
+            parent, _, attribute = name.rpartition(".")
+            made = given.detach().clone()
+            made = made.to(dtype) if dtype is not None and made.is_floating_point() else made
+            model.get_submodule(parent)._buffers[attribute] = made
 
 
 def _check_fit(expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[tuple[int, ...], str]], path: Path) -> None:
@@ -199,7 +248,7 @@ def _metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise BinarizeError(f"{path}: cannot be read as a safetensors file: {' '.join(str(error).split())}") from error
     version = metadata.get(VERSION)
     if version is None:
@@ -213,8 +262,8 @@ def _header_size(start: bytes | memoryview) -> int:
     return int(struct.unpack("<Q", start)[0])
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+def _digest(config: str, path: Path) -> str:
+    digest = hashlib.sha256(config.encode())
     with path.open("rb") as file:
         file.seek(8 + _header_size(file.read(8)))
         while chunk := file.read(_CHUNK):

@@ -68,6 +68,8 @@ class _PackedLayer(nn.Module):
     post: nn.Module | None
     shortcut: nn.Module | None
     words: Tensor
+    pad_codes: tuple[int, ...] | None
+    padding_mode: str
     scales: Tensor | None
     bias: nn.Parameter | None
 
@@ -223,7 +225,7 @@ class _PackedLayer(nn.Module):
         return None
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the operator's ``counts``, ``thresholds`` and ``table``, first and last one for each term, made once."""
+        """Return the operator's ``counts``, ``thresholds`` and ``table``, first and last for each term, made once."""
         if torch.compiler.is_compiling():
             return self._make_tables()
         sources = [*self.parameters(), *self.buffers()]
@@ -349,7 +351,7 @@ class PackedConv2d(_PackedLayer):
         pad = layer.pad_codes or (layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0])
         self.pad_codes = None if layer.padding_mode == "zeros" else pad
         pad = (0, 0, 0, 0) if self.pad_codes is not None else pad
-        terms = layer.weight_binarizer.terms if hasattr(layer.weight_binarizer, "terms") else 1
+        terms: Any = getattr(layer.weight_binarizer, "terms", 1)
         shape = FilterShape(
             layer.out_channels, layer.in_channels // layer.groups, layer.kernel_size, layer.groups, int(terms)
         )
@@ -390,7 +392,7 @@ class PackedLinear(_PackedLayer):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.pad_codes, self.padding_mode = None, "zeros"
-        terms = layer.weight_binarizer.terms if hasattr(layer.weight_binarizer, "terms") else 1
+        terms: Any = getattr(layer.weight_binarizer, "terms", 1)
         self._take(layer, FilterShape(layer.out_features, layer.in_features, (1, 1), 1, int(terms)), Geometry())
 
     def forward(self, x: Tensor) -> Tensor:
