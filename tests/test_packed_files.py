@@ -274,7 +274,9 @@ def test_tensors_and_configuration_have_to_fit(folder: Path, change: Any, messag
         # ... and what no tensor can be is not built.
         ({"base_channels": 2**40}, "its configuration builds no SRUNet: Storage size calculation overflowed"),
         ({"base_channels": 10**30}, "its configuration builds no SRUNet"),
-        ({"base_channels": -16}, "its configuration builds no SRUNet"),
+        ({"base_channels": -16}, "base_channels and norm_groups must be at least 1; got -16"),
+        ({"norm_groups": -1}, "base_channels and norm_groups must be at least 1"),
+        ({"norm_groups": 0}, "base_channels and norm_groups must be at least 1"),
         ({"base_channels": "wide"}, "its configuration builds no SRUNet"),
         ({"base_channels": None}, "its configuration builds no SRUNet"),
         ({"channel_mults": 5}, "its configuration builds no SRUNet"),
