@@ -10,6 +10,11 @@ import typer
 from binarize._cli_options import ForceOption, Precision, ScaleOption
 from binarize.errors import BinarizeError
 
+_MODEL_FILES = {
+    "README.md", "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors", "model_index.json",
+    "scheduler", "unet",
+}  # fmt: skip
+
 
 def pack(
     source: Annotated[
@@ -77,3 +82,9 @@ def _check_target(source: Path, target: Path, *, force: bool) -> None:
         raise BinarizeError(f"{target}: already exists and is no model's folder; give another name.")
     if not force:
         raise BinarizeError(f"{target}: already holds a model; give another name, or --force to overwrite it.")
+    strange = sorted(path.name for path in target.iterdir() if path.name not in _MODEL_FILES)
+    if strange:
+        raise BinarizeError(
+            f"{target}: holds more than a model, such as {strange[0]}, which --force would remove with it; give "
+            "another name, or remove the rest yourself."
+        )

@@ -14,6 +14,7 @@ from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d, BinaryLinear, FixedWeight
 from binarize.layers.parts import PartKind
 from binarize.methods import Method
+from binarize.packed.backends import kernels_for
 from binarize.packed.layers import PackedConv2d, PackedLinear, levels_of
 
 _log = logging.getLogger("binarize")
@@ -61,10 +62,10 @@ def pack(model: ModelT) -> ModelT:
 
 
 def pack_if_possible(model: nn.Module) -> bool:
-    """Pack a model for speed alone: where it is binary, on a CPU and can be packed; return whether it is packed now."""
+    """Pack a model for speed alone, if it is binary, has kernels here and can be packed; say whether it is packed."""
     if is_packed(model):
         return True
-    if not hasattr(model, RECORD) or any(p.device.type != "cpu" for p in model.parameters()):
+    if not hasattr(model, RECORD) or any(kernels_for(p) is None for p in model.parameters()):
         return False
     try:
         pack(model)

@@ -85,7 +85,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents", "condition"]
 
     unet: ModelMixin
-    _packed_in_memory = False
+    _packed_in_memory = _latents_lost = False
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps
 
     def __init__(
@@ -132,15 +132,15 @@ class SuperResolutionPipeline(DiffusionPipeline):
         super().to(*args, **kwargs)
         if self._packed_in_memory and self.unet.device.type != "cpu":
             unpack(self.unet)
-            self._packed_in_memory = False
+            self._packed_in_memory, self._latents_lost = False, True
         return self
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does."""
-        if self._packed_in_memory:
+        if self._packed_in_memory or self._latents_lost:
             _log.warning(
-                "The network was packed while it was loaded, so %s gets 1-bit weights, which cannot be trained. To "
-                "copy the latent weights, load with pack=False.",
+                "The network was packed while it was loaded, so %s gets the signs of its weights alone, from which "
+                "training cannot go on. To copy the latent weights, load with pack=False.",
                 save_directory,
             )
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -381,14 +381,14 @@ class SRUNet(ModelMixin, ConfigMixin):
         """Load as diffusers does, but strictly: it would go on with weights that are missing.
 
         A packed model's ``model.safetensors`` can also be given by itself; half precision in it becomes float32, unless
-        ``torch_dtype`` says otherwise.
+        ``dtype`` (``torch_dtype`` in older versions of diffusers) says otherwise.
 
         Raises:
             BinarizeError: If weights and configuration do not belong together, or a packed file is broken.
         """
         packed = find_packed(pretrained_model_name_or_path, kwargs)
         if packed is not None:
-            return cls._from_packed(packed, kwargs.get("torch_dtype"))
+            return cls._from_packed(packed, kwargs.get("dtype", kwargs.get("torch_dtype")))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         wrong = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in _MISFITS if info.get(kind)]
@@ -410,7 +410,15 @@ class SRUNet(ModelMixin, ConfigMixin):
                 model = cls.from_config(config)
         except BinarizeError:
             raise
-        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        except (
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            ImportError,
+            RuntimeError,
+        ) as error:
             raise BinarizeError(f"{path}: its configuration builds no {cls.__name__}: {error}.") from error
         read_packed(model, path, dtype)
         return model

@@ -280,3 +280,22 @@ class TestPairs:
             ImagePairs(tmp_path / "missing", scale=2)
         with pytest.raises(BinarizeError, match="holds no pictures"):
             ImagePairs(folder, tmp_path, scale=2)
+
+
+def test_candidates_choose_the_place_with_most_texture(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    picture = np.full((64, 64, 3), 128, np.uint8)
+    picture[32:, 32:] = random.integers(0, 256, (32, 32, 3))
+    Image.fromarray(picture).save(tmp_path / "half.png")
+    options = {"scale": 2, "patch_size": 16, "augment": False, "length": 200}
+
+    def texture(candidates: int) -> list[float]:
+        patches = PairedPatches(tmp_path, candidates=candidates, **options)  # type: ignore[arg-type]
+        return [float(patches[i]["hr"].std()) for i in range(200)]
+
+    one, four = texture(1), texture(4)
+    assert np.mean(four) > 1.5 * np.mean(one)
+    assert all(b >= a - 0.05 for a, b in zip(one, four, strict=True))  # the first place is always among them
+    assert texture(4) == four
+    with pytest.raises(BinarizeError, match="candidates must be at least 1, got 0"):
+        PairedPatches(tmp_path, candidates=0, **options)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import binarize
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d
 from binarize.layers.activations import IdentitySign
+from binarize.layers.normed import norm_silu
 from binarize.methods import Method
 from binarize.models import SRUNet
 from binarize.packed import backends
@@ -191,3 +192,85 @@ def test_a_recipe_chooses_the_mode(recipe: Any, monkeypatch: pytest.MonkeyPatch)
     assert train(again, progress=False).steps == 4
     with pytest.raises(BinarizeError, match=r"memory_mode.*no effect while method is null"):
         load_recipe("sr3_x2", ["memory_mode=compact", *TINY])
+
+
+def test_learned_fixed_scales_learn() -> None:
+    torch.manual_seed(0)
+    method = Method(weight={"name": "fixed", "learned": True}, post="rprelu")
+    layer = BinaryConv2d(4, 4, 3, padding=1, method=method)
+    case = Case(layer, TimestepContext(T), torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6))
+    found, expected = gradients(case)[1], chained(case)[1]
+    assert "weight_binarizer.scales" in found
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+@settings(max_examples=15)
+@given(case=cases())
+def test_a_backward_without_the_kernels_of_the_forward_gives_the_same(case: Case) -> None:
+    expected = gradients(case)[1]
+    x = case.x.clone().contiguous(memory_format=torch.channels_last).requires_grad_()
+    case.layer.zero_grad()
+    with backends.use("numba"), case.context.using(STEPS):
+        y = case.layer(x)
+    with backends.use("torch"):
+        y.backward(case.grad)
+    assert x.grad is not None
+    found = {"x": x.grad, **{name: p.grad for name, p in case.layer.named_parameters() if p.grad is not None}}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
+
+
+@settings(max_examples=25)
+@given(
+    groups=st.sampled_from([1, 2, 4]),
+    channels=st.integers(1, 6),
+    size=st.tuples(st.integers(1, 2), st.integers(1, 7), st.integers(2, 9)),
+    seed=st.integers(0, 2**32),
+)
+def test_norm_and_silu_as_one_node_have_the_gradients_of_torchs(
+    groups: int, channels: int, size: Any, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    norm = nn.GroupNorm(groups, groups * channels)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    x = torch.randn(size[0], groups * channels, *size[1:]).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(x)
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        norm.to(dtype).zero_grad()
+        leaf = x.detach().to(dtype).requires_grad_()
+        y = function(leaf)
+        y.backward(grad.to(dtype))
+        return [y.detach(), *(t.grad.clone() for t in (leaf, norm.weight, norm.bias))]  # type: ignore[union-attr]
+
+    with backends.use("numba"):
+        found = run(lambda t: norm_silu(t, norm), torch.float32)
+    expected = run(lambda t: nn.functional.silu(norm(t)), torch.float64)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-4, atol=2e-4 * (1 + float(other.abs().max())))
+
+
+def test_dropout_after_the_norm_drops_its_share_anew_and_scales_the_rest() -> None:
+    norm, dropout = nn.GroupNorm(2, 16), nn.Dropout(0.25)
+    x = torch.randn(4, 16, 40, 40).contiguous(memory_format=torch.channels_last).requires_grad_()
+    plain = norm_silu(x, norm).detach()
+    with backends.use("numba"):
+        one, other = norm_silu(x, norm, dropout), norm_silu(x, norm, dropout)
+    for dropped in (one, other):
+        kept = dropped != 0
+        assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.01)
+        torch.testing.assert_close(dropped[kept], (plain / 0.75)[kept], rtol=1e-4, atol=1e-5)
+    assert float(((one != 0) == (other != 0)).float().mean()) == pytest.approx(0.75**2 + 0.25**2, abs=0.02)
+    # The backward drops what the forward dropped: no gradient of x would be seen through a changed mask.
+    (grad,) = torch.autograd.grad(one.sum(), x, retain_graph=True)
+    again = torch.autograd.grad(one.sum(), x)[0]
+    assert torch.equal(grad, again)
+    leaf = x.detach().double().requires_grad_()
+    reference = nn.functional.silu(nn.functional.group_norm(leaf, 2)) * ((one != 0).double() / 0.75)
+    expected = torch.autograd.grad(reference.sum(), leaf)[0]
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-3, atol=1e-4)

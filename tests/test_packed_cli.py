@@ -19,6 +19,7 @@ from binarize import _pack
 from binarize.errors import BinarizeError
 from binarize.imaging import degrade
 from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.packed import backends
 
 NETWORK: dict[str, Any] = {"base_channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -122,6 +123,9 @@ def test_pack_never_destroys_what_it_reads_or_what_is_no_model(model: Path, tmp_
         message = fails("pack", tmp_path / "packed", target, "--force")
         assert "holds what is to be packed, which would be lost" in message
     assert contents(tmp_path) == before
+    (tmp_path / "packed" / ".git").mkdir()
+    assert "holds more than a model, such as .git" in fails("pack", model, tmp_path / "packed", "--force")
+    (tmp_path / "packed" / ".git").rmdir()
     succeeds("pack", model, tmp_path / "packed", "--force", "--dtype", "bfloat16")
     assert contents(tmp_path) != before
 
@@ -196,6 +200,25 @@ def test_a_network_packed_while_loading_is_unpacked_on_another_device(model: Pat
     pipe.to("meta")
     assert not binarize.is_packed(pipe.unet)
     assert pipe.unet.device.type == "meta"
+
+
+def test_latents_that_were_lost_while_loading_are_not_saved_in_silence(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = SuperResolutionPipeline.from_pretrained(model)
+    binarize.unpack(pipe.unet)
+    pipe._packed_in_memory, pipe._latents_lost = False, True  # as after a move to a GPU
+    pipe.save_pretrained(tmp_path / "copy")
+    assert "gets the signs of its weights alone" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_networks_without_kernels_keep_their_latents(model: Path, backend: Any) -> None:
+    with backends.use(backend):
+        packed = binarize.is_packed(SuperResolutionPipeline.from_pretrained(model).unet)
+        double = binarize.convert(SRUNet(**NETWORK).double(), "bidiffsr")
+        assert not _pack.pack_if_possible(double)
+    assert packed == (backend == "numba")
 
 
 def test_what_cannot_be_packed_stays_a_network_of_floats(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.layers.activations import ApproxSign
 from binarize.methods import Method
 from binarize.packed import PackedConv2d, PackedLinear, backends
+from binarize.packed._inputs import check_devices
 from binarize.packed._layout import FilterShape, from_bits, from_dense, to_bits, to_dense
 from binarize.packed._norm import norm_factors, norm_silu, shuffle
 from binarize.packed._op import Geometry, lay_out_table, lay_out_thresholds, packed_conv2d
+from binarize.packed._wide import wide_conv
 from binarize.timestep import TimestepContext
 
 EITHER = ("numba", "torch")
@@ -282,3 +285,98 @@ def test_packed_layers_refuse_a_gradient() -> None:
     y = layer(torch.randn(1, 4, 5, 5, requires_grad=True))
     with pytest.raises(BinarizeError, match="packed layers have no gradient; train the unpacked model"):
         y.sum().backward()
+
+
+def test_packed_layers_refuse_what_does_not_fit_before_memory_is_read() -> None:
+    layer = PackedConv2d(BinaryConv2d(16, 16, 3, padding=1, method=Method()).eval())
+    for backend in EITHER:
+        with backends.use(backend):
+            with pytest.raises(
+                BinarizeError, match=r"the input must have the shape \(any, 16, any, any\); got \(1, 3, 8"
+            ):
+                layer(torch.rand(1, 3, 8, 8))
+            with pytest.raises(BinarizeError, match="the residual must have the shape"):
+                layer(torch.rand(1, 16, 8, 8), residual=torch.rand(1, 16, 8, 7))
+    with pytest.raises(BinarizeError, match=r"the input is on cpu and the layer on meta; .* x\.to\('meta'\)"):
+        check_devices("packed convolution", torch.rand(1), None, torch.rand(1, device="meta"))
+    with pytest.raises(BinarizeError, match="must have the shape"):
+        wide_conv(torch.rand(1, 16, 8, 8), torch.rand(16, 32, 3, 3), None, None, None)
+    with pytest.raises(BinarizeError, match="GroupNorm: weight must have the shape"):
+        norm_factors(torch.rand(1, 16, 8, 8), None, 4, torch.rand(8), None, 1e-5)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_wide_convolution_equals_torchs_and_takes_nothing(batch: int) -> None:
+    x, weight, bias = torch.randn(batch, 16, 9, 7), torch.randn(32, 16, 3, 3), torch.randn(32)
+    found = wide_conv(x, weight, bias, None, None)
+    torch.testing.assert_close(found, nn.functional.conv2d(x, weight, bias, padding=1), rtol=1e-4, atol=1e-4)
+
+
+def test_channels_last_modules_keep_their_bits() -> None:
+    layer = PackedConv2d(BinaryConv2d(40, 36, 3, padding=1, method=Method(weight="scaled_sign")).eval())
+    x = torch.randn(1, 40, 6, 6)
+    expected, codes = layer(x), layer.codes()
+    layer.to(memory_format=torch.channels_last)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.codes(), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    x, norm, weight = torch.randn(2, 32, 9, 8), nn.GroupNorm(4, 32), torch.randn(16, 32, 3, 3)
+
+    def run() -> list[Tensor]:
+        factors = norm_factors(x, None, 4, norm.weight, norm.bias, norm.eps)
+        return [factors, norm_silu(x, factors), wide_conv(x, weight, None, factors, None)]
+
+    with torch.no_grad():
+        expected = run()
+        torch.set_default_dtype(dtype)
+        try:
+            found = run()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_norm_of_zero_is_folded_as_zero() -> None:
+    layer = BinaryConv2d(16, 20, 3, padding=1, method=Method(weight="scaled_sign", norm="batch_norm")).eval()
+    nn.init.zeros_(layer.norm.weight)
+    x = torch.randn(1, 16, 5, 5)
+    packed = PackedConv2d(layer)
+    for backend in EITHER:
+        with backends.use(backend):
+            assert torch.equal(packed(x), layer(x))
+            assert not packed(x).any()
+
+
+class Rooted(nn.ReLU):
+    """A function of one's own that inherits from one that the operator knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0).sqrt()
+
+
+class Above(ApproxSign):
+    """A sign of one's own, whose threshold is not 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - 1)
+
+
+def test_a_subclass_runs_as_what_it_is() -> None:
+    layer = BinaryConv2d(8, 8, 3, padding=1, method=Method(weight="scaled_sign", post=lambda spec: Rooted())).eval()
+    x = torch.randn(1, 8, 5, 5)
+    packed = PackedConv2d(layer)
+    assert packed.fused.rest == ["post"]
+    torch.testing.assert_close(packed(x), layer(x))
+    layer.activation = Above()
+    with pytest.raises(BinarizeError, match="Above does not say which two values it gives"):
+        PackedConv2d(layer)
+
+
+def test_layers_made_in_inference_mode_run() -> None:
+    with torch.inference_mode():
+        layer = PackedConv2d(BinaryConv2d(8, 8, 3, padding=1, method=Method(post="rprelu")).eval())
+        x = torch.randn(1, 8, 5, 5)
+        assert torch.equal(layer(x), layer(x))

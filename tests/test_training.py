@@ -489,6 +489,26 @@ def test_a_loss_that_is_not_finite_names_the_pictures_and_spares_the_weights(
         train(recipe(), progress=False)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touched(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from binarize.training import loop
+
+    real = loop._Run._gradient_is_finite
+    calls = 0
+
+    def poisoned(run: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            next(run.model.parameters()).grad[0] = float("inf")
+        return real(run)
+
+    monkeypatch.setattr(loop._Run, "_gradient_is_finite", poisoned)
+    with pytest.raises(DivergedError, match=r"gradient of step 5 is not finite for the pictures p\d, .*-3\."):
+        train(recipe(), progress=False)
+
+
 def test_a_tracker_that_is_not_installed_is_refused(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from binarize.training import processes
 

@@ -311,6 +311,43 @@ def test_the_best_model_and_its_checkpoint_are_kept(
         assert torch.equal(parameter, expected)
 
 
+def test_models_of_unfinished_stages_are_not_the_best(
+    recipe: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from binarize.training import validation
+
+    scores = iter([50.0, 40.0, 10.0, 20.0])
+    monkeypatch.setattr(validation, "psnr", lambda *arguments, **options: next(scores))
+    run = recipe(
+        f"validation_data_dir={pictures}", "num_validation_images=1", "validation_steps=1", "max_train_steps=4",
+        "method=reactnet", "two_stage=0.6",
+    )  # fmt: skip
+    result = train(run, progress=False)
+    assert result.best == (4, 20.0)
+    binarize.binary_state(SuperResolutionPipeline.from_pretrained(run.output_dir / "best", pack=False).unet)
+
+
+@pytest.mark.parametrize("schedule", [("method=irnet",), ("method=reactnet", "two_stage=0.5")])
+def test_the_end_of_a_run_with_a_schedule_stays_where_it_is(schedule: tuple[str, ...], recipe: Any) -> None:
+    train(recipe(*schedule, "max_train_steps=2"), progress=False)
+    with pytest.raises(BinarizeError, match="max_train_steps: was 2, is 4"):
+        train(recipe(*schedule, "max_train_steps=4", "resume_from_checkpoint=latest"), progress=False)
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_own_best(
+    recipe: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from binarize.training import validation
+
+    scores = iter([40.0, 40.0, 15.0, 20.0])
+    monkeypatch.setattr(validation, "psnr", lambda *arguments, **options: next(scores))
+    options = (f"validation_data_dir={pictures}", "num_validation_images=1", "validation_steps=1")
+    first = train(recipe(*options, "max_train_steps=2"), progress=False)
+    there = recipe(*options, "max_train_steps=3", f"resume_from_checkpoint={first.checkpoint}", out="there")
+    assert train(there, progress=False).best == (3, 20.0)
+    assert (there.output_dir / "best").is_dir()
+
+
 def test_a_resumed_run_remembers_the_best(recipe: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from binarize.training import validation
 

@@ -67,6 +67,7 @@ def block_fits(layer: Any, x: Tensor) -> bool:
         is_plain(layer.activation, *SURROGATES)
         and is_plain(layer.weight_binarizer, SignWeight, ScaledSignWeight, FixedWeight)
         and layer.weight_binarizer.terms == 1
+        and not getattr(layer.weight_binarizer, "learned", False)
         and layer.activation.sign_zero == layer.weight_binarizer.sign_zero
         and layer.scale is None
         and layer.pad_codes is None
@@ -161,8 +162,12 @@ class BinaryBlock(torch.autograd.Function):
         dtype = steps.gradient_dtype(block.dtype, x.device)
         quick = steps.fast(x) if ctx.packed is not None else None
         signs = steps.signs(x, shift, block.zero, dtype if quick is None else torch.float32)
-        if quick is not None and shift_in is not None:
-            dot = quick.packed_conv(signs, ctx.packed, None, block.geometry)
+        if ctx.packed is not None and shift_in is not None:
+            if quick is not None:
+                dot = quick.packed_conv(signs, ctx.packed, None, block.geometry)
+            else:  # another backend was chosen since, or a hook gave back memory of another order
+                codes = hard_sign(weight, block.zero).to(signs.dtype)
+                dot = F.conv2d(signs, codes, None, *block.geometry)
         inner, of_in, of_slope, of_out = grad.to(dtype), None, None, None
         if dot is not None:
             post = Activation(shift_in, slope, shift_out)

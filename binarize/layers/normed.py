@@ -8,7 +8,7 @@ dropout stays the module that it is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,7 @@ from binarize.layers.block import is_plain
 class _FastNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, p: float) -> Tensor:
-        fast = steps.fast(x)
-        assert fast is not None
+        ctx.fast = fast = cast(Any, steps.fast(x))
         ctx.groups, ctx.drop, normed = groups, fast.dropping(p), fast.moments(x, groups, eps)
         ctx.save_for_backward(x, weight, bias, *normed)
         return fast.norm_silu(x, normed, weight, bias, ctx.drop)
@@ -32,8 +31,7 @@ class _FastNormSiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        fast = steps.fast(x)
-        assert fast is not None
+        fast, x = ctx.fast, x.contiguous(memory_format=torch.channels_last)  # a hook may give back another layout
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         grads = fast.norm_silu_backward(grad, x, fast.Normed(mean, rstd), weight, bias, ctx.drop, ctx.groups)
         return *grads, None, None, None

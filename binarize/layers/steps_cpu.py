@@ -93,7 +93,16 @@ def _set_compiled(array: Any, i: Any, c: Any, value: Any) -> Any:
     return put_plain
 
 
-_compile = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+_OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+
+
+def _compile(function: Any) -> Any:
+    try:
+        return njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError as error:  # neither the package's folder nor the user's own can be written
+        if "cache" not in str(error):
+            raise
+        return njit(**_OPTIONS)(function)
 
 
 @_compile
@@ -457,7 +466,7 @@ def sign_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """`binarize.layers.steps.sign_backward`."""
     out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
-    rows = torch.zeros(1, x.shape[1]) if shift is None else shift
+    rows = torch.zeros(1, x.shape[1], dtype=torch.float32) if shift is None else shift
     sums = np.zeros((_chunks(x), x.shape[1]), np.float32)
     run(
         _sign_backward,
@@ -606,7 +615,7 @@ def packed_conv(
         columns[0] = scale
     if post is not None:
         columns[3], columns[4], columns[5] = (rows.detach() for rows in post)
-    limits = torch.zeros(1, x.shape[1]) if shift is None else -shift.detach().float()
+    limits = torch.zeros(1, x.shape[1], dtype=torch.float32) if shift is None else -shift.detach().float()
     rows = max(columns.shape[1], limits.shape[0])
     table = lay_out_table(columns.expand(-1, rows, -1).contiguous(), shape)
     thresholds = lay_out_thresholds(limits.expand(rows, -1).contiguous(), shape)
@@ -631,7 +640,7 @@ def packed_conv(
 
 def scaled_codes(weight: Tensor, scale: Tensor | None) -> Tensor:
     """Return scale * sign(weight), sign(0) being 1, for float32 weights."""
-    out = torch.empty(weight.shape)
+    out = torch.empty(weight.shape, dtype=torch.float32)
     run(_scaled_codes, weight.shape[0], _filters(weight), _scale(scale, weight.shape[0]), _filters(out))
     return out
 

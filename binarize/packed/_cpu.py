@@ -63,7 +63,10 @@ def packed_conv2d(
     )
     if out.numel() == 0:
         return out
-    held: list[Any] = [filters, counts, thresholds.float(), table.float(), np.array([low, high], np.float32)]
+    # Module.to(memory_format=torch.channels_last) turns over every tensor of four axes, words of bits as well.
+    filters, counts = filters.contiguous(), counts.contiguous()
+    limits = np.array([low, high], np.float32)
+    held: list[Any] = [filters, counts, thresholds.float().contiguous(), table.float().contiguous(), limits]
     p = plan.fields.copy()
     scratch = torch.empty(min(threads, plan.tasks) * plan.scratch + ALIGN, dtype=torch.uint8)
     p[Conv.SCRATCH] = -(-scratch.data_ptr() // ALIGN) * ALIGN
@@ -96,8 +99,8 @@ def norm_factors(
     """Do what `binarize.packed._norm.norm_factors` says with the compiled kernels."""
     x = _pixels(x)
     p, tasks, strips = _strips(x)
-    sums = torch.zeros(x.shape[0], strips, 2, x.shape[1])
-    out = torch.empty(2, x.shape[0], x.shape[1])
+    sums = torch.zeros(x.shape[0], strips, 2, x.shape[1], dtype=torch.float32)
+    out = torch.empty(2, x.shape[0], x.shape[1], dtype=torch.float32)
     small = np.array([eps])
     held = [None if t is None else t.float().contiguous() for t in (weight, bias)]
     held.append(None if row is None else row.float().expand(x.shape[0], -1).contiguous())
@@ -132,20 +135,22 @@ def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | Non
     batch, channels, height, width = x.shape
     out_channels, size, threads = weight.shape[0], x.element_size(), _threads.workers()
     weight = weight.float()
-    filters = torch.empty(36, out_channels // LANES, channels, LANES)
+    out = torch.empty((batch, out_channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    if out.numel() == 0:
+        return out
+    filters = torch.empty(36, out_channels // LANES, channels, LANES, dtype=torch.float32)
     p = np.zeros(len(Wide), np.int64)
     p[Wide.COUNT], p[Wide.IN_CHANNELS], p[Wide.OUT_CHANNELS] = out_channels // LANES, channels, out_channels
     p[Wide.FILTERS], p[Wide.WEIGHT] = filters.data_ptr(), weight.data_ptr()
     p[Wide.WEIGHT_OUT : Wide.WEIGHT_COLUMN + 1] = [4 * s for s in weight.stride()]
     _threads.run(workers()["filters"], p.ctypes.data, out_channels // LANES)
 
-    out = torch.empty((batch, out_channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
     tile_rows = -(-height // 4)
     chunk = max(1, -(-tile_rows * batch // (TASKS_PER_THREAD * threads)))
     tasks = -(-tile_rows // chunk) * batch
     tiles = min(MOST_TILES, TILE_BYTES // (36 * 4 * (channels + out_channels)), -(-width // 4) + 3)
     tiles = max(4, tiles // 4 * 4)
-    scratch = 64 + 320 + _aligned(4 * channels) + 36 * 4 * tiles * (channels + out_channels)
+    scratch = 64 + 320 + _aligned(4 * channels) + 36 * (4 * tiles * (channels + out_channels) + 2 * ALIGN)
     if norm is not None:
         scratch += _aligned(8 * width * channels * size)
     held = [torch.empty(min(threads, tasks) * _aligned(scratch) + ALIGN, dtype=torch.uint8)]
@@ -156,7 +161,7 @@ def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | Non
     _place(p, Wide.X, x)
     _place(p, Wide.OUT, out)
     if bias is not None:
-        held.append(bias.float())
+        held.append(bias.float().contiguous())
         p[Wide.BIAS] = held[-1].data_ptr()
     if norm is not None:
         held.append(norm.float().contiguous())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from binarize.packed import backends
 from binarize.packed._gradient import refuse_gradient
+from binarize.packed._inputs import check_devices, check_shape
 
 
 @torch.library.custom_op("binarize::norm_factors", mutates_args=())
@@ -32,6 +33,11 @@ def norm_factors(
         ``(2, B, C)``, factors and offsets: ``group_norm(x + row) = x * factors + offsets``. float32, or float64 for
         float64.
     """
+    check_devices("GroupNorm", x, row, weight, bias)
+    check_shape("GroupNorm: the input", x, (None, None, None, None))
+    check_shape("GroupNorm: row", row, (x.shape[0], x.shape[1]))
+    for name, values in (("weight", weight), ("bias", bias)):
+        check_shape(f"GroupNorm: {name}", values, (x.shape[1],))
     kernels = backends.kernels_for(x)
     if kernels is not None:
         found: Tensor = kernels.norm_factors(x, row, groups, weight, bias, eps)
@@ -74,6 +80,8 @@ def norm_silu(x: Tensor, norm: Tensor) -> Tensor:
     Returns:
         ``(B, C, H, W)`` in x's dtype, channels last.
     """
+    check_devices("SiLU", x, norm)
+    check_shape("SiLU: norm", norm, (2, x.shape[0], x.shape[1]))
     kernels = backends.kernels_for(x)
     if kernels is not None:
         out: Tensor = kernels.norm_silu(x, norm)
@@ -99,6 +107,8 @@ def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Twice ``(B, (h + s) / 2, H, W)``, channels last.
     """
+    check_devices("CS-Fusion", hidden, skip)
+    check_shape("CS-Fusion: the skip", skip, (hidden.shape[0], None, *hidden.shape[2:]))
     kernels = backends.kernels_for(hidden)
     if kernels is not None and hidden.shape[1] % 32 == 0 and skip.shape[1] % 32 == 0:
         first, second = kernels.unzip(hidden, skip)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from binarize.packed import backends
 from binarize.packed._gradient import refuse_gradient
+from binarize.packed._inputs import check_devices, check_shape
 from binarize.packed._layout import LANES, WORD, FilterShape, to_bits
 
 NO_SHORTCUT, SHORTCUT_LAST, SHORTCUT_FIRST = 0, 1, 2
@@ -58,7 +59,14 @@ def from_list(values: list[int]) -> tuple[FilterShape, Geometry]:
     return shape, Geometry((sh, sw), (left, right, top, bottom), (dh, dw))
 
 
-@torch.library.custom_op("binarize::packed_conv2d", mutates_args=())
+# Written out, since PyTorch 2.6 does not read list[int] from annotations.
+_SCHEMA = (
+    "(Tensor x, Tensor filters, Tensor counts, Tensor thresholds, Tensor table, Tensor? group, SymInt[] shape, "
+    "bool halve, float low, float high, int shortcut, Tensor? norm, Tensor? row, Tensor? residual) -> Tensor"
+)
+
+
+@torch.library.custom_op("binarize::packed_conv2d", mutates_args=(), schema=_SCHEMA)
 def packed_conv2d(
     x: Tensor,
     filters: Tensor,
@@ -95,11 +103,23 @@ def packed_conv2d(
 
     Returns:
         ``(B, C_out, H', W')`` in x's dtype, channels last.
+
+    Raises:
+        BinarizeError: If the tensors are on different devices, or do not have the shapes above.
     """
+    filter_shape, geometry = from_list(shape)
+    others = (filters, counts, thresholds, table, group, norm, row, residual)
+    check_devices("packed convolution", x, *others)
+    channels, out_channels = filter_shape.in_channels * filter_shape.groups, filter_shape.out_channels
+    check_shape("packed convolution: the input", x, (None, channels, None, None))
+    out_size = geometry.output(x.shape[2], x.shape[3], filter_shape.kernel)
+    check_shape("packed convolution: norm", norm, (2, x.shape[0], channels))
+    check_shape("packed convolution: row", row, (x.shape[0], out_channels))
+    check_shape("packed convolution: the residual", residual, (x.shape[0], out_channels, *out_size))
     kernels = backends.kernels_for(x)
     run = plain_conv2d if kernels is None else kernels.packed_conv2d
     return run(
-        x, filters, counts, thresholds, table, group, *from_list(shape),
+        x, filters, counts, thresholds, table, group, filter_shape, geometry,
         halve=halve, low=low, high=high, shortcut=shortcut, norm=norm, row=row, residual=residual,
     )  # fmt: skip
 
@@ -175,6 +195,7 @@ def lay_out_table(columns: Tensor, shape: FilterShape) -> Tensor:
     """Return a table ``(K, groups * blocks, 6, 16)`` of columns ``(6, K, C_out)``."""
     group_out = shape.out_channels // shape.groups
     by_group = F.pad(columns.view(6, -1, shape.groups, group_out), (0, -group_out % LANES))
+    by_group[FACTOR, ..., group_out:] = 1  # so that all factors are 1 where nothing is folded in
     by_group = by_group.view(6, -1, shape.groups * shape.blocks, LANES)
     return by_group.permute(1, 2, 0, 3).contiguous()
 

@@ -53,6 +53,8 @@ def run(worker: int, parameters: int, tasks: int) -> None:
         parameters: Address of its parameters.
         tasks: How many tasks there are.
     """
+    if tasks == 0:
+        return
     threads = min(workers(), tasks)
     if threads <= 1:
         _WORKER(worker)(parameters)

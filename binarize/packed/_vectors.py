@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 LANES = 16
@@ -23,7 +24,7 @@ LANES = 16
 def cpu_features() -> str:
     """Return the features of the processor that numba compiles for, as LLVM lists them."""
     named = getattr(config, "CPU_FEATURES", None)
-    return str(named if named is not None else binding.get_host_cpu_features().flatten())
+    return str(named if named is not None else get_host_cpu_features())
 
 
 QUICK_RECIPROCAL = "+avx512f" in cpu_features()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from binarize.packed import backends
 from binarize.packed._gradient import refuse_gradient
+from binarize.packed._inputs import check_devices, check_shape
 from binarize.packed._layout import LANES
 from binarize.packed._norm import norm_silu
 
@@ -32,6 +33,10 @@ def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | Non
     Returns:
         ``(B, C_out, H, W)`` in x's dtype, channels last.
     """
+    check_devices("convolution", x, weight, bias, norm, residual)
+    check_shape("convolution: the input", x, (None, weight.shape[1], None, None))
+    check_shape("convolution: norm", norm, (2, x.shape[0], x.shape[1]))
+    check_shape("convolution: the residual", residual, (x.shape[0], weight.shape[0], *x.shape[2:]))
     kernels = backends.kernels_for(x)
     if kernels is not None and kernels.wide_pays(x):
         out: Tensor = kernels.wide_conv(x, weight, bias, norm, residual)

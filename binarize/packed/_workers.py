@@ -277,8 +277,7 @@ def _is_plain(table, blocks, low, high):  # type: ignore[no-untyped-def]
     for block in range(blocks):
         for lane in range(LANES):
             at = table + block * 384 + 4 * lane
-            factor = read_float32(at + 64)  # 0 in lanes beyond the last channel
-            if (factor != 1 and factor != 0) or read_float32(at + 128) != 0:
+            if read_float32(at + 64) != 1 or read_float32(at + 128) != 0:
                 return False
     return True
 
@@ -630,8 +629,9 @@ def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def
     addresses = scratch
     nothing = addresses + 320
     spread = nothing + (channels * 4 + 63) // 64 * 64
-    products = spread + 36 * together * channels * 4
-    spread_step, product_step = together * channels * 4, together * out_channels * 4
+    # A line more than needed, or all 36 values of a patch would fall into one set of the first cache.
+    spread_step, product_step = together * channels * 4 + 64, together * out_channels * 4 + 64
+    products = spread + 36 * spread_step
     filter_step = out_channels // LANES * channels * 64
     out = _field(p, Wide.OUT) + sample * _field(p, Wide.OUT_BATCH) + 4 * tile_y * _field(p, Wide.OUT_ROW)
     residual = _field(p, Wide.RESIDUAL)
@@ -795,9 +795,19 @@ def compile_workers() -> dict[str, int]:
     sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (vectors, layout))
     for function in made.values():
         function.__qualname__ = f"{function.__name__}_{hashlib.sha256(sources).hexdigest()[:16]}"
-    compiled = {name: cfunc(types.void(types.int64), nopython=True, cache=True)(f) for name, f in made.items()}
+    compiled = {name: _compiled(function) for name, function in made.items()}
     _kept.update(compiled)
     return {name: function.address for name, function in compiled.items()}
+
+
+def _compiled(function):  # type: ignore[no-untyped-def]
+    signature = types.void(types.int64)
+    try:
+        return cfunc(signature, nopython=True, cache=True)(function)
+    except RuntimeError as error:  # neither the package's folder nor the user's own can be written
+        if "cache" not in str(error):
+            raise
+        return cfunc(signature, nopython=True)(function)
 
 
 _kept: dict[str, Any] = {}  # compiled code lives as long as its function object

@@ -1,8 +1,9 @@
 """The packed file: bits, full-precision tensors and everything needed to rebuild the network, in safetensors.
 
 The file's metadata hold ``binarize_packed`` (the format's version), ``config`` (JSON: the host and its conversion) and
-``sha256`` of the tensors' bytes. A binary layer NAME has ``NAME.bits`` (uint8, dense, see `binarize.packed._layout`)
-and, where its method has scales, ``NAME.scales``; everything else has the names that it has in the unpacked model.
+``sha256`` of that configuration's text followed by the tensors' bytes. A binary layer NAME has ``NAME.bits`` (uint8,
+dense, see `binarize.packed._layout`) and, where its method has scales, ``NAME.scales``; everything else has the names
+that it has in the unpacked model.
 
 Reading checks the header, every name, shape and dtype against the network that the configuration describes, and the
 digest, before the first tensor is made.
@@ -52,6 +53,7 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
     if dtype is not None and dtype not in _FLOATS.values():
         allowed = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS.values())
         raise BinarizeError(f"a packed file stores full-precision tensors as {allowed}; got {dtype}.")
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}  # where it was loaded from
     state, seen = {}, set()
     held = model.state_dict(keep_vars=True)  # which gives a tied tensor as the same object under each of its names
     for name, value in held.items():

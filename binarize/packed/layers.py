@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d, BinaryLinear
-from binarize.layers.affine import ChannelScale, RPReLU, Shift
+from binarize.layers.affine import ChannelScale, RPReLU, Shift, TokenBatchNorm
 from binarize.layers.delayed import Delayed
 from binarize.layers.parts import PART_KINDS, PartKind
 from binarize.layers.shortcut import PoolShortcut
@@ -35,6 +35,9 @@ from binarize.packed._op import (
     to_list,
 )
 
+# Exactly these: a subclass may compute something else, and then runs as the module that it is.
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, TokenBatchNorm)
+_POSTS = (RPReLU, nn.Hardtanh, nn.ReLU6, nn.ReLU)
 Stage = Literal["bias", "scale", "norm", "post", "shortcut"]
 
 
@@ -92,9 +95,9 @@ class _PackedLayer(nn.Module):
         stored = {"filter": weight.scales, "tensor": weight.scales[:, :1], "none": None}[self.stored_scales]
         self.register_buffer("scales", None if stored is None else stored.detach().clone())
         self.levels = levels_of(self.activation)
-        self.inside = self.pre is None or (isinstance(self.pre, Shift) and self.levels == (-1, 1))
+        self.inside = self.pre is None or (type(self.pre) is Shift and self.levels == (-1, 1))
         self.fused = self._plan()
-        self._tables: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._tables: tuple[Any, tuple[Tensor, Tensor, Tensor], list[Tensor]] | None = None
         self.train(layer.training)
 
     # What is stored
@@ -199,11 +202,11 @@ class _PackedLayer(nn.Module):
         if stage == "bias":
             return True
         if stage == "scale":
-            return isinstance(part, ChannelScale) and part.row_scale is None and part.column_scale is None
+            return type(part) is ChannelScale and part.row_scale is None and part.column_scale is None
         if stage == "norm":
-            return isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats
+            return type(part) in _NORMS and part.track_running_stats
         if stage == "post":
-            return isinstance(part, RPReLU | nn.Hardtanh | nn.ReLU)
+            return type(part) in _POSTS
         same = self.shape.out_channels == self.shape.in_channels * self.shape.groups
         return type(part) is PoolShortcut and same and self.inside and self._keeps_size()
 
@@ -229,9 +232,9 @@ class _PackedLayer(nn.Module):
         if torch.compiler.is_compiling():
             return self._make_tables()
         sources = [*self.parameters(), *self.buffers()]
-        key = tuple((id(t), t._version, t.dtype, t.device) for t in sources)
+        key = tuple((id(t), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in sources)
         if self._tables is None or self._tables[0] != key:
-            self._tables = key, self._make_tables()
+            self._tables = key, self._make_tables(), sources  # held, so that no other tensor gets their ids
         return self._tables[1]
 
     @torch.no_grad()
@@ -424,6 +427,11 @@ def levels_of(activation: nn.Module) -> tuple[int, int]:
             "binarize.training_step(model, 1.0) to make them binary."
         )
     levels = getattr(activation, "levels", None)
+    kinds = type(activation).__mro__
+    computes = next(i for i, kind in enumerate(kinds) if "forward" in vars(kind))
+    own = not kinds[computes].__module__.startswith("binarize.")
+    if own and "levels" not in vars(activation) and not any("levels" in vars(kind) for kind in kinds[: computes + 1]):
+        levels = None  # inherited from a class that computes something else
     if levels not in ((-1, 1), (0, 1)):
         raise BinarizeError(
             f"pack: {type(activation).__name__} does not say which two values it gives; give it an attribute levels = "

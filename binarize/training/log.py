@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from binarize._export import binary_layers
 from binarize.errors import BinarizeError
+from binarize.imaging import write_atomic
 from binarize.inspect import FlipTracker
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _run_id(folder: Path) -> str:
     """Return the name by which wandb knows the run, made once and kept in the run's folder."""
     file = folder / "run-id"
     if not file.is_file():
-        file.write_text(secrets.token_hex(4), encoding="utf-8")
+        write_atomic(file, lambda temporary: temporary.write_text(secrets.token_hex(4), encoding="utf-8"), force=False)
     return file.read_text(encoding="utf-8")
 
 

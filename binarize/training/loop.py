@@ -142,7 +142,7 @@ class _Run:
             self._restore(state)
 
         on_main(accelerator, lambda: prepare_folder(recipe, self.checkpoints, force))
-        start_tracker(recipe, accelerator, self.step)
+        on_main(accelerator, lambda: start_tracker(recipe, accelerator, self.step))
         self.log = Log(recipe, accelerator, self.unet)
         self.validation: dict[int, float] = {}
         self._announce()
@@ -223,6 +223,8 @@ class _Run:
         means, signum = agree(self.accelerator, joined, self.stop.signum)
         if not math.isfinite(means["loss"]):
             self._diverged(joined["loss"], names)
+        if self.accelerator.scaler is None and not self._gradient_is_finite():  # a scaler skips such steps itself
+            self._diverged(joined["loss"], names, "gradient")
         if self.recipe.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         self.optimizer.step()
@@ -256,11 +258,15 @@ class _Run:
                 "out. Lower dataloader_num_workers and go on with resume_from_checkpoint=latest."
             ) from error
 
-    def _diverged(self, losses: Tensor, names: list[str]) -> NoReturn:
-        bad = [name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    def _gradient_is_finite(self) -> bool:
+        grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return bool(torch.stack(torch._foreach_norm(grads)).isfinite().all()) if grads else True
+
+    def _diverged(self, losses: Tensor, names: list[str], what: str = "loss") -> NoReturn:
+        bad = [n for n, loss in zip(names, losses.tolist(), strict=True) if what != "loss" or not math.isfinite(loss)]
         pictures = ", ".join(sorted(set(gather_object(bad))))
         raise DivergedError(
-            f"the loss of step {self.step + 1} is not finite for the pictures {pictures}; the weights were left as "
+            f"the {what} of step {self.step + 1} is not finite for the pictures {pictures}; the weights were left as "
             f"they were before it. {self._last_checkpoint()} Lower learning_rate, set max_grad_norm, or use "
             "mixed_precision=bf16 or no."
         )
@@ -304,7 +310,8 @@ class _Run:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.validated = state["validated"]
-        self.best = state["best"]
+        # A score of a model that is not in this folder is no reason to keep none.
+        self.best = state["best"] if (self.recipe.output_dir / BEST).is_dir() else None
 
     def _validate(self) -> None:
         """Save the model as a pipeline, and enlarge the validation pictures with it; keep the best one apart."""
@@ -317,7 +324,7 @@ class _Run:
                 export(pipeline, folder / MODEL)
                 results = list(self.validator(pipeline))
                 psnr = sum(result.psnr for result in results) / len(results) if results else None
-                if psnr is not None and (self.best is None or psnr > self.best[1]):
+                if psnr is not None and self._is_best(psnr):
                     export(pipeline, folder / BEST)
             for result in results:
                 result.save(folder / SAMPLES, self.step)
@@ -327,17 +334,25 @@ class _Run:
         psnr = on_main(self.accelerator, work)
         self.validated = self.step
         if psnr is not None:
-            if self.best is None or psnr > self.best[1]:
+            if self._is_best(psnr):
                 self.best = self.step, psnr
             self.validation[self.step] = psnr
             self.log.validated(self.step, psnr)
-            self._say(f"step {self.step}: {psnr:.2f} dB on the validation pictures, best {self.best[1]:.2f} dB")
+            best = "" if self.best is None else f", best {self.best[1]:.2f} dB"
+            self._say(f"step {self.step}: {psnr:.2f} dB on the validation pictures{best}")
+
+    def _is_best(self, psnr: float) -> bool:
+        """Say whether this validation's model is kept: before its stages are over it is not the network asked for."""
+        under_way = stages_end(self.recipe) is not None and not self._stages_over()
+        return not under_way and (self.best is None or psnr > self.best[1])
+
+    def _stages_over(self) -> bool:
+        end = stages_end(self.recipe)
+        return end is not None and self.step >= end * self.recipe.max_train_steps
 
     def _plain(self) -> SRUNet:
         """Return the network as it is to be saved: without its stages, once they are over."""
-        end = stages_end(self.recipe)
-        over = end is not None and self.step >= end * self.recipe.max_train_steps
-        return settled(self.recipe, self.unet) if over else self.unet
+        return settled(self.recipe, self.unet) if self._stages_over() else self.unet
 
     def _announce(self) -> None:
         plan = self.plan

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from binarize.errors import BinarizeError
+from binarize.layers.schedule import Scheduled
+from binarize.recipes import build_model
 
 if TYPE_CHECKING:
     from binarize.recipes import Recipe
@@ -26,7 +29,7 @@ _FREE = {
 def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, checkpoint: Path) -> None:
     """Refuse to go on from a checkpoint of a recipe that differs where it matters.
 
-    ``max_train_steps`` may change while the learning rate does not depend on it.
+    ``max_train_steps`` may change while neither the learning rate nor the network's stages depend on it.
 
     Args:
         recipe: The recipe now.
@@ -38,7 +41,7 @@ def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, ch
     Raises:
         BinarizeError: Listing every difference that matters.
     """
-    free = _FREE | ({"max_train_steps"} if recipe.lr_scheduler.startswith("constant") else set())
+    free = _FREE | (set() if _knows_the_end(recipe) else {"max_train_steps"})
     then, now = _flat(yaml.safe_load(saved)), _flat(yaml.safe_load(recipe.to_yaml()))
     changed = [
         f"  {key}: was {then.get(key)!r}, is {now.get(key)!r}"
@@ -54,6 +57,15 @@ def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, ch
         opening = f"cannot resume from {checkpoint}: the recipe differs in what decides the result:"
         closing = "Set these back, or start a new run in another output_dir."
         raise BinarizeError("\n".join([opening, *changed, closing]))
+
+
+def _knows_the_end(recipe: Recipe) -> bool:
+    """Say whether what a step does depends on how many there are: by learning rate, stages or a method's schedule."""
+    if not recipe.lr_scheduler.startswith("constant") or recipe.two_stage or recipe.progressive:
+        return True
+    with torch.device("meta"):
+        network = build_model(recipe)
+    return any(isinstance(module, Scheduled) for module in network.modules())
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""What packed operators check before compiled code reads memory by address."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from binarize.errors import BinarizeError
+
+
+def check_devices(what: str, x: Tensor, *others: Tensor | None) -> None:
+    """Raise unless all tensors are where the input is.
+
+    Raises:
+        BinarizeError: Naming both devices.
+    """
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise BinarizeError(
+                f"{what}: the input is on {x.device} and the layer on {other.device}; move one of them, such as "
+                f"x.to({str(other.device)!r})."
+            )
+
+
+def check_shape(what: str, tensor: Tensor | None, wanted: tuple[int | None, ...]) -> None:
+    """Raise unless a tensor, if there is one, has a shape; None stands for any size.
+
+    Raises:
+        BinarizeError: Naming both shapes.
+    """
+    if tensor is None:
+        return
+    sizes = tuple(tensor.shape)
+    if len(sizes) != len(wanted) or any(w is not None and s != w for s, w in zip(sizes, wanted, strict=True)):
+        told = ", ".join("any" if w is None else str(w) for w in wanted)
+        raise BinarizeError(f"{what} must have the shape ({told}); got {sizes}.")
