@@ -70,8 +70,8 @@ def changes(now: Conventions, asked_steps: int, signs: set[str], packed: bool) -
         ORDER,
         "noisy picture before the condition",
         "the network was trained with the noisy picture in its first input channels, SRUNet puts the condition there. "
-        "Exchange them in the first convolution, once, and save: `w = unet.conv_in.weight; w.data = "
-        "torch.cat([w[:, 3:6], w[:, :3], w[:, 6:]], dim=1)`.",
+        "Exchange them in the first convolution of the unpacked network, once, and save; where detail_factor is not "
+        "set: `w = unet.conv_in.weight; w.data = torch.cat([w[:, 3:6], w[:, :3]], dim=1)`.",
         replace(now, sample_first=True),
     )
     yield from _residuals(now)
@@ -115,7 +115,10 @@ def _schedules(now: Conventions) -> Iterator[Change]:
         if config.get("trained_betas") is not None:
             wanted["trained_betas"] = None
         also = "" if timesteps == config["num_train_timesteps"] else f' and "num_train_timesteps": {timesteps} '
-        extra = also and f",{also}into unet/config.json (there, in its conversion, too)"
+        extra = also and (
+            f",{also}into unet/config.json (there, in its conversion, too; a packed network keeps its own copy, so "
+            "change the unpacked one and pack it again)"
+        )
         betas = shape if shape == "squaredcos_cap_v2" else f"{start:g} to {end:g} {shape}"
         yield _scheduled(SCHEDULE, f"betas {betas}, {timesteps} timesteps: {name}", now, extra, **wanted)
 
