@@ -334,6 +334,14 @@ def test_the_end_of_a_run_with_a_schedule_stays_where_it_is(schedule: tuple[str,
         train(recipe(*schedule, "max_train_steps=4", "resume_from_checkpoint=latest"), progress=False)
 
 
+def test_going_back_to_an_older_checkpoint_needs_a_folder_of_its_own(recipe: Any) -> None:
+    first = train(recipe(), progress=False)
+    older = f"resume_from_checkpoint={first.output_dir / 'checkpoint-3'}"
+    with pytest.raises(BinarizeError, match=r"has newer checkpoints than .*checkpoint-3, such as checkpoint-6"):
+        train(recipe(older), progress=False)
+    assert train(recipe(older, out="branch"), progress=False).steps == 6
+
+
 def test_a_run_that_goes_on_elsewhere_keeps_its_own_best(
     recipe: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

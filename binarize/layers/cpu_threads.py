@@ -8,27 +8,13 @@ has lost its workers, the calling thread does everything.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
-from functools import cache
 from itertools import count
 from typing import Any
 
-import torch
+from binarize.packed import _threads
 
-_PARENT = os.getpid()
 _TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@cache
-def _openmp() -> Any:
-    try:
-        function = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):  # not there, or a platform without a global symbol table
-        return None
-    function.argtypes = [_TASK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    function.restype = None
-    return function
 
 
 def run(loop: Callable[..., None], chunks: int, *args: Any) -> None:
@@ -39,9 +25,9 @@ def run(loop: Callable[..., None], chunks: int, *args: Any) -> None:
         chunks: How many pieces of work there are.
         *args: Passed on.
     """
-    parallel = _openmp()
-    threads = min(torch.get_num_threads(), chunks)
-    if threads <= 1 or parallel is None or os.getpid() != _PARENT:
+    parallel = _threads.openmp()
+    threads = min(_threads.workers(), chunks)
+    if threads <= 1 or parallel is None:
         loop(0, chunks, *args)
         return
     edges = [chunks * k // threads for k in range(threads + 1)]
@@ -58,6 +44,7 @@ def run(loop: Callable[..., None], chunks: int, *args: Any) -> None:
             except BaseException as error:
                 failures.append(error)
 
-    parallel(_TASK(task), None, threads, 0)
+    called = _TASK(task)
+    parallel(ctypes.cast(called, ctypes.c_void_p).value, 0, threads, 0)
     if failures:
         raise failures[0]

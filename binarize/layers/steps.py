@@ -111,15 +111,11 @@ def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     x86 CPUs convolve in bfloat16 at half the speed of float32 where they have no AMX tiles (measured), so there
     float32 it is.
     """
-    slow = dtype == torch.bfloat16 and device.type == "cpu" and not _has_tiles()
+    from binarize.packed._threads import has_tiles  # which imports the layers
+
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    slow = dtype == torch.bfloat16 and device.type == "cpu" and x86 and not has_tiles()
     return torch.float32 if slow else dtype
-
-
-@cache
-def _has_tiles() -> bool:
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def product_backward(

@@ -45,7 +45,19 @@ def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | 
             f"output_dir: {folder} already holds a run; go on with it by resume_from_checkpoint=latest, choose "
             "another folder by output_dir=..., or remove the run with --force."
         )
+    newer = (
+        [] if found is None or which == "latest" else [p for p in checkpoints.list().values() if _is_newer(p, found)]
+    )
+    if resumes_here and newer:
+        raise BinarizeError(
+            f"resume_from_checkpoint: {folder} has newer checkpoints than {which}, such as {newer[-1].name}, which the "
+            "run would be mixed up with; choose another folder by output_dir=..., or move the newer ones away."
+        )
     return found
+
+
+def _is_newer(checkpoint: Path, than: Path) -> bool:
+    return int(checkpoint.name.rpartition("-")[2]) > int(than.name.rpartition("-")[2])
 
 
 def prepare_folder(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> None:

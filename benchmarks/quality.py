@@ -1,0 +1,134 @@
+"""What a super-resolution model gives against the number of denoising steps, beside bicubic enlargement.
+
+    python benchmarks/quality.py Set5/HR --model models/pretrained/x2 --backbone squeezenet1_1.pth --name x2
+    python benchmarks/quality.py photos --model models/pretrained/x2 --crops docs/assets/crops-x2.png --name photos-x2
+
+PSNR and SSIM on Y with a border of the scale shaved, LPIPS of SqueezeNet (not comparable with that of AlexNet, which
+papers report). Results go to benchmarks/results/quality-NAME.json and .png; `--crops` draws a detail of the folder's
+pictures: bicubic, the model with the fewest and with the most steps, the original.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from binarize._cli_load import load_pipeline, sample
+from binarize.evaluation import evaluate
+from binarize.imaging import degrade, enlarge, read_picture
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure(model: Path, data: Path, steps: list[int], backbone: Path | None) -> dict[str, Any]:
+    """Return the mean scores of a model at each number of steps, and of bicubic enlargement."""
+    pipeline = load_pipeline(model)
+    pipeline.set_progress_bar_config(disable=True)
+    rows: list[dict[str, Any]] = []
+    for count in steps:
+        report = evaluate(
+            lambda small, count=count: sample(pipeline, small, steps=count, seed=0),
+            data, scale=pipeline.scale, lpips=None if backbone is None else "squeeze", lpips_backbone=backbone,
+        )  # fmt: skip
+        found, bicubic = report.mean.model, report.mean.bicubic
+        assert bicubic is not None
+        if not rows:
+            rows.append({"steps": 0, "psnr": bicubic.psnr, "ssim": bicubic.ssim, "lpips": bicubic.lpips})
+        rows.append({"steps": count, "psnr": found.psnr, "ssim": found.ssim, "lpips": found.lpips})
+    return {"model": str(model), "data": data.name, "scale": pipeline.scale, "rows": rows}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as Markdown."""
+    lines = ["| | PSNR | SSIM | LPIPS (squeeze) |", "| :-- | --: | --: | --: |"]
+    for row in rows:
+        name = "bicubic" if row["steps"] == 0 else f"{row['steps']} step{'s' if row['steps'] > 1 else ''}"
+        lpips = "" if row["lpips"] is None else f"{row['lpips']:.4f}"
+        lines.append(f"| {name} | {row['psnr']:.2f} | {row['ssim']:.4f} | {lpips} |")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], to: Path) -> None:
+    """Draw PSNR and LPIPS against the number of steps."""
+    import matplotlib.pyplot as plt
+
+    bicubic, *rows = results["rows"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for axis, key, label in zip(axes, ("psnr", "lpips"), ("PSNR, dB", "LPIPS (squeeze)"), strict=True):
+        if bicubic[key] is None:
+            continue
+        axis.plot([row["steps"] for row in rows], [row[key] for row in rows], marker="o", label="1-bit model")
+        axis.axhline(bicubic[key], color="gray", linestyle="--", label="bicubic")
+        axis.set(xscale="log", xlabel="denoising steps", ylabel=label)
+        axis.set_xticks([row["steps"] for row in rows], [str(row["steps"]) for row in rows])
+        axis.minorticks_off()
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(to, dpi=110)
+
+
+def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96, zoom: int = 2) -> None:
+    """Draw the detail with most texture of each picture, enlarged in several ways."""
+    pipeline = load_pipeline(model)
+    pipeline.set_progress_bar_config(disable=True)
+    lines = []
+    for path in sorted(data.iterdir()):
+        high = read_picture(path).pixels()
+        high = high[..., : high.shape[-2] // 8 * 8, : high.shape[-1] // 8 * 8]
+        top, left = _busiest(high.float().mean(0).numpy(), 2 * side)
+        around = high[..., top : top + 2 * side, left : left + 2 * side]
+        small = degrade(around, pipeline.scale)
+        low = _image(small)
+        panels = [_image(enlarge(small, pipeline.scale))]
+        panels += [sample(pipeline, low, steps=count, seed=0) for count in (min(steps), max(steps))]
+        panels.append(_image(around))
+        middle = (side // 2, side // 2, side // 2 + side, side // 2 + side)
+        lines.append([panel.crop(middle).resize((side * zoom,) * 2, Image.Resampling.NEAREST) for panel in panels])
+    width, margin, head = side * zoom, 4, 16
+    sheet = Image.new("RGB", (4 * (width + margin) + margin, len(lines) * (width + margin) + margin + head), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, title in enumerate(("bicubic", f"{min(steps)} step(s)", f"{max(steps)} steps", "original")):
+        draw.text((margin + i * (width + margin), 2), title, fill="black")
+        for j, line in enumerate(lines):
+            sheet.paste(line[i], (margin + i * (width + margin), head + margin + j * (width + margin)))
+    sheet.save(to)
+
+
+def _busiest(grey: np.ndarray, side: int) -> tuple[int, int]:
+    slopes = np.abs(np.diff(grey, axis=0))[:, 1:] + np.abs(np.diff(grey, axis=1))[1:]
+    corners = [
+        (y, x) for y in range(0, grey.shape[0] - side, 16) for x in range(0, grey.shape[1] - side, 16)
+    ] or [(0, 0)]  # fmt: skip
+    best = max(corners, key=lambda c: float(slopes[c[0] : c[0] + side, c[1] : c[1] + side].mean()))
+    return best[0] // 8 * 8, best[1] // 8 * 8
+
+
+def _image(pixels: Any) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of high-resolution pictures")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 10])
+    parser.add_argument("--backbone", type=Path, help="SqueezeNet's weights; without them there is no LPIPS")
+    parser.add_argument("--crops", type=Path, help="draw details into this file instead of measuring")
+    given = parser.parse_args()
+    if given.crops is not None:
+        crops(given.model, given.data, given.steps, given.crops)
+        return
+    results = measure(given.model, given.data, given.steps, given.backbone)
+    (RESULTS / f"quality-{given.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, RESULTS / f"quality-{given.name}.png")
+    print(table(results["rows"]))
+
+
+if __name__ == "__main__":
+    main()
