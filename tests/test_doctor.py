@@ -213,7 +213,11 @@ def test_sampling_with_nothing_changed_is_the_pipelines(residual_scale: float | 
     low = Image.fromarray(case.low.permute(1, 2, 0).numpy())
     x, condition = diffuse(unet, Conventions(scheduler(clip_sample_range=10.0), 3), case)
     ours = pixels_of(picture_of(x, condition, residual_scale), signed=False)
-    assert np.array_equal(np.asarray(sample(pipe, low, steps=3, seed=5)), ours.permute(1, 2, 0).numpy())
+    theirs = np.asarray(sample(pipe, low, steps=3, seed=5)).astype(int)
+    # Threads may add in another order, which turns a tie of the last rounding over.
+    difference = np.abs(theirs - ours.permute(1, 2, 0).numpy())
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
 
 
 @pytest.mark.parametrize(("scale", "multiple", "side"), [(2, 8, 128), (3, 8, 120), (4, 4, 128), (3, 256, 126)])

@@ -308,6 +308,7 @@ def test_a_distilled_run_logs_its_terms_and_resumes_exactly(twin: Path, recipe: 
 def test_a_compiled_student_learns_the_same_from_its_teacher(
     twin: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch._dynamo.reset()  # or what other tests compiled would count against the limit of recompilations
     options = (f"distillation={{teacher: {twin}, features: 1}}", "max_train_steps=2")
     plain = train(recipe(*options, out="plain"), progress=False)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
