@@ -35,6 +35,7 @@ from binarize.layers import (
     SplitFusion,
     norm_silu,
 )
+from binarize.layers.wide import conv3x3
 from binarize.packed.blocks import fuse, norm_silu_conv
 from binarize.packed.files import find_packed, read_config, read_packed
 
@@ -155,8 +156,8 @@ class ResBlock(nn.Module):
             x = torch.cat([x, skip], dim=1)
         if self.fusion is not None:
             x = self.fusion(x)
-        h = self.conv1(norm_silu(x, self.norm1))
-        h = self.conv2(norm_silu(h, self.norm2, self.dropout, shift=self.time(F.silu(time))))
+        h = conv3x3(self.conv1, norm_silu(x, self.norm1))
+        h = conv3x3(self.conv2, norm_silu(h, self.norm2, self.dropout, shift=self.time(F.silu(time))))
         h = h + self.residual(x)
         return h if self.attention is None else self.attention(h)
 

@@ -138,6 +138,13 @@ class Recipe(Section):
     timesteps_per: Literal["sample", "batch"] = Field(
         default="sample", description="Draw a timestep for every picture, or one for all pictures of an optimiser step."
     )
+    sampling_timesteps_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the samples whose timestep is one that sampling in `num_inference_steps` steps visits; "
+        "the others are uniform over all.",
+    )
 
     optimizer: str = Field(
         default="adam", description="`adam`, `adamw`, or one of timm's by its name, such as `timm/lion`."

@@ -179,7 +179,9 @@ class BinaryBlock(torch.autograd.Function):
             scaled = hard_sign(weight, block.zero)
             scaled = scaled if scale is None else scaled.mul_(scale.view(-1, 1, 1, 1))
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[3], ctx.needs_input_grad[1]
-        of_signs, of_weight = steps.product_backward(inner, signs.to(dtype), scaled.to(dtype), block.geometry, needed)
+        of_signs, of_weight = steps.product_backward(
+            inner, signs.to(dtype), scaled.to(dtype), block.geometry, needed, coarse=block.dtype != dtype
+        )
         del inner, signs, scaled
         if of_weight is not None:
             of_weight = of_weight.to(weight.dtype)

@@ -34,6 +34,7 @@ class Geometry(NamedTuple):
 
 STEPS = 127  # of the magnitudes in [0, 1] that `encode` tells apart
 _POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
+SAME_3X3 = Geometry((1, 1), (1, 1), (1, 1), 1)  # with taps of 3 x 3
 
 
 class Activation(NamedTuple):
@@ -119,9 +120,16 @@ def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def product_backward(
-    grad: Tensor, signs: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, bool]
+    grad: Tensor,
+    signs: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    needed: tuple[bool, bool],
+    coarse: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of the signs and of the weights, each where it is needed.
+
+    A 3x3 convolution is done by Winograd's algorithm where there are kernels for it.
 
     Args:
         grad: ``(B, C_out, H', W')``.
@@ -129,7 +137,12 @@ def product_backward(
         weight: Scaled codes ``(C_out, C_in / groups, kh, kw)``.
         geometry: Of the convolution.
         needed: For the signs, for the weights.
+        coarse: Rounding errors of 1e-5 of the result's size are no more than those of what is given.
     """
+    quick = fast(grad, signs)
+    if quick is not None and quick.wide_fits(signs, weight, geometry):
+        of_signs = quick.wide_conv_of_input(grad, weight, coarse) if needed[0] else None
+        return of_signs, quick.wide_conv_of_weight(signs, grad, coarse) if needed[1] else None
     pointwise = weight.shape[2:] == (1, 1) and geometry == _POINTWISE
     if pointwise and all(t.is_contiguous(memory_format=torch.channels_last) for t in (grad, signs)):
         # A matrix product, where torch's convolution on CPUs would go through a slow fallback.

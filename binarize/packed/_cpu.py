@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from binarize.packed import _threads
 from binarize.packed._compile import workers
 from binarize.packed._layout import LANES, FilterShape
-from binarize.packed._workers import PIXELS, Conv, Norm, Unzip, Wide
+from binarize.packed._vectors import QUICK_RECIPROCAL, WINOGRAD
+from binarize.packed._workers import PIXELS, Conv, Norm, Tiles, Unzip, Wide
 
 if TYPE_CHECKING:
     from binarize.packed._op import Geometry
@@ -23,6 +24,13 @@ STRIP_BYTES = 400_000
 TASKS_PER_THREAD = 4
 # The transformed patches of a full-precision convolution and their products share that cache with its filters.
 TILE_BYTES, MOST_TILES = 600_000, 16
+# For a gradient of weights, so many transformed tiles are multiplied together that the sums, which this reads and
+# writes, cost little beside it. Where the sums leave the second cache, torch multiplies as many as fit the last one.
+TILES_TOGETHER, SUMS_BYTES, GRADIENT_BYTES = 32, 1_200_000, 24_000_000
+
+
+# Winograd's algorithm keeps 16 sums of 16 lanes in registers, which 16 registers of 8 lanes do not hold.
+TRAINS_WIDE = QUICK_RECIPROCAL
 
 
 class _Plan(NamedTuple):
@@ -129,28 +137,46 @@ def wide_pays(x: Tensor) -> bool:
     return min(x.shape[2:]) >= 4 and (x.dtype == torch.float32 or not _threads.has_tiles())
 
 
-def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Do what `binarize.packed._wide.wide_conv` says with the compiled kernels, widths being multiples of 16."""
+def wide_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    tile: Literal[2, 4] = 4,
+    transposed: bool = False,
+) -> Tensor:
+    """Do what `binarize.packed._wide.wide_conv` says with the compiled kernels, widths being multiples of 16.
+
+    By Winograd's algorithm on tiles of 4 x 4 outputs, or of 2 x 2 (float32 only), which rounds no more than a plain
+    convolution does. ``transposed`` gives the transposed convolution, which takes the gradient of the weights' other
+    side to its input.
+    """
     x = _pixels(x)
     batch, channels, height, width = x.shape
-    out_channels, size, threads = weight.shape[0], x.element_size(), _threads.workers()
     weight = weight.float()
+    strides, first = [4 * s for s in weight.stride()], weight.data_ptr()
+    if transposed:  # the widths change places, and taps are read backwards
+        first += 2 * (strides[2] + strides[3])
+        strides = [strides[1], strides[0], -strides[2], -strides[3]]
+    out_channels, size, threads = weight.shape[1 if transposed else 0], x.element_size(), _threads.workers()
     out = torch.empty((batch, out_channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
     if out.numel() == 0:
         return out
-    filters = torch.empty(36, out_channels // LANES, channels, LANES, dtype=torch.float32)
+    values = (tile + 2) ** 2
+    filters = torch.empty(values, out_channels // LANES, channels, LANES, dtype=torch.float32)
     p = np.zeros(len(Wide), np.int64)
     p[Wide.COUNT], p[Wide.IN_CHANNELS], p[Wide.OUT_CHANNELS] = out_channels // LANES, channels, out_channels
-    p[Wide.FILTERS], p[Wide.WEIGHT] = filters.data_ptr(), weight.data_ptr()
-    p[Wide.WEIGHT_OUT : Wide.WEIGHT_COLUMN + 1] = [4 * s for s in weight.stride()]
+    p[Wide.TILE], p[Wide.FILTERS], p[Wide.WEIGHT] = tile, filters.data_ptr(), first
+    p[Wide.WEIGHT_OUT : Wide.WEIGHT_COLUMN + 1] = strides
     _threads.run(workers()["filters"], p.ctypes.data, out_channels // LANES)
 
-    tile_rows = -(-height // 4)
+    tile_rows = -(-height // tile)
     chunk = max(1, -(-tile_rows * batch // (TASKS_PER_THREAD * threads)))
     tasks = -(-tile_rows // chunk) * batch
-    tiles = min(MOST_TILES, TILE_BYTES // (36 * 4 * (channels + out_channels)), -(-width // 4) + 3)
+    tiles = min(MOST_TILES, TILE_BYTES // (values * 4 * (channels + out_channels)), -(-width // tile) + 3)
     tiles = max(4, tiles // 4 * 4)
-    scratch = 64 + 320 + _aligned(4 * channels) + 36 * (4 * tiles * (channels + out_channels) + 2 * ALIGN)
+    scratch = 64 + 320 + _aligned(4 * channels) + values * (4 * tiles * (channels + out_channels) + 2 * ALIGN)
     if norm is not None:
         scratch += _aligned(8 * width * channels * size)
     held = [torch.empty(min(threads, tasks) * _aligned(scratch) + ALIGN, dtype=torch.uint8)]
@@ -171,6 +197,64 @@ def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | Non
         _place(p, Wide.RESIDUAL, held[-1])
     _threads.run(workers()["wide"], p.ctypes.data, tasks)
     return out
+
+
+def wide_conv_of_weight(x: Tensor, grad: Tensor, tile: Literal[2, 4]) -> Tensor:
+    """Return the gradient of a 3x3 convolution's weights (padding 1) by Winograd's algorithm, backwards.
+
+    The transforms of the forward's algorithm are linear: what it does to patches is done to the input, what it does to
+    products is done, transposed, to the gradient of the output; then what is left is a product of matrices for each of
+    the n^2 values, and the filters' transform, transposed.
+
+    Args:
+        x: The convolution's input, ``(B, C_in, H, W)`` float32, C_in a multiple of 16.
+        grad: Gradient of its output, ``(B, C_out, H, W)`` float32, C_out a multiple of 16.
+        tile: m of m x m outputs.
+
+    Returns:
+        ``(C_out, C_in, 3, 3)`` float32.
+    """
+    x, grad = _pixels(x), _pixels(grad)
+    (batch, channels, height, width), out_channels = x.shape, grad.shape[1]
+    values, threads = (tile + 2) ** 2, _threads.workers()
+    rows, columns = -(-height // tile), -(-width // tile)
+    tiles, pairs = batch * rows * columns, channels * out_channels
+    p = np.zeros(len(Tiles), np.int64)
+    p[Tiles.TILE], p[Tiles.TILES], p[Tiles.BATCH] = tile, TILES_TOGETHER, batch
+    p[Tiles.ROWS], p[Tiles.COLUMNS], p[Tiles.HEIGHT], p[Tiles.WIDTH] = rows, columns, height, width
+    p[Tiles.IN_CHANNELS], p[Tiles.OUT_CHANNELS] = channels, out_channels
+    _place(p, Tiles.X, x)
+    _place(p, Tiles.GRAD, grad)
+    size, together = values * 4 * (channels + out_channels), TILES_TOGETHER
+    scratch_step = 320 + _aligned(4 * max(channels, out_channels))
+    fused = 4 * values * pairs <= SUMS_BYTES
+    if fused:
+        scratch_step += _aligned(together * size) + values * 2 * ALIGN
+    scratch = torch.empty(threads * scratch_step + ALIGN, dtype=torch.uint8)
+    p[Tiles.SCRATCH], p[Tiles.SCRATCH_STEP] = -(-scratch.data_ptr() // ALIGN) * ALIGN, scratch_step
+    total = torch.zeros(threads if fused else 1, values, channels, out_channels, dtype=torch.float32)
+    if fused:
+        p[Tiles.COUNT], p[Tiles.SUMS] = -(-tiles // together), total.data_ptr()
+        _threads.run(workers()["tiles"], p.ctypes.data, p[Tiles.COUNT])
+    else:
+        most = min(tiles, max(1, GRADIENT_BYTES // (size * together)) * together)
+        spread, returned = (_planes(values, most, c) for c in (channels, out_channels))
+        p[Tiles.SPREAD], p[Tiles.SPREAD_STEP] = spread.data_ptr(), 4 * spread.stride(0)
+        p[Tiles.RETURNED], p[Tiles.RETURNED_STEP] = returned.data_ptr(), 4 * returned.stride(0)
+        for first in range(0, tiles, most):
+            here = min(most, tiles - first)
+            p[Tiles.WORKERS], p[Tiles.TASKS] = 0, 0
+            p[Tiles.COUNT], p[Tiles.FIRST] = -(-here // together), first
+            _threads.run(workers()["tiles"], p.ctypes.data, p[Tiles.COUNT])
+            total[0].baddbmm_(spread[:, :here].transpose(1, 2), returned[:, :here])
+    matrix = torch.tensor(WINOGRAD[tile].filter, dtype=torch.float32)
+    found = torch.kron(matrix, matrix).T @ total.sum(0).view(values, -1)
+    return found.view(9, channels, out_channels).permute(2, 1, 0).reshape(out_channels, channels, 3, 3)
+
+
+def _planes(count: int, rows: int, channels: int) -> Tensor:
+    step = rows * channels + LANES  # see `tiles_worker`
+    return torch.empty(count * step, dtype=torch.float32).as_strided((count, rows, channels), (step, channels, 1))
 
 
 def unzip(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ Addresses are int64 values, strides are in bytes. Nothing here checks anything: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -502,6 +502,50 @@ def make_matmul(rows: int, blocks: int) -> Any:
     return matmul
 
 
+def make_outer(rows: int, blocks: int) -> Any:
+    """Return ``f(x, x_step, w, w_step, k, out, out_step)``: sums of outer products, added to what is there.
+
+    ``out[p * out_step + 64 r + 4 lane] += sum_j x[4 p + j * x_step] * w[64 r + 4 lane + j * w_step]``, all float32.
+    """
+
+    @intrinsic
+    def outer(context, x, x_step, w, w_step, k, out, out_step):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, x_step, w, w_step, count, out, out_step = args
+            entry, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
+            targets = [
+                b.add(b.add(out, b.mul(_I64(p), out_step)), _I64(64 * r)) for p in range(rows) for r in range(blocks)
+            ]
+            before = [_load(b, target, _FLOATS) for target in targets]
+            b.branch(loop)
+            b.position_at_end(loop)
+            left, here, there = b.phi(_I64), b.phi(_I64), b.phi(_I64)
+            sums = [b.phi(_FLOATS) for _ in targets]
+            lines = [_load(b, b.add(there, _I64(64 * r)), _FLOATS) for r in range(blocks)]
+            new = []
+            for p in range(rows):
+                value = _splat(b, _load(b, b.add(here, _I64(4 * p)), _F32))
+                new += [_fma(b, value, line, sums[p * blocks + r]) for r, line in enumerate(lines)]
+            after = b.sub(left, _I64(1))
+            for phi, first, last in (
+                (left, count, after),
+                (here, x, b.add(here, x_step)),
+                (there, w, b.add(there, w_step)),
+                *zip(sums, before, new, strict=True),
+            ):
+                phi.add_incoming(first, entry)
+                phi.add_incoming(last, loop)
+            b.cbranch(b.icmp_signed(">", after, _I64(0)), loop, done)
+            b.position_at_end(done)
+            for value, target in zip(new, targets, strict=True):
+                _store(b, value, target)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return outer
+
+
 def _combine(b: ir.IRBuilder, values: list[ir.Value], factors: tuple[float, ...]) -> ir.Value:
     """Return the sum of values times constants."""
     total = None
@@ -525,32 +569,50 @@ def _sandwich(
     return [[_combine(b, [column[y] for column in columns], row) for row in matrix] for y in range(len(matrix))]
 
 
-# F(4x4, 3x3) of Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.3.
-_SPREAD = (
-    (4, 0, -5, 0, 1, 0),
-    (0, -4, -4, 1, 1, 0),
-    (0, 4, -4, -1, 1, 0),
-    (0, -2, -1, 2, 1, 0),
-    (0, 2, -1, -2, 1, 0),
-    (0, 4, 0, -5, 0, 1),
-)
-_FILTER = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)
-_GATHER = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+class Winograd(NamedTuple):
+    """Matrices of F(m x m, 3 x 3): m x m outputs from patches of n x n, n = m + 2, by n^2 products."""
+
+    spread: tuple[tuple[float, ...], ...]  # B^T, of patches, (n, n)
+    filter: tuple[tuple[float, ...], ...]  # G, (n, 3)
+    gather: tuple[tuple[float, ...], ...]  # A^T, back to pixels, (m, n)
 
 
-def make_spread(bf16: bool) -> Any:
-    """Return ``f(addresses, channel, out, step)``: Winograd's transform of a 6x6 patch, for 16 channels.
+# By m, from Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", sections 4.1 and 4.3.
+WINOGRAD = {
+    2: Winograd(
+        ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
+        ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
+        ((1, 1, 1, 0), (0, 1, -1, -1)),
+    ),
+    4: Winograd(
+        (
+            (4, 0, -5, 0, 1, 0),
+            (0, -4, -4, 1, 1, 0),
+            (0, 4, -4, -1, 1, 0),
+            (0, -2, -1, 2, 1, 0),
+            (0, 2, -1, -2, 1, 0),
+            (0, 4, 0, -5, 0, 1),
+        ),
+        (
+            (1 / 4, 0, 0),
+            (-1 / 6, -1 / 6, -1 / 6),
+            (-1 / 6, 1 / 6, -1 / 6),
+            (1 / 24, 1 / 12, 1 / 6),
+            (1 / 24, -1 / 12, 1 / 6),
+            (0, 0, 1),
+        ),
+        ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
+    ),
+}
 
-    ``addresses`` points to the addresses of the patch's 36 pixels, ``channel`` is an offset in bytes from each; value
-    i of the transform goes to ``out + i * step``, float32.
+
+def make_spread(bf16: bool, matrix: tuple[tuple[float, ...], ...]) -> Any:
+    """Return ``f(addresses, channel, out, step)``: matrix @ patch @ matrix.T of a square patch, for 16 channels.
+
+    ``addresses`` points to the addresses of the patch's pixels, ``channel`` is an offset in bytes from each; value i of
+    the transform goes to ``out + i * step``, float32.
     """
+    side = len(matrix[0])
 
     @intrinsic
     def spread(context, addresses, channel, out, step):  # type: ignore[no-untyped-def]
@@ -561,8 +623,8 @@ def make_spread(bf16: bool) -> Any:
                 address = b.load(_pointer(b, b.add(addresses, _I64(8 * i)), _I64))
                 return _load_pixels(b, b.add(address, channel), bf16, None)
 
-            grid = [[pixel(6 * y + x) for x in range(6)] for y in range(6)]
-            for i, value in enumerate(v for line in _sandwich(b, grid, _SPREAD) for v in line):
+            grid = [[pixel(side * y + x) for x in range(side)] for y in range(side)]
+            for i, value in enumerate(v for line in _sandwich(b, grid, matrix) for v in line):
                 _store(b, value, b.add(out, b.mul(_I64(i), step)))
             return context.get_dummy_value()
 
@@ -571,46 +633,55 @@ def make_spread(bf16: bool) -> Any:
     return spread
 
 
-@intrinsic
-def spread_filters(context, w, lane, row, column, out, step):  # type: ignore[no-untyped-def]
-    """Winograd's transform of one input channel's 3x3 taps for 16 output channels, whose weights are ``lane`` apart."""
+def make_spread_filters(matrix: tuple[tuple[float, ...], ...]) -> Any:
+    """Return ``f(w, lane, row, column, out, step)``: Winograd's transform of one input channel's 3x3 taps.
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        w, lane, row, column, out, step = args
+    It is for 16 output channels, whose weights are ``lane`` apart.
+    """
 
-        def tap(y: int, x: int) -> ir.Value:
-            start = b.add(w, b.add(b.mul(row, _I64(y)), b.mul(column, _I64(x))))
-            values = ir.Constant(_FLOATS, ir.Undefined)
-            for i in range(LANES):
-                value = _load(b, b.add(start, b.mul(lane, _I64(i))), _F32)
-                values = b.insert_element(values, value, _I32(i))
-            return values
+    @intrinsic
+    def spread_filters(context, w, lane, row, column, out, step):  # type: ignore[no-untyped-def]
 
-        grid = [[tap(y, x) for x in range(3)] for y in range(3)]
-        for i, value in enumerate(v for line in _sandwich(b, grid, _FILTER) for v in line):
-            _store(b, value, b.add(out, b.mul(_I64(i), step)))
-        return context.get_dummy_value()
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            w, lane, row, column, out, step = args
 
-    return types.void(*[types.int64] * 6), codegen
+            def tap(y: int, x: int) -> ir.Value:
+                start = b.add(w, b.add(b.mul(row, _I64(y)), b.mul(column, _I64(x))))
+                values = ir.Constant(_FLOATS, ir.Undefined)
+                for i in range(LANES):
+                    value = _load(b, b.add(start, b.mul(lane, _I64(i))), _F32)
+                    values = b.insert_element(values, value, _I32(i))
+                return values
+
+            grid = [[tap(y, x) for x in range(3)] for y in range(3)]
+            for i, value in enumerate(v for line in _sandwich(b, grid, matrix) for v in line):
+                _store(b, value, b.add(out, b.mul(_I64(i), step)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    return spread_filters
 
 
-def make_gather(bf16: bool) -> Any:
+def make_gather(bf16: bool, matrix: tuple[tuple[float, ...], ...]) -> Any:
     """Return ``f(x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns)``: Winograd's way back.
 
-    The 36 values at ``x + i * step`` become 4x4 output pixels of 16 channels, plus bias and residual (null addresses
-    leave them out), of which ``rows`` x ``columns`` are inside the picture.
+    The n x n values at ``x + i * step`` become m x m output pixels of 16 channels, plus bias and residual (null
+    addresses leave them out), of which ``rows`` x ``columns`` are inside the picture.
     """
+    side = len(matrix[0])
 
     @intrinsic
     def gather(context, x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns):  # type: ignore[no-untyped-def]
         def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
             x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns = args
-            grid = [[_load(b, b.add(x, b.mul(_I64(6 * y + i), step)), _FLOATS) for i in range(6)] for y in range(6)]
+            at = [[b.add(x, b.mul(_I64(side * y + i), step)) for i in range(side)] for y in range(side)]
+            grid = [[_load(b, address, _FLOATS) for address in line] for line in at]
             zero = ir.Constant(_FLOATS, None)
             biased = b.icmp_signed("!=", bias, _I64(0))
             start = _when(b, biased, zero, lambda: _load(b, bias, _FLOATS))
             more = b.icmp_signed("!=", residual, _I64(0))
-            for y, line in enumerate(_sandwich(b, grid, _GATHER)):
+            for y, line in enumerate(_sandwich(b, grid, matrix)):
                 for i, value in enumerate(line):
                     inside = b.and_(b.icmp_signed(">", rows, _I64(y)), b.icmp_signed(">", columns, _I64(i)))
                     with b.if_then(inside):

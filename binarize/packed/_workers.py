@@ -24,7 +24,6 @@ from binarize.packed._vectors import (
     read_float64,
     read_int32,
     read_int64,
-    spread_filters,
     write_float32,
     write_int32,
     write_int64,
@@ -547,7 +546,8 @@ class Wide(IntEnum):
     HALF = auto()
     SCRATCH = auto()
     SCRATCH_STEP = auto()
-    TILE_ROWS = auto()  # rows of 4x4 output tiles of a task
+    TILE = auto()  # m of m x m output tiles, 2 or 4
+    TILE_ROWS = auto()  # rows of output tiles of a task
     TILES = auto()  # tiles multiplied together, a multiple of 4
     HEIGHT = auto()
     WIDTH = auto()
@@ -565,7 +565,7 @@ class Wide(IntEnum):
     RESIDUAL_BATCH = auto()
     RESIDUAL_ROW = auto()
     RESIDUAL_PIXEL = auto()
-    FILTERS = auto()  # float32, (36, C_out / 16, C_in, 16)
+    FILTERS = auto()  # float32, (n * n, C_out / 16, C_in, 16)
     BIAS = auto()
     NORM_FACTORS = auto()
     NORM_OFFSETS = auto()
@@ -576,9 +576,18 @@ class Wide(IntEnum):
     WEIGHT_COLUMN = auto()
 
 
-_spread, _spread_bf16 = vectors.make_spread(False), vectors.make_spread(True)
-_gather, _gather_bf16 = vectors.make_gather(False), vectors.make_gather(True)
+_F2, _F4 = vectors.WINOGRAD[2], vectors.WINOGRAD[4]
+_spread2, _spread4, _spread4_bf16 = (
+    vectors.make_spread(half, f.spread) for half, f in ((False, _F2), (False, _F4), (True, _F4))
+)
+_gather2, _gather4, _gather4_bf16 = (
+    vectors.make_gather(half, f.gather) for half, f in ((False, _F2), (False, _F4), (True, _F4))
+)
+_spread_filters2, _spread_filters4 = (vectors.make_spread_filters(f.filter) for f in (_F2, _F4))
+# The gradient of `gather`, which takes pixels to products.
+_return2, _return4 = (vectors.make_spread(False, tuple(zip(*f.gather, strict=True))) for f in (_F2, _F4))
 _matmul4, _matmul3, _matmul2, _matmul1 = (vectors.make_matmul(4, n) for n in (4, 3, 2, 1))
+_outer4, _outer3, _outer2, _outer1 = (vectors.make_outer(4, n) for n in (4, 3, 2, 1))
 
 
 def filters_worker(p):  # type: ignore[no-untyped-def]
@@ -593,7 +602,10 @@ def filters_worker(p):  # type: ignore[no-untyped-def]
         out = _field(p, Wide.FILTERS) + task * channels * 64
         for i in range(channels):
             at = w + i * _field(p, Wide.WEIGHT_IN)
-            spread_filters(at, lane, row, column, out + i * 64, blocks * channels * 64)
+            if _field(p, Wide.TILE) == 2:
+                _spread_filters2(at, lane, row, column, out + i * 64, blocks * channels * 64)
+            else:
+                _spread_filters4(at, lane, row, column, out + i * 64, blocks * channels * 64)
 
 
 @njit
@@ -619,9 +631,11 @@ def _multiply_tiles(count, x, in_channels, w, out_channels, out):  # type: ignor
 
 @njit
 def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def]
-    """One row of tiles; ``lines`` points to the addresses of its six input rows, 0 for one outside the picture."""
+    """One row of tiles; ``lines`` points to the addresses of its n input rows, 0 for one outside the picture."""
     half = _field(p, Wide.HALF) == 1
     size = 2 if half else 4
+    m = _field(p, Wide.TILE)
+    n = m + 2
     height, width = _field(p, Wide.HEIGHT), _field(p, Wide.WIDTH)
     channels, out_channels = _field(p, Wide.IN_CHANNELS), _field(p, Wide.OUT_CHANNELS)
     pixel = channels * size if _field(p, Wide.NORM_FACTORS) != 0 else _field(p, Wide.X_PIXEL)
@@ -629,36 +643,38 @@ def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def
     addresses = scratch
     nothing = addresses + 320
     spread = nothing + (channels * 4 + 63) // 64 * 64
-    # A line more than needed, or all 36 values of a patch would fall into one set of the first cache.
+    # A line more than needed, or all values of a patch would fall into one set of the first cache.
     spread_step, product_step = together * channels * 4 + 64, together * out_channels * 4 + 64
-    products = spread + 36 * spread_step
+    products = spread + n * n * spread_step
     filter_step = out_channels // LANES * channels * 64
-    out = _field(p, Wide.OUT) + sample * _field(p, Wide.OUT_BATCH) + 4 * tile_y * _field(p, Wide.OUT_ROW)
+    out = _field(p, Wide.OUT) + sample * _field(p, Wide.OUT_BATCH) + m * tile_y * _field(p, Wide.OUT_ROW)
     residual = _field(p, Wide.RESIDUAL)
     if residual != 0:
-        residual += sample * _field(p, Wide.RESIDUAL_BATCH) + 4 * tile_y * _field(p, Wide.RESIDUAL_ROW)
+        residual += sample * _field(p, Wide.RESIDUAL_BATCH) + m * tile_y * _field(p, Wide.RESIDUAL_ROW)
     bias = _field(p, Wide.BIAS)
-    tiles = (width + 3) // 4
+    tiles = (width + m - 1) // m
     for first in range(0, tiles, together):
         here = min(together, tiles - first)
         for t in range(here):
-            for i in range(36):
-                line, x = read_int64(lines + 8 * (i // 6)), 4 * (first + t) - 1 + i % 6
+            for i in range(n * n):
+                line, x = read_int64(lines + 8 * (i // n)), m * (first + t) - 1 + i % n
                 inside = line != 0 and 0 <= x < width
                 write_int64(addresses + 8 * i, line + x * pixel if inside else nothing)
             for c in range(0, channels, LANES):
                 target = spread + (t * channels + c) * 4
                 if half:
-                    _spread_bf16(addresses, c * size, target, spread_step)
+                    _spread4_bf16(addresses, c * size, target, spread_step)
+                elif m == 4:
+                    _spread4(addresses, c * size, target, spread_step)
                 else:
-                    _spread(addresses, c * size, target, spread_step)
+                    _spread2(addresses, c * size, target, spread_step)
         rounded = (here + 3) // 4 * 4
-        for i in range(36):
+        for i in range(n * n):
             w = _field(p, Wide.FILTERS) + i * filter_step
             _multiply_tiles(rounded, spread + i * spread_step, channels, w, out_channels, products + i * product_step)
         for t in range(here):
-            x = 4 * (first + t)
-            rows, columns = min(4, height - 4 * tile_y), min(4, width - x)
+            x = m * (first + t)
+            rows, columns = min(m, height - m * tile_y), min(m, width - x)
             for o in range(0, out_channels, LANES):
                 more = 0
                 if residual != 0:
@@ -667,13 +683,19 @@ def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def
                 source = products + (t * out_channels + o) * 4
                 target = out + x * _field(p, Wide.OUT_PIXEL) + o * size
                 if half:
-                    _gather_bf16(
+                    _gather4_bf16(
+                        source, product_step, start, more, _field(p, Wide.RESIDUAL_ROW),
+                        _field(p, Wide.RESIDUAL_PIXEL), target, _field(p, Wide.OUT_ROW), _field(p, Wide.OUT_PIXEL),
+                        rows, columns,
+                    )  # fmt: skip
+                elif m == 4:
+                    _gather4(
                         source, product_step, start, more, _field(p, Wide.RESIDUAL_ROW),
                         _field(p, Wide.RESIDUAL_PIXEL), target, _field(p, Wide.OUT_ROW), _field(p, Wide.OUT_PIXEL),
                         rows, columns,
                     )  # fmt: skip
                 else:
-                    _gather(
+                    _gather2(
                         source, product_step, start, more, _field(p, Wide.RESIDUAL_ROW),
                         _field(p, Wide.RESIDUAL_PIXEL), target, _field(p, Wide.OUT_ROW), _field(p, Wide.OUT_PIXEL),
                         rows, columns,
@@ -692,7 +714,8 @@ def wide_worker(p):  # type: ignore[no-untyped-def]
     row_size = width * channels * size
     rest = activated + (8 * row_size + 63) // 64 * 64 if normed else activated
     _clear(rest + 320, channels)
-    tile_rows, together = (height + 3) // 4, _field(p, Wide.TILE_ROWS)
+    m = _field(p, Wide.TILE)
+    tile_rows, together = (height + m - 1) // m, _field(p, Wide.TILE_ROWS)
     chunks = (tile_rows + together - 1) // together
     while True:
         task = fetch_add(p + 8 * Wide.TASKS, 1)
@@ -702,10 +725,10 @@ def wide_worker(p):  # type: ignore[no-untyped-def]
         x = _field(p, Wide.X) + sample * _field(p, Wide.X_BATCH)
         factors = _field(p, Wide.NORM_FACTORS) + sample * channels * 4
         offsets = _field(p, Wide.NORM_OFFSETS) + sample * channels * 4
-        done = 4 * first - 1  # input rows before this one are activated
+        done = m * first - 1  # input rows before this one are activated
         for tile_y in range(first, min(first + together, tile_rows)):
-            for i in range(6):
-                y = 4 * tile_y - 1 + i
+            for i in range(m + 2):
+                y = m * tile_y - 1 + i
                 line = 0
                 if 0 <= y < height:
                     line = x + y * _field(p, Wide.X_ROW)
@@ -718,8 +741,121 @@ def wide_worker(p):  # type: ignore[no-untyped-def]
                             )  # fmt: skip
                         line = target
                 write_int64(lines + 8 * i, line)
-            done = 4 * tile_y + 5
+            done = m * tile_y + m + 1
             _tile_row(p, sample, tile_y, lines, rest)
+
+
+class Tiles(IntEnum):
+    """Fields of the parameters of Winograd's algorithm backwards, to the gradient of a 3x3 convolution's weights."""
+
+    WORKERS = 0
+    TASKS = auto()
+    COUNT = auto()
+    TILE = auto()  # m of m x m outputs
+    TILES = auto()  # how many are multiplied together
+    BATCH = auto()
+    ROWS = auto()  # rows of tiles of a picture
+    COLUMNS = auto()  # tiles of a row
+    HEIGHT = auto()
+    WIDTH = auto()
+    IN_CHANNELS = auto()
+    OUT_CHANNELS = auto()
+    X = auto()  # float32, as all
+    X_BATCH = auto()
+    X_ROW = auto()
+    X_PIXEL = auto()
+    GRAD = auto()
+    GRAD_BATCH = auto()
+    GRAD_ROW = auto()
+    GRAD_PIXEL = auto()
+    SUMS = auto()  # (workers, n * n, C_in, C_out), zeros at first; null: leave the transforms, and multiply nothing
+    FIRST = auto()  # tiles before these, whose transforms are not asked for
+    SPREAD = auto()  # where transforms of the input are left, n * n times (tiles, C_in)
+    SPREAD_STEP = auto()  # from one of the n * n to the next
+    RETURNED = auto()  # where those of the gradient are left
+    RETURNED_STEP = auto()
+    SCRATCH = auto()
+    SCRATCH_STEP = auto()
+
+
+@njit
+def _point(picture, row, pixel, height, width, top, left, side, addresses, nothing):  # type: ignore[no-untyped-def]
+    """Write the addresses of the pixels of a square, of which those outside the picture are ``nothing``."""
+    for i in range(side * side):
+        y, x = top + i // side, left + i % side
+        inside = 0 <= y < height and 0 <= x < width
+        write_int64(addresses + 8 * i, picture + y * row + x * pixel if inside else nothing)
+
+
+@njit
+def _add_outer(count, x, in_channels, w, out_channels, out):  # type: ignore[no-untyped-def]
+    """Add (count, C_in) transposed times (count, C_out)."""
+    x_step, w_step = in_channels * 4, out_channels * 4
+    block = 0
+    while block < out_channels // LANES:
+        together = min(4, out_channels // LANES - block)
+        filters = w + block * 64
+        for i in range(0, in_channels, 4):
+            target = out + i * w_step + block * 64
+            if together == 4:
+                _outer4(x + 4 * i, x_step, filters, w_step, count, target, w_step)
+            elif together == 3:
+                _outer3(x + 4 * i, x_step, filters, w_step, count, target, w_step)
+            elif together == 2:
+                _outer2(x + 4 * i, x_step, filters, w_step, count, target, w_step)
+            else:
+                _outer1(x + 4 * i, x_step, filters, w_step, count, target, w_step)
+        block += together
+
+
+def tiles_worker(p):  # type: ignore[no-untyped-def]
+    """Transform some tiles of the input and of the gradient at a time, and add up their products."""
+    m, together = _field(p, Tiles.TILE), _field(p, Tiles.TILES)
+    n = m + 2
+    height, width = _field(p, Tiles.HEIGHT), _field(p, Tiles.WIDTH)
+    channels, out_channels = _field(p, Tiles.IN_CHANNELS), _field(p, Tiles.OUT_CHANNELS)
+    rows, columns = _field(p, Tiles.ROWS), _field(p, Tiles.COLUMNS)
+    me = fetch_add(p + 8 * Tiles.WORKERS, 1)
+    sums, keep = _field(p, Tiles.SUMS) + me * n * n * channels * out_channels * 4, _field(p, Tiles.SUMS) == 0
+    addresses = _field(p, Tiles.SCRATCH) + me * _field(p, Tiles.SCRATCH_STEP)
+    nothing = addresses + 320
+    spread = nothing + (max(channels, out_channels) * 4 + 63) // 64 * 64
+    # A line more than needed, or all values of a patch would fall into one set of the first cache.
+    spread_step, return_step = together * channels * 4 + 64, together * out_channels * 4 + 64
+    returned = spread + n * n * spread_step
+    _clear(nothing, max(channels, out_channels))
+    while True:
+        task = fetch_add(p + 8 * Tiles.TASKS, 1)
+        if task >= _field(p, Tiles.COUNT):
+            break
+        first = _field(p, Tiles.FIRST) + task * together
+        here = min(together, _field(p, Tiles.BATCH) * rows * columns - first)
+        if keep:
+            spread, spread_step = _field(p, Tiles.SPREAD) + task * together * channels * 4, _field(p, Tiles.SPREAD_STEP)
+            returned = _field(p, Tiles.RETURNED) + task * together * out_channels * 4
+            return_step = _field(p, Tiles.RETURNED_STEP)
+        for t in range(here):
+            row, column = (first + t) // columns, (first + t) % columns
+            sample, top, left = row // rows, m * (row % rows), m * column
+            x = _field(p, Tiles.X) + sample * _field(p, Tiles.X_BATCH)
+            step, pixel = _field(p, Tiles.X_ROW), _field(p, Tiles.X_PIXEL)
+            _point(x, step, pixel, height, width, top - 1, left - 1, n, addresses, nothing)
+            for c in range(0, channels, LANES):
+                if m == 4:
+                    _spread4(addresses, c * 4, spread + (t * channels + c) * 4, spread_step)
+                else:
+                    _spread2(addresses, c * 4, spread + (t * channels + c) * 4, spread_step)
+            grad = _field(p, Tiles.GRAD) + sample * _field(p, Tiles.GRAD_BATCH)
+            step, pixel = _field(p, Tiles.GRAD_ROW), _field(p, Tiles.GRAD_PIXEL)
+            _point(grad, step, pixel, height, width, top, left, m, addresses, nothing)
+            for c in range(0, out_channels, LANES):
+                if m == 4:
+                    _return4(addresses, c * 4, returned + (t * out_channels + c) * 4, return_step)
+                else:
+                    _return2(addresses, c * 4, returned + (t * out_channels + c) * 4, return_step)
+        for i in range(0 if keep else n * n):
+            out = sums + i * channels * out_channels * 4
+            _add_outer(here, spread + i * spread_step, channels, returned + i * return_step, out_channels, out)
 
 
 class Unzip(IntEnum):
@@ -790,6 +926,7 @@ def compile_workers() -> dict[str, int]:
         "unzip": unzip_worker,
         "filters": filters_worker,
         "wide": wide_worker,
+        "tiles": tiles_worker,
     }
     # Numba's cache looks at this file alone, and would go on with what an earlier version of the other one says.
     sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (vectors, layout))

@@ -24,7 +24,7 @@ RUN = "run.json"
 RESULT = "result.json"
 FAILURE = "error.txt"
 
-# Keys that change neither the trained weights nor what is measured.
+# Keys that change neither the trained weights nor what is measured (sampling steps may; see `Trial.training_keys`).
 _FREE = {
     "description", "published", "plugins", "output_dir", "dataloader_num_workers", "gradient_checkpointing",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_data_dir",
@@ -62,6 +62,8 @@ class Trial:
         """Return what decides the trained weights."""
         dumped = self.recipe.model_dump(mode="json", by_alias=True)
         keys = {key: value for key, value in dumped.items() if key not in _FREE}
+        if self.recipe.sampling_timesteps_share > 0:
+            keys["num_inference_steps"] = self.recipe.num_inference_steps
         for name in ("train_data_dir", "train_lr_data_dir"):
             keys[name] = _absolute(getattr(self.recipe, name))
         keys["plugins"] = [_plugin(plugin) for plugin in self.recipe.plugins]

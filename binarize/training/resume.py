@@ -42,7 +42,11 @@ def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, ch
         BinarizeError: Listing every difference that matters.
     """
     free = _FREE | (set() if _knows_the_end(recipe) else {"max_train_steps"})
-    then, now = _flat(yaml.safe_load(saved)), _flat(yaml.safe_load(recipe.to_yaml()))
+    if recipe.sampling_timesteps_share > 0:
+        free = free - {"num_inference_steps"}
+    # A key that the checkpoint's release did not have yet stands for what it did.
+    defaults = {name: field.default for name, field in type(recipe).model_fields.items() if not field.is_required()}
+    then, now = _flat({**defaults, **yaml.safe_load(saved)}), _flat(yaml.safe_load(recipe.to_yaml()))
     changed = [
         f"  {key}: was {then.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())

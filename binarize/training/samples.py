@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from binarize.errors import BinarizeError
+from binarize.recipes import build_scheduler
 from binarize.training.data import PairedPatches
 from binarize.training.randomness import generator
 from binarize.training.residual import PATCHES
@@ -74,20 +75,38 @@ class NoisySamples(Dataset[dict[str, Any]]):
         num_train_timesteps: T; timesteps are uniform in 0..T-1.
         seed: The run's seed.
         share_timestep: How many consecutive samples share one timestep: 1, or all of an optimiser step.
+        favoured: Timesteps that are drawn more often than the others.
+        favoured_share: The probability that one of these is drawn, each alike, instead of any.
     """
 
-    def __init__(self, patches: PairedPatches, num_train_timesteps: int, seed: int, share_timestep: int = 1) -> None:
+    def __init__(
+        self,
+        patches: PairedPatches,
+        num_train_timesteps: int,
+        seed: int,
+        share_timestep: int = 1,
+        favoured: Sequence[int] = (),
+        favoured_share: float = 0.0,
+    ) -> None:
         self.patches = patches
         self.num_train_timesteps = num_train_timesteps
         self.seed = seed
         self.share_timestep = share_timestep
+        self.favoured = tuple(favoured)
+        self.favoured_share = favoured_share
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the patch's entries, its ``noise`` (3, P, P) float32 and its ``timestep``."""
         patch = self.patches[index]
         noise = generator(self.seed, "noise", index).standard_normal(tuple(patch["hr"].shape), dtype="float32")
-        drawn = generator(self.seed, "timestep", index // self.share_timestep).integers(self.num_train_timesteps)
-        return {**patch, "noise": torch.from_numpy(noise), "timestep": int(drawn)}
+        return {**patch, "noise": torch.from_numpy(noise), "timestep": self._timestep(index // self.share_timestep)}
+
+    def _timestep(self, index: int) -> int:
+        draw = generator(self.seed, "timestep", index)
+        anywhere = int(draw.integers(self.num_train_timesteps))
+        if self.favoured_share > draw.random():
+            return self.favoured[draw.integers(len(self.favoured))]
+        return anywhere
 
 
 def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
@@ -116,7 +135,11 @@ def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
         length=max(recipe.max_train_steps * plan.total, PATCHES),
     )
     share = plan.total if recipe.timesteps_per == "batch" else 1
-    return NoisySamples(patches, recipe.scheduler.num_train_timesteps, recipe.seed, share)
+    timesteps = recipe.scheduler.num_train_timesteps
+    scheduler = build_scheduler(recipe)
+    scheduler.set_timesteps(min(recipe.num_inference_steps, timesteps))
+    visited = sorted(set(scheduler.timesteps.tolist()))
+    return NoisySamples(patches, timesteps, recipe.seed, share, visited, recipe.sampling_timesteps_share)
 
 
 def batch_loader(
