@@ -40,7 +40,7 @@ from binarize.packed import PackedConv2d
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "bidiffsr_x2"
 TIMESTEP = 700
-SECTIONS = ("layers", "networks", "compiled", "mixed", "flips", "memory", "files")
+SECTIONS = ("layers", "roofline", "networks", "compiled", "mixed", "flips", "memory", "files")
 
 
 def interleaved(jobs: dict[str, Callable[[], object]], rounds: int, warm: int = 1) -> dict[str, float]:
@@ -94,8 +94,13 @@ def distinct_layers(unet: nn.Module) -> dict[tuple[int, int, int, int], tuple[st
     return found
 
 
-def popcount_peak() -> float | None:
-    """Return binary GMAC/s of one core on words and sums that never leave its first cache, or None without numba."""
+def popcount_peak(words: int = 72) -> float | None:
+    """Return binary GMAC/s of one core on data that never leaves its first cache, or None without numba.
+
+    Args:
+        words: Words of 32 bits that a sum counts; there are fewer to add up bit by bit in short ones. More than 72
+            would leave that cache.
+    """
     try:
         import numpy as np
         from numba import njit
@@ -104,7 +109,7 @@ def popcount_peak() -> float | None:
         from binarize.packed._workers import BLOCKS, BYTEWISE, PIXELS
     except ImportError:
         return None
-    product, words, turns = make_product(PIXELS, BLOCKS, BYTEWISE), 72, 20_000
+    product, turns = make_product(PIXELS, BLOCKS, BYTEWISE), 1_440_000 // words
 
     @njit
     def repeat(x: int, offsets: int, step: int, w: int, w_step: int, k: int, out: int, turns: int) -> None:
@@ -166,6 +171,86 @@ def layer_rows(rounds: int) -> list[dict[str, Any]]:
             print(f"{rows[-1]['layer']:26} {threads} thread(s)  {times}", flush=True)
     print(f"popcount peak of one core: {peak and round(peak)} GMAC/s")
     return [{"popcount peak, GMAC/s a core": peak}, *rows]
+
+
+def roofline_rows(rounds: int) -> list[dict[str, Any]]:
+    """What bounds the layers on one thread, and a whole step at 256x256 on two.
+
+    A layer has to count, at best as fast as on data in the first cache with sums of its length, and to read its input
+    and write its output once, at best as fast as a copy does.
+    """
+    packed = binarize.pack(released())
+    rows: list[dict[str, Any]] = []
+    torch.set_num_threads(1)
+    peaks: dict[int, float | None] = {}
+    for (c_in, c_out, kernel, size), (name, count) in distinct_layers(packed).items():
+        torch.set_num_threads(1)
+        words = min(72, kernel**2 * -(-c_in // 32))
+        peaks[words] = peaks[words] if words in peaks else popcount_peak(words)
+        peak, layer, weight = peaks[words], packed.get_submodule(name), torch.randn(c_out, c_in, kernel, kernel)
+        x = torch.randn(1, c_in, size, size).contiguous(memory_format=torch.channels_last)
+        y, plain = torch.empty_like(x), x.contiguous()
+        last = weight.contiguous(memory_format=torch.channels_last)
+        jobs: dict[str, Callable[[], object]] = {
+            "copy": lambda x=x, y=y: y.copy_(x),
+            "packed": lambda x=x, f=layer: f(x),
+            "float32 NCHW": lambda x=plain, w=weight, k=kernel: F.conv2d(x, w, padding=k // 2),
+            "float32 NHWC": lambda x=x, w=last, k=kernel: F.conv2d(x, w, padding=k // 2),
+        }
+        with binarize.timesteps(packed, torch.tensor([TIMESTEP])):
+            taken = interleaved(jobs, rounds, warm=2)
+        macs = c_in * c_out * kernel**2 * size**2 / 1e9
+        rows.append(
+            {
+                "layer": f"{c_in} -> {c_out}, {kernel}x{kernel}, {size}x{size}",
+                "count": count,
+                "words": words,
+                "peak, GMAC/s": peak,
+                "ms": {
+                    "float32": 1e3 * min(taken["float32 NCHW"], taken["float32 NHWC"]),
+                    "packed": 1e3 * taken["packed"],
+                    "counting": None if peak is None else 1e3 * macs / peak,
+                    "copy": 1e3 * taken["copy"],
+                },
+            }
+        )
+        print(rows[-1], flush=True)
+    rows.append(parts_of_a_step(packed, rounds))
+    print(rows[-1], flush=True)
+    return rows
+
+
+PARTS = {
+    "binarize::packed_conv2d": "binary convolutions",
+    "binarize::wide_conv": "full-precision 3x3 convolutions",
+    "binarize::norm_factors": "norms",
+    "binarize::norm_silu": "norms",
+    "aten::mkldnn_convolution": "other convolutions and linear layers",
+    "aten::addmm": "other convolutions and linear layers",
+    "aten::addmm_": "other convolutions and linear layers",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+    "binarize::shuffle": "shuffles and copies",
+    "aten::pixel_shuffle": "shuffles and copies",
+    "aten::pixel_unshuffle": "shuffles and copies",
+    "aten::cat": "shuffles and copies",
+    "aten::copy_": "shuffles and copies",
+}
+
+
+def parts_of_a_step(packed: nn.Module, rounds: int) -> dict[str, Any]:
+    """Say what a step at 256x256 spends its time on, beside the twin in full precision."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.set_num_threads(2)
+    ours, twin = call(packed, torch.float32, 256), call(full_precision(), torch.float32, 256)
+    taken = interleaved({"packed": ours, "full precision": twin}, rounds)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(rounds):
+            ours()
+    parts = dict.fromkeys([*PARTS.values(), "the rest"], 0.0)
+    for event in found.key_averages():
+        parts[PARTS.get(event.key, "the rest")] += event.self_cpu_time_total / 1e6 / rounds
+    return {"size": 256, "threads": 2, "seconds": taken, "parts": parts}
 
 
 def int8_convolution(x: Tensor, weight: Tensor) -> Callable[[], object] | None:
@@ -397,6 +482,7 @@ def main() -> None:
     sizes = [256] if options.quick else [64, 128, 256, 512]
     todo: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "layers": lambda: layer_rows(rounds),
+        "roofline": lambda: roofline_rows(rounds),
         "networks": lambda: network_rows(sizes, rounds),
         "compiled": lambda: compiled_rows(256, rounds),
         "mixed": lambda: mixed_rows(rounds),

@@ -3,7 +3,8 @@
 Every variant runs in a process of its own: it builds the network, then trains it for a few steps (forward, L1 loss,
 backward, Adam with the released settings). Memory is the peak of the resident set above what the process held before
 the first step, so it counts activations, gradients, Adam's two moments and whatever libraries keep; time is the median
-step after the first two.
+step after the first two. The variants are measured in turns, round after round, so that a machine that slows down slows
+all of them, and the medians of the rounds are shown.
 
     python benchmarks/bench_training.py                       # the released configuration, 4 pictures of 128x128
     python benchmarks/bench_training.py --size 64 --batch 1 --variants textbook exact --json figures.json
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the pictures, in pixels")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each variant is measured, in turns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sweep", action="store_true", help="measure ours over several sizes and batches instead")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -122,10 +124,15 @@ def main() -> None:
     cases = [(variant, given.size, given.batch) for variant in given.variants]
     if given.sweep:
         cases = [(variant, *shape) for shape in SWEEP for variant in ("exact", "compact")]
-    rows = []
-    for case in cases:
-        rows.append(run(*case, given.steps, given.threads))
-        print(f"{VARIANTS[case[0]]}: {rows[-1]['memory']:.0f} MB, {rows[-1]['seconds']:.2f} s", file=sys.stderr)
+    found: dict[Any, list[dict[str, Any]]] = {case: [] for case in cases}
+    for case in [*cases] * (1 if given.sweep else given.rounds):
+        row = run(*case, given.steps, given.threads)
+        found[case].append(row)
+        print(f"{VARIANTS[case[0]]}: {row['memory']:.0f} MB, {row['seconds']:.2f} s", file=sys.stderr)
+    rows = [
+        {**turns[0], **{key: statistics.median(turn[key] for turn in turns) for key in ("memory", "seconds")}}
+        for turns in found.values()
+    ]
     print(table(rows))
     if given.json is not None:
         from bench_packed import machine

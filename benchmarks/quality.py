@@ -2,6 +2,9 @@
 
     python benchmarks/quality.py Set5/HR --model models/pretrained/x2 --backbone squeezenet1_1.pth --name x2
     python benchmarks/quality.py photos --model models/pretrained/x2 --crops docs/assets/crops-x2.png --name photos-x2
+    python benchmarks/quality.py Set5/HR --compare runs/default_methods_x2/cells --name budget-x2 --backbone ...
+
+The last one measures every model of a study (`binarize ablate default_methods_x2`) in the same way.
 
 PSNR and SSIM on Y with a border of the scale shaved, LPIPS of SqueezeNet (not comparable with that of AlexNet, which
 papers report). Results go to benchmarks/results/quality-NAME.json and .png; `--crops` draws a detail of the folder's
@@ -53,16 +56,37 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], to: Path) -> None:
-    """Draw PSNR and LPIPS against the number of steps."""
+def comparison(results: dict[str, Any]) -> str:
+    """Return PSNR / SSIM / LPIPS of several models, each at the numbers of steps, as Markdown."""
+    models: dict[str, list[dict[str, Any]]] = results["models"]
+    bicubic, *first = next(iter(models.values()))
+    counts = [row["steps"] for row in first]
+    lines = [
+        "| PSNR / SSIM / LPIPS (squeeze) | " + " | ".join(f"{n} step{'s' if n > 1 else ''}" for n in counts) + " |",
+        "| :-- |" + " --: |" * len(counts),
+        f"| bicubic, {_scores(bicubic)} |" + " |" * len(counts),
+    ]
+    for name, (_, *rows) in models.items():
+        lines.append(f"| {name} | " + " | ".join(map(_scores, rows)) + " |")
+    return "\n".join(lines)
+
+
+def _scores(row: dict[str, Any]) -> str:
+    lpips = "" if row["lpips"] is None else f" / {row['lpips']:.4f}"
+    return f"{row['psnr']:.2f} / {row['ssim']:.4f}{lpips}"
+
+
+def plot(models: dict[str, list[dict[str, Any]]], to: Path) -> None:
+    """Draw PSNR and LPIPS of models against the number of steps."""
     import matplotlib.pyplot as plt
 
-    bicubic, *rows = results["rows"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for axis, key, label in zip(axes, ("psnr", "lpips"), ("PSNR, dB", "LPIPS (squeeze)"), strict=True):
+        bicubic = next(iter(models.values()))[0]
         if bicubic[key] is None:
             continue
-        axis.plot([row["steps"] for row in rows], [row[key] for row in rows], marker="o", label="1-bit model")
+        for name, (_, *rows) in models.items():
+            axis.plot([row["steps"] for row in rows], [row[key] for row in rows], marker="o", label=name)
         axis.axhline(bicubic[key], color="gray", linestyle="--", label="bicubic")
         axis.set(xscale="log", xlabel="denoising steps", ylabel=label)
         axis.set_xticks([row["steps"] for row in rows], [str(row["steps"]) for row in rows])
@@ -115,19 +139,28 @@ def _image(pixels: Any) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of high-resolution pictures")
-    parser.add_argument("--model", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path)
+    what.add_argument("--compare", type=Path, help="the cells/ folder of a study, whose models are all measured")
     parser.add_argument("--name", required=True)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 10])
     parser.add_argument("--backbone", type=Path, help="SqueezeNet's weights; without them there is no LPIPS")
     parser.add_argument("--crops", type=Path, help="draw details into this file instead of measuring")
     given = parser.parse_args()
-    if given.crops is not None:
+    if given.crops is not None and given.model is not None:
         crops(given.model, given.data, given.steps, given.crops)
         return
-    results = measure(given.model, given.data, given.steps, given.backbone)
+    if given.compare is not None:
+        found = sorted(given.compare.glob("*/seed-*/model"))
+        measured = {path.parts[-3]: measure(path, given.data, given.steps, given.backbone) for path in found}
+        models = {name: one["rows"] for name, one in measured.items()}
+        results = {"data": given.data.name, "models": models}
+    else:
+        results = measure(given.model, given.data, given.steps, given.backbone)
+        models = {"1-bit model": results["rows"]}
     (RESULTS / f"quality-{given.name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, RESULTS / f"quality-{given.name}.png")
-    print(table(results["rows"]))
+    plot(models, RESULTS / f"quality-{given.name}.png")
+    print(table(results["rows"]) if given.compare is None else comparison(results))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,47 @@ def networks(rows: Rows) -> str:
     return rows_to_markdown(head, lines)
 
 
+def roofline(rows: Rows) -> str:
+    """Return the table of what bounds the layers, and the one of what a step consists of."""
+    head = ["layer, one thread", "float32, ms", "packed", "counting at peak", "a copy", "float32 / packed", "at most"]
+    lines = []
+    for row in (row for row in rows if "layer" in row):
+        ms = row["ms"]
+        if ms["counting"] is None:
+            continue
+        both = ms["counting"] + ms["copy"]
+        times = (f"{ms[name]:.2f}" for name in ("float32", "packed", "counting", "copy"))
+        one_after_another = f"{ms['float32'] / both:.1f}"
+        lines.append(
+            [
+                row["layer"],
+                *times,
+                f"{ms['float32'] / ms['packed']:.1f}",
+                f"{one_after_another} to {ms['float32'] / max(ms['counting'], ms['copy']):.1f}",
+            ]
+        )
+    whole = next(row for row in rows if "parts" in row)
+    total = sum(whole["parts"].values())
+    parts = [[name, f"{seconds:.3f}", f"{seconds / total:.0%}"] for name, seconds in whole["parts"].items()]
+    step, threads = whole["seconds"], whole["threads"]
+    timed = [row for row in rows if "layer" in row and row["ms"]["counting"] is not None]
+    least = sum(row["count"] * (row["ms"]["counting"] + row["ms"]["copy"]) for row in timed) / 1e3 / threads
+    reached = step["packed"] - whole["parts"]["binary convolutions"] + least
+    return "\n\n".join(
+        [
+            rows_to_markdown(head, lines),
+            f"A step at {whole['size']}x{whole['size']} on {whole['threads']} threads, {step['packed']:.3f} s, against "
+            f"{step['full precision']:.3f} s of the full-precision twin, by operator:",
+            rows_to_markdown(["part", "s", "share"], parts),
+            f"With nothing but counting at the peak and one copy in each of its binary convolutions, {least:.3f} s, a "
+            f"step would take {reached:.3f} s: the twin takes {step['full precision'] / step['packed']:.2f} times as "
+            f"long as it does, and would take {step['full precision'] / reached:.2f} times as long as that."
+            if timed
+            else "",
+        ]
+    )
+
+
 def mixed(rows: Rows) -> str:
     """Return the table of packed layers and torch's in turns."""
     head = ["threads", "packed alone, ms", "torch alone", "in turns", "in turns / apart"]
@@ -128,6 +169,7 @@ def files(rows: Rows) -> str:
 
 TABLES: dict[str, Callable[[Rows], str]] = {
     "layers": layers,
+    "roofline": roofline,
     "networks": networks,
     "compiled": networks,
     "mixed": mixed,

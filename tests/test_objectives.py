@@ -25,6 +25,7 @@ from binarize.training import train
 from binarize.training.data import PairedPatches
 from binarize.training.objective import Objective, prediction_target, snr_weights
 from binarize.training.residual import residual_deviation
+from binarize.training.samples import BatchPlan, training_samples
 
 UNCLIPPED = ("target=residual", "scheduler.clip_sample=false")
 KINDS = ["epsilon", "sample", "v_prediction"]
@@ -203,6 +204,54 @@ def test_a_run_uses_the_weights(recipe: Any) -> None:
 
 
 # Fine detail of the condition.
+
+
+FOUR_STEPS = ("scheduler.num_train_timesteps=100", "scheduler.timestep_spacing=trailing", "num_inference_steps=4")
+
+
+def timesteps_of(recipe: Any, count: int) -> list[int]:
+    samples = training_samples(recipe, BatchPlan(2))
+    return [samples[i]["timestep"] for i in range(count)]
+
+
+def test_a_share_of_the_samples_is_drawn_where_sampling_goes(recipe: Any) -> None:
+    found = timesteps_of(recipe(*FOUR_STEPS, "sampling_timesteps_share=0.6"), 500)
+    anywhere = timesteps_of(recipe(*FOUR_STEPS), 500)
+    visited = (24, 49, 74, 99)  # trailing: 100 - 1, and every 25th before it
+    expected = 0.6 / 4 + 0.4 / 100
+    deviation = (expected * (1 - expected) / 500) ** 0.5
+    for timestep in visited:
+        assert found.count(timestep) / 500 == pytest.approx(expected, abs=4.5 * deviation)
+    others = [(one, other) for one, other in zip(found, anywhere, strict=True) if one not in visited]
+    assert len(others) > 150
+    assert all(one == other for one, other in others)  # the draw among all is the one of a run without the key
+
+
+def test_a_share_of_one_draws_nothing_else(recipe: Any) -> None:
+    assert set(timesteps_of(recipe(*FOUR_STEPS, "sampling_timesteps_share=1"), 200)) == {24, 49, 74, 99}
+
+
+def test_sampling_steps_may_change_in_a_run_unless_timesteps_depend_on_them(recipe: Any) -> None:
+    for out, share in (("free", "0"), ("bound", "0.5")):
+        options = (f"sampling_timesteps_share={share}", "max_train_steps=2", "resume_from_checkpoint=latest")
+        train(recipe(*options, "num_inference_steps=2", out=out), progress=False)
+        changed = recipe(*options, "num_inference_steps=3", out=out)
+        if share == "0":
+            train(changed, progress=False)
+            continue
+        with pytest.raises(BinarizeError, match=r"what decides the result:\n  num_inference_steps: was 2, is 3\n"):
+            train(changed, progress=False)
+
+
+def test_a_checkpoint_from_before_a_key_stands_for_its_default(recipe: Any) -> None:
+    options = ("max_train_steps=2", "resume_from_checkpoint=latest")
+    result = train(recipe(*options), progress=False)
+    saved = result.checkpoint / "recipe.yaml"
+    lines = saved.read_text(encoding="utf-8").splitlines(keepends=True)
+    saved.write_text("".join(line for line in lines if not line.startswith("sampling_timesteps_share")))
+    train(recipe(*options), progress=False)
+    with pytest.raises(BinarizeError, match=r"sampling_timesteps_share: was 0\.0, is 0\.5"):
+        train(recipe(*options, "sampling_timesteps_share=0.5"), progress=False)
 
 
 def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:

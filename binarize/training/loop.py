@@ -132,6 +132,10 @@ class _Run:
             check_speaks_the_same("distillation", recipe, teacher)
             network = teacher.network.to(accelerator.device, self.unet.dtype)
             distillation = Distillation(recipe.distillation, self.unet, network, accelerator.autocast)
+        if recipe.compile and distillation is not None and distillation.blocks:
+            # Compiled code does not check for hooks (`skip_nnmodule_hook_guards`), so that of an earlier run in this
+            # process would pass the teacher's by.
+            torch.compiler.reset()
         # After `prepare`, so that DDP's buckets are compiled with the network; the state dict is that of `unet`.
         self.forward = torch.compile(self.model) if recipe.compile else self.model
         self.objective = Objective(recipe, build_scheduler(recipe), distillation)
