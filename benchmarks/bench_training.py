@@ -24,6 +24,7 @@ from typing import Any
 
 VARIANTS = {
     "textbook": "textbook, float32",
+    "textbook-apart": "textbook, float32, large blocks apart",
     "exact": "ours, float32, memory exact",
     "compact": "ours, float32, memory compact",
     "exact-bf16": "ours, bfloat16 autocast, memory exact",
@@ -47,10 +48,13 @@ def measure(variant: str, size: int, batch: int, steps: int, threads: int) -> di
 
     import binarize
     from binarize.models import SRUNet
+    from binarize.training import keep_large_blocks_apart
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     kind, _, precision = variant.partition("-")
+    if kind != "textbook" or precision == "apart":
+        keep_large_blocks_apart()  # as our training loop does
     if kind == "textbook":
         net: torch.nn.Module = TextbookSRUNet()
     else:
@@ -65,7 +69,7 @@ def measure(variant: str, size: int, batch: int, steps: int, threads: int) -> di
     before, seconds = resident("VmRSS"), []
     for _ in range(steps + 2):
         started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(precision)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             out = net(sample, timesteps, condition)
         predicted = out if isinstance(out, torch.Tensor) else out.sample
         (predicted.float() - noise).abs().mean().backward()
@@ -108,7 +112,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:5])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:6])
     parser.add_argument("--size", type=int, default=128, help="side of the pictures, in pixels")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed")

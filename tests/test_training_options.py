@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
+import platform
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -391,3 +395,31 @@ def test_a_validation_that_an_interruption_left_out_is_made_up_for(
     assert math.isfinite(whole.best[1])
     index = json.loads((resumed.output_dir / "best" / "model_index.json").read_text())
     assert index["_class_name"] == "SuperResolutionPipeline"
+
+
+APART = """
+import ctypes, torch
+from binarize.training import keep_large_blocks_apart
+
+class Info(ctypes.Structure):  # mallinfo2 of malloc.h
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+
+info = ctypes.CDLL(None).mallinfo2
+info.restype = Info
+print(keep_large_blocks_apart())
+for _ in range(3):
+    before = info().hblkhd
+    block = torch.empty(5 * 2**20, dtype=torch.uint8)
+    print(info().hblkhd - before >= 5 * 2**20)
+    del block
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize("chosen", [None, "33554432"])
+def test_large_blocks_come_from_the_system_each_time_unless_the_user_chose(chosen: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_MMAP_THRESHOLD_"}
+    if chosen is not None:
+        environment["MALLOC_MMAP_THRESHOLD_"] = chosen
+    done = subprocess.run([sys.executable, "-c", APART], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [str(chosen is None)] * 4

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from binarize.training.checkpoint import Checkpoints, load_checkpoint
 from binarize.training.data import PairedPatches
 from binarize.training.errors import DivergedError, TrainingInterrupted
+from binarize.training.malloc import keep_large_blocks_apart
 
 if TYPE_CHECKING:
     from binarize.training.log import LogEntry
@@ -23,6 +24,7 @@ __all__ = [
     "PairedPatches",
     "TrainResult",
     "TrainingInterrupted",
+    "keep_large_blocks_apart",
     "load_checkpoint",
     "train",
 ]

@@ -26,6 +26,7 @@ from binarize.training.errors import DivergedError, TrainingInterrupted
 from binarize.training.folder import BEST, MODEL, SAMPLES, find_start, prepare_folder
 from binarize.training.initial import check_speaks_the_same, initial_network, read_trained, with_residual_scale
 from binarize.training.log import Log, LogEntry, start_tracker
+from binarize.training.malloc import keep_large_blocks_apart
 from binarize.training.objective import Objective
 from binarize.training.optim import build_lr_scheduler, build_optimizer
 from binarize.training.processes import accelerator_for, agree, on_main
@@ -97,6 +98,8 @@ class _Run:
         self, recipe: Recipe, accelerator: Accelerator, stop: StopRequest, *, force: bool, progress: bool
     ) -> None:
         self.recipe, self.accelerator, self.stop = recipe, accelerator, stop
+        if accelerator.device.type == "cpu":
+            keep_large_blocks_apart()
         self.shows = progress and accelerator.is_main_process
         self.plan = BatchPlan(
             recipe.train_batch_size,
