@@ -35,6 +35,20 @@ def check_residual_scale(residual_scale: Any) -> None:
         )
 
 
+def check_residual_strength(strength: Any, residual_scale: float | None) -> None:
+    """Refuse anything but a positive number, and anything but 1 for networks of pictures."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not strength > 0:
+        raise BinarizeError(
+            f"residual_strength={strength!r}: it is what predicted residuals are multiplied by, a positive number; 1 "
+            "leaves them as they are."
+        )
+    if strength != 1 and residual_scale is None:
+        raise BinarizeError(
+            f"residual_strength={strength!r} without a residual_scale: the network gives pictures, which are not "
+            "multiplied; leave it at 1."
+        )
+
+
 def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
     """Refuse a scheduler of another kind, or of another number of training timesteps than the network says it has."""
     if not all(hasattr(scheduler, name) for name in ("scale_model_input", "init_noise_sigma", "step")):

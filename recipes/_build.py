@@ -128,6 +128,7 @@ def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
         build_scheduler(recipe),
         scale=recipe.scale,
         residual_scale=recipe.residual_scale,
+        residual_strength=recipe.residual_strength,
         # A schedule of fewer timesteps than the default number of steps must not fail when a long training is saved.
         num_inference_steps=min(recipe.num_inference_steps, recipe.scheduler.num_train_timesteps),
     )

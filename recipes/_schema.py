@@ -127,6 +127,11 @@ class Recipe(Section):
         validate_default=True,
         description="Standard deviation of the residuals; unset, it is measured on the training pictures.",
     )
+    residual_strength: float = Field(
+        default=1.0,
+        gt=0,
+        description="What predicted residuals are multiplied by in pictures; above 1 they are sharper.",
+    )
     snr_gamma: float | None = Field(
         default=None,
         gt=0,
@@ -272,6 +277,13 @@ class Recipe(Section):
     @classmethod
     def _of_residuals(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and info.data.get("target", "residual") != "residual":
+            raise ValueError("has no effect while target is image; set target to residual, or remove it")
+        return value
+
+    @field_validator("residual_strength")
+    @classmethod
+    def _of_residuals_too(cls, value: float, info: ValidationInfo) -> float:
+        if value != 1 and info.data.get("target", "residual") != "residual":
             raise ValueError("has no effect while target is image; set target to residual, or remove it")
         return value
 

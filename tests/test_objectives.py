@@ -136,6 +136,36 @@ def test_a_run_measures_the_scale_saves_it_with_the_model_and_resumes_with_it(re
     assert torch.equal((out[0] * 255).round().to(torch.uint8), strip[..., 32:64])
 
 
+def test_a_strength_multiplies_what_is_added_to_the_enlargement(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 12, 10) * 0.2 + 0.4  # far from where pictures are cut off
+    noise = torch.randn(1, 3, 24, 20)
+    unet, added = small().eval(), {}
+    for strength in (1.0, 1.5):
+        made = SuperResolutionPipeline(
+            unet, scale=2, residual_scale=0.01, num_inference_steps=2, residual_strength=strength
+        )
+        made.save_pretrained(tmp_path / str(strength))
+        pipe = SuperResolutionPipeline.from_pretrained(tmp_path / str(strength))
+        added[strength] = pipe(image, latents=noise, output_type="pt").images - enlarge(image, 2)
+    assert float(added[1.0].abs().max()) > 1e-3
+    torch.testing.assert_close(added[1.5], 1.5 * added[1.0], rtol=0, atol=1e-6)
+
+
+def test_strengths_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(BinarizeError, match=r"residual_strength=0: .* a positive number"):
+        SuperResolutionPipeline(small(), scale=2, residual_scale=0.1, residual_strength=0)
+    with pytest.raises(BinarizeError, match=r"residual_strength=1\.5 without a residual_scale"):
+        SuperResolutionPipeline(small(), scale=2, residual_strength=1.5)
+    with pytest.raises(BinarizeError, match=r"residual_strength.*has no effect while target is image"):
+        load_recipe("demo", ["target=image", "residual_strength=1.5"])
+
+
+def test_a_recipes_strength_is_its_pipelines() -> None:
+    recipe = load_recipe("default_x2", ["residual_scale=0.03", "residual_strength=1.25"])
+    assert build_pipeline(recipe, small(num_train_timesteps=1000)).residual_factor == pytest.approx(0.0375)
+
+
 def test_a_residual_network_without_its_scale_makes_no_pipeline() -> None:
     with pytest.raises(BinarizeError, match=r"residual_scale: not set, and the pipeline .* recipe\.yaml"):
         build_pipeline(load_recipe("demo", list(UNCLIPPED)), small())

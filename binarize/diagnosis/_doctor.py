@@ -86,7 +86,7 @@ def doctor(
     trials: list[Trial] = []
     if not healthy or try_all:
         own = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # the pipeline's keeps its place
-        now = Conventions(own, min(asked, TRIAL_STEPS), pipeline.residual_scale)
+        now = Conventions(own, min(asked, TRIAL_STEPS), pipeline.residual_factor)
         signs = set() if is_packed(floats) else signs_of_zero(floats)
         for change in changes(now, asked, signs, packed):
             advance(change.what)
@@ -130,7 +130,7 @@ def _as_upscale_runs_it(floats: nn.Module) -> tuple[nn.Module, bool]:
 def _as_it_is(pipeline: SuperResolutionPipeline, unet: nn.Module, case: Case, steps: int, seed: int) -> float:
     """Return the model's PSNR by the pipeline itself, so that nothing here can differ from what a user gets."""
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    twin = SuperResolutionPipeline(unet, scheduler, scale=pipeline.scale, residual_scale=pipeline.residual_scale)
+    twin = SuperResolutionPipeline(unet, scheduler, scale=pipeline.scale, residual_scale=pipeline.residual_factor)
     twin.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     picture = twin(case.low, num_inference_steps=steps, generator=generator, output_type="pt", return_dict=False)[0]

@@ -21,7 +21,7 @@ _FREE = {
     "train_data_dir", "train_lr_data_dir", "dataloader_num_workers", "train_batch_size",
     "gradient_accumulation_steps", "gradient_checkpointing", "memory_mode", "mixed_precision", "allow_tf32",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_data_dir",
-    "validation_lr_data_dir",
+    "validation_lr_data_dir", "residual_strength",
     "validation_steps", "num_validation_images", "num_inference_steps", "report_to", "logging_steps",
 }  # fmt: skip
 
