@@ -147,12 +147,19 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, help="SqueezeNet's weights; without them there is no LPIPS")
     parser.add_argument("--crops", type=Path, help="draw details into this file instead of measuring")
     given = parser.parse_args()
-    if given.crops is not None and given.model is not None:
+    if given.crops is not None and given.model is None:
+        parser.error("--crops draws the pictures of one --model")
+    if given.crops is not None:
         crops(given.model, given.data, given.steps, given.crops)
         return
     if given.compare is not None:
         found = sorted(given.compare.glob("*/seed-*/model"))
-        measured = {path.parts[-3]: measure(path, given.data, given.steps, given.backbone) for path in found}
+        if not found:
+            parser.error(f"--compare: {given.compare} holds no */seed-*/model")
+        seeds = {path.parts[-2] for path in found}
+        names = [" ".join(path.parts[-3 : -1 if len(seeds) > 1 else -2]) for path in found]
+        paths = dict(zip(names, found, strict=True))
+        measured = {name: measure(path, given.data, given.steps, given.backbone) for name, path in paths.items()}
         models = {name: one["rows"] for name, one in measured.items()}
         results = {"data": given.data.name, "models": models}
     else:

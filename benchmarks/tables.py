@@ -115,7 +115,8 @@ def roofline(rows: Rows) -> str:
     step, threads = whole["seconds"], whole["threads"]
     timed = [row for row in rows if "layer" in row and row["ms"]["counting"] is not None]
     least = sum(row["count"] * (row["ms"]["counting"] + row["ms"]["copy"]) for row in timed) / 1e3 / threads
-    reached = step["packed"] - whole["parts"]["binary convolutions"] + least
+    # The profiler's seconds are not those of the timing, but their shares are.
+    reached = step["packed"] * (1 - whole["parts"]["binary convolutions"] / total) + least
     return "\n\n".join(
         [
             rows_to_markdown(head, lines),

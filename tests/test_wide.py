@@ -16,6 +16,7 @@ from binarize.layers.wide import conv3x3
 from binarize.methods import Method
 from binarize.models import SRUNet
 from binarize.packed import backends
+from binarize.packed._threads import has_tiles
 
 pytestmark = pytest.mark.skipif(
     backends.kernels_for(torch.empty(0)) is None, reason="numba, whose kernels these are, is not installed"
@@ -86,6 +87,65 @@ def test_sums_that_leave_the_cache_are_the_same(
     assert_near(_cpu.wide_conv_of_weight(case.x, case.grad, tile), expected(case)[2], BOUNDS[tile])
 
 
+@pytest.mark.parametrize("widths", [(64, 64), (208, 192)])
+def test_gradients_on_two_threads_are_the_same_each_time(widths: tuple[int, int]) -> None:
+    from binarize.packed import _cpu
+
+    case, before = drawn(3, widths, (31, 29)), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (_cpu.wide_conv_of_weight(case.x, case.grad, 2) for _ in range(20))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(other, first) for other in others)
+    assert_near(first, expected(case)[2], BOUNDS[2])
+
+
+@pytest.mark.parametrize("widths", [(32, 32), (208, 192)])
+def test_an_empty_batch_has_gradients_of_zero(widths: tuple[int, int]) -> None:
+    from binarize.packed import _cpu
+
+    x, grad = (torch.empty(0, width, 8, 8).contiguous(memory_format=torch.channels_last) for width in widths)
+    assert torch.equal(_cpu.wide_conv_of_weight(x, grad, 2), torch.zeros(*widths[::-1], 3, 3))
+
+
+def test_gradients_inside_of_autocast_are_those_outside() -> None:
+    from binarize.packed import _cpu
+
+    for widths in ((32, 32), (208, 192)):
+        case = drawn(1, widths, (8, 9))
+        outside = _cpu.wide_conv_of_weight(case.x, case.grad, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(_cpu.wide_conv_of_weight(case.x, case.grad, 2), outside)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are called from here on, in order."""
+    from binarize.packed import _cpu
+
+    if not _cpu.TRAINS_WIDE:
+        pytest.skip("training goes through these kernels on processors with AVX-512 alone")
+    seen: list[str] = []
+
+    def spied(name: str) -> Any:
+        function = getattr(_cpu, name)
+
+        def call(*args: Any, **options: Any) -> Tensor:
+            seen.append(name)
+            result: Tensor = function(*args, **options)
+            return result
+
+        return call
+
+    for name in ("wide_conv", "wide_conv_of_weight"):
+        monkeypatch.setattr(_cpu, name, spied(name))
+    return seen
+
+
+FORTH_AND_BACK = ["wide_conv", "wide_conv", "wide_conv_of_weight"]
+
+
 def gradients(run: Any, x: Tensor, module: nn.Module, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     x = x.detach().clone().requires_grad_()
     module.zero_grad()
@@ -105,16 +165,18 @@ def assert_same(found: dict[str, Tensor], value: dict[str, Tensor], bound: float
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_full_precision_convolution_learns_the_same(bias: bool) -> None:
+def test_a_full_precision_convolution_learns_the_same(bias: bool, calls: list[str]) -> None:
     case = drawn(2, (32, 48), (9, 14))
     conv = nn.Conv2d(32, 48, 3, padding=1, bias=bias)
     y, found = gradients(lambda x: conv3x3(conv, x), case.x, conv, case.grad)
+    assert calls == FORTH_AND_BACK
     plain_y, plain = gradients(conv, case.x, conv, case.grad)
     torch.testing.assert_close(y, plain_y, rtol=0, atol=2e-6 * float(plain_y.abs().max()))
     assert_same(found, plain, 2e-6)
 
 
-def test_under_autocast_it_rounds_as_bfloat16_does() -> None:
+@pytest.mark.skipif(has_tiles(), reason="processors with AMX multiply bfloat16 themselves")
+def test_under_autocast_it_rounds_as_bfloat16_does(calls: list[str]) -> None:
     case = drawn(2, (32, 48), (16, 14))
     conv = nn.Conv2d(32, 48, 3, padding=1)
 
@@ -123,6 +185,7 @@ def test_under_autocast_it_rounds_as_bfloat16_does() -> None:
             return conv3x3(conv, x)
 
     y, found = gradients(run, case.x, conv, case.grad)
+    assert calls == FORTH_AND_BACK
     assert y.dtype == torch.bfloat16
     assert {name: value.dtype for name, value in found.items()} == dict.fromkeys(found, torch.float32)
     plain_y, plain = gradients(conv, case.x, conv, case.grad.bfloat16().float())
@@ -144,10 +207,11 @@ def test_other_convolutions_stay_as_they_are(conv: nn.Conv2d) -> None:
     assert torch.equal(conv3x3(conv, x), conv(x))
 
 
-def test_a_binary_convolution_learns_the_same_as_its_chain_of_modules() -> None:
+def test_a_binary_convolution_learns_the_same_as_its_chain_of_modules(calls: list[str]) -> None:
     case = drawn(2, (48, 48), (10, 11))
     layer = BinaryConv2d(48, 48, 3, padding=1, method=Method(shortcut=True))
     y, found = gradients(layer, case.x, layer, case.grad)
+    assert calls == FORTH_AND_BACK[1:]
     handle = layer.activation.register_forward_hook(lambda *_: None)  # which keeps the parts apart
     chain_y, chain = gradients(layer, case.x, layer, case.grad)
     handle.remove()
@@ -155,7 +219,7 @@ def test_a_binary_convolution_learns_the_same_as_its_chain_of_modules() -> None:
     assert_same(found, chain, 2e-6)
 
 
-def test_a_network_learns_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_learns_the_same_with_and_without(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from binarize.packed import _cpu
 
     torch.manual_seed(0)
@@ -170,8 +234,11 @@ def test_a_network_learns_the_same_with_and_without(monkeypatch: pytest.MonkeyPa
         return y.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
     y, found = run()
+    assert len(calls) > 20
+    calls.clear()
     monkeypatch.setattr(_cpu, "TRAINS_WIDE", False)
     plain_y, plain = run()
+    assert not calls
     torch.testing.assert_close(y, plain_y, rtol=0, atol=1e-5)
     for name, value in plain.items():
         assert float((found[name] - value).norm()) <= 1e-4 * float(value.norm()) + 1e-7, name

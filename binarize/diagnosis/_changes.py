@@ -130,7 +130,8 @@ def _residuals(now: Conventions) -> Iterator[Change]:
         wide = _scheduled(RESIDUAL, "", now, clip_sample_range=_UNCLIPPED).how
         clip = f', and "clip_sample_range": {_UNCLIPPED:g} in scheduler/scheduler_config.json'
     if now.residual_scale is not None:
-        fix = f"the network gives pictures, not residuals: set residual_scale to null {where}."
+        strength = "" if now.residual_strength == 1 else " and residual_strength to 1"
+        fix = f"the network gives pictures, not residuals: set residual_scale to null{strength} {where}."
         yield Change(RESIDUAL, "residual_scale null", fix, replace(now, residual_scale=None))
     fix = (
         "the network gives residuals: set residual_scale to about {found:.3g} "

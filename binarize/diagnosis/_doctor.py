@@ -86,7 +86,8 @@ def doctor(
     trials: list[Trial] = []
     if not healthy or try_all:
         own = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # the pipeline's keeps its place
-        now = Conventions(own, min(asked, TRIAL_STEPS), pipeline.residual_factor)
+        strength = pipeline.config["residual_strength"]
+        now = Conventions(own, min(asked, TRIAL_STEPS), pipeline.residual_scale, strength)
         signs = set() if is_packed(floats) else signs_of_zero(floats)
         for change in changes(now, asked, signs, packed):
             advance(change.what)
@@ -143,11 +144,12 @@ def _try(change: Change, unet: nn.Module, case: Case, scale: int) -> Trial:
         x, condition = diffuse(unet, how, case)
     residual_scale = how.residual_scale
     if change.fits_residual:
-        found = _residual_scale(x, condition, case)
+        found = _residual_scale(x * how.residual_strength, condition, case)
         if found is None or (residual_scale is not None and 1 / _SAME_SCALE < found / residual_scale < _SAME_SCALE):
             return Trial(change.cause, change.what, "", how.steps, None)
         residual_scale, fix = found, fix.format(found=found)
-    picture = pixels_of(picture_of(x, condition, residual_scale), how.signed)
+    factor = None if residual_scale is None else residual_scale * how.residual_strength
+    picture = pixels_of(picture_of(x, condition, factor), how.signed)
     score = psnr(picture, case.original, border=scale) if torch.isfinite(x).all() else None
     return Trial(change.cause, change.what, fix, how.steps, score)
 

@@ -26,6 +26,7 @@ class Conventions:
         scheduler: One of diffusers', with the betas, the prediction type, the clipping and the spacing.
         steps: Denoising steps.
         residual_scale: As the pipeline's.
+        residual_strength: As the pipeline's.
         signed: Pictures live in [-1, 1] rather than [0, 1].
         sample_first: The noisy picture comes before the condition in the network's input channels.
     """
@@ -33,6 +34,7 @@ class Conventions:
     scheduler: Any
     steps: int
     residual_scale: float | None = None
+    residual_strength: float = 1.0
     signed: bool = False
     sample_first: bool = False
 

@@ -140,7 +140,8 @@ def product_backward(
         coarse: Rounding errors of 1e-5 of the result's size are no more than those of what is given.
     """
     quick = fast(grad, signs)
-    if quick is not None and quick.wide_fits(signs, weight, geometry):
+    floats = grad.dtype == signs.dtype == torch.float32
+    if quick is not None and floats and quick.wide_fits(signs, weight, geometry):
         of_signs = quick.wide_conv_of_input(grad, weight, coarse) if needed[0] else None
         return of_signs, quick.wide_conv_of_weight(signs, grad, coarse) if needed[1] else None
     pointwise = weight.shape[2:] == (1, 1) and geometry == _POINTWISE

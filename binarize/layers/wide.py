@@ -14,14 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from binarize.layers import steps
 from binarize.layers.block import is_plain
-from binarize.packed._wide import is_wide
 
 
 class _WideConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.biased, quick = bias is not None, steps.fast(x)
+        quick = steps.fast(x)
         assert quick is not None
         return quick.wide_conv(x, weight, bias, coarse=x.dtype == torch.bfloat16)
 
@@ -34,23 +33,28 @@ class _WideConv(torch.autograd.Function):
         of_x, of_weight = steps.product_backward(
             inner, source, weight, steps.SAME_3X3, ctx.needs_input_grad[:2], coarse=coarse
         )
-        of_bias = inner.sum((0, 2, 3)) if ctx.biased else None
+        of_bias = inner.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return None if of_x is None else of_x.to(x.dtype), of_weight, of_bias
 
 
 def conv3x3(conv: nn.Module, x: Tensor) -> Tensor:
-    """Return ``conv(x)``, by the module where it is not a convolution that the kernels do, or nothing is learnt.
+    """Return ``conv(x)``; through the kernels where they are faster, which is where gradients are recorded on a CPU.
+
+    They do a plain nn.Conv2d of 3x3 taps and padding 1 with float32 weights whose widths are multiples of 16 and at
+    least 32, on channels_last pictures of at least 4x4, on processors with AVX-512; in bfloat16 where these have no AMX
+    tiles. Everything else, and a module with hooks, is called.
 
     Args:
-        conv: Any module; a plain nn.Conv2d of 3x3 taps and padding 1, whose widths are multiples of 16 and whose
-            weights are float32, goes through the kernels.
+        conv: Any module.
         x: ``(B, C_in, H, W)``.
     """
+    from binarize.packed._wide import is_wide  # which imports the layers
+
     learning = torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta)
     if learning and is_plain(conv, nn.Conv2d) and is_wide(conv):
-        cast = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
-        quick = steps.fast(cast)
-        if quick is not None and quick.wide_fits(cast, conv.weight, steps.SAME_3X3):
-            out: Tensor = _WideConv.apply(cast, conv.weight, conv.bias)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        quick, like = steps.fast(x), x.new_empty((0, *x.shape[1:]), dtype=dtype)
+        if quick is not None and quick.wide_fits(like, conv.weight, steps.SAME_3X3):
+            out: Tensor = _WideConv.apply(x.to(dtype), conv.weight, conv.bias)
             return out
     return conv(x)

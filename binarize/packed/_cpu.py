@@ -12,7 +12,7 @@ from torch import Tensor
 from binarize.packed import _threads
 from binarize.packed._compile import workers
 from binarize.packed._layout import LANES, FilterShape
-from binarize.packed._vectors import QUICK_RECIPROCAL, WINOGRAD
+from binarize.packed._vectors import AVX512, WINOGRAD
 from binarize.packed._workers import PIXELS, Conv, Norm, Tiles, Unzip, Wide
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ TILES_TOGETHER, SUMS_BYTES, GRADIENT_BYTES = 32, 1_200_000, 24_000_000
 
 
 # Winograd's algorithm keeps 16 sums of 16 lanes in registers, which 16 registers of 8 lanes do not hold.
-TRAINS_WIDE = QUICK_RECIPROCAL
+TRAINS_WIDE = AVX512
 
 
 class _Plan(NamedTuple):
@@ -149,8 +149,8 @@ def wide_conv(
     """Do what `binarize.packed._wide.wide_conv` says with the compiled kernels, widths being multiples of 16.
 
     By Winograd's algorithm on tiles of 4 x 4 outputs, or of 2 x 2 (float32 only), which rounds no more than a plain
-    convolution does. ``transposed`` gives the transposed convolution, which takes the gradient of the weights' other
-    side to its input.
+    convolution does. ``transposed`` gives the transposed convolution, which is the gradient of the input from that of
+    the output.
     """
     x = _pixels(x)
     batch, channels, height, width = x.shape
@@ -220,7 +220,7 @@ def wide_conv_of_weight(x: Tensor, grad: Tensor, tile: Literal[2, 4]) -> Tensor:
     rows, columns = -(-height // tile), -(-width // tile)
     tiles, pairs = batch * rows * columns, channels * out_channels
     p = np.zeros(len(Tiles), np.int64)
-    p[Tiles.TILE], p[Tiles.TILES], p[Tiles.BATCH] = tile, TILES_TOGETHER, batch
+    p[Tiles.TILE], p[Tiles.TILES] = tile, TILES_TOGETHER
     p[Tiles.ROWS], p[Tiles.COLUMNS], p[Tiles.HEIGHT], p[Tiles.WIDTH] = rows, columns, height, width
     p[Tiles.IN_CHANNELS], p[Tiles.OUT_CHANNELS] = channels, out_channels
     _place(p, Tiles.X, x)
@@ -233,9 +233,13 @@ def wide_conv_of_weight(x: Tensor, grad: Tensor, tile: Literal[2, 4]) -> Tensor:
     scratch = torch.empty(threads * scratch_step + ALIGN, dtype=torch.uint8)
     p[Tiles.SCRATCH], p[Tiles.SCRATCH_STEP] = -(-scratch.data_ptr() // ALIGN) * ALIGN, scratch_step
     total = torch.zeros(threads if fused else 1, values, channels, out_channels, dtype=torch.float32)
-    if fused:
-        p[Tiles.COUNT], p[Tiles.SUMS] = -(-tiles // together), total.data_ptr()
-        _threads.run(workers()["tiles"], p.ctypes.data, p[Tiles.COUNT])
+    if tiles == 0:
+        pass
+    elif fused:
+        p[Tiles.COUNT_TILES], p[Tiles.GROUPS] = tiles, -(-tiles // together)
+        p[Tiles.TASK_GROUPS], p[Tiles.SUMS] = -(-p[Tiles.GROUPS] // threads), total.data_ptr()
+        p[Tiles.COUNT] = -(-p[Tiles.GROUPS] // p[Tiles.TASK_GROUPS])
+        _threads.run(workers()["tiles"], p.ctypes.data, int(p[Tiles.COUNT]))
     else:
         most = min(tiles, max(1, GRADIENT_BYTES // (size * together)) * together)
         spread, returned = (_planes(values, most, c) for c in (channels, out_channels))
@@ -244,11 +248,14 @@ def wide_conv_of_weight(x: Tensor, grad: Tensor, tile: Literal[2, 4]) -> Tensor:
         for first in range(0, tiles, most):
             here = min(most, tiles - first)
             p[Tiles.WORKERS], p[Tiles.TASKS] = 0, 0
-            p[Tiles.COUNT], p[Tiles.FIRST] = -(-here // together), first
-            _threads.run(workers()["tiles"], p.ctypes.data, p[Tiles.COUNT])
-            total[0].baddbmm_(spread[:, :here].transpose(1, 2), returned[:, :here])
+            p[Tiles.COUNT_TILES], p[Tiles.FIRST], p[Tiles.TASK_GROUPS] = here, first, 1
+            p[Tiles.COUNT] = p[Tiles.GROUPS] = -(-here // together)
+            _threads.run(workers()["tiles"], p.ctypes.data, int(p[Tiles.COUNT]))
+            with torch.autocast("cpu", enabled=False):  # a backward may run inside of it
+                total[0].baddbmm_(spread[:, :here].transpose(1, 2), returned[:, :here])
     matrix = torch.tensor(WINOGRAD[tile].filter, dtype=torch.float32)
-    found = torch.kron(matrix, matrix).T @ total.sum(0).view(values, -1)
+    with torch.autocast("cpu", enabled=False):
+        found = torch.kron(matrix, matrix).T @ total.sum(0).view(values, -1)
     return found.view(9, channels, out_channels).permute(2, 1, 0).reshape(out_channels, channels, 3, 3)
 
 

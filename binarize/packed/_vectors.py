@@ -27,7 +27,7 @@ def cpu_features() -> str:
     return str(named if named is not None else get_host_cpu_features())
 
 
-QUICK_RECIPROCAL = "+avx512f" in cpu_features()
+AVX512 = "+avx512f" in cpu_features()
 # Without a population count of lanes, adding words bit by bit first halves the work where one instruction computes any
 # function of three operands and there are 32 registers for the bits that are kept.
 CARRY_SAVE = "+avx512bw" in cpu_features()
@@ -126,7 +126,7 @@ def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 def _silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     divisor = b.fadd(_constant(1.0, _FLOATS), _exp(b, b.fneg(x)))
-    if not QUICK_RECIPROCAL:
+    if not AVX512:
         return b.fdiv(x, divisor)
     # A division keeps its unit busy for 16 cycles. 14 bits of the reciprocal and one Newton step come in three.
     every = ir.Constant(_I16, -1)

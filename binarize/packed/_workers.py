@@ -752,8 +752,10 @@ class Tiles(IntEnum):
     TASKS = auto()
     COUNT = auto()
     TILE = auto()  # m of m x m outputs
-    TILES = auto()  # how many are multiplied together
-    BATCH = auto()
+    TILES = auto()  # how many are multiplied together, a group
+    GROUPS = auto()  # of tiles
+    TASK_GROUPS = auto()  # of a task
+    COUNT_TILES = auto()  # how many there are to do
     ROWS = auto()  # rows of tiles of a picture
     COLUMNS = auto()  # tiles of a row
     HEIGHT = auto()
@@ -768,8 +770,8 @@ class Tiles(IntEnum):
     GRAD_BATCH = auto()
     GRAD_ROW = auto()
     GRAD_PIXEL = auto()
-    SUMS = auto()  # (workers, n * n, C_in, C_out), zeros at first; null: leave the transforms, and multiply nothing
-    FIRST = auto()  # tiles before these, whose transforms are not asked for
+    SUMS = auto()  # (tasks, n * n, C_in, C_out), zeros at first; null: leave the transforms, and multiply nothing
+    FIRST = auto()  # tiles before these, which are not asked for
     SPREAD = auto()  # where transforms of the input are left, n * n times (tiles, C_in)
     SPREAD_STEP = auto()  # from one of the n * n to the next
     RETURNED = auto()  # where those of the gradient are left
@@ -816,7 +818,7 @@ def tiles_worker(p):  # type: ignore[no-untyped-def]
     channels, out_channels = _field(p, Tiles.IN_CHANNELS), _field(p, Tiles.OUT_CHANNELS)
     rows, columns = _field(p, Tiles.ROWS), _field(p, Tiles.COLUMNS)
     me = fetch_add(p + 8 * Tiles.WORKERS, 1)
-    sums, keep = _field(p, Tiles.SUMS) + me * n * n * channels * out_channels * 4, _field(p, Tiles.SUMS) == 0
+    keep = _field(p, Tiles.SUMS) == 0
     addresses = _field(p, Tiles.SCRATCH) + me * _field(p, Tiles.SCRATCH_STEP)
     nothing = addresses + 320
     spread = nothing + (max(channels, out_channels) * 4 + 63) // 64 * 64
@@ -828,34 +830,39 @@ def tiles_worker(p):  # type: ignore[no-untyped-def]
         task = fetch_add(p + 8 * Tiles.TASKS, 1)
         if task >= _field(p, Tiles.COUNT):
             break
-        first = _field(p, Tiles.FIRST) + task * together
-        here = min(together, _field(p, Tiles.BATCH) * rows * columns - first)
-        if keep:
-            spread, spread_step = _field(p, Tiles.SPREAD) + task * together * channels * 4, _field(p, Tiles.SPREAD_STEP)
-            returned = _field(p, Tiles.RETURNED) + task * together * out_channels * 4
-            return_step = _field(p, Tiles.RETURNED_STEP)
-        for t in range(here):
-            row, column = (first + t) // columns, (first + t) % columns
-            sample, top, left = row // rows, m * (row % rows), m * column
-            x = _field(p, Tiles.X) + sample * _field(p, Tiles.X_BATCH)
-            step, pixel = _field(p, Tiles.X_ROW), _field(p, Tiles.X_PIXEL)
-            _point(x, step, pixel, height, width, top - 1, left - 1, n, addresses, nothing)
-            for c in range(0, channels, LANES):
-                if m == 4:
-                    _spread4(addresses, c * 4, spread + (t * channels + c) * 4, spread_step)
-                else:
-                    _spread2(addresses, c * 4, spread + (t * channels + c) * 4, spread_step)
-            grad = _field(p, Tiles.GRAD) + sample * _field(p, Tiles.GRAD_BATCH)
-            step, pixel = _field(p, Tiles.GRAD_ROW), _field(p, Tiles.GRAD_PIXEL)
-            _point(grad, step, pixel, height, width, top, left, m, addresses, nothing)
-            for c in range(0, out_channels, LANES):
-                if m == 4:
-                    _return4(addresses, c * 4, returned + (t * out_channels + c) * 4, return_step)
-                else:
-                    _return2(addresses, c * 4, returned + (t * out_channels + c) * 4, return_step)
-        for i in range(0 if keep else n * n):
-            out = sums + i * channels * out_channels * 4
-            _add_outer(here, spread + i * spread_step, channels, returned + i * return_step, out_channels, out)
+        # A task's sums are its own, and it is the same groups on whichever thread: the result is, to the last bit.
+        sums = _field(p, Tiles.SUMS) + task * n * n * channels * out_channels * 4
+        group = task * _field(p, Tiles.TASK_GROUPS)
+        for number in range(group, min(group + _field(p, Tiles.TASK_GROUPS), _field(p, Tiles.GROUPS))):
+            first = number * together
+            here = min(together, _field(p, Tiles.COUNT_TILES) - first)
+            if keep:
+                spread, returned = _field(p, Tiles.SPREAD) + first * channels * 4, _field(p, Tiles.RETURNED)
+                returned += first * out_channels * 4
+                spread_step, return_step = _field(p, Tiles.SPREAD_STEP), _field(p, Tiles.RETURNED_STEP)
+            for t in range(here):
+                tile = _field(p, Tiles.FIRST) + first + t
+                row, column = tile // columns, tile % columns
+                sample, top, left = row // rows, m * (row % rows), m * column
+                x = _field(p, Tiles.X) + sample * _field(p, Tiles.X_BATCH)
+                step, pixel = _field(p, Tiles.X_ROW), _field(p, Tiles.X_PIXEL)
+                _point(x, step, pixel, height, width, top - 1, left - 1, n, addresses, nothing)
+                for c in range(0, channels, LANES):
+                    if m == 4:
+                        _spread4(addresses, c * 4, spread + (t * channels + c) * 4, spread_step)
+                    else:
+                        _spread2(addresses, c * 4, spread + (t * channels + c) * 4, spread_step)
+                grad = _field(p, Tiles.GRAD) + sample * _field(p, Tiles.GRAD_BATCH)
+                step, pixel = _field(p, Tiles.GRAD_ROW), _field(p, Tiles.GRAD_PIXEL)
+                _point(grad, step, pixel, height, width, top, left, m, addresses, nothing)
+                for c in range(0, out_channels, LANES):
+                    if m == 4:
+                        _return4(addresses, c * 4, returned + (t * out_channels + c) * 4, return_step)
+                    else:
+                        _return2(addresses, c * 4, returned + (t * out_channels + c) * 4, return_step)
+            for i in range(0 if keep else n * n):
+                out = sums + i * channels * out_channels * 4
+                _add_outer(here, spread + i * spread_step, channels, returned + i * return_step, out_channels, out)
 
 
 class Unzip(IntEnum):

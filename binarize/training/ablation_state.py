@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from binarize.errors import BinarizeError
 from binarize.imaging import write_atomic
 from binarize.training.checkpoint import Checkpoints
-from binarize.training.resume import _flat
+from binarize.training.resume import _flat, with_defaults
 
 if TYPE_CHECKING:
     from binarize.evaluation import EvaluationReport
@@ -29,7 +29,7 @@ _FREE = {
     "description", "published", "plugins", "output_dir", "dataloader_num_workers", "gradient_checkpointing",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_data_dir",
     "validation_lr_data_dir", "validation_steps", "num_validation_images", "num_inference_steps", "report_to",
-    "logging_steps",
+    "logging_steps", "residual_strength",
 }  # fmt: skip
 
 
@@ -80,6 +80,7 @@ class Trial:
             "lr_data_dir": _absolute(low),
             "limit": settings.limit,
             "num_inference_steps": self.inference_steps,
+            "residual_strength": recipe.residual_strength,
             "tile": settings.tile,
             "lpips": settings.lpips,
         }
@@ -121,7 +122,9 @@ class TrialState:
         if begun is None:
             return cls(trial, checkpoint=checkpoint)
         # Through JSON, as what was stored has been.
-        then, now = _flat(begun["training"]), _flat(json.loads(json.dumps(trial.training_keys())))
+        keys = json.loads(json.dumps(trial.training_keys()))
+        stored = {name: value for name, value in with_defaults(begun["training"]).items() if name in keys}
+        then, now = _flat({**stored, **begun["training"]}), _flat(keys)
         changes = [
             f"{key} was {then.get(key)!r}, is {now.get(key)!r}"
             for key in sorted(then.keys() | now.keys())

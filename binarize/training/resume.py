@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
+from pydantic import TypeAdapter
 
 from binarize.errors import BinarizeError
 from binarize.layers.schedule import Scheduled
-from binarize.recipes import build_model
-
-if TYPE_CHECKING:
-    from binarize.recipes import Recipe
+from binarize.recipes import Recipe, build_model
 
 # Keys that leave the mathematics alone, or that a move to another machine asks for. The batch is compared as a whole.
 _FREE = {
@@ -44,9 +42,7 @@ def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, ch
     free = _FREE | (set() if _knows_the_end(recipe) else {"max_train_steps"})
     if recipe.sampling_timesteps_share > 0:
         free = free - {"num_inference_steps"}
-    # A key that the checkpoint's release did not have yet stands for what it did.
-    defaults = {name: field.default for name, field in type(recipe).model_fields.items() if not field.is_required()}
-    then, now = _flat({**defaults, **yaml.safe_load(saved)}), _flat(yaml.safe_load(recipe.to_yaml()))
+    then, now = _flat(with_defaults(yaml.safe_load(saved))), _flat(yaml.safe_load(recipe.to_yaml()))
     changed = [
         f"  {key}: was {then.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
@@ -61,6 +57,13 @@ def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, ch
         opening = f"cannot resume from {checkpoint}: the recipe differs in what decides the result:"
         closing = "Set these back, or start a new run in another output_dir."
         raise BinarizeError("\n".join([opening, *changed, closing]))
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored recipe with the top-level keys that its release did not have yet, as they do nothing."""
+    fields = Recipe.model_fields.items()
+    values = {name: f.get_default(call_default_factory=True) for name, f in fields if not f.is_required()}
+    return {**TypeAdapter(Any).dump_python(values, mode="json"), **saved}
 
 
 def _knows_the_end(recipe: Recipe) -> bool:
