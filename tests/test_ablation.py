@@ -443,6 +443,9 @@ def test_times_are_shown_in_a_fitting_unit() -> None:
 # Studies as files.
 
 
+FULL_PRECISION = ("SR3 (FP)", "full precision")  # what cells without a method are called
+
+
 @pytest.mark.parametrize("name", list_studies())
 def test_every_installed_study_is_valid_described_and_seeded_alike(name: str) -> None:
     study, _ = load_study(name)
@@ -452,8 +455,8 @@ def test_every_installed_study_is_valid_described_and_seeded_alike(name: str) ->
     assert study.output_dir == Path("runs/ablations") / name
     recipes = study.recipes()
     assert len(recipes) >= 3
-    assert all(recipe.method is not None for cell, recipe in recipes.items() if "SR3" not in cell)
-    if not name.startswith("small_"):
+    assert all(recipe.method is not None for cell, recipe in recipes.items() if cell not in FULL_PRECISION)
+    if not name.startswith(("small_", "default_")):
         assert all(recipe.published is not None for recipe in recipes.values())
 
 
