@@ -98,7 +98,7 @@ class _Run:
         self, recipe: Recipe, accelerator: Accelerator, stop: StopRequest, *, force: bool, progress: bool
     ) -> None:
         self.recipe, self.accelerator, self.stop = recipe, accelerator, stop
-        if accelerator.device.type == "cpu":
+        if accelerator.device.type == "cpu" and recipe.memory_mode == "compact":
             keep_large_blocks_apart()
         self.shows = progress and accelerator.is_main_process
         self.plan = BatchPlan(
