@@ -93,11 +93,10 @@ def networks(rows: Rows) -> str:
 def roofline(rows: Rows) -> str:
     """Return the table of what bounds the layers, and the one of what a step consists of."""
     head = ["layer, one thread", "float32, ms", "packed", "counting at peak", "a copy", "float32 / packed", "at most"]
+    timed = [row for row in rows if "layer" in row and row["ms"]["counting"] is not None]
     lines = []
-    for row in (row for row in rows if "layer" in row):
+    for row in timed:
         ms = row["ms"]
-        if ms["counting"] is None:
-            continue
         both = ms["counting"] + ms["copy"]
         times = (f"{ms[name]:.2f}" for name in ("float32", "packed", "counting", "copy"))
         one_after_another = f"{ms['float32'] / both:.1f}"
@@ -113,7 +112,6 @@ def roofline(rows: Rows) -> str:
     total = sum(whole["parts"].values())
     parts = [[name, f"{seconds:.3f}", f"{seconds / total:.0%}"] for name, seconds in whole["parts"].items()]
     step, threads = whole["seconds"], whole["threads"]
-    timed = [row for row in rows if "layer" in row and row["ms"]["counting"] is not None]
     least = sum(row["count"] * (row["ms"]["counting"] + row["ms"]["copy"]) for row in timed) / 1e3 / threads
     # The profiler's seconds are not those of the timing, but their shares are.
     reached = step["packed"] * (1 - whole["parts"]["binary convolutions"] / total) + least
