@@ -65,71 +65,83 @@ def assert_near(found: Tensor, value: Tensor, bound: float) -> None:
 def test_products_and_gradients_are_those_of_a_plain_convolution(
     tile: Literal[2, 4], case: Case, contiguous: bool
 ) -> None:
-    from binarize.packed import _cpu
+    from binarize.packed import _winograd
 
     weight = case.weight.contiguous() if contiguous else case.weight
     y, of_x, of_weight = expected(case)
-    assert_near(_cpu.wide_conv(case.x, weight, None, None, None, tile), y, BOUNDS[tile])
-    assert_near(_cpu.wide_conv(case.grad, weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile])
-    assert_near(_cpu.wide_conv_of_weight(case.x, case.grad, tile), of_weight, BOUNDS[tile])
+    assert_near(_winograd.wide_conv(case.x, weight, None, None, None, tile), y, BOUNDS[tile])
+    assert_near(_winograd.wide_conv(case.grad, weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile])
+    assert_near(_winograd.wide_conv_of_weight(case.x, case.grad, tile), of_weight, BOUNDS[tile])
 
 
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("together", [1, 24_000_000])
-def test_sums_that_leave_the_cache_are_the_same(
+def test_filters_and_sums_that_leave_the_cache_are_the_same(
     tile: Literal[2, 4], together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from binarize.packed import _cpu
+    from binarize.packed import _winograd
 
-    case = drawn(2, (208, 192), (13, 18))
-    assert 4 * (tile + 2) ** 2 * 208 * 192 > _cpu.SUMS_BYTES
-    monkeypatch.setattr(_cpu, "GRADIENT_BYTES", together)  # with 1, in as many parts as there can be
-    assert_near(_cpu.wide_conv_of_weight(case.x, case.grad, tile), expected(case)[2], BOUNDS[tile])
+    case, bias = drawn(2, (208, 192), (13, 18)), torch.randn(192)
+    assert 4 * (tile + 2) ** 2 * 208 * 192 > max(_winograd.SUMS_BYTES, _winograd.FILTER_BYTES)
+    monkeypatch.setattr(_winograd, "PLANES_BYTES", together)  # with 1, in as many parts as there can be
+    y, of_x, of_weight = expected(case)
+    with_bias = y + bias.double().view(-1, 1, 1)
+    assert_near(_winograd.wide_conv(case.x, case.weight, bias, None, None, tile), with_bias, BOUNDS[tile])
+    assert_near(
+        _winograd.wide_conv(case.grad, case.weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile]
+    )
+    assert_near(_winograd.wide_conv_of_weight(case.x, case.grad, tile), of_weight, BOUNDS[tile])
 
 
 @pytest.mark.parametrize("widths", [(64, 64), (208, 192)])
-def test_gradients_on_two_threads_are_the_same_each_time(widths: tuple[int, int]) -> None:
-    from binarize.packed import _cpu
+def test_products_and_gradients_on_two_threads_are_the_same_each_time(widths: tuple[int, int]) -> None:
+    from binarize.packed import _winograd
 
     case, before = drawn(3, widths, (31, 29)), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        first, *others = (_cpu.wide_conv_of_weight(case.x, case.grad, 2) for _ in range(20))
+        first, *others = (_winograd.wide_conv_of_weight(case.x, case.grad, 2) for _ in range(20))
+        product, *products = (_winograd.wide_conv(case.x, case.weight, None, None, None, 2) for _ in range(5))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(other, first) for other in others)
+    assert all(torch.equal(other, product) for other in products)
     assert_near(first, expected(case)[2], BOUNDS[2])
 
 
 @pytest.mark.parametrize("widths", [(32, 32), (208, 192)])
 def test_an_empty_batch_has_gradients_of_zero(widths: tuple[int, int]) -> None:
-    from binarize.packed import _cpu
+    from binarize.packed import _winograd
 
     x, grad = (torch.empty(0, width, 8, 8).contiguous(memory_format=torch.channels_last) for width in widths)
-    assert torch.equal(_cpu.wide_conv_of_weight(x, grad, 2), torch.zeros(*widths[::-1], 3, 3))
+    weight = torch.randn(*widths[::-1], 3, 3)
+    assert _winograd.wide_conv(x, weight, None, None, None, 2).shape == grad.shape
+    assert torch.equal(_winograd.wide_conv_of_weight(x, grad, 2), torch.zeros(*widths[::-1], 3, 3))
 
 
-def test_gradients_inside_of_autocast_are_those_outside() -> None:
-    from binarize.packed import _cpu
+def test_products_and_gradients_inside_of_autocast_are_those_outside() -> None:
+    from binarize.packed import _winograd
 
     for widths in ((32, 32), (208, 192)):
         case = drawn(1, widths, (8, 9))
-        outside = _cpu.wide_conv_of_weight(case.x, case.grad, 2)
+        product = _winograd.wide_conv(case.x, case.weight, None, None, None, 2)
+        gradient = _winograd.wide_conv_of_weight(case.x, case.grad, 2)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(_cpu.wide_conv_of_weight(case.x, case.grad, 2), outside)
+            assert torch.equal(_winograd.wide_conv(case.x, case.weight, None, None, None, 2), product)
+            assert torch.equal(_winograd.wide_conv_of_weight(case.x, case.grad, 2), gradient)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are called from here on, in order."""
-    from binarize.packed import _cpu
+    from binarize.packed import _winograd
 
-    if not _cpu.TRAINS_WIDE:
+    if not _winograd.TRAINS_WIDE:
         pytest.skip("training goes through these kernels on processors with AVX-512 alone")
     seen: list[str] = []
 
     def spied(name: str) -> Any:
-        function = getattr(_cpu, name)
+        function = getattr(_winograd, name)
 
         def call(*args: Any, **options: Any) -> Tensor:
             seen.append(name)
@@ -139,7 +151,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     for name in ("wide_conv", "wide_conv_of_weight"):
-        monkeypatch.setattr(_cpu, name, spied(name))
+        monkeypatch.setattr(_winograd, name, spied(name))
     return seen
 
 
@@ -220,7 +232,7 @@ def test_a_binary_convolution_learns_the_same_as_its_chain_of_modules(calls: lis
 
 
 def test_a_network_learns_the_same_with_and_without(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from binarize.packed import _cpu
+    from binarize.packed import _winograd
 
     torch.manual_seed(0)
     net = binarize.convert(SRUNet(base_channels=32, channel_mults=(1, 2), res_blocks=1), "bidiffsr").train()
@@ -236,7 +248,7 @@ def test_a_network_learns_the_same_with_and_without(calls: list[str], monkeypatc
     y, found = run()
     assert len(calls) > 20
     calls.clear()
-    monkeypatch.setattr(_cpu, "TRAINS_WIDE", False)
+    monkeypatch.setattr(_winograd, "TRAINS_WIDE", False)
     plain_y, plain = run()
     assert not calls
     torch.testing.assert_close(y, plain_y, rtol=0, atol=1e-5)

@@ -19,7 +19,7 @@ from torch import Tensor
 from binarize.layers.cpu_threads import run
 from binarize.layers.signs import SignZero
 from binarize.layers.steps import SAME_3X3
-from binarize.packed import _cpu
+from binarize.packed import _cpu, _winograd
 from binarize.packed._layout import LANES, FilterShape, from_bits
 from binarize.packed._op import Geometry as PackedGeometry
 from binarize.packed._op import count_filters, lay_out_table, lay_out_thresholds
@@ -642,10 +642,10 @@ def packed_conv(
 def wide_fits(x: Tensor, weight: Tensor, geometry: Any) -> bool:
     """Say whether `wide_conv` and `wide_conv_of_weight` do a convolution, and faster than torch does."""
     return (
-        _cpu.TRAINS_WIDE
+        _winograd.TRAINS_WIDE
         and (geometry == SAME_3X3 and weight.shape[2:] == (3, 3) and weight.dtype == torch.float32)
         and all(width % LANES == 0 and width >= 2 * LANES for width in weight.shape[:2])
-        and _cpu.wide_pays(x)
+        and _winograd.wide_pays(x)
     )
 
 
@@ -658,17 +658,17 @@ def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, coarse: bool) -> T
         bias: ``(C_out,)`` or None.
         coarse: Whether the result may be off by 1e-5 of its size.
     """
-    return _cpu.wide_conv(x, weight, bias, None, None, _tile(x, coarse))
+    return _winograd.wide_conv(x, weight, bias, None, None, _tile(x, coarse))
 
 
 def wide_conv_of_input(grad: Tensor, weight: Tensor, coarse: bool) -> Tensor:
     """Return the gradient of the input of `wide_conv`, from its output's."""
-    return _cpu.wide_conv(grad, weight, None, None, None, _tile(grad, coarse), transposed=True)
+    return _winograd.wide_conv(grad, weight, None, None, None, _tile(grad, coarse), transposed=True)
 
 
 def wide_conv_of_weight(x: Tensor, grad: Tensor, coarse: bool) -> Tensor:
     """Return the gradient of the weights of `wide_conv`, from its float32 input and its output's gradient."""
-    return _cpu.wide_conv_of_weight(x, grad, _tile(x, coarse))
+    return _winograd.wide_conv_of_weight(x, grad, _tile(x, coarse))
 
 
 def _tile(x: Tensor, coarse: bool) -> Literal[2, 4]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 _log = logging.getLogger("binarize")
 _lock = threading.Lock()
+_kept: list[Any] = []  # compiled code lives as long as its function object
 
 
 def workers() -> dict[str, int]:
@@ -19,10 +23,30 @@ def workers() -> dict[str, int]:
 
 @cache
 def _compiled() -> dict[str, int]:
-    from binarize.packed import _workers
+    from binarize.packed import _layout, _vectors, _winograd_vectors, _winograd_workers, _workers
 
     started = time.perf_counter()
     _log.info("Loading the CPU kernels; the first run on a machine compiles them, which takes some ten seconds.")
-    made = _workers.compile_workers()
+    # Numba's cache looks at a function's own file alone, and would go on with what an earlier version of another said.
+    modules = (_layout, _vectors, _workers, _winograd_vectors, _winograd_workers)
+    sources = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
+    made = {}
+    for name, function in {**_workers.WORKERS, **_winograd_workers.WORKERS}.items():
+        function.__qualname__ = f"{function.__name__}_{sources[:16]}"
+        worker = _compile(function)
+        _kept.append(worker)
+        made[name] = worker.address
     _log.info("CPU kernels ready after %.1f s.", time.perf_counter() - started)
     return made
+
+
+def _compile(function: Any) -> Any:
+    from numba import cfunc, types
+
+    signature = types.void(types.int64)
+    try:
+        return cfunc(signature, nopython=True, cache=True)(function)
+    except RuntimeError as error:  # neither the package's folder nor the user's own can be written
+        if "cache" not in str(error):
+            raise
+        return cfunc(signature, nopython=True)(function)

@@ -37,10 +37,11 @@ def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | Non
     check_shape("convolution: the input", x, (None, weight.shape[1], None, None))
     check_shape("convolution: norm", norm, (2, x.shape[0], x.shape[1]))
     check_shape("convolution: the residual", residual, (x.shape[0], weight.shape[0], *x.shape[2:]))
-    kernels = backends.kernels_for(x)
-    if kernels is not None and kernels.wide_pays(x):
-        out: Tensor = kernels.wide_conv(x, weight, bias, norm, residual)
-        return out
+    if backends.kernels_for(x) is not None:
+        from binarize.packed import _winograd  # which needs numba
+
+        if _winograd.wide_pays(x):
+            return _winograd.wide_conv(x, weight, bias, norm, residual)
     y = F.conv2d(x if norm is None else norm_silu(x, norm), weight, bias, padding=1)
     y = y if residual is None else y.add_(residual)
     return y.contiguous(memory_format=torch.channels_last)
