@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -39,6 +40,50 @@ def test_dot_products_equal_the_oracle_bit_for_bit(backend: Any, problem: Proble
     assert found.is_contiguous(memory_format=torch.channels_last)
     # Integers are exact in float32 and float64; bfloat16 rounds them once, to nearest even.
     assert torch.equal(found, torch.from_numpy(problem.expected).to(found.dtype))
+
+
+@pytest.mark.parametrize("words", range(1, 27))
+@pytest.mark.parametrize("differing", [0.0, 0.5, 1.0])
+def test_sums_of_any_number_of_words_are_exact_where_all_bits_differ_too(words: int, differing: float) -> None:
+    # All bits that differ are the most that a byte, in which they are counted, has to hold.
+    channels = 32 * words
+    layer = PackedConv2d(BinaryConv2d(channels, 20, 1, method=Method(weight="sign")))
+    codes = layer.codes()[0].float().flatten(1)
+    signs = torch.where(torch.rand(channels) < differing, -codes[3], codes[3])
+    x = torch.stack([signs, -signs, torch.randn(channels)], 1).view(1, channels, 1, 3).repeat(1, 1, 1, 3)
+    expected = codes.double() @ x[0, :, 0].sign().double()
+    assert torch.equal(layer(x)[0, :, 0].double(), expected)
+
+
+def test_a_layer_that_changes_after_a_call_computes_what_it_is_now() -> None:
+    layer = PackedConv2d(BinaryConv2d(8, 8, 3, padding=1, method="bbcu"))
+    x = torch.randn(2, 8, 5, 6)
+
+    def fresh() -> Tensor:
+        other = copy.deepcopy(layer)  # which makes its own tables
+        return other(x)
+
+    def rewrite() -> None:
+        layer.scales.mul_(2)
+
+    def renew() -> None:
+        layer.post.slope = nn.Parameter(torch.full_like(layer.post.slope, 0.75))
+
+    def exchange() -> None:
+        layer.post = copy.deepcopy(layer.post)
+        layer.post.shift_out.data.fill_(3.0)
+
+    def drop() -> None:
+        layer.scales = None
+
+    with torch.no_grad():
+        before = layer(x)
+        for change in (rewrite, renew, exchange, drop):
+            change()
+            after = layer(x)
+            assert not torch.equal(after, before)
+            assert torch.equal(after, fresh())
+            before = after
 
 
 def test_what_lies_outside_a_slice_is_never_read() -> None:

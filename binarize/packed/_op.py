@@ -8,6 +8,8 @@ and bfloat16; everywhere else, and in float64, plain torch does, with the same i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -52,11 +54,14 @@ def to_list(shape: FilterShape, geometry: Geometry) -> list[int]:
     ]  # fmt: skip
 
 
-def from_list(values: list[int]) -> tuple[FilterShape, Geometry]:
+def from_list(values: Sequence[int]) -> tuple[FilterShape, Geometry]:
     """Return what `to_list` was given."""
     out_channels, in_channels, kh, kw, groups, sh, sw, left, right, top, bottom, dh, dw = values
     shape = FilterShape(out_channels, in_channels, (kh, kw), groups)
     return shape, Geometry((sh, sw), (left, right, top, bottom), (dh, dw))
+
+
+_read = lru_cache(maxsize=512)(from_list)
 
 
 # Written out, since PyTorch 2.6 does not read list[int] from annotations.
@@ -107,7 +112,7 @@ def packed_conv2d(
     Raises:
         BinarizeError: If the tensors are on different devices, or do not have the shapes above.
     """
-    filter_shape, geometry = from_list(shape)
+    filter_shape, geometry = _read(tuple(shape))
     others = (filters, counts, thresholds, table, group, norm, row, residual)
     check_devices("packed convolution", x, *others)
     channels, out_channels = filter_shape.in_channels * filter_shape.groups, filter_shape.out_channels

@@ -11,6 +11,7 @@ import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -45,6 +46,11 @@ def _executor(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="binarize")
 
 
+@cache
+def _function(worker: int) -> Any:
+    return _WORKER(worker)
+
+
 def run(worker: int, parameters: int, tasks: int) -> None:
     """Call a compiled ``void worker(parameters)`` on up to ``torch.get_num_threads()`` threads, and wait for all.
 
@@ -57,13 +63,13 @@ def run(worker: int, parameters: int, tasks: int) -> None:
         return
     threads = min(workers(), tasks)
     if threads <= 1:
-        _WORKER(worker)(parameters)
+        _function(worker)(parameters)
         return
     parallel = openmp()
     if parallel is not None:
         parallel(worker, parameters, threads, 0)
         return
-    function = _WORKER(worker)
+    function = _function(worker)
     futures = [_executor(threads).submit(function, parameters) for _ in range(threads - 1)]
     function(parameters)
     for future in futures:

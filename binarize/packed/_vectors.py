@@ -268,31 +268,64 @@ def make_product(pixels: int, blocks: int, bytewise: bool) -> Any:
                 eights = [b.add(e, _count_bytes(b, carry)) for e, (_, carry) in zip(eights, found, strict=True)]
                 return [*ones, *twos, *(kept for kept, _ in found), *eights]
 
+            def count_kept(kept: list[ir.Value], i: int) -> ir.Value:
+                """Return, in bytes, what ones, twos and fours of sum i stand for: at most 8 * (4 + 2 + 1)."""
+                small = _count_bytes(b, kept[2 * len(zeros) + i])
+                for part in (kept[len(zeros) + i], kept[i]):
+                    small = b.add(b.add(small, small), _count_bytes(b, part))
+                return small
+
             def eights(start: ir.Value, stop: ir.Value) -> list[ir.Value]:
-                kept = loop(start, stop, 4 * zeros, 8, add_eight)
-                n, found = len(zeros), []
-                for i in range(n):
-                    small = _count_bytes(b, kept[2 * n + i])
-                    for part in (kept[n + i], kept[i]):  # at most 8 * (4 + 2 + 1) in a byte
-                        small = b.add(b.add(small, small), _count_bytes(b, part))
-                    wide = b.shl(_sum_bytes(b, kept[3 * n + i]), constant(3, _INTS))
-                    found.append(b.add(wide, _sum_bytes(b, small)))
+                kept, found = loop(start, stop, 4 * zeros, 8, add_eight), []
+                for i in range(len(zeros)):
+                    wide = b.shl(_sum_bytes(b, kept[3 * len(zeros) + i]), constant(3, _INTS))
+                    found.append(b.add(wide, _sum_bytes(b, count_kept(kept, i))))
                 return found
 
             def single(start: ir.Value, stop: ir.Value) -> list[ir.Value]:
                 return [_sum_bytes(b, c) for c in loop(start, stop, zeros, 1, add_counts)]
 
-            # Bytes never carry into one another: 31 counts of at most 8 stay below 256.
-            if not bytewise:
-                totals = loop(I64(0), count, zeros, 1, add_counts)
-            else:
+            def few() -> list[ir.Value]:
+                """Sum 8 to 23 words, whose differing bits fit a byte: two eights, what is kept and 7 words are 240."""
+                whole = b.and_(count, I64(-8))
+                kept, sums = loop(I64(0), whole, 4 * zeros, 8, add_eight), []
+                for i in range(len(zeros)):  # no byte of the eights is above 16, so that none shifts into another
+                    sums.append(b.add(b.shl(kept[3 * len(zeros) + i], constant(3, _INTS)), count_kept(kept, i)))
+                before, rest, done = b.block, b.append_basic_block("rest"), b.append_basic_block("bytes")
+                b.cbranch(b.icmp_signed("<", whole, count), rest, done)
+                b.position_at_end(rest)
+                more, last = loop(whole, count, sums, 1, add_counts), b.block
+                b.branch(done)
+                b.position_at_end(done)
+                totals = [b.phi(_INTS) for _ in sums]
+                for phi, first, other in zip(totals, sums, more, strict=True):
+                    phi.add_incoming(first, before)
+                    phi.add_incoming(other, last)
+                return [_sum_bytes(b, total) for total in totals]
+
+            def many() -> list[ir.Value]:
                 # Counting what is kept at the end costs as much as the first eight words save.
-                many = b.icmp_signed(">=", count, I64(16))
-                whole = b.select(many, b.and_(count, I64(-8)), I64(0)) if saving else I64(0)
+                enough = b.icmp_signed(">=", count, I64(16))
+                whole = b.select(enough, b.and_(count, I64(-8)), I64(0)) if saving else I64(0)
                 totals = in_chunks(I64(0), whole, zeros, 31 * 8, eights) if saving else zeros
-                totals = in_chunks(whole, count, totals, 31, single)
-            for i, value in enumerate(totals):
-                store(b, value, b.add(out, I64(64 * i)), 64)
+                # Bytes never carry into one another: 31 counts of at most 8 stay below 256.
+                return in_chunks(whole, count, totals, 31, single)
+
+            def keep(totals: list[ir.Value]) -> None:
+                for i, value in enumerate(totals):
+                    store(b, value, b.add(out, I64(64 * i)), 64)
+
+            if not bytewise:
+                keep(loop(I64(0), count, zeros, 1, add_counts))
+            elif not saving:
+                keep(many())
+            else:
+                is_few = b.and_(b.icmp_signed(">=", count, I64(8)), b.icmp_signed("<", count, I64(24)))
+                with b.if_else(is_few) as (then, otherwise):
+                    with then:
+                        keep(few())
+                    with otherwise:
+                        keep(many())
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), codegen

@@ -39,6 +39,7 @@ from binarize.packed._op import (
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, TokenBatchNorm)
 _POSTS = (RPReLU, nn.Hardtanh, nn.ReLU6, nn.ReLU)
 Stage = Literal["bias", "scale", "norm", "post", "shortcut"]
+_Term = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -58,6 +59,43 @@ class _Fused:
     shortcut: int = NO_SHORTCUT
     low: float = -math.inf
     high: float = math.inf
+
+
+class _Tables:
+    """What a layer gives the operator, and what it was made from.
+
+    Attributes:
+        tables: ``counts``, ``thresholds`` and ``table``.
+        terms: Filters, counts, thresholds and table of each term.
+    """
+
+    def __init__(self, layer: _PackedLayer, tables: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.tables = counts, thresholds, table = tables
+        self.terms = _by_term(layer.words, counts, thresholds, table)
+        self._parts = list(layer._modules.items())
+        self._sources = [
+            (place, name, tensor, _state(tensor))
+            for module in layer.modules()
+            for place in (module._parameters, module._buffers)
+            for name, tensor in place.items()
+        ]
+
+    def are_of(self, layer: _PackedLayer) -> bool:
+        """Say whether the layer is what it was when they were made."""
+        return all(layer._modules.get(name) is part for name, part in self._parts) and all(
+            place.get(name) is tensor and _state(tensor) == state for place, name, tensor, state in self._sources
+        )
+
+
+def _by_term(words: Tensor, counts: Tensor, thresholds: Tensor, table: Tensor) -> list[_Term]:
+    return [(w, count, thresholds, column) for w, count, column in zip(words, counts, table, strict=True)]
+
+
+def _state(tensor: Tensor | None) -> tuple[int, torch.dtype, torch.device] | None:
+    """Return what changes when a tensor is written to, or its data replaced by another kind of data."""
+    if tensor is None:
+        return None
+    return 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
 
 
 class _PackedLayer(nn.Module):
@@ -97,7 +135,7 @@ class _PackedLayer(nn.Module):
         self.levels = levels_of(self.activation)
         self.inside = self.pre is None or (type(self.pre) is Shift and self.levels == (-1, 1))
         self.fused = self._plan()
-        self._tables: tuple[Any, tuple[Tensor, Tensor, Tensor], list[Tensor]] | None = None
+        self._tables: _Tables | None = None
         self.train(layer.training)
 
     # What is stored
@@ -231,11 +269,18 @@ class _PackedLayer(nn.Module):
         """Return the operator's ``counts``, ``thresholds`` and ``table``, first and last for each term, made once."""
         if torch.compiler.is_compiling():
             return self._make_tables()
-        sources = [*self.parameters(), *self.buffers()]
-        key = tuple((id(t), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in sources)
-        if self._tables is None or self._tables[0] != key:
-            self._tables = key, self._make_tables(), sources  # held, so that no other tensor gets their ids
-        return self._tables[1]
+        return self._made().tables
+
+    def _made(self) -> _Tables:
+        if self._tables is None or not self._tables.are_of(self):
+            self._tables = _Tables(self, self._make_tables())
+        return self._tables
+
+    def _terms(self) -> list[_Term]:
+        """Return each term's filters, counts, thresholds and table."""
+        if not torch.compiler.is_compiling():
+            return self._made().terms
+        return _by_term(self.words, *self._make_tables())
 
     @torch.no_grad()
     def _make_tables(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,15 +336,14 @@ class _PackedLayer(nn.Module):
         self, x: Tensor, norm: Tensor | None = None, row: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """Apply the layer to ``(B, C_in, H, W)``; the rest is for layers that `absorbs` what is around them."""
-        counts, thresholds, table = self.tables()
         source = x if self.inside else self._shifted(x)
         if self.pad_codes is not None:
             source = F.pad(source, self.pad_codes, mode=self.padding_mode)
         group, shape = self._group(), to_list(self.shape, self.geometry)
         y: Tensor | None = None
-        for words, count, column in zip(self.words, counts, table, strict=True):
+        for words, counts, thresholds, table in self._terms():
             term = self._convolution(
-                source, words, count, thresholds, column, group, shape, self.levels == (0, 1),
+                source, words, counts, thresholds, table, group, shape, self.levels == (0, 1),
                 self.fused.low, self.fused.high, self.fused.shortcut, norm, row, residual,
             )  # fmt: skip
             y = term if y is None else y + term
