@@ -3,16 +3,20 @@
 #   PYTHON=python3.12       the interpreter that creates the environment
 #   VENV=.venv              where the environment is
 #   CONSTRAINTS=            install the newest releases that pyproject.toml admits, instead of the tested ones
+#   JOBS=2                  processes that run the tests, of one thread each; 0 for the tests in make's own, with two
 #   ARGS="-k timestep -x"   more arguments for pytest
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 ARGS ?=
 
 BIN := $(VENV)/bin
 # -qq hides pip's progress and notices and still shows its errors.
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# Long tests are not together: who has finished takes from who has not.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
@@ -35,10 +39,10 @@ demo: $(VENV)/.installed-all
 	$(BIN)/binarize demo --force
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # With the test dependencies, so that mypy sees the same libraries everywhere.
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint

@@ -128,6 +128,18 @@ def popcount_peak(words: int = 72) -> float | None:
     return turns * PIXELS * BLOCKS * 16 * words * 32 / job["peak"] / 1e9
 
 
+FLOAT32 = {"float32 NCHW": torch.contiguous_format, "float32 NHWC": torch.channels_last}
+
+
+def float32_jobs(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Return PyTorch's convolution in both memory layouts."""
+    jobs: dict[str, Callable[[], object]] = {}
+    for name, layout in FLOAT32.items():
+        laid, filters = (t.contiguous(memory_format=layout) for t in (x, weight))
+        jobs[name] = lambda x=laid, w=filters: F.conv2d(x, w, padding=w.shape[-1] // 2)
+    return jobs
+
+
 def layer_rows(rounds: int) -> list[dict[str, Any]]:
     packed = binarize.pack(released())
     narrow, peak = copy.deepcopy(packed).to(torch.bfloat16), popcount_peak()
@@ -139,8 +151,7 @@ def layer_rows(rounds: int) -> list[dict[str, Any]]:
         x_last, w_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
         x_half, w_half = x_last.bfloat16(), w_last.bfloat16()
         jobs: dict[str, Callable[[], object]] = {
-            "float32 NCHW": lambda x=x, w=weight: F.conv2d(x, w, padding=w.shape[-1] // 2),
-            "float32 NHWC": lambda x=x_last, w=w_last: F.conv2d(x, w, padding=w.shape[-1] // 2),
+            **float32_jobs(x, weight),
             "bfloat16": lambda x=x_half, w=w_half: F.conv2d(x, w, padding=w.shape[-1] // 2),
             "packed": lambda x=x_last, f=layer: f(x),
             "packed bfloat16": lambda x=x_half, f=half: f(x),
@@ -154,7 +165,7 @@ def layer_rows(rounds: int) -> list[dict[str, Any]]:
             step = torch.tensor([TIMESTEP])
             with binarize.timesteps(packed, step), binarize.timesteps(narrow, step):
                 taken = interleaved(jobs, rounds, warm=2)
-            best = min(taken["float32 NCHW"], taken["float32 NHWC"])
+            best = min(taken[layout] for layout in FLOAT32)
             speed = macs / taken["packed"]
             rows.append(
                 {
@@ -189,13 +200,11 @@ def roofline_rows(rounds: int) -> list[dict[str, Any]]:
         peaks[words] = peaks[words] if words in peaks else popcount_peak(words)
         peak, layer, weight = peaks[words], packed.get_submodule(name), torch.randn(c_out, c_in, kernel, kernel)
         x = torch.randn(1, c_in, size, size).contiguous(memory_format=torch.channels_last)
-        y, plain = torch.empty_like(x), x.contiguous()
-        last = weight.contiguous(memory_format=torch.channels_last)
+        y = torch.empty_like(x)
         jobs: dict[str, Callable[[], object]] = {
             "copy": lambda x=x, y=y: y.copy_(x),
             "packed": lambda x=x, f=layer: f(x),
-            "float32 NCHW": lambda x=plain, w=weight, k=kernel: F.conv2d(x, w, padding=k // 2),
-            "float32 NHWC": lambda x=x, w=last, k=kernel: F.conv2d(x, w, padding=k // 2),
+            **float32_jobs(x, weight),
         }
         with binarize.timesteps(packed, torch.tensor([TIMESTEP])):
             taken = interleaved(jobs, rounds, warm=2)
@@ -207,7 +216,7 @@ def roofline_rows(rounds: int) -> list[dict[str, Any]]:
                 "words": words,
                 "peak, GMAC/s": peak,
                 "ms": {
-                    "float32": 1e3 * min(taken["float32 NCHW"], taken["float32 NHWC"]),
+                    "float32": 1e3 * min(taken[layout] for layout in FLOAT32),
                     "packed": 1e3 * taken["packed"],
                     "counting": None if peak is None else 1e3 * macs / peak,
                     "copy": 1e3 * taken["copy"],

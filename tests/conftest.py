@@ -15,8 +15,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Small tensors gain nothing from more threads, and two test runs at once would fight over the cores.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Small tensors gain nothing from more threads. Of several processes (pytest -n) each has one, and so have the programs
+# that it starts: more would fight over the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 # The first call of a compiled or lazily imported function is slow, so a deadline would fail at random.
 settings.register_profile("binarize", deadline=None, print_blob=True, derandomize="CI" in os.environ)
