@@ -298,10 +298,10 @@ def test_norm_and_shuffle_equal_the_modules(backend: Any, dtype: torch.dtype) ->
 
 def test_operators_keep_the_contract_of_torch_library() -> None:
     layer = PackedConv2d(BinaryConv2d(5, 6, 3, 2, 1, method="reactnet").eval())
-    counts, thresholds, table = layer.tables()
+    [(words, counts, thresholds, table)] = layer.terms()
     x = torch.randn(2, 5, 7, 8)
     arguments = [
-        x, layer.words[0], counts[0], thresholds, table[0], None, [6, 5, 3, 3, 1, 2, 2, 1, 1, 1, 1, 1, 1],
+        x, words, counts, thresholds, table, None, [6, 5, 3, 3, 1, 2, 2, 1, 1, 1, 1, 1, 1],
         False, -math.inf, math.inf, 0, torch.randn(2, 2, 5), torch.randn(2, 6), torch.randn(2, 6, 4, 4),
     ]  # fmt: skip
     torch.library.opcheck(packed_conv2d, arguments)

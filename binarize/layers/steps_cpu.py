@@ -20,6 +20,7 @@ from binarize.layers.cpu_threads import run
 from binarize.layers.signs import SignZero
 from binarize.layers.steps import SAME_3X3
 from binarize.packed import _cpu, _winograd
+from binarize.packed._compile import cached
 from binarize.packed._layout import LANES, FilterShape, from_bits
 from binarize.packed._op import Geometry as PackedGeometry
 from binarize.packed._op import count_filters, lay_out_table, lay_out_thresholds
@@ -98,12 +99,7 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": 
 
 
 def _compile(function: Any) -> Any:
-    try:
-        return njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError as error:  # neither the package's folder nor the user's own can be written
-        if "cache" not in str(error):
-            raise
-        return njit(**_OPTIONS)(function)
+    return cached(lambda cache: njit(cache=cache, **_OPTIONS)(function))
 
 
 @_compile

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,14 @@ def _compiled() -> dict[str, int]:
 def _compile(function: Any) -> Any:
     from numba import cfunc, types
 
-    signature = types.void(types.int64)
+    return cached(lambda cache: cfunc(types.void(types.int64), nopython=True, cache=cache)(function))
+
+
+def cached(compiled: Callable[[bool], Any]) -> Any:
+    """Return ``compiled(cache)``: code that numba keeps between runs, where it has a folder for it."""
     try:
-        return cfunc(signature, nopython=True, cache=True)(function)
+        return compiled(True)
     except RuntimeError as error:  # neither the package's folder nor the user's own can be written
         if "cache" not in str(error):
             raise
-        return cfunc(signature, nopython=True)(function)
+        return compiled(False)

@@ -66,8 +66,7 @@ def packed_conv2d(
     limits = np.array([low, high], np.float32)
     held: list[Any] = [filters, counts, thresholds.float().contiguous(), table.float().contiguous(), limits]
     p = plan.fields.copy()
-    scratch = torch.empty(min(threads, plan.tasks) * plan.scratch + ALIGN, dtype=torch.uint8)
-    p[Conv.SCRATCH] = -(-scratch.data_ptr() // ALIGN) * ALIGN
+    held.append(scratch(p, Conv.SCRATCH, min(threads, plan.tasks), plan.scratch))
     place(p, Conv.X, x)
     place(p, Conv.OUT, out)
     p[Conv.FILTERS], p[Conv.BASE] = filters.data_ptr(), counts.data_ptr()
@@ -159,6 +158,13 @@ def pixels(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def scratch(p: np.ndarray, at: int, workers: int, size: int) -> Tensor:
+    """Give so many workers so many bytes each, as long as the result lives: set the field ``at`` and the next."""
+    memory = torch.empty(workers * size + ALIGN, dtype=torch.uint8)
+    p[at : at + 2] = aligned(memory.data_ptr()), size
+    return memory
+
+
 def place(p: np.ndarray, field: int, x: Tensor) -> None:
     size = x.element_size()
     p[field : field + 4] = x.data_ptr(), x.stride(0) * size, x.stride(2) * size, x.stride(3) * size
@@ -193,13 +199,13 @@ def _plan(
         shape.groups * shape.words * 4,
         (strip - 1) * geometry.stride[0] + (kh - 1) * geometry.dilation[0] + 1,
     )
-    scratch = aligned(4 * kh * kw * shape.words) + PIXELS * 4 * ALIGN + aligned((borders + 1) * shape.lanes * 4)
-    scratch += aligned(lines * (left + width + right) * pixel)
+    room = aligned(4 * kh * kw * shape.words) + PIXELS * 4 * ALIGN + aligned((borders + 1) * shape.lanes * 4)
+    room += aligned(lines * (left + width + right) * pixel)
     if normed:
-        scratch += aligned(lines * width * channels * size)
+        room += aligned(lines * width * channels * size)
     tasks = -(-out_height // strip) * batch
     p = np.zeros(len(Conv), np.int64)
-    p[Conv.COUNT], p[Conv.SCRATCH_STEP], p[Conv.STRIP] = tasks, scratch, strip
+    p[Conv.COUNT], p[Conv.STRIP] = tasks, strip
     p[Conv.HEIGHT], p[Conv.WIDTH], p[Conv.OUT_HEIGHT], p[Conv.OUT_WIDTH] = height, width, out_height, out_width
     p[Conv.GROUPS], p[Conv.GROUP_IN], p[Conv.GROUP_OUT] = (
         shape.groups,
@@ -212,7 +218,7 @@ def _plan(
     p[Conv.LEFT], p[Conv.RIGHT], p[Conv.TOP] = left, right, top
     p[Conv.DILATION_H], p[Conv.DILATION_W] = geometry.dilation
     p[Conv.BORDERS], p[Conv.INNER_FIRST], p[Conv.INNER_LAST], p[Conv.HALVE] = borders, first, last, int(halve)
-    return _Plan(p, tasks, scratch, out_height, out_width)
+    return _Plan(p, tasks, room, out_height, out_width)
 
 
 def aligned(size: int) -> int:

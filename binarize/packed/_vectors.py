@@ -286,7 +286,7 @@ def make_product(pixels: int, blocks: int, bytewise: bool) -> Any:
                 return [_sum_bytes(b, c) for c in loop(start, stop, zeros, 1, add_counts)]
 
             def few() -> list[ir.Value]:
-                """Sum 8 to 23 words, whose differing bits fit a byte: two eights, what is kept and 7 words are 240."""
+                """Sum 8 to 23 words, whose differing bits fit a byte: eights, kept, 7 words: at most 240."""
                 whole = b.and_(count, I64(-8))
                 kept, sums = loop(I64(0), whole, 4 * zeros, 8, add_eight), []
                 for i in range(len(zeros)):  # no byte of the eights is above 16, so that none shifts into another
@@ -304,9 +304,7 @@ def make_product(pixels: int, blocks: int, bytewise: bool) -> Any:
                 return [_sum_bytes(b, total) for total in totals]
 
             def many() -> list[ir.Value]:
-                # Counting what is kept at the end costs as much as the first eight words save.
-                enough = b.icmp_signed(">=", count, I64(16))
-                whole = b.select(enough, b.and_(count, I64(-8)), I64(0)) if saving else I64(0)
+                whole = b.and_(count, I64(-8)) if saving else I64(0)
                 totals = in_chunks(I64(0), whole, zeros, 31 * 8, eights) if saving else zeros
                 # Bytes never carry into one another: 31 counts of at most 8 stay below 256.
                 return in_chunks(whole, count, totals, 31, single)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from binarize.packed import _threads
 from binarize.packed._compile import workers
-from binarize.packed._cpu import ALIGN, TASKS_PER_THREAD, aligned, pixels, place
+from binarize.packed._cpu import ALIGN, TASKS_PER_THREAD, aligned, pixels, place, scratch
 from binarize.packed._layout import LANES
 from binarize.packed._vectors import AVX512
 from binarize.packed._winograd_workers import Tiles, Wide
@@ -20,8 +20,8 @@ from binarize.packed._winograd_workers import Tiles, Wide
 # fit it; else torch multiplies by them, all tiles that the last cache has room for at once.
 FILTER_BYTES, TILE_BYTES, MOST_TILES = 2_500_000, 600_000, 16
 PLANES_BYTES = 24_000_000
-# For a gradient of weights, so many tiles are multiplied together that the sums, which this reads and writes, cost
-# little beside it; where the sums leave the second cache, torch multiplies.
+# So many tiles are a task's where torch multiplies. For a gradient of weights so many are multiplied together that the
+# sums, which this reads and writes, cost little beside it; where the sums leave the second cache, torch multiplies.
 TILES_TOGETHER, SUMS_BYTES = 32, 1_200_000
 # Winograd's algorithm keeps 16 sums of 16 lanes in registers, which 16 registers of 8 lanes do not hold.
 TRAINS_WIDE = AVX512
@@ -78,13 +78,12 @@ def wide_conv(
     tasks = -(-tile_rows // chunk) * batch
     tiles = min(MOST_TILES, TILE_BYTES // (values * 4 * (channels + out_channels)), -(-width // tile) + 3)
     tiles = max(4, tiles // 4 * 4)
-    scratch = 64 + 320 + aligned(4 * channels) + values * (4 * tiles * (channels + out_channels) + 2 * ALIGN)
+    room = 64 + 320 + aligned(4 * channels) + values * (4 * tiles * (channels + out_channels) + 2 * ALIGN)
     if norm is not None:
-        scratch += aligned(8 * width * channels * size)
-    held = [torch.empty(min(threads, tasks) * aligned(scratch) + ALIGN, dtype=torch.uint8)]
+        room += aligned(8 * width * channels * size)
+    held = [scratch(p, Wide.SCRATCH, min(threads, tasks), aligned(room))]
     p[Wide.WORKERS] = p[Wide.TASKS] = 0
     p[Wide.COUNT], p[Wide.HALF], p[Wide.TILE_ROWS], p[Wide.TILES] = tasks, int(size == 2), chunk, tiles
-    p[Wide.SCRATCH], p[Wide.SCRATCH_STEP] = -(-held[0].data_ptr() // ALIGN) * ALIGN, aligned(scratch)
     p[Wide.HEIGHT], p[Wide.WIDTH] = height, width
     place(p, Wide.X, x)
     place(p, Wide.OUT, out)
@@ -157,18 +156,16 @@ def _sizes(p: np.ndarray) -> tuple[int, int, int]:
     return (int(p[Tiles.TILE]) + 2) ** 2, int(p[Tiles.IN_CHANNELS]), int(p[Tiles.OUT_CHANNELS])
 
 
-def _scratch(p: np.ndarray, size: int) -> Tensor:
-    """Give every worker so many bytes, as long as the result lives."""
-    memory = torch.empty(_threads.workers() * size + ALIGN, dtype=torch.uint8)
-    p[Tiles.SCRATCH], p[Tiles.SCRATCH_STEP] = -(-memory.data_ptr() // ALIGN) * ALIGN, size
-    return memory
+def _room(p: np.ndarray, more: int = 0) -> Tensor:
+    """Give every worker room for the addresses of a tile's pixels, for a pixel of zeros, and ``more`` bytes."""
+    return scratch(p, Tiles.SCRATCH, _threads.workers(), 320 + aligned(4 * max(_sizes(p)[1:])) + more)
 
 
 def _sums_in_cache(p: np.ndarray, tiles: int) -> Tensor:
-    """Return the sums over tiles of products of both transforms, ``(n^2, C_in, C_out)``; each thread sums its own."""
+    """Return the sums over tiles of products of both transforms, ``(n^2, C_in, C_out)``; each task sums its own."""
     (values, channels, out_channels), threads = _sizes(p), _threads.workers()
     size = TILES_TOGETHER * values * 4 * (channels + out_channels) + values * 2 * ALIGN
-    memory = _scratch(p, 320 + aligned(4 * max(channels, out_channels)) + aligned(size))
+    memory = _room(p, aligned(size))
     sums = torch.zeros(threads, values, channels, out_channels, dtype=torch.float32)
     p[Tiles.COUNT_TILES], p[Tiles.GROUPS] = tiles, -(-tiles // TILES_TOGETHER)
     p[Tiles.TASK_GROUPS], p[Tiles.SUMS] = -(-p[Tiles.GROUPS] // threads), sums.data_ptr()
@@ -192,7 +189,7 @@ def _in_planes(p: np.ndarray, tiles: int) -> Iterator[tuple[int, Tensor, Tensor]
     values, *widths = _sizes(p)
     most = max(1, PLANES_BYTES // (4 * values * sum(widths) * TILES_TOGETHER)) * TILES_TOGETHER
     spread, returned = (_planes(values, min(tiles, most), channels) for channels in widths)
-    memory = _scratch(p, 320 + aligned(4 * max(widths)))
+    memory = _room(p)
     p[Tiles.SPREAD], p[Tiles.SPREAD_STEP] = spread.data_ptr(), 4 * spread.stride(0)
     p[Tiles.RETURNED], p[Tiles.RETURNED_STEP] = returned.data_ptr(), 4 * returned.stride(0)
     for first in range(0, tiles, most):
@@ -208,7 +205,8 @@ def _in_planes(p: np.ndarray, tiles: int) -> Iterator[tuple[int, Tensor, Tensor]
 def _collect(p: np.ndarray, sums: Tensor) -> Tensor:
     """Take sums ``(n^2, C_in, C_out)`` through the transposed transform of filters, to ``(C_out, C_in, 3, 3)``."""
     _, channels, out_channels = _sizes(p)
-    out, memory = torch.empty(out_channels, channels, 3, 3, dtype=torch.float32), _scratch(p, 4 * 9 * LANES**2)
+    out = torch.empty(out_channels, channels, 3, 3, dtype=torch.float32)
+    memory = scratch(p, Tiles.SCRATCH, _threads.workers(), 4 * 9 * LANES**2)
     p[Tiles.WORKERS] = p[Tiles.TASKS] = 0
     p[Tiles.COUNT], p[Tiles.SUMS], p[Tiles.OUT] = out_channels // LANES, sums.data_ptr(), out.data_ptr()
     _threads.run(workers()["collect"], p.ctypes.data, int(p[Tiles.COUNT]))

@@ -266,7 +266,7 @@ class Tiles(IntEnum):
     BIAS = auto()
     SPREAD = auto()  # where transforms of the input are left, n * n times (tiles, C_in)
     SPREAD_STEP = auto()  # from one of the n * n to the next
-    RETURNED = auto()  # where those of the gradient are left
+    RETURNED = auto()  # where those of the gradient are left, or where products are
     RETURNED_STEP = auto()
     SCRATCH = auto()
     SCRATCH_STEP = auto()

@@ -61,41 +61,28 @@ class _Fused:
     high: float = math.inf
 
 
-class _Tables:
-    """What a layer gives the operator, and what it was made from.
+class _Made:
+    """What a layer gives the operator for each term, and what it was made from."""
 
-    Attributes:
-        tables: ``counts``, ``thresholds`` and ``table``.
-        terms: Filters, counts, thresholds and table of each term.
-    """
-
-    def __init__(self, layer: _PackedLayer, tables: tuple[Tensor, Tensor, Tensor]) -> None:
-        self.tables = counts, thresholds, table = tables
-        self.terms = _by_term(layer.words, counts, thresholds, table)
-        self._parts = list(layer._modules.items())
+    def __init__(self, layer: _PackedLayer) -> None:
+        self.terms = layer._make_terms()
         self._sources = [
-            (place, name, tensor, _state(tensor))
+            (place, name, value, _state(value))
             for module in layer.modules()
-            for place in (module._parameters, module._buffers)
-            for name, tensor in place.items()
+            for place in (module._modules, module._parameters, module._buffers)
+            for name, value in cast(dict[str, Any], place).items()
         ]
 
-    def are_of(self, layer: _PackedLayer) -> bool:
+    def is_of(self, layer: _PackedLayer) -> bool:
         """Say whether the layer is what it was when they were made."""
-        return all(layer._modules.get(name) is part for name, part in self._parts) and all(
-            place.get(name) is tensor and _state(tensor) == state for place, name, tensor, state in self._sources
-        )
+        return all(place.get(name) is value and _state(value) == state for place, name, value, state in self._sources)
 
 
-def _by_term(words: Tensor, counts: Tensor, thresholds: Tensor, table: Tensor) -> list[_Term]:
-    return [(w, count, thresholds, column) for w, count, column in zip(words, counts, table, strict=True)]
-
-
-def _state(tensor: Tensor | None) -> tuple[int, torch.dtype, torch.device] | None:
+def _state(value: Any) -> tuple[int, torch.dtype, torch.device] | None:
     """Return what changes when a tensor is written to, or its data replaced by another kind of data."""
-    if tensor is None:
+    if not isinstance(value, Tensor):
         return None
-    return 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
+    return 0 if value.is_inference() else value._version, value.dtype, value.device
 
 
 class _PackedLayer(nn.Module):
@@ -135,7 +122,7 @@ class _PackedLayer(nn.Module):
         self.levels = levels_of(self.activation)
         self.inside = self.pre is None or (type(self.pre) is Shift and self.levels == (-1, 1))
         self.fused = self._plan()
-        self._tables: _Tables | None = None
+        self._made: _Made | None = None
         self.train(layer.training)
 
     # What is stored
@@ -169,7 +156,7 @@ class _PackedLayer(nn.Module):
         else:
             device = bits.device if self.words.is_meta else self.words.device
             self.words = from_dense(bits.to(device), self.shape)
-        self._tables = None
+        self._made = None
 
     def codes(self) -> Tensor:
         """Return the weights, ``(terms, *weight shape)`` int8 in {-1, +1}."""
@@ -194,11 +181,11 @@ class _PackedLayer(nn.Module):
         return {kind: getattr(self, kind) for kind in PART_KINDS if kind != "weight"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._tables = None  # what they are made from changes, and not always in a way that shows
+        self._made = None  # what they are made from changes, and not always in a way that shows
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": None}  # a copy makes its own, and a pickle does not carry them
+        return {**self.__dict__, "_made": None}  # a copy makes its own, and a pickle does not carry them
 
     def clamp_latent_(self) -> None:
         """Refuse to be trained: `binarize.training_step` calls this.
@@ -265,44 +252,35 @@ class _PackedLayer(nn.Module):
                 return part.context.group(part.groups).to(self.words.device)
         return None
 
-    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the operator's ``counts``, ``thresholds`` and ``table``, first and last for each term, made once."""
+    def terms(self) -> list[_Term]:
+        """Return the operator's ``filters``, ``counts``, ``thresholds`` and ``table`` of each term, made once."""
         if torch.compiler.is_compiling():
-            return self._make_tables()
-        return self._made().tables
-
-    def _made(self) -> _Tables:
-        if self._tables is None or not self._tables.are_of(self):
-            self._tables = _Tables(self, self._make_tables())
-        return self._tables
-
-    def _terms(self) -> list[_Term]:
-        """Return each term's filters, counts, thresholds and table."""
-        if not torch.compiler.is_compiling():
-            return self._made().terms
-        return _by_term(self.words, *self._make_tables())
+            return self._make_terms()
+        made = self._made
+        if made is None or not made.is_of(self):
+            made = self._made = _Made(self)
+        return made.terms
 
     @torch.no_grad()
-    def _make_tables(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _make_terms(self) -> list[_Term]:
         shape, rows, halve = replace(self.shape, terms=1), self._rows(), self.levels == (0, 1)
         channels, device = shape.in_channels * shape.groups, self.words.device
         floats = [t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()]
         wide = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
-        counts = torch.stack([count_filters(words, shape, halve) for words in self.words])
 
         # x + b >= 0 where x >= -b, exactly; {0, 1} activations are 1 above 0.5, which rounds to 0.
         zero = torch.zeros(rows, channels, dtype=wide, device=device)
         limit = zero if self.levels == (-1, 1) else torch.nextafter(zero + 0.5, zero + 1)
         if self.inside and isinstance(self.pre, Shift):
             limit = limit - self.pre.bias.to(wide)
-        tables = []
-        for scales in self.weight_scales().to(wide):
+        thresholds, terms = lay_out_thresholds(limit, shape), []
+        for words, scales in zip(self.words, self.weight_scales().to(wide), strict=True):
             columns = torch.zeros(6, rows, shape.out_channels, dtype=wide, device=device)
             columns[0], columns[1], columns[4] = scales, 1.0, 1.0
             for stage in self.fused.stages:
                 self._fold(stage, columns, wide)
-            tables.append(lay_out_table(columns, shape))
-        return counts, lay_out_thresholds(limit, shape), torch.stack(tables)
+            terms.append((words, count_filters(words, shape, halve), thresholds, lay_out_table(columns, shape)))
+        return terms
 
     def _fold(self, stage: Stage, columns: Tensor, wide: torch.dtype) -> None:
         part = getattr(self, stage)
@@ -341,7 +319,7 @@ class _PackedLayer(nn.Module):
             source = F.pad(source, self.pad_codes, mode=self.padding_mode)
         group, shape = self._group(), to_list(self.shape, self.geometry)
         y: Tensor | None = None
-        for words, counts, thresholds, table in self._terms():
+        for words, counts, thresholds, table in self.terms():
             term = self._convolution(
                 source, words, counts, thresholds, table, group, shape, self.levels == (0, 1),
                 self.fused.low, self.fused.high, self.fused.shortcut, norm, row, residual,
