@@ -23,6 +23,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 else:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
+# Triton reads this when it is imported: kernels for GPUs are then interpreted, for test_triton.py.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The first call of a compiled or lazily imported function is slow, so a deadline would fail at random.
 settings.register_profile("binarize", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("binarize")

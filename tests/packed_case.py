@@ -11,6 +11,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import binarize
+from binarize.models import SRUNet
 from binarize.packed._layout import FilterShape, from_bits
 from binarize.packed._op import Geometry, count_filters, lay_out_table, lay_out_thresholds, to_list
 
@@ -155,3 +157,45 @@ def scatter(model: nn.Module, generator: torch.Generator | None = None) -> nn.Mo
             if name.endswith("running_var"):
                 buffer.mul_(random(buffer, 0.5, 2.0))
     return model
+
+
+SMALL: dict[str, Any] = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
+EVERY_GROUP = (3, 450, 900, 1300, 1999)  # of the 2000 timesteps; bidiffsr cuts them into five groups
+
+
+def network(method: Any = "bidiffsr", **options: Any) -> SRUNet:
+    """A converted network with everything at random."""
+    model = binarize.convert(SRUNet(**options), method)
+    scatter(model)
+    return model.eval()
+
+
+def inputs(size: int = 16, batch: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    x, condition = torch.randn(2, batch, 3, size, size, dtype=torch.float64).to(dtype)
+    return x, torch.tensor(EVERY_GROUP)[torch.arange(batch) % 5], condition
+
+
+def with_everything(
+    problem: Problem, seed: int, normed: bool, added: bool, clamped: bool, shortcut: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return a problem's input and arguments with a table at random and, if asked for, what stands around a layer."""
+    generator = torch.Generator().manual_seed(seed)
+    arguments, shape, x = dict(problem.arguments), problem.shape, problem.x
+    rows, batch = arguments["thresholds"].shape[0], x.shape[0]
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    arguments["table"] = lay_out_table(random(6, rows, shape.out_channels), shape)
+    if normed:
+        x = x + 0.125  # limits are 0, and SiLU is 0 at 0 alone
+        arguments["thresholds"] = lay_out_thresholds(torch.zeros(rows, x.shape[1]), shape)
+        arguments["norm"] = torch.stack([random(batch, x.shape[1]).sign(), torch.zeros(batch, x.shape[1])])
+    if added:
+        arguments["row"] = random(batch, shape.out_channels)
+        arguments["residual"] = random(*problem.expected.shape).to(x.dtype)
+    if clamped:
+        arguments |= {"low": -1.0, "high": 2.0}
+    if problem.expected.shape == tuple(x.shape):
+        arguments["shortcut"] = shortcut
+    return x, arguments

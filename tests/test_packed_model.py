@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hosts_zoo import HOSTS, ZooHost, output_of, unet2d_condition
-from packed_case import scatter
+from packed_case import SMALL, inputs, network, scatter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,20 +29,6 @@ from binarize.packed._norm import norm_factors, norm_silu
 from binarize.packed.layers import levels_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SMALL: dict[str, Any] = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
-EVERY_GROUP = (3, 450, 900, 1300, 1999)  # of the 2000 timesteps; bidiffsr cuts them into five groups
-
-
-def network(method: Any = "bidiffsr", **options: Any) -> SRUNet:
-    """A converted network with everything at random."""
-    model = binarize.convert(SRUNet(**options), method)
-    scatter(model)
-    return model.eval()
-
-
-def inputs(size: int = 16, batch: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    x, condition = torch.randn(2, batch, 3, size, size, dtype=torch.float64).to(dtype)
-    return x, torch.tensor(EVERY_GROUP)[torch.arange(batch) % 5], condition
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_case import Problem, dot_products, laid_out, problems
+from packed_case import Problem, dot_products, laid_out, problems, with_everything
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
@@ -23,7 +23,7 @@ from binarize.packed import PackedConv2d, PackedLinear, backends
 from binarize.packed._inputs import check_devices
 from binarize.packed._layout import FilterShape, from_bits, from_dense, to_bits, to_dense
 from binarize.packed._norm import norm_factors, norm_silu, shuffle
-from binarize.packed._op import Geometry, lay_out_table, lay_out_thresholds, packed_conv2d
+from binarize.packed._op import Geometry, packed_conv2d
 from binarize.packed._wide import wide_conv
 from binarize.timestep import TimestepContext
 
@@ -109,25 +109,7 @@ AWAY = st.sampled_from([-2.25, -1.25, -0.5, 0.5, 1.25, 2.25])
     shortcut=st.sampled_from([0, 1, 2]),
 )
 def test_the_kernel_and_plain_torch_do_the_same(problem, seed, normed, added, clamped, shortcut) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    arguments, shape, x = dict(problem.arguments), problem.shape, problem.x
-    rows, batch = arguments["thresholds"].shape[0], x.shape[0]
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
-
-    arguments["table"] = lay_out_table(random(6, rows, shape.out_channels), shape)
-    if normed:
-        x = x + 0.125  # limits are 0, and SiLU is 0 at 0 alone
-        arguments["thresholds"] = lay_out_thresholds(torch.zeros(rows, x.shape[1]), shape)
-        arguments["norm"] = torch.stack([random(batch, x.shape[1]).sign(), torch.zeros(batch, x.shape[1])])
-    if added:
-        arguments["row"] = random(batch, shape.out_channels)
-        arguments["residual"] = random(*problem.expected.shape).to(x.dtype)
-    if clamped:
-        arguments |= {"low": -1.0, "high": 2.0}
-    if problem.expected.shape == tuple(x.shape):
-        arguments["shortcut"] = shortcut
+    x, arguments = with_everything(problem, seed, normed, added, clamped, shortcut)
     results = []
     for backend in EITHER:
         with backends.use(backend):

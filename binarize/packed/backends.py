@@ -1,4 +1,4 @@
-"""Which code runs the packed operators: compiled kernels on a CPU, plain torch everywhere else.
+"""Which code runs the packed operators: numba's kernels on a CPU, Triton's on CUDA, plain torch everywhere else.
 
 The choice is made at each call. ``BINARIZE_BACKEND=torch`` in the environment, or `use` in code, asks for plain torch.
 """
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from binarize.errors import BinarizeError, did_you_mean
 
-Backend = Literal["auto", "numba", "torch"]
-BACKENDS = ("auto", "numba", "torch")
+Backend = Literal["auto", "numba", "triton", "torch"]
+BACKENDS = ("auto", "numba", "triton", "torch")
 VARIABLE = "BINARIZE_BACKEND"
+_MODULES = {"numba": ("binarize.packed._cpu", "CPU"), "triton": ("binarize.packed._triton", "CUDA")}
+_DTYPES = {"numba": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
 _log = logging.getLogger("binarize")
 _chosen: ContextVar[str | None] = ContextVar("binarize_backend", default=None)
@@ -33,14 +35,15 @@ def use(backend: Backend) -> Iterator[None]:
     """Within the block, run packed operators on one backend.
 
     Args:
-        backend: "numba", "torch", or "auto": numba where it can, else torch.
+        backend: "numba" (CPUs), "triton" (CUDA), or "auto", the one that the tensors' device has; plain torch takes
+            what the backend does not. "torch" is plain torch for everything.
 
     Raises:
-        BinarizeError: If there is no such backend, or numba is asked for and cannot be used.
+        BinarizeError: If there is no such backend, or one is asked for by name and cannot be used.
     """
     _check(backend, "use")
-    if backend == "numba":
-        _kernels()
+    if backend in _MODULES:
+        _kernels(backend)
     token = _chosen.set(backend)
     try:
         yield
@@ -58,9 +61,22 @@ def current() -> str:
 def kernels_for(x: Tensor) -> ModuleType | None:
     """Return the compiled kernels if they can take a tensor like ``x``, or None for plain torch."""
     asked = current()
-    if asked == "torch" or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+    if asked == "torch":
         return None
-    return _kernels() if asked == "numba" else _kernels_if_any()
+    name = "triton" if x.device.type == "cuda" or (asked == "triton" and _interprets()) else "numba"
+    if asked not in ("auto", name) or x.dtype not in _DTYPES[name] or x.device.type not in ("cpu", "cuda"):
+        return None
+    return _kernels(name) if asked == name else _kernels_if_any(name)
+
+
+def cpu_kernels() -> ModuleType | None:
+    """Return numba's kernels if packed operators run them on CPUs, or None."""
+    return None if current() == "triton" else kernels_for(torch.empty(0))
+
+
+def _interprets() -> bool:
+    """Say whether Triton runs its kernels on a CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _check(backend: str, where: str) -> None:
@@ -71,17 +87,18 @@ def _check(backend: str, where: str) -> None:
 
 
 @cache
-def _kernels_if_any() -> ModuleType | None:
+def _kernels_if_any(name: str) -> ModuleType | None:
     try:
-        return _kernels()
+        return _kernels(name)
     except BinarizeError as error:
         _log.warning("%s Plain torch is used instead, which is exact and slow.", error)
         return None
 
 
 @cache
-def _kernels() -> ModuleType:
+def _kernels(name: str) -> ModuleType:
+    module, device = _MODULES[name]
     try:
-        return importlib.import_module("binarize.packed._cpu")
+        return importlib.import_module(module)
     except ImportError as error:
-        raise BinarizeError(f"the CPU kernels need numba, which cannot be imported: {error}.") from error
+        raise BinarizeError(f"the {device} kernels need {name}, which cannot be imported: {error}.") from error

@@ -1,0 +1,303 @@
+"""The packed operators on CUDA, as Triton kernels: signs in one byte each, products on the tensor cores.
+
+A GPU has no xnor and population count that would be faster than its matrix units, and those multiply 8-bit integers.
+So the signs of the input are written once, a byte each, with everything that comes before them; the product unpacks the
+filters' bits as it goes, adds up 32-bit integers, which is exact, and applies everything that comes after it to the
+sums before they leave the registers.
+
+With ``TRITON_INTERPRET=1`` in the environment the same kernels run on a CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from binarize.packed._layout import FilterShape
+
+if TYPE_CHECKING:
+    from binarize.packed._op import Geometry
+
+INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SIGNS, _SILU = 0, 1  # what `_input_kernel` writes
+# Multiplications and additions stay apart, so that the floats are those of plain PyTorch.
+_EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def _activated(x, factors, offsets, at, mask, NORMED: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return what the layer reads, in float32: ``x``, or silu(x * factor + offset) rounded to x's dtype."""
+    h = x.to(tl.float32)
+    if NORMED:
+        h = h * tl.load(factors + at, mask=mask, other=0.0) + tl.load(offsets + at, mask=mask, other=0.0)
+        h = h / (1.0 + tl.exp(-h))
+        h = h.to(DTYPE).to(tl.float32)
+    return h
+
+
+@triton.jit
+def _input_kernel(  # type: ignore[no-untyped-def]
+    x, out, thresholds, group, factors, offsets,
+    pixels, width, stride_b, stride_h, stride_w, channels, threshold_row, group_channels, group_lanes,
+    WHAT: tl.constexpr, HALVE: tl.constexpr, NORMED: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write signs, or SiLUs, of a tile of pixels and channels of one sample, channels last and dense."""
+    sample = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    there = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    place = (pixel // width).to(tl.int64) * stride_h + (pixel % width).to(tl.int64) * stride_w
+    value = tl.load(x + sample * stride_b + place[:, None] + channel[None, :], mask=there, other=0.0)
+    at = sample * channels + channel[None, :]
+    h = _activated(value, factors, offsets, at, (channel < channels)[None, :], NORMED, DTYPE)
+    to = out + (sample * pixels + pixel.to(tl.int64))[:, None] * channels + channel[None, :]
+    if WHAT == 1:
+        tl.store(to, h.to(DTYPE), mask=there)
+    else:
+        row = tl.load(group + sample) if GROUPED else 0
+        column = channel // group_channels * group_lanes + channel % group_channels
+        limit = tl.load(thresholds + row * threshold_row + column, mask=channel < channels, other=0.0)
+        bits = (h >= limit[None, :]).to(tl.int8)
+        tl.store(to, bits if HALVE else 2 * bits - 1, mask=there)
+
+
+@triton.jit
+def _product_kernel(  # type: ignore[no-untyped-def]
+    codes, filters, table, group, x, out, factors, offsets, row_add, residual, low, high,
+    pixels, out_width, height, width, out_channels, group_out, blocks, table_row, channels,
+    x_stride_b, x_stride_h, x_stride_w, r_stride_b, r_stride_h, r_stride_w,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, LEFT: tl.constexpr, TOP: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, TAPS: tl.constexpr, KERNEL_W: tl.constexpr,
+    GROUP_IN: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
+    GROUPED: tl.constexpr, NORMED: tl.constexpr, SHORTCUT: tl.constexpr, CLAMPED: tl.constexpr,
+    ROW: tl.constexpr, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr,
+    PIXELS: tl.constexpr, OUTS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Convolve a tile of output pixels of one sample with some filters of one group, and finish the sums."""
+    sample = tl.program_id(1).to(tl.int64)
+    out_tiles = tl.cdiv(group_out, OUTS)
+    conv_group = tl.program_id(2) // out_tiles
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    filter_ = tl.program_id(2) % out_tiles * OUTS + tl.arange(0, OUTS)
+    in_group = filter_ < group_out
+    top = pixel // out_width * STRIDE_H - TOP
+    left = pixel % out_width * STRIDE_W - LEFT
+    first = codes + sample * height * width * channels + conv_group * GROUP_IN
+    # (blocks, taps * words, LANES): a word has 32 input channels of one tap.
+    block = conv_group * blocks + filter_ // LANES
+    words = filters + block.to(tl.int64) * (TAPS * WORDS * LANES) + filter_ % LANES
+
+    inner = tl.arange(0, STEP)
+    total = tl.zeros((PIXELS, OUTS), dtype=tl.int32)
+    STEPS: tl.constexpr = (WORDS * 32 + STEP - 1) // STEP
+    for step in range(TAPS * STEPS):
+        tap, begin = step // STEPS, step % STEPS * STEP
+        y, z = top + tap // KERNEL_W * DILATION_H, left + tap % KERNEL_W * DILATION_W
+        inside = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (pixel < pixels)
+        source = first + (y.to(tl.int64) * width + z)[:, None] * channels + (begin + inner)[None, :]
+        a = tl.load(source, mask=inside[:, None] & (begin + inner < GROUP_IN)[None, :], other=0)
+        word = begin // 32 + tl.arange(0, STEP // 32)
+        bits = tl.load(
+            words[None, :] + (tap * WORDS + word)[:, None] * LANES,
+            mask=in_group[None, :] & (word < WORDS)[:, None], other=0,
+        )  # fmt: skip
+        spread = (bits[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
+        b = (2 * spread - 1).to(tl.int8)
+        total = tl.dot(a, tl.reshape(b, (STEP, OUTS)), total)
+
+    channel = conv_group * group_out + filter_
+    row = tl.load(group + sample) if GROUPED else 0
+    column = table + row * table_row + block.to(tl.int64) * (6 * LANES) + filter_ % LANES
+    scale = tl.load(column, mask=in_group, other=0.0)[None, :]
+    factor = tl.load(column + LANES, mask=in_group, other=0.0)[None, :]
+    offset = tl.load(column + 2 * LANES, mask=in_group, other=0.0)[None, :]
+    shift_in = tl.load(column + 3 * LANES, mask=in_group, other=0.0)[None, :]
+    slope = tl.load(column + 4 * LANES, mask=in_group, other=0.0)[None, :]
+    shift_out = tl.load(column + 5 * LANES, mask=in_group, other=0.0)[None, :]
+    there = (pixel < pixels)[:, None] & in_group[None, :]
+    v = total.to(tl.float32) * scale * factor + offset
+    h = v
+    if SHORTCUT > 0:
+        place = (pixel // out_width).to(tl.int64) * x_stride_h + (pixel % out_width).to(tl.int64) * x_stride_w
+        h = tl.load(x + sample * x_stride_b + place[:, None] + channel[None, :], mask=there, other=0.0)
+        h = _activated(h, factors, offsets, sample * channels + channel[None, :], in_group[None, :], NORMED, DTYPE)
+    if SHORTCUT == 2:
+        v = v + h
+    v = v + shift_in
+    v = tl.where(v > 0, v, v * slope) + shift_out
+    if CLAMPED:
+        v = tl.minimum(tl.maximum(v, low), high)
+    if SHORTCUT == 1:
+        v = v + h
+    if ROW:
+        v = v + tl.load(row_add + sample * out_channels + channel, mask=in_group, other=0.0)[None, :]
+    if RESIDUAL:
+        place = (pixel // out_width).to(tl.int64) * r_stride_h + (pixel % out_width).to(tl.int64) * r_stride_w
+        other = residual + sample * r_stride_b + place[:, None] + channel[None, :]
+        v = v + tl.load(other, mask=there, other=0.0).to(tl.float32)
+    to = out + (sample * pixels + pixel.to(tl.int64))[:, None] * out_channels + channel[None, :]
+    tl.store(to, v.to(DTYPE), mask=there)
+
+
+@triton.jit
+def _factors_kernel(  # type: ignore[no-untyped-def]
+    means, variances, row, weight, bias, factors, offsets, eps, channels, group_channels,
+    ROW: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Join the moments of a group's channels to GroupNorm's factors and offsets."""
+    sample, number = tl.program_id(0), tl.program_id(1)
+    inner = tl.arange(0, CHANNELS)
+    there = inner < group_channels
+    channel = number * group_channels + inner
+    at = sample * channels + channel
+    shift = tl.zeros((CHANNELS,), dtype=tl.float32)
+    if ROW:
+        shift = tl.load(row + at, mask=there, other=0.0)
+    mean = tl.load(means + at, mask=there, other=0.0) + shift
+    variance = tl.load(variances + at, mask=there, other=0.0)
+    center = tl.sum(mean) / group_channels
+    away = tl.where(there, mean - center, 0.0)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(variance + away * away) / group_channels + eps)
+    factor = tl.zeros((CHANNELS,), dtype=tl.float32) + scale
+    if WEIGHT:
+        factor = factor * tl.load(weight + channel, mask=there, other=0.0)
+    offset = (shift - center) * factor
+    if BIAS:
+        offset = offset + tl.load(bias + channel, mask=there, other=0.0)
+    tl.store(factors + at, factor, mask=there)
+    tl.store(offsets + at, offset, mask=there)
+
+
+def packed_conv2d(
+    x: Tensor,
+    filters: Tensor,
+    counts: Tensor,
+    thresholds: Tensor,
+    table: Tensor,
+    group: Tensor | None,
+    shape: FilterShape,
+    geometry: Geometry,
+    *,
+    halve: bool,
+    low: float,
+    high: float,
+    shortcut: int,
+    norm: Tensor | None,
+    row: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Do what `binarize.packed._op.packed_conv2d` says with Triton kernels; `counts` is of CPUs' kernels alone."""
+    del counts
+    from binarize.packed._layout import LANES, WORD
+
+    x = _pixels(x)
+    batch, channels, height, width = x.shape
+    out_height, out_width = geometry.output(height, width, shape.kernel)
+    out = torch.empty(
+        (batch, shape.out_channels, out_height, out_width),
+        dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    if out.numel() == 0:
+        return out
+    filters, thresholds, table = filters.contiguous(), thresholds.float().contiguous(), table.float().contiguous()
+    group = x if group is None else group.expand(batch).contiguous()
+    rows, limits = table.shape[0] > 1 or thresholds.shape[0] > 1, thresholds.shape[1]
+    factors, offsets = (x, x) if norm is None else norm.float().contiguous().unbind()
+    add = x if row is None else row.float().expand(batch, -1).contiguous()
+    rest = x if residual is None else _pixels(residual)
+    dtype, grouped = _dtype(x), rows and group is not x
+    codes = torch.empty((batch, height * width, channels), dtype=torch.int8, device=x.device)
+    group_out, kh, kw = shape.out_channels // shape.groups, *shape.kernel
+    pixels = out_height * out_width
+    outs = max(16, min(128, triton.next_power_of_2(group_out)))
+    tile = 128 if pixels * batch * triton.cdiv(shape.out_channels, outs) >= 128 * 264 else 64
+    step = 32 if shape.words == 1 else 64
+    with _device(x):
+        _read(x, codes, thresholds, group, factors, offsets, limits, shape.in_channels, shape.words * WORD,
+              what=_SIGNS, halve=halve, normed=norm is not None, grouped=grouped)  # fmt: skip
+        grid = (triton.cdiv(pixels, tile), batch, shape.groups * triton.cdiv(group_out, outs))
+        _product_kernel[grid](
+            codes, filters, table, group, x, out, factors, offsets, add, rest, float(low), float(high),
+            pixels, out_width, height, width, shape.out_channels, group_out, shape.blocks,
+            shape.groups * shape.blocks * 6 * LANES, channels, *_strides(x), *_strides(rest),
+            STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1], LEFT=geometry.pad[0], TOP=geometry.pad[2],
+            DILATION_H=geometry.dilation[0], DILATION_W=geometry.dilation[1], TAPS=kh * kw, KERNEL_W=kw,
+            GROUP_IN=shape.in_channels, WORDS=shape.words, LANES=LANES, GROUPED=grouped, NORMED=norm is not None,
+            SHORTCUT=shortcut, CLAMPED=math.isfinite(low) or math.isfinite(high), ROW=row is not None,
+            RESIDUAL=residual is not None, DTYPE=dtype, PIXELS=tile, OUTS=outs, STEP=step, num_warps=4, **_EXACT,
+        )  # fmt: skip
+    return out
+
+
+def norm_factors(
+    x: Tensor, row: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Do what `binarize.packed._norm.norm_factors` says with a Triton kernel after torch's moments."""
+    batch, channels = x.shape[:2]
+    variances, means = torch.var_mean(x.float(), dim=(2, 3), correction=0)
+    out = torch.empty((2, batch, channels), dtype=torch.float32, device=x.device)
+    add, by, plus = (
+        means if t is None else t.float().contiguous()
+        for t in (None if row is None else row.expand(batch, -1), weight, bias)
+    )
+    with _device(x):
+        _factors_kernel[(batch, groups)](
+            means, variances, add, by, plus, out[0], out[1], float(eps), channels, channels // groups,
+            ROW=row is not None, WEIGHT=weight is not None, BIAS=bias is not None,
+            CHANNELS=triton.next_power_of_2(channels // groups), **_EXACT,
+        )  # fmt: skip
+    return out
+
+
+def norm_silu(x: Tensor, norm: Tensor) -> Tensor:
+    """Do what `binarize.packed._norm.norm_silu` says with a Triton kernel."""
+    x = _pixels(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    factors, offsets = norm.float().contiguous().unbind()
+    if out.numel():
+        with _device(x):
+            _read(x, out, x, x, factors, offsets, 0, x.shape[1], 0, what=_SILU, halve=False, normed=True, grouped=False)
+    return out
+
+
+def _read(
+    x: Tensor, out: Tensor, thresholds: Tensor, group: Tensor, factors: Tensor, offsets: Tensor,
+    threshold_row: int, group_channels: int, group_lanes: int,
+    *, what: int, halve: bool, normed: bool, grouped: bool,
+) -> None:  # fmt: skip
+    batch, channels, height, width = x.shape
+    across = max(16, min(64, triton.next_power_of_2(channels)))
+    grid = (triton.cdiv(height * width, 64), batch, triton.cdiv(channels, across))
+    _input_kernel[grid](
+        x, out, thresholds, group, factors, offsets,
+        height * width, width, *_strides(x), channels, threshold_row, group_channels, group_lanes,
+        WHAT=what, HALVE=halve, NORMED=normed, GROUPED=grouped, DTYPE=_dtype(x), PIXELS=64, CHANNELS=across,
+        num_warps=4, **_EXACT,
+    )  # fmt: skip
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Return ``x`` with the channels of a pixel side by side; slices of channels are left as they are."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(2), x.stride(3)
+
+
+def _dtype(x: Tensor) -> tl.dtype:
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
+
+
+def _device(x: Tensor) -> Any:
+    return contextlib.nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device)

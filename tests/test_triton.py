@@ -1,0 +1,184 @@
+"""Triton's kernels against the counting oracle and plain torch: on a GPU, and interpreted on a CPU where there is none.
+
+The interpreter runs the same source, so that what it shows wrong is wrong on a GPU too; races and the compiler's own
+faults it cannot show.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_case import SMALL, Problem, inputs, network, problems, with_everything
+from torch import Tensor, nn
+
+import binarize
+from binarize.layers import BinaryLinear
+from binarize.models import SRUNet
+from binarize.packed import PackedLinear, backends
+from binarize.packed._norm import norm_factors, norm_silu
+from binarize.packed._op import packed_conv2d
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton, whose kernels these are, is not installed"
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run; conftest.py has them interpreted where there is no GPU."""
+    if request.param == "interpreted" and torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the GPU, where the same tests run")
+    return "cuda" if request.param == "cuda" else "cpu"
+
+
+def moved(arguments: dict[str, Any], device: str) -> dict[str, Any]:
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
+
+
+@settings(max_examples=12)
+@given(problem=problems(DTYPES))
+def test_dot_products_equal_the_oracle_bit_for_bit(device: str, problem: Problem) -> None:
+    with backends.use("triton"):
+        found = packed_conv2d(problem.x.to(device), **moved(problem.arguments, device))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found.cpu(), torch.from_numpy(problem.expected).to(problem.x.dtype))
+
+
+@settings(max_examples=12)
+@given(
+    problem=problems(DTYPES),
+    seed=st.integers(0, 2**32),
+    normed=st.booleans(),
+    added=st.booleans(),
+    clamped=st.booleans(),
+    shortcut=st.sampled_from([0, 1, 2]),
+)
+def test_they_do_what_plain_torch_does(device, problem, seed, normed, added, clamped, shortcut) -> None:
+    x, arguments = with_everything(problem, seed, normed, added, clamped, shortcut)
+    with backends.use("triton"):
+        found = packed_conv2d(x.to(device), **moved(arguments, device)).cpu()
+    with backends.use("torch"):
+        expected = packed_conv2d(x, **arguments)
+    close = {"rtol": 1e-5, "atol": 1e-4} if x.dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, expected, **close)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(32, 1), (48, 4), (10, 5)])
+@pytest.mark.parametrize("added", [False, True])
+def test_group_norm_and_silu_are_torchs_own(device: str, channels: int, groups: int, added: bool) -> None:
+    x = 3 * torch.randn(2, channels, 7, 9, device=device) + 5
+    norm = nn.GroupNorm(groups, channels, device=device)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    row = torch.randn(2, channels, device=device) if added else None
+    with torch.no_grad(), backends.use("triton"):
+        factors = norm_factors(x, row, groups, norm.weight, norm.bias, norm.eps)
+        found = norm_silu(x, factors)
+        shifted = (x if row is None else x + row[:, :, None, None]).double()
+        expected = nn.functional.silu(copy.deepcopy(norm).double()(shifted))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_linear_layer_runs_on_tokens(device: str) -> None:
+    layer = PackedLinear(BinaryLinear(40, 24, method="bbcu")).to(device)
+    x = torch.randn(2, 6, 40, device=device)
+    with torch.no_grad():
+        with backends.use("triton"):
+            found = layer(x)
+        with backends.use("torch"):
+            torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_is_the_one_that_was_packed(device: str) -> None:
+    model = network(**SMALL).to(device)
+    given = [t.to(device) for t in inputs(8)]
+    with torch.no_grad():
+        expected = model(*given).sample
+        packed = binarize.pack(copy.deepcopy(model))
+        with backends.use("triton"):
+            found = packed(*given).sample
+    # A sign turned over by rounding moves some outputs; most must not move at all.
+    difference = (found - expected).abs() / expected.abs().mean()
+    assert difference.mean() < 1e-2
+    assert difference.median() < 1e-5
+
+
+def test_asking_for_them_where_they_cannot_run_leaves_cpus_to_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with backends.use("triton"):
+        assert backends.kernels_for(torch.empty(0)) is None
+        assert backends.cpu_kernels() is None
+
+
+# What only a GPU can show.
+
+
+@pytest.mark.gpu
+def test_the_kernels_run_where_nothing_is_asked_for() -> None:
+    kernels = backends.kernels_for(torch.empty(0, device="cuda"))
+    assert kernels is not None
+    assert kernels.__name__.endswith("_triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_layers_equal_the_cpu(dtype: torch.dtype) -> None:
+    # Several tiles of pixels and of filters, which the drawn problems are too small for.
+    layer = binarize.pack(binarize.convert(nn.Sequential(nn.Conv2d(192, 320, 3, padding=1)), "bbcu", keep=[])).to(dtype)
+    x = torch.randn(2, 192, 45, 67).to(dtype)
+    with torch.no_grad():
+        with backends.use("torch"):
+            expected = layer.float()(x.float()) if dtype == torch.float32 else None
+        found = layer.to("cuda", dtype)(x.cuda())
+        with backends.use("torch"):
+            same = layer(x.cuda())
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, same, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-3)
+    if expected is not None:
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["export", "inductor"])
+def test_export_and_compile_take_a_packed_network(mode: str) -> None:
+    model = binarize.pack(network(**SMALL)).cuda()
+    given = tuple(t.cuda() for t in inputs())
+    with torch.no_grad():
+        if mode == "export":
+            fast: Any = torch.export.export(model, given).module()
+        else:
+            fast = torch.compile(model, fullgraph=True)
+        expected = model(*given).sample
+        difference = (fast(*given).sample - expected).abs() / expected.abs().mean()
+    assert difference.mean() < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_float64_network_is_exact_without_kernels() -> None:
+    model = network(**SMALL).double()
+    given = inputs(16, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(*given).sample
+        found = binarize.pack(model).cuda()(*[t.cuda() for t in given]).sample.cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_gradients_of_a_binary_network_are_those_of_a_cpu() -> None:
+    model = binarize.convert(SRUNet(**SMALL), "bidiffsr").double().train()
+    given = inputs(16, dtype=torch.float64)
+    grads = []
+    for device in ("cpu", "cuda"):
+        copied = copy.deepcopy(model).to(device)
+        copied(*[t.to(device) for t in given]).sample.square().mean().backward()
+        grads.append({name: p.grad.cpu() for name, p in copied.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
