@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIGNS, _SILU = 0, 1  # what `_input_kernel` writes
+# Sizes of pictures are not specialised on (`do_not_specialize`), or each new one would be compiled for.
 # Multiplications and additions stay apart, so that the floats are those of plain PyTorch.
 _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -42,7 +43,7 @@ def _activated(x, factors, offsets, at, mask, NORMED: tl.constexpr, DTYPE: tl.co
     return h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width", "threshold_row", "group_channels", "group_lanes"])
 def _input_kernel(  # type: ignore[no-untyped-def]
     x, out, thresholds, group, factors, offsets,
     pixels, width, stride_b, stride_h, stride_w, channels, threshold_row, group_channels, group_lanes,
@@ -69,14 +70,18 @@ def _input_kernel(  # type: ignore[no-untyped-def]
         tl.store(to, bits if HALVE else 2 * bits - 1, mask=there)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "pixels", "out_width", "height", "width", "group_out", "blocks", "table_row", "stride_h", "stride_w", "pad_left",
+        "pad_top", "dilation_h", "dilation_w", "taps", "kernel_w", "group_words",
+    ]
+)  # fmt: skip
 def _product_kernel(  # type: ignore[no-untyped-def]
     codes, filters, table, group, x, out, factors, offsets, row_add, residual, low, high,
     pixels, out_width, height, width, out_channels, group_out, blocks, table_row, channels,
     x_stride_b, x_stride_h, x_stride_w, r_stride_b, r_stride_h, r_stride_w,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, LEFT: tl.constexpr, TOP: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, TAPS: tl.constexpr, KERNEL_W: tl.constexpr,
-    GROUP_IN: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
+    stride_h, stride_w, pad_left, pad_top, dilation_h, dilation_w, taps, kernel_w, group_in, group_words,
+    LANES: tl.constexpr,
     GROUPED: tl.constexpr, NORMED: tl.constexpr, SHORTCUT: tl.constexpr, CLAMPED: tl.constexpr,
     ROW: tl.constexpr, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr,
     PIXELS: tl.constexpr, OUTS: tl.constexpr, STEP: tl.constexpr,
@@ -88,30 +93,30 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     filter_ = tl.program_id(2) % out_tiles * OUTS + tl.arange(0, OUTS)
     in_group = filter_ < group_out
-    top = pixel // out_width * STRIDE_H - TOP
-    left = pixel % out_width * STRIDE_W - LEFT
-    first = codes + sample * height * width * channels + conv_group * GROUP_IN
+    top = pixel // out_width * stride_h - pad_top
+    left = pixel % out_width * stride_w - pad_left
+    first = codes + sample * height * width * channels + conv_group * group_in
     # (blocks, taps * words, LANES): a word has 32 input channels of one tap.
     block = conv_group * blocks + filter_ // LANES
-    words = filters + block.to(tl.int64) * (TAPS * WORDS * LANES) + filter_ % LANES
+    words = filters + block.to(tl.int64) * (taps * group_words * LANES) + filter_ % LANES
 
     inner = tl.arange(0, STEP)
     total = tl.zeros((PIXELS, OUTS), dtype=tl.int32)
-    STEPS: tl.constexpr = (WORDS * 32 + STEP - 1) // STEP
-    for step in range(TAPS * STEPS):
-        tap, begin = step // STEPS, step % STEPS * STEP
-        y, z = top + tap // KERNEL_W * DILATION_H, left + tap % KERNEL_W * DILATION_W
+    steps = tl.cdiv(group_words * 32, STEP)
+    for step in range(taps * steps):
+        tap, begin = step // steps, step % steps * STEP
+        y, z = top + tap // kernel_w * dilation_h, left + tap % kernel_w * dilation_w
         inside = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (pixel < pixels)
         source = first + (y.to(tl.int64) * width + z)[:, None] * channels + (begin + inner)[None, :]
-        a = tl.load(source, mask=inside[:, None] & (begin + inner < GROUP_IN)[None, :], other=0)
+        a = tl.load(source, mask=inside[:, None] & (begin + inner < group_in)[None, :], other=0)
         word = begin // 32 + tl.arange(0, STEP // 32)
         bits = tl.load(
-            words[None, :] + (tap * WORDS + word)[:, None] * LANES,
-            mask=in_group[None, :] & (word < WORDS)[:, None], other=0,
+            words[None, :] + (tap * group_words + word)[:, None] * LANES,
+            mask=in_group[None, :] & (word < group_words)[:, None], other=0,
         )  # fmt: skip
         spread = (bits[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
         b = (2 * spread - 1).to(tl.int8)
-        total = tl.dot(a, tl.reshape(b, (STEP, OUTS)), total)
+        total = tl.dot(a, tl.reshape(b, (STEP, OUTS)), total, out_dtype=tl.int32)
 
     channel = conv_group * group_out + filter_
     row = tl.load(group + sample) if GROUPED else 0
@@ -217,7 +222,7 @@ def packed_conv2d(
     codes = torch.empty((batch, height * width, channels), dtype=torch.int8, device=x.device)
     group_out, kh, kw = shape.out_channels // shape.groups, *shape.kernel
     pixels = out_height * out_width
-    outs = max(16, min(128, triton.next_power_of_2(group_out)))
+    outs = max(16, min(64, triton.next_power_of_2(group_out)))
     tile = 128 if pixels * batch * triton.cdiv(shape.out_channels, outs) >= 128 * 264 else 64
     step = 32 if shape.words == 1 else 64
     with _device(x):
@@ -228,11 +233,10 @@ def packed_conv2d(
             codes, filters, table, group, x, out, factors, offsets, add, rest, float(low), float(high),
             pixels, out_width, height, width, shape.out_channels, group_out, shape.blocks,
             shape.groups * shape.blocks * 6 * LANES, channels, *_strides(x), *_strides(rest),
-            STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1], LEFT=geometry.pad[0], TOP=geometry.pad[2],
-            DILATION_H=geometry.dilation[0], DILATION_W=geometry.dilation[1], TAPS=kh * kw, KERNEL_W=kw,
-            GROUP_IN=shape.in_channels, WORDS=shape.words, LANES=LANES, GROUPED=grouped, NORMED=norm is not None,
+            *geometry.stride, geometry.pad[0], geometry.pad[2], *geometry.dilation,
+            kh * kw, kw, shape.in_channels, shape.words, LANES=LANES, GROUPED=grouped, NORMED=norm is not None,
             SHORTCUT=shortcut, CLAMPED=math.isfinite(low) or math.isfinite(high), ROW=row is not None,
-            RESIDUAL=residual is not None, DTYPE=dtype, PIXELS=tile, OUTS=outs, STEP=step, num_warps=4, **_EXACT,
+            RESIDUAL=residual is not None, DTYPE=dtype, PIXELS=tile, OUTS=outs, STEP=step, num_warps=tile // 16, **_EXACT,
         )  # fmt: skip
     return out
 
