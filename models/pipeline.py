@@ -28,6 +28,7 @@ from binarize.models._canvas import pad_noise, pad_picture
 from binarize.models._pictures import as_pictures, collect, finish
 from binarize.models._target import picture_of
 from binarize.models.tiling import TileGrid, tile_grid
+from binarize.packed.backends import kernels_for
 
 _log = logging.getLogger("binarize")
 PictureInput = Image.Image | Picture | np.ndarray | Tensor | Sequence[Image.Image | Picture | np.ndarray | Tensor]
@@ -125,7 +126,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
         That is several times faster on a CPU and needs a tenth of the memory for weights. The latent weights are gone,
         in memory: saving the pipeline again writes the bits alone. A network that was packed here is unpacked when the
-        pipeline moves to another device, for which there are no kernels.
+        pipeline moves to a device for which there are no kernels, which CPUs and CUDA have.
 
         Args:
             pretrained_model_name_or_path: A folder, or a repository on the Hugging Face hub.
@@ -141,7 +142,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> SuperResolutionPipeline:
         """Move as diffusers does."""
         super().to(*args, **kwargs)
-        if self._packed_in_memory and self.unet.device.type != "cpu":
+        without = any(kernels_for(p) is None for p in self.unet.parameters())
+        if self._packed_in_memory and self.unet.device.type != "cpu" and without:
             unpack(self.unet)
             self._packed_in_memory, self._latents_lost = False, True
         return self

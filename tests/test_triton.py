@@ -18,9 +18,9 @@ from packed_case import SMALL, Problem, inputs, network, problems, with_everythi
 from torch import Tensor, nn
 
 import binarize
-from binarize.layers import BinaryLinear
+from binarize.layers import BinaryConv2d, BinaryLinear
 from binarize.models import SRUNet
-from binarize.packed import PackedLinear, backends
+from binarize.packed import PackedConv2d, PackedLinear, backends
 from binarize.packed._norm import norm_factors, norm_silu
 from binarize.packed._op import packed_conv2d
 
@@ -36,6 +36,12 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "interpreted" and torch.cuda.is_available():
         pytest.skip("the kernels are compiled for the GPU, where the same tests run")
     return "cuda" if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no convolution round its input to TF32, which turns signs over further on."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def moved(arguments: dict[str, Any], device: str) -> dict[str, Any]:
@@ -131,21 +137,18 @@ def test_the_kernels_run_where_nothing_is_asked_for() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_layers_equal_the_cpu(dtype: torch.dtype) -> None:
     # Several tiles of pixels and of filters, which the drawn problems are too small for.
-    layer = binarize.pack(binarize.convert(nn.Sequential(nn.Conv2d(192, 320, 3, padding=1)), "bbcu", keep=[])).to(dtype)
+    layer = PackedConv2d(BinaryConv2d(192, 320, 3, padding=1, method="bbcu"))
     x = torch.randn(2, 192, 45, 67).to(dtype)
     with torch.no_grad():
         with backends.use("torch"):
-            expected = layer.float()(x.float()) if dtype == torch.float32 else None
-        found = layer.to("cuda", dtype)(x.cuda())
-        with backends.use("torch"):
-            same = layer(x.cuda())
-    assert found.isfinite().all()
-    torch.testing.assert_close(found, same, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-3)
-    if expected is not None:
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-3)
+            expected = layer(x.float())
+        found = layer.cuda()(x.cuda())
+    close = {"rtol": 1e-5, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(found.cpu().float(), expected, **close)
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 @pytest.mark.parametrize("mode", ["export", "inductor"])
 def test_export_and_compile_take_a_packed_network(mode: str) -> None:
     model = binarize.pack(network(**SMALL)).cuda()
@@ -172,7 +175,7 @@ def test_a_float64_network_is_exact_without_kernels() -> None:
 
 @pytest.mark.gpu
 def test_gradients_of_a_binary_network_are_those_of_a_cpu() -> None:
-    model = binarize.convert(SRUNet(**SMALL), "bidiffsr").double().train()
+    model = binarize.convert(SRUNet(**SMALL, dropout=0), "bidiffsr").double().train()
     given = inputs(16, dtype=torch.float64)
     grads = []
     for device in ("cpu", "cuda"):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_TILES = 264  # twice the multiprocessors of an H100: of fewer large tiles some would idle
 _SIGNS, _SILU = 0, 1  # what `_input_kernel` writes
 # Sizes of pictures are not specialised on (`do_not_specialize`), or each new one would be compiled for.
 # Multiplications and additions stay apart, so that the floats are those of plain PyTorch.
@@ -72,8 +73,8 @@ def _input_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(
     do_not_specialize=[
-        "pixels", "out_width", "height", "width", "group_out", "blocks", "table_row", "stride_h", "stride_w", "pad_left",
-        "pad_top", "dilation_h", "dilation_w", "taps", "kernel_w", "group_words",
+        "pixels", "out_width", "height", "width", "group_out", "blocks", "table_row", "stride_h", "stride_w",
+        "pad_left", "pad_top", "dilation_h", "dilation_w", "taps", "kernel_w", "group_words",
     ]
 )  # fmt: skip
 def _product_kernel(  # type: ignore[no-untyped-def]
@@ -223,7 +224,7 @@ def packed_conv2d(
     group_out, kh, kw = shape.out_channels // shape.groups, *shape.kernel
     pixels = out_height * out_width
     outs = max(16, min(64, triton.next_power_of_2(group_out)))
-    tile = 128 if pixels * batch * triton.cdiv(shape.out_channels, outs) >= 128 * 264 else 64
+    tile = 128 if pixels * batch * triton.cdiv(shape.out_channels, outs) >= 128 * FEW_TILES else 64
     step = 32 if shape.words == 1 else 64
     with _device(x):
         _read(x, codes, thresholds, group, factors, offsets, limits, shape.in_channels, shape.words * WORD,
@@ -236,7 +237,8 @@ def packed_conv2d(
             *geometry.stride, geometry.pad[0], geometry.pad[2], *geometry.dilation,
             kh * kw, kw, shape.in_channels, shape.words, LANES=LANES, GROUPED=grouped, NORMED=norm is not None,
             SHORTCUT=shortcut, CLAMPED=math.isfinite(low) or math.isfinite(high), ROW=row is not None,
-            RESIDUAL=residual is not None, DTYPE=dtype, PIXELS=tile, OUTS=outs, STEP=step, num_warps=tile // 16, **_EXACT,
+            RESIDUAL=residual is not None, DTYPE=dtype, PIXELS=tile, OUTS=outs, STEP=step,
+            num_warps=tile // 16, **_EXACT,
         )  # fmt: skip
     return out
 
