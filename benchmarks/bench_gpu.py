@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from bench_packed import RESULTS, TIMESTEP, inputs, machine, networks, released
-from tables import rows_to_markdown
+from tables import section
 from textbook import TextbookSRUNet
 from torch import nn
 
@@ -135,17 +135,6 @@ def training_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def network_table(rows: list[dict[str, Any]]) -> str:
-    head = ["network", *(f"{row['size']}², batch {row['batch']}, ms (graph)" for row in rows)]
-    names = rows[0]["ms"]
-
-    def cell(row: dict[str, Any], name: str) -> str:
-        replay = row["graph ms"].get(name)
-        return f"{row['ms'][name]:.1f}" + ("" if replay is None else f" ({replay:.1f})")
-
-    return rows_to_markdown(head, [[name, *(cell(row, name) for row in rows)] for name in names])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
@@ -161,10 +150,11 @@ def main() -> None:
     if "networks" in given.only:
         with torch.no_grad():
             results["networks"] = network_rows(given.rounds)
-        print(network_table(results["networks"]))
     if "training" in given.only:
         results["training"] = training_rows(given.rounds)
     given.json.write_text(json.dumps(results, indent=1) + "\n")
+    for name in given.only:
+        print(section(f"gpu-{name}", {"gpu.json": results}))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/tables.py
 
-reads every ``packed*.json`` and ``training*.json`` of benchmarks/results, so that results of several processors stand
-side by side (rename a file to keep it: packed-avx2.json), and rewrites what stands between ``<!-- NAME:begin -->`` and
-``<!-- NAME:end -->`` in the pages.
+reads every ``packed*.json``, ``training*.json`` and ``gpu*.json`` of benchmarks/results, so that results of several
+processors stand side by side (rename a file to keep it: packed-avx2.json), and rewrites what stands between
+``<!-- NAME:begin -->`` and ``<!-- NAME:end -->`` in the pages.
 """
 
 from __future__ import annotations
@@ -166,6 +166,32 @@ def files(rows: Rows) -> str:
     return rows_to_markdown(["what", "MB", "loads in, s"], lines)
 
 
+def gpu_networks(rows: Rows) -> str:
+    """Return the table of networks on a GPU, launched operator by operator and replayed as a graph."""
+    head = ["network, ms (as a graph)", *(f"{row['size']}x{row['size']}, batch {row['batch']}" for row in rows)]
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        replay = row["graph ms"].get(name)
+        return f"{row['ms'][name]:.1f}" + ("" if replay is None else f" ({replay:.1f})")
+
+    return rows_to_markdown(head, [[name, *(cell(row, name) for row in rows)] for name in rows[0]["ms"]])
+
+
+def gpu_training(rows: Rows) -> str:
+    """Return the table of training steps on a GPU."""
+    names = {"textbook": "textbook", "exact": "ours, memory exact", "compact": "ours, memory compact"}
+    base = {(r["batch"], r["tf32"]): r for r in rows if r["variant"] == "textbook"}
+    lines = []
+    for row in rows:
+        reference = base[row["batch"], row["tf32"]]
+        dtype = "TF32" if row["tf32"] else "float32"
+        cells = [names[row["variant"]], dtype, f"{row['size']}x{row['size']}", row["batch"], f"{row['peak MB']:.0f}"]
+        cells += [f"{row['peak MB'] / reference['peak MB']:.2f}", f"{row['ms']:.0f}"]
+        lines.append([*cells, f"{row['ms'] / reference['ms']:.2f}"])
+    head = ["network", "products", "pixels", "batch", "peak memory, MB", "ratio", "a step, ms", "ratio"]
+    return rows_to_markdown(head, lines)
+
+
 TABLES: dict[str, Callable[[Rows], str]] = {
     "layers": layers,
     "roofline": roofline,
@@ -175,6 +201,8 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "flips": flips,
     "memory": memory,
     "files": files,
+    "gpu-networks": gpu_networks,
+    "gpu-training": gpu_training,
 }
 
 
@@ -182,7 +210,7 @@ def machine(results: dict[str, Any]) -> str:
     """Return what a results file says of the machine, as one line."""
     said = results["machine"]
     processor = said.get("processor") or said.get("cpu") or "processor unknown"
-    known = (("cores", "{} cores"), ("torch", "PyTorch {}"), ("python", "Python {}"))
+    known = (("cores", "{} cores"), ("gpu", "{}"), ("torch", "PyTorch {}"), ("python", "Python {}"))
     return ", ".join([processor, *(form.format(said[key]) for key, form in known if key in said)])
 
 
@@ -193,21 +221,21 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
     for file, results in found.items():
         rows = results.get("rows" if kind == "training" else part)
         if file.startswith(kind) and rows:
-            body = training_table(rows) if kind == "training" else TABLES[part](rows)
+            body = training_table(rows) if kind == "training" else TABLES[name if kind == "gpu" else part](rows)
             made.append(f"**{machine(results)}** (`{file}`)\n\n{body}")
-    script = "bench_training.py" if kind == "training" else f"bench_packed.py --only {part}"
+    script = "bench_training.py" if kind == "training" else f"bench_{kind}.py --only {part}"
     return "\n\n".join(made) or f"*No results yet: `python benchmarks/{script}` makes them.*"
 
 
 def main() -> None:
     found = {
         path.name: json.loads(path.read_text())
-        for kind in ("packed", "training")
+        for kind in ("packed", "training", "gpu")
         for path in sorted(RESULTS.glob(f"{kind}*.json"))
     }
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"<!-- ((?:packed|training)[\w-]*):begin -->", text):
+        for name in re.findall(r"<!-- ((?:packed|training|gpu)[\w-]*):begin -->", text):
             text = replace_between(text, name, section(name, found))
         page.write_text(text, encoding="utf-8")
         print(f"wrote {page.relative_to(ROOT)}")

@@ -118,14 +118,14 @@ def prepare(
 ) -> SuperResolutionPipeline:
     """Move a pipeline to a device and a precision, give it the sampler that was asked for, and return it.
 
-    Packed networks are for CPUs: elsewhere they are unpacked, since no kernel computes with their bits there.
+    A packed network is unpacked where no kernel computes with its bits.
 
     Args:
         pipeline: Changed in place.
         device: As given on the command line.
         precision: As given on the command line.
         scheduler: As given on the command line; None keeps the pipeline's.
-        packing: Whether a binary network is packed on a CPU.
+        packing: Whether a binary network is packed where there are kernels.
 
     Raises:
         BinarizeError: If the device is not there.
@@ -135,14 +135,16 @@ def prepare(
 
     from binarize._cli_options import torch_device
     from binarize._pack import is_packed, pack_if_possible, unpack
+    from binarize.packed.backends import kernels_for
 
     place, dtype = torch_device(device), getattr(torch, precision.value)
     if scheduler is not None:
         kind: Any = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}[scheduler.value]
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    if place.type == "cpu" and packing:
-        pack_if_possible(pipeline.unet)
+    like = torch.empty(0, dtype=dtype, device=place)
+    if packing and kernels_for(like) is not None:
+        pack_if_possible(pipeline.unet, like)
     elif is_packed(pipeline.unet):
         unpack(pipeline.unet)
     with _quiet_diffusers():

@@ -66,7 +66,10 @@ SchedulerOption = Annotated[Scheduler | None, typer.Option(help="The sampler; by
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="What the network computes in.")]
 PackOption = Annotated[
-    bool, typer.Option("--pack/--no-pack", help="On a CPU, compute with the bits of a binary network, not with floats.")
+    bool,
+    typer.Option(
+        "--pack/--no-pack", help="On a CPU or CUDA, compute with the bits of a binary network, not with floats."
+    ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", "-f", help="Overwrite what is there.")]
 OverridesArgument = Annotated[

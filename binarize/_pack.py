@@ -61,11 +61,17 @@ def pack(model: ModelT) -> ModelT:
     return model.eval()
 
 
-def pack_if_possible(model: nn.Module) -> bool:
-    """Pack a model for speed alone, if it is binary, has kernels here and can be packed; say whether it is packed."""
+def pack_if_possible(model: nn.Module, like: torch.Tensor | None = None) -> bool:
+    """Pack a model for speed alone, if it is binary and can be packed; say whether it is packed.
+
+    Args:
+        model: Any model.
+        like: It is packed if there are kernels for such a tensor, which is where it is going; None: for its parameters.
+    """
     if is_packed(model):
         return True
-    if not hasattr(model, RECORD) or any(kernels_for(p) is None for p in model.parameters()):
+    tensors = model.parameters() if like is None else [like]
+    if not hasattr(model, RECORD) or any(kernels_for(tensor) is None for tensor in tensors):
         return False
     try:
         pack(model)

@@ -142,8 +142,11 @@ class SuperResolutionPipeline(DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> SuperResolutionPipeline:
         """Move as diffusers does."""
         super().to(*args, **kwargs)
-        without = any(kernels_for(p) is None for p in self.unet.parameters())
-        if self._packed_in_memory and self.unet.device.type != "cpu" and without:
+        if (
+            self._packed_in_memory
+            and self.unet.device.type != "cpu"
+            and kernels_for(next(self.unet.parameters())) is None
+        ):
             unpack(self.unet)
             self._packed_in_memory, self._latents_lost = False, True
         return self

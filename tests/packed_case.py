@@ -190,7 +190,7 @@ def with_everything(
     if normed:
         x = x + 0.125  # limits are 0, and SiLU is 0 at 0 alone
         arguments["thresholds"] = lay_out_thresholds(torch.zeros(rows, x.shape[1]), shape)
-        arguments["norm"] = torch.stack([random(batch, x.shape[1]).sign(), torch.zeros(batch, x.shape[1])])
+        arguments["norm"] = torch.stack([random(batch, x.shape[1]).sign(), random(batch, x.shape[1]).sign() / 16])
     if added:
         arguments["row"] = random(batch, shape.out_channels)
         arguments["residual"] = random(*problem.expected.shape).to(x.dtype)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +21,19 @@ from torch import Tensor, nn
 
 import binarize
 from binarize.layers import BinaryConv2d, BinaryLinear
-from binarize.models import SRUNet
+from binarize.methods import Method
+from binarize.models import SRUNet, SuperResolutionPipeline
 from binarize.packed import PackedConv2d, PackedLinear, backends
+from binarize.packed._layout import FilterShape, from_bits
 from binarize.packed._norm import norm_factors, norm_silu
-from binarize.packed._op import packed_conv2d
+from binarize.packed._op import (
+    Geometry,
+    count_filters,
+    lay_out_table,
+    lay_out_thresholds,
+    packed_conv2d,
+    to_list,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton, whose kernels these are, is not installed"
@@ -74,6 +85,53 @@ def test_they_do_what_plain_torch_does(device, problem, seed, normed, added, cla
         expected = packed_conv2d(x, **arguments)
     close = {"rtol": 1e-5, "atol": 1e-4} if x.dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 2e-2}
     torch.testing.assert_close(found, expected, **close)
+
+
+@pytest.mark.parametrize("shortcut", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [64, 128])
+def test_a_layer_with_everything_around_it(device, shortcut, dtype, tile, monkeypatch) -> None:
+    from binarize.packed import _triton
+
+    monkeypatch.setattr(_triton, "FEW_TILES", 0 if tile == 128 else math.inf)
+    shape, geometry = FilterShape(40, 20, (3, 3), 2), Geometry(pad=(1, 1, 1, 1))
+    x = torch.randn(3, 40, 12, 13).to(dtype).contiguous(memory_format=torch.channels_last)
+    words = from_bits(torch.randint(0, 2, (1, 40, 20, 3, 3), dtype=torch.uint8), shape)[0]
+    arguments = {
+        "filters": words,
+        "counts": count_filters(words, shape, False),
+        "thresholds": lay_out_thresholds(torch.full((2, 40), 0.01), shape),
+        "table": lay_out_table(torch.randn(6, 2, 40), shape),
+        "group": torch.tensor([1, 0, 1]),
+        "shape": to_list(shape, geometry),
+        "halve": False,
+        "low": -3.0,
+        "high": 3.0,
+        "shortcut": shortcut,
+        "norm": torch.randn(2, 3, 40),
+        "row": torch.randn(3, 40),
+        "residual": torch.randn(3, 40, 12, 13).to(dtype),
+    }
+    with backends.use("triton"):
+        found = packed_conv2d(x.to(device), **moved(arguments, device)).cpu()
+    with backends.use("torch"):
+        expected = packed_conv2d(x, **arguments)
+    # exp rounds otherwise here and there, which turns over the signs of what lies on the threshold.
+    difference = (found.float() - expected.float()).abs()
+    assert difference.median() < {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert (difference > 0.1).float().mean() < 0.01
+
+
+def test_what_is_not_a_number_stays_none_behind_a_clamp(device: str) -> None:
+    layer = PackedConv2d(BinaryConv2d(32, 32, 1, method=Method(weight="sign", post="relu", shortcut=True)))
+    x = torch.ones(1, 32, 2, 2, device=device)
+    x[0, 3, 1, 1] = math.nan
+    results = []
+    for backend in ("triton", "torch"):
+        with torch.no_grad(), backends.use(backend):
+            results.append(layer.to(device)(x).isnan())
+    assert torch.equal(*results)
+    assert results[0].any()
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(32, 1), (48, 4), (10, 5)])
@@ -145,6 +203,26 @@ def test_wide_layers_equal_the_cpu(dtype: torch.dtype) -> None:
         found = layer.cuda()(x.cuda())
     close = {"rtol": 1e-5, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     torch.testing.assert_close(found.cpu().float(), expected, **close)
+
+
+@pytest.mark.gpu
+def test_a_batch_may_be_longer_than_an_axis_of_a_grid() -> None:
+    layer = PackedLinear(BinaryLinear(32, 16, method="bnn")).cuda()
+    x = torch.randn(70_000, 32, device="cuda")
+    with torch.no_grad():
+        found = layer(x)
+        with backends.use("torch"):
+            assert torch.equal(found, layer(x))
+
+
+@pytest.mark.gpu
+def test_a_loaded_pipeline_keeps_its_bits_there(tmp_path: Path) -> None:
+    SuperResolutionPipeline(network(**SMALL), scale=2).save_pretrained(tmp_path)
+    pipe = SuperResolutionPipeline.from_pretrained(tmp_path).to("cuda")
+    assert binarize.is_packed(pipe.unet)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(torch.rand(1, 3, 8, 8), num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
+    assert not binarize.is_packed(pipe.to("cuda", torch.float64).unet)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Real 1-bit inference: packed weights, xnor-popcount kernels for CPUs, and a pure-torch oracle."""
+"""Real 1-bit inference: packed weights, kernels that compute with them, and a pure-torch oracle."""
 
 from __future__ import annotations
 

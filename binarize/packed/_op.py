@@ -2,7 +2,8 @@
 
 ``binarize::packed_conv2d`` is everything a binary layer does: (norm -> SiLU ->) shift -> sign -> pack -> xnor-popcount
 -> scale -> affine -> PReLU -> clamp -> + shortcut (-> + row -> + residual). On a CPU numba's kernel runs it in float32
-and bfloat16; everywhere else, and in float64, plain torch does, with the same integers.
+and bfloat16, on CUDA Triton's in these and float16; everywhere else, and in float64, plain torch does, with the same
+integers.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def packed_conv2d(
     """Convolve the signs of ``x`` with one term's packed filters, and everything after that.
 
     Args:
-        x: ``(B, C_in, H, W)`` float32, bfloat16 or float64.
+        x: ``(B, C_in, H, W)`` float32, bfloat16, float16 or float64.
         filters: ``(groups * blocks, kh * kw * words, 16)`` int32, as `binarize.packed._layout` has them.
         counts: ``(1 + kh * kw, lanes)`` int32, from `count_filters`.
         thresholds: ``(K, groups * words * 32)``: a bit is set where the input is at least this; spare ones infinite.

@@ -5,7 +5,7 @@ So the signs of the input are written once, a byte each, with everything that co
 filters' bits as it goes, adds up 32-bit integers, which is exact, and applies everything that comes after it to the
 sums before they leave the registers.
 
-With ``TRITON_INTERPRET=1`` in the environment the same kernels run on a CPU, slowly, for tests.
+With ``TRITON_INTERPRET=1`` in the environment when Triton is imported the same kernels run on a CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from binarize.packed._layout import FilterShape
 if TYPE_CHECKING:
     from binarize.packed._op import Geometry
 
-INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_TILES = 264  # twice the multiprocessors of an H100: of fewer large tiles some would idle
 _SIGNS, _SILU = 0, 1  # what `_input_kernel` writes
 # Sizes of pictures are not specialised on (`do_not_specialize`), or each new one would be compiled for.
@@ -52,9 +50,10 @@ def _input_kernel(  # type: ignore[no-untyped-def]
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Write signs, or SiLUs, of a tile of pixels and channels of one sample, channels last and dense."""
-    sample = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    tiles = tl.cdiv(pixels, PIXELS)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     there = (pixel < pixels)[:, None] & (channel < channels)[None, :]
     place = (pixel // width).to(tl.int64) * stride_h + (pixel % width).to(tl.int64) * stride_w
     value = tl.load(x + sample * stride_b + place[:, None] + channel[None, :], mask=there, other=0.0)
@@ -88,11 +87,11 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     PIXELS: tl.constexpr, OUTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Convolve a tile of output pixels of one sample with some filters of one group, and finish the sums."""
-    sample = tl.program_id(1).to(tl.int64)
-    out_tiles = tl.cdiv(group_out, OUTS)
-    conv_group = tl.program_id(2) // out_tiles
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    filter_ = tl.program_id(2) % out_tiles * OUTS + tl.arange(0, OUTS)
+    tiles, out_tiles = tl.cdiv(pixels, PIXELS), tl.cdiv(group_out, OUTS)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    conv_group = tl.program_id(1) // out_tiles
+    pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
+    filter_ = tl.program_id(1) % out_tiles * OUTS + tl.arange(0, OUTS)
     in_group = filter_ < group_out
     top = pixel // out_width * stride_h - pad_top
     left = pixel % out_width * stride_w - pad_left
@@ -140,7 +139,8 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     v = v + shift_in
     v = tl.where(v > 0, v, v * slope) + shift_out
     if CLAMPED:
-        v = tl.minimum(tl.maximum(v, low), high)
+        v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
     if SHORTCUT == 1:
         v = v + h
     if ROW:
@@ -180,6 +180,18 @@ def _factors_kernel(  # type: ignore[no-untyped-def]
         offset = offset + tl.load(bias + channel, mask=there, other=0.0)
     tl.store(factors + at, factor, mask=there)
     tl.store(offsets + at, offset, mask=there)
+
+
+OLDEST = (8, 0)  # compute capability: tensor cores for 8-bit integers that Triton compiles for
+
+
+def check(device: int) -> None:
+    """Raise a RuntimeError unless a kernel can be compiled and started on a GPU."""
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        raise RuntimeError(f"compute capability {found[0]}.{found[1]} is below {OLDEST[0]}.{OLDEST[1]}")
+    x = torch.ones((1, 16, 2, 2), device=f"cuda:{device}")
+    norm_silu(x, torch.ones((2, 1, 16), device=x.device))
 
 
 def packed_conv2d(
@@ -229,7 +241,7 @@ def packed_conv2d(
     with _device(x):
         _read(x, codes, thresholds, group, factors, offsets, limits, shape.in_channels, shape.words * WORD,
               what=_SIGNS, halve=halve, normed=norm is not None, grouped=grouped)  # fmt: skip
-        grid = (triton.cdiv(pixels, tile), batch, shape.groups * triton.cdiv(group_out, outs))
+        grid = (triton.cdiv(pixels, tile) * batch, shape.groups * triton.cdiv(group_out, outs))
         _product_kernel[grid](
             codes, filters, table, group, x, out, factors, offsets, add, rest, float(low), float(high),
             pixels, out_width, height, width, shape.out_channels, group_out, shape.blocks,
@@ -281,7 +293,7 @@ def _read(
 ) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     across = max(16, min(64, triton.next_power_of_2(channels)))
-    grid = (triton.cdiv(height * width, 64), batch, triton.cdiv(channels, across))
+    grid = (triton.cdiv(height * width, 64) * batch, triton.cdiv(channels, across))
     _input_kernel[grid](
         x, out, thresholds, group, factors, offsets,
         height * width, width, *_strides(x), channels, threshold_row, group_channels, group_lanes,

@@ -1,4 +1,7 @@
-"""Full-precision 3x3 convolutions on the CPU by Winograd's algorithm: calls its compiled kernels on tensors."""
+"""Full-precision 3x3 convolutions on the CPU by Winograd's algorithm: calls its compiled kernels on tensors.
+
+Where torch multiplies, it rounds as `torch.set_float32_matmul_precision` allows it to.
+"""
 
 from __future__ import annotations
 

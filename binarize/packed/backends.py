@@ -66,12 +66,14 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     name = "triton" if x.device.type == "cuda" or (asked == "triton" and _interprets()) else "numba"
     if asked not in ("auto", name) or x.dtype not in _DTYPES[name] or x.device.type not in ("cpu", "cuda"):
         return None
-    return _kernels(name) if asked == name else _kernels_if_any(name)
+    if asked == name:
+        return _kernels(name)
+    return _kernels_if_any(name) if name == "numba" else _kernels_on(_index(x.device))
 
 
 def cpu_kernels() -> ModuleType | None:
     """Return numba's kernels if packed operators run them on CPUs, or None."""
-    return None if current() == "triton" else kernels_for(torch.empty(0))
+    return None if current() == "triton" else kernels_for(torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 def _interprets() -> bool:
@@ -93,6 +95,23 @@ def _kernels_if_any(name: str) -> ModuleType | None:
     except BinarizeError as error:
         _log.warning("%s Plain torch is used instead, which is exact and slow.", error)
         return None
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def _kernels_on(device: int) -> ModuleType | None:
+    """Return Triton's kernels if a GPU can run them: that takes a C compiler and a GPU that it compiles for."""
+    kernels = _kernels_if_any("triton")
+    try:
+        if kernels is not None:
+            kernels.check(device)
+    except Exception as error:
+        _log.warning("The CUDA kernels cannot be used on device %d: %s. Plain torch is used instead.", device, error)
+        return None
+    return kernels
 
 
 @cache

@@ -350,7 +350,7 @@ class _PackedLayer(nn.Module):
 
 
 class PackedConv2d(_PackedLayer):
-    """A binary convolution for inference: bits in memory, xnor and population count on a CPU.
+    """A binary convolution for inference: bits in memory, xnor and population count on a CPU, tensor cores on CUDA.
 
     Made by `binarize.pack` from a `BinaryConv2d`; its state dict holds ``bits`` (dense, see the file format) and
     ``scales`` in place of the latent weights.
