@@ -9,6 +9,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +182,15 @@ def test_asking_for_them_where_they_cannot_run_leaves_cpus_to_plain_torch(monkey
     with backends.use("triton"):
         assert backends.kernels_for(torch.empty(0)) is None
         assert backends.cpu_kernels() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_compiler_takes_them(capability: int, tmp_path: Path) -> None:
+    given = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compile_triton.py")
+    done = subprocess.run([sys.executable, script, str(capability)], env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # What only a GPU can show.
