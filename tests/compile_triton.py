@@ -6,14 +6,13 @@ import sys
 from typing import Any
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from binarize.packed import _triton
 
 BYTES, WORDS, ROWS, FLOATS = "*i8", "*i32", "*i64", "*fp32"
-PICTURE: dict[Any, str] = {tl.float32: "*fp32", tl.bfloat16: "*bf16", tl.float16: "*fp16"}
+PICTURES = ("*fp32", "*bf16", "*fp16")
 READ = {"group": ROWS, "thresholds": FLOATS, "factors": FLOATS, "offsets": FLOATS}
 PRODUCT = {**READ, "codes": BYTES, "filters": WORDS, "table": FLOATS, "row_add": FLOATS, "low": "fp32", "high": "fp32"}
 FACTORS = dict.fromkeys(("means", "variances", "row", "weight", "bias", "factors", "offsets"), FLOATS) | {"eps": "fp32"}
@@ -27,10 +26,10 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]
 
 
 def main(capability: int) -> None:
-    for dtype, picture in PICTURE.items():
-        both: dict[str, Any] = {"GROUPED": True, "NORMED": True, "DTYPE": dtype}
-        for what, out in ((0, BYTES), (1, picture)):
-            constants = {**both, "WHAT": what, "HALVE": False, "PIXELS": 64, "CHANNELS": 32}
+    for picture in PICTURES:
+        both: dict[str, Any] = {"GROUPED": True, "NORMED": True}
+        for signs, out in ((True, BYTES), (False, picture)):
+            constants = {**both, "SIGNS": signs, "HALVE": False, "PIXELS": 64, "CHANNELS": 32}
             compile_kernel(_triton._input_kernel, {**READ, "x": picture, "out": out}, constants, capability)
         last = {"SHORTCUT": 1, "CLAMPED": True, "ROW": True, "RESIDUAL": True}
         constants = {**both, **last, "LANES": 16, "PIXELS": 64, "OUTS": 16, "STEP": 32}

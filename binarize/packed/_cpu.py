@@ -11,6 +11,7 @@ from torch import Tensor
 
 from binarize.packed import _threads
 from binarize.packed._compile import workers
+from binarize.packed._inputs import pixels
 from binarize.packed._layout import FilterShape
 from binarize.packed._workers import PIXELS, Conv, Norm, Unzip
 
@@ -149,13 +150,6 @@ def _strips(x: Tensor) -> tuple[np.ndarray, int, int]:
     p[Norm.HALF] = int(x.dtype == torch.bfloat16)
     place(p, Norm.X, x)
     return p, batch * strips, strips
-
-
-def pixels(x: Tensor) -> Tensor:
-    """Return ``x`` with the channels of a pixel side by side; slices of channels are left as they are."""
-    if x.stride(1) == 1 or x.shape[1] == 1:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def scratch(p: np.ndarray, at: int, workers: int, size: int) -> Tensor:

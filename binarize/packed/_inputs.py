@@ -1,7 +1,8 @@
-"""What packed operators check before compiled code reads memory by address."""
+"""What packed operators check, and how they lay pictures out, before compiled code reads memory by address."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from binarize.errors import BinarizeError
@@ -33,3 +34,10 @@ def check_shape(what: str, tensor: Tensor | None, wanted: tuple[int | None, ...]
     if len(sizes) != len(wanted) or any(w is not None and s != w for s, w in zip(sizes, wanted, strict=True)):
         told = ", ".join("any" if w is None else str(w) for w in wanted)
         raise BinarizeError(f"{what} must have the shape ({told}); got {sizes}.")
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Return ``x`` with the channels of a pixel side by side; slices of channels are left as they are."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)

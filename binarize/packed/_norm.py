@@ -109,9 +109,9 @@ def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_devices("CS-Fusion", hidden, skip)
     check_shape("CS-Fusion: the skip", skip, (hidden.shape[0], None, *hidden.shape[2:]))
-    unzip = getattr(backends.kernels_for(hidden), "unzip", None)  # on GPUs plain torch does it
-    if unzip is not None and hidden.shape[1] % 32 == 0 and skip.shape[1] % 32 == 0:
-        first, second = unzip(hidden, skip)
+    kernels = backends.cpu_kernels(hidden)
+    if kernels is not None and hidden.shape[1] % 32 == 0 and skip.shape[1] % 32 == 0:
+        first, second = kernels.unzip(hidden, skip)
         return first, second
     mixed = [torch.cat([hidden[:, 1 - i :: 2], skip[:, i::2]], dim=1) for i in range(2)]
     first, second = (m.contiguous(memory_format=torch.channels_last) for m in mixed)

@@ -19,34 +19,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from binarize.packed._layout import FilterShape
+from binarize.errors import BinarizeError
+from binarize.packed._inputs import pixels as as_pixels
+from binarize.packed._layout import LANES, WORD, FilterShape
 
 if TYPE_CHECKING:
     from binarize.packed._op import Geometry
 
 FEW_TILES = 264  # twice the multiprocessors of an H100: of fewer large tiles some would idle
-_SIGNS, _SILU = 0, 1  # what `_input_kernel` writes
-# Sizes of pictures are not specialised on (`do_not_specialize`), or each new one would be compiled for.
+OLDEST = (8, 0)  # compute capability: tensor cores for 8-bit integers that Triton compiles for
 # Multiplications and additions stay apart, so that the floats are those of plain PyTorch.
 _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def _activated(x, factors, offsets, at, mask, NORMED: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(pixel, width, stride_h, stride_w):  # type: ignore[no-untyped-def]
+    """Return where pixels, counted along the rows of a picture, are in it."""
+    return (pixel // width).to(tl.int64) * stride_h + (pixel % width).to(tl.int64) * stride_w
+
+
+@triton.jit
+def _activated(x, factors, offsets, at, mask, NORMED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return what the layer reads, in float32: ``x``, or silu(x * factor + offset) rounded to x's dtype."""
     h = x.to(tl.float32)
     if NORMED:
         h = h * tl.load(factors + at, mask=mask, other=0.0) + tl.load(offsets + at, mask=mask, other=0.0)
         h = h / (1.0 + tl.exp(-h))
-        h = h.to(DTYPE).to(tl.float32)
+        h = h.to(x.dtype).to(tl.float32)
     return h
 
 
+# Sizes of pictures are not specialised on, or each new one would be compiled for.
 @triton.jit(do_not_specialize=["pixels", "width", "threshold_row", "group_channels", "group_lanes"])
 def _input_kernel(  # type: ignore[no-untyped-def]
     x, out, thresholds, group, factors, offsets,
     pixels, width, stride_b, stride_h, stride_w, channels, threshold_row, group_channels, group_lanes,
-    WHAT: tl.constexpr, HALVE: tl.constexpr, NORMED: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr,
+    SIGNS: tl.constexpr, HALVE: tl.constexpr, NORMED: tl.constexpr, GROUPED: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Write signs, or SiLUs, of a tile of pixels and channels of one sample, channels last and dense."""
@@ -55,19 +63,19 @@ def _input_kernel(  # type: ignore[no-untyped-def]
     pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     there = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-    place = (pixel // width).to(tl.int64) * stride_h + (pixel % width).to(tl.int64) * stride_w
+    place = _place(pixel, width, stride_h, stride_w)
     value = tl.load(x + sample * stride_b + place[:, None] + channel[None, :], mask=there, other=0.0)
     at = sample * channels + channel[None, :]
-    h = _activated(value, factors, offsets, at, (channel < channels)[None, :], NORMED, DTYPE)
+    h = _activated(value, factors, offsets, at, (channel < channels)[None, :], NORMED)
     to = out + (sample * pixels + pixel.to(tl.int64))[:, None] * channels + channel[None, :]
-    if WHAT == 1:
-        tl.store(to, h.to(DTYPE), mask=there)
-    else:
+    if SIGNS:
         row = tl.load(group + sample) if GROUPED else 0
         column = channel // group_channels * group_lanes + channel % group_channels
         limit = tl.load(thresholds + row * threshold_row + column, mask=channel < channels, other=0.0)
         bits = (h >= limit[None, :]).to(tl.int8)
         tl.store(to, bits if HALVE else 2 * bits - 1, mask=there)
+    else:
+        tl.store(to, h.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit(
@@ -83,7 +91,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     stride_h, stride_w, pad_left, pad_top, dilation_h, dilation_w, taps, kernel_w, group_in, group_words,
     LANES: tl.constexpr,
     GROUPED: tl.constexpr, NORMED: tl.constexpr, SHORTCUT: tl.constexpr, CLAMPED: tl.constexpr,
-    ROW: tl.constexpr, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr,
+    ROW: tl.constexpr, RESIDUAL: tl.constexpr,
     PIXELS: tl.constexpr, OUTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Convolve a tile of output pixels of one sample with some filters of one group, and finish the sums."""
@@ -131,9 +139,9 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     v = total.to(tl.float32) * scale * factor + offset
     h = v
     if SHORTCUT > 0:
-        place = (pixel // out_width).to(tl.int64) * x_stride_h + (pixel % out_width).to(tl.int64) * x_stride_w
+        place = _place(pixel, out_width, x_stride_h, x_stride_w)
         h = tl.load(x + sample * x_stride_b + place[:, None] + channel[None, :], mask=there, other=0.0)
-        h = _activated(h, factors, offsets, sample * channels + channel[None, :], in_group[None, :], NORMED, DTYPE)
+        h = _activated(h, factors, offsets, sample * channels + channel[None, :], in_group[None, :], NORMED)
     if SHORTCUT == 2:
         v = v + h
     v = v + shift_in
@@ -146,11 +154,11 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     if ROW:
         v = v + tl.load(row_add + sample * out_channels + channel, mask=in_group, other=0.0)[None, :]
     if RESIDUAL:
-        place = (pixel // out_width).to(tl.int64) * r_stride_h + (pixel % out_width).to(tl.int64) * r_stride_w
+        place = _place(pixel, out_width, r_stride_h, r_stride_w)
         other = residual + sample * r_stride_b + place[:, None] + channel[None, :]
         v = v + tl.load(other, mask=there, other=0.0).to(tl.float32)
     to = out + (sample * pixels + pixel.to(tl.int64))[:, None] * out_channels + channel[None, :]
-    tl.store(to, v.to(DTYPE), mask=there)
+    tl.store(to, v.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -182,16 +190,20 @@ def _factors_kernel(  # type: ignore[no-untyped-def]
     tl.store(offsets + at, offset, mask=there)
 
 
-OLDEST = (8, 0)  # compute capability: tensor cores for 8-bit integers that Triton compiles for
-
-
 def check(device: int) -> None:
-    """Raise a RuntimeError unless a kernel can be compiled and started on a GPU."""
-    found = torch.cuda.get_device_capability(device)
-    if found < OLDEST:
-        raise RuntimeError(f"compute capability {found[0]}.{found[1]} is below {OLDEST[0]}.{OLDEST[1]}")
-    x = torch.ones((1, 16, 2, 2), device=f"cuda:{device}")
-    norm_silu(x, torch.ones((2, 1, 16), device=x.device))
+    """Raise unless a kernel can be compiled and started on a GPU: that takes a C compiler and a GPU that it knows.
+
+    Raises:
+        BinarizeError: Saying why not.
+    """
+    try:
+        found = torch.cuda.get_device_capability(device)
+        if found < OLDEST:
+            raise RuntimeError(f"compute capability {found[0]}.{found[1]} is below {OLDEST[0]}.{OLDEST[1]}")
+        x = torch.ones((1, 16, 2, 2), device=f"cuda:{device}")
+        norm_silu(x, torch.ones((2, 1, 16), device=x.device))
+    except Exception as error:
+        raise BinarizeError(f"the CUDA kernels cannot be used on device {device}: {error}.") from error
 
 
 def packed_conv2d(
@@ -214,9 +226,7 @@ def packed_conv2d(
 ) -> Tensor:
     """Do what `binarize.packed._op.packed_conv2d` says with Triton kernels; `counts` is of CPUs' kernels alone."""
     del counts
-    from binarize.packed._layout import LANES, WORD
-
-    x = _pixels(x)
+    x = as_pixels(x)
     batch, channels, height, width = x.shape
     out_height, out_width = geometry.output(height, width, shape.kernel)
     out = torch.empty(
@@ -230,8 +240,8 @@ def packed_conv2d(
     rows, limits = table.shape[0] > 1 or thresholds.shape[0] > 1, thresholds.shape[1]
     factors, offsets = (x, x) if norm is None else norm.float().contiguous().unbind()
     add = x if row is None else row.float().expand(batch, -1).contiguous()
-    rest = x if residual is None else _pixels(residual)
-    dtype, grouped = _dtype(x), rows and group is not x
+    rest = x if residual is None else as_pixels(residual)
+    grouped = rows and group is not x
     codes = torch.empty((batch, height * width, channels), dtype=torch.int8, device=x.device)
     group_out, kh, kw = shape.out_channels // shape.groups, *shape.kernel
     pixels = out_height * out_width
@@ -240,7 +250,7 @@ def packed_conv2d(
     step = 32 if shape.words == 1 else 64
     with _device(x):
         _read(x, codes, thresholds, group, factors, offsets, limits, shape.in_channels, shape.words * WORD,
-              what=_SIGNS, halve=halve, normed=norm is not None, grouped=grouped)  # fmt: skip
+              signs=True, halve=halve, normed=norm is not None, grouped=grouped)  # fmt: skip
         grid = (triton.cdiv(pixels, tile) * batch, shape.groups * triton.cdiv(group_out, outs))
         _product_kernel[grid](
             codes, filters, table, group, x, out, factors, offsets, add, rest, float(low), float(high),
@@ -249,7 +259,7 @@ def packed_conv2d(
             *geometry.stride, geometry.pad[0], geometry.pad[2], *geometry.dilation,
             kh * kw, kw, shape.in_channels, shape.words, LANES=LANES, GROUPED=grouped, NORMED=norm is not None,
             SHORTCUT=shortcut, CLAMPED=math.isfinite(low) or math.isfinite(high), ROW=row is not None,
-            RESIDUAL=residual is not None, DTYPE=dtype, PIXELS=tile, OUTS=outs, STEP=step,
+            RESIDUAL=residual is not None, PIXELS=tile, OUTS=outs, STEP=step,
             num_warps=tile // 16, **_EXACT,
         )  # fmt: skip
     return out
@@ -277,19 +287,21 @@ def norm_factors(
 
 def norm_silu(x: Tensor, norm: Tensor) -> Tensor:
     """Do what `binarize.packed._norm.norm_silu` says with a Triton kernel."""
-    x = _pixels(x)
+    x = as_pixels(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     factors, offsets = norm.float().contiguous().unbind()
     if out.numel():
         with _device(x):
-            _read(x, out, x, x, factors, offsets, 0, x.shape[1], 0, what=_SILU, halve=False, normed=True, grouped=False)
+            _read(
+                x, out, x, x, factors, offsets, 0, x.shape[1], 0, signs=False, halve=False, normed=True, grouped=False
+            )
     return out
 
 
 def _read(
     x: Tensor, out: Tensor, thresholds: Tensor, group: Tensor, factors: Tensor, offsets: Tensor,
     threshold_row: int, group_channels: int, group_lanes: int,
-    *, what: int, halve: bool, normed: bool, grouped: bool,
+    *, signs: bool, halve: bool, normed: bool, grouped: bool,
 ) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     across = max(16, min(64, triton.next_power_of_2(channels)))
@@ -297,24 +309,13 @@ def _read(
     _input_kernel[grid](
         x, out, thresholds, group, factors, offsets,
         height * width, width, *_strides(x), channels, threshold_row, group_channels, group_lanes,
-        WHAT=what, HALVE=halve, NORMED=normed, GROUPED=grouped, DTYPE=_dtype(x), PIXELS=64, CHANNELS=across,
+        SIGNS=signs, HALVE=halve, NORMED=normed, GROUPED=grouped, PIXELS=64, CHANNELS=across,
         num_warps=4, **_EXACT,
     )  # fmt: skip
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """Return ``x`` with the channels of a pixel side by side; slices of channels are left as they are."""
-    if x.stride(1) == 1 or x.shape[1] == 1:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(2), x.stride(3)
-
-
-def _dtype(x: Tensor) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
 
 
 def _device(x: Tensor) -> Any:

@@ -37,7 +37,7 @@ def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | Non
     check_shape("convolution: the input", x, (None, weight.shape[1], None, None))
     check_shape("convolution: norm", norm, (2, x.shape[0], x.shape[1]))
     check_shape("convolution: the residual", residual, (x.shape[0], weight.shape[0], *x.shape[2:]))
-    if x.device.type == "cpu" and backends.cpu_kernels() is not None and backends.kernels_for(x) is not None:
+    if backends.cpu_kernels(x) is not None:
         from binarize.packed import _winograd  # which needs numba
 
         if _winograd.wide_pays(x):

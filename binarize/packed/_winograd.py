@@ -14,7 +14,8 @@ from torch import Tensor
 
 from binarize.packed import _threads
 from binarize.packed._compile import workers
-from binarize.packed._cpu import ALIGN, TASKS_PER_THREAD, aligned, pixels, place, scratch
+from binarize.packed._cpu import ALIGN, TASKS_PER_THREAD, aligned, place, scratch
+from binarize.packed._inputs import pixels
 from binarize.packed._layout import LANES
 from binarize.packed._vectors import AVX512
 from binarize.packed._winograd_workers import Tiles, Wide

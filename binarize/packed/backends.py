@@ -68,12 +68,14 @@ def kernels_for(x: Tensor) -> ModuleType | None:
         return None
     if asked == name:
         return _kernels(name)
-    return _kernels_if_any(name) if name == "numba" else _kernels_on(_index(x.device))
+    return _kernels_if_any(name, x.device.index if name == "triton" else None)
 
 
-def cpu_kernels() -> ModuleType | None:
-    """Return numba's kernels if packed operators run them on CPUs, or None."""
-    return None if current() == "triton" else kernels_for(torch.empty(0, dtype=torch.float32, device="cpu"))
+def cpu_kernels(x: Tensor | None = None) -> ModuleType | None:
+    """Return numba's kernels if packed operators run them on CPUs, and on a tensor like ``x`` if it is given; or None."""
+    if current() == "triton" or (x is not None and x.device.type != "cpu"):
+        return None
+    return kernels_for(torch.empty(0, dtype=torch.float32, device="cpu") if x is None else x)
 
 
 def _interprets() -> bool:
@@ -89,29 +91,15 @@ def _check(backend: str, where: str) -> None:
 
 
 @cache
-def _kernels_if_any(name: str) -> ModuleType | None:
+def _kernels_if_any(name: str, gpu: int | None) -> ModuleType | None:
     try:
-        return _kernels(name)
+        kernels = _kernels(name)
+        if gpu is not None:
+            kernels.check(gpu)
+        return kernels
     except BinarizeError as error:
         _log.warning("%s Plain torch is used instead, which is exact and slow.", error)
         return None
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-@cache
-def _kernels_on(device: int) -> ModuleType | None:
-    """Return Triton's kernels if a GPU can run them: that takes a C compiler and a GPU that it compiles for."""
-    kernels = _kernels_if_any("triton")
-    try:
-        if kernels is not None:
-            kernels.check(device)
-    except Exception as error:
-        _log.warning("The CUDA kernels cannot be used on device %d: %s. Plain torch is used instead.", device, error)
-        return None
-    return kernels
 
 
 @cache
