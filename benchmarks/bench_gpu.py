@@ -11,40 +11,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_packed import RESULTS, TIMESTEP, inputs, machine, networks, released
+from bench_packed import RESULTS, TIMESTEP, inputs, interleaved, machine, networks, released
+from bench_training import training_step
 from tables import section
-from textbook import TextbookSRUNet
-from torch import nn
 
-import binarize
-from binarize.models import SRUNet
 from binarize.packed import backends
 
 SHAPES = ((256, 1), (256, 8), (1024, 1))
 SECTIONS = ("networks", "training")
 
 
+def milliseconds(job: Callable[[], object]) -> float:
+    """Return how long a job took by the device's clock."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    job()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
 def timed(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of each job by the device's clock, all run in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in jobs}
-    for i in range(rounds + 1):
-        for name, job in jobs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            start.record()
-            job()
-            end.record()
-            end.synchronize()
-            if i:
-                taken[name].append(start.elapsed_time(end))
-    return {name: statistics.median(times) for name, times in taken.items()}
+    """Return the median milliseconds of each job, all run in turns."""
+    return interleaved(jobs, rounds, clock=milliseconds)
 
 
 def graphed(job: Callable[[], object]) -> Callable[[], object]:
@@ -92,29 +88,9 @@ def network_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def training_network(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    if name == "textbook":
-        return TextbookSRUNet().cuda().train()
-    net = binarize.convert(SRUNet(), "bidiffsr").cuda()
-    binarize.memory_mode(net, name)
-    return net.train()
-
-
 def training_row(name: str, tf32: bool, rounds: int, size: int, batch: int) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    net = training_network(name)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    sample, condition, noise = torch.rand(3, batch, 3, size, size, device="cuda")
-    timesteps = torch.full((batch,), TIMESTEP, device="cuda")
-
-    def step() -> None:
-        out = net(sample, timesteps, condition)
-        predicted = out if isinstance(out, torch.Tensor) else out.sample
-        (predicted - noise).abs().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = training_step(name, size, batch, "cuda")
     step()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -144,7 +120,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("bench_gpu: there is no CUDA device here; nothing was measured.", file=sys.stderr)
         return
-    torch.set_grad_enabled(True)
     results: dict[str, Any] = json.loads(given.json.read_text()) if given.json.exists() else {}
     results["machine"] = {**machine(), "gpu": torch.cuda.get_device_name()}
     if "networks" in given.only:

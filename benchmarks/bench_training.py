@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,41 +42,61 @@ def resident(key: str) -> float:
         return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
 
 
-def measure(variant: str, size: int, batch: int, steps: int, threads: int) -> dict[str, Any]:
-    """Train for a few steps in this process and return peak memory in MB and seconds of each step."""
+def training_step(kind: str, size: int, batch: int, device: str = "cpu", bf16: bool = False) -> Callable[[], None]:
+    """Return a step of training the released configuration.
+
+    Args:
+        kind: "textbook", or a memory mode of ours.
+        size: Side of the pictures, in pixels.
+        batch: Pictures.
+        device: Where.
+        bf16: Whether under bfloat16 autocast.
+    """
     import torch
     from textbook import TextbookSRUNet
 
     import binarize
     from binarize.models import SRUNet
-    from binarize.training import keep_large_blocks_apart
 
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    kind, _, precision = variant.partition("-")
-    if kind == "compact" or precision == "apart":
-        keep_large_blocks_apart()  # as our training loop does with compact memory
     if kind == "textbook":
         net: torch.nn.Module = TextbookSRUNet()
     else:
         net = binarize.convert(SRUNet(), "bidiffsr")
         binarize.memory_mode(net, kind)
-    net.train()
+    net.to(device).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    sample, condition, noise = torch.rand(3, batch, 3, size, size)
-    timesteps = torch.full((batch,), 700)
+    sample, condition, noise = torch.rand(3, batch, 3, size, size, device=device)
+    timesteps = torch.full((batch,), 700, device=device)
 
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before, seconds = resident("VmRSS"), []
-    for _ in range(steps + 2):
-        started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             out = net(sample, timesteps, condition)
         predicted = out if isinstance(out, torch.Tensor) else out.sample
         (predicted.float() - noise).abs().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        del out, predicted
+
+    return step
+
+
+def measure(variant: str, size: int, batch: int, steps: int, threads: int) -> dict[str, Any]:
+    """Train for a few steps in this process and return peak memory in MB and seconds of each step."""
+    import torch
+
+    from binarize.training import keep_large_blocks_apart
+
+    torch.set_num_threads(threads)
+    kind, _, precision = variant.partition("-")
+    if kind == "compact" or precision == "apart":
+        keep_large_blocks_apart()  # as our training loop does with compact memory
+    step = training_step(kind, size, batch, bf16=precision == "bf16")
+
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before, seconds = resident("VmRSS"), []
+    for _ in range(steps + 2):
+        started = time.perf_counter()
+        step()
         seconds.append(time.perf_counter() - started)
     return {
         "memory": resident("VmHWM") - before,

@@ -193,16 +193,17 @@ def gpu_training(rows: Rows) -> str:
 
 
 TABLES: dict[str, Callable[[Rows], str]] = {
-    "layers": layers,
-    "roofline": roofline,
-    "networks": networks,
-    "compiled": networks,
-    "mixed": mixed,
-    "flips": flips,
-    "memory": memory,
-    "files": files,
+    "packed-layers": layers,
+    "packed-roofline": roofline,
+    "packed-networks": networks,
+    "packed-compiled": networks,
+    "packed-mixed": mixed,
+    "packed-flips": flips,
+    "packed-memory": memory,
+    "packed-files": files,
     "gpu-networks": gpu_networks,
     "gpu-training": gpu_training,
+    "training": training_table,
 }
 
 
@@ -219,11 +220,10 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
     kind, _, part = name.partition("-")
     made = []
     for file, results in found.items():
-        rows = results.get("rows" if kind == "training" else part)
+        rows = results.get(part or "rows")
         if file.startswith(kind) and rows:
-            body = training_table(rows) if kind == "training" else TABLES[name if kind == "gpu" else part](rows)
-            made.append(f"**{machine(results)}** (`{file}`)\n\n{body}")
-    script = "bench_training.py" if kind == "training" else f"bench_{kind}.py --only {part}"
+            made.append(f"**{machine(results)}** (`{file}`)\n\n{TABLES[name](rows)}")
+    script = f"bench_{kind}.py --only {part}" if part else f"bench_{kind}.py"
     return "\n\n".join(made) or f"*No results yet: `python benchmarks/{script}` makes them.*"
 
 

@@ -72,7 +72,7 @@ def kernels_for(x: Tensor) -> ModuleType | None:
 
 
 def cpu_kernels(x: Tensor | None = None) -> ModuleType | None:
-    """Return numba's kernels if packed operators run them on CPUs, and on a tensor like ``x`` if it is given; or None."""
+    """Return numba's kernels if packed operators run them on CPUs (and on a tensor like ``x``), or None."""
     if current() == "triton" or (x is not None and x.device.type != "cpu"):
         return None
     return kernels_for(torch.empty(0, dtype=torch.float32, device="cpu") if x is None else x)
