@@ -51,7 +51,7 @@ def codes_of(x: Tensor, limits: Tensor, halve: bool) -> np.ndarray:
     return above.astype(np.int64) if halve else 2 * above.astype(np.int64) - 1
 
 
-LAYOUTS = ("contiguous", "channels_last", "channel_slice", "pixel_slice", "transposed", "expanded")
+LAYOUTS = ("contiguous", "channels_last", "channel_slice", "pixel_slice", "transposed", "expanded", "repeated_pixel")
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -71,6 +71,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         return x.transpose(2, 3).contiguous().transpose(2, 3)
     if layout == "expanded" and batch > 1:
         return x[:1].expand(batch, -1, -1, -1)
+    if layout == "repeated_pixel":  # pixels of a row are one in memory
+        return x[..., :1].contiguous(memory_format=torch.channels_last).expand(-1, -1, -1, width)
     return x.contiguous()
 
 

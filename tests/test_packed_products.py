@@ -286,11 +286,13 @@ def test_operators_keep_the_contract_of_torch_library() -> None:
         x, words, counts, thresholds, table, None, [6, 5, 3, 3, 1, 2, 2, 1, 1, 1, 1, 1, 1],
         False, -math.inf, math.inf, 0, torch.randn(2, 2, 5), torch.randn(2, 6), torch.randn(2, 6, 4, 4),
     ]  # fmt: skip
-    torch.library.opcheck(packed_conv2d, arguments)
-    torch.library.opcheck(packed_conv2d, [x.bfloat16(), *arguments[1:11], None, None, None])
-    torch.library.opcheck(norm_factors, [torch.randn(2, 8, 3, 3), torch.randn(2, 8), 4, None, torch.randn(8), 1e-5])
-    torch.library.opcheck(norm_silu, [torch.randn(2, 8, 3, 3), torch.randn(2, 2, 8)])
-    torch.library.opcheck(shuffle, [torch.randn(2, 32, 3, 3), torch.randn(2, 64, 3, 3)])
+    torch.library.opcheck(packed_conv2d.overload, arguments)
+    torch.library.opcheck(packed_conv2d.overload, [x.bfloat16(), *arguments[1:11], None, None, None])
+    torch.library.opcheck(
+        norm_factors.overload, [torch.randn(2, 8, 3, 3), torch.randn(2, 8), 4, None, torch.randn(8), 1e-5]
+    )
+    torch.library.opcheck(norm_silu.overload, [torch.randn(2, 8, 3, 3), torch.randn(2, 2, 8)])
+    torch.library.opcheck(shuffle.overload, [torch.randn(2, 32, 3, 3), torch.randn(2, 64, 3, 3)])
 
 
 def test_geometry_says_what_a_convolution_gives() -> None:

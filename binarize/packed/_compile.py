@@ -24,12 +24,12 @@ def workers() -> dict[str, int]:
 
 @cache
 def _compiled() -> dict[str, int]:
-    from binarize.packed import _layout, _vectors, _winograd_vectors, _winograd_workers, _workers
+    from binarize.packed import _layout, _tile, _vectors, _winograd_vectors, _winograd_workers, _workers
 
     started = time.perf_counter()
     _log.info("Loading the CPU kernels; the first run on a machine compiles them, which takes some ten seconds.")
     # Numba's cache looks at a function's own file alone, and would go on with what an earlier version of another said.
-    modules = (_layout, _vectors, _workers, _winograd_vectors, _winograd_workers)
+    modules = (_layout, _vectors, _tile, _workers, _winograd_vectors, _winograd_workers)
     sources = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
     made = {}
     for name, function in {**_workers.WORKERS, **_winograd_workers.WORKERS}.items():

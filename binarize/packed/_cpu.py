@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import MutableSequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,21 +15,22 @@ from binarize.packed import _threads
 from binarize.packed._compile import workers
 from binarize.packed._inputs import pixels
 from binarize.packed._layout import FilterShape
-from binarize.packed._workers import PIXELS, Conv, Norm, Unzip
+from binarize.packed._workers import Conv, Norm, Unzip
 
 if TYPE_CHECKING:
     from binarize.packed._op import Geometry
 
+Fields = MutableSequence[int] | np.ndarray  # parameters of a worker, int64
 ALIGN = 64
 # An output strip's input should stay in the second-level cache from packing until the shortcut reads it again.
-STRIP_BYTES = 400_000
+STRIP_BYTES = 100_000
 TASKS_PER_THREAD = 4
 
 
 class _Plan(NamedTuple):
     """What a convolution's parameters are before addresses are known."""
 
-    fields: np.ndarray
+    fields: array[int]
     tasks: int
     scratch: int
     height: int
@@ -56,39 +59,40 @@ def packed_conv2d(
     x = pixels(x)
     batch, _, height, width = x.shape
     threads = _threads.workers()
-    plan = _plan(batch, height, width, shape, geometry, halve, x.element_size(), norm is not None, threads)
+    size = x.element_size()
+    plan = _plan(batch, height, width, shape, geometry, halve, size, norm is not None, threads, low, high, shortcut)
     out = torch.empty(
         (batch, shape.out_channels, plan.height, plan.width), dtype=x.dtype, memory_format=torch.channels_last
     )
     if out.numel() == 0:
         return out
-    # Module.to(memory_format=torch.channels_last) turns over every tensor of four axes, words of bits as well.
-    filters, counts = filters.contiguous(), counts.contiguous()
-    limits = np.array([low, high], np.float32)
-    held: list[Any] = [filters, counts, thresholds.float().contiguous(), table.float().contiguous(), limits]
-    p = plan.fields.copy()
-    held.append(scratch(p, Conv.SCRATCH, min(threads, plan.tasks), plan.scratch))
+    p = plan.fields[:]
+    memory = scratch(p, Conv.SCRATCH, min(threads, plan.tasks), plan.scratch)
     place(p, Conv.X, x)
     place(p, Conv.OUT, out)
-    p[Conv.FILTERS], p[Conv.BASE] = filters.data_ptr(), counts.data_ptr()
-    p[Conv.FILTER_SUMS] = counts.data_ptr() + counts.stride(0) * 4
-    p[Conv.THRESHOLDS], p[Conv.TABLE] = held[2].data_ptr(), held[3].data_ptr()
-    p[Conv.LIMITS] = held[4].ctypes.data
-    p[Conv.SHORTCUT], p[Conv.EARLY] = int(shortcut != 0), int(shortcut == 2)
+    # Module.to(memory_format=torch.channels_last) turns over every tensor of four axes, words of bits as well.
+    held = [memory, filters.contiguous(), counts.contiguous(), _floats(thresholds), _floats(table)]
+    p[Conv.FILTERS], p[Conv.BASE], p[Conv.THRESHOLDS], p[Conv.TABLE] = (t.data_ptr() for t in held[1:])
+    p[Conv.FILTER_SUMS] = p[Conv.BASE] + 4 * shape.lanes
     if group is not None:
-        held.append(group.expand(batch).contiguous())
+        held.append(group if group.shape[0] == batch else group.expand(batch).contiguous())
         p[Conv.GROUP] = held[-1].data_ptr()
     if norm is not None:
-        held.append(norm.float().contiguous())
-        p[Conv.NORM_FACTORS], p[Conv.NORM_OFFSETS] = held[-1][0].data_ptr(), held[-1][1].data_ptr()
+        held.append(_floats(norm))
+        p[Conv.NORM_FACTORS] = held[-1].data_ptr()
+        p[Conv.NORM_OFFSETS] = p[Conv.NORM_FACTORS] + 4 * norm.shape[1] * norm.shape[2]
     if row is not None:
-        held.append(row.float().expand(batch, -1).contiguous())
+        held.append(_floats(row.expand(batch, -1)))
         p[Conv.ROW_ADD] = held[-1].data_ptr()
     if residual is not None:
         held.append(pixels(residual.to(x.dtype)))
         place(p, Conv.RESIDUAL, held[-1])
-    _threads.run(workers()["conv"], p.ctypes.data, plan.tasks)
+    _threads.run(workers()["conv"], p.buffer_info()[0], plan.tasks)
     return out
+
+
+def _floats(values: Tensor) -> Tensor:
+    return values.float().contiguous()
 
 
 def norm_factors(
@@ -152,16 +156,22 @@ def _strips(x: Tensor) -> tuple[np.ndarray, int, int]:
     return p, batch * strips, strips
 
 
-def scratch(p: np.ndarray, at: int, workers: int, size: int) -> Tensor:
+def scratch(p: Fields, at: int, workers: int, size: int) -> Tensor:
     """Give so many workers so many bytes each, as long as the result lives: set the field ``at`` and the next."""
     memory = torch.empty(workers * size + ALIGN, dtype=torch.uint8)
-    p[at : at + 2] = aligned(memory.data_ptr()), size
+    p[at], p[at + 1] = aligned(memory.data_ptr()), size
     return memory
 
 
-def place(p: np.ndarray, field: int, x: Tensor) -> None:
-    size = x.element_size()
-    p[field : field + 4] = x.data_ptr(), x.stride(0) * size, x.stride(2) * size, x.stride(3) * size
+def place(p: Fields, field: int, x: Tensor) -> None:
+    """Set the field and the next three: where a picture is, and its strides from sample, row and pixel to the next."""
+    size, strides = x.element_size(), x.stride()
+    p[field], p[field + 1], p[field + 2], p[field + 3] = (
+        x.data_ptr(),
+        strides[0] * size,
+        strides[2] * size,
+        strides[3] * size,
+    )
 
 
 @lru_cache(maxsize=512)
@@ -175,6 +185,9 @@ def _plan(
     size: int,
     normed: bool,
     threads: int,
+    low: float,
+    high: float,
+    shortcut: int,
 ) -> _Plan:
     kh, kw = shape.kernel
     out_height, out_width = geometry.output(height, width, shape.kernel)
@@ -193,12 +206,12 @@ def _plan(
         shape.groups * shape.words * 4,
         (strip - 1) * geometry.stride[0] + (kh - 1) * geometry.dilation[0] + 1,
     )
-    room = aligned(4 * kh * kw * shape.words) + PIXELS * 4 * ALIGN + aligned((borders + 1) * shape.lanes * 4)
+    room = aligned(4 * kh * kw * shape.words) + aligned(8 * out_width) + aligned((borders + 1) * shape.lanes * 4)
     room += aligned(lines * (left + width + right) * pixel)
     if normed:
         room += aligned(lines * width * channels * size)
     tasks = -(-out_height // strip) * batch
-    p = np.zeros(len(Conv), np.int64)
+    p = array("q", bytes(8 * len(Conv)))
     p[Conv.COUNT], p[Conv.STRIP] = tasks, strip
     p[Conv.HEIGHT], p[Conv.WIDTH], p[Conv.OUT_HEIGHT], p[Conv.OUT_WIDTH] = height, width, out_height, out_width
     p[Conv.GROUPS], p[Conv.GROUP_IN], p[Conv.GROUP_OUT] = (
@@ -212,6 +225,8 @@ def _plan(
     p[Conv.LEFT], p[Conv.RIGHT], p[Conv.TOP] = left, right, top
     p[Conv.DILATION_H], p[Conv.DILATION_W] = geometry.dilation
     p[Conv.BORDERS], p[Conv.INNER_FIRST], p[Conv.INNER_LAST], p[Conv.HALVE] = borders, first, last, int(halve)
+    p[Conv.SHORTCUT], p[Conv.EARLY] = int(shortcut != 0), int(shortcut == 2)
+    p[Conv.LIMITS] = array("q", array("f", [low, high]).tobytes())[0]
     return _Plan(p, tasks, room, out_height, out_width)
 
 

@@ -14,8 +14,9 @@ def check_devices(what: str, x: Tensor, *others: Tensor | None) -> None:
     Raises:
         BinarizeError: Naming both devices.
     """
+    device = x.device
     for other in others:
-        if other is not None and other.device != x.device:
+        if other is not None and other.device != device:
             raise BinarizeError(
                 f"{what}: the input is on {x.device} and the layer on {other.device}; move one of them, such as "
                 f"x.to({str(other.device)!r})."
@@ -31,7 +32,10 @@ def check_shape(what: str, tensor: Tensor | None, wanted: tuple[int | None, ...]
     if tensor is None:
         return
     sizes = tuple(tensor.shape)
-    if len(sizes) != len(wanted) or any(w is not None and s != w for s, w in zip(sizes, wanted, strict=True)):
+    fits = len(sizes) == len(wanted)
+    for size, want in zip(sizes, wanted, strict=False):
+        fits = fits and (want is None or size == want)
+    if not fits:
         told = ", ".join("any" if w is None else str(w) for w in wanted)
         raise BinarizeError(f"{what} must have the shape ({told}); got {sizes}.")
 

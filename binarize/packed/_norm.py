@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.packed import backends
-from binarize.packed._gradient import refuse_gradient
 from binarize.packed._inputs import check_devices, check_shape
+from binarize.packed._operator import operator
 
 
-@torch.library.custom_op("binarize::norm_factors", mutates_args=())
+@operator()
 def norm_factors(
     x: Tensor, row: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
@@ -69,7 +69,7 @@ def _(x, row, groups, weight, bias, eps):  # type: ignore[no-untyped-def]
     return x.new_empty((2, x.shape[0], x.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("binarize::norm_silu", mutates_args=())
+@operator()
 def norm_silu(x: Tensor, norm: Tensor) -> Tensor:
     """Return silu(x * norm[0] + norm[1]).
 
@@ -96,7 +96,7 @@ def _(x, norm):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("binarize::shuffle", mutates_args=())
+@operator()
 def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     """Return CS-Fusion's two mixtures: hidden's odd channels with skip's even ones, and the other way round.
 
@@ -123,10 +123,6 @@ def _(hidden, skip):  # type: ignore[no-untyped-def]
     batch, channels, height, width = hidden.shape
     shape = (batch, (channels + skip.shape[1]) // 2, height, width)
     return tuple(hidden.new_empty(shape).to(memory_format=torch.channels_last) for _ in range(2))
-
-
-for _operator in (norm_factors, norm_silu, shuffle):
-    _operator.register_autograd(refuse_gradient)
 
 
 def factors_of(norm: nn.GroupNorm, x: Tensor, row: Tensor | None = None) -> Tensor:

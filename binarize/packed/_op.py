@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from binarize.packed import backends
-from binarize.packed._gradient import refuse_gradient
 from binarize.packed._inputs import check_devices, check_shape
 from binarize.packed._layout import LANES, WORD, FilterShape, to_bits
+from binarize.packed._operator import operator
 
 NO_SHORTCUT, SHORTCUT_LAST, SHORTCUT_FIRST = 0, 1, 2
 SCALE, FACTOR, OFFSET, SHIFT_IN, SLOPE, SHIFT_OUT = range(6)
@@ -72,7 +72,7 @@ _SCHEMA = (
 )
 
 
-@torch.library.custom_op("binarize::packed_conv2d", mutates_args=(), schema=_SCHEMA)
+@operator(_SCHEMA)
 def packed_conv2d(
     x: Tensor,
     filters: Tensor,
@@ -114,8 +114,7 @@ def packed_conv2d(
         BinarizeError: If the tensors are on different devices, or do not have the shapes above.
     """
     filter_shape, geometry = _read(tuple(shape))
-    others = (filters, counts, thresholds, table, group, norm, row, residual)
-    check_devices("packed convolution", x, *others)
+    check_devices("packed convolution", x, filters, counts, thresholds, table, group, norm, row, residual)
     channels, out_channels = filter_shape.in_channels * filter_shape.groups, filter_shape.out_channels
     check_shape("packed convolution: the input", x, (None, channels, None, None))
     out_size = geometry.output(x.shape[2], x.shape[3], filter_shape.kernel)
@@ -136,9 +135,6 @@ def _(x, filters, counts, thresholds, table, group, shape, halve, low, high, sho
     height, width = geometry.output(x.shape[2], x.shape[3], filter_shape.kernel)
     out = x.new_empty((x.shape[0], filter_shape.out_channels, height, width))
     return out.to(memory_format=torch.channels_last)
-
-
-packed_conv2d.register_autograd(refuse_gradient)
 
 
 def plain_conv2d(

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.packed import backends
-from binarize.packed._gradient import refuse_gradient
 from binarize.packed._inputs import check_devices, check_shape
 from binarize.packed._layout import LANES
 from binarize.packed._norm import norm_silu
+from binarize.packed._operator import operator
 
 
-@torch.library.custom_op("binarize::wide_conv", mutates_args=())
+@operator()
 def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, residual: Tensor | None) -> Tensor:
     """Return a full-precision 3x3 convolution with padding 1 of ``silu(x * norm[0] + norm[1])``, plus a residual.
 
@@ -51,9 +51,6 @@ def wide_conv(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | Non
 def _(x, weight, bias, norm, residual):  # type: ignore[no-untyped-def]
     out = x.new_empty((x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
     return out.to(memory_format=torch.channels_last)
-
-
-wide_conv.register_autograd(refuse_gradient)
 
 
 def is_wide(conv: nn.Module) -> bool:

@@ -272,7 +272,7 @@ def make_gather(bf16: bool, matrix: tuple[tuple[float, ...], ...]) -> Any:
             grid = [[load(b, address, FLOATS) for address in line] for line in at]
             zero = ir.Constant(FLOATS, None)
             biased = b.icmp_signed("!=", bias, I64(0))
-            start = when(b, biased, zero, lambda: load(b, bias, FLOATS))
+            (start,) = when(b, biased, [zero], lambda _: [load(b, bias, FLOATS)])
             more = b.icmp_signed("!=", residual, I64(0))
             for y, line in enumerate(_sandwich(b, grid, matrix)):
                 for i, value in enumerate(line):
@@ -281,10 +281,10 @@ def make_gather(bf16: bool, matrix: tuple[tuple[float, ...], ...]) -> Any:
                         value = b.fadd(value, start)
                         at = b.add(b.mul(r_row, I64(y)), b.mul(r_pixel, I64(i)))
 
-                        def plus_residual(value: ir.Value = value, at: ir.Value = at) -> ir.Value:
-                            return b.fadd(value, load_pixels(b, b.add(residual, at), bf16, None))
+                        def plus_residual(values: list[ir.Value], at: ir.Value = at) -> list[ir.Value]:
+                            return [b.fadd(values[0], load_pixels(b, b.add(residual, at), bf16, None))]
 
-                        value = when(b, more, value, plus_residual)
+                        (value,) = when(b, more, [value], plus_residual)
                         to = b.add(out, b.add(b.mul(row, I64(y)), b.mul(pixel, I64(i))))
                         store_pixels(b, value, to, bf16, None)
             return context.get_dummy_value()

@@ -13,20 +13,19 @@ from numba import njit, types
 
 from binarize.packed import _vectors as vectors
 from binarize.packed._layout import WORD
+from binarize.packed._tile import BLOCKS, PIXELS, make_tile
 from binarize.packed._vectors import (
     LANES,
     fetch_add,
+    prefetch,
     read_float32,
     read_float64,
     read_int32,
     read_int64,
     write_float32,
     write_int32,
+    write_int64,
 )
-
-BYTEWISE = "+avx512vpopcntdq" not in vectors.cpu_features()
-# Register blocking: how many pixels x 16 output channels are summed at once; sums and filters must fit the registers.
-PIXELS, BLOCKS = (4, 4) if not BYTEWISE else (4, 1)
 
 
 class Conv(IntEnum):
@@ -76,7 +75,7 @@ class Conv(IntEnum):
     THRESHOLDS = auto()
     TABLE = auto()
     GROUP = auto()  # int64, (B,) rows of thresholds and table, or null for row 0
-    LIMITS = auto()  # two floats, the clamp
+    LIMITS = auto()  # not an address: two floats, the clamp
     SHORTCUT = auto()
     EARLY = auto()
     ROW_ADD = auto()  # float32, (B, C_out) or null
@@ -124,18 +123,16 @@ def field(parameters, which):  # type: ignore[no-untyped-def]
 
 _signs, _signs_part = vectors.make_signs(False, False), vectors.make_signs(False, True)
 _signs_bf16, _signs_part_bf16 = vectors.make_signs(True, False), vectors.make_signs(True, True)
-_finish, _finish_part = vectors.make_finish(False, False), vectors.make_finish(False, True)
-_finish_plain, _finish_plain_bf16 = vectors.make_finish(False, False, True), vectors.make_finish(True, False, True)
-_finish_bf16, _finish_part_bf16 = vectors.make_finish(True, False), vectors.make_finish(True, True)
-_finish_row, _finish_row_bf16 = vectors.make_finish_row(False, PIXELS), vectors.make_finish_row(True, PIXELS)
+_tile1, _tile1_bf16 = (make_tile(PIXELS, 1, bf16) for bf16 in (False, True))
+_tile2, _tile2_bf16 = (make_tile(PIXELS, min(2, BLOCKS), bf16) for bf16 in (False, True))
+_tile3, _tile3_bf16 = (make_tile(PIXELS, min(3, BLOCKS), bf16) for bf16 in (False, True))
+_tile4, _tile4_bf16 = (make_tile(PIXELS, min(4, BLOCKS), bf16) for bf16 in (False, True))
+_part, _part_bf16 = (make_tile(PIXELS, 1, bf16, partial=True) for bf16 in (False, True))
+_pixel, _pixel_bf16 = (make_tile(1, 1, bf16, partial=True) for bf16 in (False, True))
 _activate, _activate_part = vectors.make_activate(False, False), vectors.make_activate(False, True)
 _activate_bf16, _activate_part_bf16 = vectors.make_activate(True, False), vectors.make_activate(True, True)
 _moments, _moments_part = vectors.make_moments(False, False), vectors.make_moments(False, True)
 _moments_bf16, _moments_part_bf16 = vectors.make_moments(True, False), vectors.make_moments(True, True)
-_many4, _one4 = (vectors.make_product(p, min(4, BLOCKS), BYTEWISE) for p in (PIXELS, 1))
-_many3, _one3 = (vectors.make_product(p, min(3, BLOCKS), BYTEWISE) for p in (PIXELS, 1))
-_many2, _one2 = (vectors.make_product(p, min(2, BLOCKS), BYTEWISE) for p in (PIXELS, 1))
-_many1, _one1 = (vectors.make_product(p, 1, BYTEWISE) for p in (PIXELS, 1))
 _unzip, _unzip_bf16 = vectors.make_unzip(False), vectors.make_unzip(True)
 _WIDE = BLOCKS > 1
 
@@ -144,29 +141,59 @@ _WIDE = BLOCKS > 1
 
 
 @njit
-def _multiply(pixels, blocks, x, offsets, step, w, w_step, k, out):  # type: ignore[no-untyped-def]
-    if _WIDE and pixels == PIXELS:
-        if blocks == 4:
-            _many4(x, offsets, step, w, w_step, k, out)
-        elif blocks == 3:
-            _many3(x, offsets, step, w, w_step, k, out)
-        elif blocks == 2:
-            _many2(x, offsets, step, w, w_step, k, out)
+def _tile_row(x, entries, shortcut, residual, out, blocks, pixels, half, together, count, ahead, lines, fixed):  # type: ignore[no-untyped-def]
+    """Compute a row of pixels for ``together`` blocks, the last of which has ``count`` channels; see `make_tile`.
+
+    ``blocks`` are the tile's arguments w, bases, table and row, ``fixed`` those after count. ``ahead`` is the next
+    strip's input, of which each tile has ``lines`` lines read into the cache.
+    """
+    w_step, x_step, s_step, r_step, o_step = fixed[2:7]
+    at = 0
+    while at + PIXELS <= pixels:
+        for _ in range(lines):
+            prefetch(ahead)
+            ahead += 64
+        if count < LANES:
+            if half:
+                _part_bf16(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+            else:
+                _part(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+        elif half and _WIDE and together == 4:
+            _tile4_bf16(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+        elif _WIDE and together == 4:
+            _tile4(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+        elif half and _WIDE and together == 3:
+            _tile3_bf16(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+        elif _WIDE and together == 3:
+            _tile3(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+        elif half and _WIDE and together == 2:
+            _tile2_bf16(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+        elif _WIDE and together == 2:
+            _tile2(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+        elif half:
+            _tile1_bf16(x, entries, shortcut, residual, out, *blocks, count, *fixed)
         else:
-            _many1(x, offsets, step, w, w_step, k, out)
-    elif _WIDE:
-        if blocks == 4:
-            _one4(x, offsets, step, w, w_step, k, out)
-        elif blocks == 3:
-            _one3(x, offsets, step, w, w_step, k, out)
-        elif blocks == 2:
-            _one2(x, offsets, step, w, w_step, k, out)
-        else:
-            _one1(x, offsets, step, w, w_step, k, out)
-    elif pixels == PIXELS:
-        _many1(x, offsets, step, w, w_step, k, out)
-    else:
-        _one1(x, offsets, step, w, w_step, k, out)
+            _tile1(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+        x, entries, out = x + PIXELS * x_step, entries + 8 * PIXELS, out + PIXELS * o_step
+        shortcut, residual = shortcut + PIXELS * s_step, residual + PIXELS * r_step
+        at += PIXELS
+    size = 2 if half else 4
+    w, bases, table, row = blocks
+    for _ in range(at, pixels):
+        for r in range(together):
+            lanes, block = count if r + 1 == together else LANES, LANES * r * size
+            short = shortcut + block if shortcut != 0 else 0
+            more = residual + block if residual != 0 else 0
+            add = row + 64 * r if row != 0 else 0
+            start, constants = bases + 64 * r, table + 384 * r
+            if half:
+                _pixel_bf16(x, entries, short, more, out + block, w, start, constants, add, lanes, *fixed)
+            else:
+                _pixel(x, entries, short, more, out + block, w, start, constants, add, lanes, *fixed)
+            w += w_step
+        w -= together * w_step
+        x, entries, shortcut, residual = x + x_step, entries + 8, shortcut + s_step, residual + r_step
+        out += o_step
 
 
 @njit
@@ -277,21 +304,17 @@ def _is_plain(table, blocks, low, high):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _finish_pixel(half, plain, sums, base, table, halve, low, high, short, early, add, more, out, count):  # type: ignore[no-untyped-def]
-    if count < LANES:
-        if half:
-            _finish_part_bf16(sums, base, table, halve, low, high, short, early, add, more, out, count)
-        else:
-            _finish_part(sums, base, table, halve, low, high, short, early, add, more, out, count)
-    elif half:
-        if plain:
-            _finish_plain_bf16(sums, base, table, halve, low, high, short, early, add, more, out, LANES)
-        else:
-            _finish_bf16(sums, base, table, halve, low, high, short, early, add, more, out, LANES)
-    elif plain:
-        _finish_plain(sums, base, table, halve, low, high, short, early, add, more, out, LANES)
-    else:
-        _finish(sums, base, table, halve, low, high, short, early, add, more, out, LANES)
+def _entries(p, out):  # type: ignore[no-untyped-def]
+    """Write for each output column how far from the first entry of a base row its own is, in bytes; see `_base_row`."""
+    step = field(p, Conv.GROUPS) * field(p, Conv.OUT_BLOCKS) * LANES * 4
+    first, last = field(p, Conv.INNER_FIRST), field(p, Conv.INNER_LAST)
+    for column in range(field(p, Conv.OUT_WIDTH)):
+        entry = 0
+        if column < first:
+            entry = 1 + column
+        elif column >= last:
+            entry = 1 + first + column - last
+        write_int64(out + 8 * column, entry * step)
 
 
 @njit
@@ -314,14 +337,15 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
     padded, pixel = left + width + right, groups * words * 4
     k = kernel_h * kernel_w * words
 
-    # Scratch: offsets of the words of a patch, sums, base rows, signs, and the activated rows.
+    # Scratch: offsets of the words of a patch, entries of the columns, base rows, signs, and the activated rows.
     offsets = scratch
-    sums = offsets + (4 * k + 63) // 64 * 64
-    bases = sums + PIXELS * 4 * 64
+    entries = offsets + (4 * k + 63) // 64 * 64
+    bases = entries + (8 * out_width + 63) // 64 * 64
     signs = bases + field(p, Conv.BORDERS) * lanes * 4 + lanes * 4
     input_rows = (rows_of_task - 1) * stride_h + (kernel_h - 1) * dilation_h + 1
     activated = signs + (input_rows * padded * pixel + 63) // 64 * 64
     if last_rows < -1:  # this worker's first task
+        _entries(p, entries)
         for ky in range(kernel_h):
             for kx in range(kernel_w):
                 for i in range(words):
@@ -357,21 +381,23 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
         clear(out + (left + width) * pixel, right * groups * words)
 
     filters = field(p, Conv.FILTERS)
-    low, high = read_float32(field(p, Conv.LIMITS)), read_float32(field(p, Conv.LIMITS) + 4)
-    plain = _is_plain(table, groups * blocks, low, high)
+    low, high = read_float32(p + 8 * Conv.LIMITS), read_float32(p + 8 * Conv.LIMITS + 4)
+    plain = 1 if _is_plain(table, groups * blocks, low, high) else 0
     halve, early = field(p, Conv.HALVE), field(p, Conv.EARLY)
     row_add = field(p, Conv.ROW_ADD)
     if row_add != 0:
         row_add += sample * groups * group_out * 4
     residual = field(p, Conv.RESIDUAL)
-    residual_row, residual_pixel = field(p, Conv.RESIDUAL_ROW), field(p, Conv.RESIDUAL_PIXEL)
+    residual_row, residual_pixel = field(p, Conv.RESIDUAL_ROW), field(p, Conv.RESIDUAL_PIXEL)  # 0 if there is none
     if residual != 0:
         residual += sample * field(p, Conv.RESIDUAL_BATCH)
     has_shortcut = field(p, Conv.SHORTCUT) == 1
     out = field(p, Conv.OUT) + sample * field(p, Conv.OUT_BATCH)
     out_row, out_pixel = field(p, Conv.OUT_ROW), field(p, Conv.OUT_PIXEL)
-    inner_first, inner_last = field(p, Conv.INNER_FIRST), field(p, Conv.INNER_LAST)
 
+    tiles = max(1, out_width // PIXELS)
+    next_strip = x + (first + rows_of_task) * stride_h * x_row
+    lines = (stride_h * width * channels * size // 64 + groups * blocks * tiles - 1) // (groups * blocks * tiles)
     for y in range(first, last):
         rows = _inside(y * stride_h - top, kernel_h, dilation_h, height)
         if rows != last_rows:
@@ -381,58 +407,25 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
         for g in range(groups):
             block = 0
             while block < blocks:
-                together = min(BLOCKS, blocks - block)
-                w = filters + (g * blocks + block) * k * 64
-                x_at = 0
-                while x_at < out_width:
-                    many = PIXELS if x_at + PIXELS <= out_width else 1
-                    source = line + x_at * stride_w * pixel + g * words * 4
-                    _multiply(many, together, source, offsets, stride_w * pixel, w, k * 64, k, sums)
-                    quick = plain and early == 0 and many == PIXELS
-                    quick = quick and inner_first <= x_at and x_at + many <= inner_last
-                    for r in range(together):
-                        at = (g * blocks + block + r) * LANES
-                        o = g * group_out + (block + r) * LANES
-                        short, short_step = 0, channels * size
-                        if has_shortcut and normed:
-                            short = activated + (((y + top - first) * width + x_at) * channels + o) * size
-                        elif has_shortcut:
-                            short, short_step = x + y * x_row + x_at * x_pixel + o * size, x_pixel
-                        add = row_add + 4 * o if row_add != 0 else 0
-                        more = 0
-                        if residual != 0:
-                            more = residual + y * residual_row + x_at * residual_pixel + o * size
-                        target = out + y * out_row + x_at * out_pixel + o * size
-                        count = group_out - (block + r) * LANES
-                        total, constants = sums + r * 64, table + at * 24
-                        if quick and count >= LANES:
-                            start, step = bases + 4 * at, together * 64
-                            if half:
-                                _finish_row_bf16(
-                                    total, step, start, constants, halve, short, add, more, target, short_step,
-                                    residual_pixel, out_pixel,
-                                )  # fmt: skip
-                            else:
-                                _finish_row(
-                                    total, step, start, constants, halve, short, add, more, target, short_step,
-                                    residual_pixel, out_pixel,
-                                )  # fmt: skip
-                            continue
-                        for i in range(many):
-                            px = x_at + i
-                            entry = bases
-                            if px < inner_first:
-                                entry = bases + (1 + px) * lanes * 4
-                            elif px >= inner_last:
-                                entry = bases + (1 + inner_first + px - inner_last) * lanes * 4
-                            _finish_pixel(
-                                half, plain, total, entry + 4 * at, constants, halve, low, high, short, early, add,
-                                more, target, count,
-                            )  # fmt: skip
-                            total, target = total + together * 64, target + out_pixel
-                            short = short + short_step if has_shortcut else 0
-                            more = more + residual_pixel if residual != 0 else 0
-                    x_at += many
+                together = max(1, min(BLOCKS, group_out // LANES - block))
+                count = min(LANES, group_out - (block + together - 1) * LANES)
+                at = (g * blocks + block) * LANES
+                o = g * group_out + block * LANES
+                short, short_step = 0, 0
+                if has_shortcut and normed:
+                    short, short_step = activated + ((y + top - first) * width * channels + o) * size, channels * size
+                elif has_shortcut:
+                    short, short_step = x + y * x_row + o * size, x_pixel
+                add = row_add + 4 * o if row_add != 0 else 0
+                more = residual + y * residual_row + o * size if residual != 0 else 0
+                done = (((y - first) * groups + g) * blocks + block) * tiles
+                _tile_row(
+                    line + g * words * 4, entries, short, more, out + y * out_row + o * size,
+                    (filters + (g * blocks + block) * k * 64, bases + 4 * at, table + at * 24, add),
+                    out_width, half, together, count, next_strip + done * lines * 64, lines * together,
+                    (offsets, k, k * 64, stride_w * pixel, short_step, residual_pixel, out_pixel, halve, plain, low,
+                     high, early),
+                )  # fmt: skip
                 block += together
     return last_rows
 

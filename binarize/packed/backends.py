@@ -61,14 +61,19 @@ def current() -> str:
 def kernels_for(x: Tensor) -> ModuleType | None:
     """Return the compiled kernels if they can take a tensor like ``x``, or None for plain torch."""
     asked = current()
+    return _kernels_of(asked, asked == "triton" and _interprets(), x.device, x.dtype)
+
+
+@cache
+def _kernels_of(asked: str, interprets: bool, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     if asked == "torch":
         return None
-    name = "triton" if x.device.type == "cuda" or (asked == "triton" and _interprets()) else "numba"
-    if asked not in ("auto", name) or x.dtype not in _DTYPES[name] or x.device.type not in ("cpu", "cuda"):
+    name = "triton" if device.type == "cuda" or (asked == "triton" and interprets) else "numba"
+    if asked not in ("auto", name) or dtype not in _DTYPES[name] or device.type not in ("cpu", "cuda"):
         return None
     if asked == name:
         return _kernels(name)
-    return _kernels_if_any(name, x.device.index if name == "triton" else None)
+    return _kernels_if_any(name, device.index if name == "triton" else None)
 
 
 def cpu_kernels(x: Tensor | None = None) -> ModuleType | None:

@@ -7,6 +7,8 @@ profit as well.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,8 @@ def norm_silu_conv(
         packed: Tensor = conv(x, factors, None, residual)
         return packed
     if is_wide(conv):
-        wide: Tensor = wide_conv(x, conv.weight, conv.bias, factors, residual)
+        bias = cast(Tensor | None, conv.bias)
+        wide: Tensor = wide_conv(x, cast(Tensor, conv.weight), bias, factors, residual)
         return wide
     y: Tensor = conv(norm_silu(x, factors))
     return y if residual is None else y.add_(residual)

@@ -66,23 +66,47 @@ class _Made:
 
     def __init__(self, layer: _PackedLayer) -> None:
         self.terms = layer._make_terms()
-        self._sources = [
-            (place, name, value, _state(value))
+        self.shape = to_list(layer.shape, layer.geometry)
+        parts = (part for part in (layer.pre, layer.post) if isinstance(part, Shift | RPReLU))
+        self._timed = [part for part in parts if part.groups > 1]
+        self._device = layer.words.device
+        self._modules: list[tuple[dict[str, Any], str, Any]] = []
+        self._tensors: list[tuple[Any, ...]] = []
+
+    def watch(self, layer: _PackedLayer) -> _Made:
+        """Note what they were made from, so that `is_current` can tell."""
+        held: list[tuple[dict[str, Any], str, Any]] = [
+            (place, name, value)
             for module in layer.modules()
             for place in (module._modules, module._parameters, module._buffers)
             for name, value in cast(dict[str, Any], place).items()
         ]
+        self._modules = [entry for entry in held if not isinstance(entry[2], Tensor)]
+        self._tensors = [(place, name, t, *_state(t)) for place, name, t in held if isinstance(t, Tensor)]
+        return self
 
-    def is_of(self, layer: _PackedLayer) -> bool:
+    def is_current(self) -> bool:
         """Say whether the layer is what it was when they were made."""
-        return all(place.get(name) is value and _state(value) == state for place, name, value, state in self._sources)
+        for place, name, value in self._modules:
+            if place.get(name) is not value:
+                return False
+        for place, name, value, *state in self._tensors:
+            if place.get(name) is not value or _state(value) != state:
+                return False
+        return True
 
-
-def _state(value: Any) -> tuple[int, torch.dtype, torch.device] | None:
-    """Return what changes when a tensor is written to, or its data replaced by another kind of data."""
-    if not isinstance(value, Tensor):
+    def group(self) -> Tensor | None:
+        """Return each sample's group of timesteps, ``(B,)`` or ``(1,)`` int64, or None if nothing depends on it."""
+        for part in self._timed:
+            if part.context is not None:
+                group = part.context.group(part.groups)
+                return group if group.device == self._device else group.to(self._device)
         return None
-    return 0 if value.is_inference() else value._version, value.dtype, value.device
+
+
+def _state(value: Tensor) -> list[Any]:
+    """Return what changes when a tensor is written to, or its data replaced by another kind of data."""
+    return [0 if value.is_inference() else value._version, value.dtype, value.device]
 
 
 class _PackedLayer(nn.Module):
@@ -246,20 +270,17 @@ class _PackedLayer(nn.Module):
             default=1,
         )
 
-    def _group(self) -> Tensor | None:
-        for part in (self.pre, self.post):
-            if isinstance(part, Shift | RPReLU) and part.groups > 1 and part.context is not None:
-                return part.context.group(part.groups).to(self.words.device)
-        return None
-
     def terms(self) -> list[_Term]:
         """Return the operator's ``filters``, ``counts``, ``thresholds`` and ``table`` of each term, made once."""
+        return self._current().terms
+
+    def _current(self) -> _Made:
         if torch.compiler.is_compiling():
-            return self._make_terms()
+            return _Made(self)
         made = self._made
-        if made is None or not made.is_of(self):
-            made = self._made = _Made(self)
-        return made.terms
+        if made is None or not made.is_current():
+            made = self._made = _Made(self).watch(self)
+        return made
 
     @torch.no_grad()
     def _make_terms(self) -> list[_Term]:
@@ -317,11 +338,12 @@ class _PackedLayer(nn.Module):
         source = x if self.inside else self._shifted(x)
         if self.pad_codes is not None:
             source = F.pad(source, self.pad_codes, mode=self.padding_mode)
-        group, shape = self._group(), to_list(self.shape, self.geometry)
+        made = self._current()
+        group = made.group()
         y: Tensor | None = None
-        for words, counts, thresholds, table in self.terms():
+        for words, counts, thresholds, table in made.terms:
             term = self._convolution(
-                source, words, counts, thresholds, table, group, shape, self.levels == (0, 1),
+                source, words, counts, thresholds, table, group, made.shape, self.levels == (0, 1),
                 self.fused.low, self.fused.high, self.fused.shortcut, norm, row, residual,
             )  # fmt: skip
             y = term if y is None else y + term
