@@ -5,8 +5,10 @@
     python benchmarks/bench_packed.py --only layers
 
 Each table's rows are timed in turns, round after round, so that a machine that slows down slows all of them; a cell is
-the median. Figures to rely on are ratios within one run. Results go to benchmarks/results/packed.json and packed.png,
-and are printed as Markdown; `python benchmarks/tables.py` puts them into the documentation.
+the median. A turn of a single layer is several calls in a row, most of which find their code and data in the caches, as
+timers of single operators have it. Figures to rely on are ratios within one run. Results go to
+benchmarks/results/packed.json and packed.png, and are printed as Markdown; `python benchmarks/tables.py` puts them into
+the documentation.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from binarize.packed import PackedConv2d
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "bidiffsr_x2"
 TIMESTEP = 700
+CALLS = 5  # of a layer, in a turn
 SECTIONS = ("layers", "roofline", "networks", "compiled", "mixed", "flips", "memory", "files")
 
 
@@ -55,14 +58,15 @@ def interleaved(
     rounds: int,
     warm: int = 1,
     clock: Callable[[Callable[[], object]], float] = seconds,
+    calls: int = 1,
 ) -> dict[str, float]:
-    """Return the median of what the clock says of each job, all run in turns."""
+    """Return the median of what the clock says of each job, all run in turns of so many calls."""
     taken: dict[str, list[float]] = {name: [] for name in jobs}
     for i in range(warm + rounds):
         for name, job in jobs.items():
-            found = clock(job)
+            found = [clock(job) for _ in range(calls)]
             if i >= warm:
-                taken[name].append(found)
+                taken[name] += found
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
@@ -105,38 +109,69 @@ def distinct_layers(unet: nn.Module) -> dict[tuple[int, int, int, int], tuple[st
     return found
 
 
-def popcount_peak(words: int = 72) -> float | None:
+def tile_speed(words: int = 72, finished: bool = False) -> float | None:
     """Return binary GMAC/s of one core on data that never leaves its first cache, or None without numba.
 
     Args:
         words: Words of 32 bits that a sum counts; there are fewer to add up bit by bit in short ones. More than 72
             would leave that cache.
+        finished: With what follows a product for every output (scale, RPReLU, shortcut), not the counting alone.
     """
     try:
         import numpy as np
-        from numba import njit
+        from llvmlite import ir
+        from numba import njit, types
+        from numba.extending import intrinsic
 
-        from binarize.packed._vectors import make_product
-        from binarize.packed._workers import BLOCKS, BYTEWISE, PIXELS
+        from binarize.packed import _tile
+        from binarize.packed._vectors import INTS, store
     except ImportError:
         return None
-    product, turns = make_product(PIXELS, BLOCKS, BYTEWISE), 1_440_000 // words
+    pixels, blocks = _tile.PIXELS, _tile.BLOCKS
+    outputs, turns = pixels * blocks * 16, 360_000 // words
+    finish, step = _tile.make_tile(pixels, blocks, bf16=False), 64 * blocks
+
+    @intrinsic
+    def count(context: Any, x: Any, offsets: Any, k: Any, w: Any, out: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            x, offsets, k, w, out = args
+            step = b.shl(k, ir.IntType(64)(2))
+            pixel, block = [x], [w]
+            for _ in range(1, pixels):
+                pixel.append(b.add(pixel[-1], step))
+            for _ in range(1, blocks):
+                block.append(b.add(block[-1], b.shl(step, ir.IntType(64)(4))))
+            nothing = [ir.Constant(INTS, None)] * (pixels * blocks)
+            found = _tile.dots(b, _tile.Words(pixel, offsets, block, k), lambda: nothing, ir.IntType(1)(0))
+            for i, value in enumerate(found):
+                store(b, value, b.add(out, ir.IntType(64)(64 * i)), 64)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), codegen
 
     @njit
-    def repeat(x: int, offsets: int, step: int, w: int, w_step: int, k: int, out: int, turns: int) -> None:
+    def repeat(x: int, offsets: int, k: int, w: int, out: int, zeros: int, whole: bool, turns: int) -> None:
         for _ in range(turns):
-            product(x, offsets, step, w, w_step, k, out)
+            if whole:
+                finish(
+                    x, zeros, zeros, 0, out, w, zeros, zeros, 0, 16, offsets, k, 64 * k, 4 * k, step, 0, step, 0, 1,
+                    -np.inf, np.inf, 0,
+                )  # fmt: skip
+            else:
+                count(x, offsets, k, w, out)
 
     def aligned(count: int) -> Any:
         raw = np.random.default_rng(0).integers(-(2**31), 2**31, count + 16, dtype=np.int32)
         start = -raw.ctypes.data % 64 // 4
         return raw[start : start + count]
 
-    x, w, out = aligned(PIXELS * words), aligned(BLOCKS * words * 16), aligned(PIXELS * BLOCKS * 16)
+    x, w, out, zeros = aligned(pixels * words), aligned(blocks * words * 16), aligned(outputs), aligned(96 * blocks)
+    zeros[:] = 0  # entries, bases, table and shortcut at once
     offsets = (4 * np.arange(words)).astype(np.int32)
-    arguments = (x.ctypes.data, offsets.ctypes.data, 4 * words, w.ctypes.data, 64 * words, words, out.ctypes.data)
-    job = interleaved({"peak": lambda: repeat(*arguments, turns)}, 5)
-    return turns * PIXELS * BLOCKS * 16 * words * 32 / job["peak"] / 1e9
+    addresses = x.ctypes.data, offsets.ctypes.data, words, w.ctypes.data, out.ctypes.data, zeros.ctypes.data
+    repeat(*addresses, finished, turns)
+    best = min(seconds(lambda: repeat(*addresses, finished, turns)) for _ in range(20))
+    return turns * outputs * words * 32 / best / 1e9
 
 
 FLOAT32 = {"float32 NCHW": torch.contiguous_format, "float32 NHWC": torch.channels_last}
@@ -153,7 +188,7 @@ def float32_jobs(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[]
 
 def layer_rows(rounds: int) -> list[dict[str, Any]]:
     packed = binarize.pack(released())
-    narrow, peak = copy.deepcopy(packed).to(torch.bfloat16), popcount_peak()
+    narrow, peak = copy.deepcopy(packed).to(torch.bfloat16), tile_speed()
     rows = []
     for (c_in, c_out, kernel, size), (name, count) in distinct_layers(packed).items():
         layer, half = packed.get_submodule(name), narrow.get_submodule(name)
@@ -175,7 +210,7 @@ def layer_rows(rounds: int) -> list[dict[str, Any]]:
             torch.set_num_threads(threads)
             step = torch.tensor([TIMESTEP])
             with binarize.timesteps(packed, step), binarize.timesteps(narrow, step):
-                taken = interleaved(jobs, rounds, warm=2)
+                taken = interleaved(jobs, rounds, warm=2, calls=CALLS)
             best = min(taken[layout] for layout in FLOAT32)
             speed = macs / taken["packed"]
             rows.append(
@@ -198,18 +233,18 @@ def layer_rows(rounds: int) -> list[dict[str, Any]]:
 def roofline_rows(rounds: int) -> list[dict[str, Any]]:
     """What bounds the layers on one thread, and a whole step at 256x256 on two.
 
-    A layer has to count, at best as fast as on data in the first cache with sums of its length, and to read its input
-    and write its output once, at best as fast as a copy does.
+    A layer has to count, scale, activate and add, at best as fast as on data in the first cache with sums of its
+    length, and to read its input and write its output once, at best as fast as a copy does.
     """
     packed = binarize.pack(released())
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(1)
-    peaks: dict[int, float | None] = {}
+    peaks: dict[int, tuple[float | None, float | None]] = {}
     for (c_in, c_out, kernel, size), (name, count) in distinct_layers(packed).items():
         torch.set_num_threads(1)
         words = min(72, kernel**2 * -(-c_in // 32))
-        peaks[words] = peaks[words] if words in peaks else popcount_peak(words)
-        peak, layer, weight = peaks[words], packed.get_submodule(name), torch.randn(c_out, c_in, kernel, kernel)
+        peaks[words] = peaks[words] if words in peaks else (tile_speed(words), tile_speed(words, finished=True))
+        layer, weight = packed.get_submodule(name), torch.randn(c_out, c_in, kernel, kernel)
         x = torch.randn(1, c_in, size, size).contiguous(memory_format=torch.channels_last)
         y = torch.empty_like(x)
         jobs: dict[str, Callable[[], object]] = {
@@ -218,18 +253,19 @@ def roofline_rows(rounds: int) -> list[dict[str, Any]]:
             **float32_jobs(x, weight),
         }
         with binarize.timesteps(packed, torch.tensor([TIMESTEP])):
-            taken = interleaved(jobs, rounds, warm=2)
+            taken = interleaved(jobs, rounds, warm=2, calls=CALLS)
         macs = c_in * c_out * kernel**2 * size**2 / 1e9
         rows.append(
             {
                 "layer": f"{c_in} -> {c_out}, {kernel}x{kernel}, {size}x{size}",
                 "count": count,
                 "words": words,
-                "peak, GMAC/s": peak,
+                "peak, GMAC/s": peaks[words][0],
                 "ms": {
                     "float32": 1e3 * min(taken[layout] for layout in FLOAT32),
                     "packed": 1e3 * taken["packed"],
-                    "counting": None if peak is None else 1e3 * macs / peak,
+                    "counting": peaks[words][0] and 1e3 * macs / peaks[words][0],
+                    "arithmetic": peaks[words][1] and 1e3 * macs / peaks[words][1],
                     "copy": 1e3 * taken["copy"],
                 },
             }

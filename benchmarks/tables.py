@@ -90,29 +90,45 @@ def networks(rows: Rows) -> str:
     return rows_to_markdown(head, lines)
 
 
+def _arithmetic(ms: dict[str, float]) -> float:
+    """Return how long a layer's arithmetic takes at the peak; of counting alone, in results that have no more."""
+    return ms.get("arithmetic", ms["counting"])
+
+
 def roofline(rows: Rows) -> str:
     """Return the table of what bounds the layers, and the one of what a step consists of."""
-    head = ["layer, one thread", "float32, ms", "packed", "counting at peak", "a copy", "float32 / packed", "at most"]
+    head = [
+        "layer, one thread",
+        "float32, ms",
+        "packed",
+        "counting",
+        "arithmetic",
+        "a copy",
+        "float32 / packed",
+        "at most",
+    ]
     timed = [row for row in rows if "layer" in row and row["ms"]["counting"] is not None]
     lines = []
     for row in timed:
         ms = row["ms"]
-        both = ms["counting"] + ms["copy"]
-        times = (f"{ms[name]:.2f}" for name in ("float32", "packed", "counting", "copy"))
-        one_after_another = f"{ms['float32'] / both:.1f}"
+        arithmetic = _arithmetic(ms)
+        times = [f"{ms[name]:.2f}" for name in ("float32", "packed", "counting")]
+        one_after_another = f"{ms['float32'] / (arithmetic + ms['copy']):.1f}"
         lines.append(
             [
                 row["layer"],
                 *times,
+                f"{arithmetic:.2f}" if "arithmetic" in ms else "",
+                f"{ms['copy']:.2f}",
                 f"{ms['float32'] / ms['packed']:.1f}",
-                f"{one_after_another} to {ms['float32'] / max(ms['counting'], ms['copy']):.1f}",
+                f"{one_after_another} to {ms['float32'] / max(arithmetic, ms['copy']):.1f}",
             ]
         )
     whole = next(row for row in rows if "parts" in row)
     total = sum(whole["parts"].values())
     parts = [[name, f"{seconds:.3f}", f"{seconds / total:.0%}"] for name, seconds in whole["parts"].items()]
     step, threads = whole["seconds"], whole["threads"]
-    least = sum(row["count"] * (row["ms"]["counting"] + row["ms"]["copy"]) for row in timed) / 1e3 / threads
+    least = sum(row["count"] * (_arithmetic(row["ms"]) + row["ms"]["copy"]) for row in timed) / 1e3 / threads
     # The profiler's seconds are not those of the timing, but their shares are.
     reached = step["packed"] * (1 - whole["parts"]["binary convolutions"] / total) + least
     return "\n\n".join(
@@ -121,8 +137,8 @@ def roofline(rows: Rows) -> str:
             f"A step at {whole['size']}x{whole['size']} on {whole['threads']} threads, {step['packed']:.3f} s, against "
             f"{step['full precision']:.3f} s of the full-precision twin, by operator:",
             rows_to_markdown(["part", "s", "share"], parts),
-            f"With nothing but counting at the peak and one copy in each of its binary convolutions, {least:.3f} s, a "
-            f"step would take {reached:.3f} s: the twin takes {step['full precision'] / step['packed']:.2f} times as "
+            f"With nothing but arithmetic at the peak and one copy in each of its binary convolutions, {least:.3f} s, "
+            f"a step would take {reached:.3f} s: the twin takes {step['full precision'] / step['packed']:.2f} times as "
             f"long as it does, and would take {step['full precision'] / reached:.2f} times as long as that."
             if timed
             else "",

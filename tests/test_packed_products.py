@@ -42,12 +42,13 @@ def test_dot_products_equal_the_oracle_bit_for_bit(backend: Any, problem: Proble
     assert torch.equal(found, torch.from_numpy(problem.expected).to(found.dtype))
 
 
-@pytest.mark.parametrize("words", range(1, 27))
+# Counts are widened every 31 words, or every 31 times eight after the first seven.
+@pytest.mark.parametrize("words", [*range(1, 27), 31, 32, 62, 63, 255, 256, 262, 263, 264, 511, 520])
 @pytest.mark.parametrize("differing", [0.0, 0.5, 1.0])
 def test_sums_of_any_number_of_words_are_exact_where_all_bits_differ_too(words: int, differing: float) -> None:
     # All bits that differ are the most that a byte, in which they are counted, has to hold.
-    channels = 32 * words
-    layer = PackedConv2d(BinaryConv2d(channels, 20, 1, method=Method(weight="sign")))
+    channels, out_channels = 32 * words, [20, 48, 64, 120][words % 4]  # one to four blocks at a time, and a rest
+    layer = PackedConv2d(BinaryConv2d(channels, out_channels, 1, method=Method(weight="sign")))
     codes = layer.codes()[0].float().flatten(1)
     signs = torch.where(torch.rand(channels) < differing, -codes[3], codes[3])
     x = torch.stack([signs, -signs, torch.randn(channels)], 1).view(1, channels, 1, 3).repeat(1, 1, 1, 3)
@@ -291,6 +292,8 @@ def test_operators_keep_the_contract_of_torch_library() -> None:
     torch.library.opcheck(
         norm_factors.overload, [torch.randn(2, 8, 3, 3), torch.randn(2, 8), 4, None, torch.randn(8), 1e-5]
     )
+    wide = [torch.randn(2, 32, 4, 5), torch.randn(16, 32, 3, 3), torch.randn(16), None, torch.randn(2, 16, 4, 5)]
+    torch.library.opcheck(wide_conv.overload, wide)
     torch.library.opcheck(norm_silu.overload, [torch.randn(2, 8, 3, 3), torch.randn(2, 2, 8)])
     torch.library.opcheck(shuffle.overload, [torch.randn(2, 32, 3, 3), torch.randn(2, 64, 3, 3)])
 
@@ -309,11 +312,47 @@ def test_empty_inputs_give_empty_outputs() -> None:
     assert linear(torch.randn(2, 0, 4)).shape == (2, 0, 6)
 
 
-def test_packed_layers_refuse_a_gradient() -> None:
-    layer = PackedConv2d(BinaryConv2d(4, 6, 3, padding=1, method=Method()).eval())
-    y = layer(torch.randn(1, 4, 5, 5, requires_grad=True))
-    with pytest.raises(BinarizeError, match="packed layers have no gradient; train the unpacked model"):
-        y.sum().backward()
+REFUSING: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "norm_factors": (norm_factors, "x", {"row": None, "groups": 4, "weight": None, "bias": None, "eps": 1e-5}),
+    "norm_silu": (norm_silu, "x", {"norm": torch.randn(2, 2, 32)}),
+    "shuffle": (shuffle, "hidden", {"skip": torch.randn(2, 32, 4, 4)}),
+    "wide_conv": (wide_conv, "x", {"weight": torch.randn(16, 32, 3, 3), "bias": None, "norm": None, "residual": None}),
+    "packed_conv2d": (PackedConv2d(BinaryConv2d(32, 6, 3, padding=1, method=Method()).eval()), "x", {}),
+}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["positional", "named"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("which", REFUSING)
+def test_packed_operators_refuse_a_gradient(which: str, compiled: bool, named: bool) -> None:
+    operator, first, others = REFUSING[which]
+
+    def loss(x: Tensor) -> Tensor:
+        found = operator(**{first: x}, **others) if named else operator(x, *others.values())
+        return sum((part.square().sum() for part in found), x.sum())
+
+    torch._dynamo.reset()
+    run = torch.compile(loss, backend="aot_eager") if compiled else loss
+    # The compiler asks for the gradient's graph, and wraps what it is answered.
+    error = torch._dynamo.exc.BackendCompilerFailed if compiled else BinarizeError
+    with pytest.raises(error, match="packed layers have no gradient; train the unpacked model"):
+        run(torch.randn(2, 32, 4, 4, requires_grad=True)).backward()
+
+
+ARGUMENTS = ([16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1], False, -math.inf, math.inf, 0, None, None, None)
+
+
+def test_a_group_may_lie_in_memory_in_any_way() -> None:
+    layer = PackedConv2d(BinaryConv2d(16, 16, 3, padding=1, method=Method()).eval())
+    [(words, counts, thresholds, table)] = layer.terms()
+    thresholds, table = torch.randn(3, *thresholds.shape[1:]), torch.randn(3, *table.shape[1:])
+    x = torch.randn(2, 16, 6, 7)
+    for group in (torch.tensor([0, 2, 1, 2])[::2], torch.tensor([1]).expand(2)):
+        found = []
+        for backend in EITHER:
+            with backends.use(backend):
+                found.append(packed_conv2d(x, words, counts, thresholds, table, group, *ARGUMENTS))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
 
 
 def test_packed_layers_refuse_what_does_not_fit_before_memory_is_read() -> None:
@@ -330,6 +369,9 @@ def test_packed_layers_refuse_what_does_not_fit_before_memory_is_read() -> None:
         check_devices("packed convolution", torch.rand(1), None, torch.rand(1, device="meta"))
     with pytest.raises(BinarizeError, match="must have the shape"):
         wide_conv(torch.rand(1, 16, 8, 8), torch.rand(16, 32, 3, 3), None, None, None)
+    for group in (torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.int32)):
+        with pytest.raises(BinarizeError, match=r"group must be int64 of shape \(2,\) or \(1,\); got torch.int"):
+            packed_conv2d(torch.rand(2, 16, 8, 8), *layer.terms()[0], group, *ARGUMENTS)
     with pytest.raises(BinarizeError, match="GroupNorm: weight must have the shape"):
         norm_factors(torch.rand(1, 16, 8, 8), None, 4, torch.rand(8), None, 1e-5)
 

@@ -75,7 +75,7 @@ def packed_conv2d(
     p[Conv.FILTERS], p[Conv.BASE], p[Conv.THRESHOLDS], p[Conv.TABLE] = (t.data_ptr() for t in held[1:])
     p[Conv.FILTER_SUMS] = p[Conv.BASE] + 4 * shape.lanes
     if group is not None:
-        held.append(group if group.shape[0] == batch else group.expand(batch).contiguous())
+        held.append(group.expand(batch).contiguous())
         p[Conv.GROUP] = held[-1].data_ptr()
     if norm is not None:
         held.append(_floats(norm))
@@ -226,6 +226,7 @@ def _plan(
     p[Conv.DILATION_H], p[Conv.DILATION_W] = geometry.dilation
     p[Conv.BORDERS], p[Conv.INNER_FIRST], p[Conv.INNER_LAST], p[Conv.HALVE] = borders, first, last, int(halve)
     p[Conv.SHORTCUT], p[Conv.EARLY] = int(shortcut != 0), int(shortcut == 2)
+    p[Conv.AHEAD] = min(threads, tasks)
     p[Conv.LIMITS] = array("q", array("f", [low, high]).tobytes())[0]
     return _Plan(p, tasks, room, out_height, out_width)
 

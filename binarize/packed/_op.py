@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from binarize.errors import BinarizeError
 from binarize.packed import backends
 from binarize.packed._inputs import check_devices, check_shape
 from binarize.packed._layout import LANES, WORD, FilterShape, to_bits
@@ -111,7 +112,8 @@ def packed_conv2d(
         ``(B, C_out, H', W')`` in x's dtype, channels last.
 
     Raises:
-        BinarizeError: If the tensors are on different devices, or do not have the shapes above.
+        BinarizeError: If the tensors are on different devices, or do not have the shapes above, or ``group`` not its
+            dtype.
     """
     filter_shape, geometry = _read(tuple(shape))
     check_devices("packed convolution", x, filters, counts, thresholds, table, group, norm, row, residual)
@@ -121,6 +123,11 @@ def packed_conv2d(
     check_shape("packed convolution: norm", norm, (2, x.shape[0], channels))
     check_shape("packed convolution: row", row, (x.shape[0], out_channels))
     check_shape("packed convolution: the residual", residual, (x.shape[0], out_channels, *out_size))
+    if group is not None and (group.dtype != torch.int64 or tuple(group.shape) not in ((1,), (x.shape[0],))):
+        raise BinarizeError(
+            f"packed convolution: group must be int64 of shape ({x.shape[0]},) or (1,); got {group.dtype} of shape "
+            f"{tuple(group.shape)}."
+        )
     kernels = backends.kernels_for(x)
     run = plain_conv2d if kernels is None else kernels.packed_conv2d
     return run(

@@ -1,8 +1,7 @@
 """Packed operators: registered with PyTorch's dispatcher, cheap to call, and without a gradient.
 
-`torch.library.custom_op` asks about gradients and aliases in Python each time, which takes as long as the kernels of a
-small layer. These operators leave both out: nothing is returned that was given, and who asks for a gradient is answered
-once, where the call is made.
+`torch.library.custom_op` asks about gradients and aliases in Python at each call, which takes as long as the kernels of
+a small layer. Here a call that nobody wants a gradient of goes past that.
 """
 
 from __future__ import annotations
@@ -15,42 +14,48 @@ from torch import Tensor
 
 from binarize.errors import BinarizeError
 
-_library = torch.library.Library("binarize", "FRAGMENT")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_libraries: dict[str, torch.library.Library] = {}  # what they define lives as long as they do
 
 
 class Operator(Generic[_P, _R]):
     """A function that is an operator of PyTorch's: `torch.export` and `torch.compile` see a call and not its inside.
+
+    Its result refuses to give a gradient, in a backward of any kind.
 
     Args:
         function: What it does, on any device; it returns new tensors.
         schema: Its arguments and results; taken from annotations if None.
 
     Attributes:
-        overload: What the dispatcher knows it as, for `torch.library.opcheck`.
+        overload: What the dispatcher knows it as.
     """
 
     def __init__(self, function: Callable[_P, _R], schema: str | None = None) -> None:
-        self.__doc__, self.name = function.__doc__, function.__name__
+        self.__doc__, self.name = function.__doc__, f"binarize::{function.__name__}"
+        if self.name in _libraries:  # its module is loaded again
+            _libraries.pop(self.name)._destroy()
+        self._library = _libraries[self.name] = torch.library.Library("binarize", "FRAGMENT")
         found = schema or torch.library.infer_schema(function, mutates_args=())
-        _library.define(self.name + found, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(self.name, function, "CompositeExplicitAutograd")
-        self.overload = getattr(torch.ops.binarize, self.name).default
+        self._library.define(function.__name__ + found, tags=torch.Tag.pt2_compliant_tag)
+        self._library.impl(function.__name__, function, "CompositeExplicitAutograd")
+        torch.library.register_autograd(self.name, _refuse, lib=self._library)
+        self.overload = getattr(torch.ops.binarize, function.__name__).default
 
     def register_fake(self, function: Callable[_P, Any]) -> Callable[_P, Any]:
         """Say what comes out, from shapes and dtypes alone."""
-        torch.library.register_fake(f"binarize::{self.name}", function, lib=_library)
+        torch.library.register_fake(self.name, function, lib=self._library)
         return function
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """Run the operator; its result refuses to give a gradient, if any argument asks for one."""
-        asked = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)
-        if asked and not torch.compiler.is_compiling():
-            out: _R = _Refused.apply(self.overload, *args)
+        """Run the operator."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _ask_for_gradient(*args, *kwargs.values())):
+            out: _R = self.overload(*args, **kwargs)
             return out
-        out = self.overload(*args, **kwargs)
-        return out
+        with torch._C._AutoDispatchBelowAutograd():
+            out = self.overload(*args, **kwargs)
+            return out
 
 
 def operator(schema: str | None = None) -> Callable[[Callable[_P, _R]], Operator[_P, _R]]:
@@ -58,14 +63,12 @@ def operator(schema: str | None = None) -> Callable[[Callable[_P, _R]], Operator
     return lambda function: Operator(function, schema)
 
 
-class _Refused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, overload: Any, *args: Any) -> Any:
-        return overload(*args)
+def _ask_for_gradient(*values: object) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise BinarizeError(
-            "packed layers have no gradient; train the unpacked model, or call binarize.unpack(model), which gives +-1 "
-            "latent weights and fixed scales."
-        )
+
+def _refuse(ctx: Any, *grads: Any) -> NoReturn:
+    raise BinarizeError(
+        "packed layers have no gradient; train the unpacked model, or call binarize.unpack(model), which gives +-1 "
+        "latent weights and fixed scales."
+    )

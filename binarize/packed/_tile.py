@@ -228,20 +228,20 @@ class _CarrySave:
         return [_add_products(b, t, s, self.per_bit) for t, s in zip(held[3 * self.n :], small, strict=True)]
 
 
-def dots(b: ir.IRBuilder, words: Words, base: _Values, halve: ir.Value) -> _Values:
+def dots(b: ir.IRBuilder, words: Words, base: Callable[[], _Values], halve: ir.Value) -> _Values:
     """Return dot products, int32, of each pixel with each block, pixel by pixel.
 
     Args:
         b: The builder.
         words: What to multiply.
-        base: The dot products of no differing bits.
+        base: Loads the dot products of no differing bits, when they are needed.
         halve: Whether activations are {0, 1}, so that a differing bit takes 1 from a dot product, not 2.
     """
 
     def plainly() -> _Values:
         shift = splat(b, b.zext(b.not_(halve), I32))
         counted = _count_all(b, words, BYTEWISE)
-        return [b.sub(start, b.shl(total, shift)) for start, total in zip(base, counted, strict=True)]
+        return [b.sub(start, b.shl(total, shift)) for start, total in zip(base(), counted, strict=True)]
 
     if not CARRY_SAVE or len(words.blocks) > 1:
         return plainly()
@@ -251,7 +251,7 @@ def dots(b: ir.IRBuilder, words: Words, base: _Values, halve: ir.Value) -> _Valu
     first, first_end = plainly(), b.block
     b.branch(after)
     b.position_at_end(many)
-    second, second_end = _CarrySave(b, words, halve).add_to(base), b.block
+    second, second_end = _CarrySave(b, words, halve).add_to(base()), b.block
     b.branch(after)
     b.position_at_end(after)
     found = [b.phi(INTS) for _ in first]
@@ -328,12 +328,16 @@ class _Tile:
         b, given = self.b, self.given
         filters = _chain(b, given["w"], given["w_step"], self.blocks)
         words = Words(self.along("x", "x_step"), given["offsets"], filters, given["k"])
-        entries = [load(b, b.add(given["entries"], I64(8 * p)), I64, 8) for p in range(self.pixels)]
-        starts = [b.add(given["bases"], entry) for entry in entries]
-        base = [load(b, b.add(start, I64(64 * r)), INTS) for start in starts for r in range(self.blocks)]
-        found = dots(b, words, base, self.is_set("halve"))
+        found = dots(b, words, self.bases, self.is_set("halve"))
         for r in range(self.blocks):
             self.finish(r, found[r :: self.blocks])
+
+    def bases(self) -> _Values:
+        """Load the dot products of no differing bits, pixel by pixel and block by block."""
+        b, given = self.b, self.given
+        entries = [load(b, b.add(given["entries"], I64(8 * p)), I64, 8) for p in range(self.pixels)]
+        starts = [b.add(given["bases"], entry) for entry in entries]
+        return [load(b, b.add(start, I64(64 * r)), INTS) for start in starts for r in range(self.blocks)]
 
     def finish(self, r: int, dot: _Values) -> None:
         """Write the outputs of the pixels for block r."""

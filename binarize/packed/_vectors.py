@@ -1,8 +1,7 @@
 """Vector instructions for the CPU kernels, written once in LLVM's portable form.
 
-Numba compiles what is built here for the machine that runs it: a population count of sixteen 32-bit lanes becomes one
-VPOPCNTD with AVX-512, table lookups with AVX2, CNT with NEON. Everything works on 16 lanes: 16 output channels of the
-product, 16 channels of a pixel.
+Numba compiles what is built here for the machine that runs it: AVX2, AVX-512 or NEON. Everything works on 16 lanes: 16
+output channels of a product, 16 channels of a pixel.
 
 Addresses are int64 values, strides are in bytes. Nothing here checks anything: `binarize.packed._cpu` does.
 """

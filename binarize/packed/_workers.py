@@ -38,6 +38,7 @@ class Conv(IntEnum):
     SCRATCH = auto()
     SCRATCH_STEP = auto()
     STRIP = auto()  # output rows of a task
+    AHEAD = auto()  # how many tasks on this worker's next one is, more or less
     HEIGHT = auto()
     WIDTH = auto()
     OUT_HEIGHT = auto()
@@ -135,6 +136,7 @@ _moments, _moments_part = vectors.make_moments(False, False), vectors.make_momen
 _moments_bf16, _moments_part_bf16 = vectors.make_moments(True, False), vectors.make_moments(True, True)
 _unzip, _unzip_bf16 = vectors.make_unzip(False), vectors.make_unzip(True)
 _WIDE = BLOCKS > 1
+AHEAD_BYTES = 200_000  # a row of the input that is longer is not read ahead
 
 # The functions below are global and have no closure, or numba would compile them in every process: its cache cannot
 # tell two closures apart. So the dtype is a flag at run time, "half" for bfloat16.
@@ -344,7 +346,7 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
     signs = bases + field(p, Conv.BORDERS) * lanes * 4 + lanes * 4
     input_rows = (rows_of_task - 1) * stride_h + (kernel_h - 1) * dilation_h + 1
     activated = signs + (input_rows * padded * pixel + 63) // 64 * 64
-    if last_rows < -1:  # this worker's first task
+    if last_rows < 0:  # this worker's first task
         _entries(p, entries)
         for ky in range(kernel_h):
             for kx in range(kernel_w):
@@ -395,9 +397,14 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
     out = field(p, Conv.OUT) + sample * field(p, Conv.OUT_BATCH)
     out_row, out_pixel = field(p, Conv.OUT_ROW), field(p, Conv.OUT_PIXEL)
 
+    # The next strip's rows, a part of each with every tile, where they are dense and leave room in the cache.
     tiles = max(1, out_width // PIXELS)
-    next_strip = x + (first + rows_of_task) * stride_h * x_row
-    lines = (stride_h * width * channels * size // 64 + groups * blocks * tiles - 1) // (groups * blocks * tiles)
+    row_bytes = stride_h * width * channels * size
+    following = first + field(p, Conv.AHEAD) * rows_of_task
+    lines = (row_bytes // 64 + groups * blocks * tiles - 1) // (groups * blocks * tiles)
+    if following >= out_height or x_pixel != channels * size or x_row != width * x_pixel or row_bytes > AHEAD_BYTES:
+        lines = 0
+    following = x + following * stride_h * x_row
     for y in range(first, last):
         rows = _inside(y * stride_h - top, kernel_h, dilation_h, height)
         if rows != last_rows:
@@ -418,11 +425,12 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
                     short, short_step = x + y * x_row + o * size, x_pixel
                 add = row_add + 4 * o if row_add != 0 else 0
                 more = residual + y * residual_row + o * size if residual != 0 else 0
-                done = (((y - first) * groups + g) * blocks + block) * tiles
+                taken = (g * blocks + block) * tiles * lines * 64
                 _tile_row(
                     line + g * words * 4, entries, short, more, out + y * out_row + o * size,
                     (filters + (g * blocks + block) * k * 64, bases + 4 * at, table + at * 24, add),
-                    out_width, half, together, count, next_strip + done * lines * 64, lines * together,
+                    out_width, half, together, count, following + (y - first) * row_bytes + taken,
+                    lines * together if taken < row_bytes else 0,
                     (offsets, k, k * 64, stride_w * pixel, short_step, residual_pixel, out_pixel, halve, plain, low,
                      high, early),
                 )  # fmt: skip
@@ -433,7 +441,7 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
 def conv_worker(p):  # type: ignore[no-untyped-def]
     me = fetch_add(p + 8 * Conv.WORKERS, 1)
     scratch = field(p, Conv.SCRATCH) + me * field(p, Conv.SCRATCH_STEP)
-    last_rows = -2
+    last_rows = -1
     while True:
         task = fetch_add(p + 8 * Conv.TASKS, 1)
         if task >= field(p, Conv.COUNT):
