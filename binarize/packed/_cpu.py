@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Fields = MutableSequence[int] | np.ndarray  # parameters of a worker, int64
 ALIGN = 64
-# An output strip's input should stay in the second-level cache from packing until the shortcut reads it again.
+# An output strip's input should stay in the second-level cache from packing until the shortcut reads it again, beside
+# the next strip's, which is read ahead.
 STRIP_BYTES = 100_000
 TASKS_PER_THREAD = 4
 
