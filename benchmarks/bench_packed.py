@@ -136,11 +136,8 @@ def tile_speed(words: int = 72, finished: bool = False) -> float | None:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             x, offsets, k, w, out = args
             step = b.shl(k, ir.IntType(64)(2))
-            pixel, block = [x], [w]
-            for _ in range(1, pixels):
-                pixel.append(b.add(pixel[-1], step))
-            for _ in range(1, blocks):
-                block.append(b.add(block[-1], b.shl(step, ir.IntType(64)(4))))
+            pixel = _tile.chain(b, x, step, pixels)
+            block = _tile.chain(b, w, b.shl(step, ir.IntType(64)(4)), blocks)
             nothing = [ir.Constant(INTS, None)] * (pixels * blocks)
             found = _tile.dots(b, _tile.Words(pixel, offsets, block, k), lambda: nothing, ir.IntType(1)(0))
             for i, value in enumerate(found):

@@ -72,18 +72,18 @@ def packed_conv2d(
     place(p, Conv.X, x)
     place(p, Conv.OUT, out)
     # Module.to(memory_format=torch.channels_last) turns over every tensor of four axes, words of bits as well.
-    held = [memory, filters.contiguous(), counts.contiguous(), _floats(thresholds), _floats(table)]
+    held = [memory, filters.contiguous(), counts.contiguous(), floats(thresholds), floats(table)]
     p[Conv.FILTERS], p[Conv.BASE], p[Conv.THRESHOLDS], p[Conv.TABLE] = (t.data_ptr() for t in held[1:])
     p[Conv.FILTER_SUMS] = p[Conv.BASE] + 4 * shape.lanes
     if group is not None:
         held.append(group.expand(batch).contiguous())
         p[Conv.GROUP] = held[-1].data_ptr()
     if norm is not None:
-        held.append(_floats(norm))
+        held.append(floats(norm))
         p[Conv.NORM_FACTORS] = held[-1].data_ptr()
         p[Conv.NORM_OFFSETS] = p[Conv.NORM_FACTORS] + 4 * norm.shape[1] * norm.shape[2]
     if row is not None:
-        held.append(_floats(row.expand(batch, -1)))
+        held.append(floats(row.expand(batch, -1)))
         p[Conv.ROW_ADD] = held[-1].data_ptr()
     if residual is not None:
         held.append(pixels(residual.to(x.dtype)))
@@ -92,7 +92,8 @@ def packed_conv2d(
     return out
 
 
-def _floats(values: Tensor) -> Tensor:
+def floats(values: Tensor) -> Tensor:
+    """Return the values as the kernels read what is not a picture: dense, in float32."""
     return values.float().contiguous()
 
 
@@ -105,8 +106,8 @@ def norm_factors(
     sums = torch.zeros(x.shape[0], strips, 2, x.shape[1], dtype=torch.float32)
     out = torch.empty(2, x.shape[0], x.shape[1], dtype=torch.float32)
     small = np.array([eps])
-    held = [None if t is None else t.float().contiguous() for t in (weight, bias)]
-    held.append(None if row is None else row.float().expand(x.shape[0], -1).contiguous())
+    held = [None if t is None else floats(t) for t in (weight, bias)]
+    held.append(None if row is None else floats(row.expand(x.shape[0], -1)))
     p[Norm.GROUPS], p[Norm.SUMS], p[Norm.EPS] = groups, sums.data_ptr(), small.ctypes.data
     p[Norm.WEIGHT], p[Norm.BIAS], p[Norm.SHIFT] = (0 if t is None else t.data_ptr() for t in held)
     p[Norm.FACTORS], p[Norm.OFFSETS] = out[0].data_ptr(), out[1].data_ptr()
@@ -119,7 +120,7 @@ def norm_silu(x: Tensor, norm: Tensor) -> Tensor:
     """Do what `binarize.packed._norm.norm_silu` says with the compiled kernels."""
     x = pixels(x)
     out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
-    norm = norm.float().contiguous()
+    norm = floats(norm)
     p, tasks, _ = _strips(x)
     place(p, Norm.OUT, out)
     p[Norm.FACTORS], p[Norm.OFFSETS] = norm[0].data_ptr(), norm[1].data_ptr()

@@ -26,6 +26,7 @@ from binarize.packed._vectors import (
     lanes_below,
     load,
     load_pixels,
+    meet,
     splat,
     store_pixels,
     when,
@@ -128,11 +129,7 @@ def _loop(
         phi.add_incoming(more, last)
     b.cbranch(b.icmp_signed("<", after, stop), inside, done)
     b.position_at_end(done)
-    found = [b.phi(INTS) for _ in kept]
-    for phi, first, more in zip(found, kept, new, strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(more, last)
-    return found
+    return meet(b, (kept, before), (new, last))
 
 
 def _end(b: ir.IRBuilder, start: ir.Value, size: int, stop: ir.Value) -> ir.Value:
@@ -140,10 +137,10 @@ def _end(b: ir.IRBuilder, start: ir.Value, size: int, stop: ir.Value) -> ir.Valu
     return b.select(b.icmp_signed("<", end, stop), end, stop)
 
 
-def _count_all(b: ir.IRBuilder, words: Words, bytewise: bool) -> _Values:
+def _count_all(b: ir.IRBuilder, words: Words) -> _Values:
     """Return how many bits differ, counting every word."""
     zeros = [ir.Constant(INTS, None)] * (len(words.pixels) * len(words.blocks))
-    count = _count_bytes if bytewise else _count_lanes
+    count = _count_bytes if BYTEWISE else _count_lanes
 
     def add_counts(j: ir.Value, sums: _Values) -> _Values:
         return _added(b, sums, [count(b, bits) for bits in words.differing(b, j)])
@@ -153,7 +150,7 @@ def _count_all(b: ir.IRBuilder, words: Words, bytewise: bool) -> _Values:
         found = _loop(b, j, _end(b, j, 31, words.count), zeros, 1, add_counts)
         return _added(b, sums, [_sum_bytes(b, total) for total in found])
 
-    return _loop(b, I64(0), words.count, zeros, *((31, add_chunk) if bytewise else (1, add_counts)))
+    return _loop(b, I64(0), words.count, zeros, *((31, add_chunk) if BYTEWISE else (1, add_counts)))
 
 
 class _CarrySave:
@@ -240,7 +237,7 @@ def dots(b: ir.IRBuilder, words: Words, base: Callable[[], _Values], halve: ir.V
 
     def plainly() -> _Values:
         shift = splat(b, b.zext(b.not_(halve), I32))
-        counted = _count_all(b, words, BYTEWISE)
+        counted = _count_all(b, words)
         return [b.sub(start, b.shl(total, shift)) for start, total in zip(base(), counted, strict=True)]
 
     if not CARRY_SAVE or len(words.blocks) > 1:
@@ -248,20 +245,17 @@ def dots(b: ir.IRBuilder, words: Words, base: Callable[[], _Values], halve: ir.V
     few, many, after = (b.append_basic_block(name) for name in ("few", "many", "counted"))
     b.cbranch(b.icmp_signed("<", words.count, I64(7)), few, many)
     b.position_at_end(few)
-    first, first_end = plainly(), b.block
+    first = plainly(), b.block
     b.branch(after)
     b.position_at_end(many)
-    second, second_end = _CarrySave(b, words, halve).add_to(base()), b.block
+    second = _CarrySave(b, words, halve).add_to(base()), b.block
     b.branch(after)
     b.position_at_end(after)
-    found = [b.phi(INTS) for _ in first]
-    for phi, one, other in zip(found, first, second, strict=True):
-        phi.add_incoming(one, first_end)
-        phi.add_incoming(other, second_end)
-    return found
+    return meet(b, first, second)
 
 
-def _chain(b: ir.IRBuilder, start: ir.Value, step: ir.Value, many: int) -> _Values:
+def chain(b: ir.IRBuilder, start: ir.Value, step: ir.Value, many: int) -> _Values:
+    """Return so many addresses, a step apart."""
     found = [start]
     while len(found) < many:
         found.append(b.add(found[-1], step))
@@ -322,11 +316,11 @@ class _Tile:
 
     def along(self, name: str, step: str) -> _Values:
         """Return an address for each pixel."""
-        return _chain(self.b, self.given[name], self.given[step], self.pixels)
+        return chain(self.b, self.given[name], self.given[step], self.pixels)
 
     def build(self) -> None:
         b, given = self.b, self.given
-        filters = _chain(b, given["w"], given["w_step"], self.blocks)
+        filters = chain(b, given["w"], given["w_step"], self.blocks)
         words = Words(self.along("x", "x_step"), given["offsets"], filters, given["k"])
         found = dots(b, words, self.bases, self.is_set("halve"))
         for r in range(self.blocks):

@@ -141,11 +141,19 @@ def when(
     last = b.block
     b.branch(after)
     b.position_at_end(after)
-    results = [b.phi(value.type) for value in values]
-    for result, old, new in zip(results, values, made, strict=True):
-        result.add_incoming(old, before)
-        result.add_incoming(new, last)
-    return results
+    return meet(b, (values, before), (made, last))
+
+
+def meet(
+    b: ir.IRBuilder, first: tuple[list[ir.Value], ir.Block], second: tuple[list[ir.Value], ir.Block]
+) -> list[ir.Value]:
+    """Return, where two ways meet, the values of the one that was taken; each is given with its last block."""
+    found = []
+    for one, other in zip(first[0], second[0], strict=True):
+        found.append(b.phi(one.type))
+        found[-1].add_incoming(one, first[1])
+        found[-1].add_incoming(other, second[1])
+    return found
 
 
 def make_signs(bf16: bool, partial: bool) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from binarize.packed import _threads
 from binarize.packed._compile import workers
-from binarize.packed._cpu import ALIGN, TASKS_PER_THREAD, aligned, place, scratch
+from binarize.packed._cpu import ALIGN, TASKS_PER_THREAD, aligned, floats, place, scratch
 from binarize.packed._inputs import pixels
 from binarize.packed._layout import LANES
 from binarize.packed._vectors import AVX512
@@ -92,10 +92,10 @@ def wide_conv(
     place(p, Wide.X, x)
     place(p, Wide.OUT, out)
     if bias is not None:
-        held.append(bias.float().contiguous())
+        held.append(floats(bias))
         p[Wide.BIAS] = held[-1].data_ptr()
     if norm is not None:
-        held.append(norm.float().contiguous())
+        held.append(floats(norm))
         p[Wide.NORM_FACTORS], p[Wide.NORM_OFFSETS] = held[-1][0].data_ptr(), held[-1][1].data_ptr()
     if residual is not None:
         held.append(pixels(residual.to(x.dtype)))
@@ -134,7 +134,7 @@ def _convolve_apart(x: Tensor, filters: Tensor, bias: Tensor | None, tile: Liter
     p, tiles = _tiles(x, tile)
     p[Tiles.OUT_CHANNELS] = out.shape[1]
     place(p, Tiles.OUT, out)
-    held = None if bias is None else bias.float().contiguous()
+    held = None if bias is None else floats(bias)
     p[Tiles.BIAS] = 0 if held is None else held.data_ptr()
     for here, spread, products in _in_planes(p, tiles):
         with torch.autocast("cpu", enabled=False):  # a backward may run inside of it

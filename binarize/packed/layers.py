@@ -62,13 +62,17 @@ class _Fused:
 
 
 class _Made:
-    """What a layer gives the operator for each term, and what it was made from."""
+    """What a layer gives the operator, and what it was made from.
+
+    Attributes:
+        terms: ``filters``, ``counts``, ``thresholds`` and ``table`` of each term.
+        shape: The operator's ``shape``.
+    """
 
     def __init__(self, layer: _PackedLayer) -> None:
         self.terms = layer._make_terms()
         self.shape = to_list(layer.shape, layer.geometry)
-        parts = (part for part in (layer.pre, layer.post) if isinstance(part, Shift | RPReLU))
-        self._timed = [part for part in parts if part.groups > 1]
+        self._timed = [part for part in layer.timed() if part.groups > 1]
         self._device = layer.words.device
         self._modules: list[tuple[dict[str, Any], str, Any]] = []
         self._tensors: list[tuple[Any, ...]] = []
@@ -265,16 +269,14 @@ class _PackedLayer(nn.Module):
         return sh == sw == 1 and top + bottom == dh * (kh - 1) and left + right == dw * (kw - 1)
 
     def _rows(self) -> int:
-        return max(
-            [part.groups for part in (self.pre, self.post) if isinstance(part, Shift | RPReLU)],
-            default=1,
-        )
+        return max((part.groups for part in self.timed()), default=1)
 
-    def terms(self) -> list[_Term]:
-        """Return the operator's ``filters``, ``counts``, ``thresholds`` and ``table`` of each term, made once."""
-        return self._current().terms
+    def timed(self) -> list[Shift | RPReLU]:
+        """Return the parts whose parameters may depend on the timestep."""
+        return [part for part in (self.pre, self.post) if isinstance(part, Shift | RPReLU)]
 
-    def _current(self) -> _Made:
+    def made(self) -> _Made:
+        """Return what the layer gives the operator, made once and again when the layer changes."""
         if torch.compiler.is_compiling():
             return _Made(self)
         made = self._made
@@ -338,7 +340,7 @@ class _PackedLayer(nn.Module):
         source = x if self.inside else self._shifted(x)
         if self.pad_codes is not None:
             source = F.pad(source, self.pad_codes, mode=self.padding_mode)
-        made = self._current()
+        made = self.made()
         group = made.group()
         y: Tensor | None = None
         for words, counts, thresholds, table in made.terms:
