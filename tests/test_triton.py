@@ -179,8 +179,8 @@ def test_a_network_is_the_one_that_was_packed(device: str) -> None:
 
 
 def test_asking_for_them_where_they_cannot_run_leaves_cpus_to_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with backends.use("triton"):
+    with backends.use("triton"):  # which imports the kernels while they are still interpreted, for the tests after it
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         assert backends.kernels_for(torch.empty(0)) is None
         assert backends.cpu_kernels() is None
 
