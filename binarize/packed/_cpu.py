@@ -38,6 +38,78 @@ class _Plan(NamedTuple):
     width: int
 
 
+class Prepared:
+    """A convolution of inputs of one size and dtype, with every address in its place that calls share.
+
+    Args:
+        size: ``(B, C_in, H, W)`` of the inputs.
+        dtype: Of the inputs.
+        normed: Whether calls give a ``norm``.
+        tensors: The filters, counts, thresholds and table.
+        shape: Of the filters.
+        geometry: Of the convolution.
+        halve: See `binarize.packed._op.packed_conv2d`.
+        low: See there.
+        high: See there.
+        shortcut: See there.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        normed: bool,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        shape: FilterShape,
+        geometry: Geometry,
+        halve: bool,
+        low: float,
+        high: float,
+        shortcut: int,
+    ) -> None:
+        batch, _, height, width = size
+        threads, item = _threads.workers(), dtype.itemsize
+        plan = _plan(batch, height, width, shape, geometry, halve, item, normed, threads, low, high, shortcut)
+        self._out, self._dtype, self._batch = (batch, shape.out_channels, plan.height, plan.width), dtype, batch
+        self._scratch, self._tasks, self._threads = plan.scratch, plan.tasks, min(threads, plan.tasks)
+        # Detached, so that memory whose address is kept is kept itself, whatever becomes of the tensor. Dense, since
+        # Module.to(memory_format=torch.channels_last) turns over every tensor of four axes, words of bits as well.
+        filters, counts, thresholds, table = (t.detach() for t in tensors)
+        self._held = filters.contiguous(), counts.contiguous(), floats(thresholds), floats(table)
+        self._fields = p = plan.fields[:]
+        p[Conv.FILTERS], p[Conv.BASE], p[Conv.THRESHOLDS], p[Conv.TABLE] = (t.data_ptr() for t in self._held)
+        p[Conv.FILTER_SUMS] = p[Conv.BASE] + 4 * shape.lanes
+        self._worker = workers()["conv"]
+
+    def __call__(
+        self, x: Tensor, group: Tensor | None, norm: Tensor | None, row: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """Do what `binarize.packed._op.packed_conv2d` says."""
+        out = torch.empty(self._out, dtype=self._dtype, device="cpu", memory_format=torch.channels_last)
+        if out.numel() == 0:
+            return out
+        p, x = self._fields[:], pixels(x)
+        held = [scratch(p, Conv.SCRATCH, self._threads, self._scratch)]
+        place(p, Conv.X, x)
+        place(p, Conv.OUT, out)
+        if group is not None:
+            dense = group.is_contiguous() and group.shape[0] == self._batch
+            held.append(group if dense else group.expand(self._batch).contiguous())
+            p[Conv.GROUP] = held[-1].data_ptr()
+        if norm is not None:
+            held.append(floats(norm))
+            p[Conv.NORM_FACTORS] = held[-1].data_ptr()
+            p[Conv.NORM_OFFSETS] = p[Conv.NORM_FACTORS] + 4 * norm.shape[1] * norm.shape[2]
+        if row is not None:
+            held.append(floats(row.expand(self._batch, -1)))
+            p[Conv.ROW_ADD] = held[-1].data_ptr()
+        if residual is not None:
+            held.append(pixels(residual.to(self._dtype)))
+            place(p, Conv.RESIDUAL, held[-1])
+        _threads.run(self._worker, p.buffer_info()[0], self._tasks, self._threads)
+        return out
+
+
 def packed_conv2d(
     x: Tensor,
     filters: Tensor,
@@ -57,39 +129,9 @@ def packed_conv2d(
     residual: Tensor | None,
 ) -> Tensor:
     """Do what `binarize.packed._op.packed_conv2d` says with the compiled kernels."""
-    x = pixels(x)
-    batch, _, height, width = x.shape
-    threads = _threads.workers()
-    size = x.element_size()
-    plan = _plan(batch, height, width, shape, geometry, halve, size, norm is not None, threads, low, high, shortcut)
-    out = torch.empty(
-        (batch, shape.out_channels, plan.height, plan.width), dtype=x.dtype, memory_format=torch.channels_last
-    )
-    if out.numel() == 0:
-        return out
-    p = plan.fields[:]
-    memory = scratch(p, Conv.SCRATCH, min(threads, plan.tasks), plan.scratch)
-    place(p, Conv.X, x)
-    place(p, Conv.OUT, out)
-    # Module.to(memory_format=torch.channels_last) turns over every tensor of four axes, words of bits as well.
-    held = [memory, filters.contiguous(), counts.contiguous(), floats(thresholds), floats(table)]
-    p[Conv.FILTERS], p[Conv.BASE], p[Conv.THRESHOLDS], p[Conv.TABLE] = (t.data_ptr() for t in held[1:])
-    p[Conv.FILTER_SUMS] = p[Conv.BASE] + 4 * shape.lanes
-    if group is not None:
-        held.append(group.expand(batch).contiguous())
-        p[Conv.GROUP] = held[-1].data_ptr()
-    if norm is not None:
-        held.append(floats(norm))
-        p[Conv.NORM_FACTORS] = held[-1].data_ptr()
-        p[Conv.NORM_OFFSETS] = p[Conv.NORM_FACTORS] + 4 * norm.shape[1] * norm.shape[2]
-    if row is not None:
-        held.append(floats(row.expand(batch, -1)))
-        p[Conv.ROW_ADD] = held[-1].data_ptr()
-    if residual is not None:
-        held.append(pixels(residual.to(x.dtype)))
-        place(p, Conv.RESIDUAL, held[-1])
-    _threads.run(workers()["conv"], p.buffer_info()[0], plan.tasks)
-    return out
+    tensors = filters, counts, thresholds, table
+    run = Prepared(x.shape, x.dtype, norm is not None, tensors, shape, geometry, halve, low, high, shortcut)
+    return run(x, group, norm, row, residual)
 
 
 def floats(values: Tensor) -> Tensor:
@@ -160,7 +202,7 @@ def _strips(x: Tensor) -> tuple[np.ndarray, int, int]:
 
 def scratch(p: Fields, at: int, workers: int, size: int) -> Tensor:
     """Give so many workers so many bytes each, as long as the result lives: set the field ``at`` and the next."""
-    memory = torch.empty(workers * size + ALIGN, dtype=torch.uint8)
+    memory = torch.empty(workers * size + ALIGN, dtype=torch.uint8, device="cpu")
     p[at], p[at + 1] = aligned(memory.data_ptr()), size
     return memory
 

@@ -11,18 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from binarize.errors import BinarizeError
-from binarize.packed import backends
+from binarize.packed import _threads, backends
 from binarize.packed._inputs import check_devices, check_shape
 from binarize.packed._layout import LANES, WORD, FilterShape, to_bits
-from binarize.packed._operator import operator
+from binarize.packed._operator import goes_straight, operator
 
+if TYPE_CHECKING:
+    from binarize.packed._cpu import Prepared
+
+PREPARED_SIZES = 8  # for so many sizes of inputs a layer keeps the kernels' parameters
 NO_SHORTCUT, SHORTCUT_LAST, SHORTCUT_FIRST = 0, 1, 2
 SCALE, FACTOR, OFFSET, SHIFT_IN, SLOPE, SHIFT_OUT = range(6)
 
@@ -117,17 +121,7 @@ def packed_conv2d(
     """
     filter_shape, geometry = _read(tuple(shape))
     check_devices("packed convolution", x, filters, counts, thresholds, table, group, norm, row, residual)
-    channels, out_channels = filter_shape.in_channels * filter_shape.groups, filter_shape.out_channels
-    check_shape("packed convolution: the input", x, (None, channels, None, None))
-    out_size = geometry.output(x.shape[2], x.shape[3], filter_shape.kernel)
-    check_shape("packed convolution: norm", norm, (2, x.shape[0], channels))
-    check_shape("packed convolution: row", row, (x.shape[0], out_channels))
-    check_shape("packed convolution: the residual", residual, (x.shape[0], out_channels, *out_size))
-    if group is not None and (group.dtype != torch.int64 or tuple(group.shape) not in ((1,), (x.shape[0],))):
-        raise BinarizeError(
-            f"packed convolution: group must be int64 of shape ({x.shape[0]},) or (1,); got {group.dtype} of shape "
-            f"{tuple(group.shape)}."
-        )
+    _check_sizes(filter_shape, geometry, x, group, norm, row, residual)
     kernels = backends.kernels_for(x)
     run = plain_conv2d if kernels is None else kernels.packed_conv2d
     return run(
@@ -142,6 +136,101 @@ def _(x, filters, counts, thresholds, table, group, shape, halve, low, high, sho
     height, width = geometry.output(x.shape[2], x.shape[3], filter_shape.kernel)
     out = x.new_empty((x.shape[0], filter_shape.out_channels, height, width))
     return out.to(memory_format=torch.channels_last)
+
+
+def _check_sizes(
+    shape: FilterShape,
+    geometry: Geometry,
+    x: Tensor,
+    group: Tensor | None,
+    norm: Tensor | None,
+    row: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    channels, batch = shape.in_channels * shape.groups, x.shape[0]
+    check_shape("packed convolution: the input", x, (None, channels, None, None))
+    if group is not None and (group.dtype != torch.int64 or tuple(group.shape) not in ((1,), (batch,))):
+        raise BinarizeError(
+            f"packed convolution: group must be int64 of shape ({batch},) or (1,); got {group.dtype} of shape "
+            f"{tuple(group.shape)}."
+        )
+    check_shape("packed convolution: norm", norm, (2, batch, channels))
+    check_shape("packed convolution: row", row, (batch, shape.out_channels))
+    if residual is not None:
+        size = geometry.output(x.shape[2], x.shape[3], shape.kernel)
+        check_shape("packed convolution: the residual", residual, (batch, shape.out_channels, *size))
+
+
+class Product:
+    """One term of a packed layer: `packed_conv2d` with all that stays the same from call to call.
+
+    Where the dispatcher has nothing to add to a call, it goes straight to the compiled kernels, whose parameters are
+    kept for inputs of the same size: all that takes as long as the kernels of a small layer.
+
+    Args:
+        tensors: The operator's ``filters``, ``counts``, ``thresholds`` and ``table``.
+        shape: Of the filters, of one term.
+        geometry: Of the convolution.
+        halve: As the operator has it.
+        low: As the operator has it.
+        high: As the operator has it.
+        shortcut: As the operator has it.
+    """
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        shape: FilterShape,
+        geometry: Geometry,
+        halve: bool,
+        low: float,
+        high: float,
+        shortcut: int,
+    ) -> None:
+        self.tensors = tensors
+        self.shape, self.geometry, self.rest = shape, geometry, (halve, low, high, shortcut)
+        self._list = to_list(shape, geometry)
+        self._prepared: dict[tuple[object, ...], Prepared] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        group: Tensor | None,
+        norm: Tensor | None = None,
+        row: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the operator."""
+        if goes_straight(x, group, norm, row, residual):
+            # All that could be wrong with a call, or need other parameters.
+            key = (
+                backends.current(), _threads.workers(), x.dtype, x.shape,
+                *(t if t is None else t.shape for t in (norm, row, residual, group)), group is None or group.dtype,
+            )  # fmt: skip
+            run = self._prepared.get(key) or self._prepare(key, x, group, norm, row, residual)
+            if run is not None:
+                return run(x, group, norm, row, residual)
+        return packed_conv2d(x, *self.tensors, group, self._list, *self.rest, norm, row, residual)
+
+    def _prepare(
+        self,
+        key: tuple[object, ...],
+        x: Tensor,
+        group: Tensor | None,
+        norm: Tensor | None,
+        row: Tensor | None,
+        residual: Tensor | None,
+    ) -> Prepared | None:
+        """Return what runs calls like this one, if the CPU's compiled kernels do."""
+        prepare = getattr(backends.kernels_for(x), "Prepared", None)
+        if prepare is None or not goes_straight(*self.tensors):
+            return None
+        _check_sizes(self.shape, self.geometry, x, group, norm, row, residual)
+        run: Prepared = prepare(x.shape, x.dtype, norm is not None, self.tensors, self.shape, self.geometry, *self.rest)
+        if len(self._prepared) >= PREPARED_SIZES:
+            self._prepared.clear()
+        self._prepared[key] = run
+        return run
 
 
 def plain_conv2d(

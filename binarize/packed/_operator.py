@@ -1,7 +1,8 @@
 """Packed operators: registered with PyTorch's dispatcher, cheap to call, and without a gradient.
 
 `torch.library.custom_op` asks about gradients and aliases in Python at each call, which takes as long as the kernels of
-a small layer. Here a call that nobody wants a gradient of goes past that.
+a small layer. Here a call that nobody wants a gradient of goes past that, and past the dispatcher too where it has
+nothing to add: ordinary CPU tensors, and nobody who traces, records or transforms.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Operator(Generic[_P, _R]):
         self.__doc__, self.name = function.__doc__, f"binarize::{function.__name__}"
         if self.name in _libraries:  # its module is loaded again
             _libraries.pop(self.name)._destroy()
+        self._function = function
         self._library = _libraries[self.name] = torch.library.Library("binarize", "FRAGMENT")
         found = schema or torch.library.infer_schema(function, mutates_args=())
         self._library.define(function.__name__ + found, tags=torch.Tag.pt2_compliant_tag)
@@ -50,7 +52,10 @@ class Operator(Generic[_P, _R]):
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the operator."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _ask_for_gradient(*args, *kwargs.values())):
+        values = (*args, *kwargs.values())
+        if goes_straight(*values):
+            return self._function(*args, **kwargs)
+        if torch.compiler.is_compiling() or _wants_gradient(*values):
             out: _R = self.overload(*args, **kwargs)
             return out
         with torch._C._AutoDispatchBelowAutograd():
@@ -63,8 +68,48 @@ def operator(schema: str | None = None) -> Callable[[Callable[_P, _R]], Operator
     return lambda function: Operator(function, schema)
 
 
-def _ask_for_gradient(*values: object) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+def goes_straight(*values: object) -> bool:
+    """Say whether the dispatcher has nothing to add to a call with these arguments.
+
+    That is: all tensors are plain ones on a CPU, none wants a gradient, and no mode, transform, tracer, compiler or
+    profiler of this thread would see the call.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _keys_of_thread() not in _THREAD_KEYS
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for value in values:
+        if type(value) is Tensor:
+            if _keys_of(value) not in _PLAIN_KEYS or (value.requires_grad and torch.is_grad_enabled()):
+                return False
+        elif isinstance(value, Tensor):
+            return False
+    return True
+
+
+def _keys_of_thread() -> int:
+    """Return what is switched on in this thread's dispatcher; modes, transforms and tracers have keys there."""
+    keys: int = torch._C._dispatch_tls_local_include_set().raw_repr()
+    return keys
+
+
+def _keys_of(tensor: Tensor) -> int:
+    keys: int = torch._C._dispatch_keys(tensor).raw_repr()
+    return keys
+
+
+_THREAD_KEYS, _PLAIN_KEYS = set(), set()
+for _inference in (False, True):
+    with torch.inference_mode(_inference):
+        _THREAD_KEYS.add(_keys_of_thread())
+        _PLAIN_KEYS.add(_keys_of(torch.empty(0, device="cpu")))
+
+
+def _wants_gradient(*values: object) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def _refuse(ctx: Any, *grads: Any) -> NoReturn:

@@ -51,17 +51,18 @@ def _function(worker: int) -> Any:
     return _WORKER(worker)
 
 
-def run(worker: int, parameters: int, tasks: int) -> None:
-    """Call a compiled ``void worker(parameters)`` on up to ``torch.get_num_threads()`` threads, and wait for all.
+def run(worker: int, parameters: int, tasks: int, threads: int | None = None) -> None:
+    """Call a compiled ``void worker(parameters)`` on several threads, and wait for all.
 
     Args:
         worker: Address of the function; it takes tasks until none is left.
         parameters: Address of its parameters.
         tasks: How many tasks there are.
+        threads: On how many threads at most, where it matters that they are no more; as many as `workers` if None.
     """
     if tasks == 0:
         return
-    threads = min(workers(), tasks)
+    threads = min(threads or workers(), tasks)
     if threads <= 1:
         _function(worker)(parameters)
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from operator import attrgetter, is_
 from typing import Any, Literal, cast
 
 import torch
@@ -28,18 +29,16 @@ from binarize.packed._op import (
     SHORTCUT_FIRST,
     SHORTCUT_LAST,
     Geometry,
+    Product,
     count_filters,
     lay_out_table,
     lay_out_thresholds,
-    packed_conv2d,
-    to_list,
 )
 
 # Exactly these: a subclass may compute something else, and then runs as the module that it is.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, TokenBatchNorm)
 _POSTS = (RPReLU, nn.Hardtanh, nn.ReLU6, nn.ReLU)
 Stage = Literal["bias", "scale", "norm", "post", "shortcut"]
-_Term = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -62,20 +61,16 @@ class _Fused:
 
 
 class _Made:
-    """What a layer gives the operator, and what it was made from.
+    """A layer's products, and what they were made from.
 
     Attributes:
-        terms: ``filters``, ``counts``, ``thresholds`` and ``table`` of each term.
-        shape: The operator's ``shape``.
+        terms: A product for each of the layer's terms, which are added.
     """
 
     def __init__(self, layer: _PackedLayer) -> None:
         self.terms = layer._make_terms()
-        self.shape = to_list(layer.shape, layer.geometry)
         self._timed = [part for part in layer.timed() if part.groups > 1]
         self._device = layer.words.device
-        self._modules: list[tuple[dict[str, Any], str, Any]] = []
-        self._tensors: list[tuple[Any, ...]] = []
 
     def watch(self, layer: _PackedLayer) -> _Made:
         """Note what they were made from, so that `is_current` can tell."""
@@ -85,19 +80,21 @@ class _Made:
             for place in (module._modules, module._parameters, module._buffers)
             for name, value in cast(dict[str, Any], place).items()
         ]
-        self._modules = [entry for entry in held if not isinstance(entry[2], Tensor)]
-        self._tensors = [(place, name, t, *_state(t)) for place, name, t in held if isinstance(t, Tensor)]
+        tensors: list[Tensor] = [value for *_, value in held if isinstance(value, Tensor)]
+        self._places = [place for place, _, _ in held]
+        self._names, self._values = [name for _, name, _ in held], [value for *_, value in held]
+        self._tensors, self._kinds = tensors, list(map(_kind, tensors))
+        self._counted = [t for t in tensors if not t.is_inference()]
+        self._versions = list(map(_version, self._counted))
         return self
 
     def is_current(self) -> bool:
         """Say whether the layer is what it was when they were made."""
-        for place, name, value in self._modules:
-            if place.get(name) is not value:
-                return False
-        for place, name, value, *state in self._tensors:
-            if place.get(name) is not value or _state(value) != state:
-                return False
-        return True
+        return (
+            all(map(is_, map(dict.get, self._places, self._names), self._values))
+            and list(map(_version, self._counted)) == self._versions
+            and list(map(_kind, self._tensors)) == self._kinds
+        )
 
     def group(self) -> Tensor | None:
         """Return each sample's group of timesteps, ``(B,)`` or ``(1,)`` int64, or None if nothing depends on it."""
@@ -108,9 +105,8 @@ class _Made:
         return None
 
 
-def _state(value: Tensor) -> list[Any]:
-    """Return what changes when a tensor is written to, or its data replaced by another kind of data."""
-    return [0 if value.is_inference() else value._version, value.dtype, value.device]
+# What changes when a tensor is written to, and when its data is replaced by another kind of data.
+_version, _kind = attrgetter("_version"), attrgetter("dtype", "device")
 
 
 class _PackedLayer(nn.Module):
@@ -285,7 +281,7 @@ class _PackedLayer(nn.Module):
         return made
 
     @torch.no_grad()
-    def _make_terms(self) -> list[_Term]:
+    def _make_terms(self) -> list[Product]:
         shape, rows, halve = replace(self.shape, terms=1), self._rows(), self.levels == (0, 1)
         channels, device = shape.in_channels * shape.groups, self.words.device
         floats = [t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()]
@@ -302,7 +298,9 @@ class _PackedLayer(nn.Module):
             columns[0], columns[1], columns[4] = scales, 1.0, 1.0
             for stage in self.fused.stages:
                 self._fold(stage, columns, wide)
-            terms.append((words, count_filters(words, shape, halve), thresholds, lay_out_table(columns, shape)))
+            tensors = words, count_filters(words, shape, halve), thresholds, lay_out_table(columns, shape)
+            fused = self.fused
+            terms.append(Product(tensors, shape, self.geometry, halve, fused.low, fused.high, fused.shortcut))
         return terms
 
     def _fold(self, stage: Stage, columns: Tensor, wide: torch.dtype) -> None:
@@ -343,19 +341,16 @@ class _PackedLayer(nn.Module):
         made = self.made()
         group = made.group()
         y: Tensor | None = None
-        for words, counts, thresholds, table in made.terms:
-            term = self._convolution(
-                source, words, counts, thresholds, table, group, made.shape, self.levels == (0, 1),
-                self.fused.low, self.fused.high, self.fused.shortcut, norm, row, residual,
-            )  # fmt: skip
+        for product in made.terms:
+            term = self._apply_product(product, source, group, norm, row, residual)
             y = term if y is None else y + term
         assert y is not None
         for stage in self.fused.rest:
             y = self._tail(stage, y, x)
         return y
 
-    def _convolution(self, x: Tensor, *arguments: Any) -> Tensor:
-        return packed_conv2d(x, *arguments)
+    def _apply_product(self, product: Product, x: Tensor, *given: Tensor | None) -> Tensor:
+        return product(x, *given)
 
     def _shifted(self, x: Tensor) -> Tensor:
         return x if self.pre is None else self.pre(x)
@@ -448,12 +443,12 @@ class PackedLinear(_PackedLayer):
         """Apply the layer."""
         return self._run(x)
 
-    def _convolution(self, x: Tensor, *arguments: Any) -> Tensor:
+    def _apply_product(self, product: Product, x: Tensor, *given: Tensor | None) -> Tensor:
         """Take the tokens of a sample as the pixels of a picture; rows are what threads share out."""
         batch, tokens = x.shape[0], x.shape[1:-1].numel()
         width = next(w for w in (64, 32, 16, 8, 4, 2, 1) if tokens % w == 0)
         pixels = x.reshape(batch, tokens // width, width, x.shape[-1]).permute(0, 3, 1, 2)
-        y = packed_conv2d(pixels, *arguments).permute(0, 2, 3, 1)
+        y = product(pixels, *given).permute(0, 2, 3, 1)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
