@@ -27,6 +27,7 @@ from binarize.packed._vectors import (
     load,
     load_pixels,
     meet,
+    prefetch_line,
     splat,
     store_pixels,
     when,
@@ -36,8 +37,10 @@ from binarize.packed._vectors import (
 BYTEWISE = "+avx512vpopcntdq" not in cpu_features()
 # Adding words bit by bit pays where one instruction computes any function of three operands.
 CARRY_SAVE = BYTEWISE and "+avx512bw" in cpu_features()
+VNNI = CARRY_SAVE and "+avx512vnni" in cpu_features()
 # Register blocking: how many pixels x 16 output channels are summed at once; sums and filters must fit the registers.
 PIXELS, BLOCKS = (4, 1) if BYTEWISE else (4, 4)
+TILES_AHEAD = 2  # how many tiles before its own an output is fetched
 
 _I8 = ir.IntType(8)
 _SHORTS, _BYTES = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(_I8, 4 * LANES)
@@ -71,15 +74,37 @@ def _sum_bytes(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 def _add_products(b: ir.IRBuilder, total: ir.Value, value: ir.Value, factor: ir.Value) -> ir.Value:
     """Return ``total`` plus the four bytes of each lane times the lane's four signed ones of ``factor``."""
+    if VNNI:
+        return call(b, "llvm.x86.avx512.vpdpbusd.512", INTS, total, value, factor)
     pairs = call(b, "llvm.x86.avx512.pmaddubs.w.512", _SHORTS, b.bitcast(value, _BYTES), b.bitcast(factor, _BYTES))
     ones = ir.Constant(_SHORTS, [1] * _SHORTS.count)
     return b.add(total, call(b, "llvm.x86.avx512.pmaddw.d.512", INTS, pairs, ones))
 
 
+_SUM, _CARRY, _CARRY_OF_SUMS = 0x96, 0xE8, 0x3A  # x ^ y ^ z, the majority, and x ? ~y : z
+
+
+def _bits(b: ir.IRBuilder, table: int, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """Return a function of three bits, for each bit of the operands; bit 4x + 2y + z of the table is its value."""
+    return call(b, "llvm.x86.avx512.pternlog.d.512", INTS, x, y, z, I32(table))
+
+
 def _add_bits(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Return sum and carry of three bits, for each bit of the operands."""
-    found = [call(b, "llvm.x86.avx512.pternlog.d.512", INTS, x, y, z, I32(table)) for table in (0x96, 0xE8)]
-    return found[0], found[1]
+    return _bits(b, _SUM, x, y, z), _bits(b, _CARRY, x, y, z)
+
+
+def _add_words(
+    b: ir.IRBuilder, kept: ir.Value, first: tuple[ir.Value, ir.Value], second: tuple[ir.Value, ir.Value]
+) -> tuple[ir.Value, ir.Value]:
+    """Return sum and carry of the bits kept and those in which two pairs of words differ.
+
+    Three instructions, not the four of two exclusive ors, a sum and its carry. Where the bit kept and the first pair's
+    are equal, they are the carry; where not, the second pair's is, of which the sum is then the inverse.
+    """
+    unequal = _bits(b, _SUM, kept, *first)
+    total = _bits(b, _SUM, unequal, *second)
+    return total, _bits(b, _CARRY_OF_SUMS, unequal, total, kept)
 
 
 def _added(b: ir.IRBuilder, first: _Values, second: _Values) -> _Values:
@@ -101,12 +126,16 @@ class Words(NamedTuple):
     blocks: _Values
     count: ir.Value
 
-    def differing(self, b: ir.IRBuilder, j: ir.Value) -> _Values:
-        """Return the bits of word j that differ, pixel by pixel and block by block."""
+    def pairs(self, b: ir.IRBuilder, j: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+        """Return word j of each pixel with that of each block."""
         offset = b.sext(load(b, b.add(self.offsets, b.shl(j, I64(2))), I32), I64)
         filters = [load(b, b.add(a, b.shl(j, I64(6))), INTS) for a in self.blocks]
         words = (splat(b, load(b, b.add(address, offset), I32)) for address in self.pixels)
-        return [b.xor(word, f) for word in words for f in filters]
+        return [(word, f) for word in words for f in filters]
+
+    def differing(self, b: ir.IRBuilder, j: ir.Value) -> _Values:
+        """Return the bits of word j that differ, pixel by pixel and block by block."""
+        return [b.xor(word, f) for word, f in self.pairs(b, j)]
 
 
 def _loop(
@@ -154,7 +183,7 @@ def _count_all(b: ir.IRBuilder, words: Words) -> _Values:
 
 
 class _CarrySave:
-    """Counts seven words or more: the first seven bit by bit, then eight at a time, then what is left.
+    """Counts seven words or more: the first seven bit by bit, then eight at a time, then four, two and one.
 
     Args:
         b: The builder.
@@ -175,9 +204,13 @@ class _CarrySave:
         """
         if place == 0:
             return self.words.differing(self.b, j)
-        first = self.carries(kept, place - 1, j)
-        second = self.carries(kept, place - 1, self.b.add(j, I64(2 ** (place - 1))))
-        found = [_add_bits(self.b, *bits) for bits in zip(kept[place - 1], first, second, strict=True)]
+        middle = self.b.add(j, I64(2 ** (place - 1)))
+        if place == 1:
+            pairs = zip(kept[0], self.words.pairs(self.b, j), self.words.pairs(self.b, middle), strict=True)
+            found = [_add_words(self.b, *values) for values in pairs]
+        else:
+            first, second = self.carries(kept, place - 1, j), self.carries(kept, place - 1, middle)
+            found = [_add_bits(self.b, *bits) for bits in zip(kept[place - 1], first, second, strict=True)]
         kept[place - 1] = [bits for bits, _ in found]
         return [carry for _, carry in found]
 
@@ -213,16 +246,28 @@ class _CarrySave:
         whole = b.add(b.and_(b.sub(count, I64(7)), I64(-8)), I64(7))
         kept = [value for bits in self.first_seven() for value in bits]
         held = _loop(b, I64(7), whole, [*kept, *totals], 31 * 8, self.add_eights(whole))
-        small = [_count_bytes(b, ones) for ones in held[: self.n]]
-        for place in (1, 2):
-            bits = held[place * self.n : (place + 1) * self.n]
-            small = _added(b, small, [_count_bytes(b, value, 2**place) for value in bits])
+        fours, totals = held[2 * self.n : 3 * self.n], held[3 * self.n :]
+        # In bytes, at most 112: 7 x 8 of the three planes, and 7 x 8 of what is left.
+        small = [_count_bytes(b, bits, 4) for bits in fours]
+        values = [*held[: 2 * self.n], *small]
+        for place in (2, 1, 0):
+            some = b.and_(b.sub(count, whole), I64(2**place))
+            values = when(b, b.icmp_signed("!=", some, I64(0)), values, self.add_rest(place, whole))
+            whole = b.add(whole, some)
+        ones, twos, small = (values[i * self.n : (i + 1) * self.n] for i in range(3))
+        small = _added(b, small, [_count_bytes(b, bits) for bits in ones])
+        small = _added(b, small, [_count_bytes(b, bits, 2) for bits in twos])
+        return [_add_products(b, t, s, self.per_bit) for t, s in zip(totals, small, strict=True)]
 
-        def add_counts(j: ir.Value, sums: _Values) -> _Values:
-            return _added(b, sums, [_count_bytes(b, bits) for bits in self.words.differing(b, j)])
+    def add_rest(self, place: int, j: ir.Value) -> Callable[[_Values], _Values]:
+        """Return what adds ``2**place`` words, at most four, to ones and twos, and what they carry to counts."""
 
-        small = _loop(b, whole, count, small, 1, add_counts)  # at most 56 bits of a byte, and as many more
-        return [_add_products(b, t, s, self.per_bit) for t, s in zip(held[3 * self.n :], small, strict=True)]
+        def add(values: _Values) -> _Values:
+            kept = [values[: self.n], values[self.n : 2 * self.n]]
+            carried = [_count_bytes(self.b, c, 2**place) for c in self.carries(kept, place, j)]
+            return [*kept[0], *kept[1], *_added(self.b, values[2 * self.n :], carried)]
+
+        return add
 
 
 def dots(b: ir.IRBuilder, words: Words, base: Callable[[], _Values], halve: ir.Value) -> _Values:
@@ -321,10 +366,19 @@ class _Tile:
     def build(self) -> None:
         b, given = self.b, self.given
         filters = chain(b, given["w"], given["w_step"], self.blocks)
+        self.fetch_next_outputs()
         words = Words(self.along("x", "x_step"), given["offsets"], filters, given["k"])
         found = dots(b, words, self.bases, self.is_set("halve"))
         for r in range(self.blocks):
             self.finish(r, found[r :: self.blocks])
+
+    def fetch_next_outputs(self) -> None:
+        """Have lines fetched that are written soon: a store does so first, and stores wait for one another."""
+        b, step = self.b, self.given["o_step"]
+        ahead = b.add(self.given["out"], b.mul(step, I64(self.pixels * TILES_AHEAD)))
+        for address in chain(b, ahead, step, self.pixels):
+            for line in range(0, self.blocks * LANES * self.size, 64):
+                prefetch_line(b, b.add(address, I64(line)), write=True)
 
     def bases(self) -> _Values:
         """Load the dot products of no differing bits, pixel by pixel and block by block."""

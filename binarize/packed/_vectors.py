@@ -259,21 +259,21 @@ def fetch_add(context, address, amount):  # type: ignore[no-untyped-def]
     return types.int64(types.int64, types.int64), codegen
 
 
-def _prefetch(write: bool, level: int) -> Any:
-    @intrinsic
-    def prefetch(context, address):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            at = pointer(b, args[0], ir.IntType(8))
-            call(b, "llvm.prefetch.p0", ir.VoidType(), at, I32(int(write)), I32(4 - level), I32(1))
-            return context.get_dummy_value()
-
-        return types.void(types.int64), codegen
-
-    return prefetch
+def prefetch_line(b: ir.IRBuilder, address: ir.Value, write: bool) -> None:
+    """Have a line read into the second-level cache, or into the first to be written; the address may be any."""
+    where = pointer(b, address, ir.IntType(8))
+    call(b, "llvm.prefetch.p0", ir.VoidType(), where, I32(int(write)), I32(3 if write else 2), I32(1))
 
 
-# Have a line read into the second-level cache, or into the first and be ours to write. The address may be any.
-prefetch, prefetch_to_write = _prefetch(False, 2), _prefetch(True, 1)
+@intrinsic
+def prefetch(context, address):  # type: ignore[no-untyped-def]
+    """Have a line read into the second-level cache; the address may be any."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        prefetch_line(b, args[0], write=False)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 def _memory(kind: Any, width: ir.Type) -> tuple[Any, Any]:

@@ -18,7 +18,6 @@ from binarize.packed._vectors import (
     LANES,
     fetch_add,
     prefetch,
-    prefetch_to_write,
     read_float32,
     read_float64,
     read_int32,
@@ -137,7 +136,6 @@ _moments, _moments_part = vectors.make_moments(False, False), vectors.make_momen
 _moments_bf16, _moments_part_bf16 = vectors.make_moments(True, False), vectors.make_moments(True, True)
 _unzip, _unzip_bf16 = vectors.make_unzip(False), vectors.make_unzip(True)
 _WIDE = BLOCKS > 1
-PIXELS_AHEAD = 8  # how far ahead of its writing an output is fetched
 AHEAD_BYTES = 200_000  # a row of the input that is longer is not read ahead
 
 # The functions below are global and have no closure, or numba would compile them in every process: its cache cannot
@@ -149,15 +147,11 @@ def _tile_row(x, entries, shortcut, residual, out, blocks, pixels, half, togethe
     """Compute a row of pixels for ``together`` blocks, the last of which has ``count`` channels; see `make_tile`.
 
     ``blocks`` are the tile's arguments w, bases, table and row, ``fixed`` those after count. ``ahead`` is the next
-    strip's input, of which each tile has ``lines`` lines read into the cache. So are the next outputs' lines, since a
-    store fetches its line first and stores wait for one another.
+    strip's input, of which each tile has ``lines`` lines read into the cache.
     """
     w_step, x_step, s_step, r_step, o_step = fixed[2:7]
     at = 0
     while at + PIXELS <= pixels:
-        for pixel in range(PIXELS_AHEAD, PIXELS_AHEAD + PIXELS):
-            for line in range(0, together * LANES * (2 if half else 4), 64):
-                prefetch_to_write(out + pixel * o_step + line)
         for _ in range(lines):
             prefetch(ahead)
             ahead += 64
