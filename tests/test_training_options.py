@@ -137,6 +137,7 @@ def test_a_run_with_timms_optimiser_and_schedule_resumes_exactly(recipe: Any) ->
 # torch.compile and precision.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_compiled_network_learns_the_same_and_saves_under_the_same_names(
     accumulation: int, recipe: Any, monkeypatch: pytest.MonkeyPatch

@@ -305,6 +305,7 @@ def test_a_distilled_run_logs_its_terms_and_resumes_exactly(twin: Path, recipe: 
     assert_same(weights(whole.checkpoint), weights(saving.checkpoint))
 
 
+@pytest.mark.slow
 def test_a_compiled_student_learns_the_same_from_its_teacher(
     twin: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
