@@ -151,8 +151,8 @@ def tile_speed(words: int = 72, finished: bool = False) -> float | None:
         for _ in range(turns):
             if whole:
                 finish(
-                    x, zeros, zeros, 0, out, w, zeros, zeros, 0, 16, offsets, k, 64 * k, 4 * k, step, 0, step, 0, 1,
-                    -np.inf, np.inf, 0,
+                    x, zeros, zeros, 0, out, out, w, zeros, zeros, 0, 16, offsets, k, 64 * k, 4 * k, step, 0, step, 0,
+                    1, -np.inf, np.inf, 0,
                 )  # fmt: skip
             else:
                 count(x, offsets, k, w, out)

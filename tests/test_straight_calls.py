@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d
 from binarize.packed import PackedConv2d, backends
 from binarize.packed._norm import norm_silu
-from binarize.packed._op import packed_conv2d
+from binarize.packed._op import PREPARED_SIZES, packed_conv2d
 from binarize.packed._operator import goes_straight
 
 EITHER = ("numba", "torch")
@@ -67,6 +67,22 @@ def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Sizes, dtypes and threads that kernels are prepared for."""
+    from binarize.packed import _cpu, _threads
+
+    made: list[tuple[Any, ...]] = []
+
+    class Noting(_cpu.Prepared):
+        def __init__(self, size: Any, dtype: Any, *rest: Any) -> None:
+            made.append((tuple(size), dtype, _threads.workers()))
+            super().__init__(size, dtype, *rest)
+
+    monkeypatch.setattr(_cpu, "Prepared", Noting)
+    return made
+
+
 def test_an_ordinary_call_goes_straight_and_computes_the_same(dispatched: list[str]) -> None:
     convolution = layer()
     for dtype in (torch.float32, torch.bfloat16):
@@ -104,9 +120,10 @@ def test_a_mode_sees_the_operator(backend: Any) -> None:
 def test_a_profiler_sees_the_operator() -> None:
     convolution, x = layer(), torch.randn(1, 16, 5, 5)
     convolution(x)
-    with torch.autograd.profiler.profile() as profile:
-        convolution(x)
-    assert "binarize::packed_conv2d" in [event.key for event in profile.key_averages()]
+    for profiler in (torch.autograd.profiler.profile, torch.profiler.profile):
+        with profiler() as profile:
+            convolution(x)
+        assert "binarize::packed_conv2d" in [event.key for event in profile.key_averages()]
 
 
 @pytest.mark.parametrize("how", ["make_fx", "fake"])
@@ -126,24 +143,64 @@ def test_what_traces_sees_the_operator(how: str) -> None:
             assert isinstance(convolution(mode.from_tensor(x)), FakeTensor)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: torch.randn(1, 16, 5, 5, dtype=torch.complex64).conj().imag,  # negated when it is read
-        lambda: nn.Parameter(torch.randn(1, 16, 5, 5), requires_grad=False),
-        lambda: torch.randn(1, 16, 5, 5, dtype=torch.float64),
-        lambda: torch.randn(1, 16, 5, 5).to_mkldnn(),
-    ],
-    ids=["negated", "parameter", "float64", "mkldnn"],
-)
-def test_only_plain_tensors_go_straight(make: Callable[[], Tensor]) -> None:
-    convolution, x = layer(), make()
-    dense = x.to_dense() if x.is_mkldnn else x
-    if x.is_mkldnn or x.is_neg():
-        assert not goes_straight(x)
-    context = pytest.raises(Exception) if x.is_mkldnn else nullcontext()  # noqa: PT011 -- torch's own, of any kind
-    with context:
-        torch.testing.assert_close(convolution(x), convolution(dense.detach().float().clone()).to(x.dtype))
+def test_only_plain_tensors_go_straight(dispatched: list[str]) -> None:
+    convolution, x = layer(), torch.randn(1, 16, 5, 5)
+    negated = torch.randn(1, 16, 5, 5, dtype=torch.complex64).conj().imag  # negated when it is read
+    for given, straight in ((x, True), (nn.Parameter(x, requires_grad=False), True), (negated, False)):
+        assert goes_straight(given) == straight
+        dispatched.clear()
+        found = convolution(given)
+        assert dispatched == ([] if straight else ["packed_conv2d"])
+        assert torch.equal(found, convolution(given.detach().clone().resolve_neg()))
+    for other in (x.to_mkldnn(), x.to_sparse(), x.to("meta"), x.as_subclass(Named)):
+        assert not goes_straight(other)
+
+
+class Named(Tensor):
+    """A subclass, whatever it does."""
+
+
+def test_a_layer_may_be_shared_with_another_process_between_calls() -> None:
+    convolution = PackedConv2d(BinaryConv2d(512, 512, 1, method="reactnet").eval())
+    x = torch.randn(1, 512, 8, 8)
+    expected = convolution(x).clone()
+    convolution.words.share_memory_()  # moves the storage, under the same tensor
+    taken = [torch.full_like(convolution.words, -1) for _ in range(200)]
+    assert torch.equal(convolution(x), expected)
+    assert taken
+
+
+def test_sizes_share_what_is_laid_out() -> None:
+    convolution = PackedConv2d(BinaryConv2d(64, 64, 3, padding=1, method="reactnet").eval())
+    convolution = convolution.to(memory_format=torch.channels_last)
+    for size in (4, 5, 6):
+        convolution(torch.randn(1, 64, size, 4))
+    kept = {run._tensors[0].data_ptr() for run in convolution.made().terms[0]._prepared.values()}
+    assert len(kept) == 1
+
+
+def test_symbolic_tracing_sees_the_operator() -> None:
+    convolution, x = layer(), torch.randn(1, 16, 5, 5)
+    convolution(x)
+    traced = torch.fx.symbolic_trace(convolution)
+    assert "packed_conv2d" in traced.code
+    assert torch.equal(traced(x), convolution(x))
+
+
+def test_a_mode_that_is_on_while_binarize_is_imported_is_not_taken_for_none() -> None:
+    script = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+with Mode():
+    from binarize.packed._operator import goes_straight
+    inside = goes_straight(None)
+print(inside, goes_straight(torch.zeros(1)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 def test_vmap_is_seen() -> None:
@@ -175,12 +232,18 @@ def test_what_does_not_fit_is_refused_after_a_call_that_did() -> None:
         convolution(x, residual=x[:1])
     with pytest.raises(BinarizeError, match="norm must have the shape"):
         convolution(x, norm=torch.rand(2, 1, 16))
-    with pytest.raises(BinarizeError, match=r"the input must have the shape \(any, 16, any, any\)"):
-        convolution(x[:, :8])
+    for wrong in (x[:, :8], torch.tensor(1.0)):
+        with pytest.raises(BinarizeError, match=r"the input must have the shape \(any, 16, any, any\)"):
+            convolution(wrong)
+    product = convolution.made().terms[0]
+    product(x, torch.zeros(2, dtype=torch.int64))
+    for group in (torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(BinarizeError, match=r"group must be int64 of shape \(2,\) or \(1,\)"):
+            product(x, group)
     assert torch.equal(convolution(x, residual=x), convolution(x) + x)
 
 
-def test_threads_and_backends_may_change_between_calls() -> None:
+def test_threads_and_backends_may_change_between_calls(prepared: list[tuple[Any, ...]]) -> None:
     convolution, x = layer(32), torch.randn(1, 32, 40, 40)
     threads = torch.get_num_threads()
     try:
@@ -192,17 +255,26 @@ def test_threads_and_backends_may_change_between_calls() -> None:
                     found.append(convolution(x))
     finally:
         torch.set_num_threads(threads)
+    assert [threads for *_, threads in prepared] == [1, 2]  # and none for plain torch
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-4)
     for other in found[2::2]:
         assert torch.equal(other, found[0])
 
 
-def test_inputs_of_many_sizes_keep_few_parameters() -> None:
+def test_kernels_are_prepared_once_for_a_size_and_kept_for_few(prepared: list[tuple[Any, ...]]) -> None:
     convolution = layer()
-    for size in range(3, 40):
+    for size in (5, 6, 5, 6, 5):
         convolution(torch.randn(1, 16, size, 4))
-    assert len(convolution.made().terms[0]._prepared) <= 8
+    convolution(torch.randn(1, 16, 5, 4).bfloat16())
+    assert [(size[2], dtype) for size, dtype, _ in prepared] == [
+        (5, torch.float32),
+        (6, torch.float32),
+        (5, torch.bfloat16),
+    ]
+    for size in range(7, 40):
+        convolution(torch.randn(1, 16, size, 4))
+    assert 0 < len(convolution.made().terms[0]._prepared) <= PREPARED_SIZES
 
 
 def test_several_threads_call_one_layer_with_several_sizes() -> None:

@@ -27,7 +27,7 @@ def _compiled() -> dict[str, int]:
     from binarize.packed import _layout, _tile, _vectors, _winograd_vectors, _winograd_workers, _workers
 
     started = time.perf_counter()
-    _log.info("Loading the CPU kernels; the first run on a machine compiles them, which takes some ten seconds.")
+    _log.info("Loading the CPU kernels; the first run on a machine compiles them, which takes some twenty seconds.")
     # Numba's cache looks at a function's own file alone, and would go on with what an earlier version of another said.
     modules = (_layout, _vectors, _tile, _workers, _winograd_vectors, _winograd_workers)
     sources = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()

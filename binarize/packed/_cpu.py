@@ -45,7 +45,7 @@ class Prepared:
         size: ``(B, C_in, H, W)`` of the inputs.
         dtype: Of the inputs.
         normed: Whether calls give a ``norm``.
-        tensors: The filters, counts, thresholds and table.
+        tensors: From `lay_out`.
         shape: Of the filters.
         geometry: Of the convolution.
         halve: See `binarize.packed._op.packed_conv2d`.
@@ -59,7 +59,7 @@ class Prepared:
         size: tuple[int, ...],
         dtype: torch.dtype,
         normed: bool,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        tensors: tuple[Tensor, ...],
         shape: FilterShape,
         geometry: Geometry,
         halve: bool,
@@ -70,16 +70,9 @@ class Prepared:
         batch, _, height, width = size
         threads, item = _threads.workers(), dtype.itemsize
         plan = _plan(batch, height, width, shape, geometry, halve, item, normed, threads, low, high, shortcut)
-        self._out, self._dtype, self._batch = (batch, shape.out_channels, plan.height, plan.width), dtype, batch
+        self._out, self._dtype, self._lanes = (batch, shape.out_channels, plan.height, plan.width), dtype, shape.lanes
         self._scratch, self._tasks, self._threads = plan.scratch, plan.tasks, min(threads, plan.tasks)
-        # Detached, so that memory whose address is kept is kept itself, whatever becomes of the tensor. Dense, since
-        # Module.to(memory_format=torch.channels_last) turns over every tensor of four axes, words of bits as well.
-        filters, counts, thresholds, table = (t.detach() for t in tensors)
-        self._held = filters.contiguous(), counts.contiguous(), floats(thresholds), floats(table)
-        self._fields = p = plan.fields[:]
-        p[Conv.FILTERS], p[Conv.BASE], p[Conv.THRESHOLDS], p[Conv.TABLE] = (t.data_ptr() for t in self._held)
-        p[Conv.FILTER_SUMS] = p[Conv.BASE] + 4 * shape.lanes
-        self._worker = workers()["conv"]
+        self._fields, self._tensors, self._worker = plan.fields, tensors, workers()["conv"]
 
     def __call__(
         self, x: Tensor, group: Tensor | None, norm: Tensor | None, row: Tensor | None, residual: Tensor | None
@@ -92,16 +85,19 @@ class Prepared:
         held = [scratch(p, Conv.SCRATCH, self._threads, self._scratch)]
         place(p, Conv.X, x)
         place(p, Conv.OUT, out)
+        # Asked anew, since memory may be shared with another process in the meantime, and is then elsewhere.
+        p[Conv.FILTERS], p[Conv.BASE], p[Conv.THRESHOLDS], p[Conv.TABLE] = (t.data_ptr() for t in self._tensors)
+        p[Conv.FILTER_SUMS] = p[Conv.BASE] + 4 * self._lanes
         if group is not None:
-            dense = group.is_contiguous() and group.shape[0] == self._batch
-            held.append(group if dense else group.expand(self._batch).contiguous())
+            dense = group.is_contiguous() and group.shape[0] == self._out[0]
+            held.append(group if dense else group.expand(self._out[0]).contiguous())
             p[Conv.GROUP] = held[-1].data_ptr()
         if norm is not None:
             held.append(floats(norm))
             p[Conv.NORM_FACTORS] = held[-1].data_ptr()
             p[Conv.NORM_OFFSETS] = p[Conv.NORM_FACTORS] + 4 * norm.shape[1] * norm.shape[2]
         if row is not None:
-            held.append(floats(row.expand(self._batch, -1)))
+            held.append(floats(row.expand(self._out[0], -1)))
             p[Conv.ROW_ADD] = held[-1].data_ptr()
         if residual is not None:
             held.append(pixels(residual.to(self._dtype)))
@@ -129,9 +125,18 @@ def packed_conv2d(
     residual: Tensor | None,
 ) -> Tensor:
     """Do what `binarize.packed._op.packed_conv2d` says with the compiled kernels."""
-    tensors = filters, counts, thresholds, table
+    tensors = lay_out(filters, counts, thresholds, table)
     run = Prepared(x.shape, x.dtype, norm is not None, tensors, shape, geometry, halve, low, high, shortcut)
     return run(x, group, norm, row, residual)
+
+
+def lay_out(filters: Tensor, counts: Tensor, thresholds: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+    """Return what a layer's products share as the kernels read it.
+
+    Dense, since Module.to(memory_format=torch.channels_last) turns over every tensor of four axes, words of bits as
+    well.
+    """
+    return filters.detach().contiguous(), counts.contiguous(), floats(thresholds), floats(table)
 
 
 def floats(values: Tensor) -> Tensor:

@@ -147,8 +147,9 @@ def _check_sizes(
     row: Tensor | None,
     residual: Tensor | None,
 ) -> None:
-    channels, batch = shape.in_channels * shape.groups, x.shape[0]
+    channels = shape.in_channels * shape.groups
     check_shape("packed convolution: the input", x, (None, channels, None, None))
+    batch = x.shape[0]
     if group is not None and (group.dtype != torch.int64 or tuple(group.shape) not in ((1,), (batch,))):
         raise BinarizeError(
             f"packed convolution: group must be int64 of shape ({batch},) or (1,); got {group.dtype} of shape "
@@ -190,7 +191,8 @@ class Product:
         self.tensors = tensors
         self.shape, self.geometry, self.rest = shape, geometry, (halve, low, high, shortcut)
         self._list = to_list(shape, geometry)
-        self._prepared: dict[tuple[object, ...], Prepared] = {}
+        self._prepared: dict[tuple[object, ...], Prepared | None] = {}
+        self._laid_out: tuple[Tensor, ...] | None = None  # the tensors as the CPU's kernels read them
 
     def __call__(
         self,
@@ -207,7 +209,7 @@ class Product:
                 backends.current(), _threads.workers(), x.dtype, x.shape,
                 *(t if t is None else t.shape for t in (norm, row, residual, group)), group is None or group.dtype,
             )  # fmt: skip
-            run = self._prepared.get(key) or self._prepare(key, x, group, norm, row, residual)
+            run = self._prepared[key] if key in self._prepared else self._prepare(key, x, group, norm, row, residual)
             if run is not None:
                 return run(x, group, norm, row, residual)
         return packed_conv2d(x, *self.tensors, group, self._list, *self.rest, norm, row, residual)
@@ -222,11 +224,15 @@ class Product:
         residual: Tensor | None,
     ) -> Prepared | None:
         """Return what runs calls like this one, if the CPU's compiled kernels do."""
-        prepare = getattr(backends.kernels_for(x), "Prepared", None)
-        if prepare is None or not goes_straight(*self.tensors):
-            return None
+        kernels = backends.kernels_for(x)
         _check_sizes(self.shape, self.geometry, x, group, norm, row, residual)
-        run: Prepared = prepare(x.shape, x.dtype, norm is not None, self.tensors, self.shape, self.geometry, *self.rest)
+        run: Prepared | None = None
+        if kernels is not None and hasattr(kernels, "Prepared") and goes_straight(*self.tensors):
+            if self._laid_out is None:
+                self._laid_out = kernels.lay_out(*self.tensors)
+            run = kernels.Prepared(
+                x.shape, x.dtype, norm is not None, self._laid_out, self.shape, self.geometry, *self.rest
+            )
         if len(self._prepared) >= PREPARED_SIZES:
             self._prepared.clear()
         self._prepared[key] = run

@@ -7,11 +7,14 @@ nothing to add: ordinary CPU tensors, and nobody who traces, records or transfor
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from binarize.errors import BinarizeError
 
@@ -72,20 +75,22 @@ def goes_straight(*values: object) -> bool:
     """Say whether the dispatcher has nothing to add to a call with these arguments.
 
     That is: all tensors are plain ones on a CPU, none wants a gradient, and no mode, transform, tracer, compiler or
-    profiler of this thread would see the call.
+    profiler would see the call. (PyTorch's ExecutionTraceObserver would, and does not.)
     """
     if (
         torch.compiler.is_compiling()
+        or not _THREAD_KEYS
         or _keys_of_thread() not in _THREAD_KEYS
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled
     ):
         return False
     for value in values:
-        if type(value) is Tensor:
+        if type(value) is Tensor or type(value) is Parameter:
             if _keys_of(value) not in _PLAIN_KEYS or (value.requires_grad and torch.is_grad_enabled()):
                 return False
-        elif isinstance(value, Tensor):
+        elif hasattr(type(value), "__torch_function__"):  # tensors of other kinds, and what stands for one
             return False
     return True
 
@@ -101,11 +106,22 @@ def _keys_of(tensor: Tensor) -> int:
     return keys
 
 
-_THREAD_KEYS, _PLAIN_KEYS = set(), set()
-for _inference in (False, True):
-    with torch.inference_mode(_inference):
-        _THREAD_KEYS.add(_keys_of_thread())
-        _PLAIN_KEYS.add(_keys_of(torch.empty(0, device="cpu")))
+_THREAD_KEYS: set[int] = set()
+_PLAIN_KEYS: set[int] = set()
+
+
+def _look() -> None:
+    with suppress(AttributeError):  # they are PyTorch's own; without them, every call goes by way of the dispatcher
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                _PLAIN_KEYS.add(_keys_of(torch.empty(0, device="cpu")))
+                _THREAD_KEYS.add(_keys_of_thread())
+
+
+# In a thread of its own, where no mode is on that may be on where this module is imported.
+_looking = threading.Thread(target=_look)
+_looking.start()
+_looking.join()
 
 
 def _wants_gradient(*values: object) -> bool:

@@ -58,7 +58,7 @@ def run(worker: int, parameters: int, tasks: int, threads: int | None = None) ->
         worker: Address of the function; it takes tasks until none is left.
         parameters: Address of its parameters.
         tasks: How many tasks there are.
-        threads: On how many threads at most, where it matters that they are no more; as many as `workers` if None.
+        threads: On how many threads at most; as many as `workers` if None.
     """
     if tasks == 0:
         return

@@ -40,8 +40,6 @@ CARRY_SAVE = BYTEWISE and "+avx512bw" in cpu_features()
 VNNI = CARRY_SAVE and "+avx512vnni" in cpu_features()
 # Register blocking: how many pixels x 16 output channels are summed at once; sums and filters must fit the registers.
 PIXELS, BLOCKS = (4, 1) if BYTEWISE else (4, 4)
-TILES_AHEAD = 2  # how many tiles before its own an output is fetched
-
 _I8 = ir.IntType(8)
 _SHORTS, _BYTES = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(_I8, 4 * LANES)
 _Values = list[ir.Value]
@@ -308,7 +306,7 @@ def chain(b: ir.IRBuilder, start: ir.Value, step: ir.Value, many: int) -> _Value
 
 
 _ARGUMENTS = (
-    "x", "entries", "shortcut", "residual", "out", "w", "bases", "table", "row", "count",
+    "x", "entries", "shortcut", "residual", "out", "ahead", "w", "bases", "table", "row", "count",
     "offsets", "k", "w_step", "x_step", "s_step", "r_step", "o_step", "halve", "plain", "low", "high", "early",
 )  # fmt: skip
 
@@ -321,6 +319,7 @@ def make_tile(pixels: int, blocks: int, bf16: bool, partial: bool = False) -> An
 
     - x, entries, shortcut, residual, out: of the first pixel, its words; an int64, how far from ``bases`` its own dot
       product of no differing bits is; what is added; where its outputs go. 0 where nothing is added.
+    - ahead: where outputs go that are written soon, of as many pixels.
     - w, bases, table, row: of the first block, its filters; its dot products of no differing bits; 16 floats each of
       scale, factor, offset, shift in, slope and shift out; what is added to every pixel, or 0. Blocks follow.
     - count: channels of the last block, which ``partial`` builds the form for.
@@ -333,8 +332,8 @@ def make_tile(pixels: int, blocks: int, bf16: bool, partial: bool = False) -> An
 
     @intrinsic
     def tile(  # type: ignore[no-untyped-def]
-        context, x, entries, shortcut, residual, out, w, bases, table, row, count, offsets, k, w_step, x_step, s_step,
-        r_step, o_step, halve, plain, low, high, early,
+        context, x, entries, shortcut, residual, out, ahead, w, bases, table, row, count, offsets, k, w_step, x_step,
+        s_step, r_step, o_step, halve, plain, low, high, early,
     ):  # fmt: skip
         def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
             _Tile(b, dict(zip(_ARGUMENTS, args, strict=True)), pixels, blocks, bf16, partial).build()
@@ -374,9 +373,8 @@ class _Tile:
 
     def fetch_next_outputs(self) -> None:
         """Have lines fetched that are written soon: a store does so first, and stores wait for one another."""
-        b, step = self.b, self.given["o_step"]
-        ahead = b.add(self.given["out"], b.mul(step, I64(self.pixels * TILES_AHEAD)))
-        for address in chain(b, ahead, step, self.pixels):
+        b = self.b
+        for address in self.along("ahead", "o_step"):
             for line in range(0, self.blocks * LANES * self.size, 64):
                 prefetch_line(b, b.add(address, I64(line)), write=True)
 

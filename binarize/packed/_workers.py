@@ -136,6 +136,7 @@ _moments, _moments_part = vectors.make_moments(False, False), vectors.make_momen
 _moments_bf16, _moments_part_bf16 = vectors.make_moments(True, False), vectors.make_moments(True, True)
 _unzip, _unzip_bf16 = vectors.make_unzip(False), vectors.make_unzip(True)
 _WIDE = BLOCKS > 1
+PIXELS_AHEAD = 2 * PIXELS  # how far ahead of its writing an output's line is fetched
 AHEAD_BYTES = 200_000  # a row of the input that is longer is not read ahead
 
 # The functions below are global and have no closure, or numba would compile them in every process: its cache cannot
@@ -152,30 +153,32 @@ def _tile_row(x, entries, shortcut, residual, out, blocks, pixels, half, togethe
     w_step, x_step, s_step, r_step, o_step = fixed[2:7]
     at = 0
     while at + PIXELS <= pixels:
+        # Not beyond the row: the next one may be another worker's.
+        soon = out + PIXELS_AHEAD * o_step if at + PIXELS_AHEAD + PIXELS <= pixels else out
         for _ in range(lines):
             prefetch(ahead)
             ahead += 64
         if count < LANES:
             if half:
-                _part_bf16(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+                _part_bf16(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed)
             else:
-                _part(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+                _part(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed)
         elif half and _WIDE and together == 4:
-            _tile4_bf16(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+            _tile4_bf16(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed)
         elif _WIDE and together == 4:
-            _tile4(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+            _tile4(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed)
         elif half and _WIDE and together == 3:
-            _tile3_bf16(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+            _tile3_bf16(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed)
         elif _WIDE and together == 3:
-            _tile3(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+            _tile3(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed)
         elif half and _WIDE and together == 2:
-            _tile2_bf16(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+            _tile2_bf16(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed)
         elif _WIDE and together == 2:
-            _tile2(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+            _tile2(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed)
         elif half:
-            _tile1_bf16(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+            _tile1_bf16(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed)
         else:
-            _tile1(x, entries, shortcut, residual, out, *blocks, count, *fixed)
+            _tile1(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed)
         x, entries, out = x + PIXELS * x_step, entries + 8 * PIXELS, out + PIXELS * o_step
         shortcut, residual = shortcut + PIXELS * s_step, residual + PIXELS * r_step
         at += PIXELS
@@ -189,9 +192,9 @@ def _tile_row(x, entries, shortcut, residual, out, blocks, pixels, half, togethe
             add = row + 64 * r if row != 0 else 0
             start, constants = bases + 64 * r, table + 384 * r
             if half:
-                _pixel_bf16(x, entries, short, more, out + block, w, start, constants, add, lanes, *fixed)
+                _pixel_bf16(x, entries, short, more, out + block, out + block, w, start, constants, add, lanes, *fixed)
             else:
-                _pixel(x, entries, short, more, out + block, w, start, constants, add, lanes, *fixed)
+                _pixel(x, entries, short, more, out + block, out + block, w, start, constants, add, lanes, *fixed)
             w += w_step
         w -= together * w_step
         x, entries, shortcut, residual = x + x_step, entries + 8, shortcut + s_step, residual + r_step
