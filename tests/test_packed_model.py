@@ -214,7 +214,9 @@ def test_the_released_network_is_small_in_memory_and_on_disk(tmp_path: Path) -> 
     with torch.no_grad():
         model(*inputs())
     # What the first forward lays out for the kernels comes on top, and stays.
-    tables = [t for _, layer in packed_layers(model) for product in layer.made().terms for t in product.tensors[1:]]
+    tables = [
+        t for _, layer in packed_layers(model) for product in layer.made().terms for t in product.term.tensors[1:]
+    ]
     assert size_of(tables) <= 3.1e6
 
 

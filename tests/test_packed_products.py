@@ -286,7 +286,7 @@ def test_norm_and_shuffle_equal_the_modules(backend: Any, dtype: torch.dtype) ->
 
 def test_operators_keep_the_contract_of_torch_library() -> None:
     layer = PackedConv2d(BinaryConv2d(5, 6, 3, 2, 1, method="reactnet").eval())
-    words, counts, thresholds, table = layer.made().terms[0].tensors
+    words, counts, thresholds, table = layer.made().terms[0].term.tensors
     x = torch.randn(2, 5, 7, 8)
     arguments = [
         x, words, counts, thresholds, table, None, [6, 5, 3, 3, 1, 2, 2, 1, 1, 1, 1, 1, 1],
@@ -349,7 +349,7 @@ ARGUMENTS = ([16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1], False, -math.inf, math.i
 
 def test_a_group_may_lie_in_memory_in_any_way() -> None:
     layer = PackedConv2d(BinaryConv2d(16, 16, 3, padding=1, method=Method()).eval())
-    words, counts, thresholds, table = layer.made().terms[0].tensors
+    words, counts, thresholds, table = layer.made().terms[0].term.tensors
     thresholds, table = torch.randn(3, *thresholds.shape[1:]), torch.randn(3, *table.shape[1:])
     x = torch.randn(2, 16, 6, 7)
     for group in (torch.tensor([0, 2, 1, 2])[::2], torch.tensor([1]).expand(2)):
@@ -376,7 +376,7 @@ def test_packed_layers_refuse_what_does_not_fit_before_memory_is_read() -> None:
         wide_conv(torch.rand(1, 16, 8, 8), torch.rand(16, 32, 3, 3), None, None, None)
     for group in (torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.int32)):
         with pytest.raises(BinarizeError, match=r"group must be int64 of shape \(2,\) or \(1,\); got torch.int"):
-            packed_conv2d(torch.rand(2, 16, 8, 8), *layer.made().terms[0].tensors, group, *ARGUMENTS)
+            packed_conv2d(torch.rand(2, 16, 8, 8), *layer.made().terms[0].term.tensors, group, *ARGUMENTS)
     with pytest.raises(BinarizeError, match="GroupNorm: weight must have the shape"):
         norm_factors(torch.rand(1, 16, 8, 8), None, 4, torch.rand(8), None, 1e-5)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import MutableSequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,8 @@ from binarize.packed import _threads
 from binarize.packed._compile import workers
 from binarize.packed._inputs import pixels
 from binarize.packed._layout import FilterShape
+from binarize.packed._op import Geometry, Term
 from binarize.packed._workers import Conv, Norm, Unzip
-
-if TYPE_CHECKING:
-    from binarize.packed._op import Geometry
 
 Fields = MutableSequence[int] | np.ndarray  # parameters of a worker, int64
 ALIGN = 64
@@ -45,34 +43,17 @@ class Prepared:
         size: ``(B, C_in, H, W)`` of the inputs.
         dtype: Of the inputs.
         normed: Whether calls give a ``norm``.
-        tensors: From `lay_out`.
-        shape: Of the filters.
-        geometry: Of the convolution.
-        halve: See `binarize.packed._op.packed_conv2d`.
-        low: See there.
-        high: See there.
-        shortcut: See there.
+        term: What is applied, from `lay_out`.
     """
 
-    def __init__(
-        self,
-        size: tuple[int, ...],
-        dtype: torch.dtype,
-        normed: bool,
-        tensors: tuple[Tensor, ...],
-        shape: FilterShape,
-        geometry: Geometry,
-        halve: bool,
-        low: float,
-        high: float,
-        shortcut: int,
-    ) -> None:
+    def __init__(self, size: tuple[int, ...], dtype: torch.dtype, normed: bool, term: Term) -> None:
         batch, _, height, width = size
+        tensors, shape, geometry, halve, low, high, shortcut = term
         threads, item = _threads.workers(), dtype.itemsize
         plan = _plan(batch, height, width, shape, geometry, halve, item, normed, threads, low, high, shortcut)
         self._out, self._dtype, self._lanes = (batch, shape.out_channels, plan.height, plan.width), dtype, shape.lanes
-        self._scratch, self._tasks, self._threads = plan.scratch, plan.tasks, min(threads, plan.tasks)
-        self._fields, self._tensors, self._worker = plan.fields, tensors, workers()["conv"]
+        self._plan, self._threads = plan, min(threads, plan.tasks)
+        self._tensors, self._worker = tensors, workers()["conv"]
 
     def __call__(
         self, x: Tensor, group: Tensor | None, norm: Tensor | None, row: Tensor | None, residual: Tensor | None
@@ -81,8 +62,8 @@ class Prepared:
         out = torch.empty(self._out, dtype=self._dtype, device="cpu", memory_format=torch.channels_last)
         if out.numel() == 0:
             return out
-        p, x = self._fields[:], pixels(x)
-        held = [scratch(p, Conv.SCRATCH, self._threads, self._scratch)]
+        p, x = self._plan.fields[:], pixels(x)
+        held = [scratch(p, Conv.SCRATCH, self._threads, self._plan.scratch)]
         place(p, Conv.X, x)
         place(p, Conv.OUT, out)
         # Asked anew, since memory may be shared with another process in the meantime, and is then elsewhere.
@@ -102,7 +83,7 @@ class Prepared:
         if residual is not None:
             held.append(pixels(residual.to(self._dtype)))
             place(p, Conv.RESIDUAL, held[-1])
-        _threads.run(self._worker, p.buffer_info()[0], self._tasks, self._threads)
+        _threads.run(self._worker, p.buffer_info()[0], self._plan.tasks, self._threads)
         return out
 
 
@@ -125,18 +106,19 @@ def packed_conv2d(
     residual: Tensor | None,
 ) -> Tensor:
     """Do what `binarize.packed._op.packed_conv2d` says with the compiled kernels."""
-    tensors = lay_out(filters, counts, thresholds, table)
-    run = Prepared(x.shape, x.dtype, norm is not None, tensors, shape, geometry, halve, low, high, shortcut)
-    return run(x, group, norm, row, residual)
+    term = Term((filters, counts, thresholds, table), shape, geometry, halve, low, high, shortcut)
+    return Prepared(x.shape, x.dtype, norm is not None, lay_out(term))(x, group, norm, row, residual)
 
 
-def lay_out(filters: Tensor, counts: Tensor, thresholds: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-    """Return what a layer's products share as the kernels read it.
+def lay_out(term: Term) -> Term:
+    """Return the term with its tensors as the kernels read them.
 
     Dense, since Module.to(memory_format=torch.channels_last) turns over every tensor of four axes, words of bits as
     well.
     """
-    return filters.detach().contiguous(), counts.contiguous(), floats(thresholds), floats(table)
+    filters, counts, thresholds, table = term.tensors
+    dense = filters.detach().contiguous(), counts.contiguous(), floats(thresholds), floats(table)
+    return term._replace(tensors=dense)
 
 
 def floats(values: Tensor) -> Tensor:

@@ -162,15 +162,12 @@ def _check_sizes(
         check_shape("packed convolution: the residual", residual, (batch, shape.out_channels, *size))
 
 
-class Product:
-    """One term of a packed layer: `packed_conv2d` with all that stays the same from call to call.
+class Term(NamedTuple):
+    """What stays the same from call to call of `packed_conv2d`, and is named and explained there.
 
-    Where the dispatcher has nothing to add to a call, it goes straight to the compiled kernels, whose parameters are
-    kept for inputs of the same size: all that takes as long as the kernels of a small layer.
-
-    Args:
-        tensors: The operator's ``filters``, ``counts``, ``thresholds`` and ``table``.
-        shape: Of the filters, of one term.
+    Attributes:
+        tensors: ``filters``, ``counts``, ``thresholds`` and ``table``.
+        shape: Of the filters.
         geometry: Of the convolution.
         halve: As the operator has it.
         low: As the operator has it.
@@ -178,21 +175,30 @@ class Product:
         shortcut: As the operator has it.
     """
 
-    def __init__(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-        shape: FilterShape,
-        geometry: Geometry,
-        halve: bool,
-        low: float,
-        high: float,
-        shortcut: int,
-    ) -> None:
-        self.tensors = tensors
-        self.shape, self.geometry, self.rest = shape, geometry, (halve, low, high, shortcut)
-        self._list = to_list(shape, geometry)
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    shape: FilterShape
+    geometry: Geometry
+    halve: bool
+    low: float
+    high: float
+    shortcut: int
+
+
+class Product:
+    """One term of a packed layer, to be applied to inputs.
+
+    Where the dispatcher has nothing to add to a call, it goes straight to the compiled kernels, whose parameters are
+    kept for inputs of the same size: all that takes as long as the kernels of a small layer.
+
+    Args:
+        term: What is applied.
+    """
+
+    def __init__(self, term: Term) -> None:
+        self.term = term
+        self._list = to_list(term.shape, term.geometry)
         self._prepared: dict[tuple[object, ...], Prepared | None] = {}
-        self._laid_out: tuple[Tensor, ...] | None = None  # the tensors as the CPU's kernels read them
+        self._laid_out: Term | None = None  # with the tensors as the CPU's kernels read them
 
     def __call__(
         self,
@@ -212,7 +218,8 @@ class Product:
             run = self._prepared[key] if key in self._prepared else self._prepare(key, x, group, norm, row, residual)
             if run is not None:
                 return run(x, group, norm, row, residual)
-        return packed_conv2d(x, *self.tensors, group, self._list, *self.rest, norm, row, residual)
+        tensors, _, _, halve, low, high, shortcut = self.term
+        return packed_conv2d(x, *tensors, group, self._list, halve, low, high, shortcut, norm, row, residual)
 
     def _prepare(
         self,
@@ -225,14 +232,12 @@ class Product:
     ) -> Prepared | None:
         """Return what runs calls like this one, if the CPU's compiled kernels do."""
         kernels = backends.kernels_for(x)
-        _check_sizes(self.shape, self.geometry, x, group, norm, row, residual)
+        _check_sizes(self.term.shape, self.term.geometry, x, group, norm, row, residual)
         run: Prepared | None = None
-        if kernels is not None and hasattr(kernels, "Prepared") and goes_straight(*self.tensors):
+        if kernels is not None and hasattr(kernels, "Prepared") and goes_straight(*self.term.tensors):
             if self._laid_out is None:
-                self._laid_out = kernels.lay_out(*self.tensors)
-            run = kernels.Prepared(
-                x.shape, x.dtype, norm is not None, self._laid_out, self.shape, self.geometry, *self.rest
-            )
+                self._laid_out = kernels.lay_out(self.term)
+            run = kernels.Prepared(x.shape, x.dtype, norm is not None, self._laid_out)
         if len(self._prepared) >= PREPARED_SIZES:
             self._prepared.clear()
         self._prepared[key] = run

@@ -30,6 +30,7 @@ from binarize.packed._op import (
     SHORTCUT_LAST,
     Geometry,
     Product,
+    Term,
     count_filters,
     lay_out_table,
     lay_out_thresholds,
@@ -300,7 +301,7 @@ class _PackedLayer(nn.Module):
                 self._fold(stage, columns, wide)
             tensors = words, count_filters(words, shape, halve), thresholds, lay_out_table(columns, shape)
             fused = self.fused
-            terms.append(Product(tensors, shape, self.geometry, halve, fused.low, fused.high, fused.shortcut))
+            terms.append(Product(Term(tensors, shape, self.geometry, halve, fused.low, fused.high, fused.shortcut)))
         return terms
 
     def _fold(self, stage: Stage, columns: Tensor, wide: torch.dtype) -> None:
