@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from binarize._cli_load import load_pipeline, sample
+from binarize._cli_load import load_pipeline, prepare, sample
+from binarize._cli_options import Device, Precision
 from binarize.evaluation import evaluate
 from binarize.imaging import degrade, enlarge, read_picture
 
@@ -30,8 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def measure(model: Path, data: Path, steps: list[int], backbone: Path | None) -> dict[str, Any]:
     """Return the mean scores of a model at each number of steps, and of bicubic enlargement."""
-    pipeline = load_pipeline(model)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = prepare(load_pipeline(model), Device.auto, Precision.float32, None)
     rows: list[dict[str, Any]] = []
     for count in steps:
         report = evaluate(
@@ -98,8 +98,7 @@ def plot(models: dict[str, list[dict[str, Any]]], to: Path) -> None:
 
 def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96, zoom: int = 2) -> None:
     """Draw the detail with most texture of each picture, enlarged in several ways."""
-    pipeline = load_pipeline(model)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = prepare(load_pipeline(model), Device.auto, Precision.float32, None)
     lines = []
     for path in sorted(data.iterdir()):
         high = read_picture(path).pixels()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from binarize._cli_options import (
+    TILE,
+    UNTILED,
     AutoTileOption,
     Device,
     DeviceOption,
@@ -32,11 +34,6 @@ if TYPE_CHECKING:
     from binarize.models import SuperResolutionPipeline
 
 DEFAULT_SCALE = 2
-TILE, UNTILED = 256, 512
-"""The tile where none is asked for, and the longest side of a result that is given to the network at once.
-
-Attention takes time by the square of the pixels, and tiles of 256 a third of the time that a whole 1024x1024 takes.
-"""
 
 
 @dataclass(frozen=True)

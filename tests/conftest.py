@@ -71,7 +71,7 @@ def recipe(pictures: Path, tmp_path: Path) -> Any:
 
     def make(*overrides: str, out: str = "run") -> Recipe:
         where = (f"train_data_dir={pictures}", f"output_dir={tmp_path / out}")
-        return load_recipe("demo", [*TINY, *where, *overrides])
+        return load_recipe("small_x2", [*TINY, *where, *overrides])
 
     return make
 

@@ -94,7 +94,7 @@ def run(pictures: Path, folder: Path, processes: int, rank: int, port: int, at: 
         )
     killer = Killer(at if rank == 0 else 0)
     data = (f"train_data_dir={pictures}", f"validation_data_dir={pictures}", f"output_dir={folder}")
-    recipe = load_recipe("demo", [*OPTIONS, *data, f"train_batch_size={4 // processes}"])
+    recipe = load_recipe("small_x2", [*OPTIONS, *data, f"train_batch_size={4 // processes}"])
     train(recipe, progress=False)
     if rank == 0:
         os.write(report, str(killer.seen).encode())

@@ -69,7 +69,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(pictures: Path, out: Path, **changes: Any) -> dict[str, Any]:
     study = {
-        "base": "demo",
+        "base": "small_x2",
         "overrides": {**TINY, "train_data_dir": str(pictures)},
         "grid": {"method": ["bnn", {"name": "bidiffsr", "groups": 2}]},
         "evaluation": {"data_dir": str(pictures), "num_inference_steps": 2, "lpips": None},
@@ -123,7 +123,7 @@ def test_a_cell_is_the_run_that_train_would_make_of_its_recipe(
 ) -> None:
     study, result = finished
     texts = [*as_texts(study["overrides"]), "method={name: bidiffsr, groups: 2}", "seed=7", f"output_dir={tmp_path}"]
-    alone = train(load_recipe("demo", texts), progress=False)
+    alone = train(load_recipe("small_x2", texts), progress=False)
     expected = load_checkpoint(alone.checkpoint)[0]["model"]
     found = load_checkpoint(result.trials[3].folder / "checkpoint-4")[0]["model"]
     assert expected.keys() == found.keys()
@@ -527,7 +527,7 @@ def test_a_file_finds_bases_beside_it_and_takes_its_own_name(pictures: Path, tmp
 def test_cells_times_a_grid() -> None:
     study, _ = load_study(
         {
-            "base": "demo",
+            "base": "small_x2",
             "cells": [{"name": "a", "overrides": {"method": "bnn"}}, {"name": "b", "base": "sr3_x2"}],
             "grid": {"learning_rate": [1e-3, 2e-3], "loss": ["l1", "l2"]},
             "output_dir": "x",
@@ -548,7 +548,7 @@ def test_overrides_are_joined_as_recipes_join_their_base() -> None:
     assert as_texts({"method": {"groups": 2}, "method.tar": False}) == ["method.groups=2", "method.tar=false"]
 
 
-BASE = {"base": "demo", "output_dir": "x"}
+BASE = {"base": "small_x2", "output_dir": "x"}
 
 
 @pytest.mark.parametrize(
@@ -569,7 +569,7 @@ BASE = {"base": "demo", "output_dir": "x"}
         ({**BASE, "grid": {"scale": [2]}, "seeds": []}, r"seeds: there is none; give at least one"),
         ({**BASE, "grid": {"scale": [2]}, "seeds": [1, 1]}, r"seeds: a seed is given twice"),
         ({**BASE, "grid": {"scale": [2]}, "evaluation": {"lr_data_dir": "x"}}, r"lr_data_dir: got 'x'; needs data_dir"),
-        ({"base": "demo", "grid": {"scale": [2]}}, r"output_dir: missing"),
+        ({"base": "small_x2", "grid": {"scale": [2]}}, r"output_dir: missing"),
         ({**BASE, "grid": {"scale": [2]}, "evaluations": {}}, r"evaluations: unknown key. Did you mean 'evaluation'"),
     ],
 )
@@ -580,7 +580,7 @@ def test_what_is_no_study_is_refused(study: dict[str, Any], message: str) -> Non
 
 def test_every_mistake_of_a_study_is_listed_at_once() -> None:
     with pytest.raises(BinarizeError) as caught:
-        load_study({**BASE, "seeds": [-1], "grids": {}, "cells": [{"overrides": {"base": "demo"}}]})
+        load_study({**BASE, "seeds": [-1], "grids": {}, "cells": [{"overrides": {"base": "small_x2"}}]})
     assert str(caught.value).splitlines() == [
         "study 'given' has 4 errors:",
         "  cells.0.name: missing; give it a value.",
@@ -594,7 +594,7 @@ def test_mistakes_of_cells_are_listed_at_once_each_with_its_cells() -> None:
     cells = [{"name": name, "overrides": {"loss": loss}} for name, loss in (("a", "l3"), ("b", "l2"), ("c", "l3"))]
     study, _ = load_study({**BASE, "cells": cells})
     with pytest.raises(
-        BinarizeError, match=r"(?s)no valid recipe:\n  a, c: recipe 'demo' has 1 error:\n  loss: got 'l3'"
+        BinarizeError, match=r"(?s)no valid recipe:\n  a, c: recipe 'small_x2' has 1 error:\n  loss: got 'l3'"
     ):
         study.recipes()
     study, _ = load_study({**BASE, "grid": {"loss": ["l1", "l1"]}})

@@ -114,3 +114,12 @@ def test_the_demonstration_from_start_to_report(tmp_path: Path, monkeypatch: pyt
         demo.run_demo(folder, overrides=TINY, say=said.append, progress=False)
     again = demo.run_demo(folder, overrides=TINY, force=True, say=said.append, progress=False)
     assert again.scores.mean.model == mean.model
+
+
+@pytest.mark.slow
+def test_a_sixth_of_its_steps_are_above_bicubic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_cached_backbone", lambda: None)
+    mean = demo.run_demo(tmp_path, overrides=["max_train_steps=100"], say=lambda line: None, progress=False).scores.mean
+    assert mean.bicubic is not None
+    assert mean.model.psnr > mean.bicubic.psnr + 0.5
+    assert mean.model.ssim > mean.bicubic.ssim

@@ -79,7 +79,7 @@ class Oracle(torch.nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_perfect_network_of_residuals_gives_the_picture_back(kind: str, pictures: Path) -> None:
-    recipe = load_recipe("demo", [*UNCLIPPED, "residual_scale=0.04", f"scheduler.prediction_type={kind}"])
+    recipe = load_recipe("small_x2", [*UNCLIPPED, "residual_scale=0.04", f"scheduler.prediction_type={kind}"])
     scheduler = build_scheduler(recipe)
     picture = read_picture(sorted(pictures.iterdir())[0]).rgb.double()[None]
     low = torch.nn.functional.interpolate(picture, scale_factor=0.5, mode="area")
@@ -92,7 +92,9 @@ def test_a_perfect_network_of_residuals_gives_the_picture_back(kind: str, pictur
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_objective_asks_for_the_scaled_residual(kind: str) -> None:
-    recipe = load_recipe("demo", [*UNCLIPPED, "residual_scale=0.05", f"scheduler.prediction_type={kind}", "loss=l2"])
+    recipe = load_recipe(
+        "small_x2", [*UNCLIPPED, "residual_scale=0.05", f"scheduler.prediction_type={kind}", "loss=l2"]
+    )
     scheduler = build_scheduler(recipe)
     hr, condition = torch.rand(2, 3, 8, 8).double(), torch.rand(2, 3, 8, 8).double()
     noise, timestep = torch.randn(2, 3, 8, 8).double(), torch.tensor([100, 1500])
@@ -158,7 +160,7 @@ def test_strengths_that_mean_nothing_are_refused() -> None:
     with pytest.raises(BinarizeError, match=r"residual_strength=1\.5 without a residual_scale"):
         SuperResolutionPipeline(small(), scale=2, residual_strength=1.5)
     with pytest.raises(BinarizeError, match=r"residual_strength.*has no effect while target is image"):
-        load_recipe("demo", ["target=image", "residual_strength=1.5"])
+        load_recipe("small_x2", ["target=image", "residual_strength=1.5"])
 
 
 def test_a_recipes_strength_is_its_pipelines() -> None:
@@ -168,17 +170,17 @@ def test_a_recipes_strength_is_its_pipelines() -> None:
 
 def test_a_residual_network_without_its_scale_makes_no_pipeline() -> None:
     with pytest.raises(BinarizeError, match=r"residual_scale: not set, and the pipeline .* recipe\.yaml"):
-        build_pipeline(load_recipe("demo", list(UNCLIPPED)), small())
+        build_pipeline(load_recipe("small_x2", list(UNCLIPPED)), small())
     with pytest.raises(BinarizeError, match=r"residual_scale=0: it is the standard deviation"):
         SuperResolutionPipeline(small(), scale=2, residual_scale=0)
 
 
 def test_clipping_that_would_cut_residuals_is_refused() -> None:
     with pytest.raises(BinarizeError, match=r"target: got 'residual'; residuals .*range 1 would cut"):
-        load_recipe("demo", ["target=residual"])
-    assert load_recipe("demo", ["target=residual", "scheduler.clip_sample_range=8"]).target == "residual"
+        load_recipe("small_x2", ["target=residual"])
+    assert load_recipe("small_x2", ["target=residual", "scheduler.clip_sample_range=8"]).target == "residual"
     with pytest.raises(BinarizeError, match=r"residual_scale: got 0\.1; has no effect while target is image"):
-        load_recipe("demo", ["residual_scale=0.1"])
+        load_recipe("small_x2", ["residual_scale=0.1"])
 
 
 # Min-SNR.
@@ -193,7 +195,7 @@ def test_min_snr_makes_the_three_predictions_count_an_error_of_the_picture_alike
     timesteps = torch.tensor([step])
     weighted = {}
     for kind in KINDS:
-        scheduler = build_scheduler(load_recipe("demo", [f"scheduler.prediction_type={kind}"]))
+        scheduler = build_scheduler(load_recipe("small_x2", [f"scheduler.prediction_type={kind}"]))
         a = scheduler.alphas_cumprod.double()[step]
         noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
         wrong_clean = clean + error
@@ -219,7 +221,7 @@ def test_min_snr_equals_the_formula_of_diffusers_training_scripts() -> None:
 
     timesteps = torch.arange(1, 2000, 37)
     for kind, extra in (("epsilon", 0), ("v_prediction", 1)):
-        scheduler = build_scheduler(load_recipe("demo", [f"scheduler.prediction_type={kind}"]))
+        scheduler = build_scheduler(load_recipe("small_x2", [f"scheduler.prediction_type={kind}"]))
         snr = compute_snr(scheduler, timesteps)
         theirs = torch.stack([snr, torch.full_like(snr, 5.0)], dim=1).min(dim=1)[0] / (snr + extra)
         ours = snr_weights(scheduler, timesteps, 5.0, "l2")

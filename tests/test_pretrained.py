@@ -120,8 +120,10 @@ def test_a_number_of_steps_that_no_call_could_take_is_refused(steps: Any) -> Non
 
 
 def test_a_recipe_hands_its_steps_on() -> None:
-    assert build_pipeline(load_recipe("demo", ["num_inference_steps=6"]), SRUNet(**NETWORK)).num_inference_steps == 6
-    few = load_recipe("demo", ["num_inference_steps=6", "scheduler.num_train_timesteps=4"])
+    assert (
+        build_pipeline(load_recipe("small_x2", ["num_inference_steps=6"]), SRUNet(**NETWORK)).num_inference_steps == 6
+    )
+    few = load_recipe("small_x2", ["num_inference_steps=6", "scheduler.num_train_timesteps=4"])
     assert build_pipeline(few, SRUNet(**NETWORK, num_train_timesteps=4)).num_inference_steps == 4
 
 

@@ -110,7 +110,7 @@ def test_every_installed_recipe_is_valid_described_and_survives_being_written_ou
 
 
 def test_the_list_starts_with_the_main_recipes() -> None:
-    main = ["bidiffsr_x2", "bidiffsr_x4", "default_x2", "default_x4", "demo", "sr3_x2", "sr3_x4"]
+    main = ["bidiffsr_x2", "bidiffsr_x4", "default_x2", "default_x4", "demo", "small_x2", "sr3_x2", "sr3_x4"]
     assert NAMES[: len(main)] == main
     assert all(name.startswith(("paper/", "training/")) for name in NAMES[len(main) :])
 
@@ -287,7 +287,7 @@ def test_all_errors_are_listed_at_once() -> None:
 )
 def test_what_cannot_be_is_refused_with_its_reason(overrides: list[str], message: str) -> None:
     with pytest.raises(BinarizeError, match=message):
-        load_recipe("demo", overrides)
+        load_recipe("small_x2", overrides)
 
 
 def test_a_required_key_is_asked_for(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ from binarize.recipes import load_recipe
 from binarize.training import train
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
-train(load_recipe("demo", sys.argv[1:]), progress=False)
+train(load_recipe("small_x2", sys.argv[1:]), progress=False)
 """
 
 

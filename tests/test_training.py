@@ -66,7 +66,7 @@ def test_a_step_has_the_same_samples_however_it_is_split(
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_the_prediction_target_leads_the_scheduler_back_to_the_clean_picture(kind: str) -> None:
-    scheduler = build_scheduler(load_recipe("demo", [f"scheduler.prediction_type={kind}"]))
+    scheduler = build_scheduler(load_recipe("small_x2", [f"scheduler.prediction_type={kind}"]))
     scheduler.set_timesteps(2000)
     clean, noise = torch.rand(1, 3, 4, 4, dtype=torch.float64), torch.randn(1, 3, 4, 4, dtype=torch.float64)
     for step in (0, 700, 1500):
@@ -548,4 +548,4 @@ def test_every_free_key_is_a_key() -> None:
 
     keys = {*Recipe.model_fields, *(f"distillation.{key}" for key in DistillationSection.model_fields)}
     assert keys >= _FREE
-    assert yaml.safe_load(load_recipe("demo").to_yaml()).keys() == set(Recipe.model_fields)
+    assert yaml.safe_load(load_recipe("small_x2").to_yaml()).keys() == set(Recipe.model_fields)

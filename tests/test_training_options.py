@@ -46,7 +46,7 @@ def test_every_optimiser_of_timm_can_be_made_or_says_why_not() -> None:
     for name in timm_optim.list_optimizers():
         # The loop has no closures; timm lists those of extra packages only where they are installed.
         try:
-            optimizer = build_optimizer(load_recipe("demo", [f"optimizer=timm/{name}", "learning_rate=1e-3"]), unet)
+            optimizer = build_optimizer(load_recipe("small_x2", [f"optimizer=timm/{name}", "learning_rate=1e-3"]), unet)
         except BinarizeError:
             refused.append(name)
             continue
@@ -58,7 +58,7 @@ def test_every_optimiser_of_timm_can_be_made_or_says_why_not() -> None:
 
 def test_timms_lion_steps_by_its_formula() -> None:
     pytest.importorskip("timm")
-    recipe = load_recipe("demo", ["optimizer=timm/lion", "learning_rate=1e-2", "adam_beta1=0.9", "adam_beta2=0.99"])
+    recipe = load_recipe("small_x2", ["optimizer=timm/lion", "learning_rate=1e-2", "adam_beta1=0.9", "adam_beta2=0.99"])
     unet = network()
     optimizer = build_optimizer(recipe, unet)
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}
@@ -74,27 +74,27 @@ def test_what_an_optimiser_does_not_take_is_said(monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("timm")
     unet = network()
     with pytest.raises(BinarizeError, match=r"timm has none called 'lyon'; it has .* Did you mean 'lion'"):
-        build_optimizer(load_recipe("demo", ["optimizer=timm/lyon"]), unet)
+        build_optimizer(load_recipe("small_x2", ["optimizer=timm/lyon"]), unet)
     with pytest.raises(BinarizeError, match=r"adamw cannot be made with optimizer_options \{'speed': 3\}: .*speed"):
-        build_optimizer(load_recipe("demo", ["optimizer=adamw", "optimizer_options={speed: 3}"]), unet)
+        build_optimizer(load_recipe("small_x2", ["optimizer=adamw", "optimizer_options={speed: 3}"]), unet)
     with pytest.raises(BinarizeError, match=r"timm/adahessian needs second-order gradients"):
-        build_optimizer(load_recipe("demo", ["optimizer=timm/adahessian"]), unet)
+        build_optimizer(load_recipe("small_x2", ["optimizer=timm/adahessian"]), unet)
     with pytest.raises(BinarizeError, match=r"optimizer: got 'lion'; must be one of: adam, adamw, timm/NAME"):
-        load_recipe("demo", ["optimizer=lion"])
+        load_recipe("small_x2", ["optimizer=lion"])
     with pytest.raises(BinarizeError, match=r"lr_scheduler: got 'timm/plateau'; must be one of: constant, .*timm/cosi"):
-        load_recipe("demo", ["lr_scheduler=timm/plateau"])
+        load_recipe("small_x2", ["lr_scheduler=timm/plateau"])
     with pytest.raises(BinarizeError, match=r"lr_scheduler_options: are those of timm's schedulers"):
-        load_recipe("demo", ["lr_scheduler_options={min_lr: 0.1}"])
-    wrong = load_recipe("demo", ["lr_scheduler=timm/cosine", "lr_scheduler_options={low: 0.1}"])
+        load_recipe("small_x2", ["lr_scheduler_options={min_lr: 0.1}"])
+    wrong = load_recipe("small_x2", ["lr_scheduler=timm/cosine", "lr_scheduler_options={low: 0.1}"])
     with pytest.raises(BinarizeError, match=r"timm/cosine cannot be made with .*'low'"):
-        build_lr_scheduler(wrong, build_optimizer(load_recipe("demo"), unet))
+        build_lr_scheduler(wrong, build_optimizer(load_recipe("small_x2"), unet))
     monkeypatch.setattr("binarize.training.optim.importlib.util.find_spec", lambda name: None)
     with pytest.raises(BinarizeError, match=r"optimizer: timm/lion is timm's, which is not installed; pip install"):
-        build_optimizer(load_recipe("demo", ["optimizer=timm/lion"]), unet)
+        build_optimizer(load_recipe("small_x2", ["optimizer=timm/lion"]), unet)
 
 
 def rates(*overrides: str, steps: int = 20) -> list[float]:
-    recipe = load_recipe("demo", [f"max_train_steps={steps}", "learning_rate=1e-2", *overrides])
+    recipe = load_recipe("small_x2", [f"max_train_steps={steps}", "learning_rate=1e-2", *overrides])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.learning_rate)
     schedule = build_lr_scheduler(recipe, optimizer)
     found = []

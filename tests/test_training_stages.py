@@ -34,7 +34,7 @@ STAGES = ("two_stage=0.4", f"progressive={{blocks: [{', '.join(map(repr, BLOCKS)
 
 def built(*overrides: str) -> SRUNet:
     torch.manual_seed(0)
-    return build_model(load_recipe("demo", [*TINY, *overrides])).eval()
+    return build_model(load_recipe("small_x2", [*TINY, *overrides])).eval()
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,7 +89,7 @@ def test_every_method_is_itself_again_after_its_stages(method: str) -> None:
     with torch.no_grad():
         expected = plain(*arguments).sample
         assert torch.equal(staged(*arguments).sample, expected)
-        recipe = load_recipe("demo", [*TINY, *options, *STAGES])
+        recipe = load_recipe("small_x2", [*TINY, *options, *STAGES])
         after = settled(recipe, staged)
         assert torch.equal(after(*arguments).sample, expected)
     assert not any(isinstance(module, Delayed) for module in after.modules())
@@ -129,7 +129,7 @@ def test_a_pattern_of_no_block_is_refused() -> None:
     with pytest.raises(BinarizeError, match=r"progressive\.blocks: the pattern 'tail' matches no binary layer; names"):
         built("progressive={blocks: [tail]}")
     with pytest.raises(BinarizeError, match=r"two_stage: got 0\.5; has no effect while method is null"):
-        load_recipe("demo", ["method=null", "two_stage=0.5"])
+        load_recipe("small_x2", ["method=null", "two_stage=0.5"])
 
 
 def test_a_run_in_stages_resumes_across_them_and_leaves_a_plain_model(recipe: Any) -> None:
@@ -182,7 +182,7 @@ def twin(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A full-precision network, a little trained."""
     folder = tmp_path_factory.mktemp("twin")
     recipe = load_recipe(
-        "demo",
+        "small_x2",
         [*TINY, "method=null", "max_train_steps=4", f"train_data_dir={pictures}", f"output_dir={folder / 'run'}"],
     )
     return train(recipe, progress=False).output_dir
@@ -191,7 +191,7 @@ def twin(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("inside", ["", "model", "model/unet"])
 def test_a_binary_network_starts_from_its_twins_weights(inside: str, twin: Path) -> None:
     trained = SRUNet.from_pretrained(twin / "model" / "unet")
-    recipe = load_recipe("demo", [*TINY, f"init_from={twin / inside}", "method=binarydm", "model.dropout=0.1"])
+    recipe = load_recipe("small_x2", [*TINY, f"init_from={twin / inside}", "method=binarydm", "model.dropout=0.1"])
     network = initial_network(recipe, read_trained("init_from", twin / inside))
     assert network.config["dropout"] == 0.1
     latents = dict(network.named_parameters())
@@ -238,7 +238,7 @@ def test_another_network_is_no_twin(twin: Path, recipe: Any) -> None:
 
 
 def lesson(twin: Path, section: str, *overrides: str) -> tuple[Any, SRUNet, SRUNet, Any]:
-    recipe = load_recipe("demo", [*TINY, f"distillation={{teacher: {twin}, {section}}}", *overrides])
+    recipe = load_recipe("small_x2", [*TINY, f"distillation={{teacher: {twin}, {section}}}", *overrides])
     student, teacher = built(*overrides), read_trained("distillation", twin).network
     assert recipe.distillation is not None
     distillation = Distillation(recipe.distillation, student, teacher, contextlib.nullcontext)
@@ -343,4 +343,4 @@ def test_what_a_teacher_cannot_teach_is_refused(twin: Path, recipe: Any) -> None
     with pytest.raises(BinarizeError, match=r"outputs of encoder\.0\.blocks\.0 are \(4, 16, 16, 16\) in"):
         train(recipe(*wide, out="wide"), progress=False)
     with pytest.raises(BinarizeError, match=r"distillation: output and features are both 0"):
-        load_recipe("demo", ["distillation={teacher: x, output: 0}"])
+        load_recipe("small_x2", ["distillation={teacher: x, output: 0}"])

@@ -1,1 +1,1 @@
-"""Recipes that show one option of the training each, on the small network of the demonstration."""
+"""Recipes that show one option of the training each, on a small network."""
