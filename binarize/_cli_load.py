@@ -66,7 +66,7 @@ def scale_of(path: Path, scale: int | None = None) -> int:
     Raises:
         BinarizeError: If there is no such model, or the scale is missing or contradicts the model.
     """
-    path = locate(path)
+    path = _pipeline_around(locate(path))
     if not (path / PIPELINE).is_file():
         if scale is None:
             raise BinarizeError(f"{path}: does not say how many times it enlarges; add --scale, such as --scale 4.")
@@ -86,19 +86,31 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
     """Return a model as a pipeline, on the CPU.
 
     Args:
-        path: As for `load_network`.
+        path: As for `load_network`. The network of a pipeline's folder, or its file, stands for the pipeline; a network
+            alone is one of the released noise schedule.
         scale: How many times larger the result is; needed where the model does not say it, refused where it says
             something else.
 
     Raises:
-        BinarizeError: As `load_network`, or if the scale is missing or contradicts the model.
+        BinarizeError: As `load_network`, or if the scale is missing or contradicts the model, or if a network alone was
+            trained for another noise schedule.
     """
     from binarize.models import SuperResolutionPipeline
+    from binarize.models.pipeline import default_scheduler
 
-    path = locate(path)
+    path = _pipeline_around(locate(path))
     scale = scale_of(path, scale)
     if not (path / PIPELINE).is_file():
-        return SuperResolutionPipeline(load_network(path), scale=scale)
+        network, released = load_network(path), default_scheduler().config["num_train_timesteps"]
+        trained = network.config["num_train_timesteps"]
+        if trained != released:
+            raise BinarizeError(
+                f"{path}: is a network alone, of {trained} timesteps, and does not say how its noise was scheduled; "
+                f"only the released schedule of {released} can be taken for granted. Give the folder of its pipeline, "
+                f"which has a {PIPELINE}; from Python, SuperResolutionPipeline(network, scheduler, scale={scale}) "
+                "makes one."
+            )
+        return SuperResolutionPipeline(network, scale=scale)
     network = _read_network(path / "unet")
     try:
         with _quiet_diffusers():
@@ -229,6 +241,12 @@ def locate(path: Path) -> Path:
             f"{path.parent / RUN}, once the run has reached its first validation."
         )
     raise BinarizeError(f"{path}: holds no model (no {PIPELINE} or {NETWORK}); give {_ALLOWED}.")
+
+
+def _pipeline_around(path: Path) -> Path:
+    """Return the pipeline's folder of which a path is the network, or the network's file; else the path itself."""
+    network = path.parent if path.is_file() else path
+    return network.parent if network.name == "unet" and (network.parent / PIPELINE).is_file() else path
 
 
 def _names_repository(path: Path) -> bool:

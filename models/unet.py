@@ -206,8 +206,9 @@ class SRUNet(ModelMixin, ConfigMixin):
         fusion: "wide" (SR3: the ResBlock takes the concatenation and has a 1x1 residual), "concat", "add", "split" or
             "cs" (CS-Fusion); see `binarize.layers`.
         num_train_timesteps: T of the noise schedule the network is trained for.
-        detail_factor: With a number, the first convolution also sees the condition's fine detail, its difference from
-            its mean over 3x3 pixels times this number, as further channels; the network computes them itself.
+        detail_factor: With a positive number, the first convolution also sees the condition's fine detail, its
+            difference from its mean over 3x3 pixels times this number; the network computes it itself. It adds as many
+            channels as the condition has, between condition and sample. None, as released, leaves it out.
         conversion: How the network is binarized, as `binarize.convert` recorded it; set by loading, not by hand.
 
     Raises:
@@ -236,6 +237,7 @@ class SRUNet(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         _check_config(base_channels, channel_mults, res_blocks, norm_groups, attention_levels, resampling, fusion)
+        _check_detail(detail_factor, in_channels - out_channels)
         self.gradient_checkpointing = False
         base, levels = base_channels, len(channel_mults)
         self.time_proj = SinusoidalTime(base)
@@ -467,6 +469,21 @@ def fine_detail(picture: Tensor, factor: float) -> Tensor:
         factor: Brings the differences, a few hundredths in pictures in [0, 1], to about one.
     """
     return (picture - F.avg_pool2d(picture, 3, stride=1, padding=1, count_include_pad=False)) * factor
+
+
+def _check_detail(factor: float | None, condition_channels: int) -> None:
+    if factor is None:
+        return
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise BinarizeError(
+            "SRUNet: detail_factor multiplies the condition's fine detail, a positive number such as 30; got "
+            f"{factor!r}. None leaves the detail out."
+        )
+    if condition_channels < 1:
+        raise BinarizeError(
+            f"SRUNet: detail_factor={factor:g} needs a condition, whose detail it shows; in_channels must be larger "
+            "than out_channels by the condition's channels."
+        )
 
 
 def _check_config(

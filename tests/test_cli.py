@@ -351,7 +351,8 @@ def test_upscale_writes_beside_the_picture_where_nothing_is_said(model: Path, ph
     assert (folder / "a.b_x2.png").is_file()
     assert "a.b_x2.png: already exists" in fails("upscale", folder / "a.b.PNG", "--model", model)
     (folder / "a.b_x2.png").unlink()
-    succeeds("upscale", folder, "--model", model / "unet", "--scale", "3", "--steps", "1")
+    alone = shutil.copytree(model / "unet", tmp_path / "alone")
+    succeeds("upscale", folder, "--model", alone, "--scale", "3", "--steps", "1")
     assert sorted(path.name for path in (tmp_path / "pictures_x3").iterdir()) == ["a.b.png", "p1.png"]
     assert contents(folder) == before
 
@@ -460,13 +461,28 @@ def test_paths_are_not_looked_up_on_the_hub(
 
 
 def test_a_network_without_a_scale_needs_one(model: Path, small: Path, tmp_path: Path) -> None:
-    target = tmp_path / "large.png"
-    assert "add --scale" in fails("upscale", small, target, "--model", model / "unet")
-    succeeds("upscale", small, target, "--model", model / "unet", "--scale", "3", "--steps", "1")
+    target, alone = tmp_path / "large.png", shutil.copytree(model / "unet", tmp_path / "alone")
+    assert "add --scale" in fails("upscale", small, target, "--model", alone)
+    succeeds("upscale", small, target, "--model", alone, "--scale", "3", "--steps", "1")
     with Image.open(target) as large:
         assert large.size == (33, 27)
     message = fails("upscale", small, tmp_path / "other.png", "--model", model, "--scale", "4")
     assert "enlarges 2 times" in message
+
+
+def test_the_network_of_a_pipeline_stands_for_the_pipeline(model: Path, small: Path, tmp_path: Path) -> None:
+    for name, given in (("whole", model), ("folder", model / "unet"), ("file", weights_of(model))):
+        succeeds("upscale", small, tmp_path / f"{name}.png", "--model", given, "--steps", "2")
+    whole, *others = ((tmp_path / f"{name}.png").read_bytes() for name in ("whole", "folder", "file"))
+    assert others == [whole, whole]
+    assert "enlarges 2 times" in fails("upscale", small, tmp_path / "x.png", "--model", model / "unet", "--scale", "3")
+
+
+def test_a_network_alone_must_be_of_the_released_schedule(small: Path, tmp_path: Path) -> None:
+    SRUNet(**NETWORK, num_train_timesteps=1000).save_pretrained(tmp_path / "alone")
+    message = fails("upscale", small, tmp_path / "large.png", "--model", tmp_path / "alone", "--scale", "2")
+    assert "is a network alone, of 1000 timesteps" in message
+    assert "Give the folder of its pipeline" in message
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -324,6 +324,29 @@ def test_weights_of_a_plain_network_under_a_conversion_are_recognised(new: Path,
     assert "weights look like those of another one, or of none" in examine(folder)[1]
 
 
+def test_a_configuration_that_a_packed_file_contradicts_is_named(new: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    pipe = SuperResolutionPipeline.from_pretrained(new)  # packed where there are kernels
+    if not binarize.is_packed(pipe.unet):
+        binarize.pack(pipe.unet)
+    pipe.save_pretrained(folder)
+    assert "likely cause: configuration" not in examine(folder)[1]
+    edit(folder / "unet" / "config.json", base_channels=16)
+    status, said = examine(folder)
+    assert status == 1
+    assert "likely cause: configuration" in said
+    assert "base_channels is 16 there, 8 in the file" in said
+
+
+def test_a_schedule_of_another_length_is_named(new: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(new, tmp_path / "other")
+    edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=1000)
+    status, said = examine(folder)
+    assert status == 1
+    assert "likely cause: noise schedule" in said
+    assert '"num_train_timesteps": 2000' in said
+
+
 def test_a_released_file_of_another_configuration_is_no_traceback() -> None:
     status, said = examine(FIXTURES / "small.pth", "--scale", "2")
     assert status == 1

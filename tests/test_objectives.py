@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -303,6 +304,17 @@ def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
     torch.testing.assert_close(seen[0][:, 6:], sample)
     with pytest.raises(BinarizeError, match=r"expects 6 channels in all; got 3 of sample and 6 of condition"):
         network(sample, 5, torch.cat([condition, condition], 1))
+
+
+@pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, True, "30"])
+def test_a_factor_of_detail_is_a_positive_number(factor: Any) -> None:
+    with pytest.raises(BinarizeError, match="detail_factor multiplies the condition's fine detail, a positive number"):
+        small(detail_factor=factor)
+
+
+def test_detail_needs_a_condition() -> None:
+    with pytest.raises(BinarizeError, match=r"detail_factor=30 needs a condition"):
+        small(in_channels=3, detail_factor=30)
 
 
 def test_without_detail_the_network_is_the_released_one() -> None:

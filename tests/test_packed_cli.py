@@ -75,7 +75,7 @@ def test_a_network_and_a_single_file_are_models_too(model: Path, small: Path, tm
     for given in (tmp_path / "packed", tmp_path / "packed" / WEIGHTS):
         succeeds("upscale", small, tmp_path / f"{given.name}.png", "--model", given, "--scale", "3", "--steps", "1")
     assert np.array_equal(pixels(tmp_path / "packed.png"), pixels(tmp_path / f"{WEIGHTS}.png"))
-    succeeds("pack", model / "unet", tmp_path / "pipeline", "--scale", "3")
+    succeeds("pack", tmp_path / "packed", tmp_path / "pipeline", "--scale", "3")
     assert SuperResolutionPipeline.from_pretrained(tmp_path / "pipeline").scale == 3
     succeeds("pack", tmp_path / "packed" / WEIGHTS, tmp_path / "again")
     assert contents(tmp_path / "again")[WEIGHTS] == contents(tmp_path / "packed")[WEIGHTS]

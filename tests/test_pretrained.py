@@ -130,6 +130,10 @@ def test_a_recipe_hands_its_steps_on() -> None:
 # What is really shipped
 
 
+def test_both_scales_are_shipped() -> None:
+    assert list(SHIPPED) == [2, 4]
+
+
 @pytest.mark.parametrize("scale", SHIPPED)
 def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
     folder = default_model(scale)
@@ -141,7 +145,7 @@ def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
     assert not Path(index.get("_name_or_path") or "").is_absolute()
     pipe = SuperResolutionPipeline.from_pretrained(folder)
     assert binarize.is_packed(pipe.unet)
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20e6
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 4e6
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from binarize._pack import is_packed, pack_if_possible, unpack
-from binarize.diagnosis._changes import STEPS, Change, changes
-from binarize.diagnosis._files import misfits
+from binarize.diagnosis._changes import SCHEDULE, STEPS, Change, changes
+from binarize.diagnosis._files import misfits, scheduled_and_trained
 from binarize.diagnosis._report import HEALTHY, MISFIT, UNTRAINED, WEAK, DoctorReport, Finding, Trial
 from binarize.diagnosis._sampling import (
     Case,
@@ -75,6 +75,12 @@ def doctor(
     except _Misfit as error:
         fix = "use the config.json that was saved with these weights, or the weights that belong to it."
         return DoctorReport(name, Finding(MISFIT, f"the configuration does not fit the weights: {error}", fix))
+    except _OtherSchedule as error:
+        fix = (
+            f'put "num_train_timesteps": {error.trained} and the betas of the training into '
+            "scheduler/scheduler_config.json."
+        )
+        return DoctorReport(name, Finding(SCHEDULE, str(error), fix))
     floats = pipeline.unet
     running, packed = _as_upscale_runs_it(floats)
     asked = pipeline.num_inference_steps if steps is None else steps
@@ -100,6 +106,14 @@ class _Misfit(Exception):
     """Configuration and weights do not belong together."""
 
 
+class _OtherSchedule(Exception):
+    """The noise schedule has another number of timesteps than the network was trained with."""
+
+    def __init__(self, scheduled: int, trained: int) -> None:
+        super().__init__(f"the noise schedule has {scheduled} timesteps, and the network was trained with {trained}.")
+        self.trained = trained
+
+
 def _load(path: Path, scale: int | None, device: torch.device | str) -> SuperResolutionPipeline:
     from binarize._cli_load import load_pipeline, locate
 
@@ -107,6 +121,9 @@ def _load(path: Path, scale: int | None, device: torch.device | str) -> SuperRes
     found = misfits(path / "unet" if (path / "unet").is_dir() else path) if path.is_dir() else None
     if found is not None:
         raise _Misfit(found)
+    steps = scheduled_and_trained(path)
+    if steps is not None:
+        raise _OtherSchedule(*steps)
     try:
         pipeline = load_pipeline(path, scale=scale)
     except BinarizeError as error:

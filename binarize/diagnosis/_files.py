@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from binarize.errors import BinarizeError
-from binarize.packed.files import is_packed_file
+from binarize.packed.files import is_packed_file, read_config
 
 _SHOWN = 6
 
@@ -23,8 +23,11 @@ def misfits(folder: Path) -> str | None:
     """
     files = sorted(folder.glob("*.safetensors"))
     config = _config(folder / "config.json")
-    if config is None or not files or any(map(is_packed_file, files)):  # packed files hold their own configuration
+    if config is None or not files:
         return None
+    packed = next(filter(is_packed_file, files), None)
+    if packed is not None:
+        return _disagreement(config, read_config(packed))
     held: dict[str, tuple[int, ...]] = {}
     try:
         for path in files:
@@ -56,6 +59,29 @@ def misfits(folder: Path) -> str | None:
     )
     told = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
     return f"{'; '.join(told)}.{_hint(config, held, missing, unexpected)}" if told else None
+
+
+def scheduled_and_trained(folder: Path) -> tuple[int, int] | None:
+    """Return the timesteps of a pipeline's noise schedule and those of its network, where they differ."""
+    try:
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        scheduled = scheduler.get("num_train_timesteps")
+    except (OSError, ValueError, AttributeError):
+        return None
+    trained = (_config(folder / "unet" / "config.json") or {}).get("num_train_timesteps")
+    if not isinstance(scheduled, int) or not isinstance(trained, int) or scheduled == trained:
+        return None
+    return scheduled, trained
+
+
+def _disagreement(config: dict[str, Any], packed: dict[str, Any]) -> str | None:
+    """Say where ``config.json`` differs from the configuration in a packed file, which is the one that counts."""
+    keys = sorted(key for key in config.keys() | packed.keys() if not key.startswith("_"))
+    other = [key for key in keys if config.get(key) != packed.get(key)]
+    if not other:
+        return None
+    told = "; ".join(f"{key} is {config.get(key)!r} there, {packed.get(key)!r} in the file" for key in other[:_SHOWN])
+    return f"unet/config.json is not the one that is inside the packed file, which counts: {told}."
 
 
 def _hint(config: dict[str, Any], held: dict[str, tuple[int, ...]], missing: list[str], unexpected: list[str]) -> str:
