@@ -1,7 +1,7 @@
 """What a super-resolution model gives against the number of denoising steps, beside bicubic enlargement.
 
     python benchmarks/quality.py Set5/HR --model models/pretrained/x2 --backbone squeezenet1_1.pth --name x2
-    python benchmarks/quality.py photos --model models/pretrained/x2 --crops docs/assets/crops-x2.png --name photos-x2
+    python benchmarks/quality.py held-out --model models/pretrained/x2 --steps 1 2 --name x2 --crops crops-x2.png
     python benchmarks/quality.py Set5/HR --compare runs/default_methods_x2/cells --name budget-x2 --backbone ...
 
 The last one measures every model of a study (`binarize ablate default_methods_x2`) in the same way.
@@ -50,7 +50,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown."""
     lines = ["| | PSNR | SSIM | LPIPS (squeeze) |", "| :-- | --: | --: | --: |"]
     for row in rows:
-        name = "bicubic" if row["steps"] == 0 else f"{row['steps']} step{'s' if row['steps'] > 1 else ''}"
+        name = "bicubic" if row["steps"] == 0 else _steps(row["steps"])
         lpips = "" if row["lpips"] is None else f"{row['lpips']:.4f}"
         lines.append(f"| {name} | {row['psnr']:.2f} | {row['ssim']:.4f} | {lpips} |")
     return "\n".join(lines)
@@ -62,7 +62,7 @@ def comparison(results: dict[str, Any]) -> str:
     bicubic, *first = next(iter(models.values()))
     counts = [row["steps"] for row in first]
     lines = [
-        "| PSNR / SSIM / LPIPS (squeeze) | " + " | ".join(f"{n} step{'s' if n > 1 else ''}" for n in counts) + " |",
+        "| PSNR / SSIM / LPIPS (squeeze) | " + " | ".join(map(_steps, counts)) + " |",
         "| :-- |" + " --: |" * len(counts),
         f"| bicubic, {_scores(bicubic)} |" + " |" * len(counts),
     ]
@@ -115,11 +115,15 @@ def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96, z
     width, margin, head = side * zoom, 4, 16
     sheet = Image.new("RGB", (4 * (width + margin) + margin, len(lines) * (width + margin) + margin + head), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, title in enumerate(("bicubic", f"{min(steps)} step(s)", f"{max(steps)} steps", "original")):
+    for i, title in enumerate(("bicubic", _steps(min(steps)), _steps(max(steps)), "original")):
         draw.text((margin + i * (width + margin), 2), title, fill="black")
         for j, line in enumerate(lines):
             sheet.paste(line[i], (margin + i * (width + margin), head + margin + j * (width + margin)))
     sheet.save(to)
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count > 1 else ''}"
 
 
 def _busiest(grey: np.ndarray, side: int) -> tuple[int, int]:

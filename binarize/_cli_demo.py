@@ -18,7 +18,7 @@ def demo(
     """Train a small 1-bit network in minutes.
 
     On photographs that scikit-image ships: nothing is downloaded. Then compares it with bicubic enlargement on one that
-    it never saw, and writes the pictures and a report. Takes less than five minutes on two CPU cores.
+    it never saw, and writes the pictures and a report. Takes less than five minutes of one CPU core.
 
     ```
     binarize demo

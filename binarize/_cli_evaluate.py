@@ -42,7 +42,11 @@ class Backbone(str, Enum):
 
 def evaluate(
     model: Annotated[
-        Path, typer.Argument(help="A trained model: a folder, a run's folder, a packed or a released file.")
+        Path,
+        typer.Argument(
+            help="A trained model: a folder, a run's folder, a packed or a released file, or user/repository on the "
+            "Hugging Face hub."
+        ),
     ],
     data: Annotated[Path, typer.Option("--data", "-d", help="Folder of high-resolution pictures.")],
     lr: Annotated[

@@ -234,6 +234,15 @@ def test_another_network_is_no_twin(twin: Path, recipe: Any) -> None:
         train(recipe(f"init_from={binary.output_dir}", "method=reactnet", out="other"), progress=False)
 
 
+def test_a_packed_network_cannot_be_trained_on(recipe: Any, tmp_path: Path) -> None:
+    first = train(recipe("max_train_steps=1", out="first"), progress=False)
+    unet = SRUNet.from_pretrained(first.model_dir / "unet")
+    binarize.pack(unet)
+    unet.save_pretrained(tmp_path / "packed")
+    with pytest.raises(BinarizeError, match=r"init_from: .*packed is packed, .* the model that it was packed from"):
+        train(recipe(f"init_from={tmp_path / 'packed'}", out="second"), progress=False)
+
+
 # A teacher.
 
 

@@ -44,7 +44,7 @@ def ablate(
 
     Args:
         study: An installed study's name, the path of a YAML file, or a study's keys:
-            ``{"base": "demo", "grid": {"method.groups": [1, 5]}, "output_dir": "runs/groups"}``.
+            ``{"base": "small_x2", "grid": {"method.groups": [1, 5]}, "output_dir": "runs/groups"}``.
         overrides: ``"key=value"`` texts. A key of the study (``seeds``, ``output_dir``, ``evaluation.data_dir``)
             changes the study, any other the recipe of every cell.
         only: Globs on the names of cells to run; the others enter the table as far as they are done. Several machines

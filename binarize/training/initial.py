@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from binarize._pack import is_packed
 from binarize.errors import BinarizeError
 from binarize.recipes import build_model
 from binarize.training.data import PairedPatches
@@ -125,6 +126,11 @@ def initial_network(recipe: Recipe, start: Trained | None) -> SRUNet:
         fresh = build_model(recipe.model_copy(update={"method": None, "two_stage": None, "progressive": None}))
         fresh.load_state_dict(network.state_dict())  # the recipe's dropout, and its dtype
         return build_model(recipe, fresh)
+    if is_packed(network):
+        raise BinarizeError(
+            f"init_from: {start.path} is packed, 1 bit for a weight, and cannot be trained on; give the run's folder "
+            "or the model that it was packed from."
+        )
     model = build_model(recipe)
     _check_same("init_from", start.path, dict(network.config), dict(model.config), free=("dropout",))
     model.load_state_dict(network.state_dict())

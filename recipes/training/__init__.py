@@ -1,1 +1,1 @@
-"""Recipes that show one option of the training each, on a small network."""
+"""Recipes that show one option of the training each, on the network of small_x2."""
