@@ -27,6 +27,7 @@ from binarize.evaluation import evaluate
 from binarize.imaging import degrade, enlarge, read_picture
 
 RESULTS = Path(__file__).parent / "results"
+_SCORES = (("psnr", "PSNR, dB"), ("lpips", "LPIPS (squeeze)"))
 
 
 def measure(model: Path, data: Path, steps: list[int], backbone: Path | None) -> dict[str, Any]:
@@ -77,21 +78,20 @@ def _scores(row: dict[str, Any]) -> str:
 
 
 def plot(models: dict[str, list[dict[str, Any]]], to: Path) -> None:
-    """Draw PSNR and LPIPS of models against the number of steps."""
+    """Draw PSNR and LPIPS, where it was measured, of models against the number of steps."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for axis, key, label in zip(axes, ("psnr", "lpips"), ("PSNR, dB", "LPIPS (squeeze)"), strict=True):
-        bicubic = next(iter(models.values()))[0]
-        if bicubic[key] is None:
-            continue
+    bicubic = next(iter(models.values()))[0]
+    scores = [(key, label) for key, label in _SCORES if bicubic[key] is not None]
+    figure, axes = plt.subplots(1, len(scores), figsize=(4.5 * len(scores), 3.4), squeeze=False)
+    for axis, (key, label) in zip(axes[0], scores, strict=True):
         for name, (_, *rows) in models.items():
             axis.plot([row["steps"] for row in rows], [row[key] for row in rows], marker="o", label=name)
         axis.axhline(bicubic[key], color="gray", linestyle="--", label="bicubic")
         axis.set(xscale="log", xlabel="denoising steps", ylabel=label)
         axis.set_xticks([row["steps"] for row in rows], [str(row["steps"]) for row in rows])
         axis.minorticks_off()
-    axes[0].legend()
+    axes[0, -1].legend()
     figure.tight_layout()
     figure.savefig(to, dpi=110)
 
