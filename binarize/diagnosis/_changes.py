@@ -83,7 +83,7 @@ def changes(now: Conventions, asked_steps: int, signs: set[str], packed: bool) -
     for steps in dict.fromkeys((now.steps, 1, 4, 10, 50)):
         if steps != asked_steps and steps <= most:
             fix = f"set num_inference_steps to {steps} in model_index.json, or give --steps {steps} to the command."
-            yield Change(STEPS, f"{steps} denoising steps", fix, replace(now, steps=steps))
+            yield Change(STEPS, f"{steps} denoising step{'s' if steps > 1 else ''}", fix, replace(now, steps=steps))
     yield from _signs(now, signs, packed)
 
 
