@@ -102,8 +102,8 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
     scale = scale_of(path, scale)
     if not (path / PIPELINE).is_file():
         network, released = load_network(path), default_scheduler().config["num_train_timesteps"]
-        trained = network.config["num_train_timesteps"]
-        if trained != released:
+        trained = getattr(getattr(network, "config", None), "num_train_timesteps", None)  # a file may hold any host
+        if trained not in (None, released):
             raise BinarizeError(
                 f"{path}: is a network alone, of {trained} timesteps, and does not say how its noise was scheduled; "
                 f"only the released schedule of {released} can be taken for granted. Give the folder of its pipeline, "
