@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from binarize._cli_options import (
     Device,
     DeviceOption,
+    ModelArgument,
     ScaleOption,
     SeedOption,
     StepsOption,
@@ -19,13 +19,7 @@ from binarize._cli_options import (
 
 
 def doctor(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            help="A trained model: a folder, a run's folder, a packed or a released file, or user/repository on the "
-            "Hugging Face hub."
-        ),
-    ],
+    model: ModelArgument,
     scale: ScaleOption = None,
     steps: StepsOption = None,
     try_all: Annotated[

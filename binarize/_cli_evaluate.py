@@ -13,6 +13,7 @@ from binarize._cli_options import (
     DeviceOption,
     ForceOption,
     LimitOption,
+    ModelArgument,
     OutputOption,
     OverlapOption,
     PackOption,
@@ -41,13 +42,7 @@ class Backbone(str, Enum):
 
 
 def evaluate(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            help="A trained model: a folder, a run's folder, a packed or a released file, or user/repository on the "
-            "Hugging Face hub."
-        ),
-    ],
+    model: ModelArgument,
     data: Annotated[Path, typer.Option("--data", "-d", help="Folder of high-resolution pictures.")],
     lr: Annotated[
         Path | None, typer.Option(help="Folder of their low-resolution twins; by default these are made from --data.")

@@ -96,21 +96,20 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
             trained for another noise schedule.
     """
     from binarize.models import SuperResolutionPipeline
-    from binarize.models.pipeline import default_scheduler
+    from binarize.models._checks import OtherTimestepsError
 
     path = _pipeline_around(locate(path))
     scale = scale_of(path, scale)
     if not (path / PIPELINE).is_file():
-        network, released = load_network(path), default_scheduler().config["num_train_timesteps"]
-        trained = getattr(getattr(network, "config", None), "num_train_timesteps", None)  # a file may hold any host
-        if trained not in (None, released):
+        try:
+            return SuperResolutionPipeline(load_network(path), scale=scale)
+        except OtherTimestepsError as error:
             raise BinarizeError(
-                f"{path}: is a network alone, of {trained} timesteps, and does not say how its noise was scheduled; "
-                f"only the released schedule of {released} can be taken for granted. Give the folder of its pipeline, "
-                f"which has a {PIPELINE}; from Python, SuperResolutionPipeline(network, scheduler, scale={scale}) "
-                "makes one."
-            )
-        return SuperResolutionPipeline(network, scale=scale)
+                f"{path}: is a network alone, of {error.trained} timesteps, and does not say how its noise was "
+                f"scheduled; only the released schedule of {error.scheduled} can be taken for granted. Give the folder "
+                f"of its pipeline, which has a {PIPELINE}; from Python, SuperResolutionPipeline(network, scheduler, "
+                f"scale={scale}) makes one."
+            ) from error
     network = _read_network(path / "unet")
     try:
         with _quiet_diffusers():

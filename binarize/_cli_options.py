@@ -45,6 +45,11 @@ TILE, UNTILED = 256, 512
 Attention takes time by the square of the pixels, and tiles of 256 a third of the time that a whole 1024x1024 takes.
 """
 
+MODEL = (
+    "A trained model: a folder, a run's folder, a packed or a released file, or user/repository on the Hugging Face "
+    "hub."
+)
+ModelArgument = Annotated[Path, typer.Argument(help=MODEL)]
 ScaleOption = Annotated[
     int | None,
     typer.Option(min=1, help="How many times larger, for models that do not say it: .pth files and bare networks."),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from binarize._cli_options import (
+    MODEL,
     TILE,
     UNTILED,
     AutoTileOption,
@@ -69,8 +70,7 @@ def upscale(
             "--model",
             "-m",
             show_default=False,
-            help="A trained model: a folder, a run's folder, a packed or a released file, or user/repository on the "
-            "Hugging Face hub. By default the one that comes with binarize.",
+            help=f"{MODEL} By default the one that comes with binarize.",
         ),
     ] = None,
     scale: Annotated[

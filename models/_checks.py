@@ -16,6 +16,19 @@ from binarize.imaging import Picture
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
+class OtherTimestepsError(BinarizeError):
+    """A scheduler has another number of training timesteps than the network.
+
+    Attributes:
+        trained: Those of the network.
+        scheduled: Those of the scheduler; None if it does not say.
+    """
+
+    def __init__(self, message: str, trained: int, scheduled: int | None) -> None:
+        super().__init__(message)
+        self.trained, self.scheduled = trained, scheduled
+
+
 def check_scale(scale: Any) -> int:
     """Return the scale as Python's integer; refuse one that is missing or no whole number of at least 1."""
     if not _at_least_one(scale):
@@ -60,10 +73,12 @@ def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
     trained = getattr(getattr(unet, "config", None), "num_train_timesteps", None)
     scheduled = getattr(scheduler.config, "num_train_timesteps", None)
     if trained is not None and trained != scheduled:
-        raise BinarizeError(
+        raise OtherTimestepsError(
             f"the network was trained with {trained} timesteps, but {type(scheduler).__name__} has "
             f"num_train_timesteps={scheduled}; make the scheduler with num_train_timesteps={trained} and the betas of "
-            f"the training, for instance by {type(scheduler).__name__}.from_config(pipe.scheduler.config)."
+            f"the training, for instance by {type(scheduler).__name__}.from_config(pipe.scheduler.config).",
+            trained,
+            scheduled,
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from binarize._pack import is_packed, pack_if_possible, unpack
 from binarize.diagnosis._changes import SCHEDULE, STEPS, Change, changes
-from binarize.diagnosis._files import misfits, scheduled_and_trained
+from binarize.diagnosis._files import misfits
 from binarize.diagnosis._report import HEALTHY, MISFIT, UNTRAINED, WEAK, DoctorReport, Finding, Trial
 from binarize.diagnosis._sampling import (
     Case,
@@ -29,6 +29,7 @@ from binarize.errors import BinarizeError
 from binarize.evaluation.quality import psnr
 from binarize.imaging import enlarge
 from binarize.models import SuperResolutionPipeline
+from binarize.models._checks import OtherTimestepsError
 from binarize.models._target import picture_of
 
 TRIAL_STEPS = 10
@@ -75,12 +76,13 @@ def doctor(
     except _Misfit as error:
         fix = "use the config.json that was saved with these weights, or the weights that belong to it."
         return DoctorReport(name, Finding(MISFIT, f"the configuration does not fit the weights: {error}", fix))
-    except _OtherSchedule as error:
+    except OtherTimestepsError as error:
+        words = f"the noise schedule has {error.scheduled} timesteps, and the network was trained with {error.trained}."
         fix = (
             f'put "num_train_timesteps": {error.trained} and the betas of the training into '
             "scheduler/scheduler_config.json."
         )
-        return DoctorReport(name, Finding(SCHEDULE, str(error), fix))
+        return DoctorReport(name, Finding(SCHEDULE, words, fix))
     floats = pipeline.unet
     running, packed = _as_upscale_runs_it(floats)
     asked = pipeline.num_inference_steps if steps is None else steps
@@ -106,14 +108,6 @@ class _Misfit(Exception):
     """Configuration and weights do not belong together."""
 
 
-class _OtherSchedule(Exception):
-    """The noise schedule has another number of timesteps than the network was trained with."""
-
-    def __init__(self, scheduled: int, trained: int) -> None:
-        super().__init__(f"the noise schedule has {scheduled} timesteps, and the network was trained with {trained}.")
-        self.trained = trained
-
-
 def _load(path: Path, scale: int | None, device: torch.device | str) -> SuperResolutionPipeline:
     from binarize._cli_load import load_pipeline, locate
 
@@ -121,9 +115,6 @@ def _load(path: Path, scale: int | None, device: torch.device | str) -> SuperRes
     found = misfits(path / "unet" if (path / "unet").is_dir() else path) if path.is_dir() else None
     if found is not None:
         raise _Misfit(found)
-    steps = scheduled_and_trained(path)
-    if steps is not None:
-        raise _OtherSchedule(*steps)
     try:
         pipeline = load_pipeline(path, scale=scale)
     except BinarizeError as error:

@@ -61,27 +61,17 @@ def misfits(folder: Path) -> str | None:
     return f"{'; '.join(told)}.{_hint(config, held, missing, unexpected)}" if told else None
 
 
-def scheduled_and_trained(folder: Path) -> tuple[int, int] | None:
-    """Return the timesteps of a pipeline's noise schedule and those of its network, where they differ."""
-    try:
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        scheduled = scheduler.get("num_train_timesteps")
-    except (OSError, ValueError, AttributeError):
-        return None
-    trained = (_config(folder / "unet" / "config.json") or {}).get("num_train_timesteps")
-    if not isinstance(scheduled, int) or not isinstance(trained, int) or scheduled == trained:
-        return None
-    return scheduled, trained
-
-
 def _disagreement(config: dict[str, Any], packed: dict[str, Any]) -> str | None:
     """Say where ``config.json`` differs from the configuration in a packed file, which is the one that counts."""
     keys = sorted(key for key in config.keys() | packed.keys() if not key.startswith("_"))
-    other = [key for key in keys if config.get(key) != packed.get(key)]
-    if not other:
+    told = [
+        f"{key} is {config.get(key)!r} there, {packed.get(key)!r} in the file"
+        for key in keys
+        if config.get(key) != packed.get(key)
+    ]
+    if not told:
         return None
-    told = "; ".join(f"{key} is {config.get(key)!r} there, {packed.get(key)!r} in the file" for key in other[:_SHOWN])
-    return f"unet/config.json is not the one that is inside the packed file, which counts: {told}."
+    return f"unet/config.json is not the one that is inside the packed file, which counts: {_some(told)}."
 
 
 def _hint(config: dict[str, Any], held: dict[str, tuple[int, ...]], missing: list[str], unexpected: list[str]) -> str:
