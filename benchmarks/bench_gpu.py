@@ -21,7 +21,7 @@ from bench_packed import RESULTS, TIMESTEP, inputs, interleaved, machine, networ
 from bench_training import training_step
 from tables import section
 
-from binarize.packed import backends
+from binarize.kernels import backends
 
 SHAPES = ((256, 1), (256, 8), (1024, 1))
 SECTIONS = ("networks", "training")

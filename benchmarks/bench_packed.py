@@ -123,8 +123,8 @@ def tile_speed(words: int = 72, finished: bool = False) -> float | None:
         from numba import njit, types
         from numba.extending import intrinsic
 
-        from binarize.packed import _tile
-        from binarize.packed._vectors import INTS, store
+        from binarize.kernels.cpu import popcount as _tile
+        from binarize.kernels.cpu.simd import INTS, store
     except ImportError:
         return None
     pixels, blocks = _tile.PIXELS, _tile.BLOCKS

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import binarize
-from binarize.layers.block import Memory
-from binarize.packed import backends
+from binarize.kernels import backends
+from binarize.layers.fused_conv import Memory
 from binarize.recipes import load_recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"

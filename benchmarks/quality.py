@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from binarize._cli_load import load_pipeline, prepare, sample
-from binarize._cli_options import Device, Precision
+from binarize.cli.options import Device, Precision
 from binarize.evaluation import evaluate
 from binarize.imaging import degrade, enlarge, read_picture
+from binarize.models.loading import load_pipeline, prepare, sample
 
 RESULTS = Path(__file__).parent / "results"
 _SCORES = (("psnr", "PSNR, dB"), ("lpips", "LPIPS (squeeze)"))

@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from binarize import hosts, layers, methods, packed
-from binarize._convert import checkpoint_context, convert, plan, report, timesteps
-from binarize._export import binary_state, param_groups, revert
-from binarize._memory import memory_mode
-from binarize._pack import is_packed, pack, unpack
-from binarize._report import ConversionReport
-from binarize._summary import Summary, summary
+from binarize.conversion.convert import checkpoint_context, convert, plan, report, timesteps
+from binarize.conversion.export import binary_state, param_groups, revert
+from binarize.conversion.memory import memory_mode
+from binarize.conversion.packing import is_packed, pack, unpack
+from binarize.conversion.report import ConversionReport
+from binarize.conversion.summary import Summary, summary
 from binarize.errors import BinarizeError
 from binarize.hosts import list_hosts, register_host
 from binarize.layers import list_parts, register_part, training_step
@@ -24,15 +24,15 @@ from binarize.serialization import load, save
 
 if TYPE_CHECKING:
     from binarize import diagnosis, evaluation, imaging, inspect, models, recipes, training
-    from binarize._build import build
     from binarize.diagnosis import doctor
-    from binarize.training.ablation import ablate
+    from binarize.recipes.network import build
+    from binarize.studies.ablation import ablate
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "ablate": "binarize.training.ablation",
-    "build": "binarize._build",
+    "ablate": "binarize.studies.ablation",
+    "build": "binarize.recipes.network",
     "diagnosis": "",
     "doctor": "binarize.diagnosis",
     "evaluation": "",

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from binarize._convert import PACKED_FORMAT, RECORD, conversion, convert, meta_copy
-from binarize._pack import pack
+from binarize.conversion.convert import PACKED_FORMAT, RECORD, conversion, convert, meta_copy
+from binarize.conversion.packing import pack
 from binarize.errors import BinarizeError
 from binarize.layers.parts import named_by_a_file
 from binarize.packed.files import WEIGHTS as SRUNET_WEIGHTS

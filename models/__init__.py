@@ -1,6 +1,6 @@
 """The U-Net, the loader of released checkpoints, the super-resolution pipeline, and the models that are shipped."""
 
-from binarize.models._pretrained import default_model
+from binarize.models.default import default_model
 from binarize.models.official import OFFICIAL_CONFIG, load_official
 from binarize.models.pipeline import SuperResolutionPipeline, default_scheduler
 from binarize.models.unet import SRUNet

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from binarize._convert import convert
+from binarize.conversion.convert import convert
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.methods import BiDiffSR
 from binarize.models.unet import SRUNet

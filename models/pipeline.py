@@ -21,14 +21,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
-from binarize._pack import is_packed, pack_if_possible, unpack
+from binarize.conversion.packing import is_packed, pack_if_possible, unpack
 from binarize.imaging import Picture, enlarge
-from binarize.models import _checks as checks
-from binarize.models._canvas import pad_noise, pad_picture
-from binarize.models._pictures import as_pictures, collect, finish
-from binarize.models._target import picture_of
+from binarize.kernels.backends import kernels_for
+from binarize.models import checks
+from binarize.models.canvas import pad_noise, pad_picture
+from binarize.models.pictures import as_pictures, collect, finish
+from binarize.models.target import picture_of
 from binarize.models.tiling import TileGrid, tile_grid
-from binarize.packed.backends import kernels_for
 
 _log = logging.getLogger("binarize")
 PictureInput = Image.Image | Picture | np.ndarray | Tensor | Sequence[Image.Image | Picture | np.ndarray | Tensor]

@@ -20,7 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from binarize._pack import is_packed
+from binarize.conversion.packing import is_packed
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.layers import (
     AddFusion,
@@ -35,7 +35,7 @@ from binarize.layers import (
     SplitFusion,
     norm_silu,
 )
-from binarize.layers.wide import conv3x3
+from binarize.layers.winograd import conv3x3
 from binarize.packed.blocks import fuse, norm_silu_conv
 from binarize.packed.files import find_packed, read_config, read_packed
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ._build import build_model, build_pipeline, build_scheduler, import_plugins, validate
-from ._load import copy_recipe, list_recipes, load_recipe, recipe_path
-from ._schema import Recipe
-from ._sections import (
+from binarize.recipes.build import build_model, build_pipeline, build_scheduler, import_plugins, validate
+from binarize.recipes.load import copy_recipe, list_recipes, load_recipe, recipe_path
+from binarize.recipes.schema import Recipe
+from binarize.recipes.sections import (
     DistillationSection,
     Figures,
     MethodSection,
@@ -14,8 +14,8 @@ from ._sections import (
     PublishedSection,
     SchedulerSection,
 )
-from ._stages import settled, stages_end
-from ._study import CellSection, EvaluationSection, Study, list_studies, load_study, study_path
+from binarize.recipes.stages import settled, stages_end
+from binarize.recipes.study import CellSection, EvaluationSection, Study, list_studies, load_study, study_path
 
 __all__ = [
     "CellSection",

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import binarize
+from binarize.kernels.bitpack import FilterShape, from_bits
+from binarize.kernels.ops import Geometry, count_filters, lay_out_table, lay_out_thresholds, to_list
 from binarize.models import SRUNet
-from binarize.packed._layout import FilterShape, from_bits
-from binarize.packed._op import Geometry, count_filters, lay_out_table, lay_out_thresholds, to_list
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 

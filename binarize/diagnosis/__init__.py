@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from binarize.diagnosis._doctor import doctor
-from binarize.diagnosis._report import DoctorReport, Finding, Trial
+from binarize.diagnosis.doctor import doctor
+from binarize.diagnosis.report import DoctorReport, Finding, Trial
 
 __all__ = ["DoctorReport", "Finding", "Trial", "doctor"]

@@ -1,9 +1,9 @@
 """Hosts: the families of networks whose structure the toolkit knows."""
 
-from binarize.hosts._base import Edit, Host, find_host
-from binarize.hosts._diffusers import DiffusersUNetHost, UNet2DConditionModelHost, UNet2DModelHost
-from binarize.hosts._register import list_hosts, register_host
-from binarize.hosts._srunet import SRUNetHost
+from binarize.hosts.base import Edit, Host, find_host
+from binarize.hosts.diffusers import DiffusersUNetHost, UNet2DConditionModelHost, UNet2DModelHost
+from binarize.hosts.register import list_hosts, register_host
+from binarize.hosts.srunet import SRUNetHost
 
 __all__ = [
     "DiffusersUNetHost",

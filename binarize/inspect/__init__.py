@@ -7,13 +7,13 @@ the mode of every module is restored whatever happens.
 
 from __future__ import annotations
 
-from binarize.inspect._activations import ActivationDistribution, activation_distribution
-from binarize.inspect._flips import FlipRatios, FlipTracker
-from binarize.inspect._fusion import FusionDistributions, fusion_distributions
-from binarize.inspect._observe import Run
-from binarize.inspect._saturation import Saturation, saturation
-from binarize.inspect._shifts import TarBiases, tar_biases
-from binarize.inspect._values import Distribution
+from binarize.inspect.activations import ActivationDistribution, activation_distribution
+from binarize.inspect.flips import FlipRatios, FlipTracker
+from binarize.inspect.fusion import FusionDistributions, fusion_distributions
+from binarize.inspect.observe import Run
+from binarize.inspect.saturation import Saturation, saturation
+from binarize.inspect.shifts import TarBiases, tar_biases
+from binarize.inspect.values import Distribution
 
 __all__ = [
     "ActivationDistribution",

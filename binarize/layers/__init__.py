@@ -1,5 +1,15 @@
 """Signs and surrogate gradients, binary layers, their parts, and dimension-consistent blocks."""
 
+from binarize.kernels.product import BinaryWeight, binary_conv2d, binary_linear
+from binarize.kernels.signs import (
+    approx_sign,
+    clipped_identity,
+    clipped_sign,
+    ede_sign,
+    hard_sign,
+    identity_sign,
+    unit_round,
+)
 from binarize.layers.activations import (
     ApproxSign,
     ClippedSign,
@@ -9,23 +19,12 @@ from binarize.layers.activations import (
     NormalizedApproxSign,
     UnitRound,
 )
-from binarize.layers.affine import ChannelScale, InputMeanScale, KMapScale, RPReLU, Shift
 from binarize.layers.binary import BinaryConv2d, BinaryLinear
 from binarize.layers.delayed import Delayed, DelayedActivation, DelayedScale, DelayedWeight, delayed, undelayed
-from binarize.layers.normed import norm_silu
+from binarize.layers.norm_silu import norm_silu
 from binarize.layers.parts import LayerSpec, Part, list_parts, register_part
-from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear
 from binarize.layers.schedule import Scheduled, training_step
 from binarize.layers.shortcut import PoolShortcut, ProjectionShortcut, ScaledShortcut
-from binarize.layers.signs import (
-    approx_sign,
-    clipped_identity,
-    clipped_sign,
-    ede_sign,
-    hard_sign,
-    identity_sign,
-    unit_round,
-)
 from binarize.layers.structure import (
     AddFusion,
     ConcatFusion,
@@ -38,6 +37,7 @@ from binarize.layers.structure import (
     PixelUp,
     SplitFusion,
 )
+from binarize.layers.timestep_aware import ChannelScale, InputMeanScale, KMapScale, RPReLU, Shift
 from binarize.layers.weights import (
     FixedWeight,
     LibraWeight,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from binarize.kernels.signs import SignZero, approx_sign, clipped_sign, ede_sign, identity_sign, unit_round
 from binarize.layers.parts import LayerSpec, feature_dims, register_part
 from binarize.layers.schedule import Scheduled, check_ede_range, ede_schedule
-from binarize.layers.signs import SignZero, approx_sign, clipped_sign, ede_sign, identity_sign, unit_round
 
 
 class _Sign(nn.Module):

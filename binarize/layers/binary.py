@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
-from binarize.layers.affine import RPReLU, Shift
-from binarize.layers.block import SURROGATES, BinaryBlock, Block, Memory, block_fits, is_plain, tail_fits
+from binarize.kernels.product import BinaryWeight, binary_conv2d, binary_linear, compute_dtype
+from binarize.kernels.training import Geometry
+from binarize.layers.fused_conv import SURROGATES, BinaryBlock, Block, Memory, block_fits, is_plain, tail_fits
 from binarize.layers.parts import PART_KINDS, LayerSpec, PartKind, build_part
-from binarize.layers.product import BinaryWeight, binary_conv2d, binary_linear, compute_dtype
-from binarize.layers.steps import Geometry
+from binarize.layers.timestep_aware import RPReLU, Shift
 from binarize.timestep import TimestepContext
 
 if TYPE_CHECKING:

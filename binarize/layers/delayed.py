@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.kernels.product import BinaryWeight
 from binarize.layers.parts import LayerSpec, Part, PartKind, build_part, register_part
-from binarize.layers.product import BinaryWeight
 from binarize.layers.schedule import Scheduled
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError, did_you_mean
-from binarize.layers.signs import SignZero
+from binarize.kernels.signs import SignZero
 from binarize.registry import Registry
 from binarize.timestep import TimestepContext
 

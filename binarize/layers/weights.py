@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.kernels.product import BinaryWeight
+from binarize.kernels.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign
 from binarize.layers.parts import LayerSpec, register_part
-from binarize.layers.product import BinaryWeight
 from binarize.layers.schedule import (
     Scheduled,
     check_ede_range,
@@ -21,7 +22,6 @@ from binarize.layers.schedule import (
     ede_schedule,
     recu_schedule,
 )
-from binarize.layers.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign
 
 _MOST_TERMS = 16  # of fixed weights; a file may ask for any number
 

@@ -1,6 +1,6 @@
 """Binarization methods: one paper, one file, one frozen dataclass whose fields are the recipe's keys."""
 
-from binarize.methods._base import Method, get_method, list_methods, register_method
+from binarize.layers.method import Method, get_method, list_methods, register_method
 from binarize.methods._bbcu import BBCU
 from binarize.methods._bidiffsr import BiDiffSR
 from binarize.methods._bidm import BiDM

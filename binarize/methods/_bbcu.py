@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from binarize.layers.method import Method, register_method
 from binarize.layers.parts import Part
-from binarize.methods._base import Method, register_method
 
 
 @register_method("bbcu")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from binarize.layers.method import Method, register_method
 from binarize.layers.parts import Part, PartKind
-from binarize.methods._base import Method, register_method
 
 
 @register_method("dorefa")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from binarize.layers.method import Method, register_method
 from binarize.layers.parts import Part, PartKind
 from binarize.layers.schedule import check_ede_range
-from binarize.methods._base import Method, register_method
 
 
 @register_method("irnet")

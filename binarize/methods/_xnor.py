@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from binarize.errors import BinarizeError
+from binarize.layers.method import Method, register_method
 from binarize.layers.parts import Part, PartKind
-from binarize.methods._base import Method, register_method
 
 
 @register_method("xnor")

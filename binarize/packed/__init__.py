@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from binarize.packed import backends
+from binarize.kernels import backends
 from binarize.packed.layers import PackedConv2d, PackedLinear
 
 __all__ = ["PackedConv2d", "PackedLinear", "backends"]

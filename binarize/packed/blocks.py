@@ -12,9 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from binarize.kernels.norm import factors_of, norm_silu, shuffle
+from binarize.kernels.winograd import is_wide, wide_conv
 from binarize.layers.structure import CSFusion, accumulate
-from binarize.packed._norm import factors_of, norm_silu, shuffle
-from binarize.packed._wide import is_wide, wide_conv
 from binarize.packed.layers import PackedConv2d
 
 

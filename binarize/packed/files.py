@@ -2,7 +2,7 @@
 
 The file's metadata hold ``binarize_packed`` (the format's version), ``config`` (JSON: the host and its conversion) and
 ``sha256`` of that configuration's text followed by the tensors' bytes. A binary layer NAME has ``NAME.bits`` (uint8,
-dense, see `binarize.packed._layout`) and, where its method has scales, ``NAME.scales``; everything else has the names
+dense, see `binarize.kernels.bitpack`) and, where its method has scales, ``NAME.scales``; everything else has the names
 that it has in the unpacked model.
 
 Reading checks the header, every name, shape and dtype against the network that the configuration describes, and the
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from binarize._convert import PACKED_FORMAT
+from binarize.conversion.convert import PACKED_FORMAT
 from binarize.errors import BinarizeError
 
 VERSION, CONFIG, DIGEST = "binarize_packed", "config", "sha256"

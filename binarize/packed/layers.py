@@ -18,13 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
-from binarize.layers import BinaryConv2d, BinaryLinear
-from binarize.layers.affine import ChannelScale, RPReLU, Shift, TokenBatchNorm
-from binarize.layers.delayed import Delayed
-from binarize.layers.parts import PART_KINDS, PartKind
-from binarize.layers.shortcut import PoolShortcut
-from binarize.packed._layout import FilterShape, from_bits, from_dense, to_bits, to_dense
-from binarize.packed._op import (
+from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits, to_dense
+from binarize.kernels.ops import (
     NO_SHORTCUT,
     SHORTCUT_FIRST,
     SHORTCUT_LAST,
@@ -35,6 +30,11 @@ from binarize.packed._op import (
     lay_out_table,
     lay_out_thresholds,
 )
+from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.layers.delayed import Delayed
+from binarize.layers.parts import PART_KINDS, PartKind
+from binarize.layers.shortcut import PoolShortcut
+from binarize.layers.timestep_aware import ChannelScale, RPReLU, Shift, TokenBatchNorm
 
 # Exactly these: a subclass may compute something else, and then runs as the module that it is.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, TokenBatchNorm)

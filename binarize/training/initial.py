@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from binarize._pack import is_packed
+from binarize.conversion.packing import is_packed
 from binarize.errors import BinarizeError
 from binarize.recipes import build_model
 from binarize.training.data import PairedPatches
@@ -56,7 +56,7 @@ def read_trained(key: str, path: Path) -> Trained:
     Raises:
         BinarizeError: If it cannot be read.
     """
-    from binarize._cli_load import PIPELINE, RUN, load_network, load_pipeline
+    from binarize.models.loading import PIPELINE, RUN, load_network, load_pipeline
 
     try:
         if (path / PIPELINE).is_file() or (path / RUN / PIPELINE).is_file():

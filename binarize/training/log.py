@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from binarize._export import binary_layers
+from binarize.conversion.export import binary_layers
 from binarize.errors import BinarizeError
 from binarize.imaging import write_atomic
 from binarize.inspect import FlipTracker

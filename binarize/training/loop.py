@@ -16,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from binarize._memory import memory_mode
+from binarize.conversion.memory import memory_mode
 from binarize.errors import BinarizeError
 from binarize.layers import training_step
 from binarize.recipes import Recipe, build_pipeline, build_scheduler, settled, stages_end

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from binarize.errors import BinarizeError
-from binarize.models._target import diffused_of
+from binarize.models.target import diffused_of
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler

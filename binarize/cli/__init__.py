@@ -1,0 +1,5 @@
+"""The `binarize` command."""
+
+from binarize.cli.app import app, main
+
+__all__ = ["app", "main"]

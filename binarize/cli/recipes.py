@@ -1,0 +1,84 @@
+"""`binarize recipes`: look at, copy and check recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from binarize.cli.options import ForceOption, OverridesArgument
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at, copy and check recipes.")
+
+RecipeArgument = Annotated[str, typer.Argument(help="An installed recipe's name, or a YAML file.")]
+
+
+@app.command("ls")
+def ls() -> None:
+    """List the installed recipes.
+
+    ```
+    binarize recipes ls
+    ```
+    """
+    from binarize.recipes import list_recipes
+
+    recipes = list_recipes()
+    width = max(map(len, recipes))
+    for name, description in recipes.items():
+        typer.echo(f"{name:<{width}}  {description}")
+
+
+@app.command("show")
+def show(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    full: Annotated[bool, typer.Option("--full", help="Every key, with bases and defaults written out.")] = False,
+) -> None:
+    """Print a recipe: its file, or with `--full` (or with changes) all that it amounts to.
+
+    ```
+    binarize recipes show bidiffsr_x4
+    binarize recipes show bidiffsr_x4 --full
+    binarize recipes show bidiffsr_x4 train_batch_size=4
+    ```
+    """
+    from binarize.recipes import load_recipe, recipe_path
+
+    if full or overrides:
+        typer.echo(load_recipe(recipe, overrides or ()).to_yaml(), nl=False)
+    else:
+        typer.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
+
+
+@app.command("cp")
+def cp(
+    recipe: RecipeArgument,
+    target: Annotated[Path, typer.Argument(help="The new file, ending in .yaml, or a folder.")],
+    force: ForceOption = False,
+) -> None:
+    """Copy a recipe, to be edited.
+
+    ```
+    binarize recipes cp bidiffsr_x2 mine.yaml
+    ```
+    """
+    from binarize.recipes import copy_recipe
+
+    typer.echo(f"wrote {copy_recipe(recipe, target, force=force)}")
+
+
+@app.command("validate")
+def validate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Check a recipe as far as that goes without data: keys, values, method, network, folders.
+
+    ```
+    binarize recipes validate mine.yaml
+    binarize recipes validate bidiffsr_x2 method.groups=10 train_data_dir=DF2K/HR
+    ```
+    """
+    from binarize.recipes import validate as check
+
+    check(recipe, overrides or ())
+    typer.echo(f"{recipe}: valid")

@@ -1,0 +1,174 @@
+"""binarize.pack: latent weights out, bits in; and binarize.unpack, the way back."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from binarize.conversion.convert import RECORD, conversion, record_config
+from binarize.conversion.export import binary_layers, check_binary, packed_layers
+from binarize.errors import BinarizeError
+from binarize.kernels.backends import kernels_for
+from binarize.layers import BinaryConv2d, BinaryLinear, FixedWeight
+from binarize.layers.parts import PartKind
+from binarize.methods import Method
+from binarize.packed.layers import PackedConv2d, PackedLinear, levels_of
+
+_log = logging.getLogger("binarize")
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def pack(model: ModelT) -> ModelT:
+    """Replace every binary layer by a packed one, in place, and return the model in eval mode.
+
+    The outputs stay the same; the float latents are gone, so the model can no longer be trained. `binarize.save` (or
+    ``save_pretrained``) then writes 1 bit for a binary weight. Everything is checked first: a call that fails leaves
+    the model as it was. Activations that are exactly 0 count as +1, also where ``sign_zero="zero"`` gave them 0.
+
+    Args:
+        model: A converted model.
+
+    Returns:
+        The same object.
+
+    Raises:
+        BinarizeError: If the model is not converted or already packed, a layer still has full-precision weights (the
+            first stage of a two-stage training) or activations, or an own activation does not say its two levels.
+    """
+    record = conversion(model)
+    if record.packed:
+        raise BinarizeError(f"pack: this {type(model).__name__} is packed already.")
+    for name, layer in binary_layers(model):
+        check_binary(name, layer.binary_weight())
+        levels_of(layer.activation)
+    made: dict[int, nn.Module] = {}
+    for _, layer in binary_layers(model):
+        made[id(layer)] = PackedConv2d(layer) if isinstance(layer, BinaryConv2d) else PackedLinear(layer)
+    _replace(model, made)
+    for module in model.modules():
+        pack_block = getattr(module, "pack_", None)
+        if callable(pack_block):
+            pack_block()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dim() == 4 and not parameter.is_meta:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    record.packed = True
+    record_config(model, record)
+    return model.eval()
+
+
+def pack_if_possible(model: nn.Module, like: torch.Tensor | None = None) -> bool:
+    """Pack a model for speed alone, if it is binary and can be packed; say whether it is packed.
+
+    Args:
+        model: Any model.
+        like: It is packed if there are kernels for such a tensor, which is where it is going; None: for its parameters.
+    """
+    if is_packed(model):
+        return True
+    tensors = model.parameters() if like is None else [like]
+    if not hasattr(model, RECORD) or any(kernels_for(tensor) is None for tensor in tensors):
+        return False
+    try:
+        pack(model)
+    except BinarizeError as error:
+        _log.info("The network computes with floats: %s", error)
+        return False
+    return True
+
+
+def unpack(model: ModelT) -> ModelT:
+    """Replace every packed layer by a binary one again, in place, and return the model in eval mode.
+
+    Latent weights are +-1 and scales are what they were, fixed (`binarize.layers.FixedWeight`), so the model computes
+    what it did before it was packed. It can be saved, packed, inspected and trained again, its scales excepted; the
+    magnitudes of the latents that were packed are gone.
+
+    Args:
+        model: A packed model.
+
+    Returns:
+        The same object.
+
+    Raises:
+        BinarizeError: If the model is not packed.
+    """
+    record = conversion(model)
+    if not record.packed:
+        raise BinarizeError(f"unpack: this {type(model).__name__} is not packed.")
+    fixed = [(layer.method, _fixed_method(layer)) for _, layer in packed_layers(model)]  # parts may be unhashable
+    unpack_layers(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+    def with_fixed_weights(method: Method) -> Method:
+        return next((new for old, new in fixed if old == method), method)
+
+    record.method = with_fixed_weights(record.method)
+    record.overrides = {k: None if v is None else with_fixed_weights(v) for k, v in record.overrides.items()}
+    record.packed = False
+    record_config(model, record)
+    return model.eval()
+
+
+def unpack_layers(model: nn.Module) -> None:
+    """Replace the packed layers in any module by binary ones, in place; a record of the conversion stays as it is."""
+    _replace(model, {id(layer): _unpacked(layer) for _, layer in packed_layers(model)})
+    for module in model.modules():
+        unpack_block = getattr(module, "unpack_", None)
+        if callable(unpack_block):
+            cast(Any, unpack_block)()
+
+
+def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear:
+    codes, scales = layer.codes(), layer.weight_scales()
+    latent = codes[0].to(layer.float_dtype)
+    weight = FixedWeight(latent, **_fixed_options(layer))
+    with torch.no_grad():
+        weight.scales.copy_(scales)
+        if weight.codes is not None:
+            weight.codes.copy_(codes[1:])
+    parts: dict[PartKind, nn.Module | None] = {**layer.parts(), "weight": weight}
+    for module in (part for part in parts.values() if part is not None):
+        for inner in module.modules():
+            if hasattr(inner, "sign_zero"):
+                inner.sign_zero = cast(Any, "plus")
+    plain: nn.Module
+    if isinstance(layer, PackedConv2d):
+        plain = nn.Conv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.declared_padding,
+            layer.dilation, layer.groups, bias=False, padding_mode=cast(Any, layer.padding_mode), device="meta",
+        )  # fmt: skip
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight, plain.bias = nn.Parameter(latent), layer.bias
+    kind = BinaryConv2d if isinstance(layer, PackedConv2d) else BinaryLinear
+    return kind.from_parts(plain, _fixed_method(layer), parts, had_bias=layer.had_bias)
+
+
+def _fixed_options(layer: PackedConv2d | PackedLinear) -> dict[str, Any]:
+    return {
+        "terms": layer.shape.terms,
+        "stored_scales": layer.stored_scales,
+        "learned": layer.learned_scales,
+    }
+
+
+def _fixed_method(layer: PackedConv2d | PackedLinear) -> Method:
+    return layer.method.replace(weight={"name": "fixed", **_fixed_options(layer)}, sign_zero="plus")
+
+
+def _replace(model: nn.Module, made: dict[int, nn.Module]) -> None:
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in made:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, made[id(module)])
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Say whether a model has packed layers."""
+    return any(True for _ in packed_layers(model))

@@ -1,0 +1,217 @@
+"""diffusers' UNet2DModel and UNet2DConditionModel as hosts, rewired without a fork and without importing diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from binarize.errors import BinarizeError
+from binarize.hosts.base import HOSTS, Edit, Host
+from binarize.methods import Method
+
+# Blocks whose skips are the outputs of their resnet blocks and of their downsampler, concatenated one by one.
+_BLOCKS = {
+    *("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    *("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    *("SimpleCrossAttnDownBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D"),
+    *("SimpleCrossAttnUpBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D"),
+}
+
+
+class DiffusersUNetHost(Host):
+    """What UNet2DModel and UNet2DConditionModel share.
+
+    The structure pass gives one of two forms. Where each level is twice as wide as the one before and every level is
+    resampled by one convolution, it is the *published* form: CP-Down doubles the width, CP-Up halves it, skips have the
+    decoder's width. Anywhere else it is the *contract* form: CP-Down and CP-Up keep the width, so that every block's
+    output has the shape it had, and fusions take what widths they find.
+    """
+
+    def num_train_timesteps(self, model: nn.Module) -> int | None:
+        """Return T where the configuration has it, which is where the time embedding is learned."""
+        steps = _config(model).get("num_train_timesteps")
+        return None if steps is None else int(steps)
+
+    def has_structure(self, model: nn.Module) -> bool:
+        """Say whether some block can be rewired."""
+        return any(True for _ in _fusions(model)) or bool(_resamplers(model)[0])
+
+    def rewired(self, model: nn.Module) -> bool:
+        """Say whether the structure pass has been here."""
+        return any(type(module).__module__ == "binarize.hosts.diffusers_blocks" for module in model.modules())
+
+    def structure(self, model: nn.Module) -> str:
+        """Name the structure that the model has."""
+        return "(cp, cs)" if self.rewired(model) else "its own"
+
+    def notes(self, model: nn.Module, structure: str) -> list[str]:
+        """Say which form the structure pass gives the model, and what it leaves as it is."""
+        notes = []
+        if _config(model).get("time_embedding_type") == "fourier":
+            notes.append("the host takes noise levels (fourier embedding), while timestep groups count schedule steps")
+        if structure != "cp_cs" or self.rewired(model):
+            return notes
+        notes.append(
+            "published form: widths double, so CP-Down doubles and CP-Up halves them"
+            if _doubles(model)
+            else "contract form: CP-Down and CP-Up keep the width, every block's output keeps its shape"
+        )
+        notes += [f"{path} keeps its structure: {reason}" for path, reason in _resamplers(model)[1].items()]
+        if _skips(model) is None:
+            notes.append("no fusion was put in: the blocks do not pass their skips as diffusers' plain ones do")
+        return notes
+
+    def rewire(self, model: nn.Module) -> list[Edit]:
+        """Return what puts CP-Down, CP-Up and CS-Fusion in; carried-over layers are the same objects."""
+        if not self.has_structure(model):
+            kinds = sorted({type(block).__name__ for block in _blocks(model)})
+            raise BinarizeError(
+                f"{type(model).__name__} has no block that takes CP-Down, CP-Up or CS-Fusion; its blocks are "
+                f"{', '.join(kinds)}. Use structure='keep'."
+            )
+        return list(_edits(model, published=_doubles(model)))
+
+    def decoder_levels(self, model: nn.Module) -> list[str]:
+        """Return the resnet blocks of each up block, the last one first."""
+        return [f"up_blocks.{i}.resnets" for i in reversed(range(len(_config(model)["block_out_channels"])))]
+
+    def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
+        """Keep first and last convolution, embeddings of time and class, and attention; feed-forward layers may go."""
+        kept = {"conv_in": "first convolution", "conv_out": "last convolution"}
+        for name in ("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj"):
+            kept[name] = "embedding of time or condition"
+        for name, module in model.named_modules():
+            kind = type(module).__name__
+            if name.endswith("time_emb_proj") or kind == "AdaGroupNorm":
+                kept[name] = "embedding of time or condition"
+            elif kind in ("Attention", "MultiheadAttention"):
+                kept[name] = "attention projection"
+            elif kind in ("Transformer2DModel", "DualTransformer2DModel"):
+                kept[f"{name}.proj_in"] = kept[f"{name}.proj_out"] = "attention projection"
+        return kept | self.full_precision_levels(model, method)
+
+
+@HOSTS.register("UNet2DModel")
+class UNet2DModelHost(DiffusersUNetHost):
+    """diffusers' unconditional U-Net (DDPM, DDIM, ADM-like configurations)."""
+
+    name = "UNet2DModel"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Say whether the model is a UNet2DModel or derived from it."""
+        return _is_diffusers(model, "UNet2DModel")
+
+
+@HOSTS.register("UNet2DConditionModel")
+class UNet2DConditionModelHost(DiffusersUNetHost):
+    """diffusers' U-Net with cross-attention (Stable Diffusion)."""
+
+    name = "UNet2DConditionModel"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Say whether the model is a UNet2DConditionModel or derived from it."""
+        return _is_diffusers(model, "UNet2DConditionModel")
+
+
+def _is_diffusers(model: nn.Module, name: str) -> bool:
+    return any(c.__name__ == name and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
+
+
+def _config(model: Any) -> dict[str, Any]:
+    return dict(model.config)
+
+
+def _blocks(model: Any) -> list[Any]:
+    return [*model.down_blocks, *model.up_blocks]
+
+
+def _resamplers(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Return the resampling convolutions that can be replaced, and the resamplers that cannot, with the reason."""
+    found: dict[str, nn.Module] = {}
+    left: dict[str, str] = {}
+    for side, kind in (("down", "Downsample2D"), ("up", "Upsample2D")):
+        for i, block in enumerate(getattr(model, f"{side}_blocks")):
+            for j, module in enumerate(getattr(block, f"{side}samplers", None) or ()):
+                path = f"{side}_blocks.{i}.{side}samplers.{j}"
+                reason = _obstacle(module, kind)
+                if reason is None:
+                    found[path] = module
+                else:
+                    left[path] = reason
+    return found, left
+
+
+def _obstacle(module: Any, kind: str) -> str | None:
+    if type(module).__name__ != kind:
+        return f"{type(module).__name__} resamples without a convolution of its own"
+    conv = module.conv if hasattr(module, "conv") else module.Conv2d_0
+    if type(conv) is not nn.Conv2d or module.norm is not None or conv.kernel_size != (3, 3):
+        return f"{kind} with options that CP blocks do not have"
+    if kind == "Upsample2D" and not module.interpolate:
+        return f"{kind} that does not resample"
+    if module.channels != module.out_channels or module.channels % 4:
+        return f"{module.channels} to {module.out_channels} channels; CP blocks need the same multiple of 4"
+    return None
+
+
+def _is_resnet(module: nn.Module) -> bool:
+    return type(module).__name__ == "ResnetBlock2D" and type(module).__module__.startswith("diffusers.")
+
+
+def _skips(model: Any) -> list[int] | None:
+    """Return the widths of the skips in the order in which the encoder makes them; None for blocks of another kind."""
+    if any(type(block).__name__ not in _BLOCKS for block in _blocks(model)):
+        return None
+    if not all(_is_resnet(resnet) for block in _blocks(model) for resnet in block.resnets):
+        return None
+    widths = [model.conv_in.out_channels]
+    for block in model.down_blocks:
+        widths += [resnet.out_channels for resnet in block.resnets]
+        if block.downsamplers is not None:
+            widths.append(widths[-1])
+    return widths
+
+
+def _fusions(model: Any) -> Iterator[tuple[str, Any, int]]:
+    """Yield path, resnet block and skip width of every resnet block that takes a concatenation."""
+    skips = _skips(model)
+    if skips is None:
+        return
+    for i, block in enumerate(model.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            yield f"up_blocks.{i}.resnets.{j}", resnet, skips.pop()
+
+
+def _doubles(model: Any) -> bool:
+    """Say whether the published form fits: widths double, and one convolution resamples between two levels."""
+    if _skips(model) is None or _resamplers(model)[1]:
+        return False
+    down, up = model.down_blocks, model.up_blocks
+    widths = [block.resnets[0].out_channels for block in down]
+    ways = len(widths) - 1
+    doubling = ways > 0 and all(b == 2 * a for a, b in pairwise(widths))
+    constant = all(len({r.out_channels for r in block.resnets}) == 1 for block in _blocks(model))
+    mirrored = [block.resnets[0].out_channels for block in up] == widths[::-1]
+    once = [len(b.downsamplers or ()) for b in down] == [len(b.upsamplers or ()) for b in up] == [1] * ways + [0]
+    return doubling and constant and mirrored and once and model.conv_in.out_channels == widths[0]
+
+
+def _edits(model: Any, published: bool) -> Iterator[Edit]:
+    from binarize.hosts.diffusers_blocks import constant_width, cp_resampler
+
+    parts = 2 if published else 4
+    form = f"{'published' if published else 'contract'} form"
+    for path, module in _resamplers(model)[0].items():
+        yield Edit(path, cp_resampler(module, parts), f"replaces {type(module).__name__}, {form}")
+    for i, block in enumerate(model.down_blocks if published else ()):
+        if i:
+            yield Edit(f"down_blocks.{i}.resnets.0", constant_width(block.resnets[0]), form)
+    for path, resnet, skip in _fusions(model):
+        width = resnet.out_channels
+        widths = (width, width) if published else (resnet.in_channels - skip, skip)
+        yield Edit(path, constant_width(resnet, widths), form)

@@ -1,0 +1,91 @@
+"""Our own SRUNet as a host."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from binarize.hosts.base import HOSTS, Edit, Host
+from binarize.methods import Method
+
+
+@HOSTS.register("SRUNet")
+class SRUNetHost(Host):
+    """binarize.models.SRUNet, whose structure is an option of its configuration."""
+
+    name = "SRUNet"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Say whether the model is an SRUNet, without importing diffusers for models that are not."""
+        return any(c.__module__ == "binarize.models.unet" and c.__name__ == "SRUNet" for c in type(model).__mro__)
+
+    def num_train_timesteps(self, model: nn.Module) -> int | None:
+        """Return T from the configuration."""
+        return int(_config(model)["num_train_timesteps"])
+
+    def has_structure(self, model: nn.Module) -> bool:
+        """Say whether the widths double from level to level, which (cp, cs) needs."""
+        mults = _config(model)["channel_mults"]
+        return all(fine * 2 == coarse for fine, coarse in itertools.pairwise(mults))
+
+    def notes(self, model: nn.Module, structure: str) -> list[str]:
+        """Say why a structure was not rewired."""
+        if self.has_structure(model) or structure != "keep":
+            return []
+        return ["the structure was kept: CP-Down and CP-Up need widths that double from level to level"]
+
+    def structure(self, model: nn.Module) -> str:
+        """Name the structure by its two options."""
+        return f"({_config(model)['resampling']}, {_config(model)['fusion']})"
+
+    def rewire(self, model: nn.Module) -> list[Edit]:
+        """Build the (cp, cs) twin and carry over every layer that has the same name and shape."""
+        config = _config(model)
+        if (config["resampling"], config["fusion"]) == ("cp", "cs"):
+            return []
+        keys = [key for key in config if not key.startswith("_") and key not in ("resampling", "fusion", "conversion")]
+        parameter = next(model.parameters())
+        with torch.device(parameter.device):
+            twin = type(model)(resampling="cp", fusion="cs", **{key: config[key] for key in keys})
+        nn.Module.to(twin, dtype=parameter.dtype)  # ModelMixin's own `to` warns of layers kept in float32; none are
+        twin.train(model.training)
+        old = dict(model.named_modules())
+        edits = []
+        for path, module in twin.named_modules():
+            if not path or any(module.children()) or not any(True for _ in module.parameters()):
+                continue
+            mine = old.get(path)
+            if mine is not None and _shapes(mine) == _shapes(module):
+                parent, _, attribute = path.rpartition(".")
+                setattr(twin.get_submodule(parent), attribute, mine)
+        for child in ("encoder", "middle", "decoder"):
+            edits.append(Edit(child, twin.get_submodule(child), "rebuilt with CP-Down, CP-Up and CS-Fusion"))
+        return edits
+
+    def after_rewire(self, model: nn.Module) -> None:
+        """Write the new structure into the configuration."""
+        cast(Any, model).register_to_config(resampling="cp", fusion="cs")
+
+    def decoder_levels(self, model: nn.Module) -> list[str]:
+        """Return the blocks of each level."""
+        return [f"decoder.{level}.blocks" for level in range(len(_config(model)["channel_mults"]))]
+
+    def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
+        """Keep first and last convolution, attention, and BI-DiffSR's finest decoder levels."""
+        kept = {"conv_in": "first convolution", "conv_out": "last convolution", "time_mlp": "time embedding"}
+        for name, module in model.named_modules():
+            if type(module).__name__ == "SelfAttention":
+                kept[name] = "attention projection"
+        return kept | self.full_precision_levels(model, method, default=(0, 1))
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    return dict(cast(Any, model).config)
+
+
+def _shapes(module: nn.Module) -> tuple[str, list[tuple[str, tuple[int, ...]]]]:
+    return type(module).__name__, [(name, tuple(p.shape)) for name, p in module.named_parameters()]

@@ -1,0 +1,301 @@
+"""Vector instructions for the CPU kernels, written once in LLVM's portable form.
+
+Numba compiles what is built here for the machine that runs it: AVX2, AVX-512 or NEON. Everything works on 16 lanes: 16
+output channels of a product, 16 channels of a pixel.
+
+Addresses are int64 values, strides are in bytes. Nothing here checks anything: `binarize.kernels.cpu.conv` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
+
+LANES = 16
+
+
+def cpu_features() -> str:
+    """Return the features of the processor that numba compiles for, as LLVM lists them."""
+    named = getattr(config, "CPU_FEATURES", None)
+    return str(named if named is not None else get_host_cpu_features())
+
+
+AVX512 = "+avx512f" in cpu_features()
+_I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+INTS, FLOATS, _HALVES = (ir.VectorType(t, LANES) for t in (I32, F32, _I16))
+
+
+def constant(value: float | int, kind: ir.VectorType) -> ir.Constant:
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def splat(b: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    kind = ir.VectorType(scalar.type, LANES)
+    first = b.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
+    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), constant(0, INTS))
+
+
+def pointer(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return b.inttoptr(address, kind.as_pointer())
+
+
+def load(b: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int = 4) -> ir.Value:
+    value = b.load(pointer(b, address, kind))
+    value.align = align
+    return value
+
+
+def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 4) -> None:
+    b.store(value, pointer(b, address, value.type)).align = align
+
+
+def call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), list(args))
+
+
+def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    return call(b, "llvm.fma.v16f32", FLOATS, x, y, z)
+
+
+def lanes_below(b: ir.IRBuilder, count: ir.Value) -> ir.Value:
+    lanes = ir.Constant(INTS, list(range(LANES)))
+    return b.icmp_signed("<", lanes, splat(b, b.trunc(count, I32)))
+
+
+def _widen(b: ir.IRBuilder, halves: ir.Value) -> ir.Value:
+    return b.bitcast(b.shl(b.zext(halves, INTS), constant(16, INTS)), FLOATS)
+
+
+def _narrow(b: ir.IRBuilder, values: ir.Value) -> ir.Value:
+    """Round to bfloat16, to nearest even; a NaN stays one."""
+    bits = b.bitcast(values, INTS)
+    odd = b.and_(b.lshr(bits, constant(16, INTS)), constant(1, INTS))
+    rounded = b.lshr(b.add(bits, b.add(odd, constant(0x7FFF, INTS))), constant(16, INTS))
+    quiet = b.select(b.fcmp_unordered("uno", values, values), constant(0x7FC0, INTS), rounded)
+    return b.trunc(quiet, _HALVES)
+
+
+def load_pixels(b: ir.IRBuilder, address: ir.Value, bf16: bool, mask: ir.Value | None) -> ir.Value:
+    """Load 16 channels as float32; lanes outside the mask give 0 and are not touched."""
+    kind = _HALVES if bf16 else FLOATS
+    if mask is None:
+        value = load(b, address, kind, 2 if bf16 else 4)
+    else:
+        name = "llvm.masked.load.v16i16.p0" if bf16 else "llvm.masked.load.v16f32.p0"
+        fill = ir.Constant(kind, None)
+        value = call(b, name, kind, pointer(b, address, kind), I32(2 if bf16 else 4), mask, fill)
+    return _widen(b, value) if bf16 else value
+
+
+def store_pixels(b: ir.IRBuilder, value: ir.Value, address: ir.Value, bf16: bool, mask: ir.Value | None) -> None:
+    if bf16:
+        value = _narrow(b, value)
+    if mask is None:
+        store(b, value, address, 2 if bf16 else 4)
+    else:
+        name = "llvm.masked.store.v16i16.p0" if bf16 else "llvm.masked.store.v16f32.p0"
+        call(b, name, ir.VoidType(), value, pointer(b, address, value.type), I32(2 if bf16 else 4), mask)
+
+
+def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp(x) to about 1 unit in the last place: 2^n times Taylor's polynomial of order 7 on |r| <= ln(2) / 2."""
+    x = call(b, "llvm.minnum.v16f32", FLOATS, x, constant(88.0, FLOATS))
+    x = call(b, "llvm.maxnum.v16f32", FLOATS, x, constant(-87.0, FLOATS))
+    n = call(b, "llvm.rint.v16f32", FLOATS, b.fmul(x, constant(1.4426950216293335, FLOATS)))
+    r = fma(b, n, constant(-0.693145751953125, FLOATS), x)
+    r = fma(b, n, constant(-1.428606765330187e-06, FLOATS), r)
+    y = constant(1 / 5040, FLOATS)
+    for factorial in (720, 120, 24, 6, 2, 1, 1):
+        y = fma(b, y, r, constant(1 / factorial, FLOATS))
+    power = b.shl(b.add(b.fptosi(n, INTS), constant(127, INTS)), constant(23, INTS))
+    return b.fmul(y, b.bitcast(power, FLOATS))
+
+
+def _silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    divisor = b.fadd(constant(1.0, FLOATS), _exp(b, b.fneg(x)))
+    if not AVX512:
+        return b.fdiv(x, divisor)
+    # A division keeps its unit busy for 16 cycles. 14 bits of the reciprocal and one Newton step come in three.
+    every = ir.Constant(_I16, -1)
+    guess = call(b, "llvm.x86.avx512.rcp14.ps.512", FLOATS, divisor, ir.Constant(FLOATS, None), every)
+    rest = fma(b, b.fneg(divisor), guess, constant(1.0, FLOATS))
+    return b.fmul(x, fma(b, guess, rest, guess))
+
+
+def when(
+    b: ir.IRBuilder, condition: ir.Value, values: list[ir.Value], make: Callable[[list[ir.Value]], list[ir.Value]]
+) -> list[ir.Value]:
+    """Return ``make(values)`` where the condition holds, else ``values``."""
+    before = b.block
+    then, after = b.append_basic_block("then"), b.append_basic_block("after")
+    b.cbranch(condition, then, after)
+    b.position_at_end(then)
+    made = make(values)
+    last = b.block
+    b.branch(after)
+    b.position_at_end(after)
+    return meet(b, (values, before), (made, last))
+
+
+def meet(
+    b: ir.IRBuilder, first: tuple[list[ir.Value], ir.Block], second: tuple[list[ir.Value], ir.Block]
+) -> list[ir.Value]:
+    """Return, where two ways meet, the values of the one that was taken; each is given with its last block."""
+    found = []
+    for one, other in zip(first[0], second[0], strict=True):
+        found.append(b.phi(one.type))
+        found[-1].add_incoming(one, first[1])
+        found[-1].add_incoming(other, second[1])
+    return found
+
+
+def make_signs(bf16: bool, partial: bool) -> Any:
+    """Return ``f(x, thresholds, count)``: 32 bits, bit i set where ``x[i] >= thresholds[i]``, and 0 from count on."""
+
+    @intrinsic
+    def signs(context, x, thresholds, count):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, thresholds, count = args
+            word = I32(0)
+            for half in range(2):
+                address = b.add(x, I64(half * LANES * (2 if bf16 else 4)))
+                mask = lanes_below(b, b.sub(count, I64(half * LANES))) if partial else None
+                values = load_pixels(b, address, bf16, mask)
+                limits = load(b, b.add(thresholds, I64(64 * half)), FLOATS)
+                set_ = b.fcmp_ordered(">=", values, limits)
+                if mask is not None:
+                    set_ = b.and_(set_, mask)
+                bits = b.zext(b.bitcast(set_, _I16), I32)
+                word = bits if half == 0 else b.or_(word, b.shl(bits, I32(LANES)))
+            return word
+
+        return types.int32(*[types.int64] * 3), codegen
+
+    return signs
+
+
+def make_activate(bf16: bool, partial: bool) -> Any:
+    """Return ``f(x, factors, offsets, out, count)``: ``out = silu(x * factors + offsets)`` for 16 channels."""
+
+    @intrinsic
+    def activate(context, x, factors, offsets, out, count):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, factors, offsets, out, count = args
+            mask = lanes_below(b, count) if partial else None
+            factor, offset = (load_pixels(b, a, False, mask) for a in (factors, offsets))
+            value = b.fadd(b.fmul(load_pixels(b, x, bf16, mask), factor), offset)
+            store_pixels(b, _silu(b, value), out, bf16, mask)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), codegen
+
+    return activate
+
+
+def make_moments(bf16: bool, partial: bool) -> Any:
+    """Return ``f(x, step, pixels, sums, squares, count)``: add a row's sums and sums of squares of 16 channels."""
+
+    @intrinsic
+    def moments(context, x, step, pixels, sums, squares, count):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, step, pixels, sums, squares, count = args
+            mask = lanes_below(b, count) if partial else None
+            entry = b.block
+            loop, done = b.append_basic_block("loop"), b.append_basic_block("done")
+            start = [load_pixels(b, a, False, mask) for a in (sums, squares)]
+            b.branch(loop)
+            b.position_at_end(loop)
+            i, total, square = b.phi(I64), b.phi(FLOATS), b.phi(FLOATS)
+            value = load_pixels(b, b.add(x, b.mul(i, step)), bf16, mask)
+            new_total, new_square = b.fadd(total, value), fma(b, value, value, square)
+            after = b.add(i, I64(1))
+            for phi, first, new in ((i, I64(0), after), (total, start[0], new_total), (square, start[1], new_square)):
+                phi.add_incoming(first, entry)
+                phi.add_incoming(new, loop)
+            b.cbranch(b.icmp_signed("<", after, pixels), loop, done)
+            b.position_at_end(done)
+            store_pixels(b, new_total, sums, False, mask)
+            store_pixels(b, new_square, squares, False, mask)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    return moments
+
+
+def make_unzip(bf16: bool) -> Any:
+    """Return ``f(x, evens, odds)``: 32 channels to the 16 of even and the 16 of odd number."""
+
+    @intrinsic
+    def unzip(context, x, evens, odds):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            x, evens, odds = args
+            kind, size, align = (_HALVES, 2, 2) if bf16 else (FLOATS, 4, 4)
+            low, high = load(b, x, kind, align), load(b, b.add(x, I64(LANES * size)), kind, align)
+            for first, out in ((0, evens), (1, odds)):
+                lanes = ir.Constant(INTS, list(range(first, 2 * LANES, 2)))
+                store(b, b.shuffle_vector(low, high, lanes), out, align)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), codegen
+
+    return unzip
+
+
+@intrinsic
+def fetch_add(context, address, amount):  # type: ignore[no-untyped-def]
+    """Add to an int64 in memory as one step for all threads; return what it was."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        return b.atomic_rmw("add", pointer(b, args[0], I64), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+def prefetch_line(b: ir.IRBuilder, address: ir.Value, write: bool) -> None:
+    """Have a line read into the second-level cache, or into the first to be written; the address may be any."""
+    where = pointer(b, address, ir.IntType(8))
+    call(b, "llvm.prefetch.p0", ir.VoidType(), where, I32(int(write)), I32(3 if write else 2), I32(1))
+
+
+@intrinsic
+def prefetch(context, address):  # type: ignore[no-untyped-def]
+    """Have a line read into the second-level cache; the address may be any."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        prefetch_line(b, args[0], write=False)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+def _memory(kind: Any, width: ir.Type) -> tuple[Any, Any]:
+    @intrinsic
+    def read(context, address):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            return b.load(pointer(b, args[0], width))
+
+        return kind(types.int64), codegen
+
+    @intrinsic
+    def write(context, address, value):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            b.store(args[1], pointer(b, args[0], width))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, kind), codegen
+
+    return read, write
+
+
+read_int64, write_int64 = _memory(types.int64, I64)
+read_int32, write_int32 = _memory(types.int32, I32)
+read_float32, write_float32 = _memory(types.float32, F32)
+read_float64, _ = _memory(types.float64, ir.DoubleType())

@@ -1,0 +1,416 @@
+"""The loops of Winograd's algorithm for full-precision 3x3 convolutions, forwards and backwards.
+
+They are workers like those of `_workers`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, auto
+
+from numba import njit
+
+from binarize.kernels.cpu import winograd_simd as vectors
+from binarize.kernels.cpu.conv_worker import activate_row, clear, field
+from binarize.kernels.cpu.simd import LANES, fetch_add, read_int64, write_int64
+
+
+class Wide(IntEnum):
+    """Fields of the parameters of a full-precision 3x3 convolution, and of the transform of its weights."""
+
+    WORKERS = 0
+    TASKS = auto()
+    COUNT = auto()
+    HALF = auto()
+    SCRATCH = auto()
+    SCRATCH_STEP = auto()
+    TILE = auto()  # m of m x m output tiles, 2 or 4
+    TILE_ROWS = auto()  # rows of output tiles of a task
+    TILES = auto()  # tiles multiplied together, a multiple of 4
+    HEIGHT = auto()
+    WIDTH = auto()
+    IN_CHANNELS = auto()
+    OUT_CHANNELS = auto()
+    X = auto()
+    X_BATCH = auto()
+    X_ROW = auto()
+    X_PIXEL = auto()
+    OUT = auto()
+    OUT_BATCH = auto()
+    OUT_ROW = auto()
+    OUT_PIXEL = auto()
+    RESIDUAL = auto()
+    RESIDUAL_BATCH = auto()
+    RESIDUAL_ROW = auto()
+    RESIDUAL_PIXEL = auto()
+    FILTERS = auto()  # float32, (n * n, C_out / 16, C_in, 16), or (n * n, C_in, C_out) where torch multiplies
+    FILTERS_OUT = auto()  # its steps in bytes, from one block of 16 output channels to the next
+    FILTERS_IN = auto()
+    FILTERS_STEP = auto()  # from one of the n * n to the next
+    BIAS = auto()
+    NORM_FACTORS = auto()
+    NORM_OFFSETS = auto()
+    WEIGHT = auto()  # of the plain convolution, float32
+    WEIGHT_OUT = auto()  # its strides in bytes
+    WEIGHT_IN = auto()
+    WEIGHT_ROW = auto()
+    WEIGHT_COLUMN = auto()
+
+
+_F2, _F4 = vectors.WINOGRAD[2], vectors.WINOGRAD[4]
+_spread2, _spread4, _spread4_bf16 = (
+    vectors.make_spread(half, f.spread) for half, f in ((False, _F2), (False, _F4), (True, _F4))
+)
+_gather2, _gather4, _gather4_bf16 = (
+    vectors.make_gather(half, f.gather) for half, f in ((False, _F2), (False, _F4), (True, _F4))
+)
+_spread_filters2, _spread_filters4 = (vectors.make_spread_filters(f.filter) for f in (_F2, _F4))
+_collect2, _collect4 = (vectors.make_collect(f.filter) for f in (_F2, _F4))
+# The gradient of `gather`, which takes pixels to products.
+_return2, _return4 = (vectors.make_spread(False, tuple(zip(*f.gather, strict=True))) for f in (_F2, _F4))
+_matmul4, _matmul3, _matmul2, _matmul1 = (vectors.make_matmul(4, n) for n in (4, 3, 2, 1))
+_outer4, _outer3, _outer2, _outer1 = (vectors.make_outer(4, n) for n in (4, 3, 2, 1))
+
+
+def filters_worker(p):  # type: ignore[no-untyped-def]
+    """Transform the 3x3 weights of one block of 16 output channels at a time."""
+    channels, step = field(p, Wide.IN_CHANNELS), field(p, Wide.FILTERS_STEP)
+    lane, row, column = field(p, Wide.WEIGHT_OUT), field(p, Wide.WEIGHT_ROW), field(p, Wide.WEIGHT_COLUMN)
+    while True:
+        task = fetch_add(p + 8 * Wide.TASKS, 1)
+        if task >= field(p, Wide.COUNT):
+            break
+        w = field(p, Wide.WEIGHT) + task * LANES * lane
+        out = field(p, Wide.FILTERS) + task * field(p, Wide.FILTERS_OUT)
+        for _ in range(channels):
+            if field(p, Wide.TILE) == 2:
+                _spread_filters2(w, lane, row, column, out, step)
+            else:
+                _spread_filters4(w, lane, row, column, out, step)
+            w += field(p, Wide.WEIGHT_IN)
+            out += field(p, Wide.FILTERS_IN)
+
+
+@njit
+def _multiply_tiles(count, x, in_channels, w, out_channels, out):  # type: ignore[no-untyped-def]
+    """(count, C_in) times (C_in, C_out), count a multiple of 4."""
+    block = 0
+    blocks = out_channels // LANES
+    while block < blocks:
+        together = min(4, blocks - block)
+        filters = w + block * in_channels * 64
+        for t in range(0, count, 4):
+            source, target = x + t * in_channels * 4, out + (t * out_channels + block * LANES) * 4
+            if together == 4:
+                _matmul4(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
+            elif together == 3:
+                _matmul3(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
+            elif together == 2:
+                _matmul2(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
+            else:
+                _matmul1(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
+        block += together
+
+
+@njit
+def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def]
+    """One row of tiles; ``lines`` points to the addresses of its n input rows, 0 for one outside the picture."""
+    half = field(p, Wide.HALF) == 1
+    size = 2 if half else 4
+    m = field(p, Wide.TILE)
+    n = m + 2
+    height, width = field(p, Wide.HEIGHT), field(p, Wide.WIDTH)
+    channels, out_channels = field(p, Wide.IN_CHANNELS), field(p, Wide.OUT_CHANNELS)
+    pixel = channels * size if field(p, Wide.NORM_FACTORS) != 0 else field(p, Wide.X_PIXEL)
+    together = field(p, Wide.TILES)
+    addresses = scratch
+    nothing = addresses + 320
+    spread = nothing + (channels * 4 + 63) // 64 * 64
+    # A line more than needed, or all values of a patch would fall into one set of the first cache.
+    spread_step, product_step = together * channels * 4 + 64, together * out_channels * 4 + 64
+    products = spread + n * n * spread_step
+    filter_step = field(p, Wide.FILTERS_STEP)
+    out = field(p, Wide.OUT) + sample * field(p, Wide.OUT_BATCH) + m * tile_y * field(p, Wide.OUT_ROW)
+    residual = field(p, Wide.RESIDUAL)
+    if residual != 0:
+        residual += sample * field(p, Wide.RESIDUAL_BATCH) + m * tile_y * field(p, Wide.RESIDUAL_ROW)
+    bias = field(p, Wide.BIAS)
+    tiles = (width + m - 1) // m
+    for first in range(0, tiles, together):
+        here = min(together, tiles - first)
+        for t in range(here):
+            left, at = m * (first + t) - 1, addresses
+            for i in range(n):
+                line = read_int64(lines + 8 * i)
+                for x in range(left, left + n):
+                    write_int64(at, line + x * pixel if line != 0 and 0 <= x < width else nothing)
+                    at += 8
+            for c in range(0, channels, LANES):
+                target = spread + (t * channels + c) * 4
+                if half:
+                    _spread4_bf16(addresses, c * size, target, spread_step)
+                elif m == 4:
+                    _spread4(addresses, c * size, target, spread_step)
+                else:
+                    _spread2(addresses, c * size, target, spread_step)
+        rounded = (here + 3) // 4 * 4
+        for i in range(n * n):
+            w = field(p, Wide.FILTERS) + i * filter_step
+            _multiply_tiles(rounded, spread + i * spread_step, channels, w, out_channels, products + i * product_step)
+        for t in range(here):
+            x = m * (first + t)
+            rows, columns = min(m, height - m * tile_y), min(m, width - x)
+            for o in range(0, out_channels, LANES):
+                more = 0
+                if residual != 0:
+                    more = residual + x * field(p, Wide.RESIDUAL_PIXEL) + o * size
+                start = bias + 4 * o if bias != 0 else 0
+                source = products + (t * out_channels + o) * 4
+                target = out + x * field(p, Wide.OUT_PIXEL) + o * size
+                if half:
+                    _gather4_bf16(
+                        source, product_step, start, more, field(p, Wide.RESIDUAL_ROW),
+                        field(p, Wide.RESIDUAL_PIXEL), target, field(p, Wide.OUT_ROW), field(p, Wide.OUT_PIXEL),
+                        rows, columns,
+                    )  # fmt: skip
+                elif m == 4:
+                    _gather4(
+                        source, product_step, start, more, field(p, Wide.RESIDUAL_ROW),
+                        field(p, Wide.RESIDUAL_PIXEL), target, field(p, Wide.OUT_ROW), field(p, Wide.OUT_PIXEL),
+                        rows, columns,
+                    )  # fmt: skip
+                else:
+                    _gather2(
+                        source, product_step, start, more, field(p, Wide.RESIDUAL_ROW),
+                        field(p, Wide.RESIDUAL_PIXEL), target, field(p, Wide.OUT_ROW), field(p, Wide.OUT_PIXEL),
+                        rows, columns,
+                    )  # fmt: skip
+
+
+def wide_worker(p):  # type: ignore[no-untyped-def]
+    """A full-precision 3x3 convolution by Winograd's algorithm, with what stands before and after it."""
+    half = field(p, Wide.HALF) == 1
+    size = 2 if half else 4
+    height, width, channels = field(p, Wide.HEIGHT), field(p, Wide.WIDTH), field(p, Wide.IN_CHANNELS)
+    me = fetch_add(p + 8 * Wide.WORKERS, 1)
+    scratch = field(p, Wide.SCRATCH) + me * field(p, Wide.SCRATCH_STEP)
+    lines, activated = scratch, scratch + 64
+    normed = field(p, Wide.NORM_FACTORS) != 0
+    row_size = width * channels * size
+    rest = activated + (8 * row_size + 63) // 64 * 64 if normed else activated
+    clear(rest + 320, channels)
+    m = field(p, Wide.TILE)
+    tile_rows, together = (height + m - 1) // m, field(p, Wide.TILE_ROWS)
+    chunks = (tile_rows + together - 1) // together
+    while True:
+        task = fetch_add(p + 8 * Wide.TASKS, 1)
+        if task >= field(p, Wide.COUNT):
+            break
+        sample, first = task // chunks, task % chunks * together
+        x = field(p, Wide.X) + sample * field(p, Wide.X_BATCH)
+        factors = field(p, Wide.NORM_FACTORS) + sample * channels * 4
+        offsets = field(p, Wide.NORM_OFFSETS) + sample * channels * 4
+        done = m * first - 1  # input rows before this one are activated
+        for tile_y in range(first, min(first + together, tile_rows)):
+            for i in range(m + 2):
+                y = m * tile_y - 1 + i
+                line = 0
+                if 0 <= y < height:
+                    line = x + y * field(p, Wide.X_ROW)
+                    if normed:
+                        target = activated + y % 8 * row_size
+                        if y >= done:
+                            activate_row(
+                                line, field(p, Wide.X_PIXEL), width, channels, factors, offsets, target,
+                                channels * size, half,
+                            )  # fmt: skip
+                        line = target
+                write_int64(lines + 8 * i, line)
+            done = m * tile_y + m + 1
+            _tile_row(p, sample, tile_y, lines, rest)
+
+
+class Tiles(IntEnum):
+    """Fields of the parameters of Winograd's algorithm on all tiles at once: its transforms, and sums of products.
+
+    The products are summed for the gradient of a 3x3 convolution's weights; or torch multiplies the transforms.
+    """
+
+    WORKERS = 0
+    TASKS = auto()
+    COUNT = auto()
+    TILE = auto()  # m of m x m outputs
+    TILES = auto()  # how many are multiplied together, a group
+    GROUPS = auto()  # of tiles
+    TASK_GROUPS = auto()  # of a task
+    COUNT_TILES = auto()  # how many there are to do
+    ROWS = auto()  # rows of tiles of a picture
+    COLUMNS = auto()  # tiles of a row
+    HEIGHT = auto()
+    WIDTH = auto()
+    IN_CHANNELS = auto()
+    OUT_CHANNELS = auto()
+    X = auto()  # float32, as all
+    X_BATCH = auto()
+    X_ROW = auto()
+    X_PIXEL = auto()
+    GRAD = auto()  # null: transform the input alone
+    GRAD_BATCH = auto()
+    GRAD_ROW = auto()
+    GRAD_PIXEL = auto()
+    SUMS = auto()  # (tasks, n * n, C_in, C_out), zeros at first; null: leave the transforms, and multiply nothing
+    FIRST = auto()  # tiles before these, which are not asked for
+    OUT = auto()  # where `gather_worker` puts pixels, and `collect_worker` a dense gradient of weights
+    OUT_BATCH = auto()
+    OUT_ROW = auto()
+    OUT_PIXEL = auto()
+    BIAS = auto()
+    SPREAD = auto()  # where transforms of the input are left, n * n times (tiles, C_in)
+    SPREAD_STEP = auto()  # from one of the n * n to the next
+    RETURNED = auto()  # where those of the gradient are left, or where products are
+    RETURNED_STEP = auto()
+    SCRATCH = auto()
+    SCRATCH_STEP = auto()
+
+
+@njit
+def _point(picture, row, pixel, height, width, top, left, side, addresses, nothing):  # type: ignore[no-untyped-def]
+    """Write the addresses of the pixels of a square, of which those outside the picture are ``nothing``."""
+    for y in range(top, top + side):
+        for x in range(left, left + side):
+            inside = 0 <= y < height and 0 <= x < width
+            write_int64(addresses, picture + y * row + x * pixel if inside else nothing)
+            addresses += 8
+
+
+@njit
+def _add_outer(count, x, in_channels, w, out_channels, out):  # type: ignore[no-untyped-def]
+    """Add (count, C_in) transposed times (count, C_out)."""
+    x_step, w_step = in_channels * 4, out_channels * 4
+    block = 0
+    while block < out_channels // LANES:
+        together = min(4, out_channels // LANES - block)
+        filters = w + block * 64
+        for i in range(0, in_channels, 4):
+            target = out + i * w_step + block * 64
+            if together == 4:
+                _outer4(x + 4 * i, x_step, filters, w_step, count, target, w_step)
+            elif together == 3:
+                _outer3(x + 4 * i, x_step, filters, w_step, count, target, w_step)
+            elif together == 2:
+                _outer2(x + 4 * i, x_step, filters, w_step, count, target, w_step)
+            else:
+                _outer1(x + 4 * i, x_step, filters, w_step, count, target, w_step)
+        block += together
+
+
+def tiles_worker(p):  # type: ignore[no-untyped-def]
+    """Transform some tiles of the input and of the gradient at a time, and add up their products."""
+    m, together = field(p, Tiles.TILE), field(p, Tiles.TILES)
+    n = m + 2
+    height, width = field(p, Tiles.HEIGHT), field(p, Tiles.WIDTH)
+    channels, out_channels = field(p, Tiles.IN_CHANNELS), field(p, Tiles.OUT_CHANNELS)
+    rows, columns = field(p, Tiles.ROWS), field(p, Tiles.COLUMNS)
+    me = fetch_add(p + 8 * Tiles.WORKERS, 1)
+    keep = field(p, Tiles.SUMS) == 0
+    addresses = field(p, Tiles.SCRATCH) + me * field(p, Tiles.SCRATCH_STEP)
+    nothing = addresses + 320
+    spread = nothing + (max(channels, out_channels) * 4 + 63) // 64 * 64
+    # A line more than needed, or all values of a patch would fall into one set of the first cache.
+    spread_step, return_step = together * channels * 4 + 64, together * out_channels * 4 + 64
+    returned = spread + n * n * spread_step
+    clear(nothing, max(channels, out_channels))
+    while True:
+        task = fetch_add(p + 8 * Tiles.TASKS, 1)
+        if task >= field(p, Tiles.COUNT):
+            break
+        # A task's sums are its own, and it is the same groups on whichever thread: the result is, to the last bit.
+        sums = field(p, Tiles.SUMS) + task * n * n * channels * out_channels * 4
+        group = task * field(p, Tiles.TASK_GROUPS)
+        for number in range(group, min(group + field(p, Tiles.TASK_GROUPS), field(p, Tiles.GROUPS))):
+            first = number * together
+            here = min(together, field(p, Tiles.COUNT_TILES) - first)
+            if keep:
+                spread, returned = field(p, Tiles.SPREAD) + first * channels * 4, field(p, Tiles.RETURNED)
+                returned += first * out_channels * 4
+                spread_step, return_step = field(p, Tiles.SPREAD_STEP), field(p, Tiles.RETURNED_STEP)
+            for t in range(here):
+                tile = field(p, Tiles.FIRST) + first + t
+                row, column = tile // columns, tile % columns
+                sample, top, left = row // rows, m * (row % rows), m * column
+                x = field(p, Tiles.X) + sample * field(p, Tiles.X_BATCH)
+                step, pixel = field(p, Tiles.X_ROW), field(p, Tiles.X_PIXEL)
+                _point(x, step, pixel, height, width, top - 1, left - 1, n, addresses, nothing)
+                for c in range(0, channels, LANES):
+                    if m == 4:
+                        _spread4(addresses, c * 4, spread + (t * channels + c) * 4, spread_step)
+                    else:
+                        _spread2(addresses, c * 4, spread + (t * channels + c) * 4, spread_step)
+                if field(p, Tiles.GRAD) == 0:
+                    continue
+                grad = field(p, Tiles.GRAD) + sample * field(p, Tiles.GRAD_BATCH)
+                step, pixel = field(p, Tiles.GRAD_ROW), field(p, Tiles.GRAD_PIXEL)
+                _point(grad, step, pixel, height, width, top, left, m, addresses, nothing)
+                for c in range(0, out_channels, LANES):
+                    if m == 4:
+                        _return4(addresses, c * 4, returned + (t * out_channels + c) * 4, return_step)
+                    else:
+                        _return2(addresses, c * 4, returned + (t * out_channels + c) * 4, return_step)
+            for i in range(0 if keep else n * n):
+                out = sums + i * channels * out_channels * 4
+                _add_outer(here, spread + i * spread_step, channels, returned + i * return_step, out_channels, out)
+
+
+def collect_worker(p):  # type: ignore[no-untyped-def]
+    """Turn sums of products into the gradient of weights, 16 x 16 filters at a time."""
+    channels, out_channels = field(p, Tiles.IN_CHANNELS), field(p, Tiles.OUT_CHANNELS)
+    me = fetch_add(p + 8 * Tiles.WORKERS, 1)
+    buffer, size = field(p, Tiles.SCRATCH) + me * field(p, Tiles.SCRATCH_STEP), 4 * 9 * LANES
+    while True:
+        task = fetch_add(p + 8 * Tiles.TASKS, 1)
+        if task >= field(p, Tiles.COUNT):
+            break
+        for first in range(0, channels, LANES):
+            for c in range(LANES):
+                x = field(p, Tiles.SUMS) + ((first + c) * out_channels + task * LANES) * 4
+                if field(p, Tiles.TILE) == 2:
+                    _collect2(x, channels * out_channels * 4, buffer + 4 * 9 * c, size)
+                else:
+                    _collect4(x, channels * out_channels * 4, buffer + 4 * 9 * c, size)
+            out = field(p, Tiles.OUT) + (task * LANES * channels + first) * 4 * 9
+            for lane in range(LANES):
+                for i in range(0, size, 8):
+                    write_int64(out + i, read_int64(buffer + lane * size + i))
+                out += channels * 4 * 9
+
+
+def gather_worker(p):  # type: ignore[no-untyped-def]
+    """Take products of tiles back to pixels: the last step of a convolution whose products torch computed."""
+    m, together = field(p, Tiles.TILE), field(p, Tiles.TILES)
+    height, width = field(p, Tiles.HEIGHT), field(p, Tiles.WIDTH)
+    rows, columns = field(p, Tiles.ROWS), field(p, Tiles.COLUMNS)
+    row_step, pixel, bias = field(p, Tiles.OUT_ROW), field(p, Tiles.OUT_PIXEL), field(p, Tiles.BIAS)
+    while True:
+        task = fetch_add(p + 8 * Tiles.TASKS, 1)
+        if task >= field(p, Tiles.COUNT):
+            break
+        for t in range(task * together, min((task + 1) * together, field(p, Tiles.COUNT_TILES))):
+            row, column = (field(p, Tiles.FIRST) + t) // columns, (field(p, Tiles.FIRST) + t) % columns
+            top, left = m * (row % rows), m * column
+            out = field(p, Tiles.OUT) + row // rows * field(p, Tiles.OUT_BATCH) + top * row_step + left * pixel
+            x = field(p, Tiles.RETURNED) + t * field(p, Tiles.OUT_CHANNELS) * 4
+            for o in range(0, 4 * field(p, Tiles.OUT_CHANNELS), 4 * LANES):
+                start = bias + o if bias != 0 else 0
+                step, inside = field(p, Tiles.RETURNED_STEP), (min(m, height - top), min(m, width - left))
+                if m == 4:
+                    _gather4(x + o, step, start, 0, 0, 0, out + o, row_step, pixel, inside[0], inside[1])
+                else:
+                    _gather2(x + o, step, start, 0, 0, 0, out + o, row_step, pixel, inside[0], inside[1])
+
+
+WORKERS = {
+    "filters": filters_worker,
+    "wide": wide_worker,
+    "tiles": tiles_worker,
+    "gather": gather_worker,
+    "collect": collect_worker,
+}

@@ -1,0 +1,57 @@
+"""The plot of a study."""
+
+from __future__ import annotations
+
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from binarize.errors import BinarizeError
+from binarize.studies.results import AblationResult, columns
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Quantity -> factor to the unit of its heading.
+_PANELS = {"psnr": 1.0, "ssim": 1.0, "lpips": 1.0, "params": 1e-6, "ops": 1e-9, "sample_step_seconds": 1e3}
+_HEADINGS = {"psnr": "PSNR (dB)", "sample_step_seconds": "sampling step (ms)"}
+
+
+def draw(result: AblationResult) -> Figure:
+    """Return a figure with one panel a quantity and a point a cell; a whisker is the deviation over the seeds.
+
+    Args:
+        result: The study.
+
+    Raises:
+        BinarizeError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BinarizeError("plots need matplotlib: pip install 'binarize-diffusion[plot]'") from error
+    named = {column.key: column for column in columns(result.lpips)}
+    cells = result.cells
+    shown = [key for key in _PANELS if any(result.values(cell, key) for cell in cells)]
+    # No pyplot: it would keep the figure for the life of the process.
+    figure = Figure(figsize=(2.4 * len(shown) + 1.5, 0.32 * len(cells) + 1.6), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for panel, key in zip(panels, shown, strict=True):
+        factor = _PANELS[key]
+        for row, cell in enumerate(cells):
+            values = [value * factor for value in result.values(cell, key)]
+            if values:
+                spread = stdev(values) if len(values) > 1 else None
+                panel.errorbar(fmean(values), row, xerr=spread, fmt="o", color="tab:blue", label="measured")
+            published = result.published(cell, named[key])
+            if published is not None:
+                panel.plot(published * factor, row, "D", color="tab:orange", fillstyle="none", label="published")
+        panel.set_title(_HEADINGS.get(key, named[key].heading), fontsize=10)
+        panel.set_yticks(range(len(cells)), cells)
+        panel.grid(alpha=0.3)
+        panel.margins(x=0.2)
+    panels[0].set_ylim(len(cells) - 0.5, -0.5)
+    marks = {label: mark for panel in panels for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    if "published" in marks:
+        figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=len(marks))
+    figure.suptitle(result.name)
+    return figure

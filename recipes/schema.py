@@ -1,0 +1,321 @@
+"""`Recipe`: every key that a recipe may have, its type, its default and what it means."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
+
+from binarize.recipes.sections import (
+    DistillationSection,
+    MethodSection,
+    ModelSection,
+    ProgressiveSection,
+    PublishedSection,
+    SchedulerSection,
+    Section,
+)
+from binarize.recipes.yaml_text import to_yaml
+
+_WARMED_UP = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+_LR_SCHEDULERS = ("constant", *_WARMED_UP)
+_TIMM_LR_SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+_OPTIMIZERS = ("adam", "adamw")
+_TIMM_NAME = re.compile(r"timm/\w+")
+# Residuals have unit variance and long tails; the released schedule clips predictions to 1.
+_LEAST_CLIP = 5.0
+
+
+class Recipe(Section):
+    """One training run, complete: network, binarizer, noise schedule, data, optimiser and bookkeeping.
+
+    A recipe is immutable and knows nothing of the machine it runs on. Keys are named as diffusers' training scripts
+    name theirs and mean the same: `train_batch_size` counts pictures per process and forward pass, so an optimiser
+    step sees ``train_batch_size * gradient_accumulation_steps * processes`` of them.
+    """
+
+    description: str = Field(default="", description="One line for `binarize recipes ls`.")
+    published: PublishedSection | None = Field(
+        default=None, description="The published row that the recipe reproduces."
+    )
+    plugins: tuple[str, ...] = Field(
+        default=(),
+        description="Modules or .py files imported before the model is built, so that they can register methods.",
+    )
+
+    scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="The noise schedule.")
+    scale: int = Field(ge=2, description="How many times larger a picture becomes along each side.")
+    model: ModelSection = Field(default_factory=ModelSection, validate_default=True, description="The network.")
+    method: MethodSection | None = Field(
+        default=None, description="The binarizer: a name, `{name: ..., option: ...}`, or null for full precision."
+    )
+    structure: Literal["auto", "keep", "cp_cs"] = Field(
+        default="auto",
+        description="keep: the network's own structure; cp_cs: CP-Down, CP-Up, CS-Fusion; auto: the method's choice.",
+    )
+    keep: tuple[str, ...] | None = Field(
+        default=None, description="Globs of the module names that stay full precision."
+    )
+    overrides: dict[str, Any] | None = Field(
+        default=None, description="Glob of module names -> method or options for those."
+    )
+    linear: bool | tuple[str, ...] = Field(
+        default=False, description="Binarize linear layers too: true, or globs of module names."
+    )
+
+    two_stage: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the steps in which weights stay full precision and only activations are binary.",
+    )
+    progressive: ProgressiveSection | None = Field(
+        default=None, description="Blocks that become binary one after another: `{blocks: [globs], until: share}`."
+    )
+    init_from: Path | None = Field(
+        default=None,
+        description="Trained model to start from: a full-precision twin, which is then converted, or the same network.",
+    )
+
+    train_data_dir: Path | None = Field(default=None, description="Folder of high-resolution training pictures.")
+    train_lr_data_dir: Path | None = Field(
+        default=None,
+        description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does.",
+    )
+    resolution: PositiveInt = Field(
+        default=128, validate_default=True, description="Side of a training patch in high-resolution pixels."
+    )
+    augment: bool = Field(
+        default=True, description="Give each patch one of the eight flips and quarter turns at random."
+    )
+    patch_candidates: PositiveInt = Field(
+        default=1, description="Positions drawn for each patch, of which the one with most texture is taken."
+    )
+    dataloader_num_workers: NonNegativeInt = Field(default=0, description="Processes that prepare batches; 0: none.")
+
+    output_dir: Path = Field(
+        default=Path("runs/unnamed"), description="Where everything is written; default runs/ and the recipe's name."
+    )
+    seed: NonNegativeInt = Field(
+        default=0, description="Decides initial weights, patches, timesteps, noise and dropout."
+    )
+    train_batch_size: PositiveInt = Field(default=16, description="Patches per process and forward pass.")
+    gradient_accumulation_steps: PositiveInt = Field(default=1, description="Forward passes per optimiser step.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations backward: less memory, more time."
+    )
+    memory_mode: Literal["exact", "compact"] = Field(
+        default="exact",
+        description="What binary convolutions keep for the backward: their input, or one byte for each element of it "
+        "(see `binarize.memory_mode`).",
+    )
+    compile: bool = Field(default=False, description="Run the network through torch.compile.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Autocast precision.")
+    allow_tf32: bool = Field(default=False, description="Let CUDA round matrix products' inputs to TF32.")
+    max_train_steps: PositiveInt = Field(default=1_000_000, description="Optimiser steps.")
+
+    loss: Literal["l1", "l2", "charbonnier"] = Field(default="l1", description="Distance of prediction and target.")
+    target: Literal["image", "residual"] = Field(
+        default="image",
+        description="What is diffused: the picture, or (picture - enlarged low resolution) / `residual_scale`.",
+    )
+    residual_scale: float | None = Field(
+        default=None,
+        gt=0,
+        validate_default=True,
+        description="Standard deviation of the residuals; unset, it is measured on the training pictures.",
+    )
+    residual_strength: float = Field(
+        default=1.0,
+        gt=0,
+        description="What predicted residuals are multiplied by in pictures; above 1 they are sharper.",
+    )
+    snr_gamma: float | None = Field(
+        default=None,
+        gt=0,
+        description="Min-SNR weighting of the timesteps with this gamma, 5 as published; null: none.",
+    )
+    distillation: DistillationSection | None = Field(
+        default=None, description="Learn from a trained network as well: `{teacher: folder, ...}`."
+    )
+    timesteps_per: Literal["sample", "batch"] = Field(
+        default="sample", description="Draw a timestep for every picture, or one for all pictures of an optimiser step."
+    )
+    sampling_timesteps_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the samples whose timestep is one that sampling in `num_inference_steps` steps visits; "
+        "the others are uniform over all.",
+    )
+
+    optimizer: str = Field(
+        default="adam", description="`adam`, `adamw`, or one of timm's by its name, such as `timm/lion`."
+    )
+    optimizer_options: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of the optimiser, such as `{momentum: 0.95}`."
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's mean.")
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the gradient's square.")
+    adam_weight_decay: float = Field(
+        default=0.0, ge=0, description="Weight decay; latent weights, shifts, slopes, scales and norms have none."
+    )
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
+    max_grad_norm: float | None = Field(
+        default=None, gt=0, description="Clip the gradient's norm to this; null: never."
+    )
+    lr_scheduler: str = Field(
+        default="constant",
+        description="Course of the learning rate: `constant`, `constant_with_warmup`, `linear`, `cosine`, "
+        "`cosine_with_restarts` or `polynomial` of diffusers, or one of timm's, such as `timm/cosine`.",
+    )
+    lr_scheduler_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of timm's create_scheduler_v2, epochs meaning steps, such as `{min_lr: 1e-6}`.",
+    )
+    lr_warmup_steps: NonNegativeInt = Field(default=0, description="Steps over which the rate rises from 0.")
+    lr_num_cycles: PositiveInt = Field(default=1, description="Restarts of cosine_with_restarts.")
+    lr_power: float = Field(default=1.0, gt=0, description="Exponent of polynomial.")
+
+    use_ema: bool = Field(
+        default=False, description="Average the weights; validation and the saved model use the average."
+    )
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay of that average after its warm-up.")
+
+    checkpointing_steps: PositiveInt = Field(default=5000, description="Steps between checkpoints.")
+    checkpoints_total_limit: PositiveInt | None = Field(
+        default=3, description="How many of the newest to keep; null: all."
+    )
+    resume_from_checkpoint: str | None = Field(default=None, description="`latest`, or a checkpoint's folder.")
+
+    validation_data_dir: Path | None = Field(
+        default=None, description="Folder of high-resolution pictures to validate on."
+    )
+    validation_lr_data_dir: Path | None = Field(
+        default=None,
+        description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does.",
+    )
+    validation_steps: PositiveInt = Field(default=5000, description="Steps between validations.")
+    num_validation_images: PositiveInt = Field(
+        default=4, description="How many of the folder's first pictures to enlarge."
+    )
+    num_inference_steps: PositiveInt = Field(default=50, description="Sampling steps of a validation.")
+
+    report_to: Literal["tensorboard", "wandb"] | None = Field(
+        default=None, description="Tracker of scalars and pictures: tensorboard or wandb."
+    )
+    logging_steps: PositiveInt = Field(
+        default=50, description="Steps between logged losses, each a mean since the last."
+    )
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        return value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @field_validator("model")
+    @classmethod
+    def _same_timesteps(cls, value: ModelSection, info: ValidationInfo) -> ModelSection:
+        scheduler = info.data.get("scheduler")
+        given = value.num_train_timesteps
+        if scheduler is not None and given is not None and given != scheduler.num_train_timesteps:
+            raise ValueError(
+                f"num_train_timesteps is {given} but the noise schedule's is {scheduler.num_train_timesteps}; "
+                "leave the model's out, or make them equal"
+            )
+        return value
+
+    @field_validator("structure", "keep", "overrides", "linear", "two_stage", "progressive", "memory_mode")
+    @classmethod
+    def _needs_method(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("method", ...) is None and value not in (None, False, "auto", "exact"):
+            raise ValueError("has no effect while method is null; name a method, or remove it")
+        return value
+
+    @field_validator("train_lr_data_dir", "validation_lr_data_dir")
+    @classmethod
+    def _needs_hr(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        twin = str(info.field_name).replace("_lr", "")
+        if value is not None and info.data.get(twin, ...) is None:
+            raise ValueError(f"needs {twin}, the folder of the high-resolution twins")
+        return value
+
+    @field_validator("resolution")
+    @classmethod
+    def _divisible(cls, value: int, info: ValidationInfo) -> int:
+        scale, model = info.data.get("scale"), info.data.get("model")
+        if scale is not None and value % scale:
+            raise ValueError(f"must be a multiple of scale ({scale})")
+        if model is not None and value % (halvings := 2 ** (len(model.channel_mults) - 1)):
+            raise ValueError(f"must be a multiple of {halvings}, which the network's levels divide it by")
+        return value
+
+    @field_validator("target")
+    @classmethod
+    def _unclipped(cls, value: str, info: ValidationInfo) -> str:
+        scheduler = info.data.get("scheduler")
+        if value == "residual" and scheduler is not None and scheduler.clip_sample:
+            found = scheduler.clip_sample_range
+            if found < _LEAST_CLIP:
+                raise ValueError(
+                    f"residuals have unit variance and long tails, which scheduler.clip_sample_range {found:g} would "
+                    f"cut off while sampling; set it to {_LEAST_CLIP:g} or more, or scheduler.clip_sample to false"
+                )
+        return value
+
+    @field_validator("residual_scale")
+    @classmethod
+    def _of_residuals(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("target", "residual") != "residual":
+            raise ValueError("has no effect while target is image; set target to residual, or remove it")
+        return value
+
+    @field_validator("residual_strength")
+    @classmethod
+    def _of_residuals_too(cls, value: float, info: ValidationInfo) -> float:
+        if value != 1 and info.data.get("target", "residual") != "residual":
+            raise ValueError("has no effect while target is image; set target to residual, or remove it")
+        return value
+
+    @field_validator("optimizer", "lr_scheduler")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        if info.field_name == "optimizer":
+            # Which ones timm has is asked when one is made: a recipe can be read where timm is not installed.
+            allowed: tuple[str, ...] = (*_OPTIMIZERS, "timm/NAME")
+            known = value in _OPTIMIZERS or bool(_TIMM_NAME.fullmatch(value))
+        else:
+            allowed = (*_LR_SCHEDULERS, *(f"timm/{name}" for name in _TIMM_LR_SCHEDULERS))
+            known = value in allowed
+        if not known:
+            raise ValueError(f"must be one of: {', '.join(allowed)}")
+        return value
+
+    @field_validator("lr_scheduler_options")
+    @classmethod
+    def _timm_only(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if value and not info.data.get("lr_scheduler", "timm/").startswith("timm/"):
+            raise ValueError("are those of timm's schedulers; choose one, such as lr_scheduler: timm/cosine")
+        return value
+
+    @field_validator("lr_warmup_steps")
+    @classmethod
+    def _warms_up(cls, value: int, info: ValidationInfo) -> int:
+        name = info.data.get("lr_scheduler", _WARMED_UP[0])
+        if value and name not in _WARMED_UP and not name.startswith("timm/"):
+            raise ValueError(f"has no effect with lr_scheduler {name!r}; use one of: {', '.join(_WARMED_UP)}")
+        return value
+
+    def to_yaml(self) -> str:
+        """Return the whole recipe as YAML, every default written out; `load_recipe` reads it back to an equal one."""
+        return to_yaml(self.model_dump(mode="json", by_alias=True))

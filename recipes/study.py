@@ -1,0 +1,289 @@
+"""`Study`: which runs an ablation compares, and what they are measured on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, ValidationInfo, field_validator
+
+from binarize.errors import BinarizeError, did_you_mean
+from binarize.recipes.errors import explain
+from binarize.recipes.load import _MERGED, _STUDIES, _SUFFIXES, _apply, _read, load_recipe
+from binarize.recipes.schema import Recipe
+from binarize.recipes.sections import Section
+
+# What the study decides for every run.
+_RESERVED = {
+    "seed": "the study's seeds decide it; write seeds: [0, 1]",
+    "output_dir": "the study's output_dir holds a folder for each run",
+    "resume_from_checkpoint": "a study resumes by itself; leave it out",
+    "base": "name the base beside the overrides",
+}
+
+
+class CellSection(Section):
+    """One row of the table: a recipe with some keys changed."""
+
+    name: str = Field(min_length=1, description="What the row is called.")
+    base: str | None = Field(default=None, description="A recipe's name or YAML file; unset, the study's base.")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="Keys of the recipe, nested as in a recipe or with dots (`method.groups: 2`)."
+    )
+
+    @field_validator("overrides")
+    @classmethod
+    def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_keys(value)
+
+
+class EvaluationSection(Section):
+    """What every run is measured on, and how."""
+
+    data_dir: Path | None = Field(
+        default=None, description="Folder of high-resolution pictures; unset, the recipes' validation_data_dir."
+    )
+    lr_data_dir: Path | None = Field(
+        default=None,
+        description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does.",
+    )
+    dataset: str | None = Field(
+        default=None, description="The pictures' name in tables; published figures of that name are shown beside."
+    )
+    limit: PositiveInt | None = Field(default=None, description="Use the first so many pictures.")
+    num_inference_steps: PositiveInt | None = Field(default=None, description="Sampling steps; unset, the recipes'.")
+    tile: PositiveInt | None = Field(default=None, description="Side of the tiles that bound memory; unset: no tiles.")
+    lpips: Literal["alex", "vgg", "squeeze"] | None = Field(
+        default="alex", description="Backbone of LPIPS; null leaves it out."
+    )
+    lpips_backbone: Path | None = Field(default=None, description="The backbone's file, for machines without network.")
+
+    @field_validator("lr_data_dir")
+    @classmethod
+    def _needs_hr(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("data_dir", ...) is None:
+            raise ValueError("needs data_dir, the folder of the high-resolution twins")
+        return value
+
+
+class Study(Section):
+    """An ablation: cells, a grid or their product, each trained with every seed and measured on the same pictures."""
+
+    description: str = Field(default="", description="One line for `binarize ablate --list`.")
+    base: str | None = Field(default=None, description="The recipe that cells change; a cell may name its own.")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="Keys of the recipe, for every cell.")
+    cells: tuple[CellSection, ...] = Field(default=(), description="The rows, by name.")
+    grid: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="Key of the recipe -> values; every combination is a row, times the cells if there are any.",
+    )
+    seeds: tuple[NonNegativeInt, ...] = Field(
+        default=(0,), description="Every cell is run once with each; means and spreads are shown."
+    )
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured.")
+    output_dir: Path = Field(description="Where everything is written; default runs/ablations/ and the study's name.")
+
+    @field_validator("overrides")
+    @classmethod
+    def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_keys(value)
+
+    @field_validator("cells")
+    @classmethod
+    def _named_once(cls, value: tuple[CellSection, ...], info: ValidationInfo) -> tuple[CellSection, ...]:
+        names = [cell.name for cell in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two cells are called {twice[0]!r}; give each a name of its own")
+        orphans = [cell.name for cell in value if cell.base is None]
+        if orphans and info.data.get("base", ...) is None:
+            raise ValueError(f"{orphans[0]!r} has no base and the study has none either; name a recipe")
+        return value
+
+    @field_validator("grid")
+    @classmethod
+    def _has_rows(cls, value: dict[str, tuple[Any, ...]], info: ValidationInfo) -> dict[str, tuple[Any, ...]]:
+        check_keys(value)
+        empty = [key for key, values in value.items() if not values]
+        if empty:
+            raise ValueError(f"{empty[0]!r} has no values; give a list of at least one")
+        if not value and not info.data.get("cells", ...):
+            raise ValueError("there is nothing to run; give cells, a grid or both")
+        if value and not info.data.get("cells", ...) and info.data.get("base", ...) is None:
+            raise ValueError("needs base, the recipe that it changes")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("there is none; give at least one, such as [0]")
+        if len(set(value)) != len(value):
+            raise ValueError("a seed is given twice; the same seed gives the same run")
+        return value
+
+    def recipes(self, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
+        """Return each cell's recipe, by the cell's name; the seed and the folder are still the recipe's own.
+
+        Args:
+            overrides: ``"key=value"`` texts for every cell, applied last.
+
+        Raises:
+            BinarizeError: Listing what is wrong with the recipes of all cells, or if two cells are the same run.
+        """
+        common = as_texts(self.overrides)
+        found: dict[str, Recipe] = {}
+        wrong: dict[str, list[str]] = {}
+        for name, base, own in self._cells():
+            if name in found:
+                raise BinarizeError(f"two cells of the study are called {name!r}; a value is twice in its grid.")
+            try:
+                found[name] = load_recipe(base, [*common, *own, *overrides])
+            except BinarizeError as error:
+                wrong.setdefault(str(error), []).append(name)
+        if wrong:
+            lines = [f"  {', '.join(names)}: {message}" for message, names in wrong.items()]
+            raise BinarizeError("\n".join(["some cells of the study have no valid recipe:", *lines]))
+        same: dict[str, str] = {}
+        for name, recipe in found.items():
+            text = recipe.model_copy(update={"description": "", "published": None, "output_dir": Path()}).to_yaml()
+            if text in same:
+                raise BinarizeError(
+                    f"the cells {same[text]!r} and {name!r} are the same run; an override that is given to every cell "
+                    "may have undone their difference."
+                )
+            same[text] = name
+        return found
+
+    def _cells(self) -> list[tuple[str, str, list[str]]]:
+        """Return name, base and overrides of every row."""
+        cells = [(cell.name, cell.base, as_texts(cell.overrides)) for cell in self.cells]
+        cells = cells if cells else [("", None, [])]
+        points = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        rows = []
+        for (name, base, own), point in itertools.product(cells, points):
+            label = ", ".join([*filter(None, [name]), *(f"{key}={_short(value)}" for key, value in point.items())])
+            rows.append((label, str(self.base if base is None else base), [*own, *as_texts(point)]))
+        return rows
+
+
+def check_keys(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Refuse keys that the study decides; returns what it got."""
+    for key in overrides:
+        reason = _RESERVED.get(key.partition(".")[0])
+        if reason is not None:
+            raise ValueError(f"{key!r} cannot be changed here: {reason}")
+    return overrides
+
+
+def as_texts(overrides: Mapping[str, Any]) -> list[str]:
+    """Return overrides as the ``"key=value"`` texts of `load_recipe`; sections are changed key by key, as by a base."""
+    texts = []
+    for key, value in overrides.items():
+        afresh = key == "method" and isinstance(value, Mapping) and "name" in value
+        if key in _MERGED and isinstance(value, Mapping) and not afresh:
+            texts += [f"{key}.{inner}={_json(below)}" for inner, below in value.items()]
+        else:
+            texts.append(f"{key}={_json(value)}")
+    return texts
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping) and "name" in value:
+        options = ", ".join(f"{key}={_short(below)}" for key, below in value.items() if key != "name")
+        return f"{value['name']}({options})"
+    return value if isinstance(value, str) else _json(value)
+
+
+def list_studies() -> dict[str, str]:
+    """Return the installed studies: name -> one-line description, the paper's first."""
+    return {name: str(_read(path, "study").get("description", "")) for name, path in _installed().items()}
+
+
+def _installed() -> dict[str, Path]:
+    paths = sorted(_STUDIES.glob("*.yaml"), key=lambda path: (path.stem.startswith("small_"), path.stem))
+    return {path.stem: path for path in paths}
+
+
+def study_path(name_or_path: str | os.PathLike[str]) -> Path:
+    """Return the file of a study.
+
+    Args:
+        name_or_path: An installed study's name, or the path of a YAML file.
+
+    Raises:
+        BinarizeError: If there is no such study or file.
+    """
+    text = str(name_or_path)
+    if Path(text).suffix in _SUFFIXES:
+        if Path(text).is_file():
+            return Path(text)
+        raise BinarizeError(f"there is no study file {text!r}; `binarize ablate --list` lists the installed studies.")
+    installed = _installed()
+    if text in installed:
+        return installed[text]
+    raise BinarizeError(
+        f"unknown study {text!r}; installed: {', '.join(installed)}. A file of your own needs its .yaml ending."
+        + did_you_mean(text, installed)
+    )
+
+
+def load_study(
+    study: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[Study, list[str]]:
+    """Return a study, checked, and those overrides that are its recipes'.
+
+    Args:
+        study: An installed study's name, the path of a YAML file, or the keys of a study, ``output_dir`` included.
+        overrides: ``"key=value"`` texts. A key of the study (``seeds``, ``output_dir``, ``evaluation.lpips``) changes
+            the study, any other the recipe of every cell.
+
+    Raises:
+        BinarizeError: If the study is unknown, is not YAML, or has errors; then all of them are listed, one a line.
+    """
+    if isinstance(study, Mapping):
+        source, data = "given", dict(study)
+    else:
+        path = study_path(study)
+        source, data = str(study), _anchored(_read(path, "study"), path.parent)
+        data.setdefault("output_dir", f"runs/ablations/{path.stem}")
+    rest = []
+    for override in overrides:
+        key = override.partition("=")[0].strip().partition(".")[0]
+        if key in ("seeds", "evaluation", "output_dir"):
+            _apply(data, override)
+        elif key in _RESERVED:
+            raise BinarizeError(f"the override {override!r} cannot be given to a study: {_RESERVED[key]}.")
+        else:
+            rest.append(override)
+    try:
+        return Study.model_validate(data), rest
+    except ValidationError as error:
+        raise BinarizeError(explain(error, source, "study", Study)) from None
+
+
+def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make bases and plugins that lie beside the study's file findable from anywhere."""
+
+    def beside(section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        base, overrides = section.get("base"), section.get("overrides")
+        if isinstance(base, str) and Path(base).suffix in _SUFFIXES:
+            section = {**section, "base": str(folder / base)}
+        if isinstance(overrides, dict) and isinstance(overrides.get("plugins"), list):
+            plugins = [str(folder / p) if str(p).endswith(".py") else p for p in overrides["plugins"]]
+            section = {**section, "overrides": {**overrides, "plugins": plugins}}
+        return section
+
+    cells = data.get("cells")
+    return beside({**data, "cells": [beside(cell) for cell in cells]} if isinstance(cells, list) else data)

@@ -1,0 +1,405 @@
+"""The conversion pass on SRUNet: what it replaces, what it refuses, and that whole networks agree in float64."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.layers import BinaryConv2d, BinaryLinear, CPDown, CPUp, CSFusion
+from binarize.models import SRUNet
+
+TINY = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 8, "dropout": 0.0}
+
+
+def tiny(**options) -> SRUNet:
+    return SRUNet(**{**TINY, **options})
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give shifts, slopes and norms values that matter."""
+    for parameter in model.parameters():
+        if parameter.dim() <= 2:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture
+def converted() -> SRUNet:
+    return randomise(binarize.convert(tiny(), "bidiffsr").double()).eval()
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    return x, torch.tensor([0, 399, 1000, 1999]), torch.rand_like(x)
+
+
+def fingerprint(model: nn.Module) -> tuple:
+    modules = [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    parameters = [(name, id(p), p._version) for name, p in model.named_parameters()]
+    return modules, hooks, parameters, dict(model.config)
+
+
+# -- what is replaced --------------------------------------------------------------------------------------------------
+
+
+def test_convert_returns_the_same_object_with_its_own_latent_weights():
+    model = tiny()
+    conv = model.encoder[0].blocks[0].conv1
+    weight = conv.weight
+    assert binarize.convert(model, method="bidiffsr") is model
+    assert isinstance(model.encoder[0].blocks[0].conv1, BinaryConv2d)
+    assert model.encoder[0].blocks[0].conv1.weight is weight
+
+
+def test_the_released_full_precision_set(converted):
+    report = binarize.report(converted)
+    kept = {row.name: row.detail for row in report.kept}
+    assert kept["conv_in"] == "first convolution"
+    assert kept["conv_out"] == "last convolution"
+    assert kept["middle.0.attention.qkv"] == "attention projection"
+    assert kept["decoder.1.blocks.0.fusion.convs.0"] == "decoder level 1 (fp_decoder_levels)"
+    assert {row.name for row in report.replaced} >= {"decoder.1.up.convs.0", "encoder.0.down.convs.1", "middle.1.conv2"}
+    layers = {n for n, m in tiny().named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert {row.name for row in report.rows} == layers
+    assert "bias dropped" in next(row.detail for row in report.rows if row.name == "middle.1.conv2")
+    json.loads(report.to_json())
+    assert "middle.1.conv2" in report.to_markdown()
+    assert str(report).startswith("bidiffsr on SRUNet, structure (cp, cs):")
+
+
+def test_fp_decoder_levels_are_an_option():
+    method = binarize.methods.bidiffsr(fp_decoder_levels=())
+    kept = {row.name for row in binarize.report(binarize.convert(tiny(), method)).kept}
+    assert not any(name.startswith("decoder.0.blocks.0.conv") for name in kept)
+
+
+def test_auto_structure_rewires_sr3_and_keeps_what_fits():
+    model = tiny(resampling="conv", fusion="wide")
+    carried = model.encoder[0].blocks[0].conv1.weight
+    binarize.convert(model, "bidiffsr")
+    assert (model.config.resampling, model.config.fusion) == ("cp", "cs")
+    kinds = [type(m) for m in model.modules()]
+    assert kinds.count(CPDown) == kinds.count(CPUp) == 1
+    assert kinds.count(CSFusion) == 4
+    assert model.encoder[0].blocks[0].conv1.weight is carried
+    new = {row.name for row in binarize.report(model).new}
+    assert "encoder.0.down" in new
+    assert "decoder.1.blocks.0.fusion" in new
+    assert model(torch.randn(1, 3, 8, 8), 3, torch.rand(1, 3, 8, 8)).sample.shape == (1, 3, 8, 8)
+
+
+def test_other_methods_and_keep_leave_the_structure():
+    assert binarize.convert(tiny(resampling="conv", fusion="wide"), "reactnet").config.resampling == "conv"
+    kept = binarize.convert(tiny(resampling="pixel", fusion="concat"), "bidiffsr", structure="keep")
+    assert (kept.config.resampling, kept.config.fusion) == ("pixel", "concat")
+    forced = binarize.convert(tiny(resampling="conv", fusion="wide"), "reactnet", structure="cp_cs")
+    assert forced.config.fusion == "cs"
+
+
+def test_keep_overrides_and_predicates():
+    model = binarize.convert(
+        tiny(),
+        "bidiffsr",
+        keep=["middle.0", lambda name, module: name == "encoder.0.down"],
+        overrides={"middle.1.*": "reactnet", "middle.1.conv2": None, "encoder.1.*": {"groups": 2}},
+    )
+    actions = {row.name: (row.action, row.detail) for row in binarize.report(model).rows}
+    assert actions["middle.0.conv1"] == ("kept", "keep='middle.0'")
+    assert actions["encoder.0.down.convs.0"] == ("kept", "keep predicate")
+    assert actions["middle.1.conv1"][1].startswith("reactnet")
+    assert actions["middle.1.conv2"] == ("kept", "overrides['middle.1.conv2'] is None")
+    assert model.encoder[1].blocks[0].conv1.pre.bias.shape == (2, 32)
+    assert model.encoder[0].blocks[0].conv1.pre.bias.shape == (5, 16)
+
+
+def test_linear_layers_and_attention_convert_when_asked():
+    model = binarize.convert(tiny(), "reactnet", linear=["middle.0.time"], overrides={"middle.0.attention.qkv": {}})
+    assert isinstance(model.middle[0].time, BinaryLinear)
+    assert isinstance(model.middle[1].time, nn.Linear)
+    assert isinstance(model.middle[0].attention.qkv, BinaryConv2d)
+    assert isinstance(model.middle[0].attention.out, nn.Conv2d)
+    model(torch.randn(2, 3, 8, 8), 3, torch.rand(2, 3, 8, 8)).sample.sum().backward()
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("bidifsr", {}, "unknown method 'bidifsr'.*Did you mean 'bidiffsr'"),
+        ({"name": "bidiffsr", "group": 3}, {}, "unknown option 'group'; options: .*Did you mean 'groups'"),
+        ({"groups": 3}, {}, "needs a 'name'"),
+        (3, {}, "must be a name, a Method or a mapping"),
+        ("bidiffsr", {"structure": "cs"}, "structure must be 'auto', 'keep' or 'cp_cs'; got 'cs'"),
+        ("bidiffsr", {"keep": ["nothing.*"]}, r"pattern 'nothing\.\*' matches no convolution"),
+        ("bidiffsr", {"keep": [lambda n, m: False]}, "predicate .* in keep matches no module"),
+        ("bidiffsr", {"keep": [3]}, "keep takes glob patterns and predicates"),
+        ("bidiffsr", {"overrides": {"zzz": None}}, "pattern 'zzz' matches no convolution"),
+        ("bidiffsr", {"overrides": {"middle.*": 3}}, "must be a method, a mapping of options or None; got 3"),
+        ("bidiffsr", {"linear": ["conv_in"]}, "pattern 'conv_in' matches no linear layer"),
+        ("bidiffsr", {"keep": "*"}, "would replace nothing"),
+        (
+            "bidiffsr",
+            {"num_train_timesteps": 1000},
+            "num_train_timesteps=1000, but the model's configuration says 2000",
+        ),
+        ("bidiffsr", {"num_train_timesteps": "10"}, "must be a whole number of at least 1; got '10'"),
+        ("bidiffsr", {"keep": 5}, "keep must be a sequence of glob patterns; got 5"),
+        ("bidiffsr", {"linear": None}, "linear must be True, False or glob patterns; got None"),
+        ("bidiffsr", {"overrides": ["a"]}, "overrides must map glob patterns"),
+        ("bidiffsr", {"num_train_timesteps": 0}, "must be a whole number of at least 1; got 0"),
+        ("reactnet", {"overrides": {"middle.*": {"shortcut": "nowhere"}}}, "unknown shortcut part 'nowhere'"),
+        ({"name": "reactnet", "fold_bias": True}, {}, "fold_bias=True needs an RPReLU right after the convolution"),
+    ],
+)
+@pytest.mark.parametrize("structure", [("cp", "cs"), ("conv", "wide")])
+def test_a_failed_convert_leaves_the_model_untouched(structure, method, options, message):
+    model = tiny(resampling=structure[0], fusion=structure[1])
+    before, weights = fingerprint(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(BinarizeError, match=message):
+        binarize.convert(model, method, **options)
+    assert fingerprint(model) == before
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name])
+    binarize.convert(model, "bidiffsr")
+
+
+def test_a_part_that_fails_in_the_middle_leaves_the_model_untouched():
+    built = []
+
+    def fragile(spec):
+        built.append(spec)
+        if len(built) == 3:
+            raise RuntimeError("no more")
+        return nn.Identity()
+
+    model = tiny(resampling="conv", fusion="wide")
+    before = fingerprint(model)
+    with pytest.raises(RuntimeError, match="no more"):
+        binarize.convert(model, binarize.methods.bidiffsr(norm=fragile))
+    assert fingerprint(model) == before
+
+
+def test_converting_twice_or_a_wrapped_model_is_an_error(converted):
+    with pytest.raises(BinarizeError, match="already converted, by method 'bidiffsr'"):
+        binarize.convert(converted, "reactnet")
+    with pytest.raises(BinarizeError, match="'0' is already binary"):
+        binarize.convert(nn.Sequential(converted), "reactnet")
+    model = tiny()
+    nn.utils.parametrizations.weight_norm(model.middle[0].conv1)
+    with pytest.raises(BinarizeError, match=r"wrapped by torch\.nn\.utils\.parametrize"):
+        binarize.convert(model, "bidiffsr")
+    with pytest.raises(BinarizeError, match="wrapped by DataParallel, which must come after the conversion"):
+        binarize.convert(nn.DataParallel(tiny()), "bidiffsr")
+    with pytest.raises(BinarizeError, match=r"needs an nn\.Module; got str"):
+        binarize.convert("unet", "bidiffsr")
+    with pytest.raises(BinarizeError, match="is not converted"):
+        binarize.report(tiny())
+
+
+def test_plan_tells_without_touching_model_or_random_state():
+    model = tiny(resampling="conv", fusion="wide")
+    before, state = fingerprint(model), torch.get_rng_state()
+    planned = binarize.plan(model, "bidiffsr", keep=["middle.0.*"])
+    assert fingerprint(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert planned == binarize.report(binarize.convert(model, "bidiffsr", keep=["middle.0.*"]))
+
+
+# -- timesteps ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixed_batch_equals_its_samples_one_by_one(converted, batch):
+    x, t, condition = batch
+    whole = converted(x, t, condition).sample
+    alone = torch.cat([converted(x[i : i + 1], t[i], condition[i : i + 1]).sample for i in range(len(x))])
+    torch.testing.assert_close(whole, alone, rtol=0, atol=1e-10)
+    first = converted(x, t[0], condition).sample
+    assert (whole - first)[2:].abs().max() > 1e-3  # the timestep does matter
+
+
+def test_scalar_timesteps_of_every_kind_agree(converted, batch):
+    x, _, condition = batch
+    outs = [
+        converted(x, t, condition).sample
+        for t in (1000, 1000.0, torch.tensor(1000), torch.tensor([1000]), torch.full((4,), 1000), torch.tensor(1000.0))
+    ]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=0, atol=1e-12)
+
+
+def test_a_part_run_alone_needs_a_timestep(converted):
+    block = converted.middle[1]
+    h, time = torch.randn(1, 32, 4, 4, dtype=torch.float64), torch.randn(1, 16, dtype=torch.float64)
+    with pytest.raises(BinarizeError, match="ran outside a forward of its model"):
+        block(h, time)
+    with binarize.timesteps(converted, 1999):
+        late = block(h, time)
+    with binarize.timesteps(converted, 0):
+        early = block(h, time)
+    assert not torch.equal(late, early)
+    with pytest.raises(BinarizeError, match="ran outside a forward"):
+        block(h, time)
+
+
+def test_the_timestep_is_forgotten_after_an_error(converted):
+    converted.conv_out.register_forward_hook(_stop)
+    x = torch.zeros(1, 3, 8, 8).double()
+    with pytest.raises(RuntimeError, match="stop"):
+        converted(x, 5, x)
+    with pytest.raises(BinarizeError, match="outside a forward"):
+        binarize.conversion.convert.conversion(converted).context.group(5)
+
+
+def _stop(module, args, output):
+    raise RuntimeError("stop")
+
+
+def test_a_deepcopy_is_independent(converted, batch):
+    x, t, condition = batch
+    expected = converted(x, t, condition).sample
+    twin = copy.deepcopy(converted)
+    assert binarize.conversion.convert.conversion(twin).context is not binarize.conversion.convert.conversion(converted).context
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    with binarize.timesteps(twin, 3), pytest.raises(BinarizeError, match="outside a forward"):
+        binarize.conversion.convert.conversion(converted).context.group(5)
+    assert torch.equal(converted(x, t, condition).sample, expected)
+    assert not torch.equal(twin(x, t, condition).sample, expected)
+
+
+def test_unselected_rows_get_a_zero_gradient(converted, batch):
+    x, _, condition = batch
+    converted(x, torch.full((4,), 1999), condition).sample.square().sum().backward()
+    grad = converted.middle[1].conv1.post.shift_out.grad
+    assert not grad[:4].any()
+    assert grad[4].any()
+
+
+def gradients(model, batch):
+    x, t, condition = batch
+    first = model(x, t, condition).sample
+    second = model(x, t.flip(0), condition).sample
+    loss = first.square().sum() + 3 * second.sum()
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def test_checkpointing_gives_the_same_gradients_with_two_forwards_before_one_backward(converted, batch):
+    converted.train()
+    plain = gradients(converted, batch)
+    converted.enable_gradient_checkpointing()
+    for a, b in zip(plain, gradients(converted, batch), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    converted.disable_gradient_checkpointing()
+    for a, b in zip(plain, gradients(converted, batch), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_users_own_checkpointing_gets_a_context_function(converted, batch):
+    converted.train()
+    plain = gradients(converted, batch)
+    block = converted.middle[1]
+    original = block.forward
+    context = binarize.checkpoint_context(converted)
+    block.forward = lambda *a: checkpoint(original, *a, use_reentrant=False, context_fn=context)
+    for a, b in zip(plain, gradients(converted, batch), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager_in_one_graph(converted, batch):
+    x, t, condition = batch
+    compiled = torch.compile(converted, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(x, t, condition).sample, converted(x, t, condition).sample, rtol=0, atol=1e-10
+        )
+
+
+def test_captured_in_one_graph_with_gradients(converted, batch):
+    x, t, condition = batch
+    converted.train()
+    compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
+    eager = torch.autograd.grad(converted(x, t, condition).sample.square().sum(), list(converted.parameters()))
+    graph = torch.autograd.grad(compiled(x, t, condition).sample.square().sum(), list(converted.parameters()))
+    for a, b in zip(eager, graph, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+# -- undo and export ---------------------------------------------------------------------------------------------------
+
+
+def test_revert_gives_plain_layers_with_the_latent_weights(converted, batch):
+    latent = {name: layer.weight for name, layer in binarize.conversion.export.binary_layers(converted)}
+    binarize.revert(converted)
+    for name, weight in latent.items():
+        layer = converted.get_submodule(name)
+        assert type(layer) is nn.Conv2d
+        assert layer.weight is weight
+        assert not layer.bias.any()
+    assert converted.config.conversion is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in converted.modules())
+    x, t, condition = batch
+    twin = tiny().double().eval()
+    twin.load_state_dict(converted.state_dict())
+    torch.testing.assert_close(converted(x, t, condition).sample, twin(x, t, condition).sample, rtol=0, atol=1e-12)
+    binarize.convert(converted, "reactnet")
+
+
+def test_binary_state_is_signs_and_scales(converted):
+    state = binarize.binary_state(converted)
+    packed = binarize.binary_state(converted, packed=True)
+    assert set(state) == {row.name for row in binarize.report(converted).replaced}
+    for name, layer in state.items():
+        weight = converted.get_submodule(name).weight
+        assert layer.codes.dtype == torch.int8
+        assert torch.equal(layer.codes[0], torch.where(weight >= 0, 1, -1).to(torch.int8))
+        torch.testing.assert_close(layer.scales[0], weight.abs().mean((1, 2, 3)))
+        bits = torch.from_numpy(__import__("numpy").unpackbits(packed[name].bits.numpy(), axis=1))
+        assert torch.equal(bits[0, : weight.numel()], (weight >= 0).flatten().to(torch.uint8))
+        assert packed[name].codes is None
+    with pytest.raises(BinarizeError, match="has no binary layer"):
+        binarize.binary_state(tiny())
+
+
+def test_binary_state_refuses_weights_that_are_not_binary_yet():
+    model = binarize.convert(tiny(), {"name": "reactnet", "two_stage": 0.5})
+    with pytest.raises(BinarizeError, match="still full precision"):
+        binarize.binary_state(model)
+    binarize.training_step(model, 0.5)
+    assert binarize.binary_state(model)
+
+
+def test_param_groups_decay_full_precision_weights_alone(converted):
+    decayed, rest = binarize.param_groups(converted, weight_decay=0.1)
+    names = {id(p): n for n, p in converted.named_parameters()}
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert {names[id(p)] for p in decayed["params"]} >= {"conv_in.weight", "decoder.0.blocks.0.conv1.weight"}
+    undecayed = {names[id(p)] for p in rest["params"]}
+    assert undecayed >= {"middle.1.conv1.weight", "middle.1.conv1.pre.bias", "middle.1.norm1.weight", "conv_in.bias"}
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+    torch.optim.AdamW([decayed, rest])
+
+
+def test_a_folded_bias_is_exact():
+    model = tiny().double()
+    torch.nn.init.normal_(model.middle[1].conv2.bias)
+    folded = binarize.convert(copy.deepcopy(model), {"name": "bidiffsr", "fold_bias": True})
+    kept = binarize.convert(model, {"name": "bidiffsr", "keep_bias": True})
+    x, c = torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(folded.eval()(x, 9, c).sample, kept.eval()(x, 9, c).sample, rtol=0, atol=1e-10)
+    details = {row.detail for row in binarize.report(folded).replaced}
+    assert any("bias folded" in detail for detail in details)
+    with pytest.raises(BinarizeError, match="keep_bias and fold_bias exclude each other"):
+        binarize.methods.bidiffsr(fold_bias=True, keep_bias=True)

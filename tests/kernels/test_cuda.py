@@ -1,0 +1,279 @@
+"""Triton's kernels against the counting oracle and plain torch: on a GPU, and interpreted on a CPU where there is none.
+
+The interpreter runs the same source, so that what it shows wrong is wrong on a GPU too; races and the compiler's own
+faults it cannot show.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_case import SMALL, Problem, inputs, network, problems, with_everything
+from torch import Tensor, nn
+
+import binarize
+from binarize.kernels import backends
+from binarize.kernels.bitpack import FilterShape, from_bits
+from binarize.kernels.norm import norm_factors, norm_silu
+from binarize.kernels.ops import (
+    Geometry,
+    count_filters,
+    lay_out_table,
+    lay_out_thresholds,
+    packed_conv2d,
+    to_list,
+)
+from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.methods import Method
+from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.packed import PackedConv2d, PackedLinear
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton, whose kernels these are, is not installed"
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run; conftest.py has them interpreted where there is no GPU."""
+    if request.param == "interpreted" and torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the GPU, where the same tests run")
+    return "cuda" if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no convolution round its input to TF32, which turns signs over further on."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def moved(arguments: dict[str, Any], device: str) -> dict[str, Any]:
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
+
+
+@settings(max_examples=12)
+@given(problem=problems(DTYPES))
+def test_dot_products_equal_the_oracle_bit_for_bit(device: str, problem: Problem) -> None:
+    with backends.use("triton"):
+        found = packed_conv2d(problem.x.to(device), **moved(problem.arguments, device))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found.cpu(), torch.from_numpy(problem.expected).to(problem.x.dtype))
+
+
+@settings(max_examples=12)
+@given(
+    problem=problems(DTYPES),
+    seed=st.integers(0, 2**32),
+    normed=st.booleans(),
+    added=st.booleans(),
+    clamped=st.booleans(),
+    shortcut=st.sampled_from([0, 1, 2]),
+)
+def test_they_do_what_plain_torch_does(device, problem, seed, normed, added, clamped, shortcut) -> None:
+    x, arguments = with_everything(problem, seed, normed, added, clamped, shortcut)
+    with backends.use("triton"):
+        found = packed_conv2d(x.to(device), **moved(arguments, device)).cpu()
+    with backends.use("torch"):
+        expected = packed_conv2d(x, **arguments)
+    close = {"rtol": 1e-5, "atol": 1e-4} if x.dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, expected, **close)
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "dtype", "tile"),
+    [(1, torch.float32, 64), (2, torch.float32, 128), (1, torch.bfloat16, 128), (2, torch.float16, 64)],
+)
+def test_a_layer_with_everything_around_it(device, shortcut, dtype, tile, monkeypatch) -> None:
+    from binarize.kernels import cuda as _triton
+
+    monkeypatch.setattr(_triton, "FEW_TILES", 0 if tile == 128 else math.inf)
+    shape, geometry = FilterShape(40, 20, (3, 3), 2), Geometry(pad=(1, 1, 1, 1))
+    x = torch.randn(3, 40, 12, 13).to(dtype).contiguous(memory_format=torch.channels_last)
+    words = from_bits(torch.randint(0, 2, (1, 40, 20, 3, 3), dtype=torch.uint8), shape)[0]
+    arguments = {
+        "filters": words,
+        "counts": count_filters(words, shape, False),
+        "thresholds": lay_out_thresholds(torch.full((2, 40), 0.01), shape),
+        "table": lay_out_table(torch.randn(6, 2, 40), shape),
+        "group": torch.tensor([1, 0, 1]),
+        "shape": to_list(shape, geometry),
+        "halve": False,
+        "low": -3.0,
+        "high": 3.0,
+        "shortcut": shortcut,
+        "norm": torch.randn(2, 3, 40),
+        "row": torch.randn(3, 40),
+        "residual": torch.randn(3, 40, 12, 13).to(dtype),
+    }
+    with backends.use("triton"):
+        found = packed_conv2d(x.to(device), **moved(arguments, device)).cpu()
+    with backends.use("torch"):
+        expected = packed_conv2d(x, **arguments)
+    # exp rounds otherwise here and there, which turns over the signs of what lies on the threshold.
+    difference = (found.float() - expected.float()).abs()
+    assert difference.median() < {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert (difference > 0.1).float().mean() < 0.01
+
+
+def test_what_is_not_a_number_stays_none_behind_a_clamp(device: str) -> None:
+    layer = PackedConv2d(BinaryConv2d(32, 32, 1, method=Method(weight="sign", post="relu", shortcut=True)))
+    x = torch.ones(1, 32, 2, 2, device=device)
+    x[0, 3, 1, 1] = math.nan
+    results = []
+    for backend in ("triton", "torch"):
+        with torch.no_grad(), backends.use(backend):
+            results.append(layer.to(device)(x).isnan())
+    assert torch.equal(*results)
+    assert results[0].any()
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(32, 1), (48, 4), (10, 5)])
+@pytest.mark.parametrize("added", [False, True])
+def test_group_norm_and_silu_are_torchs_own(device: str, channels: int, groups: int, added: bool) -> None:
+    x = 3 * torch.randn(2, channels, 7, 9, device=device) + 5
+    norm = nn.GroupNorm(groups, channels, device=device)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    row = torch.randn(2, channels, device=device) if added else None
+    with torch.no_grad(), backends.use("triton"):
+        factors = norm_factors(x, row, groups, norm.weight, norm.bias, norm.eps)
+        found = norm_silu(x, factors)
+        shifted = (x if row is None else x + row[:, :, None, None]).double()
+        expected = nn.functional.silu(copy.deepcopy(norm).double()(shifted))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_linear_layer_runs_on_tokens(device: str) -> None:
+    layer = PackedLinear(BinaryLinear(40, 24, method="bbcu")).to(device)
+    x = torch.randn(2, 6, 40, device=device)
+    with torch.no_grad():
+        with backends.use("triton"):
+            found = layer(x)
+        with backends.use("torch"):
+            torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_is_the_one_that_was_packed(device: str) -> None:
+    model = network(**SMALL).to(device)
+    given = [t.to(device) for t in inputs(8)]
+    with torch.no_grad():
+        expected = model(*given).sample
+        packed = binarize.pack(copy.deepcopy(model))
+        with backends.use("triton"):
+            found = packed(*given).sample
+    # A sign turned over by rounding moves some outputs; most must not move at all.
+    difference = (found - expected).abs() / expected.abs().mean()
+    assert difference.mean() < 1e-2
+    assert difference.median() < 1e-5
+
+
+def test_asking_for_them_where_they_cannot_run_leaves_cpus_to_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with backends.use("triton"):  # which imports the kernels while they are still interpreted, for the tests after it
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert backends.kernels_for(torch.empty(0)) is None
+        assert backends.cpu_kernels() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_compiler_takes_them(capability: int, tmp_path: Path) -> None:
+    given = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compile_triton.py")
+    done = subprocess.run([sys.executable, script, str(capability)], env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# What only a GPU can show.
+
+
+@pytest.mark.gpu
+def test_the_kernels_run_where_nothing_is_asked_for() -> None:
+    kernels = backends.kernels_for(torch.empty(0, device="cuda"))
+    assert kernels is not None
+    assert kernels.__name__.endswith("_triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_layers_equal_the_cpu(dtype: torch.dtype) -> None:
+    # Several tiles of pixels and of filters, which the drawn problems are too small for.
+    layer = PackedConv2d(BinaryConv2d(192, 320, 3, padding=1, method="bbcu"))
+    x = torch.randn(2, 192, 45, 67).to(dtype)
+    with torch.no_grad():
+        with backends.use("torch"):
+            expected = layer(x.float())
+        found = layer.cuda()(x.cuda())
+    close = {"rtol": 1e-5, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(found.cpu().float(), expected, **close)
+
+
+@pytest.mark.gpu
+def test_a_batch_may_be_longer_than_an_axis_of_a_grid() -> None:
+    layer = PackedLinear(BinaryLinear(32, 16, method="bnn")).cuda()
+    x = torch.randn(70_000, 32, device="cuda")
+    with torch.no_grad():
+        found = layer(x)
+        with backends.use("torch"):
+            assert torch.equal(found, layer(x))
+
+
+@pytest.mark.gpu
+def test_a_loaded_pipeline_keeps_its_bits_there(tmp_path: Path) -> None:
+    SuperResolutionPipeline(network(**SMALL), scale=2).save_pretrained(tmp_path)
+    pipe = SuperResolutionPipeline.from_pretrained(tmp_path).to("cuda")
+    assert binarize.is_packed(pipe.unet)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(torch.rand(1, 3, 8, 8), num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
+    assert not binarize.is_packed(pipe.to("cuda", torch.float64).unet)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+@pytest.mark.parametrize("mode", ["export", "inductor"])
+def test_export_and_compile_take_a_packed_network(mode: str) -> None:
+    model = binarize.pack(network(**SMALL)).cuda()
+    given = tuple(t.cuda() for t in inputs())
+    with torch.no_grad():
+        if mode == "export":
+            fast: Any = torch.export.export(model, given).module()
+        else:
+            fast = torch.compile(model, fullgraph=True)
+        expected = model(*given).sample
+        difference = (fast(*given).sample - expected).abs() / expected.abs().mean()
+    assert difference.mean() < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_float64_network_is_exact_without_kernels() -> None:
+    model = network(**SMALL).double()
+    given = inputs(16, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(*given).sample
+        found = binarize.pack(model).cuda()(*[t.cuda() for t in given]).sample.cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_gradients_of_a_binary_network_are_those_of_a_cpu() -> None:
+    model = binarize.convert(SRUNet(**SMALL, dropout=0), "bidiffsr").double().train()
+    given = inputs(16, dtype=torch.float64)
+    grads = []
+    for device in ("cpu", "cuda"):
+        copied = copy.deepcopy(model).to(device)
+        copied(*[t.to(device) for t in given]).sample.square().mean().backward()
+        grads.append({name: p.grad.cpu() for name, p in copied.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")

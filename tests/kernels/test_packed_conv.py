@@ -1,0 +1,478 @@
+"""The packed convolution itself: integers equal to an oracle's, what follows them, and what holds the bits."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_case import Problem, dot_products, laid_out, problems, with_everything
+from torch import Tensor, nn
+
+from binarize.errors import BinarizeError
+from binarize.kernels import backends
+from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits, to_dense
+from binarize.kernels.inputs import check_devices
+from binarize.kernels.norm import norm_factors, norm_silu, shuffle
+from binarize.kernels.ops import Geometry, packed_conv2d
+from binarize.kernels.winograd import wide_conv
+from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.layers.activations import ApproxSign
+from binarize.methods import Method
+from binarize.packed import PackedConv2d, PackedLinear
+from binarize.timestep import TimestepContext
+
+EITHER = ("numba", "torch")
+
+
+@pytest.mark.parametrize("backend", EITHER)
+@settings(max_examples=60)
+@given(problem=problems())
+def test_dot_products_equal_the_oracle_bit_for_bit(backend: Any, problem: Problem) -> None:
+    with backends.use(backend):
+        found = packed_conv2d(problem.x, **problem.arguments)
+    assert found.dtype == problem.x.dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    # Integers are exact in float32 and float64; bfloat16 rounds them once, to nearest even.
+    assert torch.equal(found, torch.from_numpy(problem.expected).to(found.dtype))
+
+
+# Counts are widened every 31 words, or every 31 times eight after the first seven.
+@pytest.mark.parametrize("words", [*range(1, 27), 31, 32, 62, 63, 255, 256, 262, 263, 264, 511, 520])
+@pytest.mark.parametrize("differing", [0.0, 0.5, 1.0])
+def test_sums_of_any_number_of_words_are_exact_where_all_bits_differ_too(words: int, differing: float) -> None:
+    # All bits that differ are the most that a byte, in which they are counted, has to hold.
+    channels, out_channels = 32 * words, [20, 48, 64, 120][words % 4]  # one to four blocks at a time, and a rest
+    layer = PackedConv2d(BinaryConv2d(channels, out_channels, 1, method=Method(weight="sign")))
+    codes = layer.codes()[0].float().flatten(1)
+    signs = torch.where(torch.rand(channels) < differing, -codes[3], codes[3])
+    x = torch.stack([signs, -signs, torch.randn(channels)], 1).view(1, channels, 1, 3).repeat(1, 1, 1, 3)
+    expected = codes.double() @ x[0, :, 0].sign().double()
+    assert torch.equal(layer(x)[0, :, 0].double(), expected)
+
+
+def test_a_layer_that_changes_after_a_call_computes_what_it_is_now() -> None:
+    layer = PackedConv2d(BinaryConv2d(8, 8, 3, padding=1, method="bbcu"))
+    x = torch.randn(2, 8, 5, 6)
+
+    def fresh() -> Tensor:
+        other = copy.deepcopy(layer)  # which makes its own tables
+        return other(x)
+
+    def rewrite() -> None:
+        layer.scales.mul_(2)
+
+    def renew() -> None:
+        layer.post.slope = nn.Parameter(torch.full_like(layer.post.slope, 0.75))
+
+    def exchange() -> None:
+        layer.post = copy.deepcopy(layer.post)
+        layer.post.shift_out.data.fill_(3.0)
+
+    def drop() -> None:
+        layer.scales = None
+
+    with torch.no_grad():
+        before = layer(x)
+        for change in (rewrite, renew, exchange, drop):
+            change()
+            after = layer(x)
+            assert not torch.equal(after, before)
+            assert torch.equal(after, fresh())
+            before = after
+
+
+def test_what_lies_outside_a_slice_is_never_read() -> None:
+    x = laid_out(torch.randn(2, 5, 6, 7), "channel_slice")
+    assert x.isfinite().all()
+    shape = FilterShape(3, 5, (3, 3))
+    layer = PackedConv2d(BinaryConv2d(5, 3, 3, padding=1, method=Method(weight="sign")))
+    assert torch.equal(layer(x), layer(x.contiguous()))
+    assert layer.shape == shape
+
+
+# Values whose SiLU stays away from the limit 0, so that rounding decides no sign.
+AWAY = st.sampled_from([-2.25, -1.25, -0.5, 0.5, 1.25, 2.25])
+
+
+@settings(max_examples=40)
+@given(
+    problem=problems((torch.float32, torch.bfloat16)),
+    seed=st.integers(0, 2**32),
+    normed=st.booleans(),
+    added=st.booleans(),
+    clamped=st.booleans(),
+    shortcut=st.sampled_from([0, 1, 2]),
+)
+def test_the_kernel_and_plain_torch_do_the_same(problem, seed, normed, added, clamped, shortcut) -> None:
+    x, arguments = with_everything(problem, seed, normed, added, clamped, shortcut)
+    results = []
+    for backend in EITHER:
+        with backends.use(backend):
+            results.append(packed_conv2d(x, **arguments))
+    close = {"rtol": 1e-5, "atol": 1e-4} if x.dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 2e-2}
+    torch.testing.assert_close(results[0], results[1], **close)
+
+
+@pytest.mark.parametrize("shortcut", [1, 2])
+def test_a_shortcut_inside_the_operator_adds_the_input(shortcut: int) -> None:
+    method = Method(activation="ste", weight="sign", shortcut=True, post="relu", post_after_shortcut=shortcut == 2)
+    layer = BinaryConv2d(6, 6, 3, padding=1, method=method).eval()
+    x = torch.randn(2, 6, 5, 5)
+    packed = PackedConv2d(layer)
+    assert packed.fused.shortcut == shortcut
+    torch.testing.assert_close(packed(x), layer(x), rtol=1e-6, atol=1e-6)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[BinaryConv2d, dict[str, Any]]:
+    groups, channels, out = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 20))
+    kernel, dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 3))), draw(st.integers(1, 2))
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    stride = draw(st.integers(1, 2))
+    padding: Any = draw(st.sampled_from(["same", "valid", (1, 0), (0, 1), (1, 2)]))
+    stride = 1 if padding == "same" else stride
+    method = Method(
+        activation=draw(st.sampled_from(["ste", "unit_round"])),
+        weight="sign",
+        pre=draw(st.sampled_from([None, "tar"])),
+        groups=4,
+        keep_bias=True,
+    )
+    conv = nn.Conv2d(
+        groups * channels, groups * out, kernel, stride, padding, dilation, groups, draw(st.booleans()), mode
+    )
+    return BinaryConv2d.from_float(conv, method, TimestepContext(100)), {"seed": draw(st.integers(0, 2**32))}
+
+
+@settings(max_examples=40)
+@given(drawn=layers())
+def test_a_layer_equals_the_oracle(drawn: tuple[BinaryConv2d, dict[str, Any]]) -> None:
+    layer, options = drawn
+    rng = np.random.default_rng(options["seed"])
+    levels = layer.activation.levels
+    # Quarters: sums with shifts and biases are exact, and many of them are exactly 0 or 1/2.
+    with torch.no_grad():
+        for parameter in (p for p in (layer.bias, getattr(layer.pre, "bias", None)) if p is not None):
+            parameter.copy_(torch.from_numpy(rng.integers(-4, 5, tuple(parameter.shape)) / 4))
+    x = torch.from_numpy(rng.integers(-4, 5, (3, layer.in_channels, 7, 9)) / 4).float()
+    timesteps = torch.tensor([3, 30, 99])
+
+    shifted = x.double().numpy()
+    if layer.pre is not None:
+        shifted = shifted + layer.pre.bias.detach().double().numpy()[timesteps * 4 // 100][:, :, None, None]
+    codes = 2 * (shifted >= 0) - 1 if levels == (-1, 1) else (np.clip(shifted, 0, 1) > 0.5).astype(np.int64)
+    weight = np.where(layer.weight.detach().numpy() >= 0, 1, -1)
+    left, right, top, bottom = pad = padding_of(layer)
+    if layer.padding_mode != "zeros":
+        numpys = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+        codes = np.pad(codes, ((0, 0), (0, 0), (top, bottom), (left, right)), mode=numpys[layer.padding_mode])
+        pad = (0, 0, 0, 0)
+    expected = dot_products(codes, weight, layer.stride, pad, layer.dilation, layer.groups).astype(np.float64)
+    if layer.bias is not None:
+        expected += layer.bias.detach().double().numpy()[:, None, None]
+
+    packed = PackedConv2d(layer.eval())
+    assert packed.pre is None or packed.pre.context is not None
+    with torch.no_grad(), layer_context(layer).using(timesteps):
+        for backend in EITHER:
+            with backends.use(backend):
+                assert torch.equal(packed(x).double(), torch.from_numpy(expected))
+
+
+def layer_context(layer: BinaryConv2d) -> TimestepContext:
+    context = getattr(layer.pre, "context", None)
+    return TimestepContext(100) if context is None else context
+
+
+def padding_of(layer: BinaryConv2d) -> tuple[int, int, int, int]:
+    """Work out (left, right, top, bottom) as the documentation of nn.Conv2d says."""
+    declared = layer.declared_padding
+    if declared == "valid":
+        return 0, 0, 0, 0
+    if declared == "same":
+        total = [layer.dilation[i] * (layer.kernel_size[i] - 1) for i in (1, 0)]
+        return total[0] // 2, math.ceil(total[0] / 2), total[1] // 2, math.ceil(total[1] / 2)
+    return declared[1], declared[1], declared[0], declared[0]
+
+
+@settings(max_examples=30)
+@given(tokens=st.lists(st.integers(1, 9), max_size=2), sizes=st.tuples(*[st.integers(1, 70)] * 2), mixed=st.booleans())
+def test_a_linear_layer_equals_the_oracle(tokens: list[int], sizes: tuple[int, int], mixed: bool) -> None:
+    method = Method(weight="sign", pre="tar" if mixed else None, groups=4, keep_bias=True)
+    context = TimestepContext(100)
+    plain = nn.Linear(*sizes)
+    layer = BinaryLinear.from_float(plain, method, context).eval()
+    with torch.no_grad():
+        layer.bias.copy_(torch.randint(-3, 4, (sizes[1],)))
+        if mixed:
+            layer.pre.bias.copy_(torch.randint(-2, 3, (4, sizes[0])) / 4)
+    x, timesteps = torch.randint(-3, 4, (3, *tokens, sizes[0])) / 4, torch.tensor([3, 30, 99])
+    shifted = x.clone()
+    for sample, group in enumerate(timesteps * 4 // 100):
+        shifted[sample] += layer.pre.bias[group].detach() if mixed else 0
+    codes = 2 * (shifted.numpy() >= 0).astype(np.int64) - 1
+    weight = np.where(layer.weight.detach().numpy() >= 0, 1, -1)
+    expected = codes @ weight.T + layer.bias.detach().numpy().astype(np.int64)
+    packed = PackedLinear(layer)
+    with torch.no_grad(), context.using(timesteps):
+        assert torch.equal(packed(x), torch.from_numpy(expected).float())
+
+
+@given(
+    shape=st.builds(
+        lambda out, per, kernel, groups, terms: FilterShape(out * groups, per, kernel, groups, terms),
+        st.integers(1, 35), st.integers(1, 70), st.tuples(st.integers(1, 3), st.integers(1, 3)), st.integers(1, 3),
+        st.integers(1, 2),
+    ),
+    seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_bits_survive_the_file_and_the_memory_layout(shape: FilterShape, seed: int) -> None:
+    bits = np.random.default_rng(seed).integers(
+        0, 2, (shape.terms, shape.out_channels, shape.in_channels, *shape.kernel), dtype=np.uint8
+    )
+    dense = np.packbits(bits.reshape(shape.terms, -1), axis=1)  # most significant bit first, zeros at the end
+    words = from_dense(torch.from_numpy(dense), shape)
+    assert words.dtype == torch.int32
+    assert tuple(words.shape) == shape.memory
+    assert torch.equal(words, from_bits(torch.from_numpy(bits), shape))
+    assert np.array_equal(to_bits(words, shape).numpy(), bits)
+    assert np.array_equal(to_dense(words, shape).numpy(), dense)
+    # A word holds 32 input channels of one tap, and 16 output channels stand side by side.
+    one = dataclasses.replace(shape, terms=1)
+    out, channel, tap = shape.out_channels - 1, shape.in_channels - 1, shape.kernel[0] * shape.kernel[1] - 1
+    per_group = shape.out_channels // shape.groups
+    block = (shape.groups - 1) * shape.blocks + (per_group - 1) // 16
+    word = int(words[0, block, tap * one.words + channel // 32, (per_group - 1) % 16])
+    assert (word >> (channel % 32)) & 1 == bits[0, out, channel, -1, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", EITHER)
+def test_norm_and_shuffle_equal_the_modules(backend: Any, dtype: torch.dtype) -> None:
+    norm = nn.GroupNorm(4, 32)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, row = (3 * torch.randn(2, 32, 9, 7) + 1).to(dtype), torch.randn(2, 32)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 3e-2}
+    with torch.no_grad(), backends.use(backend):
+        for shift in (None, row):
+            factors = norm_factors(x, shift, 4, norm.weight, norm.bias, norm.eps)
+            wide = x.float() if shift is None else x.float() + shift[:, :, None, None]
+            torch.testing.assert_close(x.float() * factors[0][..., None, None] + factors[1][..., None, None],
+                                       norm(wide), **close)  # fmt: skip
+            torch.testing.assert_close(norm_silu(x, factors).float(), nn.functional.silu(norm(wide)), **close)
+        bare = norm_factors(x, None, 4, None, None, norm.eps)
+        torch.testing.assert_close(
+            x.float() * bare[0][..., None, None] + bare[1][..., None, None],
+            nn.functional.group_norm(x.float(), 4), **close
+        )  # fmt: skip
+        for widths in ((32, 32), (64, 32), (6, 10)):
+            hidden, skip = (torch.randn(2, width, 5, 3).to(dtype) for width in widths)
+            first, second = shuffle(hidden, skip)
+            assert torch.equal(first, torch.cat([hidden[:, 1::2], skip[:, ::2]], 1))
+            assert torch.equal(second, torch.cat([hidden[:, ::2], skip[:, 1::2]], 1))
+
+
+def test_operators_keep_the_contract_of_torch_library() -> None:
+    layer = PackedConv2d(BinaryConv2d(5, 6, 3, 2, 1, method="reactnet").eval())
+    words, counts, thresholds, table = layer.made().terms[0].term.tensors
+    x = torch.randn(2, 5, 7, 8)
+    arguments = [
+        x, words, counts, thresholds, table, None, [6, 5, 3, 3, 1, 2, 2, 1, 1, 1, 1, 1, 1],
+        False, -math.inf, math.inf, 0, torch.randn(2, 2, 5), torch.randn(2, 6), torch.randn(2, 6, 4, 4),
+    ]  # fmt: skip
+    torch.library.opcheck(packed_conv2d.overload, arguments)
+    torch.library.opcheck(packed_conv2d.overload, [x.bfloat16(), *arguments[1:11], None, None, None])
+    torch.library.opcheck(
+        norm_factors.overload, [torch.randn(2, 8, 3, 3), torch.randn(2, 8), 4, None, torch.randn(8), 1e-5]
+    )
+    wide = [torch.randn(2, 32, 4, 5), torch.randn(16, 32, 3, 3), torch.randn(16), None, torch.randn(2, 16, 4, 5)]
+    torch.library.opcheck(wide_conv.overload, wide)
+    torch.library.opcheck(norm_silu.overload, [torch.randn(2, 8, 3, 3), torch.randn(2, 2, 8)])
+    torch.library.opcheck(shuffle.overload, [torch.randn(2, 32, 3, 3), torch.randn(2, 64, 3, 3)])
+
+
+def test_geometry_says_what_a_convolution_gives() -> None:
+    x = torch.randn(1, 2, 11, 13)
+    conv = nn.Conv2d(2, 2, (3, 2), (2, 3), (1, 2), (2, 1))
+    geometry = Geometry((2, 3), (2, 2, 1, 1), (2, 1))
+    assert geometry.output(11, 13, (3, 2)) == tuple(conv(x).shape[2:])
+
+
+def test_empty_inputs_give_empty_outputs() -> None:
+    layer = PackedConv2d(BinaryConv2d(4, 6, 3, padding=1, method=Method()).eval())
+    assert layer(torch.randn(0, 4, 5, 5)).shape == (0, 6, 5, 5)
+    linear = PackedLinear(BinaryLinear(4, 6, method=Method()).eval())
+    assert linear(torch.randn(2, 0, 4)).shape == (2, 0, 6)
+
+
+REFUSING: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "norm_factors": (norm_factors, "x", {"row": None, "groups": 4, "weight": None, "bias": None, "eps": 1e-5}),
+    "norm_silu": (norm_silu, "x", {"norm": torch.randn(2, 2, 32)}),
+    "shuffle": (shuffle, "hidden", {"skip": torch.randn(2, 32, 4, 4)}),
+    "wide_conv": (wide_conv, "x", {"weight": torch.randn(16, 32, 3, 3), "bias": None, "norm": None, "residual": None}),
+    "packed_conv2d": (PackedConv2d(BinaryConv2d(32, 6, 3, padding=1, method=Method()).eval()), "x", {}),
+}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["positional", "named"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("which", REFUSING)
+def test_packed_operators_refuse_a_gradient(which: str, compiled: bool, named: bool) -> None:
+    operator, first, others = REFUSING[which]
+
+    def loss(x: Tensor) -> Tensor:
+        found = operator(**{first: x}, **others) if named else operator(x, *others.values())
+        return sum((part.square().sum() for part in found), x.sum())
+
+    torch._dynamo.reset()
+    run = torch.compile(loss, backend="aot_eager") if compiled else loss
+    # The compiler asks for the gradient's graph, and wraps what it is answered.
+    error = torch._dynamo.exc.BackendCompilerFailed if compiled else BinarizeError
+    with pytest.raises(error, match="packed layers have no gradient; train the unpacked model"):
+        run(torch.randn(2, 32, 4, 4, requires_grad=True)).backward()
+
+
+ARGUMENTS = ([16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1], False, -math.inf, math.inf, 0, None, None, None)
+
+
+def test_a_group_may_lie_in_memory_in_any_way() -> None:
+    layer = PackedConv2d(BinaryConv2d(16, 16, 3, padding=1, method=Method()).eval())
+    words, counts, thresholds, table = layer.made().terms[0].term.tensors
+    thresholds, table = torch.randn(3, *thresholds.shape[1:]), torch.randn(3, *table.shape[1:])
+    x = torch.randn(2, 16, 6, 7)
+    for group in (torch.tensor([0, 2, 1, 2])[::2], torch.tensor([1]).expand(2)):
+        found = []
+        for backend in EITHER:
+            with backends.use(backend):
+                found.append(packed_conv2d(x, words, counts, thresholds, table, group, *ARGUMENTS))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
+
+
+def test_packed_layers_refuse_what_does_not_fit_before_memory_is_read() -> None:
+    layer = PackedConv2d(BinaryConv2d(16, 16, 3, padding=1, method=Method()).eval())
+    for backend in EITHER:
+        with backends.use(backend):
+            with pytest.raises(
+                BinarizeError, match=r"the input must have the shape \(any, 16, any, any\); got \(1, 3, 8"
+            ):
+                layer(torch.rand(1, 3, 8, 8))
+            with pytest.raises(BinarizeError, match="the residual must have the shape"):
+                layer(torch.rand(1, 16, 8, 8), residual=torch.rand(1, 16, 8, 7))
+    with pytest.raises(BinarizeError, match=r"the input is on cpu and the layer on meta; .* x\.to\('meta'\)"):
+        check_devices("packed convolution", torch.rand(1), None, torch.rand(1, device="meta"))
+    with pytest.raises(BinarizeError, match="must have the shape"):
+        wide_conv(torch.rand(1, 16, 8, 8), torch.rand(16, 32, 3, 3), None, None, None)
+    for group in (torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.int32)):
+        with pytest.raises(BinarizeError, match=r"group must be int64 of shape \(2,\) or \(1,\); got torch.int"):
+            packed_conv2d(torch.rand(2, 16, 8, 8), *layer.made().terms[0].term.tensors, group, *ARGUMENTS)
+    with pytest.raises(BinarizeError, match="GroupNorm: weight must have the shape"):
+        norm_factors(torch.rand(1, 16, 8, 8), None, 4, torch.rand(8), None, 1e-5)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_wide_convolution_equals_torchs_and_takes_nothing(batch: int) -> None:
+    x, weight, bias = torch.randn(batch, 16, 9, 7), torch.randn(32, 16, 3, 3), torch.randn(32)
+    found = wide_conv(x, weight, bias, None, None)
+    torch.testing.assert_close(found, nn.functional.conv2d(x, weight, bias, padding=1), rtol=1e-4, atol=1e-4)
+
+
+def test_channels_last_modules_keep_their_bits() -> None:
+    layer = PackedConv2d(BinaryConv2d(40, 36, 3, padding=1, method=Method(weight="scaled_sign")).eval())
+    x = torch.randn(1, 40, 6, 6)
+    expected, codes = layer(x), layer.codes()
+    layer.to(memory_format=torch.channels_last)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.codes(), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    x, norm, weight = torch.randn(2, 32, 9, 8), nn.GroupNorm(4, 32), torch.randn(16, 32, 3, 3)
+
+    def run() -> list[Tensor]:
+        factors = norm_factors(x, None, 4, norm.weight, norm.bias, norm.eps)
+        return [factors, norm_silu(x, factors), wide_conv(x, weight, None, factors, None)]
+
+    with torch.no_grad():
+        expected = run()
+        torch.set_default_dtype(dtype)
+        try:
+            found = run()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_norm_of_zero_is_folded_as_zero() -> None:
+    layer = BinaryConv2d(16, 20, 3, padding=1, method=Method(weight="scaled_sign", norm="batch_norm")).eval()
+    nn.init.zeros_(layer.norm.weight)
+    x = torch.randn(1, 16, 5, 5)
+    packed = PackedConv2d(layer)
+    for backend in EITHER:
+        with backends.use(backend):
+            assert torch.equal(packed(x), layer(x))
+            assert not packed(x).any()
+
+
+class Rooted(nn.ReLU):
+    """A function of one's own that inherits from one that the operator knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0).sqrt()
+
+
+class Above(ApproxSign):
+    """A sign of one's own, whose threshold is not 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - 1)
+
+
+def test_a_subclass_runs_as_what_it_is() -> None:
+    layer = BinaryConv2d(8, 8, 3, padding=1, method=Method(weight="scaled_sign", post=lambda spec: Rooted())).eval()
+    x = torch.randn(1, 8, 5, 5)
+    packed = PackedConv2d(layer)
+    assert packed.fused.rest == ["post"]
+    torch.testing.assert_close(packed(x), layer(x))
+    layer.activation = Above()
+    with pytest.raises(BinarizeError, match="Above does not say which two values it gives"):
+        PackedConv2d(layer)
+
+
+def test_layers_made_in_inference_mode_run() -> None:
+    with torch.inference_mode():
+        layer = PackedConv2d(BinaryConv2d(8, 8, 3, padding=1, method=Method(post="rprelu")).eval())
+        x = torch.randn(1, 8, 5, 5)
+        assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without", ["avx512vnni", "avx512"])
+def test_a_processor_with_fewer_instructions_counts_the_same(without: str, tmp_path: Path) -> None:
+    features = pytest.importorskip("binarize.kernels.cpu.simd").cpu_features()
+    if f"+{without}" not in features:
+        pytest.skip(f"this processor has no {without}, so the other tests run what is asked for here")
+    given = {
+        **os.environ,
+        "NUMBA_CPU_FEATURES": re.sub(rf"\+(?={without})", "-", features),
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "BINARIZE_BACKEND": "auto",
+    }
+    script = Path(__file__).with_name("count_words.py")
+    done = subprocess.run([sys.executable, script], env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"+{without}" not in done.stdout
+    assert "equal" in done.stdout

@@ -1,0 +1,256 @@
+"""Winograd's algorithm in training: products and gradients of 3x3 convolutions, against torch's in float64."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import binarize
+from binarize.kernels import backends
+from binarize.kernels.cpu.threads import has_tiles
+from binarize.layers import BinaryConv2d
+from binarize.layers.winograd import conv3x3
+from binarize.methods import Method
+from binarize.models import SRUNet
+
+pytestmark = pytest.mark.skipif(
+    backends.kernels_for(torch.empty(0)) is None, reason="numba, whose kernels these are, is not installed"
+)
+BOUNDS = {2: 2e-6, 4: 2e-5}
+
+
+class Case(NamedTuple):
+    """A convolution's input, weights and the gradient of its output, in channels_last memory."""
+
+    x: Tensor
+    weight: Tensor
+    grad: Tensor
+
+
+def drawn(batch: int, widths: tuple[int, int], size: tuple[int, int], seed: int = 0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (batch, widths[0], *size), (*widths[::-1], 3, 3), (batch, widths[1], *size)
+    x, weight, grad = (torch.randn(shape, generator=generator) for shape in shapes)
+    return Case(*(t.contiguous(memory_format=torch.channels_last) for t in (x, weight, grad)))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    width = st.sampled_from([16, 32, 48, 80])
+    size = draw(st.tuples(st.integers(4, 19), st.integers(4, 19)))
+    return drawn(draw(st.integers(1, 3)), (draw(width), draw(width)), size, draw(st.integers(0, 2**32)))
+
+
+def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output and gradients of input and weights in float64."""
+    x, weight, grad = (t.double() for t in case)
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = nn.functional.conv2d(x, weight, padding=1)
+    return y.detach(), *torch.autograd.grad(y, (x, weight), grad)
+
+
+def assert_near(found: Tensor, value: Tensor, bound: float) -> None:
+    torch.testing.assert_close(found.double(), value, rtol=0, atol=bound * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@settings(max_examples=25)
+@given(case=cases(), contiguous=st.booleans())
+def test_products_and_gradients_are_those_of_a_plain_convolution(
+    tile: Literal[2, 4], case: Case, contiguous: bool
+) -> None:
+    from binarize.kernels.cpu import winograd as _winograd
+
+    weight = case.weight.contiguous() if contiguous else case.weight
+    y, of_x, of_weight = expected(case)
+    assert_near(_winograd.wide_conv(case.x, weight, None, None, None, tile), y, BOUNDS[tile])
+    assert_near(_winograd.wide_conv(case.grad, weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile])
+    assert_near(_winograd.wide_conv_of_weight(case.x, case.grad, tile), of_weight, BOUNDS[tile])
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("together", [1, 24_000_000])
+def test_filters_and_sums_that_leave_the_cache_are_the_same(
+    tile: Literal[2, 4], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from binarize.kernels.cpu import winograd as _winograd
+
+    case, bias = drawn(2, (208, 192), (13, 18)), torch.randn(192)
+    assert 4 * (tile + 2) ** 2 * 208 * 192 > max(_winograd.SUMS_BYTES, _winograd.FILTER_BYTES)
+    monkeypatch.setattr(_winograd, "PLANES_BYTES", together)  # with 1, in as many parts as there can be
+    y, of_x, of_weight = expected(case)
+    with_bias = y + bias.double().view(-1, 1, 1)
+    assert_near(_winograd.wide_conv(case.x, case.weight, bias, None, None, tile), with_bias, BOUNDS[tile])
+    assert_near(
+        _winograd.wide_conv(case.grad, case.weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile]
+    )
+    assert_near(_winograd.wide_conv_of_weight(case.x, case.grad, tile), of_weight, BOUNDS[tile])
+
+
+@pytest.mark.parametrize("widths", [(64, 64), (208, 192)])
+def test_products_and_gradients_on_two_threads_are_the_same_each_time(widths: tuple[int, int]) -> None:
+    from binarize.kernels.cpu import winograd as _winograd
+
+    case, before = drawn(3, widths, (31, 29)), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (_winograd.wide_conv_of_weight(case.x, case.grad, 2) for _ in range(20))
+        product, *products = (_winograd.wide_conv(case.x, case.weight, None, None, None, 2) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(other, first) for other in others)
+    assert all(torch.equal(other, product) for other in products)
+    assert_near(first, expected(case)[2], BOUNDS[2])
+
+
+@pytest.mark.parametrize("widths", [(32, 32), (208, 192)])
+def test_an_empty_batch_has_gradients_of_zero(widths: tuple[int, int]) -> None:
+    from binarize.kernels.cpu import winograd as _winograd
+
+    x, grad = (torch.empty(0, width, 8, 8).contiguous(memory_format=torch.channels_last) for width in widths)
+    weight = torch.randn(*widths[::-1], 3, 3)
+    assert _winograd.wide_conv(x, weight, None, None, None, 2).shape == grad.shape
+    assert torch.equal(_winograd.wide_conv_of_weight(x, grad, 2), torch.zeros(*widths[::-1], 3, 3))
+
+
+def test_products_and_gradients_inside_of_autocast_are_those_outside() -> None:
+    from binarize.kernels.cpu import winograd as _winograd
+
+    for widths in ((32, 32), (208, 192)):
+        case = drawn(1, widths, (8, 9))
+        product = _winograd.wide_conv(case.x, case.weight, None, None, None, 2)
+        gradient = _winograd.wide_conv_of_weight(case.x, case.grad, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(_winograd.wide_conv(case.x, case.weight, None, None, None, 2), product)
+            assert torch.equal(_winograd.wide_conv_of_weight(case.x, case.grad, 2), gradient)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are called from here on, in order."""
+    from binarize.kernels.cpu import winograd as _winograd
+
+    if not _winograd.TRAINS_WIDE:
+        pytest.skip("training goes through these kernels on processors with AVX-512 alone")
+    seen: list[str] = []
+
+    def spied(name: str) -> Any:
+        function = getattr(_winograd, name)
+
+        def call(*args: Any, **options: Any) -> Tensor:
+            seen.append(name)
+            result: Tensor = function(*args, **options)
+            return result
+
+        return call
+
+    for name in ("wide_conv", "wide_conv_of_weight"):
+        monkeypatch.setattr(_winograd, name, spied(name))
+    return seen
+
+
+FORTH_AND_BACK = ["wide_conv", "wide_conv", "wide_conv_of_weight"]
+
+
+def gradients(run: Any, x: Tensor, module: nn.Module, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    x = x.detach().clone().requires_grad_()
+    module.zero_grad()
+    y = run(x)
+    y.backward(grad.to(y.dtype))
+    assert x.grad is not None
+    return y.detach(), {
+        "x": x.grad,
+        **{name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None},
+    }
+
+
+def assert_same(found: dict[str, Tensor], value: dict[str, Tensor], bound: float) -> None:
+    assert found.keys() == value.keys()
+    for name, tensor in value.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=bound * float(tensor.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_full_precision_convolution_learns_the_same(bias: bool, calls: list[str]) -> None:
+    case = drawn(2, (32, 48), (9, 14))
+    conv = nn.Conv2d(32, 48, 3, padding=1, bias=bias)
+    y, found = gradients(lambda x: conv3x3(conv, x), case.x, conv, case.grad)
+    assert calls == FORTH_AND_BACK
+    plain_y, plain = gradients(conv, case.x, conv, case.grad)
+    torch.testing.assert_close(y, plain_y, rtol=0, atol=2e-6 * float(plain_y.abs().max()))
+    assert_same(found, plain, 2e-6)
+
+
+@pytest.mark.skipif(has_tiles(), reason="processors with AMX multiply bfloat16 themselves")
+def test_under_autocast_it_rounds_as_bfloat16_does(calls: list[str]) -> None:
+    case = drawn(2, (32, 48), (16, 14))
+    conv = nn.Conv2d(32, 48, 3, padding=1)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return conv3x3(conv, x)
+
+    y, found = gradients(run, case.x, conv, case.grad)
+    assert calls == FORTH_AND_BACK
+    assert y.dtype == torch.bfloat16
+    assert {name: value.dtype for name, value in found.items()} == dict.fromkeys(found, torch.float32)
+    plain_y, plain = gradients(conv, case.x, conv, case.grad.bfloat16().float())
+    torch.testing.assert_close(y.float(), plain_y, rtol=0, atol=2**-7 * float(plain_y.abs().max()))
+    assert_same(found, plain, 2**-6)
+
+
+def test_a_module_that_someone_listens_to_is_called() -> None:
+    conv, heard = nn.Conv2d(32, 32, 3, padding=1), []
+    conv.register_forward_hook(lambda module, args, out: heard.append(out))
+    y = conv3x3(conv, torch.randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last))
+    assert len(heard) == 1
+    assert heard[0] is y
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3, 2, 1), nn.Conv2d(6, 32, 3, padding=1)])
+def test_other_convolutions_stay_as_they_are(conv: nn.Conv2d) -> None:
+    x = torch.randn(1, conv.in_channels, 8, 8)
+    assert torch.equal(conv3x3(conv, x), conv(x))
+
+
+def test_a_binary_convolution_learns_the_same_as_its_chain_of_modules(calls: list[str]) -> None:
+    case = drawn(2, (48, 48), (10, 11))
+    layer = BinaryConv2d(48, 48, 3, padding=1, method=Method(shortcut=True))
+    y, found = gradients(layer, case.x, layer, case.grad)
+    assert calls == FORTH_AND_BACK[1:]
+    handle = layer.activation.register_forward_hook(lambda *_: None)  # which keeps the parts apart
+    chain_y, chain = gradients(layer, case.x, layer, case.grad)
+    handle.remove()
+    torch.testing.assert_close(y, chain_y, rtol=1e-6, atol=1e-6 * float(chain_y.abs().max()))
+    assert_same(found, chain, 2e-6)
+
+
+def test_a_network_learns_the_same_with_and_without(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from binarize.kernels.cpu import winograd as _winograd
+
+    torch.manual_seed(0)
+    net = binarize.convert(SRUNet(base_channels=32, channel_mults=(1, 2), res_blocks=1), "bidiffsr").train()
+    x, condition = torch.rand(2, 2, 3, 16, 16)
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(1)  # dropout
+        net.zero_grad()
+        y = net(x, torch.tensor([3, 900]), condition).sample
+        y.square().mean().backward()
+        return y.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+    y, found = run()
+    assert len(calls) > 20
+    calls.clear()
+    monkeypatch.setattr(_winograd, "TRAINS_WIDE", False)
+    plain_y, plain = run()
+    assert not calls
+    torch.testing.assert_close(y, plain_y, rtol=0, atol=1e-5)
+    for name, value in plain.items():
+        assert float((found[name] - value).norm()) <= 1e-4 * float(value.norm()) + 1e-7, name

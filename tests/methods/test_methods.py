@@ -1,0 +1,366 @@
+"""Methods as a user composes them: any part replaced alone, options in words, names in a registry."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.layers import (
+    ApproxSign,
+    BinaryConv2d,
+    BinaryLinear,
+    EDESign,
+    KMapScale,
+    LayerSpec,
+    LibraWeight,
+    PoolShortcut,
+    RPReLU,
+    ScaledSignWeight,
+    Shift,
+    TwoStageWeight,
+    list_parts,
+    register_part,
+)
+from binarize.layers.method import METHODS
+from binarize.layers.parts import _PARTS, _TIMESTEP_AWARE, PART_KINDS
+from binarize.methods import Method, bidiffsr, get_method, list_methods, reactnet, register_method
+from binarize.models import SRUNet
+from binarize.timestep import TimestepContext
+
+
+def told(value: object) -> str:
+    """Return a parameter's name in a test's: without addresses, which differ in processes that share the tests."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+@pytest.fixture
+def registries():
+    """Put the registries back as they were."""
+    before = dict(METHODS._items), {kind: dict(registry._items) for kind, registry in _PARTS.items()}
+    aware = set(_TIMESTEP_AWARE)
+    yield
+    METHODS._items = before[0]
+    for kind, items in before[1].items():
+        _PARTS[kind]._items = items
+    _TIMESTEP_AWARE.clear()
+    _TIMESTEP_AWARE.update(aware)
+
+
+def layer(method: Any, channels: int = 4, out: int = 4) -> BinaryConv2d:
+    context = TimestepContext(100)
+    context.set(50)
+    return BinaryConv2d(channels, out, 3, padding=1, method=method, context=context)
+
+
+def tiny() -> SRUNet:
+    return SRUNet(base_channels=8, channel_mults=(1, 2), res_blocks=1, norm_groups=4, num_train_timesteps=100)
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def twice(spec: LayerSpec) -> nn.Module:
+    return Twice()
+
+
+class Factories:
+    @staticmethod
+    def twice(spec: LayerSpec, factor: float = 2.0) -> nn.Module:
+        return nn.Hardtanh(-factor, factor)
+
+
+# -- any part alone ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "attribute", "expected"),
+    [
+        ({"weight": "libra"}, "weight_binarizer", LibraWeight),
+        ({"weight": {"name": "two_stage", "switch": 0.2}}, "weight_binarizer", TwoStageWeight),
+        ({"activation": "ede"}, "activation", EDESign),
+        ({"pre": None}, "pre", type(None)),
+        ({"pre": "batch_norm"}, "pre", nn.BatchNorm2d),
+        ({"scale": "k_map"}, "scale", KMapScale),
+        ({"norm": None}, "norm", type(None)),
+        ({"post": None}, "post", type(None)),
+        ({"post": "relu"}, "post", nn.ReLU),
+        ({"post": twice}, "post", Twice),
+        ({"post": "binarize.layers.timestep_aware:_hardtanh"}, "post", nn.Hardtanh),
+        ({"shortcut": False}, "shortcut", type(None)),
+        ({"shortcut": None}, "shortcut", type(None)),
+    ],
+    ids=lambda value: told(value) if isinstance(value, dict) else "",
+)
+def test_one_part_is_replaced_and_the_others_stay(options, attribute, expected):
+    made = layer(reactnet(**options))
+    assert type(getattr(made, attribute)) is expected
+    usual = {
+        "pre": Shift,
+        "activation": ApproxSign,
+        "weight_binarizer": ScaledSignWeight,
+        "scale": type(None),
+        "norm": nn.BatchNorm2d,
+        "post": RPReLU,
+        "shortcut": PoolShortcut,
+    }
+    for name, part in usual.items():
+        assert name == attribute or type(getattr(made, name)) is part
+    assert made(torch.randn(2, 4, 5, 5)).shape == (2, 4, 5, 5)
+
+
+def test_a_method_of_nothing_but_parts_is_the_textbook_product():
+    made = layer(Method(weight="sign", norm=None)).double()
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    expected = nn.functional.conv2d(torch.sign(x), torch.sign(made.weight), padding=1)
+    torch.testing.assert_close(made(x), expected, rtol=0, atol=0)
+    assert get_method({"name": "custom", "weight": "sign"}) == Method(weight="sign")
+
+
+def test_the_order_of_post_and_shortcut_is_an_option():
+    x = torch.randn(1, 4, 5, 5)
+    last, first = layer(reactnet(post="relu")), layer(reactnet(post="relu", post_after_shortcut=False))
+    first.load_state_dict(last.state_dict())
+    product = last.norm(last._product(last.activation(x), last.binary_weight()))
+    torch.testing.assert_close(last(x), (product + x).relu())
+    torch.testing.assert_close(first(x), product.relu() + x)
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "linear"])
+@pytest.mark.parametrize("stage", PART_KINDS)
+def test_every_registered_part_serves_convolutions_and_linear_layers(kind, stage):
+    for name in list_parts(stage):
+        method = Method(groups=3, **{stage: name})
+        context = TimestepContext(100)
+        made: Any
+        if kind == "conv2d":
+            made, x = BinaryConv2d(4, 6, 3, 2, 1, method=method, context=context), torch.randn(2, 4, 6, 6)
+        else:
+            made, x = BinaryLinear(4, 6, method=method, context=context), torch.randn(2, 5, 4)
+        with context.using(torch.tensor([1, 99])):
+            y = made(x.requires_grad_())
+        assert y.shape == ((2, 6, 3, 3) if kind == "conv2d" else (2, 5, 6)), name
+        y.square().sum().backward()
+        assert x.grad.isfinite().all(), name
+        assert all(p.grad is not None for p in made.parameters()), name
+
+
+def test_components_of_the_flagship_switch():
+    groups = {(tar, taa): layer(bidiffsr(groups=3, tar=tar, taa=taa)) for tar in (True, False) for taa in (True, False)}
+    for (tar, taa), made in groups.items():
+        assert (made.pre.groups, made.post.groups) == (3 if tar else 1, 3 if taa else 1)
+    assert not bidiffsr(tar=False, taa=False).needs_timestep
+    assert not bidiffsr(groups=1).needs_timestep
+    assert not bidiffsr(pre=None, post="relu").needs_timestep
+    assert bidiffsr(taa=False).needs_timestep
+    bare = layer(bidiffsr(pre=None, post=None, shortcut=False))
+    assert [name for name, _ in bare.named_parameters()] == ["weight"]
+
+
+def test_a_timestep_aware_part_of_your_own_gets_the_context(registries):
+    @register_part("post", "my_taa", timestep_aware=True)
+    def my_taa(spec: LayerSpec) -> nn.Module:
+        return RPReLU(spec.out_channels, spec.groups, spec.context)
+
+    register_part("post", "my_relu")(lambda spec: nn.ReLU())
+    assert reactnet(groups=3, post="my_taa").needs_timestep
+    assert reactnet(groups=3, post=my_taa).needs_timestep
+    assert reactnet(groups=3, post={"name": "my_taa"}).needs_timestep
+    assert not reactnet(groups=3, post="my_relu").needs_timestep
+    assert not reactnet(post="my_taa").needs_timestep
+    unet = binarize.convert(tiny(), reactnet(groups=3, post="my_taa")).eval()
+    x = torch.rand(2, 3, 8, 8)
+    assert unet(x, torch.tensor([3, 90]), x).sample.shape == x.shape
+    register_part("post", "my_taa", replace=True)(lambda spec: nn.ReLU())
+    assert not reactnet(groups=3, post="my_taa").needs_timestep
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how", [lambda o: bidiffsr(**o), lambda o: bidiffsr().replace(**o), lambda o: get_method("bidiffsr", **o)]
+)
+def test_an_unknown_option_is_answered_with_the_nearest(how):
+    with pytest.raises(
+        BinarizeError, match=r"^bidiffsr: unknown option 'group'; options: groups, .*Did you mean 'groups'\?$"
+    ):
+        how({"group": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("bidiffsr", {"groups": 0}, "groups must be a whole number of at least 1; got 0"),
+        ("bidiffsr", {"groups": True}, "groups must be a whole number of at least 1; got True"),
+        ("bidiffsr", {"tar": "yes"}, "bidiffsr: tar must be true or false; got 'yes'"),
+        ("bidiffsr", {"fp_decoder_levels": [-1]}, r"fp_decoder_levels are level indices, 0 the finest; got \(-1,\)"),
+        ("bidiffsr", {"fp_decoder_levels": 2}, "fp_decoder_levels are level indices, 0 the finest; got 2"),
+        ("bnn", {"variant": "orignal"}, "bnn: variant must be 'bibench' or 'original'.*Did you mean 'original'"),
+        ("dorefa", {"variant": "x"}, "dorefa: variant must be 'original' or 'bibench'; got 'x'"),
+        ("xnor", {"variant": "x"}, "xnor: variant must be 'authors' or 'bibench'; got 'x'"),
+        ("xnor", {"norm_position": "befor"}, "norm_position must be 'after' or 'before'.*Did you mean 'before'"),
+        ("xnor", {"norm_position": "before", "pre": "shift"}, "puts the norm where pre='shift' stands; set norm=None"),
+        ("xnor++", {"size": (3,)}, r"xnor\+\+: size must be \(H, W\) in pixels, or None; got \(3,\)"),
+        ("irnet", {"t_min": 0}, "irnet: needs 0 < t_min <= t_max; got 0 and 10.0"),
+        ("irnet", {"t_min": "0.1"}, "irnet: t_min must be a number; got '0.1'"),
+        ("recu", {"tau_max": 1.0}, "recu: needs 0.5 < tau_min <= tau_max < 1; got 0.85 and 1.0"),
+        ("reactnet", {"two_stage": 1.0}, r"two_stage is a share of training in \(0, 1\), or None; got 1.0"),
+        ("reactnet", {"two_stage": "half"}, "reactnet: two_stage must be a number; got 'half'"),
+        ("reactnet", {"sign_zero": "plsu"}, "sign_zero must be 'plus' or 'zero'; got 'plsu'. Did you mean 'plus'"),
+        ("reactnet", {"keep_bias": True, "fold_bias": True}, "keep_bias and fold_bias exclude each other"),
+        ("reactnett", {}, "unknown method 'reactnett'; registered: .*Did you mean 'reactnet'"),
+    ],
+)
+def test_bad_values_are_refused_in_words(name, options, message):
+    with pytest.raises(BinarizeError, match=message):
+        get_method(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": "libre"}, "unknown weight part 'libre'; registered: .*Did you mean 'libra'"),
+        ({"weight": {"switch": 0.5}}, "a weight part given as a mapping needs a 'name'; got"),
+        (
+            {"weight": {"name": "two_stage", "swich": 0.5}},
+            "weight part 'two_stage': unknown option 'swich'; options: switch. Did you mean 'switch'",
+        ),
+        ({"post": {"name": "relu", "inplace": True}}, "post part 'relu': unknown option 'inplace'; options: none."),
+        ({"post": nn.ReLU()}, r"must be a name, a mapping, a factory or None; got ReLU\(\).*lambda spec: nn.ReLU\(\)"),
+        ({"post": 3}, "a post part must be a name, a mapping, a factory or None; got 3"),
+        ({"post": lambda: nn.ReLU()}, "cannot be built with options {}: .*takes 0 positional arguments"),
+        ({"post": lambda spec: 3}, "must return an nn.Module; got int"),
+        ({"post": "no.such.module:thing"}, "post part 'no.such.module:thing' cannot be imported: No module named"),
+        ({"post": "binarize:nothing"}, "post part 'binarize:nothing' cannot be imported: .*nothing"),
+        ({"weight": None}, "reactnet: the weight binarizer cannot be None"),
+    ],
+    ids=told,
+)
+def test_a_part_that_cannot_be_built_leaves_the_model_alone(options, message):
+    model = tiny()
+    modules = [(name, id(module)) for name, module in model.named_modules()]
+    with pytest.raises(BinarizeError, match=message):
+        binarize.convert(model, reactnet(**options))
+    assert [(name, id(module)) for name, module in model.named_modules()] == modules
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, "method must be a name, a Method or a mapping with a 'name'; got 3"),
+        ({"groups": 2}, "a method given as a mapping needs a 'name'"),
+    ],
+)
+def test_what_is_no_method_is_refused(given, message):
+    with pytest.raises(BinarizeError, match=message):
+        get_method(given)
+
+
+def test_methods_are_values():
+    method = bidiffsr(groups=2, fp_decoder_levels=[0])
+    assert method.fp_decoder_levels == (0,)
+    assert method == copy.deepcopy(method) == pickle.loads(pickle.dumps(method)) == get_method(method)
+    assert get_method(method, groups=3).groups == 3
+    assert get_method({"name": "bidiffsr", "groups": 4}, groups=3).groups == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.groups = 3
+    original = get_method("bnn", variant="original")
+    assert original.clamps
+    assert not original.replace(variant="bibench").clamps
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight": {"name": "two_stage", "switch": 0.25}},
+        {"post": "relu", "shortcut": False, "norm": None},
+        {"post": twice},
+        {"post": Factories.twice},
+        {"post": {"name": Factories.twice, "factor": 3.0}},
+        {"post": "binarize.layers.timestep_aware:_hardtanh"},
+    ],
+    ids=told,
+)
+def test_composed_methods_go_through_files(options):
+    method = reactnet(**options)
+    again = get_method(json.loads(json.dumps(method.to_config())))
+    assert again.to_config() == method.to_config()
+    first, second = layer(method), layer(again)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(first(x), second(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda spec: nn.ReLU(),
+        functools.partial(twice),
+        {"name": lambda spec: nn.ReLU()},
+        {"name": "relu", "x": object()},
+    ],
+    ids=["lambda", "partial", "mapping", "option"],
+)
+def test_a_part_that_no_file_can_name_says_so(part):
+    method = reactnet(post=part)
+    with pytest.raises(BinarizeError, match=r"the post part .* cannot be saved"):
+        method.to_config()
+
+
+# -- registries --------------------------------------------------------------------------------------------------------
+
+
+def test_a_registered_method_is_like_any_other(registries):
+    @register_method("mine")
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Method):
+        strength: float = 1.0
+
+    assert "mine" in list_methods()
+    assert get_method("mine", strength=2) == Mine(strength=2)
+    assert Mine(strength=2).to_config() == {"name": "mine", "strength": 2}
+    with pytest.raises(BinarizeError, match=r"mine: unknown option 'strenght'; options: strength, .*'strength'"):
+        Mine(strenght=2)
+    with pytest.raises(BinarizeError, match=r"method 'mine' is already registered as .*pass replace=True"):
+        register_method("mine")(Mine)
+    register_method("mine", replace=True)(Mine)
+
+
+def test_what_is_no_frozen_dataclass_is_not_registered(registries):
+    with pytest.raises(BinarizeError, match="method 'a' must be a frozen dataclass; put @dataclass"):
+
+        @register_method("a")
+        class NotADataclass(Method):
+            pass
+
+    with pytest.raises(BinarizeError, match=r"must be a class derived from binarize\.methods\.Method; got"):
+        register_method("a")(nn.ReLU)
+    assert "a" not in list_methods()
+
+
+def test_parts_are_registered_by_kind(registries):
+    with pytest.raises(BinarizeError, match=r"unknown kind of part 'wieght'; kinds: .*Did you mean 'weight'\?"):
+        register_part("wieght", "x")
+    with pytest.raises(BinarizeError, match="unknown kind of part 'layer'"):
+        list_parts("layer")
+    with pytest.raises(BinarizeError, match="post part 'relu' is already registered"):
+        register_part("post", "relu")(twice)
+    register_part("post", "relu", replace=True)(twice)
+    assert isinstance(layer(reactnet(post="relu")).post, Twice)

@@ -1,0 +1,147 @@
+"""Parity with the released BI-DiffSR network on a small checkpoint of its format, in float64.
+
+The fixture holds what the released code computes with those (random) weights: outputs, loss, gradients and a DDIM
+sample.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file, safe_open
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.models import SRUNet, load_official
+from binarize.models.official import _prefixes, official_to_ours
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+CHECKPOINT = FIXTURES / "small.pth"
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, torch.Tensor]:
+    return load_file(FIXTURES / "small.safetensors")
+
+
+@pytest.fixture(scope="module")
+def metadata() -> dict[str, Any]:
+    with safe_open(FIXTURES / "small.safetensors", "pt") as file:
+        return {key: json.loads(value) for key, value in file.metadata().items()}
+
+
+@pytest.fixture
+def model(metadata: dict[str, Any]) -> SRUNet:
+    return load_official(CHECKPOINT, **metadata["config"]).double()
+
+
+def test_outputs_at_every_timestep(model, reference, metadata):
+    for t in metadata["timesteps"]:
+        with torch.no_grad():
+            out = model(reference["x_t"], t, reference["lr"]).sample
+        torch.testing.assert_close(out, reference[f"eps.t{t}"], rtol=0, atol=1e-9)
+
+
+def test_all_timesteps_in_one_batch_equal_the_reference_one_by_one(model, reference, metadata):
+    steps = torch.tensor(metadata["timesteps"])
+    x, lr = (reference[key][:1].expand(len(steps), -1, -1, -1) for key in ("x_t", "lr"))
+    with torch.no_grad():
+        out = model(x, steps, lr).sample
+    expected = torch.cat([reference[f"eps.t{t}"][:1] for t in metadata["timesteps"]])
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+
+
+def test_loss_and_every_gradient(model, reference, metadata):
+    out = model(reference["x_t"], metadata["loss_timestep"], reference["lr"]).sample
+    loss = (out - reference["target"]).abs().mean()
+    torch.testing.assert_close(loss, reference["loss"][0], rtol=0, atol=1e-12)
+    loss.backward()
+
+    prefixes = sorted(_prefixes(model).items(), key=lambda item: -len(item[0]))
+    parameters = dict(model.named_parameters())
+    selected: dict[str, set[int]] = {}
+    checked = set()
+    for key in reference:
+        if not key.startswith("grad."):
+            continue
+        name, _, row = (official_to_ours(key[5:], prefixes) or "").partition("@")
+        grad = parameters[name].grad
+        assert grad is not None, name
+        if row:
+            selected.setdefault(name, set()).add(int(row))
+            grad = grad[int(row)]
+        checked.add(name)
+        torch.testing.assert_close(grad.reshape(reference[key].shape), reference[key], rtol=0, atol=1e-9, msg=name)
+    assert checked == set(parameters)
+    for name, rows in selected.items():
+        unselected = [row for row in range(len(parameters[name])) if row not in rows]
+        assert len(unselected) == 4
+        assert not parameters[name].grad[unselected].any(), name
+
+
+def test_ddim_sample(model, reference):
+    scheduler = DDIMScheduler(num_train_timesteps=2000, beta_start=1e-6, beta_end=1e-2, beta_schedule="linear")
+    scheduler.set_timesteps(10)
+    x = reference["x_t"]
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t, reference["lr"]).sample, t, x).prev_sample
+    torch.testing.assert_close(x, reference["ddim10"], rtol=0, atol=1e-9)
+
+
+def test_the_default_mode_differs_from_parity_only_where_a_sign_is_zero(metadata, reference):
+    plus = load_official(CHECKPOINT, sign_zero="plus", **metadata["config"]).double()
+    zero = load_official(CHECKPOINT, **metadata["config"]).double()
+    assert {row.detail for row in binarize.report(plus).replaced} == {
+        row.detail for row in binarize.report(zero).replaced
+    }
+    with torch.no_grad():  # no sign of the fixture is exactly zero
+        a, b = (m(reference["x_t"], 1000, reference["lr"]).sample for m in (plus, zero))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    layer = next(m for m in zero.modules() if isinstance(m, binarize.layers.BinaryConv2d))
+    assert layer.activation(torch.zeros(1)).item() == 0.0
+    layer = next(m for m in plus.modules() if isinstance(m, binarize.layers.BinaryConv2d))
+    assert layer.activation(torch.zeros(1)).item() == 1.0
+
+
+def test_round_trip_keeps_parity_mode_and_weights(model, reference, tmp_path):
+    model.float().save_pretrained(tmp_path)
+    again = SRUNet.from_pretrained(tmp_path)
+    assert binarize.conversion.convert.conversion(again).method.sign_zero == "zero"
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inner_channel": 32}, "of another shape: .*Pass the configuration"),
+        ({"channel_mults": [1, 2]}, "unexpected"),
+        ({"channel_mults": [1, 2, 4, 8]}, "missing"),
+        ({"fp_res": []}, "missing"),
+        ({"dynamic_group": 3}, "timestep groups"),
+        ({"fp_res": [100]}, r"fp_res holds 100; with image_size 32 it may hold \[32, 16, 8\]"),
+        ({"inner_chanel": 32}, "unknown configuration name 'inner_chanel'.*Did you mean 'inner_channel'"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_with_names(metadata, change, message):
+    with pytest.raises(BinarizeError, match=message):
+        load_official(CHECKPOINT, **{**metadata["config"], **change})
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+    with pytest.raises(BinarizeError, match="is not a file"):
+        load_official(tmp_path / "missing.pth")
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(CHECKPOINT.read_bytes()[:5000])
+    with pytest.raises(BinarizeError, match="not a readable torch checkpoint"):
+        load_official(broken)
+    other = tmp_path / "other.pth"
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, other)
+    with pytest.raises(BinarizeError, match=r"must hold \{'params': state_dict\}; it holds state_dict"):
+        load_official(other)

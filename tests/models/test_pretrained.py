@@ -1,0 +1,158 @@
+"""The models that come with the package: how they are found, and that each one there is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import binarize
+from binarize.cli import app
+from binarize.models import SRUNet, SuperResolutionPipeline, default_model
+from binarize.models import default as _pretrained
+from binarize.models.pipeline import default_scheduler
+from binarize.recipes import build_pipeline, load_recipe
+
+NETWORK: dict[str, Any] = {"base_channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
+SHIPPED = _pretrained.shipped_scales()
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the package's, with tiny models of x2 (3 steps) and x4 (1 step)."""
+    folder = tmp_path / "pretrained"
+    for scale, steps in ((2, 3), (4, 1)):
+        torch.manual_seed(scale)
+        unet = binarize.pack(binarize.convert(SRUNet(**NETWORK), "bidiffsr"))
+        pipe = SuperResolutionPipeline(unet, scale=scale, num_inference_steps=steps)
+        pipe.save_pretrained(folder / f"x{scale}")
+    monkeypatch.setattr(_pretrained, "FOLDER", folder)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def run(*args: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_models_are_found_by_their_scale(models: Path) -> None:
+    assert default_model() == default_model(2) == models / "x2"
+    assert default_model(4) == models / "x4"
+    assert SuperResolutionPipeline.from_pretrained(default_model(4)).scale == 4
+
+
+def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path, photo: Path) -> None:
+    with pytest.raises(binarize.BinarizeError, match=r"enlarges 3 times comes with binarize; scales with one: 2, 4\."):
+        default_model(3)
+    result = run("upscale", photo, "--scale", "3")
+    assert result.exit_code == 1
+    assert "scales with one: 2, 4" in result.stderr
+    (models / "x4" / "model_index.json").unlink()
+    with pytest.raises(binarize.BinarizeError, match=r"scales with one: 2\."):
+        default_model(4)
+    shutil.rmtree(models / "x2")
+    with pytest.raises(binarize.BinarizeError, match="this installation has none at all"):
+        default_model(2)
+
+
+@pytest.mark.parametrize(("options", "scale"), [([], 2), (["--scale", "4"], 4)])
+def test_upscale_needs_nothing_but_a_picture(models: Path, photo: Path, options: list[str], scale: int) -> None:
+    result = run("upscale", photo, *options)
+    assert result.exit_code == 0, result.output
+    pipe = SuperResolutionPipeline.from_pretrained(default_model(scale))
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(Image.open(photo), generator=torch.Generator().manual_seed(0)).images[0]
+    with Image.open(photo.with_name(f"photo_x{scale}.png")) as large:
+        assert large.size == (9 * scale, 6 * scale)
+        assert np.array_equal(np.asarray(large), np.asarray(expected))
+    assert f"({'3 steps' if scale == 2 else '1 step'} a picture" in result.stdout
+    again = run("upscale", photo, *options)
+    assert again.exit_code == 1
+    assert "already exists" in again.stderr
+    assert run("upscale", photo, *options, "--force").exit_code == 0
+
+
+# The number of steps that a pipeline says
+
+
+class Counting(SRUNet):
+    calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("saved", "given", "taken"), [(3, None, 3), (3, 5, 5), (None, 2, 2), (None, None, 50)])
+def test_a_call_takes_the_steps_that_the_pipeline_says(saved: int | None, given: int | None, taken: int) -> None:
+    unet = Counting(**NETWORK)
+    pipe = SuperResolutionPipeline(unet, scale=1, num_inference_steps=saved)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(torch.rand(1, 3, 2, 2), num_inference_steps=given)
+    assert unet.calls == taken
+
+
+def test_the_number_of_steps_is_saved_and_old_pipelines_have_none(tmp_path: Path) -> None:
+    SuperResolutionPipeline(SRUNet(**NETWORK), scale=2, num_inference_steps=7).save_pretrained(tmp_path)
+    assert SuperResolutionPipeline.from_pretrained(tmp_path).num_inference_steps == 7
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    del index["num_inference_steps"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert SuperResolutionPipeline.from_pretrained(tmp_path).num_inference_steps == 50
+
+
+@pytest.mark.parametrize("steps", [0, 2001, 1.5])
+def test_a_number_of_steps_that_no_call_could_take_is_refused(steps: Any) -> None:
+    with pytest.raises(binarize.BinarizeError, match="a whole number from 1 to the scheduler's 2000"):
+        SuperResolutionPipeline(SRUNet(**NETWORK), default_scheduler(), scale=2, num_inference_steps=steps)
+
+
+def test_a_recipe_hands_its_steps_on() -> None:
+    assert (
+        build_pipeline(load_recipe("small_x2", ["num_inference_steps=6"]), SRUNet(**NETWORK)).num_inference_steps == 6
+    )
+    few = load_recipe("small_x2", ["num_inference_steps=6", "scheduler.num_train_timesteps=4"])
+    assert build_pipeline(few, SRUNet(**NETWORK, num_train_timesteps=4)).num_inference_steps == 4
+
+
+# What is really shipped
+
+
+def test_both_scales_are_shipped() -> None:
+    assert list(SHIPPED) == [2, 4]
+
+
+@pytest.mark.parametrize("scale", SHIPPED)
+def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
+    folder = default_model(scale)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"x{scale}" in card
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    assert index["scale"] == scale
+    assert isinstance(index["num_inference_steps"], int)
+    assert not Path(index.get("_name_or_path") or "").is_absolute()
+    pipe = SuperResolutionPipeline.from_pretrained(folder)
+    assert binarize.is_packed(pipe.unet)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 4e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", SHIPPED)
+def test_a_shipped_model_is_healthy(scale: int) -> None:
+    from binarize.diagnosis import doctor
+
+    report = doctor(default_model(scale))
+    assert report.healthy, report

@@ -1,0 +1,150 @@
+"""The installed package: cheap to import, complete, typed; the repository: free of one machine's traces."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import inspect
+import json
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import binarize
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"diffusers", "lpips", "matplotlib", "numba", "pydantic", "skimage", "timm", "torchvision", "typer"}
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def modules_after(statement: str) -> set[str]:
+    script = f"import sys, json; {statement}; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in json.loads(done.stdout)}
+
+
+def test_importing_binarize_imports_nothing_heavy_that_torch_does_not() -> None:
+    brought = modules_after("import torch, binarize") - modules_after("import torch")
+    assert brought & HEAVY == set()
+
+
+def test_version_is_the_one_in_pyproject(pyproject: dict[str, Any]) -> None:
+    assert binarize.__version__ == pyproject["project"]["version"]
+    assert importlib.metadata.version("binarize-diffusion") == pyproject["project"]["version"]
+
+
+def test_every_public_name_resolves_and_is_listed_once() -> None:
+    assert len(set(binarize.__all__)) == len(binarize.__all__)
+    missing = [name for name in binarize.__all__ if not hasattr(binarize, name)]
+    assert missing == []
+    assert set(binarize.__all__) <= set(dir(binarize))
+
+
+def test_no_public_name_hides_a_module() -> None:
+    # `binarize/convert.py` with a function `convert` would leave one of the two out of the reference, and of reach.
+    modules = {module.name for module in pkgutil.iter_modules(binarize.__path__)}
+    hidden = [name for name in binarize.__all__ if name in modules and not inspect.ismodule(getattr(binarize, name))]
+    assert hidden == []
+
+
+def test_package_says_that_it_is_typed() -> None:
+    assert importlib.resources.files("binarize").joinpath("py.typed").is_file()
+
+
+def test_every_package_on_disk_is_installed(pyproject: dict[str, Any]) -> None:
+    found = set()
+    for package, folder in pyproject["tool"]["setuptools"]["package-dir"].items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            inside = init.parent.relative_to(ROOT / folder)
+            if package == "binarize" and inside.parts[:1] in {("models",), ("recipes",)}:
+                continue  # the links to the other two folders
+            found.add(".".join([package, *inside.parts]))
+    assert sorted(pyproject["tool"]["setuptools"]["packages"]) == sorted(found)
+
+
+def test_every_data_file_is_installed(pyproject: dict[str, Any]) -> None:
+    folders = pyproject["tool"]["setuptools"]["package-dir"]
+    packed = set()
+    for package, patterns in pyproject["tool"]["setuptools"]["package-data"].items():
+        base = max((name for name in folders if package == name or package.startswith(f"{name}.")), key=len)
+        folder = ROOT.joinpath(folders[base], *package.removeprefix(base).split("."))
+        for pattern in patterns:
+            packed |= set(folder.glob(pattern))
+    on_disk = set((ROOT / "recipes").rglob("*.yaml")) | {ROOT / "binarize" / "py.typed"}
+    on_disk |= {ROOT / "binarize" / "diagnosis" / "picture.png"} | set(shipped_files(ROOT))
+    assert packed == on_disk
+
+
+def shipped_files(root: Path) -> list[Path]:
+    """Every file of the trained models in a tree, whatever it is called."""
+    files = (path for path in (root / "models" / "pretrained").rglob("*") if path.is_file())
+    return [path for path in files if path.suffix not in (".py", ".pyc")]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_file_of_the_trained_models(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("binarize", "models", "recipes"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    # Beside what is shipped, a folder with all that a saved pipeline has, so that this tests something in any case.
+    for name in ("README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"):
+        path = tree / "models" / "pretrained" / "x64" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    (tree / "models" / "pretrained" / "x64" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    program = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
+    made = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=tree, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name: archive.read(name) for name in archive.namelist()}
+    assert len(shipped_files(tree)) >= 5
+    for path in shipped_files(tree):
+        assert held["binarize/models/" + path.relative_to(tree / "models").as_posix()] == path.read_bytes()
+    assert "binarize/diagnosis/picture.png" in held
+
+
+def tracked_texts() -> list[tuple[str, str]]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    texts = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        content = path.read_bytes() if path.is_file() else b"\0"
+        if b"\0" not in content:
+            texts.append((name, content.decode("utf-8")))
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern"),
+    [
+        ("an absolute path of one machine", r"(?<![\w.~$})])/(?:work|root|tmp|opt|home)/"),
+        ("a package registry's address", r"\b(?:pypi|pythonhosted|npmjs|anaconda)\.(?:org|com)|download\.pytorch"),
+    ],
+)
+def test_tracked_files_name_no(what: str, pattern: str) -> None:
+    texts = tracked_texts()
+    assert texts
+    hits = [f"{name}: {match.group()}" for name, text in texts for match in re.finditer(pattern, text)]
+    assert hits == [], f"{what} is in a tracked file"

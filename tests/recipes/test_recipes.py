@@ -1,0 +1,494 @@
+"""Recipes: what they say, how they are found and derived, and what is refused in which words."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, TypeAdapter
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.recipes import (
+    DistillationSection,
+    ModelSection,
+    ProgressiveSection,
+    Recipe,
+    SchedulerSection,
+    build_model,
+    build_scheduler,
+    copy_recipe,
+    import_plugins,
+    list_recipes,
+    load_recipe,
+    recipe_path,
+    validate,
+)
+from binarize.recipes.yaml_text import parse_yaml, to_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = list(list_recipes())
+
+
+def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# What the released recipes say.
+
+
+def test_the_released_settings_are_the_published_ones() -> None:
+    recipe = load_recipe("bidiffsr_x2")
+    expected = {
+        "scale": 2,
+        "resolution": 128,
+        "loss": "l1",
+        "timesteps_per": "sample",
+        "train_batch_size": 16,
+        "max_train_steps": 1_000_000,
+        "optimizer": "adam",
+        "learning_rate": 1e-4,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.99,
+        "adam_weight_decay": 0.0,
+        "lr_scheduler": "constant",
+        "use_ema": False,
+        "augment": True,
+        "max_grad_norm": None,
+    }
+    assert {key: getattr(recipe, key) for key in expected} == expected
+    assert recipe.model.config(2000) == {
+        "in_channels": 6,
+        "out_channels": 3,
+        "base_channels": 64,
+        "channel_mults": (1, 2, 4, 8),
+        "res_blocks": 2,
+        "norm_groups": 16,
+        "dropout": 0.2,
+        "attention_levels": (),
+        "resampling": "cp",
+        "fusion": "cs",
+        "num_train_timesteps": 2000,
+        "detail_factor": None,
+    }
+    assert recipe.method is not None
+    assert recipe.method.spec == {"name": "bidiffsr", "groups": 5}
+    betas = build_scheduler(recipe).betas
+    torch.testing.assert_close(betas, torch.linspace(1e-6, 1e-2, 2000))
+    assert build_scheduler(recipe).config["prediction_type"] == "epsilon"
+
+
+def test_x4_differs_from_x2_in_scale_patch_and_folder_alone() -> None:
+    two, four = (load_recipe(f"bidiffsr_x{scale}").model_dump() for scale in (2, 4))
+    assert {key for key in two if two[key] != four[key]} == {"description", "scale", "resolution", "output_dir"}
+    assert (four["scale"], four["resolution"]) == (4, 256)
+
+
+def test_sr3_differs_from_bidiffsr_in_structure_and_precision_alone() -> None:
+    binary, full = (load_recipe(name).model_dump() for name in ("bidiffsr_x2", "sr3_x2"))
+    assert {key for key in binary if binary[key] != full[key]} == {"description", "model", "method", "output_dir"}
+    changed = {key: value for key, value in full["model"].items() if binary["model"][key] != value}
+    assert changed == {"resampling": "conv", "fusion": "wide"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_installed_recipe_is_valid_described_and_survives_being_written_out(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.description == list_recipes()[name]
+    assert 10 < len(recipe.description) <= 100
+    assert recipe.output_dir == Path("runs") / Path(name).name
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_the_list_starts_with_the_main_recipes() -> None:
+    main = ["bidiffsr_x2", "bidiffsr_x4", "default_x2", "default_x4", "demo", "small_x2", "sr3_x2", "sr3_x4"]
+    assert NAMES[: len(main)] == main
+    assert all(name.startswith(("paper/", "training/")) for name in NAMES[len(main) :])
+
+
+SECTIONS = [Recipe, ModelSection, SchedulerSection, DistillationSection, ProgressiveSection]
+
+
+def key_table(section: type[BaseModel]) -> str:
+    """Return the Markdown table of a section's keys, as the page on recipes has it."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in section.model_fields.items():
+        if isinstance(field.get_default(call_default_factory=True), BaseModel):
+            default = "see below"
+        elif field.is_required():
+            default = "-"
+        else:
+            value = TypeAdapter(Any).dump_python(field.get_default(call_default_factory=True), mode="json")
+            default = "`" + yaml.safe_dump(value, default_flow_style=True).split("\n")[0] + "`"
+        choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+        allowed = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if len(choices) > 1 else ""
+        rows.append(f"| `{field.alias or name}` | {default} | {field.description}{allowed} |")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_the_page_on_recipes_has_every_key_as_the_schema_has_it(section: type[BaseModel]) -> None:
+    page = (ROOT / "docs" / "howto" / "recipes.md").read_text(encoding="utf-8")
+    assert key_table(section) in page
+
+
+def test_the_model_section_is_the_networks_configuration() -> None:
+    from binarize.models import SRUNet
+
+    parameters = inspect.signature(SRUNet.__init__).parameters
+    theirs = {name: p.default for name, p in parameters.items() if name not in ("self", "conversion")}
+    config = Recipe(scale=2).model.config(2000)
+    assert config == {name: tuple(v) if isinstance(v, list) else v for name, v in theirs.items()}
+
+
+# Finding, deriving, overriding.
+
+
+def test_a_file_is_found_by_its_path_and_names_its_own_folder(tmp_path: Path) -> None:
+    path = write(tmp_path, "scale: 2\n")
+    assert recipe_path(path) == path
+    assert load_recipe(path) == Recipe(scale=2, output_dir=Path("runs/mine"))
+
+
+def test_a_base_gives_what_is_not_said(tmp_path: Path) -> None:
+    write(tmp_path, "base: bidiffsr_x4\ndescription: d\nseed: 7\nmodel: {base_channels: 32}\n", "parent.yaml")
+    path = write(tmp_path, "base: parent.yaml\nmethod: {tar: false}\nmodel: {norm_groups: 8}\n", "child.yaml")
+    recipe = load_recipe(path)
+    assert (recipe.scale, recipe.seed, recipe.description) == (4, 7, "")
+    assert (recipe.model.base_channels, recipe.model.norm_groups, recipe.model.channel_mults) == (32, 8, (1, 2, 4, 8))
+    assert recipe.method is not None
+    assert recipe.method.spec == {"name": "bidiffsr", "groups": 5, "tar": False}
+
+
+def test_naming_a_method_takes_no_options_of_the_bases(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "base: bidiffsr_x2\nmethod: {name: reactnet}\n"))
+    assert recipe.method is not None
+    assert recipe.method.spec == {"name": "reactnet"}
+
+
+def test_options_join_a_base_that_names_its_method_in_one_word(tmp_path: Path) -> None:
+    write(tmp_path, "scale: 2\nmethod: bidiffsr\n", "parent.yaml")
+    recipe = load_recipe(write(tmp_path, "base: parent.yaml\nmethod: {groups: 2}\n"), ["method.tar=false"])
+    assert recipe.method is not None
+    assert recipe.method.spec == {"name": "bidiffsr", "groups": 2, "tar": False}
+
+
+def test_a_published_row_is_not_inherited(tmp_path: Path) -> None:
+    write(tmp_path, "scale: 2\npublished: {source: a table}\noutput_dir: there\n", "parent.yaml")
+    recipe = load_recipe(write(tmp_path, "base: parent.yaml\nseed: 1\n"))
+    assert recipe.published is None
+    assert recipe.output_dir == Path("runs/mine")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("learning_rate=2e-4", "learning_rate", 2e-4),
+        ("model.channel_mults=[1, 2]", "model.channel_mults", (1, 2)),
+        ("method=null", "method", None),
+        ("max_train_steps=1_000", "max_train_steps", 1000),
+        ("use_ema=true", "use_ema", True),
+        ("mixed_precision=no", "mixed_precision", "no"),
+        ("train_data_dir=a=b", "train_data_dir", Path("a=b")),
+        ("report_to=none", "report_to", None),
+        ("scheduler.prediction_type=v_prediction", "scheduler.prediction_type", "v_prediction"),
+        (" seed = 3", "seed", 3),
+    ],
+)
+def test_overrides_are_yaml_and_reach_into_sections(override: str, key: str, value: object) -> None:
+    found: Any = load_recipe("bidiffsr_x2", [override])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_a_later_override_wins_and_the_installed_recipe_stays() -> None:
+    assert load_recipe("demo", ["seed=1", "seed=2"]).seed == 2
+    assert load_recipe("demo").seed == 0
+
+
+# PyYAML writes some control characters and line separators in a way that it does not read back; no recipe has them.
+words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Zl", "Zp"]))
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words
+
+
+@given(st.dictionaries(words, scalars | st.lists(scalars) | st.dictionaries(words, scalars)))
+def test_written_yaml_reads_back_the_same_here_and_elsewhere(data: dict[str, Any]) -> None:
+    text = to_yaml(data)
+    assert parse_yaml(text, "text") == data
+    assert yaml.safe_load(text) == data
+
+
+# What is refused.
+
+
+def test_all_errors_are_listed_at_once() -> None:
+    overrides = [
+        "scale=3",
+        "resolution=64",
+        "learnin_rate=1",
+        "loss=charbonier",
+        "train_batch_size=0",
+        "model.base_chanels=3",
+        "model.fusion=css",
+        "scheduler.beta_start=2",
+        "lr_warmup_steps=ten",
+        "qqq=1",
+    ]
+    with pytest.raises(BinarizeError) as caught:
+        load_recipe("demo", overrides)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "recipe 'demo' has 9 errors:"
+    expected = [
+        r"resolution: got 64; must be a multiple of scale \(3\)\.",
+        r"learnin_rate: unknown key\. Did you mean 'learning_rate'\?",
+        r"loss: got 'charbonier'; must be 'l1', 'l2' or 'charbonnier'\. Did you mean 'charbonnier'\?",
+        r"train_batch_size: got 0; must be greater than 0\.",
+        r"model\.base_chanels: unknown key\. Did you mean 'base_channels'\?",
+        r"model\.fusion: got 'css'; must be 'wide', 'concat', 'add', 'split' or 'cs'\. Did you mean 'cs'\?",
+        r"scheduler\.beta_start: got 2; must be less than 1\.",
+        r"lr_warmup_steps: got 'ten'; must be a valid integer.*",
+        r"qqq: unknown key\. Allowed: adam_beta1, .*, validation_steps\.",
+    ]
+    for pattern in expected:
+        assert sum(re.fullmatch("  " + pattern, line) is not None for line in lines[1:]) == 1, pattern
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_train_timesteps=1000"], r"model: num_train_timesteps is 1000 but the noise schedule's is 2000"),
+        (["method=null", "structure=keep"], r"structure: got 'keep'; has no effect while method is null"),
+        (["method=null", "keep=[head]"], r"keep: has no effect while method is null"),
+        (["resolution=60", "scale=2", "model.channel_mults=[1,2,4,8]"], r"resolution: got 60; must be a multiple of 8"),
+        (
+            ["lr_scheduler=constant", "lr_warmup_steps=5"],
+            r"lr_warmup_steps: got 5; has no effect with lr_scheduler 'con",
+        ),
+        (["train_lr_data_dir=x"], r"train_lr_data_dir: .*needs train_data_dir"),
+        (["validation_lr_data_dir=x"], r"validation_lr_data_dir: .*needs validation_data_dir"),
+        (["scheduler.rescale_betas_zero_snr=true", "scheduler.prediction_type=epsilon"], r"scheduler: .*pure noise"),
+        (["scale=null"], r"scale: got None; must be a valid integer"),
+        (["method={groups: 2, name: null}"], r"method\.name: got None; must be a valid string"),
+        (["learning_rate=.inf"], r"learning_rate: got inf; must be a finite number"),
+        (["published={}"], r"published\.source: missing; give it a value"),
+        (["seed=3.5"], r"seed: got 3\.5; must be a valid integer"),
+        (["train_data_dir=5"], r"train_data_dir: got 5; must be"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_reason(overrides: list[str], message: str) -> None:
+    with pytest.raises(BinarizeError, match=message):
+        load_recipe("small_x2", overrides)
+
+
+def test_a_required_key_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(BinarizeError, match=r"has 1 error:\n  scale: missing; give it a value\."):
+        load_recipe(write(tmp_path, "seed: 1\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bidifsr_x2", r"unknown recipe 'bidifsr_x2'; installed: bidiffsr_x2, .* Did you mean 'bidiffsr_x2'\?"),
+        ("nowhere/mine.yaml", r"there is no recipe file 'nowhere/mine\.yaml'"),
+        ("../recipes/demo", r"unknown recipe '\.\./recipes/demo'"),
+    ],
+)
+def test_an_unknown_recipe_is_refused(name: str, message: str) -> None:
+    with pytest.raises(BinarizeError, match=message):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", r"the override 'seed' is not key=value; write, for example, learning_rate=2e-4"),
+        ("=3", r"is not key=value"),
+        ("seed.x=3", r"reaches into seed, which is 5 and has no keys"),
+        ("model=[1", r"the override 'model=\[1' is not valid YAML at line 1"),
+    ],
+)
+def test_a_malformed_override_is_refused(override: str, message: str) -> None:
+    with pytest.raises(BinarizeError, match=message):
+        load_recipe("demo", ["seed=5", override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scale: [2\n", r"mine\.yaml is not valid YAML at line"),
+        ("- scale\n", r"is not a recipe: it must hold `key: value` lines"),
+        ("", r"is not a recipe"),
+        ("scale: 2\nscale: 4\n", r"the key 'scale' is given twice, on lines 1 and 2"),
+        ("scale: !!python/object:os.system {}\n", r"is not valid YAML"),
+        ("base: [a]\n", r"base is \['a'\]; it must be a recipe's name"),
+        ("base: other.yaml\n", r"its base 'other\.yaml' does not exist beside it"),
+        ("base: dem\n", r"unknown recipe 'dem'.* Did you mean 'demo'\?"),
+        ("base: mine.yaml\n", r"recipes are each other's base: mine\.yaml -> mine\.yaml"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(BinarizeError, match=message):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_file_that_cannot_be_read_as_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(BinarizeError, match="cannot read the recipe"):
+        load_recipe(path)
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe("demo").seed = 1  # type: ignore[misc]
+
+
+# Copying.
+
+
+def test_a_copy_is_the_same_recipe_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    copied = copy_recipe("bidiffsr_x4", tmp_path)
+    assert copied == tmp_path / "bidiffsr_x4.yaml"
+    assert load_recipe(copied) == load_recipe("bidiffsr_x4")
+    copied.write_text("scale: 2\n")
+    with pytest.raises(BinarizeError, match="already exists"):
+        copy_recipe("bidiffsr_x4", copied)
+    assert copied.read_text() == "scale: 2\n"
+    copy_recipe("bidiffsr_x4", copied, force=True)
+    assert load_recipe(copied) == load_recipe("bidiffsr_x4")
+
+
+def test_a_copy_needs_a_yaml_name_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(BinarizeError, match=r"its name must end in \.yaml"):
+        copy_recipe("demo", tmp_path / "demo.txt")
+    with pytest.raises(BinarizeError, match="does not exist"):
+        copy_recipe("demo", tmp_path / "nowhere" / "demo.yaml")
+
+
+# Building.
+
+
+def test_build_gives_the_networks_of_the_recipes() -> None:
+    small = ["model.base_channels=8", "model.norm_groups=4", "model.channel_mults=[1,2]", "model.res_blocks=1"]
+    full = build_model(load_recipe("sr3_x2", small))
+    assert (full.config["resampling"], full.config["fusion"]) == ("conv", "wide")
+    binary = build_model(load_recipe("bidiffsr_x2", [*small, "method.groups=3"]))
+    from binarize.layers import BinaryConv2d
+
+    assert not any(isinstance(module, BinaryConv2d) for module in full.modules())
+    assert any(isinstance(module, BinaryConv2d) for module in binary.modules())
+    assert binary.config["num_train_timesteps"] == 2000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=bidifsr"], r"bidifsr.*bidiffsr"),
+        (["method.group=3"], r"group.*groups"),
+        (["keep=[no.such.module]"], r"no\.such\.module"),
+    ],
+)
+def test_validation_finds_what_only_building_can(overrides: list[str], message: str) -> None:
+    with pytest.raises(BinarizeError, match=message):
+        validate("demo", overrides)
+
+
+def test_validation_names_every_missing_folder(tmp_path: Path) -> None:
+    assert validate("demo", [f"train_data_dir={tmp_path}"]).train_data_dir == tmp_path
+    with pytest.raises(
+        BinarizeError, match=r"folders that do not exist:\n  train_data_dir: .*\n  validation_data_dir: "
+    ):
+        validate("demo", ["train_data_dir=nowhere", "validation_data_dir=nowhere"])
+
+
+def test_a_plugin_beside_the_recipe_is_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = tmp_path / "count.txt"
+    write(tmp_path, f"with open({str(counter)!r}, 'a') as f: f.write('x')\n", "plugin.py")
+    path = write(tmp_path, "base: demo\nplugins: [plugin.py, json]\n")
+    monkeypatch.chdir("/")
+    for _ in range(2):
+        import_plugins(load_recipe(path).plugins)
+    assert counter.read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ("nowhere.py", r"plugins: there is no file 'nowhere\.py'"),
+        ("no_such_module_here", r"cannot import 'no_such_module_here': ModuleNotFoundError.*named by its path"),
+    ],
+)
+def test_a_missing_plugin_is_refused(plugin: str, message: str) -> None:
+    with pytest.raises(BinarizeError, match=message):
+        import_plugins([plugin])
+
+
+def test_a_failing_plugin_is_named_with_its_error_and_can_be_tried_again(tmp_path: Path) -> None:
+    plugin = write(tmp_path, "raise RuntimeError('broken on purpose')\n", "plugin.py")
+    with pytest.raises(BinarizeError, match=r"plugin\.py': RuntimeError: broken on purpose"):
+        import_plugins([str(plugin)])
+    plugin.write_text("")
+    import_plugins([str(plugin)])
+
+
+# The paper's rows.
+
+COUNTS = {
+    "paper/table2_bidiffsr_x2": (4.575043, 36.6686),
+    "paper/table2_sr3_x2": (55.407, 176.408),
+    "paper/table2_bbcu_x2": (4.822, 37.748),
+    "paper/table2_reactnet_x2": (4.853, 37.934),
+    "paper/table2_bnn_x2": (4.787, 37.934),
+    "paper/table2_dorefa_x2": (4.787, 37.934),
+    "paper/table2_xnor_x2": (4.787, 37.934),
+    "paper/table2_irnet_x2": (4.787, 37.934),
+    "paper/ablation_baseline": (4.2885, 36.67),
+    "paper/ablation_identity": (4.2885, 36.67),
+    "paper/ablation_cp": (4.2901, 36.67),
+    "paper/ablation_cs": (4.2975, 36.67),
+    "paper/ablation_add": (4.094, 33.40),
+    "paper/ablation_split": (4.2975, 36.67),
+    "paper/ablation_tar": (4.367, 36.67),
+    "paper/ablation_taa": (4.506, 36.67),
+    "paper/ablation_k2": (4.367, 36.67),
+    "paper/ablation_k5": (4.575043, 36.6686),
+}
+
+
+def test_every_row_of_the_paper_is_counted_below() -> None:
+    assert COUNTS.keys() == {name for name in NAMES if name.startswith("paper/") and not name.endswith("_x4")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_row_of_the_paper_has_the_published_size(name: str) -> None:
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        model = build_model(recipe)
+    summary = binarize.summary(model)
+    params, ops = COUNTS[name]
+    assert summary.params / 1e6 == pytest.approx(params, abs=1e-3)
+    assert summary.ops / 1e9 == pytest.approx(ops, abs=1e-2)
+    assert recipe.published is not None
+    # The paper rounds; two of its rows are off by 0.01.
+    if recipe.published.params_m is not None and recipe.published.ops_g is not None:
+        assert summary.params / 1e6 == pytest.approx(recipe.published.params_m, abs=0.0101)
+        assert summary.ops / 1e9 == pytest.approx(recipe.published.ops_g, abs=0.0101)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_x4") and name != "default_x4"])
+def test_an_x4_row_is_the_x2_row_at_another_scale(name: str) -> None:
+    two, four = load_recipe(name[:-1] + "2").model_dump(), load_recipe(name).model_dump()
+    own = {"description", "published", "scale", "resolution", "output_dir"}
+    assert {key for key in two if two[key] != four[key]} <= own
+    assert (four["scale"], four["resolution"]) == (4, 256)
