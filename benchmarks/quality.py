@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from binarize.cli.options import Device, Precision
 from binarize.evaluation import evaluate
-from binarize.imaging import degrade, enlarge, read_picture
+from binarize.imaging import degrade, read_image, upscale_bicubic
 from binarize.models.loading import load_pipeline, prepare, sample
 
 RESULTS = Path(__file__).parent / "results"
@@ -101,13 +101,13 @@ def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96, z
     pipeline = prepare(load_pipeline(model), Device.auto, Precision.float32, None)
     lines = []
     for path in sorted(data.iterdir()):
-        high = read_picture(path).pixels()
+        high = read_image(path).pixels()
         high = high[..., : high.shape[-2] // 8 * 8, : high.shape[-1] // 8 * 8]
         top, left = _busiest(high.float().mean(0).numpy(), 2 * side)
         around = high[..., top : top + 2 * side, left : left + 2 * side]
         small = degrade(around, pipeline.scale)
         low = _image(small)
-        panels = [_image(enlarge(small, pipeline.scale))]
+        panels = [_image(upscale_bicubic(small, pipeline.scale))]
         panels += [sample(pipeline, low, steps=count, seed=0) for count in (min(steps), max(steps))]
         panels.append(_image(around))
         middle = (side // 2, side // 2, side // 2 + side, side // 2 + side)

@@ -11,7 +11,7 @@ from torch import Tensor
 _RIM_SEED = 0
 
 
-def pad_picture(picture: Tensor, height: int, width: int) -> Tensor:
+def pad_image(picture: Tensor, height: int, width: int) -> Tensor:
     """Extend pictures at the bottom and the right; each side is mirrored, or its edge repeated where it is too short.
 
     Args:

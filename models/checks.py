@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError, did_you_mean
-from binarize.imaging import Picture
+from binarize.imaging import DecodedImage
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -116,7 +116,7 @@ def check_callback_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
         raise BinarizeError(f"callback_on_step_end_tensor_inputs has {unknown}; allowed: {list(allowed)}.")
 
 
-def one_each(generator: Any, sources: Sequence[Picture]) -> list[Any]:
+def one_each(generator: Any, sources: Sequence[DecodedImage]) -> list[Any]:
     """Return a generator, or None, for each picture."""
     several = isinstance(generator, (list, tuple))
     each = list(generator) if several else [generator] * len(sources)
@@ -134,7 +134,7 @@ def one_each(generator: Any, sources: Sequence[Picture]) -> list[Any]:
 
 
 def split_latents(
-    latents: Tensor | Sequence[Tensor] | None, sources: Sequence[Picture], scale: int
+    latents: Tensor | Sequence[Tensor] | None, sources: Sequence[DecodedImage], scale: int
 ) -> list[Tensor | None]:
     """Return the given noise picture by picture, (1, 3, H, W) each, or None for each."""
     if latents is None:

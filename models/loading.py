@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from binarize.cli.options import Device, Precision, Scheduler
-    from binarize.imaging import Picture
+    from binarize.imaging import DecodedImage
     from binarize.models import SRUNet, SuperResolutionPipeline
 
 PIPELINE, NETWORK, RUN = "model_index.json", "config.json", "model"
@@ -165,7 +165,7 @@ def prepare(
 
 def sample(
     pipeline: SuperResolutionPipeline,
-    picture: Image.Image | Picture,
+    picture: Image.Image | DecodedImage,
     *,
     steps: int | None,
     seed: int,

@@ -22,16 +22,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from binarize.conversion.packing import is_packed, pack_if_possible, unpack
-from binarize.imaging import Picture, enlarge
+from binarize.imaging import DecodedImage, upscale_bicubic
 from binarize.kernels.backends import kernels_for
 from binarize.models import checks
-from binarize.models.canvas import pad_noise, pad_picture
-from binarize.models.pictures import as_pictures, collect, finish
-from binarize.models.target import picture_of
+from binarize.models.canvas import pad_image, pad_noise
+from binarize.models.images import as_images, collect, finish
+from binarize.models.target import image_of
 from binarize.models.tiling import TileGrid, tile_grid
 
 _log = logging.getLogger("binarize")
-PictureInput = Image.Image | Picture | np.ndarray | Tensor | Sequence[Image.Image | Picture | np.ndarray | Tensor]
+ImageInput = (
+    Image.Image | DecodedImage | np.ndarray | Tensor | Sequence[Image.Image | DecodedImage | np.ndarray | Tensor]
+)
 StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str, Any]]
 
 # The released networks have four levels, for networks that do not say what their sizes must be a multiple of.
@@ -191,7 +193,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: PictureInput,
+        image: ImageInput,
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | list[Tensor] | None = None,
@@ -212,7 +214,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
         Args:
             image: PIL image (any mode; orientation, palette, inks and depth are resolved),
-                :class:`binarize.imaging.Picture`, numpy array (H, W) or (H, W, 1 to 4), tensor (1 to 4, H, W), a batch
+                `binarize.imaging.DecodedImage`, numpy array (H, W) or (H, W, 1 to 4), tensor (1 to 4, H, W), a batch
                 of either with a leading axis, or a list of these in which sizes may differ. Floating point in [0, 1],
                 or uint8 or uint16; two or four channels end in alpha, which is enlarged bicubically.
             num_inference_steps: Denoising steps, from 1 to the scheduler's number of training timesteps; by default
@@ -245,7 +247,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
             BinarizeError: If an argument is none of the above, or if the scheduler was replaced by one that does not
                 fit the network.
         """
-        sources = as_pictures(image)
+        sources = as_images(image)
         num_inference_steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -299,7 +301,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Denoise pictures of one size; (B, 3, H, W) noise and condition in, (B, 3, H, W) in [0, 1] out."""
         height, width = condition.shape[-2:]
-        condition = pad_picture(condition, *grid.shape)
+        condition = pad_image(condition, *grid.shape)
         # The scheduler remembers the last predictions and its place, so each sample starts it anew.
         self.scheduler.set_timesteps(num_inference_steps, device=condition.device)
         x = pad_noise(noise, *grid.shape) * self.scheduler.init_noise_sigma
@@ -312,7 +314,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
                 returned = callback(self, step, timestep, {name: tensors[name] for name in callback_inputs})
                 x = x if returned is None else returned.get("latents", x)
             advance()
-        return picture_of(x, condition, self.residual_factor)[..., :height, :width].clamp(0, 1)
+        return image_of(x, condition, self.residual_factor)[..., :height, :width].clamp(0, 1)
 
     def _predict(self, timestep: Tensor, sample: Tensor, condition: Tensor) -> Tensor:
         dtype = self.unet.dtype
@@ -322,11 +324,11 @@ class SuperResolutionPipeline(DiffusionPipeline):
     def _working(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
 
-    def _condition(self, sources: list[Picture]) -> Tensor:
-        return enlarge(torch.stack([self._working(source.rgb) for source in sources]), self.scale)
+    def _condition(self, sources: list[DecodedImage]) -> Tensor:
+        return upscale_bicubic(torch.stack([self._working(source.rgb) for source in sources]), self.scale)
 
-    def _alpha(self, source: Picture, rgb: Tensor) -> Tensor | None:
-        return None if source.alpha is None else enlarge(source.alpha.to(rgb), self.scale)
+    def _alpha(self, source: DecodedImage, rgb: Tensor) -> Tensor | None:
+        return None if source.alpha is None else upscale_bicubic(source.alpha.to(rgb), self.scale)
 
     def _noise(self, given: Tensor | None, generator: torch.Generator | None, condition: Tensor) -> Tensor:
         if given is not None:
@@ -335,7 +337,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
         return randn_tensor(shape, generator=generator, device=condition.device, dtype=condition.dtype)
 
 
-def _chunks(sources: list[Picture], batch_size: int) -> list[list[int]]:
+def _chunks(sources: list[DecodedImage], batch_size: int) -> list[list[int]]:
     """Split the pictures' indices, in order, into runs of one size and at most ``batch_size`` pictures."""
     chunks: list[list[int]] = []
     for _, run in groupby(range(len(sources)), key=lambda i: sources[i].rgb.shape):

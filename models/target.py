@@ -16,6 +16,6 @@ def diffused_of(picture: Tensor, enlarged: Tensor, residual_scale: float | None)
     return picture if residual_scale is None else (picture - enlarged) / residual_scale
 
 
-def picture_of(diffused: Tensor, enlarged: Tensor, residual_scale: float | None) -> Tensor:
+def image_of(diffused: Tensor, enlarged: Tensor, residual_scale: float | None) -> Tensor:
     """Return the picture of an x_0, the inverse of `diffused_of`; values may leave [0, 1]."""
     return diffused if residual_scale is None else enlarged + residual_scale * diffused

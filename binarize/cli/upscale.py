@@ -31,7 +31,7 @@ from binarize.cli.options import (
 from binarize.errors import BinarizeError
 
 if TYPE_CHECKING:
-    from binarize.imaging import Picture
+    from binarize.imaging import DecodedImage
     from binarize.models import SuperResolutionPipeline
 
 DEFAULT_SCALE = 2
@@ -50,7 +50,7 @@ class Decoded:
     """What decoding every source once has told: each one's (height, width), and a job and a pixel of each mode."""
 
     sizes: dict[Path, tuple[int, int]]
-    modes: dict[str, tuple[Job, Picture]]
+    modes: dict[str, tuple[Job, DecodedImage]]
 
 
 def upscale(
@@ -110,7 +110,7 @@ def upscale(
     began = process_start()
     from tqdm import tqdm
 
-    from binarize.imaging import read_picture, save_picture
+    from binarize.imaging import read_image, save_image
     from binarize.models.loading import load_pipeline, prepare, sample, scale_of
 
     if not source.exists():  # before anything is downloaded
@@ -135,13 +135,13 @@ def upscale(
     with tqdm(total=passes, unit="pass", disable=not shows_progress()) as bar:
         for job in jobs:
             bar.set_description(job.source.name)
-            picture = read_picture(job.source)
+            picture = read_image(job.source)
             before = time.perf_counter()
             side = tiles[job.source]
             large = sample(pipeline, picture, steps=steps, seed=seed, tile=side, overlap=overlap, advance=bar.update)
             seconds = time.perf_counter() - before
             sampling += seconds
-            save_picture(large, job.target, force=force)
+            save_image(large, job.target, force=force)
             with bar.external_write_mode():
                 typer.echo(f"{job.target}: {large.width}x{large.height}, {seconds:.1f} s")
     each = f"{steps} step{'s' if steps > 1 else ''} a picture"
@@ -214,12 +214,12 @@ def plan_jobs(source: Path, target: Path, *, force: bool) -> list[Job]:
         BinarizeError: If the source is missing, a target exists or is a source, two sources share a target, or a
             target's folder is missing.
     """
-    from binarize.imaging import list_pictures
+    from binarize.imaging import list_images
 
     if source.is_dir():
         if target.exists() and not target.is_dir():
             raise BinarizeError(f"{target}: is a file; the pictures of a folder go into a folder.")
-        jobs = [Job(path, target / f"{path.stem}.png") for path in list_pictures(source)]
+        jobs = [Job(path, target / f"{path.stem}.png") for path in list_images(source)]
     elif target.is_dir():
         jobs = [Job(source, target / f"{source.stem}.png")]
     else:
@@ -245,15 +245,15 @@ def _decode(jobs: list[Job]) -> Decoded:
     """Decode every source once, so that a broken one is found before hours of work."""
     import torch
 
-    from binarize.imaging import read_picture
+    from binarize.imaging import read_image
     from binarize.imaging.pairs import raise_all
 
     sizes: dict[Path, tuple[int, int]] = {}
-    modes: dict[str, tuple[Job, Picture]] = {}
+    modes: dict[str, tuple[Job, DecodedImage]] = {}
     problems = []
     for job in jobs:
         try:
-            picture = read_picture(job.source)
+            picture = read_image(job.source)
         except BinarizeError as error:
             problems.append(str(error))
             continue
@@ -265,14 +265,14 @@ def _decode(jobs: list[Job]) -> Decoded:
     return Decoded(sizes, modes)
 
 
-def _check_target(job: Job, pixel: Picture) -> None:
+def _check_target(job: Job, pixel: DecodedImage) -> None:
     """Write one pixel beside the target: that the folder, the format and the mode go together shows in it."""
-    from binarize.imaging import save_picture
+    from binarize.imaging import save_image
 
     job.target.parent.mkdir(parents=True, exist_ok=True)
     probe = job.target.with_name(f".probe-{job.target.name}")
     try:
-        save_picture(pixel, probe, force=True)
+        save_image(pixel, probe, force=True)
     except BinarizeError as error:
         raise BinarizeError(str(error).replace(str(probe), str(job.target))) from error
     finally:

@@ -12,7 +12,7 @@ from binarize.imaging import write_atomic
 
 if TYPE_CHECKING:
     from binarize import Summary
-    from binarize.evaluation import EvaluationReport, PictureScores
+    from binarize.evaluation import EvaluationReport, ImageScores
     from binarize.recipes import Recipe
     from binarize.training import TrainResult
 
@@ -40,7 +40,7 @@ class Comparison:
     bicubic: Image.Image
     enlarged: Image.Image
     original: Image.Image
-    mean: PictureScores
+    mean: ImageScores
 
 
 def side_by_side(pictures: Comparison, detail: tuple[int, int, int, int]) -> Image.Image:
@@ -72,7 +72,7 @@ def side_by_side(pictures: Comparison, detail: tuple[int, int, int, int]) -> Ima
     return sheet
 
 
-def verdict(mean: PictureScores, steps: int) -> str:
+def verdict(mean: ImageScores, steps: int) -> str:
     """Return in words how the network compares with bicubic enlargement, whichever is better."""
     if mean.bicubic is None:
         return f"The network reaches {mean.model.psnr:.2f} dB."

@@ -18,7 +18,7 @@ from PIL import Image
 
 from binarize.demo.report import Comparison, side_by_side, write_report
 from binarize.errors import BinarizeError
-from binarize.imaging import degrade, enlarge, read_picture, save_picture
+from binarize.imaging import degrade, read_image, save_image, upscale_bicubic
 
 if TYPE_CHECKING:
     from binarize.evaluation import EvaluationReport
@@ -90,7 +90,7 @@ def run_demo(
     output = Path(output)
     if (output / "report.md").exists() and not force:
         raise BinarizeError(f"{output}: holds a demonstration; choose another folder, or --force to replace it.")
-    source = picture_folder()
+    source = image_folder()
     recipe = load_recipe(
         RECIPE,
         [
@@ -100,7 +100,7 @@ def run_demo(
             *overrides,
         ],
     )
-    prepare_pictures(source, output / "pictures", recipe.scale)
+    prepare_images(source, output / "pictures", recipe.scale)
 
     say(f"1/3  training {RECIPE}.yaml: {recipe.max_train_steps} steps on {len(TRAINING)} pictures of scikit-image")
     with _one_thread():
@@ -111,7 +111,7 @@ def run_demo(
     low = Image.open(output / "pictures" / f"held-out-x{recipe.scale}-small.png")
     enlarged, scores = _measure(pipeline, low, output / "pictures" / "held-out", recipe.num_inference_steps)
     say("3/3  writing the comparison and the report")
-    save_picture(enlarged, output / "enlarged.png", force=True)
+    save_image(enlarged, output / "enlarged.png", force=True)
     comparison = Comparison(
         low=low,
         bicubic=_bicubic(low, recipe.scale),
@@ -119,7 +119,7 @@ def run_demo(
         original=Image.open(output / "pictures" / "held-out" / HELD_OUT),
         mean=scores.mean,
     )
-    save_picture(side_by_side(comparison, DETAIL), output / "comparison.png", force=True)
+    save_image(side_by_side(comparison, DETAIL), output / "comparison.png", force=True)
     seconds = time.perf_counter() - began
     write_report(output / "report.md", recipe, trained, binarize.summary(pipeline.unet), scores, seconds)
     return DemoResult(
@@ -145,7 +145,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def picture_folder() -> Path:
+def image_folder() -> Path:
     """Return the folder in which scikit-image ships its pictures; nothing is downloaded.
 
     Raises:
@@ -163,17 +163,17 @@ def picture_folder() -> Path:
     return folder
 
 
-def prepare_pictures(source: Path, target: Path, scale: int) -> None:
+def prepare_images(source: Path, target: Path, scale: int) -> None:
     """Copy what is used into ``training/`` and ``held-out/``, and the held-out picture degraded beside them."""
     (target / "training").mkdir(parents=True, exist_ok=True)
     (target / "held-out").mkdir(parents=True, exist_ok=True)
     for name in TRAINING:
-        picture = read_picture(source / name).to_pil()
-        save_picture(picture, target / "training" / f"{Path(name).stem}.png", force=True)
-    part = read_picture(source / HELD_OUT).to_pil().crop(PART)
-    save_picture(part, target / "held-out" / HELD_OUT, force=True)
-    small = degrade(read_picture(target / "held-out" / HELD_OUT).pixels(), scale)
-    save_picture(_image(small), target / f"held-out-x{scale}-small.png", force=True)
+        picture = read_image(source / name).to_pil()
+        save_image(picture, target / "training" / f"{Path(name).stem}.png", force=True)
+    part = read_image(source / HELD_OUT).to_pil().crop(PART)
+    save_image(part, target / "held-out" / HELD_OUT, force=True)
+    small = degrade(read_image(target / "held-out" / HELD_OUT).pixels(), scale)
+    save_image(_image(small), target / f"held-out-x{scale}-small.png", force=True)
 
 
 def _measure(
@@ -205,9 +205,9 @@ def _cached_backbone() -> Path | None:
 
 
 def _bicubic(low: Image.Image, scale: int) -> Image.Image:
-    from binarize.imaging import to_picture
+    from binarize.imaging import to_image
 
-    return _image(enlarge(to_picture(low).pixels(), scale))
+    return _image(upscale_bicubic(to_image(low).pixels(), scale))
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:

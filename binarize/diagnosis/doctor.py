@@ -27,10 +27,10 @@ from binarize.diagnosis.sampling import (
 )
 from binarize.errors import BinarizeError
 from binarize.evaluation.quality import psnr
-from binarize.imaging import enlarge
+from binarize.imaging import upscale_bicubic
 from binarize.models import SuperResolutionPipeline
 from binarize.models.checks import OtherTimestepsError
-from binarize.models.target import picture_of
+from binarize.models.target import image_of
 
 TRIAL_STEPS = 10
 """Denoising steps of a trial; all of a slow model's steps for each would take too long."""
@@ -87,7 +87,7 @@ def doctor(
     running, packed = _as_upscale_runs_it(floats)
     asked = pipeline.num_inference_steps if steps is None else steps
     case = make_case(pipeline.scale, pipeline.size_multiple, seed)
-    bicubic = psnr(enlarge(case.low, pipeline.scale), case.original, border=pipeline.scale)
+    bicubic = psnr(upscale_bicubic(case.low, pipeline.scale), case.original, border=pipeline.scale)
     advance("the model as it is")
     before = _as_it_is(pipeline, running, case, asked, seed)
     healthy = before > bicubic
@@ -157,7 +157,7 @@ def _try(change: Change, unet: nn.Module, case: Case, scale: int) -> Trial:
             return Trial(change.cause, change.what, "", how.steps, None)
         residual_scale, fix = found, fix.format(found=found)
     factor = None if residual_scale is None else residual_scale * how.residual_strength
-    picture = pixels_of(picture_of(x, condition, factor), how.signed)
+    picture = pixels_of(image_of(x, condition, factor), how.signed)
     score = psnr(picture, case.original, border=scale) if torch.isfinite(x).all() else None
     return Trial(change.cause, change.what, fix, how.steps, score)
 

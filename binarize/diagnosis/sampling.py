@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from binarize.imaging import degrade, enlarge, read_picture
+from binarize.imaging import degrade, read_image, upscale_bicubic
 from binarize.timestep import TimestepContext
 
 PICTURE = Path(__file__).with_name("picture.png")
@@ -58,12 +58,12 @@ class Case:
 
 def make_case(scale: int, multiple: int, seed: int) -> Case:
     """Return the embedded picture, cut so that ``scale`` and the network's ``multiple`` divide its sides."""
-    original = read_picture(PICTURE).pixels()
+    original = read_image(PICTURE).pixels()
     step = int(torch.lcm(torch.tensor(scale), torch.tensor(multiple)))
     side = original.shape[-1] // step * step if step <= original.shape[-1] else original.shape[-1] // scale * scale
     original = original[:, :side, :side].contiguous()
     low = degrade(original, scale)
-    condition = enlarge(low[None].float() / 255, scale)
+    condition = upscale_bicubic(low[None].float() / 255, scale)
     noise = torch.randn(condition.shape, generator=torch.Generator().manual_seed(seed))
     return Case(original, low, condition, noise)
 

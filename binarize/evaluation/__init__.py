@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from binarize.deprecation import renamed
 from binarize.evaluation.perceptual import Lpips, LpipsUnavailable
 from binarize.evaluation.quality import luma, psnr, ssim
-from binarize.evaluation.report import EvaluationReport, PictureScores, Scores
+from binarize.evaluation.report import EvaluationReport, ImageScores, Scores
 from binarize.evaluation.runner import evaluate
 
 __all__ = [
     "EvaluationReport",
+    "ImageScores",
     "Lpips",
     "LpipsUnavailable",
-    "PictureScores",
     "Scores",
     "evaluate",
     "luma",
     "psnr",
     "ssim",
 ]
+
+__getattr__ = renamed(__name__, {"PictureScores": "ImageScores"})

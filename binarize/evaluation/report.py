@@ -33,13 +33,13 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class PictureScores:
+class ImageScores:
     """One picture's scores, or the mean of all.
 
     Attributes:
         picture: The file's name without its suffix, or ``mean``.
         model: The scores of what was evaluated.
-        bicubic: Those of :func:`binarize.imaging.enlarge`, where the baseline was asked for.
+        bicubic: Those of :func:`binarize.imaging.upscale_bicubic`, where the baseline was asked for.
         seconds: Wall time of the enlargement by the model.
     """
 
@@ -62,7 +62,7 @@ class EvaluationReport:
         notes: What was left out and how to get it, a line each.
     """
 
-    rows: tuple[PictureScores, ...]
+    rows: tuple[ImageScores, ...]
     scale: int
     border: int
     lpips: str | None
@@ -70,10 +70,10 @@ class EvaluationReport:
     notes: tuple[str, ...] = ()
 
     @property
-    def mean(self) -> PictureScores:
+    def mean(self) -> ImageScores:
         """The mean over the pictures, each counting the same."""
         baseline = [row.bicubic for row in self.rows if row.bicubic is not None]
-        return PictureScores(
+        return ImageScores(
             "mean",
             _mean([row.model for row in self.rows]),
             _mean(baseline) if baseline else None,
@@ -165,21 +165,21 @@ class EvaluationReport:
         baseline = self.rows[0].bicubic is not None
         return self._metrics() + ([f"{BASELINE} {metric}" for metric in self._metrics()] if baseline else [])
 
-    def _values(self, row: PictureScores) -> list[float | None]:
+    def _values(self, row: ImageScores) -> list[float | None]:
         every = [scores for scores in (row.model, row.bicubic) if scores is not None]
         return [value for scores in every for value in self._numbers(scores)]
 
     def _numbers(self, scores: Scores) -> list[float | None]:
         return [scores.psnr, scores.ssim] + ([] if self.lpips is None else [scores.lpips])
 
-    def _cells(self, row: PictureScores) -> list[str]:
+    def _cells(self, row: ImageScores) -> list[str]:
         values = zip(self._headings(), self._values(row), strict=True)
         return [row.picture] + [
             "-" if value is None else f"{value:.2f}" if "PSNR" in heading else f"{value:.4f}"
             for heading, value in values
         ]
 
-    def _entry(self, row: PictureScores) -> dict[str, Any]:
+    def _entry(self, row: ImageScores) -> dict[str, Any]:
         entry: dict[str, Any] = {"seconds": row.seconds, "model": self._named(row.model)}
         if row.bicubic is not None:
             entry[BASELINE] = self._named(row.bicubic)

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from binarize.errors import BinarizeError
 from binarize.evaluation.perceptual import Lpips, LpipsUnavailable
 from binarize.evaluation.quality import SSIM_MIN_SIDE, psnr, scikit_image_ssim, shave, ssim
-from binarize.evaluation.report import EvaluationReport, PictureScores, Scores
-from binarize.imaging import ImagePair, ImagePairs, enlarge, to_picture
+from binarize.evaluation.report import EvaluationReport, ImageScores, Scores
+from binarize.imaging import ImagePair, ImagePairs, to_image, upscale_bicubic
 from binarize.imaging.pairs import raise_all
 
 Folder = str | os.PathLike[str]
@@ -40,7 +40,7 @@ def evaluate(
 
     PSNR and SSIM are computed on Y of BT.601 in studio range, as MATLAB's ``rgb2ycbcr`` gives it before rounding, LPIPS
     on RGB, all with ``border`` pixels shaved off each side. The baseline called "bicubic" is
-    :func:`binarize.imaging.enlarge` of the 8-bit low-resolution picture, that is MATLAB's ``imresize``, which rounds to
+    `binarize.imaging.upscale_bicubic` of the 8-bit low-resolution image, that is MATLAB's ``imresize``, which rounds to
     8 bits after each axis. On Set5 it gives the published 33.67 / 0.9303 at x2 and 28.43 / 0.8111 at x4. Rounding only
     once gives 33.68 / 0.9304 and 28.43 / 0.8113, PyTorch's ``bicubic`` (a = -0.75) 33.97 / 0.9330 and 28.63 / 0.8138.
 
@@ -80,8 +80,8 @@ def evaluate(
         start = time.perf_counter()
         result = _pixels(upscale(source), pair)
         seconds = time.perf_counter() - start
-        bicubic = _scores(enlarge(pair.lr, scale), pair.hr, border, distance) if baseline else None
-        rows.append(PictureScores(pair.name, _scores(result, pair.hr, border, distance), bicubic, seconds))
+        bicubic = _scores(upscale_bicubic(pair.lr, scale), pair.hr, border, distance) if baseline else None
+        rows.append(ImageScores(pair.name, _scores(result, pair.hr, border, distance), bicubic, seconds))
     return EvaluationReport(tuple(rows), scale, border, None if distance is None else distance.net, name, notes)
 
 
@@ -117,7 +117,7 @@ def _scores(result: torch.Tensor, hr: torch.Tensor, border: int, distance: Lpips
 def _pixels(result: object, pair: ImagePair) -> torch.Tensor:
     """Return what ``upscale`` gave as uint8 (3, H, W)."""
     if isinstance(result, Image.Image):
-        pixels = to_picture(result).pixels()
+        pixels = to_image(result).pixels()
     elif isinstance(result, np.ndarray) and result.dtype == np.uint8 and result.ndim == 3:
         pixels = torch.from_numpy(np.ascontiguousarray(result.transpose(2, 0, 1)))
     elif isinstance(result, torch.Tensor) and result.dtype == torch.uint8:

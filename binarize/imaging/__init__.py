@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from binarize.deprecation import renamed
+from binarize.imaging.decoded import DecodedImage, to_image
 from binarize.imaging.files import (
-    PICTURE_SUFFIXES,
-    list_pictures,
-    picture_size,
-    read_picture,
-    save_picture,
+    IMAGE_SUFFIXES,
+    image_size,
+    list_images,
+    read_image,
+    save_image,
     write_atomic,
 )
 from binarize.imaging.pairs import ImagePair, ImagePairs
-from binarize.imaging.picture import Picture, to_picture
-from binarize.imaging.resize import degrade, enlarge
+from binarize.imaging.resize import degrade, upscale_bicubic
 
 __all__ = [
-    "PICTURE_SUFFIXES",
+    "IMAGE_SUFFIXES",
+    "DecodedImage",
     "ImagePair",
     "ImagePairs",
-    "Picture",
     "degrade",
-    "enlarge",
-    "list_pictures",
-    "picture_size",
-    "read_picture",
-    "save_picture",
-    "to_picture",
+    "image_size",
+    "list_images",
+    "read_image",
+    "save_image",
+    "to_image",
+    "upscale_bicubic",
     "write_atomic",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "PICTURE_SUFFIXES": "IMAGE_SUFFIXES",
+        "Picture": "DecodedImage",
+        "enlarge": "upscale_bicubic",
+        "list_pictures": "list_images",
+        "picture_size": "image_size",
+        "read_picture": "read_image",
+        "save_picture": "save_image",
+        "to_picture": "to_image",
+    },
+)

@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from binarize.errors import BinarizeError, did_you_mean
-from binarize.imaging.picture import Picture, to_picture, upright_size
+from binarize.imaging.decoded import DecodedImage, to_image, upright_size
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 
 # Suffix -> Pillow's format, the modes it stores without loss of a channel or of depth, and how it is written.
 _WRITERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
@@ -29,8 +29,8 @@ _WRITERS[".tiff"] = _WRITERS[".tif"]
 _WRITERS[".jpeg"] = _WRITERS[".jpg"]
 
 
-def read_picture(path: str | os.PathLike[str]) -> Picture:
-    """Read a picture file, whole, upright and with what :class:`Picture` remembers of it.
+def read_image(path: str | os.PathLike[str]) -> DecodedImage:
+    """Read a picture file, whole, upright and with what :class:`DecodedImage` remembers of it.
 
     Raises:
         BinarizeError: If the file is missing, a folder, no picture, truncated, of an unsupported mode, or beyond
@@ -38,14 +38,14 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
             that names the file.
     """
     with _opened(Path(path)) as image:
-        return to_picture(image)
+        return to_image(image)
 
 
-def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return height and width of a picture file as shown, its EXIF orientation applied, without decoding the pixels.
 
     Raises:
-        BinarizeError: As :func:`read_picture`, for what the header alone can tell.
+        BinarizeError: As :func:`read_image`, for what the header alone can tell.
     """
     with _opened(Path(path)) as image:
         return upright_size(image)
@@ -76,7 +76,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise BinarizeError(f"{path}: cannot be read as a picture: {_one_line(error)}") from error
 
 
-def list_pictures(folder: str | os.PathLike[str]) -> list[Path]:
+def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     """List the picture files directly in a folder by name, hidden ones left out.
 
     Raises:
@@ -90,20 +90,20 @@ def list_pictures(folder: str | os.PathLike[str]) -> list[Path]:
     found = sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
     if not found:
-        raise BinarizeError(f"{folder}: holds no pictures; looked for {' '.join(PICTURE_SUFFIXES)}")
+        raise BinarizeError(f"{folder}: holds no pictures; looked for {' '.join(IMAGE_SUFFIXES)}")
     return found
 
 
-def save_picture(image: Image.Image | Picture, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+def save_image(image: Image.Image | DecodedImage, path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write a picture, atomically, in the format that the suffix names; JPEG at quality 95, WebP lossless.
 
     The colour profile in the image's ``info`` is kept, every other tag (EXIF, orientation) is left out.
 
     Args:
-        image: A Pillow image or a :class:`Picture`.
+        image: A Pillow image or a :class:`DecodedImage`.
         path: Where to; its folder must exist.
         force: Replace a file that is already there.
 
@@ -122,7 +122,7 @@ def save_picture(image: Image.Image | Picture, path: str | os.PathLike[str], *, 
             f"{path}: cannot write pictures with the suffix {path.suffix!r}; use one of {' '.join(known)}."
             f"{did_you_mean(path.suffix, known)}"
         )
-    image = image.to_pil() if isinstance(image, Picture) else image
+    image = image.to_pil() if isinstance(image, DecodedImage) else image
     name, modes, options = writer
     if image.mode not in modes:
         raise BinarizeError(f"{path}: {name} cannot hold a picture of mode {image.mode!r}; use .png or .tif")

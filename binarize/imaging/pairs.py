@@ -12,7 +12,7 @@ from typing import overload
 import torch
 
 from binarize.errors import BinarizeError
-from binarize.imaging.files import PICTURE_SUFFIXES, list_pictures, picture_size, read_picture
+from binarize.imaging.files import IMAGE_SUFFIXES, image_size, list_images, read_image
 from binarize.imaging.resize import degrade
 
 _SHOWN = 20
@@ -50,7 +50,7 @@ class ImagePairs(Sequence[ImagePair]):
     theirs. Where ``lr_dir`` holds no pictures but a folder ``X2`` does, that is taken.
 
     Args:
-        hr_dir: Folder of high-resolution pictures, in any format and mode that :func:`read_picture` reads.
+        hr_dir: Folder of high-resolution pictures, in any format and mode that :func:`read_image` reads.
             Transparency is ignored, greyscale repeated over the three channels.
         lr_dir: Folder of the low-resolution ones.
         scale: Whole factor between them.
@@ -70,7 +70,7 @@ class ImagePairs(Sequence[ImagePair]):
         min_side: int | None = None,
     ) -> None:
         self.scale = scale
-        high = list_pictures(hr_dir)
+        high = list_images(hr_dir)
         problems: list[str] = []
         partners = dict.fromkeys(high, None) if lr_dir is None else _match(high, Path(lr_dir), scale, problems)
         files: list[PairFiles] = []
@@ -107,8 +107,8 @@ class ImagePairs(Sequence[ImagePair]):
         """Decode a pair's files: the cropped uint8 ``hr``, and ``lr`` where it has a file of its own."""
         files = self.files[index]
         height, width = files.size
-        hr = read_picture(files.hr).pixels()[:, :height, :width].contiguous()
-        return hr, None if files.lr is None else read_picture(files.lr).pixels()
+        hr = read_image(files.hr).pixels()[:, :height, :width].contiguous()
+        return hr, None if files.lr is None else read_image(files.lr).pixels()
 
     def check(self) -> None:
         """Decode every file once.
@@ -141,10 +141,10 @@ def raise_all(folder: str | os.PathLike[str], problems: Sequence[str]) -> None:
 
 def _match(high: Iterable[Path], lr_dir: Path, scale: int, problems: list[str]) -> dict[Path, Path | None]:
     nested = lr_dir / f"X{scale}"
-    if nested.is_dir() and not any(path.suffix.lower() in PICTURE_SUFFIXES for path in lr_dir.iterdir()):
+    if nested.is_dir() and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in lr_dir.iterdir()):
         lr_dir = nested
     unclaimed: dict[str, list[Path]] = {}
-    for path in list_pictures(lr_dir):
+    for path in list_images(lr_dir):
         unclaimed.setdefault(path.stem.lower(), []).append(path)
     partners: dict[Path, Path | None] = {}
     for hr in high:
@@ -162,12 +162,12 @@ def _match(high: Iterable[Path], lr_dir: Path, scale: int, problems: list[str]) 
 
 
 def _checked_size(hr: Path, lr: Path | None, scale: int, min_side: int) -> tuple[int, int]:
-    height, width = picture_size(hr)
+    height, width = image_size(hr)
     size = (height // scale * scale, width // scale * scale)
     if min(size) < min_side:
         raise BinarizeError(f"{hr}: is {width}x{height} pixels, at least {min_side}x{min_side} are needed")
     if lr is not None:
-        small_height, small_width = picture_size(lr)
+        small_height, small_width = image_size(lr)
         if (small_height * scale, small_width * scale) != size:
             raise BinarizeError(
                 f"{hr} is {width}x{height} and {lr} is {small_width}x{small_height}; at scale {scale} the latter must "

@@ -53,7 +53,7 @@ def degrade(hr: Pixels, scale: int) -> Pixels:
     return restore(planes)
 
 
-def enlarge(lr: Pixels, scale: int) -> Pixels:
+def upscale_bicubic(lr: Pixels, scale: int) -> Pixels:
     """Enlarge a picture as MATLAB's ``imresize(lr, scale)`` does; the condition picture and the baseline "bicubic".
 
     Floating-point pictures are clamped to [0, 1] and not rounded; 8-bit ones are rounded after each axis, the vertical
@@ -72,12 +72,12 @@ def enlarge(lr: Pixels, scale: int) -> Pixels:
     """
     _check_scale(scale)
     if isinstance(lr, torch.Tensor) and lr.is_floating_point():
-        _check_shape(lr, "enlarge")
+        _check_shape(lr, "upscale_bicubic")
         planes = lr if lr.dtype in (torch.float32, torch.float64) else lr.float()
         for axis in (-2, -1):
             planes = _grow(planes, scale, axis)
         return planes.clamp(0, 1).to(lr.dtype)
-    pixels, restore = _planes(lr, "enlarge")
+    pixels, restore = _planes(lr, "upscale_bicubic")
     for axis in (-2, -1):
         pixels = _round(_grow(pixels.to(_exact(scale)), scale, axis))
     return restore(pixels)
@@ -107,7 +107,7 @@ def _planes(pixels: Pixels, caller: str) -> tuple[torch.Tensor, Callable[[torch.
         return pixels, lambda tensor: tensor
     given = f"{type(pixels).__name__} of {getattr(pixels, 'dtype', '?')} {tuple(getattr(pixels, 'shape', ()))}"
     allowed = "uint8 pixels: a numpy array (H, W) or (H, W, C), or a tensor (..., C, H, W)"
-    if caller == "enlarge":
+    if caller == "upscale_bicubic":
         allowed += ", or a floating-point tensor in [0, 1]"
     raise BinarizeError(f"{caller}: expected {allowed}; got {given}")
 

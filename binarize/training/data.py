@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from binarize.errors import BinarizeError
-from binarize.imaging import ImagePairs, degrade, enlarge
+from binarize.imaging import ImagePairs, degrade, upscale_bicubic
 from binarize.imaging.pairs import raise_all
 
 # Both filters look at two low-resolution pixels on each side.
@@ -173,7 +173,7 @@ def _cut(
     context = context.float() / 255
     inner = (slice(top - rows.start, top - rows.start + side), slice(left - columns.start, left - columns.start + side))
     low = _crop(context, *inner)
-    condition = _crop(enlarge(context[None], scale)[0], *(_scaled(part, scale) for part in inner))
+    condition = _crop(upscale_bicubic(context[None], scale)[0], *(_scaled(part, scale) for part in inner))
     patch = slice(top, top + side), slice(left, left + side)
     high = _crop(hr, *(_scaled(part, scale) for part in patch)).float() / 255
     return high, low, condition

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.evaluation import psnr
-from binarize.imaging import ImagePairs, enlarge, save_picture
+from binarize.imaging import ImagePairs, save_image, upscale_bicubic
 from binarize.training.checkpoint import replace_folder
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Validation:
             BinarizeError: If it cannot be written.
         """
         path = folder / f"step-{step:07d}-{self.name}.png"
-        return save_picture(Image.fromarray(self.pixels), path, force=True)
+        return save_image(Image.fromarray(self.pixels), path, force=True)
 
 
 class Validator:
@@ -85,7 +85,7 @@ class Validator:
             )[0]
             sample = (images[0].float().cpu() * 255).round().to(torch.uint8)
             quality = psnr(sample, picture.hr, border=scale)
-            strip = torch.cat([enlarge(picture.lr, scale), sample, picture.hr], dim=-1)
+            strip = torch.cat([upscale_bicubic(picture.lr, scale), sample, picture.hr], dim=-1)
             yield Validation(picture.name, strip.contiguous(), quality)
 
 

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import binarize
 from binarize.cli import app
 from binarize.cli.upscale import tile_for
-from binarize.imaging import degrade, read_picture
+from binarize.imaging import degrade, read_image
 from binarize.models import SRUNet, SuperResolutionPipeline, load_official
 from binarize.training import TrainingInterrupted
 
@@ -652,7 +652,7 @@ def test_evaluate_takes_low_resolution_files_and_refuses_other_sizes(model: Path
     lr = tmp_path / "lr"
     lr.mkdir()
     for path in photos.iterdir():
-        pixels = degrade(read_picture(path).pixels(), 2)
+        pixels = degrade(read_image(path).pixels(), 2)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(lr / path.name)
     command = ["evaluate", str(model), "--data", str(photos), "--lpips", "none", "--steps", "1"]
     assert succeeds(*command, "--lr", str(lr)) == succeeds(*command)
@@ -771,4 +771,4 @@ def test_a_model_of_a_users_own_method_needs_its_plugin(small: Path, tmp_path: P
         "upscale", small, tmp_path / "out.png", "--model", folder, "--steps", "1"
     )
     succeeds("--plugin", plugin, "upscale", small, tmp_path / "out.png", "--model", folder, "--steps", "1")
-    assert read_picture(tmp_path / "out.png").rgb.shape[0] == 3
+    assert read_image(tmp_path / "out.png").rgb.shape[0] == 3

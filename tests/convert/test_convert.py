@@ -269,7 +269,10 @@ def test_a_deepcopy_is_independent(converted, batch):
     x, t, condition = batch
     expected = converted(x, t, condition).sample
     twin = copy.deepcopy(converted)
-    assert binarize.conversion.convert.conversion(twin).context is not binarize.conversion.convert.conversion(converted).context
+    assert (
+        binarize.conversion.convert.conversion(twin).context
+        is not binarize.conversion.convert.conversion(converted).context
+    )
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.add_(1.0)

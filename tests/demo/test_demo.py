@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binarize.demo import run as demo
 from binarize.demo import report as _demo_report
+from binarize.demo import run as demo
 from binarize.errors import BinarizeError
-from binarize.evaluation import PictureScores, Scores
+from binarize.evaluation import ImageScores, Scores
 from binarize.imaging import degrade
 from binarize.models import SuperResolutionPipeline
 
@@ -30,8 +30,8 @@ TINY = (
 )
 
 
-def scores(model: float, bicubic: float | None) -> PictureScores:
-    return PictureScores("mean", Scores(model, 0.9), None if bicubic is None else Scores(bicubic, 0.9), 1.0)
+def scores(model: float, bicubic: float | None) -> ImageScores:
+    return ImageScores("mean", Scores(model, 0.9), None if bicubic is None else Scores(bicubic, 0.9), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def test_pictures_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(importlib.util, "find_spec", found(None))
     with pytest.raises(BinarizeError, match=r"pip install 'binarize-diffusion\[eval\]'"):
-        demo.picture_folder()
+        demo.image_folder()
     monkeypatch.setattr(importlib.util, "find_spec", found(str(tmp_path / "__init__.py")))
     with pytest.raises(BinarizeError, match=f"comes without {demo.TRAINING[0]}.*{demo.HELD_OUT}"):
-        demo.picture_folder()
+        demo.image_folder()
 
 
 def test_the_held_out_picture_is_not_trained_on(tmp_path: Path) -> None:
-    demo.prepare_pictures(demo.picture_folder(), tmp_path, 2)
+    demo.prepare_images(demo.image_folder(), tmp_path, 2)
     assert demo.HELD_OUT not in demo.TRAINING
     training = {path.stem for path in (tmp_path / "training").iterdir()}
     assert training == {Path(name).stem for name in demo.TRAINING}

@@ -27,7 +27,7 @@ from binarize.diagnosis.sampling import PICTURE, Conventions, diffuse, make_case
 from binarize.layers.activations import ClippedSign
 from binarize.models import SRUNet, SuperResolutionPipeline
 from binarize.models.loading import sample
-from binarize.models.target import picture_of
+from binarize.models.target import image_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RELEASED = {"num_train_timesteps": 2000, "beta_start": 1e-6, "beta_end": 1e-2}
@@ -216,7 +216,7 @@ def test_sampling_with_nothing_changed_is_the_pipelines(residual_scale: float | 
     torch.set_num_threads(1)  # equal to the bit, as the same sums in the same order are
     try:
         x, condition = diffuse(unet, Conventions(scheduler(clip_sample_range=10.0), 3), case)
-        ours = pixels_of(picture_of(x, condition, residual_scale), signed=False)
+        ours = pixels_of(image_of(x, condition, residual_scale), signed=False)
         theirs = np.asarray(sample(pipe, low, steps=3, seed=5))
     finally:
         torch.set_num_threads(threads)

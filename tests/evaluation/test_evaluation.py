@@ -22,16 +22,16 @@ from scipy.ndimage import convolve1d
 from binarize.errors import BinarizeError
 from binarize.evaluation import (
     EvaluationReport,
+    ImageScores,
     Lpips,
     LpipsUnavailable,
-    PictureScores,
     Scores,
     evaluate,
     luma,
     psnr,
     ssim,
 )
-from binarize.imaging import ImagePairs, enlarge, to_picture
+from binarize.imaging import ImagePairs, to_image, upscale_bicubic
 
 SHARED = Path(os.environ.get("BINARIZE_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 SET5 = SHARED / "data" / "Set5"
@@ -46,7 +46,7 @@ def noise(height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 def bicubic(scale: int):
     """An ``upscale`` that is the baseline."""
-    return lambda lr: Image.fromarray(enlarge(np.array(lr), scale))
+    return lambda lr: Image.fromarray(upscale_bicubic(np.array(lr), scale))
 
 
 @pytest.fixture
@@ -137,10 +137,10 @@ class TestPublishedFigures:
         self, scale: int, once: tuple[float, float], torchs: tuple[float, float]
     ) -> None:
         def rounded_once(lr: Image.Image) -> torch.Tensor:
-            return (enlarge(to_picture(lr).rgb[None], scale) * 255 + 0.5).byte()
+            return (upscale_bicubic(to_image(lr).rgb[None], scale) * 255 + 0.5).byte()
 
         def pytorch(lr: Image.Image) -> torch.Tensor:
-            large = torch.nn.functional.interpolate(to_picture(lr).rgb[None], scale_factor=scale, mode="bicubic")
+            large = torch.nn.functional.interpolate(to_image(lr).rgb[None], scale_factor=scale, mode="bicubic")
             return (large.clamp(0, 1) * 255 + 0.5).byte()
 
         for upscale, figures in ((rounded_once, once), (pytorch, torchs)):
@@ -266,10 +266,10 @@ class TestEvaluate:
 
     def test_every_kind_of_result_gives_the_same(self, folder: Path) -> None:
         kinds = (
-            lambda lr: Image.fromarray(enlarge(np.array(lr), 2)),
-            lambda lr: enlarge(np.array(lr), 2),
-            lambda lr: torch.from_numpy(enlarge(np.array(lr), 2)).permute(2, 0, 1),
-            lambda lr: torch.from_numpy(enlarge(np.array(lr), 2)).permute(2, 0, 1)[None],
+            lambda lr: Image.fromarray(upscale_bicubic(np.array(lr), 2)),
+            lambda lr: upscale_bicubic(np.array(lr), 2),
+            lambda lr: torch.from_numpy(upscale_bicubic(np.array(lr), 2)).permute(2, 0, 1),
+            lambda lr: torch.from_numpy(upscale_bicubic(np.array(lr), 2)).permute(2, 0, 1)[None],
         )
         reports = [evaluate(kind, folder, scale=2, lpips=None, progress=False) for kind in kinds]
         for report in reports:
@@ -322,8 +322,8 @@ class TestReport:
     @pytest.fixture
     def report(self) -> EvaluationReport:
         rows = (
-            PictureScores("a|b", Scores(30.0, 0.9, 0.1), Scores(28.5, 0.8, 0.3), 1.5),
-            PictureScores("c,d", Scores(32.0, 0.95, 0.2), Scores(29.5, 0.85, 0.4), 0.5),
+            ImageScores("a|b", Scores(30.0, 0.9, 0.1), Scores(28.5, 0.8, 0.3), 1.5),
+            ImageScores("c,d", Scores(32.0, 0.95, 0.2), Scores(29.5, 0.85, 0.4), 0.5),
         )
         return EvaluationReport(rows, scale=2, border=2, lpips="squeeze", name="ours", notes=("something is missing",))
 

@@ -16,14 +16,14 @@ from PIL import Image, ImageCms
 
 from binarize.errors import BinarizeError
 from binarize.imaging import (
-    Picture,
+    DecodedImage,
     degrade,
-    enlarge,
-    list_pictures,
-    picture_size,
-    read_picture,
-    save_picture,
-    to_picture,
+    image_size,
+    list_images,
+    read_image,
+    save_image,
+    to_image,
+    upscale_bicubic,
     write_atomic,
 )
 
@@ -102,11 +102,11 @@ class TestResize:
         scale=st.sampled_from([1, 2, 3, 4]),
     )
     def test_enlarge_equals_an_independent_oracle(self, image: np.ndarray, scale: int) -> None:
-        np.testing.assert_array_equal(enlarge(image, scale), matlab_resize(image, scale, to_8_bits=True))
+        np.testing.assert_array_equal(upscale_bicubic(image, scale), matlab_resize(image, scale, to_8_bits=True))
         smooth = matlab_resize(image / 255, scale, to_8_bits=False)
-        exact = enlarge(torch.from_numpy(image / 255)[None, None], scale)[0, 0]
+        exact = upscale_bicubic(torch.from_numpy(image / 255)[None, None], scale)[0, 0]
         np.testing.assert_allclose(exact.numpy(), smooth.clip(0, 1), atol=1e-12)
-        single = enlarge(torch.from_numpy(image / 255).float()[None, None], scale)[0, 0]
+        single = upscale_bicubic(torch.from_numpy(image / 255).float()[None, None], scale)[0, 0]
         assert single.dtype == torch.float32
         np.testing.assert_allclose(single.numpy(), smooth.clip(0, 1), atol=2e-6)
 
@@ -114,7 +114,7 @@ class TestResize:
     @pytest.mark.parametrize("level", [0, 1, 128, 255])
     def test_a_constant_picture_stays_constant(self, scale: int, level: int) -> None:
         small = np.full((5, 3, 3), level, np.uint8)
-        large = enlarge(small, scale)
+        large = upscale_bicubic(small, scale)
         assert large.shape == (5 * scale, 3 * scale, 3)
         assert (large == level).all()
         assert (degrade(large, scale) == small).all()
@@ -122,15 +122,15 @@ class TestResize:
     @pytest.mark.parametrize("scale", [2, 3, 4])
     def test_a_ramp_stays_a_ramp_inside(self, scale: int) -> None:
         ramp = torch.arange(12, dtype=torch.float64).div(16).expand(1, 1, 8, 12)
-        large = enlarge(ramp, scale)[0, 0, 0]
+        large = upscale_bicubic(ramp, scale)[0, 0, 0]
         position = (torch.arange(12 * scale, dtype=torch.float64) + 0.5) / scale - 0.5
         inside = slice(2 * scale, -2 * scale)
         torch.testing.assert_close(large[inside], position[inside] / 16, atol=1e-12, rtol=0)
 
     def test_one_pixel(self) -> None:
-        assert (enlarge(np.full((1, 1), 77, np.uint8), 4) == 77).all()
+        assert (upscale_bicubic(np.full((1, 1), 77, np.uint8), 4) == 77).all()
         assert degrade(np.full((1, 1), 77, np.uint8), 1).item() == 77
-        assert enlarge(torch.full((1, 3, 1, 1), 0.25), 4).eq(0.25).all()
+        assert upscale_bicubic(torch.full((1, 3, 1, 1), 0.25), 4).eq(0.25).all()
 
     def test_degrade_crops_to_a_multiple_at_the_end(self) -> None:
         image = np.random.default_rng(0).integers(0, 256, (23, 18, 3), dtype=np.uint8)
@@ -139,29 +139,29 @@ class TestResize:
     @pytest.mark.parametrize("scale", [2, 3, 4])
     def test_enlarging_a_crop_equals_cropping_the_enlargement(self, scale: int) -> None:
         lr = torch.rand(1, 3, 60, 50, generator=torch.Generator().manual_seed(0))
-        whole = enlarge(lr, scale)[..., 22 * scale : 38 * scale, 12 * scale : 32 * scale]
-        crop = enlarge(lr[..., 20:40, 10:34], scale)[..., 2 * scale : -2 * scale, 2 * scale : -2 * scale]
+        whole = upscale_bicubic(lr, scale)[..., 22 * scale : 38 * scale, 12 * scale : 32 * scale]
+        crop = upscale_bicubic(lr[..., 20:40, 10:34], scale)[..., 2 * scale : -2 * scale, 2 * scale : -2 * scale]
         assert torch.equal(whole, crop)
 
     def test_kinds_agree_and_inputs_stay(self) -> None:
         image = np.random.default_rng(1).integers(0, 256, (8, 12, 3), dtype=np.uint8)
         before = image.copy()
         tensor = torch.from_numpy(image).permute(2, 0, 1)
-        for resize in (degrade, enlarge):
+        for resize in (degrade, upscale_bicubic):
             array = resize(image, 2)
             assert isinstance(array, np.ndarray)
             assert array.dtype == np.uint8
             np.testing.assert_array_equal(array, resize(tensor, 2).permute(1, 2, 0).numpy())
             np.testing.assert_array_equal(array[..., 1], resize(image[..., 1], 2))
         np.testing.assert_array_equal(image, before)
-        half = enlarge(torch.rand(1, 1, 4, 4).bfloat16(), 2)
+        half = upscale_bicubic(torch.rand(1, 1, 4, 4).bfloat16(), 2)
         assert half.dtype == torch.bfloat16
 
     def test_the_result_is_clamped(self) -> None:
         step = torch.zeros(1, 1, 1, 8)
         step[..., 4:] = 1
-        assert enlarge(step, 4).min() == 0
-        assert enlarge(step, 4).max() == 1
+        assert upscale_bicubic(step, 4).min() == 0
+        assert upscale_bicubic(step, 4).max() == 1
 
     @pytest.mark.parametrize(
         ("call", "message"),
@@ -172,15 +172,15 @@ class TestResize:
             ),
             (lambda: degrade(torch.zeros(3, 4, 4), 2), "degrade: expected uint8 pixels.*float32"),
             (
-                lambda: enlarge(np.zeros((4, 4), np.float32), 2),
-                r"enlarge: expected .*floating-point tensor in \[0, 1\]",
+                lambda: upscale_bicubic(np.zeros((4, 4), np.float32), 2),
+                r"upscale_bicubic: expected .*floating-point tensor in \[0, 1\]",
             ),
             (lambda: degrade(np.zeros((0, 4), np.uint8), 2), "degrade: expected uint8"),
             (lambda: degrade(np.zeros((3, 9), np.uint8), 4), "9x3 pixels is smaller than the scale 4"),
-            (lambda: enlarge(torch.zeros(3), 2), r"enlarge: expected a tensor \(..., C, H, W\)"),
+            (lambda: upscale_bicubic(torch.zeros(3), 2), r"upscale_bicubic: expected a tensor \(..., C, H, W\)"),
             (lambda: degrade(np.zeros((4, 4), np.uint8), 2.5), "scale must be a whole number of at least 1, got 2.5"),  # type: ignore[type-var]
-            (lambda: enlarge(np.zeros((4, 4), np.uint8), 0), "at least 1, got 0"),
-            (lambda: enlarge(torch.zeros(1, 1, 4, 4), True), "at least 1, got True"),
+            (lambda: upscale_bicubic(np.zeros((4, 4), np.uint8), 0), "at least 1, got 0"),
+            (lambda: upscale_bicubic(torch.zeros(1, 1, 4, 4), True), "at least 1, got True"),
         ],
     )
     def test_errors(self, call, message: str) -> None:
@@ -204,8 +204,8 @@ class TestPicture:
     @pytest.mark.parametrize("suffix", [".png", ".tif"])
     def test_a_round_trip_changes_nothing(self, mode: str, suffix: str, tmp_path: Path) -> None:
         source = noise(mode)
-        path = save_picture(source, tmp_path / f"a{suffix}")
-        picture = read_picture(path)
+        path = save_image(source, tmp_path / f"a{suffix}")
+        picture = read_image(path)
         assert picture.mode == mode
         assert picture.rgb.dtype == torch.float32
         assert picture.rgb.shape == (3, 4, 6)
@@ -217,8 +217,8 @@ class TestPicture:
         np.testing.assert_array_equal(np.array(back), np.array(source))
 
     def test_one_bit_becomes_greyscale(self, tmp_path: Path) -> None:
-        save_picture(noise("1"), tmp_path / "a.png")
-        picture = read_picture(tmp_path / "a.png")
+        save_image(noise("1"), tmp_path / "a.png")
+        picture = read_image(tmp_path / "a.png")
         assert picture.mode == "1"
         assert set(picture.rgb.unique().tolist()) == {0.0, 1.0}
         np.testing.assert_array_equal(np.array(picture.to_pil()), np.array(noise("1")) * 255)
@@ -228,7 +228,7 @@ class TestPicture:
         image.putpalette([10, 20, 30, 200, 100, 0])
         image.putpixel((1, 0), 1)
         image.save(tmp_path / "a.png", transparency=bytes([0, 128]))
-        picture = read_picture(tmp_path / "a.png")
+        picture = read_image(tmp_path / "a.png")
         assert picture.mode == "P"
         assert picture.alpha is not None
         assert picture.to_pil().mode == "RGBA"
@@ -236,13 +236,13 @@ class TestPicture:
 
     def test_greyscale_with_one_transparent_level(self, tmp_path: Path) -> None:
         Image.fromarray(np.array([[7, 9]], np.uint8)).save(tmp_path / "a.png", transparency=7)
-        back = read_picture(tmp_path / "a.png").to_pil()
+        back = read_image(tmp_path / "a.png").to_pil()
         assert back.mode == "LA"
         assert np.array(back).tolist() == [[[7, 0], [9, 255]]]
 
     def test_cmyk(self, tmp_path: Path) -> None:
         Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(tmp_path / "a.tif")
-        picture = read_picture(tmp_path / "a.tif")
+        picture = read_image(tmp_path / "a.tif")
         assert picture.mode == "CMYK"
         assert picture.rgb[:, 0, 0].tolist() == [1.0, 0.0, 0.0]
         assert picture.to_pil().mode == "RGB"
@@ -251,7 +251,7 @@ class TestPicture:
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
         for profile in (srgb, b"not a profile"):
             Image.new("CMYK", (2, 2), (0, 0, 0, 255)).save(tmp_path / "a.tif", icc_profile=profile)
-            picture = read_picture(tmp_path / "a.tif")
+            picture = read_image(tmp_path / "a.tif")
             assert picture.rgb.max() == 0
             assert picture.icc_profile is None
 
@@ -272,36 +272,36 @@ class TestPicture:
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
-        assert picture_size(tmp_path / "a.png") == (2, 3)
-        shown = read_picture(tmp_path / "a.png").to_pil()
+        assert image_size(tmp_path / "a.png") == (2, 3)
+        shown = read_image(tmp_path / "a.png").to_pil()
         np.testing.assert_array_equal(np.array(shown), upright)
-        again = read_picture(save_picture(shown, tmp_path / "b.png"))
+        again = read_image(save_image(shown, tmp_path / "b.png"))
         np.testing.assert_array_equal(np.array(again.to_pil()), upright)
         assert 0x0112 not in opened(tmp_path / "b.png").getexif()
 
     def test_damaged_exif_is_ignored(self, tmp_path: Path) -> None:
         noise("RGB").save(tmp_path / "a.jpg", exif=b"Exif\x00\x00garbage")
-        assert read_picture(tmp_path / "a.jpg").rgb.shape == (3, 4, 6)
-        assert picture_size(tmp_path / "a.jpg") == (4, 6)
+        assert read_image(tmp_path / "a.jpg").rgb.shape == (3, 4, 6)
+        assert image_size(tmp_path / "a.jpg") == (4, 6)
 
     def test_colour_profiles_are_kept_only_where_they_fit(self, tmp_path: Path) -> None:
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
         for mode, kept in (("RGB", profile), ("RGBA", profile), ("L", None)):
             noise(mode).save(tmp_path / "a.png", icc_profile=profile)
-            picture = read_picture(tmp_path / "a.png")
+            picture = read_image(tmp_path / "a.png")
             assert picture.icc_profile == kept
-            save_picture(picture, tmp_path / "b.png", force=True)
+            save_image(picture, tmp_path / "b.png", force=True)
             assert opened(tmp_path / "b.png").info.get("icc_profile") == kept
 
     def test_new_pixels(self) -> None:
-        picture = to_picture(noise("L"))
+        picture = to_image(noise("L"))
         grey = picture.with_pixels(torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 2, 2), None).to_pil()
         assert grey.mode == "L"
         assert grey.size == (2, 2)
         assert grey.getpixel((0, 0)) == round(0.299 * 255)
         beyond = picture.with_pixels(torch.full((3, 1, 1), 2.0), torch.full((1, 1, 1), -1.0)).to_pil()
         assert beyond.getpixel((0, 0)) == (255, 0)
-        deep = to_picture(noise("I;16"))
+        deep = to_image(noise("I;16"))
         assert deep.with_pixels(torch.rand(3, 2, 2), torch.rand(1, 2, 2)).to_pil().mode == "LA"
         with pytest.raises(BinarizeError, match=r"rgb must be \(3, H, W\), got \(1, 2, 2\)"):
             picture.with_pixels(torch.zeros(1, 2, 2), None)
@@ -310,9 +310,9 @@ class TestPicture:
 
     def test_integer_pictures(self) -> None:
         levels = np.array([[0, 300], [65535, 2]], np.int32)
-        assert np.array(to_picture(Image.fromarray(levels)).to_pil()).tolist() == levels.tolist()
+        assert np.array(to_image(Image.fromarray(levels)).to_pil()).tolist() == levels.tolist()
         with pytest.raises(BinarizeError, match=r"must stay within 0..65535, got 0..70000"):
-            to_picture(Image.fromarray(np.array([[0, 70000]], np.int32)))
+            to_image(Image.fromarray(np.array([[0, 70000]], np.int32)))
 
 
 class TestReading:
@@ -336,29 +336,29 @@ class TestReading:
         }
         for path, message in cases.items():
             with pytest.raises(BinarizeError, match=message) as caught:
-                read_picture(path)
+                read_image(path)
             assert str(path) in str(caught.value)
             assert "\n" not in str(caught.value)
 
     def test_large_pictures(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         noise("RGB", (30, 20)).save(tmp_path / "a.png")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-        assert read_picture(tmp_path / "a.png").rgb.shape == (3, 20, 30)
+        assert read_image(tmp_path / "a.png").rgb.shape == (3, 20, 30)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
         with pytest.raises(BinarizeError, match=r"a\.png: Image size \(600 pixels\) exceeds.*MAX_IMAGE_PIXELS"):
-            read_picture(tmp_path / "a.png")
+            read_image(tmp_path / "a.png")
 
     def test_list_pictures(self, tmp_path: Path) -> None:
         with pytest.raises(BinarizeError, match=r"holds no pictures; looked for \.png"):
-            list_pictures(tmp_path)
+            list_images(tmp_path)
         for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt"):
             (tmp_path / name).touch()
         (tmp_path / "folder.png").mkdir()
-        assert [path.name for path in list_pictures(tmp_path)] == ["a.jpg", "b.PNG"]
+        assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG"]
         with pytest.raises(BinarizeError, match="no such folder"):
-            list_pictures(tmp_path / "missing")
+            list_images(tmp_path / "missing")
         with pytest.raises(BinarizeError, match="is a file"):
-            list_pictures(tmp_path / "a.jpg")
+            list_images(tmp_path / "a.jpg")
 
 
 class TestWriting:
@@ -366,7 +366,7 @@ class TestWriting:
         ("suffix", "name"), [(".png", "PNG"), (".JPG", "JPEG"), (".tiff", "TIFF"), (".webp", "WEBP"), (".bmp", "BMP")]
     )
     def test_the_suffix_decides(self, suffix: str, name: str, tmp_path: Path) -> None:
-        path = save_picture(noise("RGB"), tmp_path / f"a{suffix}")
+        path = save_image(noise("RGB"), tmp_path / f"a{suffix}")
         assert opened(path).format == name
         assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
         if name != "JPEG":
@@ -384,20 +384,20 @@ class TestWriting:
     )
     def test_refusals_leave_nothing(self, mode: str, name: str, message: str, tmp_path: Path) -> None:
         with pytest.raises(BinarizeError, match=message):
-            save_picture(noise(mode), tmp_path / name)
+            save_image(noise(mode), tmp_path / name)
         assert list(tmp_path.iterdir()) == []
 
     def test_nothing_is_replaced_unasked(self, tmp_path: Path) -> None:
         path = tmp_path / "a.png"
         path.write_bytes(b"old")
         with pytest.raises(BinarizeError, match=r"a\.png: already exists"):
-            save_picture(noise("RGB"), path)
+            save_image(noise("RGB"), path)
         assert path.read_bytes() == b"old"
-        save_picture(to_picture(noise("RGB")), path, force=True)
+        save_image(to_image(noise("RGB")), path, force=True)
         assert opened(path).size == (6, 4)
         (tmp_path / "folder.png").mkdir()
         with pytest.raises(BinarizeError, match="is a folder"):
-            save_picture(noise("RGB"), tmp_path / "folder.png", force=True)
+            save_image(noise("RGB"), tmp_path / "folder.png", force=True)
 
     @pytest.mark.parametrize(
         "failure", [RuntimeError("stop"), KeyboardInterrupt(), OSError(28, "No space left\non it")]
@@ -443,6 +443,6 @@ class TestWriting:
 
 
 def test_pictures_cannot_be_compared_by_accident() -> None:
-    picture = to_picture(noise("RGB"))
+    picture = to_image(noise("RGB"))
     assert picture == picture
-    assert picture != Picture(picture.rgb, None, "RGB")
+    assert picture != DecodedImage(picture.rgb, None, "RGB")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import binarize
 from binarize.errors import BinarizeError
-from binarize.imaging import enlarge, to_picture
+from binarize.imaging import to_image, upscale_bicubic
 from binarize.models import SRUNet, load_official
 from binarize.models.pipeline import SuperResolutionPipeline, default_scheduler
 from binarize.models.tiling import tile_grid
@@ -251,7 +251,7 @@ def test_ddim_equals_its_closed_form():
     given = run(pipeline(unet), image, latents=noise, num_inference_steps=4)[0]
 
     alpha_bar = np.cumprod(1 - np.linspace(1e-6, 1e-2, 2000))
-    enlarged = enlarge(torch.from_numpy(image).permute(2, 0, 1)[None], 2)
+    enlarged = upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], 2)
     # Beyond the picture, the canvas starts from noise of its own, which another test is about.
     condition = torch.from_numpy(np.pad(enlarged.numpy(), [(0, 0), (0, 0), (0, 4), (0, 6)], mode="reflect"))
     x = unet.seen[0][0].clone()
@@ -287,7 +287,7 @@ def test_every_scheduler_runs_as_in_a_plain_diffusers_loop(name):
     given = run(pipeline(unet, scheduler=kind(**BETAS, **options)), image, num_inference_steps=6)
 
     scheduler, generator = kind(**BETAS, **options), seeded()
-    condition = enlarge(torch.from_numpy(image).permute(2, 0, 1)[None], 2)
+    condition = upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], 2)
     scheduler.set_timesteps(6)
     x = torch.randn(1, 3, 16, 16, generator=generator, dtype=torch.float64) * scheduler.init_noise_sigma
     takes_generator = "generator" in kind.step.__code__.co_varnames
@@ -337,7 +337,7 @@ def test_any_size_is_padded_by_reflection_or_by_its_edge_and_cropped_back(height
     images = run(pipeline(unet, scale=scale), image, num_inference_steps=1)
     assert images.shape == (1, 3, height * scale, width * scale)
     assert images.isfinite().all()
-    expected = enlarge(torch.from_numpy(image).permute(2, 0, 1)[None], scale).numpy()
+    expected = upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], scale).numpy()
     for axis in (2, 3):
         side = expected.shape[axis]
         pad = [(0, -side % 8) if a == axis else (0, 0) for a in range(4)]
@@ -424,7 +424,7 @@ def test_every_form_of_a_picture_gives_the_same():
     planes = torch.from_numpy(levels).permute(2, 0, 1)
     pil = Image.fromarray(levels)
     # uint8 is divided in float32
-    for image in (pil, to_picture(pil), levels[None], planes, planes[None], planes.float() / 255, [pil], (planes,)):
+    for image in (pil, to_image(pil), levels[None], planes, planes[None], planes.float() / 255, [pil], (planes,)):
         assert torch.equal(run(pipe, image), expected)
     for image in (levels / 255, planes.double() / 255, (levels.astype(np.uint16) * 257)):
         torch.testing.assert_close(run(pipe, image), expected, rtol=0, atol=1e-6)
@@ -480,7 +480,7 @@ def test_each_kind_of_picture_comes_back_as_its_kind(mode):
 
 def test_transparency_is_enlarged_bicubically():
     image = picture(4, 6, channels=4)
-    expected = enlarge(torch.from_numpy(image).permute(2, 0, 1)[3:, None], 2)[0]
+    expected = upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[3:, None], 2)[0]
     pipe = pipeline()
     large = run(pipe, image)[0]
     torch.testing.assert_close(large[3:], expected, rtol=0, atol=1e-12)
@@ -503,7 +503,7 @@ def test_exif_orientation_is_applied_once():
     ("options", "message"),
     [
         ({"image": []}, "image is an empty list"),
-        ({"image": "small.png"}, r"type str; allowed: .* Open a file with binarize.imaging.read_picture"),
+        ({"image": "small.png"}, r"type str; allowed: .* Open a file with binarize.imaging.read_image"),
         ({"image": Path("small.png")}, r"Open a file with"),
         ({"image": np.zeros(3)}, r"ndarray of shape \(3,\)"),
         ({"image": np.zeros((4, 4, 5))}, r"image has the shape \(4, 4, 5\)"),
@@ -576,7 +576,7 @@ def test_a_callback_sees_each_step_and_may_replace_the_sample():
             return {"latents": tensors["condition"]}
 
     large = run(pipe, image, callback_on_step_end=Last())
-    torch.testing.assert_close(large, enlarge(torch.from_numpy(image).permute(2, 0, 1)[None], 2))
+    torch.testing.assert_close(large, upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], 2))
 
 
 def test_progress_counts_the_steps_of_every_picture(capsys):
@@ -626,7 +626,7 @@ def test_srunet_runs_under_every_scheduler_as_in_a_plain_diffusers_loop(srunet, 
 
     scheduler = kind(**BETAS, **options)
     scheduler.set_timesteps(3)
-    condition = enlarge(torch.from_numpy(image).permute(2, 0, 1)[None], 2)
+    condition = upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], 2)
     x = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         with torch.no_grad():

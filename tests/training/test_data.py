@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from binarize.errors import BinarizeError
-from binarize.imaging import ImagePairs, degrade, enlarge
+from binarize.imaging import ImagePairs, degrade, upscale_bicubic
 from binarize.training.data import PairedPatches
 
 SHARED = Path(os.environ.get("BINARIZE_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
@@ -82,7 +82,7 @@ class TestPatches:
         whole = {
             "hr": pair.hr.float() / 255,
             "lr": lr.float() / 255,
-            "condition": enlarge(lr.float()[None] / 255, scale)[0],
+            "condition": upscale_bicubic(lr.float()[None] / 255, scale)[0],
         }
         assert item["index"] == index
         for key, side in (("hr", units * scale), ("lr", units), ("condition", units * scale)):
@@ -101,7 +101,7 @@ class TestPatches:
             with Image.open(paired[1] / f"{item['name']}x2.png") as image:
                 lr = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
             assert positions(lr, item["lr"])
-            assert positions(enlarge(lr[None], 2)[0], item["condition"])
+            assert positions(upscale_bicubic(lr[None], 2)[0], item["condition"])
 
     def test_all_eight_symmetries_alike_for_the_three(self, folder: Path) -> None:
         plain = PairedPatches(folder, scale=2, patch_size=8, seed=3, length=200, augment=False)

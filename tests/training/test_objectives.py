@@ -19,7 +19,7 @@ from scipy.ndimage import uniform_filter
 
 import binarize
 from binarize.errors import BinarizeError
-from binarize.imaging import ImagePairs, degrade, enlarge, read_picture
+from binarize.imaging import ImagePairs, degrade, read_image, upscale_bicubic
 from binarize.models import SRUNet, SuperResolutionPipeline
 from binarize.recipes import build_pipeline, build_scheduler, load_recipe
 from binarize.training import train
@@ -45,8 +45,8 @@ def test_the_residual_scale_is_the_standard_deviation_of_what_pictures_add_to_th
     for number in range(3):
         levels = random.normal(128, 25, (96, 96, 3)).clip(0, 255).astype(np.uint8)
         Image.fromarray(levels).save(tmp_path / f"{number}.png")
-        small_picture = degrade(levels, 2).astype(np.float32) / 255
-        enlarged = enlarge(torch.from_numpy(small_picture).permute(2, 0, 1)[None], 2)[0].permute(1, 2, 0).numpy()
+        small = degrade(levels, 2).astype(np.float32) / 255
+        enlarged = upscale_bicubic(torch.from_numpy(small).permute(2, 0, 1)[None], 2)[0].permute(1, 2, 0).numpy()
         whole.append((levels / 255 - enlarged).ravel())
     found = residual_deviation(PairedPatches(tmp_path, scale=2, patch_size=32, length=64), 64)
     assert found == pytest.approx(np.concatenate(whole).std(), rel=0.02)
@@ -82,7 +82,7 @@ class Oracle(torch.nn.Module):
 def test_a_perfect_network_of_residuals_gives_the_picture_back(kind: str, pictures: Path) -> None:
     recipe = load_recipe("small_x2", [*UNCLIPPED, "residual_scale=0.04", f"scheduler.prediction_type={kind}"])
     scheduler = build_scheduler(recipe)
-    picture = read_picture(sorted(pictures.iterdir())[0]).rgb.double()[None]
+    picture = read_image(sorted(pictures.iterdir())[0]).rgb.double()[None]
     low = torch.nn.functional.interpolate(picture, scale_factor=0.5, mode="area")
     oracle: Any = Oracle(picture, kind, 0.04, scheduler)
     pipeline = SuperResolutionPipeline(oracle, scheduler, scale=2, residual_scale=0.04)
@@ -135,7 +135,7 @@ def test_a_run_measures_the_scale_saves_it_with_the_model_and_resumes_with_it(re
     pipeline.set_progress_bar_config(disable=True)
     pair = ImagePairs(pictures, scale=2)[0]
     out = pipeline(pair.lr, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    strip = read_picture(whole.output_dir / "samples" / f"step-0000006-{picture.stem}.png").pixels()
+    strip = read_image(whole.output_dir / "samples" / f"step-0000006-{picture.stem}.png").pixels()
     assert torch.equal((out[0] * 255).round().to(torch.uint8), strip[..., 32:64])
 
 
@@ -150,7 +150,7 @@ def test_a_strength_multiplies_what_is_added_to_the_enlargement(tmp_path: Path) 
         )
         made.save_pretrained(tmp_path / str(strength))
         pipe = SuperResolutionPipeline.from_pretrained(tmp_path / str(strength))
-        added[strength] = pipe(image, latents=noise, output_type="pt").images - enlarge(image, 2)
+        added[strength] = pipe(image, latents=noise, output_type="pt").images - upscale_bicubic(image, 2)
     assert float(added[1.0].abs().max()) > 1e-3
     torch.testing.assert_close(added[1.5], 1.5 * added[1.0], rtol=0, atol=1e-6)
 

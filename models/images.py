@@ -12,18 +12,18 @@ from PIL import Image
 from torch import Tensor
 
 from binarize.errors import BinarizeError
-from binarize.imaging import Picture, to_picture
+from binarize.imaging import DecodedImage, to_image
 
 # Resizing in other libraries overshoots by rounding errors; anything further out is a picture in other units.
 _SLACK = 1e-4
 
 _ALLOWED = (
-    "a PIL image, a binarize.imaging.Picture, a numpy array (H, W) or (H, W, 1 to 4), a tensor (1 to 4, H, W), "
+    "a PIL image, a binarize.imaging.DecodedImage, a numpy array (H, W) or (H, W, 1 to 4), a tensor (1 to 4, H, W), "
     "a batch of either with a leading axis, or a list of these"
 )
 
 
-def as_pictures(image: Any) -> list[Picture]:
+def as_images(image: Any) -> list[DecodedImage]:
     """Return what a user passed as a list of pictures, in order; floating-point input keeps its precision.
 
     Raises:
@@ -32,11 +32,11 @@ def as_pictures(image: Any) -> list[Picture]:
     if isinstance(image, (list, tuple)):
         if not image:
             raise BinarizeError("image is an empty list; pass at least one picture.")
-        return [picture for item in image for picture in as_pictures(item)]
-    if isinstance(image, Picture):
+        return [picture for item in image for picture in as_images(item)]
+    if isinstance(image, DecodedImage):
         return [image]
     if isinstance(image, Image.Image):
-        return [to_picture(image)]
+        return [to_image(image)]
     if isinstance(image, np.ndarray) and image.ndim in (2, 3, 4):
         with_channels = image[..., None] if image.ndim == 2 else image
         batch = torch.from_numpy(_scaled(with_channels)).movedim(-1, -3)
@@ -48,7 +48,7 @@ def as_pictures(image: Any) -> list[Picture]:
     if isinstance(image, (np.ndarray, Tensor)):
         given += f" of shape {tuple(image.shape)}"
     is_path = isinstance(image, (str, os.PathLike))
-    hint = " Open a file with binarize.imaging.read_picture(path)." if is_path else ""
+    hint = " Open a file with binarize.imaging.read_image(path)." if is_path else ""
     raise BinarizeError(f"image must not be of type {given}; allowed: {_ALLOWED}.{hint}")
 
 
@@ -64,7 +64,7 @@ def _scaled(values: np.ndarray) -> np.ndarray:
     )
 
 
-def _from_tensor(values: Tensor, shape: Sequence[int]) -> Picture:
+def _from_tensor(values: Tensor, shape: Sequence[int]) -> DecodedImage:
     channels, height, width = values.shape
     if channels not in (1, 2, 3, 4) or height == 0 or width == 0:
         raise BinarizeError(f"image has the shape {tuple(shape)}; allowed: {_ALLOWED}.")
@@ -78,10 +78,10 @@ def _from_tensor(values: Tensor, shape: Sequence[int]) -> Picture:
         )
     values = values.clamp(0, 1)
     colour, alpha = (values[:-1], values[-1:]) if channels in (2, 4) else (values, None)
-    return Picture(colour.expand(3, -1, -1), alpha, mode={1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels])
+    return DecodedImage(colour.expand(3, -1, -1), alpha, mode={1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels])
 
 
-def finish(source: Picture, rgb: Tensor, alpha: Tensor | None, output_type: str) -> Any:
+def finish(source: DecodedImage, rgb: Tensor, alpha: Tensor | None, output_type: str) -> Any:
     """Return one enlarged picture in the form asked for, alpha as the fourth channel of "np" and "pt".
 
     Args:

@@ -21,8 +21,8 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """A decoded picture; made by :func:`read_picture` and :func:`to_picture`.
+class DecodedImage:
+    """A decoded picture; made by :func:`read_image` and :func:`to_image`.
 
     Attributes:
         rgb: float32 (3, H, W) in [0, 1]; greyscale is repeated over the channels.
@@ -45,7 +45,7 @@ class Picture:
         """Return ``rgb`` as uint8 (3, H, W), rounded to the nearest level; transparency is left aside."""
         return (self.rgb * 255 + 0.5).floor_().clamp_(0, 255).to(torch.uint8)
 
-    def with_pixels(self, rgb: torch.Tensor, alpha: torch.Tensor | None) -> Picture:
+    def with_pixels(self, rgb: torch.Tensor, alpha: torch.Tensor | None) -> DecodedImage:
         """Return a picture of the same mode and profile with other pixels, of any size.
 
         Args:
@@ -56,10 +56,10 @@ class Picture:
             BinarizeError: If a shape is another.
         """
         if rgb.ndim != 3 or rgb.shape[0] != 3:
-            raise BinarizeError(f"Picture.with_pixels: rgb must be (3, H, W), got {tuple(rgb.shape)}")
+            raise BinarizeError(f"DecodedImage.with_pixels: rgb must be (3, H, W), got {tuple(rgb.shape)}")
         if alpha is not None and alpha.shape != (1, *rgb.shape[1:]):
             expected = (1, *rgb.shape[1:])
-            raise BinarizeError(f"Picture.with_pixels: alpha must be {expected}, got {tuple(alpha.shape)}")
+            raise BinarizeError(f"DecodedImage.with_pixels: alpha must be {expected}, got {tuple(alpha.shape)}")
         return replace(
             self,
             rgb=rgb.detach().to("cpu", torch.float32),
@@ -93,7 +93,7 @@ class Picture:
         return image
 
 
-def to_picture(image: Image.Image) -> Picture:
+def to_image(image: Image.Image) -> DecodedImage:
     """Decode a Pillow image: orientation applied, palette, inks and transparency resolved, depth remembered.
 
     CMYK with a colour profile is converted by it to sRGB. 16-bit colour arrives from Pillow as 8-bit. Of an animation
@@ -123,7 +123,7 @@ def to_picture(image: Image.Image) -> Picture:
         colour = upright.convert("RGBA" if transparent else "RGB")
     values = torch.from_numpy(np.array(colour, dtype=np.float32)).permute(2, 0, 1) / 255
     alpha = values[3:].contiguous() if transparent and mode != "CMYK" else None
-    return Picture(values[:3].contiguous(), alpha, mode, _fitting(profile, mode))
+    return DecodedImage(values[:3].contiguous(), alpha, mode, _fitting(profile, mode))
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -142,14 +142,14 @@ def _upright(image: Image.Image) -> Image.Image:
         return image  # damaged metadata beside sound pixels says nothing about the orientation
 
 
-def _deep(image: Image.Image, profile: bytes | None) -> Picture:
+def _deep(image: Image.Image, profile: bytes | None) -> DecodedImage:
     levels = np.array(image, dtype=np.int64)
     if levels.min() < 0 or levels.max() > 65535:
         raise BinarizeError(
             f"a 32-bit integer picture must stay within 0..65535, got {levels.min()}..{levels.max()}; rescale it first"
         )
     grey = torch.from_numpy((levels / 65535).astype(np.float32))
-    return Picture(grey.expand(3, *grey.shape).clone(), None, image.mode, _fitting(profile, image.mode))
+    return DecodedImage(grey.expand(3, *grey.shape).clone(), None, image.mode, _fitting(profile, image.mode))
 
 
 def _inks(image: Image.Image, profile: bytes | None) -> Image.Image:
