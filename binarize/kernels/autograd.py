@@ -162,8 +162,7 @@ class CompiledNormSiLUFunction(torch.autograd.Function):
         ctx.kernels = kernels = training.compiled(x).norm_training
         ctx.groups, ctx.dropout, moments = groups, kernels.draw_dropout(p), kernels.moments(x, groups, eps)
         ctx.save_for_backward(x, weight, bias, *moments)
-        out: Tensor = kernels.norm_silu(x, moments, weight, bias, ctx.dropout)
-        return out
+        return kernels.norm_silu(x, moments, weight, bias, ctx.dropout)
 
     @staticmethod
     @once_differentiable
@@ -214,8 +213,7 @@ class Conv3x3Function(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         winograd = training.compiled(x).winograd
         tile = winograd.tile_size(x, low_precision=x.dtype == torch.bfloat16)
-        out: Tensor = winograd.conv3x3(x, weight, bias, None, None, tile)
-        return out
+        return winograd.conv3x3(x, weight, bias, None, None, tile)
 
     @staticmethod
     @once_differentiable

@@ -59,8 +59,7 @@ class Operator(Generic[P, R]):
         """Run the operator."""
         if skips_dispatcher(*args, *kwargs.values()):
             return self._function(*args, **kwargs)
-        out: R = self.overload(*args, **kwargs)
-        return out
+        return self.overload(*args, **kwargs)
 
 
 def operator(fake: Callable[..., Any], schema: str | None = None) -> Callable[[Callable[P, R]], Operator[P, R]]:
@@ -143,10 +142,9 @@ def _run(
 ) -> Tensor:
     kernels = backends.kernels_for(x)
     run = reference.run if kernels is None else kernels.run
-    out: Tensor = run(
+    return run(
         x, conv, timestep_group=timestep_group, input_norm=input_norm, channel_bias=channel_bias, residual=residual
     )
-    return out
 
 
 def _fake_conv(x, filters, correction, thresholds, coefficients, group, sizes, *rest):  # type: ignore[no-untyped-def]
@@ -222,8 +220,7 @@ def norm_factors(
     for name, values in (("weight", weight), ("bias", bias)):
         check_shape(f"GroupNorm: {name}", values, (x.shape[1],))
     kernels: Any = backends.kernels_for(x) or reference
-    out: Tensor = kernels.norm_factors(x, channel_bias, groups, weight, bias, eps)
-    return out
+    return kernels.norm_factors(x, channel_bias, groups, weight, bias, eps)
 
 
 @operator(lambda x, input_norm: torch.empty_like(x, memory_format=torch.channels_last))
@@ -237,8 +234,7 @@ def norm_silu(x: Tensor, input_norm: Tensor) -> Tensor:
     check_devices("SiLU", x, input_norm)
     check_shape("SiLU: input_norm", input_norm, (2, x.shape[0], x.shape[1]))
     kernels: Any = backends.kernels_for(x) or reference
-    out: Tensor = kernels.norm_silu(x, input_norm)
-    return out
+    return kernels.norm_silu(x, input_norm)
 
 
 def _fake_shuffle(hidden, skip):  # type: ignore[no-untyped-def]
@@ -299,5 +295,4 @@ def conv3x3(
     kernels: Any = backends.cpu_kernels(x)
     if kernels is None or not kernels.winograd.is_faster(x):
         return reference.conv3x3(x, weight, bias, input_norm, residual)
-    out: Tensor = kernels.winograd.conv3x3(x, weight, bias, input_norm, residual)
-    return out
+    return kernels.winograd.conv3x3(x, weight, bias, input_norm, residual)

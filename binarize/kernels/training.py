@@ -71,8 +71,7 @@ def encode(x: Tensor, shift: Tensor | None) -> Tensor:
     """
     kernels = compiled(x)
     if kernels is not None:
-        out: Tensor = kernels.elementwise.encode(x, shift)
-        return out
+        return kernels.elementwise.encode(x, shift)
     v = shifted(x, shift)
     size = v.abs()
     step = torch.where(size <= 1, (size * LEVELS).floor_().clamp_max_(LEVELS - 1), LEVELS)
@@ -83,8 +82,7 @@ def signs(x: Tensor, shift: Tensor | None, zero: SignZero, dtype: torch.dtype) -
     """Return ``sign(x + shift)`` in ``dtype``."""
     kernels = compiled(x) if dtype in (torch.float32, torch.bfloat16) else None
     if kernels is not None:
-        out: Tensor = kernels.elementwise.signs(x, shift, zero, dtype)
-        return out
+        return kernels.elementwise.signs(x, shift, zero, dtype)
     v = shifted(x, shift)
     return sign_(v.clone() if v is x else v, zero).to(dtype)
 
@@ -156,8 +154,7 @@ def activate(
     half_or_float = dtype in (torch.float32, torch.bfloat16)
     kernels = compiled(dot, shortcut) if rprelu is not None and half_or_float else None
     if kernels is not None:
-        out: Tensor = kernels.elementwise.activate(dot, scale, rprelu, shortcut, dtype)
-        return out
+        return kernels.elementwise.activate(dot, scale, rprelu, shortcut, dtype)
     y = dot.to(acc_dtype(dtype))
     if scale is not None:
         y = y.mul_(scale.to(y.dtype).view(-1, 1, 1))
@@ -185,10 +182,7 @@ def activate_backward(
     """
     kernels = compiled(grad, dot) if dtype in (torch.float32, torch.bfloat16) else None
     if kernels is not None:
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.elementwise.activate_backward(
-            grad, dot, scale, rprelu, dtype
-        )
-        return found
+        return kernels.elementwise.activate_backward(grad, dot, scale, rprelu, dtype)
     shift_in, slope, _ = (broadcast(rows, acc_dtype(grad.dtype)) for rows in rprelu)
     u = dot.to(slope.dtype, copy=True)
     if scale is not None:
@@ -222,10 +216,7 @@ def sign_backward(
     """
     kernels = compiled(grad, x, shortcut_grad) if dtype in (torch.float32, torch.bfloat16) else None
     if kernels is not None:
-        found: tuple[Tensor, Tensor | None] = kernels.elementwise.sign_backward(
-            grad, x, shift, shortcut_grad, surrogate, dtype
-        )
-        return found
+        return kernels.elementwise.sign_backward(grad, x, shift, shortcut_grad, surrogate, dtype)
     inner = grad.to(acc_dtype(dtype))
     if surrogate != "identity":
         inner = inner.mul_(_slope_of(shifted(x, shift), surrogate))

@@ -14,9 +14,9 @@ from typing import Any
 from numba import cfunc, types
 
 from binarize.kernels import bitpack
-from binarize.kernels.cpu import conv_worker, norm_worker, popcount, simd, tile, winograd_simd, winograd_worker
+from binarize.kernels.cpu import conv_worker, fields, norm_worker, popcount, simd, tile, winograd_simd, winograd_worker
 
-_SOURCES = (bitpack, simd, popcount, tile, conv_worker, norm_worker, winograd_simd, winograd_worker)
+_SOURCES = (bitpack, fields, simd, popcount, tile, conv_worker, norm_worker, winograd_simd, winograd_worker)
 _WORKERS = {
     "conv": conv_worker.conv_worker,
     "moments": norm_worker.moments_worker,

@@ -14,7 +14,7 @@ from binarize.kernels.bitpack import FilterShape
 from binarize.kernels.checks import as_channels_last, check_inputs
 from binarize.kernels.cpu import threads
 from binarize.kernels.cpu.compile import workers
-from binarize.kernels.cpu.conv_worker import Conv
+from binarize.kernels.cpu.fields import Conv
 from binarize.kernels.cpu.parameters import (
     STRIP_BYTES,
     TASKS_PER_THREAD,

@@ -6,12 +6,11 @@ only argument is the address of a block of int64 fields, named below. It allocat
 
 from __future__ import annotations
 
-from enum import IntEnum, auto
-
 import numpy as np
 from numba import njit, types
 
 from binarize.kernels.bitpack import WORD
+from binarize.kernels.cpu.fields import Conv
 from binarize.kernels.cpu.popcount import BLOCKS, PIXELS
 from binarize.kernels.cpu.simd import (
     LANES,
@@ -26,65 +25,6 @@ from binarize.kernels.cpu.simd import (
     write_int64,
 )
 from binarize.kernels.cpu.tile import make_tile
-
-
-class Conv(IntEnum):
-    """Fields of a convolution's parameters: addresses, strides in bytes, sizes."""
-
-    WORKERS = 0  # how many workers have started
-    TASKS = auto()  # how many tasks have been taken
-    COUNT = auto()
-    BF16 = auto()  # 1 for bfloat16, 0 for float32
-    SCRATCH = auto()
-    SCRATCH_STEP = auto()
-    STRIP = auto()  # output rows of a task
-    AHEAD = auto()  # distance in tasks to this worker's next one, about
-    HEIGHT = auto()
-    WIDTH = auto()
-    OUT_HEIGHT = auto()
-    OUT_WIDTH = auto()
-    GROUPS = auto()
-    GROUP_IN = auto()  # input channels of a group
-    GROUP_OUT = auto()
-    WORDS = auto()  # words of a pixel and group
-    OUT_BLOCKS = auto()  # of 16 channels, of a group
-    KERNEL_H = auto()
-    KERNEL_W = auto()
-    STRIDE_H = auto()
-    STRIDE_W = auto()
-    LEFT = auto()
-    RIGHT = auto()
-    TOP = auto()
-    DILATION_H = auto()
-    DILATION_W = auto()
-    X = auto()
-    X_BATCH = auto()
-    X_ROW = auto()
-    X_PIXEL = auto()
-    OUT = auto()
-    OUT_BATCH = auto()
-    OUT_ROW = auto()
-    OUT_PIXEL = auto()
-    RESIDUAL = auto()
-    RESIDUAL_BATCH = auto()
-    RESIDUAL_ROW = auto()
-    RESIDUAL_PIXEL = auto()
-    FILTERS = auto()
-    FILTER_SUMS = auto()  # int32, (kernel taps, groups * blocks * 16)
-    BASE = auto()  # int32, (groups * blocks * 16): the dot product of no differing bits
-    UNSIGNED = auto()  # 1 for {0, 1} activations
-    THRESHOLDS = auto()
-    TABLE = auto()
-    GROUP = auto()  # int64, (B,) rows of thresholds and table, or null for row 0
-    LIMITS = auto()  # not an address: two floats, the clamp
-    SHORTCUT = auto()
-    EARLY = auto()
-    CHANNEL_BIAS = auto()  # float32, (B, C_out) or null
-    NORM_FACTORS = auto()  # float32, (B, C_in) or null
-    NORM_OFFSETS = auto()
-    BORDERS = auto()  # output columns with a tap outside the input
-    INNER_FIRST = auto()  # the first output column whose taps are all inside, and the one after the last
-    INNER_LAST = auto()
 
 
 @njit

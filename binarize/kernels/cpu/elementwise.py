@@ -29,7 +29,7 @@ _SURROGATES = {"identity": 0, "clip": 1, "approx": 2}
 
 
 @compiled
-def _signs(start: int, stop: int, per_row: int, x: Any, shift: Any, zero_sign: float, out: Any) -> None:
+def _signs(start, stop, per_row, x, shift, zero_sign, out):  # type: ignore[no-untyped-def]
     channels = x.shape[1]
     signed = np.empty(channels, np.float32)
     above, zero, below = np.float32(1), np.float32(0), np.float32(-1)
@@ -44,7 +44,7 @@ def _signs(start: int, stop: int, per_row: int, x: Any, shift: Any, zero_sign: f
 
 
 @compiled
-def _encode(start: int, stop: int, per_row: int, x: Any, shift: Any, out: Any) -> None:
+def _encode(start, stop, per_row, x, shift, out):  # type: ignore[no-untyped-def]
     channels = x.shape[1]
     v = np.empty(channels, np.float32)
     one, steps, last = np.float32(1), np.float32(127), np.float32(126)
@@ -60,9 +60,7 @@ def _encode(start: int, stop: int, per_row: int, x: Any, shift: Any, out: Any) -
 
 
 @compiled
-def _activate(
-    start: int, stop: int, per_row: int, dot: Any, scale: Any, rows: Any, shortcut: Any, add: bool, out: Any
-) -> None:
+def _activate(start, stop, per_row, dot, scale, rows, shortcut, add, out):  # type: ignore[no-untyped-def]
     channels = dot.shape[1]
     active = np.empty(channels, np.float32)
     zero = np.float32(0)
@@ -80,18 +78,7 @@ def _activate(
 
 
 @compiled
-def _activate_backward(
-    start: int,
-    stop: int,
-    per_sample: int,
-    per_row: int,
-    grad: Any,
-    dot: Any,
-    scale: Any,
-    rows: Any,
-    out: Any,
-    sums: Any,
-) -> None:
+def _activate_backward(start, stop, per_sample, per_row, grad, dot, scale, rows, out, sums):  # type: ignore[no-untyped-def]
     channels = dot.shape[1]
     chunks = (per_sample + CHUNK - 1) // CHUNK
     for chunk in range(start, stop):
@@ -111,20 +98,7 @@ def _activate_backward(
 
 
 @compiled
-def _sign_backward(
-    start: int,
-    stop: int,
-    per_sample: int,
-    per_row: int,
-    grad: Any,
-    x: Any,
-    shift: Any,
-    through: Any,
-    add: bool,
-    kind: int,
-    out: Any,
-    sums: Any,
-) -> None:
+def _sign_backward(start, stop, per_sample, per_row, grad, x, shift, through, add, kind, out, sums):  # type: ignore[no-untyped-def]
     channels = x.shape[1]
     chunks = (per_sample + CHUNK - 1) // CHUNK
     # Loops over few arrays each, so that the compiler can tell that they do not overlap.
@@ -157,7 +131,7 @@ def _sign_backward(
 
 
 @compiled
-def _pack(start: int, stop: int, weight: Any, taps: int, out: Any, counts: Any) -> None:
+def _pack(start, stop, weight, taps, out, counts):  # type: ignore[no-untyped-def]
     # weight (C_out, C_in * taps); out (blocks, taps * words, 16) as `binarize.kernels.bitpack` lays filters out; counts
     # (taps, blocks * 16)
     channels = weight.shape[1] // taps
@@ -177,7 +151,7 @@ def _pack(start: int, stop: int, weight: Any, taps: int, out: Any, counts: Any) 
 
 
 @compiled
-def _scaled_codes(start: int, stop: int, weight: Any, scale: Any, out: Any) -> None:
+def _scaled_codes(start, stop, weight, scale, out):  # type: ignore[no-untyped-def]
     for o in range(start, stop):
         above = scale[o]
         below = -above
@@ -186,7 +160,7 @@ def _scaled_codes(start: int, stop: int, weight: Any, scale: Any, out: Any) -> N
 
 
 @compiled
-def _clip(start: int, stop: int, weight: Any, grad: Any) -> None:
+def _clip(start, stop, weight, grad):  # type: ignore[no-untyped-def]
     zero = np.float32(0)
     for o in range(start, stop):
         for i in range(weight.shape[1]):

@@ -9,7 +9,7 @@ from torch import Tensor
 from binarize.kernels.checks import as_channels_last
 from binarize.kernels.cpu import threads
 from binarize.kernels.cpu.compile import workers
-from binarize.kernels.cpu.norm_worker import Norm, Shuffle
+from binarize.kernels.cpu.fields import Norm, Shuffle
 from binarize.kernels.cpu.parameters import STRIP_BYTES, TASKS_PER_THREAD, as_floats, set_image
 
 

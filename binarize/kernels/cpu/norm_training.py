@@ -18,7 +18,7 @@ from binarize.kernels.cpu.threads import run_loop
 
 
 @njit(inline="never", error_model="numpy", boundscheck=False)
-def _sigmoid(y: Any) -> Any:
+def _sigmoid(y):  # type: ignore[no-untyped-def]
     # exp(z) = 2^n exp(r) with |r| <= ln(2) / 2 and a polynomial for exp(r) (Cephes' coefficients); libm's does not
     # vectorise here. Relative error below 2e-7.
     z = min(max(-y, np.float32(-87.0)), np.float32(87.0))
@@ -35,7 +35,7 @@ def _sigmoid(y: Any) -> Any:
 
 
 @njit(inline="never", error_model="numpy", boundscheck=False)
-def _hash(x: Any, key: Any) -> Any:
+def _hash(x, key):  # type: ignore[no-untyped-def]
     # Two rounds of a 32-bit mixer with a key between them: every bit of the counter reaches every bit of the result.
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
@@ -46,7 +46,7 @@ def _hash(x: Any, key: Any) -> Any:
 
 
 @compiled
-def _moments(start: int, stop: int, per_sample: int, x: Any, sums: Any) -> None:
+def _moments(start, stop, per_sample, x, sums):  # type: ignore[no-untyped-def]
     channels = x.shape[1]
     chunks = (per_sample + CHUNK - 1) // CHUNK
     for chunk in range(start, stop):
@@ -62,9 +62,7 @@ def _moments(start: int, stop: int, per_sample: int, x: Any, sums: Any) -> None:
 
 
 @compiled
-def _norm_silu(
-    start: int, stop: int, per_sample: int, x: Any, factors: Any, keys: Any, limit: int, boost: float, out: Any
-) -> None:
+def _norm_silu(start, stop, per_sample, x, factors, keys, limit, boost, out):  # type: ignore[no-untyped-def]
     channels = x.shape[1]
     active = np.empty(channels, np.float32)
     zero = np.float32(0)
@@ -83,20 +81,7 @@ def _norm_silu(
 
 
 @compiled
-def _norm_silu_inner(
-    start: int,
-    stop: int,
-    per_sample: int,
-    grad: Any,
-    x: Any,
-    factors: Any,
-    whiten: Any,
-    keys: Any,
-    limit: int,
-    boost: float,
-    out: Any,
-    sums: Any,
-) -> None:
+def _norm_silu_inner(start, stop, per_sample, grad, x, factors, whiten, keys, limit, boost, out, sums):  # type: ignore[no-untyped-def]
     channels = x.shape[1]
     inner = np.empty(channels, np.float32)
     one, zero = np.float32(1), np.float32(0)
@@ -127,7 +112,7 @@ def _norm_silu_inner(
 
 
 @compiled
-def _norm_outer(start: int, stop: int, per_sample: int, x: Any, terms: Any, out: Any) -> None:
+def _norm_outer(start, stop, per_sample, x, terms, out):  # type: ignore[no-untyped-def]
     channels = x.shape[1]
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
         of_grad, of_x, constant = terms[0, i // per_sample], terms[1, i // per_sample], terms[2, i // per_sample]

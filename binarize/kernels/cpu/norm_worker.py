@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from enum import IntEnum, auto
-
 import numpy as np
 from numba import njit, types
 
 from binarize.kernels.bitpack import WORD
 from binarize.kernels.cpu.conv_worker import activate_row, field
+from binarize.kernels.cpu.fields import Norm, Shuffle
 from binarize.kernels.cpu.simd import (
     LANES,
     add_moments,
@@ -18,36 +17,6 @@ from binarize.kernels.cpu.simd import (
     read_float64,
     write_float32,
 )
-
-
-class Norm(IntEnum):
-    """Fields of the parameters of a pass over all pixels: GroupNorm's moments, or its result and SiLU."""
-
-    WORKERS = 0
-    TASKS = auto()
-    COUNT = auto()
-    BF16 = auto()  # 1 for bfloat16
-    STRIPS = auto()
-    ROWS = auto()  # of a strip
-    HEIGHT = auto()
-    WIDTH = auto()
-    CHANNELS = auto()
-    X = auto()
-    X_BATCH = auto()
-    X_ROW = auto()
-    X_PIXEL = auto()
-    OUT = auto()
-    OUT_BATCH = auto()
-    OUT_ROW = auto()
-    OUT_PIXEL = auto()
-    SUMS = auto()  # float32, (B, strips, 2, C)
-    FACTORS = auto()  # float32, (B, C)
-    OFFSETS = auto()
-    GROUPS = auto()
-    WEIGHT = auto()  # float32, (C,) or null, as the next
-    BIAS = auto()
-    SHIFT = auto()  # float32, (B, C) or null
-    EPS = auto()  # the address of a float64
 
 
 @njit
@@ -124,29 +93,6 @@ def silu_worker(p):  # type: ignore[no-untyped-def]
             out = field(p, Norm.OUT) + sample * field(p, Norm.OUT_BATCH) + y * field(p, Norm.OUT_ROW)
             step, out_step = field(p, Norm.X_PIXEL), field(p, Norm.OUT_PIXEL)
             activate_row(x, step, field(p, Norm.WIDTH), channels, factors, offsets, out, out_step, bf16)
-
-
-class Shuffle(IntEnum):
-    """Fields of the parameters of CS-Fusion's shuffle."""
-
-    WORKERS = 0
-    TASKS = auto()
-    COUNT = auto()
-    BF16 = auto()
-    HEIGHT = auto()
-    WIDTH = auto()
-    HIDDEN_CHANNELS = auto()
-    SKIP_CHANNELS = auto()
-    HIDDEN = auto()
-    HIDDEN_BATCH = auto()
-    HIDDEN_ROW = auto()
-    HIDDEN_PIXEL = auto()
-    SKIP = auto()
-    SKIP_BATCH = auto()
-    SKIP_ROW = auto()
-    SKIP_PIXEL = auto()
-    FIRST = auto()  # both outputs are dense
-    SECOND = auto()
 
 
 @njit

@@ -16,9 +16,9 @@ from binarize.kernels.bitpack import LANES
 from binarize.kernels.checks import as_channels_last
 from binarize.kernels.cpu import threads
 from binarize.kernels.cpu.compile import workers
+from binarize.kernels.cpu.fields import Tiles, Winograd
 from binarize.kernels.cpu.parameters import ALIGN, TASKS_PER_THREAD, aligned, as_floats, set_image, set_scratch
 from binarize.kernels.cpu.simd import AVX512
-from binarize.kernels.cpu.winograd_worker import Tiles, Winograd
 
 # Filters up to this size stay in the second-level cache beside the transformed patches of some tiles and their
 # products. Larger ones are multiplied by torch, with as many tiles at once as the last-level cache has room for.

@@ -5,11 +5,10 @@ They are workers like those of `_workers`.
 
 from __future__ import annotations
 
-from enum import IntEnum, auto
-
 from numba import njit
 
 from binarize.kernels.cpu.conv_worker import activate_row, clear, field
+from binarize.kernels.cpu.fields import Tiles, Winograd
 from binarize.kernels.cpu.simd import LANES, fetch_add, read_int64, write_int64
 from binarize.kernels.cpu.winograd_simd import (
     add_outer,
@@ -20,48 +19,6 @@ from binarize.kernels.cpu.winograd_simd import (
     output_gradient,
     output_transform,
 )
-
-
-class Winograd(IntEnum):
-    """Fields of the parameters of a full-precision 3x3 convolution, and of the transform of its weights."""
-
-    WORKERS = 0
-    TASKS = auto()
-    COUNT = auto()
-    BF16 = auto()
-    SCRATCH = auto()
-    SCRATCH_STEP = auto()
-    TILE = auto()  # m of m x m output tiles, 2 or 4
-    TILE_ROWS = auto()  # rows of output tiles of a task
-    TILES = auto()  # tiles multiplied together, a multiple of 4
-    HEIGHT = auto()
-    WIDTH = auto()
-    IN_CHANNELS = auto()
-    OUT_CHANNELS = auto()
-    X = auto()
-    X_BATCH = auto()
-    X_ROW = auto()
-    X_PIXEL = auto()
-    OUT = auto()
-    OUT_BATCH = auto()
-    OUT_ROW = auto()
-    OUT_PIXEL = auto()
-    RESIDUAL = auto()
-    RESIDUAL_BATCH = auto()
-    RESIDUAL_ROW = auto()
-    RESIDUAL_PIXEL = auto()
-    FILTERS = auto()  # float32, (n * n, C_out / 16, C_in, 16), or (n * n, C_in, C_out) where torch multiplies
-    FILTERS_OUT = auto()  # its steps in bytes, from one block of 16 output channels to the next
-    FILTERS_IN = auto()
-    FILTERS_STEP = auto()  # from one of the n * n to the next
-    BIAS = auto()
-    NORM_FACTORS = auto()
-    NORM_OFFSETS = auto()
-    WEIGHT = auto()  # of the plain convolution, float32
-    WEIGHT_OUT = auto()  # its strides in bytes
-    WEIGHT_IN = auto()
-    WEIGHT_ROW = auto()
-    WEIGHT_COLUMN = auto()
 
 
 def filter_worker(p):  # type: ignore[no-untyped-def]
@@ -192,49 +149,6 @@ def winograd_worker(p):  # type: ignore[no-untyped-def]
                 write_int64(lines + 8 * i, line)
             done = m * tile_y + m + 1
             _tile_row(p, sample, tile_y, lines, rest)
-
-
-class Tiles(IntEnum):
-    """Fields of the parameters of Winograd's algorithm on all tiles at once: its transforms, and sums of products.
-
-    The products are summed for the gradient of a 3x3 convolution's weights; or torch multiplies the transforms.
-    """
-
-    WORKERS = 0
-    TASKS = auto()
-    COUNT = auto()
-    TILE = auto()  # m of m x m outputs
-    TILES = auto()  # how many are multiplied together, a group
-    GROUPS = auto()  # of tiles
-    TASK_GROUPS = auto()  # of a task
-    COUNT_TILES = auto()  # how many there are to do
-    ROWS = auto()  # rows of tiles of a picture
-    COLUMNS = auto()  # tiles of a row
-    HEIGHT = auto()
-    WIDTH = auto()
-    IN_CHANNELS = auto()
-    OUT_CHANNELS = auto()
-    X = auto()  # float32, as all
-    X_BATCH = auto()
-    X_ROW = auto()
-    X_PIXEL = auto()
-    GRAD = auto()  # null: transform the input alone
-    GRAD_BATCH = auto()
-    GRAD_ROW = auto()
-    GRAD_PIXEL = auto()
-    SUMS = auto()  # (tasks, n * n, C_in, C_out), zeros at first; null: leave the transforms, and multiply nothing
-    FIRST = auto()  # tiles before these, which are not asked for
-    OUT = auto()  # where `output_worker` puts pixels, and `filter_gradient_worker` a dense gradient of weights
-    OUT_BATCH = auto()
-    OUT_ROW = auto()
-    OUT_PIXEL = auto()
-    BIAS = auto()
-    PATCHES = auto()  # where transforms of the input are left, n * n times (tiles, C_in)
-    PATCHES_STEP = auto()  # from one of the n * n to the next
-    PRODUCTS = auto()  # where those of the gradient are left, or where products are
-    PRODUCTS_STEP = auto()
-    SCRATCH = auto()
-    SCRATCH_STEP = auto()
 
 
 @njit
