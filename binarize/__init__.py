@@ -25,14 +25,14 @@ from binarize.serialization import load, save
 if TYPE_CHECKING:
     from binarize import diagnosis, evaluation, imaging, inspect, models, recipes, training
     from binarize.diagnosis import doctor
-    from binarize.recipes.network import build
+    from binarize.recipes.build import build
     from binarize.studies.ablation import ablate
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "ablate": "binarize.studies.ablation",
-    "build": "binarize.recipes.network",
+    "build": "binarize.recipes.build",
     "diagnosis": "",
     "doctor": "binarize.diagnosis",
     "evaluation": "",

@@ -38,7 +38,7 @@ def ablate(
     """
     from rich.console import Console
 
-    from binarize.recipes import list_studies
+    from binarize.studies import list_studies
     from binarize.studies.ablation import ablate as run
     from binarize.training import TrainingInterrupted
 
