@@ -1,34 +1,30 @@
-"""The stream of training samples: which patch, which timestep and which noise the n-th sample of a run has."""
+"""The stream of training samples: the patch, timestep and noise of the n-th sample of a run."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from binarize.errors import BinarizeError
-from binarize.recipes import build_scheduler
-from binarize.training.data import PairedPatches
+from binarize.recipes import Recipe, build_scheduler
+from binarize.training.data import RESIDUAL_PATCHES, PairedPatches
 from binarize.training.randomness import generator
-from binarize.training.residual import PATCHES
-
-if TYPE_CHECKING:
-    from binarize.recipes import Recipe
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the samples of an optimiser step are dealt to processes and forward passes.
+    """The split of an optimiser step's samples into processes and forward passes.
 
-    Args:
+    Attributes:
         size: Samples per process and forward pass.
         accumulation: Forward passes per optimiser step.
         processes: Number of processes.
-        rank: This process.
+        rank: The index of this process.
     """
 
     size: int
@@ -42,13 +38,13 @@ class BatchPlan:
         return self.size * self.accumulation * self.processes
 
     def indices(self, step: int, forward: int) -> list[int]:
-        """Return the global numbers of this process's samples.
+        """Return the global indices of this process's samples.
 
-        A step's samples are the same whatever the split, so their mean gradient is too.
+        A step has the same samples, and so the same mean gradient, for every split.
 
         Args:
-            step: Optimiser steps done before.
-            forward: Which forward pass of the step, below ``accumulation``.
+            step: Number of optimiser steps done.
+            forward: Index of the forward pass within the step.
         """
         first = step * self.total + (forward * self.processes + self.rank) * self.size
         return list(range(first, first + self.size))
@@ -68,15 +64,15 @@ class _Batches(Sampler[list[int]]):
 
 
 class NoisySamples(Dataset[dict[str, Any]]):
-    """Training patches with the timestep and the noise that they meet, all decided by the sample's global number.
+    """Training patches with their timestep and noise, each a function of the sample's global index.
 
     Args:
-        patches: The patches; ``patches[n]`` is decided by its own seed and n alone.
+        patches: The patches; ``patches[n]`` is a function of their seed and n.
         num_train_timesteps: T; timesteps are uniform in 0..T-1.
         seed: The run's seed.
-        share_timestep: How many consecutive samples share one timestep: 1, or all of an optimiser step.
+        share_timestep: Number of consecutive samples with the same timestep: 1, or all of an optimiser step.
         favoured: Timesteps that are drawn more often than the others.
-        favoured_share: The probability that one of these is drawn, each alike, instead of any.
+        favoured_share: The probability of a uniform draw from ``favoured`` instead of from all.
     """
 
     def __init__(
@@ -103,25 +99,21 @@ class NoisySamples(Dataset[dict[str, Any]]):
 
     def _timestep(self, index: int) -> int:
         draw = generator(self.seed, "timestep", index)
-        anywhere = int(draw.integers(self.num_train_timesteps))
+        uniform = int(draw.integers(self.num_train_timesteps))
         if self.favoured_share > draw.random():
             return self.favoured[draw.integers(len(self.favoured))]
-        return anywhere
+        return uniform
 
 
 def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
     """Return the stream of samples of a recipe.
 
-    Args:
-        recipe: What is run.
-        plan: How many samples a step has.
-
     Raises:
-        BinarizeError: If the recipe names no training pictures, or they cannot be read or used.
+        BinarizeError: If the recipe names no training images, or they cannot be read or used.
     """
     if recipe.train_data_dir is None:
         raise BinarizeError(
-            "train_data_dir: missing; name the folder of high-resolution training pictures, such as "
+            "train_data_dir: missing; name the folder of high-resolution training images, such as "
             "train_data_dir=DF2K/HR."
         )
     patches = PairedPatches(
@@ -132,7 +124,7 @@ def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
         augment=recipe.augment,
         seed=recipe.seed,
         candidates=recipe.patch_candidates,
-        length=max(recipe.max_train_steps * plan.total, PATCHES),
+        length=max(recipe.max_train_steps * plan.total, RESIDUAL_PATCHES),
     )
     share = plan.total if recipe.timesteps_per == "batch" else 1
     timesteps = recipe.scheduler.num_train_timesteps
@@ -143,38 +135,37 @@ def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
 
 
 def batch_loader(
-    samples: NoisySamples, plan: BatchPlan, start: int, stop: int, *, workers: int, pin_memory: bool
+    samples: NoisySamples, plan: BatchPlan, steps: range, *, workers: int, pin_memory: bool
 ) -> DataLoader[dict[str, Any]]:
-    """Return this process's batches for the optimiser steps from ``start`` up to ``stop``, in order.
+    """Return this process's batches for a range of optimiser steps, in order.
 
     Args:
         samples: The stream.
-        plan: How it is dealt out.
-        start: First step.
-        stop: First step that is not wanted.
-        workers: Processes that prepare batches; 0 prepares them in this one.
-        pin_memory: Put batches into page-locked memory, from which CUDA copies asynchronously.
+        plan: The split of a step.
+        steps: The optimiser steps.
+        workers: Worker processes; 0 loads in this process.
+        pin_memory: Load into page-locked memory, from which CUDA copies asynchronously.
     """
     return DataLoader(
         samples,
-        batch_sampler=_Batches(plan, start, stop),
+        batch_sampler=_Batches(plan, steps.start, steps.stop),
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_ignore_signals,
     )
 
 
 def close(batches: Iterator[dict[str, Any]]) -> None:
-    """Stop the processes behind an iterator over `batch_loader`.
+    """Stop the worker processes of an iterator over `batch_loader`.
 
-    They outlive the signal by which Python ends its children, so a program that left them would wait for ever.
+    Workers ignore the signal with which Python ends its children, so the program would wait for them at exit.
     """
-    stop = getattr(batches, "_shutdown_workers", None)  # PyTorch does it when the iterator is forgotten, and only then
+    stop = getattr(batches, "_shutdown_workers", None)  # PyTorch only calls it when the iterator is garbage-collected
     if stop is not None:
         stop()
 
 
-def _outlive_signals(worker: int) -> None:
-    # Ctrl-C and a cluster's SIGTERM reach every process of a run; the step that is under way needs its batch.
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C and a cluster's SIGTERM reach every process of a run, and the current step still needs its batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
