@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -234,11 +235,11 @@ class Recipe(Section):
     @classmethod
     def _unclipped(cls, value: str, info: ValidationInfo) -> str:
         scheduler = info.data.get("scheduler")
-        clipped = scheduler is not None and scheduler.clip_sample
-        if value == "residual" and clipped and scheduler.clip_sample_range < _MIN_RESIDUAL_CLIP:
+        limit = scheduler.clip_sample_range if scheduler is not None and scheduler.clip_sample else math.inf
+        if value == "residual" and limit < _MIN_RESIDUAL_CLIP:
             raise ValueError(
                 "residuals have unit variance and long tails, which sampling would clip at "
-                f"scheduler.clip_sample_range {scheduler.clip_sample_range:g}; set it to {_MIN_RESIDUAL_CLIP:g} or "
+                f"scheduler.clip_sample_range {limit:g}; set it to {_MIN_RESIDUAL_CLIP:g} or "
                 "more, or set scheduler.clip_sample to false"
             )
         return value

@@ -8,6 +8,7 @@ from typing import Any
 
 from binarize.errors import BinarizeError
 from binarize.layers import delayed
+from binarize.layers.parts import PartKind
 from binarize.methods import Method
 from binarize.recipes.schema import Recipe
 
@@ -27,9 +28,11 @@ def staged_overrides(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str,
     for name, method in methods.items():
         config = method.to_config()
         start = starts.get(name, 0.0)
-        for part, until in (("activation", start), ("scale", start), ("weight", max(start, recipe.two_stage or 0.0))):
-            if until and method.part(part) is not None:
-                config[part] = delayed(method.part(part), until)
+        until: dict[PartKind, float] = {"activation": start, "scale": start}
+        until["weight"] = max(start, recipe.two_stage or 0.0)
+        for kind, share in until.items():
+            if share and method.part(kind) is not None:
+                config[kind] = delayed(method.part(kind), share)
         overrides[name] = config
     return overrides
 

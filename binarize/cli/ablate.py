@@ -63,6 +63,6 @@ def ablate(
     others = [kind for kind in (".csv", ".json", ".png") if table.with_suffix(kind).exists()]
     typer.echo(f"table: {table}, and as {', '.join(others)}")
     if result.failed:
-        failed, runs = len(result.failed), len(result.trials)
+        failed, runs = len(result.failed), len(result.runs)
         typer.echo(f"{failed} of {runs} runs failed; see error.txt in their folders", err=True)
         raise typer.Exit(1)
