@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from binarize.errors import BinarizeError
-from binarize.studies.results import columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,8 +18,12 @@ _PANELS = {"psnr": 1.0, "ssim": 1.0, "lpips": 1.0, "params": 1e-6, "ops": 1e-9, 
 _TITLES = {"psnr": "PSNR (dB)", "sample_step_seconds": "sampling step (ms)"}
 
 
-def draw(result: AblationResult) -> Figure:
+def draw(result: AblationResult, headings: Mapping[str, str]) -> Figure:
     """Return a figure with one panel per metric and a point per cell; error bars are deviations over the seeds.
+
+    Args:
+        result: The study.
+        headings: Attribute of `RunResult` -> title of its panel.
 
     Raises:
         BinarizeError: If matplotlib is missing.
@@ -28,7 +32,7 @@ def draw(result: AblationResult) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise BinarizeError("plots need matplotlib: pip install 'binarize-diffusion[plot]'") from error
-    cells, titles = result.cells, {key: column.name for key, column in columns(result.lpips).items()} | _TITLES
+    cells, titles = result.cells, {**headings, **_TITLES}
     shown = [key for key in _PANELS if any(result.values(cell, key) for cell in cells)]
     # A figure of pyplot would stay in memory for the life of the process.
     figure = Figure(figsize=(2.4 * len(shown) + 1.5, 0.32 * len(cells) + 1.6), layout="constrained")

@@ -15,6 +15,7 @@ from binarize.deprecation import renamed
 from binarize.errors import BinarizeError
 from binarize.evaluation.perceptual import lpips_label
 from binarize.files import write_atomic, write_text_atomic
+from binarize.studies.plot import draw
 from binarize.tables import MISSING, Column, Table
 
 if TYPE_CHECKING:
@@ -171,9 +172,7 @@ class AblationResult:
         Raises:
             BinarizeError: If matplotlib is missing.
         """
-        from binarize.studies.plot import draw
-
-        return draw(self)
+        return draw(self, {key: column.name for key, column in columns(self.lpips).items()})
 
     def save(self) -> list[Path]:
         """Write ``table.md``, ``table.csv``, ``table.json`` and, with matplotlib, ``table.png`` into ``output_dir``.
