@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 
 
 def import_plugins(plugins: Sequence[str]) -> None:
-    """Import a recipe's plugins so that the methods they register exist; each is imported once per process.
-
-    Args:
-        plugins: Dotted module names, or paths of .py files.
+    """Import a recipe's plugins (dotted names or .py files), once per process, so that their methods exist.
 
     Raises:
         BinarizeError: If a plugin does not exist or raises while it is imported.
@@ -116,12 +113,7 @@ def build_model(recipe: Recipe, network: SRUNet | None = None) -> SRUNet:
 
 
 def remove_stages(recipe: Recipe, model: SRUNet) -> SRUNet:
-    """Return a network whose stages are over as the network of the same method without stages.
-
-    Args:
-        recipe: A recipe with ``two_stage`` or ``progressive``.
-        model: Its trained network; the returned network shares its tensors.
-    """
+    """Return a network whose stages are over as its method's network without stages, with the same tensors."""
     plain = _network_without_stages(recipe)
     plain.load_state_dict(undelayed(model), assign=True)
     return plain.train(model.training)

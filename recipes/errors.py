@@ -12,14 +12,7 @@ from binarize.recipes.schema import Recipe
 
 
 def explain(error: ValidationError, source: str, kind: str = "recipe", schema: type[BaseModel] = Recipe) -> str:
-    """Return all errors of a recipe or study, one per line: the dotted key, the given value, what is allowed.
-
-    Args:
-        error: What pydantic found.
-        source: The name or path of the recipe or study.
-        kind: "recipe" or "study".
-        schema: The model that was validated.
-    """
+    """Return all errors that pydantic found, one per line: the dotted key, the given value, what is allowed."""
     lines = [_line(item, schema) for item in error.errors(include_url=False)]
     count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
     return "\n".join([f"{kind} {source!r} has {count}:", *(f"  {line}" for line in lines)])

@@ -43,17 +43,7 @@ def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def find_file(kind: str, name_or_path: str | os.PathLike[str], installed: Mapping[str, Path], command: str) -> Path:
-    """Return the YAML file of an installed name or of a path.
-
-    Args:
-        kind: "recipe" or "study", for errors.
-        name_or_path: What the user gave.
-        installed: Name -> file.
-        command: The command that lists the installed names, for errors.
-
-    Raises:
-        BinarizeError: If there is no such file or name.
-    """
+    """Return the YAML file of an installed name or of a path; errors name the command that lists the names."""
     text = str(name_or_path)
     if Path(text).suffix in YAML_SUFFIXES:
         if Path(text).is_file():
@@ -112,11 +102,7 @@ def copy_recipe(name: str, dest: str | os.PathLike[str], *, force: bool = False)
 
 
 def read_yaml(path: Path, kind: str) -> dict[str, Any]:
-    """Return the top-level mapping of a recipe or study; plugin files are resolved relative to the file's folder.
-
-    Raises:
-        BinarizeError: If the file cannot be read, is not YAML, or is not a mapping with string keys.
-    """
+    """Return the top-level mapping of a recipe or study, with plugin files relative to the file's folder."""
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -134,11 +120,7 @@ def beside(folder: Path, plugins: Sequence[Any]) -> list[Any]:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Apply one ``"key=value"`` string to a recipe or study in place.
-
-    Raises:
-        BinarizeError: If it is not ``key=value``, its value is not YAML, or a dotted key reaches into a plain value.
-    """
+    """Apply one ``"key=value"`` string to a recipe or study in place; a dotted key reaches into a section."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:

@@ -16,12 +16,7 @@ from binarize.recipes.schema import Recipe
 def staged_overrides(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, Any]:
     """Return the overrides of `binarize.convert` that delay the parts of each layer as the recipe's stages say.
 
-    Args:
-        recipe: A recipe with ``two_stage`` or ``progressive``.
-        methods: Binary layer -> its method without stages.
-
-    Raises:
-        BinarizeError: If a pattern of ``progressive.blocks`` matches no binary layer.
+    ``methods`` has the method of each binary layer without stages.
     """
     starts = _binary_from(recipe, methods)
     overrides: dict[str, Any] = {}

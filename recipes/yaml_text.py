@@ -47,15 +47,7 @@ _Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the data of one YAML document.
-
-    Args:
-        text: The document.
-        source: Where it was read from, for errors.
-
-    Raises:
-        BinarizeError: If it is not YAML or repeats a key; the message has the line numbers.
-    """
+    """Return the data of one YAML document; errors name the source and the lines of what is wrong."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain data only
     except yaml.MarkedYAMLError as error:

@@ -125,21 +125,18 @@ def _download(net: str) -> dict[str, torch.Tensor]:
 
     weights = getattr(models, _NETS[net][0]).IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
-    if cached.is_file():
-        return _read(cached)
     try:
-        # The downloader has no timeout, so check first that the server answers.
-        with urllib.request.urlopen(urllib.request.Request(weights.url, method="HEAD"), timeout=_PROBE_SECONDS):
-            pass
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        if not cached.is_file():
+            # The downloader has no timeout, so check first that the server answers.
+            with urllib.request.urlopen(urllib.request.Request(weights.url, method="HEAD"), timeout=_PROBE_SECONDS):
+                pass
         with contextlib.redirect_stdout(sys.stderr):
-            torch.hub.download_url_to_file(weights.url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
+            return dict(weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True))
     except (URLError, OSError, RuntimeError) as error:
         raise LpipsUnavailable(
             f"{lpips_label(net)}: the backbone could not be downloaded ({error}); download {weights.url} on "
             f"another machine and put it at {cached}, or pass its path as the LPIPS backbone"
         ) from error
-    return _read(cached)
 
 
 def _fill(net: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:

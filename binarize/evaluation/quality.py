@@ -79,11 +79,7 @@ def shave(pixels: torch.Tensor, border: int) -> torch.Tensor:
 
 
 def scikit_image_ssim() -> Callable[..., float]:
-    """Return the function of scikit-image, an optional dependency.
-
-    Raises:
-        BinarizeError: If scikit-image is not installed.
-    """
+    """Return the function of scikit-image, an optional dependency, or raise an error if it is not installed."""
     try:
         from skimage.metrics import structural_similarity
     except ImportError as error:

@@ -96,11 +96,7 @@ class _Ablation:
         self.notes: tuple[str, ...] = ()
 
     def prepare(self, force: bool) -> None:
-        """Check everything that can be checked before the first run.
-
-        Raises:
-            BinarizeError: If the folder holds runs with other recipes, or data is missing.
-        """
+        """Check everything that can be checked before the first run, and with force remove runs of other recipes."""
         changed = [run for run in self._unfinished(None) if self.states[run].changes]
         if changed and not force:
             lines = [f"  {run}: {change}" for run in changed for change in self.states[run].changes]

@@ -21,12 +21,7 @@ _TITLES = {"psnr": "PSNR (dB)", "sample_step_seconds": "sampling step (ms)"}
 def draw(result: AblationResult, headings: Mapping[str, str]) -> Figure:
     """Return a figure with one panel per metric and a point per cell; error bars are deviations over the seeds.
 
-    Args:
-        result: The study.
-        headings: Attribute of `RunResult` -> title of its panel.
-
-    Raises:
-        BinarizeError: If matplotlib is missing.
+    ``headings`` are the titles of the panels by attribute of `RunResult`.
     """
     try:
         from matplotlib.figure import Figure

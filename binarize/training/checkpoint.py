@@ -159,11 +159,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def with_saved_residual_scale(recipe: Recipe, folder: Path) -> Recipe:
-    """Return a recipe with the residual scale of a checkpoint's recipe, if it needs one and does not set it.
-
-    Raises:
-        BinarizeError: If the checkpoint's recipe cannot be read.
-    """
+    """Return a recipe with the residual scale of a checkpoint's recipe, if it needs one and does not set it."""
     if recipe.target != "residual" or recipe.residual_scale is not None:
         return recipe
     try:

@@ -100,9 +100,6 @@ def matching_blocks(patterns: tuple[str, ...], student: nn.Module, teacher: nn.M
     """Return the names of the modules of both networks that match a pattern, in the student's order.
 
     A star matches one part of a dotted name, so ``middle.*`` is the blocks and not the modules inside them.
-
-    Raises:
-        BinarizeError: If a pattern matches no module of both networks.
     """
     theirs = {name for name, _ in teacher.named_modules()}
     names = [name for name, _ in student.named_modules() if name in theirs]

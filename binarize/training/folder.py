@@ -17,16 +17,11 @@ TRACKERS = ("tensorboard", "wandb")
 
 
 def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | None:
-    """Return the checkpoint to resume from, or None for a new run, without changing anything.
-
-    Args:
-        recipe: Its ``output_dir`` and ``resume_from_checkpoint`` are used.
-        checkpoints: Those of the output folder.
-        force: Allow a new run to replace an existing one.
+    """Return the checkpoint that a recipe resumes from, or None for a new run, without changing anything.
 
     Raises:
-        BinarizeError: If the output folder is a file, holds a run that is neither resumed nor replaced, or does not
-            have the checkpoint.
+        BinarizeError: If the output folder is a file, holds a run that is neither resumed nor replaced by force, or
+            does not have the checkpoint.
     """
     folder, which = recipe.output_dir, recipe.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
@@ -53,16 +48,7 @@ def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | 
 
 
 def prepare_folder(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> None:
-    """Create the output folder with the recipe in it.
-
-    Args:
-        recipe: The recipe of the run.
-        checkpoints: Those of the output folder.
-        force: Remove the files of an existing run; other files stay.
-
-    Raises:
-        BinarizeError: If the folder cannot be written.
-    """
+    """Create the output folder with the recipe in it; with force, remove the files of an existing run first."""
     folder = recipe.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -46,15 +46,7 @@ class TrainedModel:
 
 
 def read_trained(key: str, path: Path) -> TrainedModel:
-    """Read a trained model: the folder of a run, a pipeline or a network, or a released checkpoint.
-
-    Args:
-        key: The recipe's key that names it, for errors.
-        path: The folder or file.
-
-    Raises:
-        BinarizeError: If it cannot be read.
-    """
+    """Read the folder of a run, a pipeline or a network, or a released checkpoint; errors name the recipe's key."""
     try:
         if (path / PIPELINE).is_file() or (path / RUN / PIPELINE).is_file():
             pipeline = load_pipeline(path)
@@ -73,11 +65,7 @@ def with_residual_scale(recipe: Recipe, patches: PairedPatches, trained: Iterabl
 
 
 def check_same_prediction(key: str, recipe: Recipe, trained: TrainedModel) -> None:
-    """Check that a trained model predicts the same quantity as the recipe, as far as its files say.
-
-    Raises:
-        BinarizeError: Listing the differences.
-    """
+    """Raise an error if a trained model predicts another quantity than the recipe, as far as its files say."""
     if trained.scheduler is None:
         return
     own = {**recipe.scheduler.model_dump(), "residual_scale": recipe.residual_scale}
@@ -90,14 +78,10 @@ def check_same_prediction(key: str, recipe: Recipe, trained: TrainedModel) -> No
 
 
 def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
-    """Return the network at step 0, converted as the recipe says.
+    """Return the network at step 0, converted as the recipe says: a new one, or the one that ``init_from`` names.
 
     A full-precision network is converted, so its weights become the latent weights, and parts that are initialised
     from weights see the trained ones. A network that is already binary keeps its conversion.
-
-    Args:
-        recipe: The recipe of the run.
-        start: The model that ``init_from`` names, or None for a new network.
 
     Raises:
         BinarizeError: If the trained network differs from the recipe's, or is packed.

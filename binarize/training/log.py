@@ -50,12 +50,7 @@ class LogEntry:
 
 
 class Log:
-    """The log of one process; that of the main process feeds the trackers.
-
-    Args:
-        accelerator: The processes.
-        model: The model whose sign flips are counted, without wrappers.
-    """
+    """The log of one process and of its unwrapped model; that of the main process feeds the trackers."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         self.accelerator, self.model = accelerator, model
@@ -69,14 +64,7 @@ class Log:
         self._losses.append(losses)
 
     def write(self, bar: ProgressBar, step: int, rate: float, samples: int) -> None:
-        """Write an entry with the means since the previous one.
-
-        Args:
-            bar: The progress bar.
-            step: Number of optimiser steps done.
-            rate: The learning rate.
-            samples: Samples per step, of all processes.
-        """
+        """Write an entry with the means since the previous one; ``samples`` is the number per step of all processes."""
         now, count = time.perf_counter(), len(self._losses)
         means = {name: sum(losses[name] for losses in self._losses) / count for name in self._losses[0]}
         flips, flips_of_layers = self._count_flips()
@@ -121,11 +109,7 @@ class Log:
 
 
 def start_tracker(recipe: Recipe, accelerator: Accelerator, step: int) -> None:
-    """Start the recipe's tracker in the run's folder, which exists; a resumed run continues its records.
-
-    Raises:
-        BinarizeError: If the tracker cannot start.
-    """
+    """Start the recipe's tracker in the run's folder, which exists; a resumed run continues its records."""
     if recipe.report_to is None:
         return
     folder = recipe.output_dir / recipe.report_to

@@ -202,7 +202,7 @@ class _Run:
                 self.log.add(losses)
                 last = self.step == total
                 if self.step % recipe.logging_steps == 0 or last:
-                    self.log.write(bar, self.step, float(self.lr_scheduler.get_last_lr()[0]), self.plan.total)
+                    self.log.write(bar, self.step, float(self.optimizer.param_groups[0]["lr"]), self.plan.total)
                 bar.update()
                 paused = time.perf_counter()
                 if signum and not last:

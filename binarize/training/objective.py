@@ -45,11 +45,9 @@ class Objective:
         self.recipe, self.scheduler, self.distillation = recipe, scheduler, distillation
 
     def __call__(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Losses:
-        """Return the losses of a batch.
+        """Return the losses of a batch for a model that is called as ``model(noisy, timesteps, condition).sample``.
 
-        Args:
-            model: Called as ``model(noisy, timesteps, condition).sample``.
-            batch: ``hr``, ``condition`` and ``noise``, (B, 3, H, W), and ``timestep``, (B,), on the model's device.
+        The batch has ``hr``, ``condition`` and ``noise``, (B, 3, H, W), and ``timestep``, (B,), on the model's device.
         """
         recipe, timesteps, condition = self.recipe, batch["timestep"], batch["condition"]
         clean = diffused_of(batch["hr"], condition, recipe.residual_scale)

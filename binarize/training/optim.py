@@ -35,10 +35,6 @@ class TimmSchedule:
         """Set the rate of the next optimiser step."""
         self.load_state_dict({"updates": self.updates + 1})
 
-    def get_last_lr(self) -> list[float]:
-        """Return the rate of each parameter group."""
-        return [group["lr"] for group in self.schedule.optimizer.param_groups]
-
     def state_dict(self) -> dict[str, int]:
         """Return the number of updates."""
         return {"updates": self.updates}
@@ -50,12 +46,7 @@ class TimmSchedule:
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
-    """Return the recipe's optimiser, with weight decay only for the parameters that `param_groups` gives it.
-
-    Raises:
-        BinarizeError: If timm is not installed or has no such optimiser, or if the optimiser needs second-order
-            gradients or does not take an option.
-    """
+    """Return the recipe's optimiser, with weight decay only for the parameters that `param_groups` gives it."""
     groups = param_groups(model, weight_decay=recipe.adam_weight_decay)
     betas, options = (recipe.adam_beta1, recipe.adam_beta2), recipe.optimizer_options
     try:
@@ -95,11 +86,7 @@ def _timm_optimizer(recipe: Recipe, groups: list[dict[str, Any]], options: dict[
 
 
 def build_lr_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | TimmSchedule:
-    """Return the recipe's learning-rate schedule, to be stepped once per optimiser step.
-
-    Raises:
-        BinarizeError: If timm is needed and not installed, or does not take an option.
-    """
+    """Return the recipe's learning-rate schedule, to be stepped once per optimiser step."""
     if not recipe.lr_scheduler.startswith(_TIMM):
         return get_scheduler(
             recipe.lr_scheduler,

@@ -26,9 +26,6 @@ _PACKAGES = {"wandb": "wandb", "tensorboard": "'binarize-diffusion[train]'"}
 def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
     """Set Accelerate up as the recipe says, and restore torch's random state and TF32 flags at the end.
 
-    Args:
-        recipe: Its precision, accumulation, tracker and TF32 keys are used.
-
     Raises:
         BinarizeError: If the tracker is not installed, this machine does not support the precision, or the launcher
             shards parameters.
@@ -82,11 +79,7 @@ def _check_precision(recipe: Recipe) -> None:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Call ``work`` in the main process, and return its picklable result in every process.
-
-    Raises:
-        BinarizeError: In every process, if ``work`` raised one.
-    """
+    """Call ``work`` in the main process, and return its picklable result, or raise its error, in every process."""
     if accelerator.num_processes == 1:
         return work()
     outcome: list[Any] = [None, None]
@@ -104,10 +97,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 def reduce_losses(accelerator: Accelerator, losses: Mapping[str, Tensor], signum: int) -> tuple[dict[str, float], int]:
     """Return the mean losses over all processes, and the largest signal that any process received.
 
-    Args:
-        accelerator: The processes.
-        losses: (B,) each: this process's "loss" and its parts.
-        signum: The signal that this process received, or 0.
+    ``losses`` has this process's "loss" and its parts, (B,) each; ``signum`` is its signal, or 0.
     """
     total = losses["loss"].mean()
     row = torch.stack([*(part.mean().to(total.dtype) for part in losses.values()), torch.full_like(total, signum)])

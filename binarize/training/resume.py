@@ -29,16 +29,10 @@ _RESUMABLE = BOOKKEEPING | {
 
 
 def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, checkpoint: Path) -> None:
-    """Check that a checkpoint's recipe differs only in keys that do not change the result.
+    """Check that a checkpoint's recipe, as YAML, differs only in keys that do not change the result.
 
-    ``max_train_steps`` may change if neither the learning rate nor the network depends on it.
-
-    Args:
-        recipe: The current recipe.
-        total: Samples per optimiser step now.
-        saved: The checkpoint's recipe as YAML.
-        saved_total: Samples per optimiser step of the checkpoint.
-        checkpoint: Its folder, for errors.
+    ``max_train_steps`` may change if neither the learning rate nor the network depends on it. The totals are samples
+    per optimiser step, now and in the checkpoint.
 
     Raises:
         BinarizeError: Listing every difference that matters.

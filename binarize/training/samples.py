@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from binarize.errors import BinarizeError
 from binarize.recipes import Recipe, build_scheduler
@@ -38,31 +38,19 @@ class BatchPlan:
         return self.size * self.accumulation * self.processes
 
     def indices(self, step: int, forward: int) -> list[int]:
-        """Return the global indices of this process's samples.
+        """Return the global indices of this process's samples in a forward pass of the step after ``step`` steps.
 
         A step has the same samples, and so the same mean gradient, for every split.
-
-        Args:
-            step: Number of optimiser steps done.
-            forward: Index of the forward pass within the step.
         """
         first = step * self.total + (forward * self.processes + self.rank) * self.size
         return list(range(first, first + self.size))
 
-
-class _Batches(Sampler[list[int]]):
-    def __init__(self, plan: BatchPlan, start: int, stop: int) -> None:
-        self.plan, self.start, self.stop = plan, start, stop
-
-    def __len__(self) -> int:
-        return (self.stop - self.start) * self.plan.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.stop):
-            for forward in range(self.plan.accumulation):
-                yield self.plan.indices(step, forward)
+    def batches(self, steps: range) -> Iterator[list[int]]:
+        """Yield the indices of every forward pass of the given steps."""
+        return (self.indices(step, forward) for step in steps for forward in range(self.accumulation))
 
 
+@dataclass
 class NoisySamples(Dataset[dict[str, Any]]):
     """Training patches with their timestep and noise, each a function of the sample's global index.
 
@@ -75,21 +63,12 @@ class NoisySamples(Dataset[dict[str, Any]]):
         favoured_share: The probability of a uniform draw from ``favoured`` instead of from all.
     """
 
-    def __init__(
-        self,
-        patches: PairedPatches,
-        num_train_timesteps: int,
-        seed: int,
-        share_timestep: int = 1,
-        favoured: Sequence[int] = (),
-        favoured_share: float = 0.0,
-    ) -> None:
-        self.patches = patches
-        self.num_train_timesteps = num_train_timesteps
-        self.seed = seed
-        self.share_timestep = share_timestep
-        self.favoured = tuple(favoured)
-        self.favoured_share = favoured_share
+    patches: PairedPatches
+    num_train_timesteps: int
+    seed: int
+    share_timestep: int = 1
+    favoured: Sequence[int] = ()
+    favoured_share: float = 0.0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the patch's entries, its ``noise`` (3, P, P) float32 and its ``timestep``."""
@@ -106,11 +85,7 @@ class NoisySamples(Dataset[dict[str, Any]]):
 
 
 def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
-    """Return the stream of samples of a recipe.
-
-    Raises:
-        BinarizeError: If the recipe names no training images, or they cannot be read or used.
-    """
+    """Return the stream of samples of a recipe, or raise an error if its training images cannot be used."""
     if recipe.train_data_dir is None:
         raise BinarizeError(
             "train_data_dir: missing; name the folder of high-resolution training images, such as "
@@ -137,18 +112,10 @@ def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
 def batch_loader(
     samples: NoisySamples, plan: BatchPlan, steps: range, *, workers: int, pin_memory: bool
 ) -> DataLoader[dict[str, Any]]:
-    """Return this process's batches for a range of optimiser steps, in order.
-
-    Args:
-        samples: The stream.
-        plan: The split of a step.
-        steps: The optimiser steps.
-        workers: Worker processes; 0 loads in this process.
-        pin_memory: Load into page-locked memory, from which CUDA copies asynchronously.
-    """
+    """Return this process's batches for a range of optimiser steps, in order; 0 workers load in this process."""
     return DataLoader(
         samples,
-        batch_sampler=_Batches(plan, steps.start, steps.stop),
+        batch_sampler=plan.batches(steps),
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
@@ -156,10 +123,7 @@ def batch_loader(
 
 
 def close(batches: Iterator[dict[str, Any]]) -> None:
-    """Stop the worker processes of an iterator over `batch_loader`.
-
-    Workers ignore the signal with which Python ends its children, so the program would wait for them at exit.
-    """
+    """Stop the workers of an iterator over `batch_loader`; they ignore the signal by which Python ends its children."""
     stop = getattr(batches, "_shutdown_workers", None)  # PyTorch only calls it when the iterator is garbage-collected
     if stop is not None:
         stop()

@@ -45,21 +45,13 @@ class ValidationResult:
         return self.strip.permute(1, 2, 0).numpy()
 
     def save(self, folder: Path, step: int) -> Path:
-        """Write the strip as a PNG named by the step and the image.
-
-        Raises:
-            BinarizeError: If it cannot be written.
-        """
+        """Write the strip as a PNG named by the step and the image."""
         path = folder / f"step-{step:07d}-{self.name}.png"
         return save_image(Image.fromarray(self.pixels), path, force=True)
 
 
 class Validator:
-    """The first images of a recipe's validation folder, read and checked once; none without ``validation_data_dir``.
-
-    Raises:
-        BinarizeError: If a folder or an image cannot be read or a pair does not match.
-    """
+    """The first images of a recipe's validation folder, read and checked once; none without ``validation_data_dir``."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.steps, self.seed = recipe.num_inference_steps, recipe.seed
@@ -99,11 +91,7 @@ def averaged_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
 
 
 def export(pipeline: SuperResolutionPipeline, folder: Path) -> None:
-    """Save a pipeline to a folder, replacing an earlier one as a whole.
-
-    Raises:
-        BinarizeError: If it cannot be written; an earlier one is then unchanged.
-    """
+    """Save a pipeline to a folder, replacing an earlier one as a whole, or leaving it unchanged if writing fails."""
     try:
         replace_folder(folder, pipeline.save_pretrained)
     except (OSError, SafetensorError) as error:

@@ -117,7 +117,7 @@ class TestQuality:
                 call()
 
 
-class TestPublishedFigures:
+class TestPublishedResults:
     @needs_set5
     @pytest.mark.parametrize(("scale", "decibels", "similarity"), [(2, 33.67, 0.9303), (4, 28.43, 0.8111)])
     def test_bicubic_on_set5(self, scale: int, decibels: float, similarity: float) -> None:
@@ -238,7 +238,7 @@ class TestLpips:
         with pytest.raises(BinarizeError, match="its weights have other shapes"):
             Lpips("squeeze", backbone=tmp_path / "narrow.pth")
         distance = Lpips("squeeze", backbone=tmp_path / "squeeze.pth")
-        with pytest.raises(BinarizeError, match=r"LPIPS \(squeeze\): needs at least 17 pixels a side, got 40x16"):
+        with pytest.raises(BinarizeError, match=r"LPIPS \(squeeze\): needs at least 17 pixels per side, got 40x16"):
             distance(noise(16, 40), noise(16, 40))
         with pytest.raises(BinarizeError, match=r"one size, got \(3, 20, 20\) and \(3, 20, 21\)"):
             distance(noise(20, 20), noise(20, 21))
@@ -254,7 +254,7 @@ class TestEvaluate:
             return originals[np.array(lr).transpose(2, 0, 1).tobytes()]
 
         report = evaluate(perfect, folder, scale=4, lpips="squeeze", lpips_backbone=BACKBONE, progress=False)
-        assert [row.picture for row in report.rows] == ["p0", "p1"]
+        assert [row.image for row in report.rows] == ["p0", "p1"]
         assert report.border == 4
         mean = report.mean
         assert mean.model == Scores(math.inf, pytest.approx(1), 0)
@@ -355,7 +355,7 @@ class TestReport:
 
     def test_markdown(self, report: EvaluationReport) -> None:
         lines = report.to_markdown().splitlines()
-        assert lines[0] == "ours, x2: PSNR and SSIM on Y, 2 pixels shaved off each side."
+        assert lines[0] == "ours, x2: PSNR and SSIM on Y, 2 pixels cut off each side."
         assert lines[4] == r"| a\|b | 30.00 | 0.9000 | 0.1000 | 28.50 | 0.8000 | 0.3000 |"
         assert lines[6].startswith("| **mean** | **31.00** | **0.9250** |")
         assert lines[-1] == "Note: something is missing."
@@ -378,7 +378,7 @@ class TestReport:
         assert not paths[0].exists()
         report.save(target, force=True)
         assert len(list(target.iterdir())) == 3
-        with pytest.raises(BinarizeError, match=r"evaluation\.md: cannot be made a folder"):
+        with pytest.raises(BinarizeError, match=r"evaluation\.md: cannot create the folder"):
             report.save(paths[2])
 
 

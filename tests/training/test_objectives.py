@@ -23,9 +23,8 @@ from binarize.imaging import ImagePairs, degrade, read_image, upscale_bicubic
 from binarize.models import SRUNet, SuperResolutionPipeline
 from binarize.recipes import build_pipeline, build_scheduler, load_recipe
 from binarize.training import train
-from binarize.training.data import PairedPatches
+from binarize.training.data import PairedPatches, residual_std
 from binarize.training.objective import Objective, prediction_target, snr_weights
-from binarize.training.residual import residual_deviation
 from binarize.training.samples import BatchPlan, training_samples
 
 UNCLIPPED = ("target=residual", "scheduler.clip_sample=false")
@@ -48,14 +47,14 @@ def test_the_residual_scale_is_the_standard_deviation_of_what_pictures_add_to_th
         small = degrade(levels, 2).astype(np.float32) / 255
         enlarged = upscale_bicubic(torch.from_numpy(small).permute(2, 0, 1)[None], 2)[0].permute(1, 2, 0).numpy()
         whole.append((levels / 255 - enlarged).ravel())
-    found = residual_deviation(PairedPatches(tmp_path, scale=2, patch_size=32, length=64), 64)
+    found = residual_std(PairedPatches(tmp_path, scale=2, patch_size=32, length=64), 64)
     assert found == pytest.approx(np.concatenate(whole).std(), rel=0.02)
 
 
 def test_pictures_without_detail_have_no_residual(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "flat.png")
-    with pytest.raises(BinarizeError, match=r"equal their enlargements, so that nothing is left to learn"):
-        residual_deviation(PairedPatches(tmp_path, scale=2, patch_size=16, length=8), 8)
+    with pytest.raises(BinarizeError, match=r"equal their upscaled versions, so there is nothing to learn"):
+        residual_std(PairedPatches(tmp_path, scale=2, patch_size=16, length=8), 8)
 
 
 class Oracle(torch.nn.Module):
@@ -118,7 +117,7 @@ def test_the_objective_asks_for_the_scaled_residual(kind: str) -> None:
 def test_a_run_measures_the_scale_saves_it_with_the_model_and_resumes_with_it(recipe: Any, pictures: Path) -> None:
     options = (*UNCLIPPED, f"validation_data_dir={pictures}", "num_validation_images=1")
     whole = train(recipe(*options, out="whole"), progress=False)
-    measured = residual_deviation(PairedPatches(pictures, scale=2, patch_size=16, length=512))
+    measured = residual_std(PairedPatches(pictures, scale=2, patch_size=16, length=512))
     saved = yaml.safe_load((whole.output_dir / "recipe.yaml").read_text())
     assert saved["residual_scale"] == pytest.approx(measured, rel=1e-12)
     pipeline = SuperResolutionPipeline.from_pretrained(whole.model_dir)
@@ -177,7 +176,7 @@ def test_a_residual_network_without_its_scale_makes_no_pipeline() -> None:
 
 
 def test_clipping_that_would_cut_residuals_is_refused() -> None:
-    with pytest.raises(BinarizeError, match=r"target: got 'residual'; residuals .*range 1 would cut"):
+    with pytest.raises(BinarizeError, match=r"target: got 'residual'; residuals .*range 1; set it"):
         load_recipe("small_x2", ["target=residual"])
     assert load_recipe("small_x2", ["target=residual", "scheduler.clip_sample_range=8"]).target == "residual"
     with pytest.raises(BinarizeError, match=r"residual_scale: got 0\.1; has no effect while target is image"):
@@ -272,7 +271,7 @@ def test_sampling_steps_may_change_in_a_run_unless_timesteps_depend_on_them(reci
         if share == "0":
             train(changed, progress=False)
             continue
-        with pytest.raises(BinarizeError, match=r"what decides the result:\n  num_inference_steps: was 2, is 3\n"):
+        with pytest.raises(BinarizeError, match=r"keys that change the result:\n  num_inference_steps: was 2, is 3\n"):
             train(changed, progress=False)
 
 

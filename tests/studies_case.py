@@ -1,0 +1,50 @@
+"""A study of two networks that take a second each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY: dict[str, Any] = {
+    "model": {"base_channels": 8, "channel_mults": [1], "norm_groups": 4},
+    "resolution": 16,
+    "train_batch_size": 2,
+    "max_train_steps": 4,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 0,
+    "checkpointing_steps": 2,
+    "validation_steps": 1000,
+    "logging_steps": 1,
+}
+
+SHRINK = [
+    "max_train_steps=1",
+    "model.channel_mults=[1]",
+    "model.base_channels=8",
+    "resolution=16",
+    "train_batch_size=1",
+]
+
+
+def make(pictures: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    study = {
+        "base": "small_x2",
+        "overrides": {**TINY, "train_data_dir": str(pictures)},
+        "grid": {"method": ["bnn", {"name": "bidiffsr", "groups": 2}]},
+        "evaluation": {"data_dir": str(pictures), "num_inference_steps": 2, "lpips": None},
+        "output_dir": str(out),
+    }
+    return {**study, **changes}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.parent.name != folder.name}
+
+
+def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr("binarize.training.loop.train", train)
