@@ -80,7 +80,7 @@ class NoisySamples(Dataset[dict[str, Any]]):
         draw = generator(self.seed, "timestep", index)
         uniform = int(draw.integers(self.num_train_timesteps))
         if self.favoured_share > draw.random():
-            return self.favoured[draw.integers(len(self.favoured))]
+            return self.favoured[int(draw.integers(len(self.favoured)))]
         return uniform
 
 
