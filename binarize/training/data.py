@@ -183,27 +183,26 @@ def _cut(
     """Return hr, lr and condition in [0, 1] of the patch at low-resolution position ``top``, ``left``."""
     height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
     # The patch with the pixels that upscaling reads around it. Both filters mirror at the borders of the image.
-    rows = _around(top, side, _FILTER_RADIUS, height)
-    columns = _around(left, side, _FILTER_RADIUS, width)
+    rows, columns = _around(top, side, _FILTER_RADIUS, height), _around(left, side, _FILTER_RADIUS, width)
     if lr is None:
-        more_rows = _around(top, side, 2 * _FILTER_RADIUS, height)
-        more_columns = _around(left, side, 2 * _FILTER_RADIUS, width)
-        context = degrade(_crop(hr, _scaled(more_rows, scale), _scaled(more_columns, scale)), scale)
-        context = _crop(context, _shifted(rows, more_rows.start), _shifted(columns, more_columns.start))
+        outer_rows = _around(top, side, 2 * _FILTER_RADIUS, height)
+        outer_columns = _around(left, side, 2 * _FILTER_RADIUS, width)
+        context = degrade(hr[..., _scaled(outer_rows, scale), _scaled(outer_columns, scale)], scale)
+        context = context[..., _shifted(rows, outer_rows.start), _shifted(columns, outer_columns.start)]
     else:
-        context = _crop(lr, rows, columns)
+        context = lr[..., rows, columns]
     context = context.float() / 255
-    inner = (slice(top - rows.start, top - rows.start + side), slice(left - columns.start, left - columns.start + side))
-    low = _crop(context, *inner)
-    condition = _crop(upscale_bicubic(context[None], scale)[0], *(_scaled(part, scale) for part in inner))
     patch = slice(top, top + side), slice(left, left + side)
-    high = _crop(hr, *(_scaled(part, scale) for part in patch)).float() / 255
-    return high, low, condition
+    inner = _shifted(patch[0], rows.start), _shifted(patch[1], columns.start)
+    condition = upscale_bicubic(context[None], scale)[0, :, _scaled(inner[0], scale), _scaled(inner[1], scale)]
+    high = hr[..., _scaled(patch[0], scale), _scaled(patch[1], scale)].float() / 255
+    return high, context[..., inner[0], inner[1]], condition
 
 
 def _texture(hr: torch.Tensor, scale: int, place: tuple[int, int], side: int) -> float:
     """Return the mean absolute difference between vertical and horizontal neighbours in a patch."""
-    patch = _crop(hr, *(_scaled(slice(start, start + side), scale) for start in place)).to(torch.int16)
+    rows, columns = (_scaled(slice(start, start + side), scale) for start in place)
+    patch = hr[..., rows, columns].to(torch.int16)
     return sum(float(patch.diff(dim=axis).abs().float().mean()) for axis in (-2, -1))
 
 
@@ -217,10 +216,6 @@ def _scaled(part: slice, scale: int) -> slice:
 
 def _shifted(part: slice, origin: int) -> slice:
     return slice(part.start - origin, part.stop - origin)
-
-
-def _crop(planes: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
-    return planes[..., rows, columns]
 
 
 def _turned(patch: torch.Tensor, turn: int) -> torch.Tensor:

@@ -13,6 +13,8 @@ from studies_case import make
 from binarize.studies.ablation import ablate
 from binarize.studies.results import AblationResult
 
+Finished = tuple[dict[str, Any], AblationResult]
+
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,6 +28,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], AblationResult]:
+def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     study = make(pictures, tmp_path_factory.mktemp("study"), seeds=[0, 7])
     return study, ablate(study, progress=False)

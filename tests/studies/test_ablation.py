@@ -5,12 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from studies_case import SHRINK, TINY, forbid_training, make, times
+from studies_case import forbid_training, make, times
 from typer.testing import CliRunner
 
 import binarize
@@ -28,18 +25,20 @@ from binarize.errors import BinarizeError
 from binarize.evaluation import LpipsUnavailable, evaluate
 from binarize.models import SuperResolutionPipeline
 from binarize.recipes import build_model, load_recipe
-from binarize.studies import ablation, list_studies, load_study
+from binarize.studies import ablation, load_study
 from binarize.studies.ablation import ablate
 from binarize.studies.results import AblationResult
 from binarize.studies.schema import as_strings
 from binarize.studies.state import StudyRun, folder_name
 from binarize.training import TrainingInterrupted, load_checkpoint, train
 
+Finished = tuple[dict[str, Any], AblationResult]
+
 # What a study runs and measures.
 
 
-def test_every_cell_is_run_with_every_seed_and_costs_what_its_network_does(
-    finished: tuple[dict[str, Any], AblationResult],
+def test_every_cell_runs_with_every_seed(
+    finished: Finished,
 ) -> None:
     _, result = finished
     assert result.complete
@@ -58,9 +57,7 @@ def test_every_cell_is_run_with_every_seed_and_costs_what_its_network_does(
         assert 0 < run.sample_step_seconds < 10
 
 
-def test_a_cell_is_the_run_that_train_would_make_of_its_recipe(
-    finished: tuple[dict[str, Any], AblationResult], pictures: Path, tmp_path: Path
-) -> None:
+def test_a_run_equals_train_on_its_recipe(finished: Finished, pictures: Path, tmp_path: Path) -> None:
     study, result = finished
     texts = [*as_strings(study["overrides"]), "method={name: bidiffsr, groups: 2}", "seed=7", f"output_dir={tmp_path}"]
     alone = train(load_recipe("small_x2", texts), progress=False)
@@ -71,9 +68,7 @@ def test_a_cell_is_the_run_that_train_would_make_of_its_recipe(
     assert result.runs[3].loss == alone.history[-1].loss
 
 
-def test_the_figures_are_those_of_an_evaluation_of_the_saved_model(
-    finished: tuple[dict[str, Any], AblationResult], pictures: Path
-) -> None:
+def test_results_are_those_of_the_saved_model(finished: Finished, pictures: Path) -> None:
     run = finished[1].runs[3]
     pipe = SuperResolutionPipeline.from_pretrained(run.folder / "model")
     pipe.set_progress_bar_config(disable=True)
@@ -85,7 +80,7 @@ def test_the_figures_are_those_of_an_evaluation_of_the_saved_model(
     assert (run.psnr, run.ssim, run.lpips) == (mean.psnr, mean.ssim, None)
 
 
-def test_one_table_is_written_in_every_form(finished: tuple[dict[str, Any], AblationResult]) -> None:
+def test_one_table_is_written_in_every_form(finished: Finished) -> None:
     _, result = finished
     out = result.output_dir
     psnr = [run.psnr for run in result.runs[:2] if run.psnr is not None]
@@ -115,8 +110,8 @@ def test_one_table_is_written_in_every_form(finished: tuple[dict[str, Any], Abla
 # What a study does not do twice.
 
 
-def test_what_is_done_is_not_repeated(
-    finished: tuple[dict[str, Any], AblationResult], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_finished_runs_are_not_repeated(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study, result = finished
     before = times(result.output_dir)
@@ -127,17 +122,13 @@ def test_what_is_done_is_not_repeated(
     assert "4 of 4 runs are already done" in capsys.readouterr().out
 
 
-def test_bookkeeping_keys_repeat_nothing(
-    finished: tuple[dict[str, Any], AblationResult], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bookkeeping_keys_repeat_nothing(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     study, result = finished
     forbid_training(monkeypatch)
     assert ablate(study, ["logging_steps=3", "checkpointing_steps=100"], progress=False).runs == result.runs
 
 
-def test_another_measurement_does_not_train_again(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_evaluation_trains_nothing(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
     first = ablate(study, progress=False).runs[0]
     forbid_training(monkeypatch)
@@ -165,9 +156,7 @@ def test_another_recipe_is_refused_or_repeats_its_runs_alone(pictures: Path, tmp
     assert sorted(path.name for path in second.runs[1].folder.parent.iterdir()) == ["seed-0"]
 
 
-def test_a_half_trained_run_goes_on_and_ends_as_if_never_stopped(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_resumes_exactly(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from binarize.training import loop
 
     study = make(pictures, tmp_path / "a", grid={"method": ["bidiffsr"]})
@@ -269,7 +258,7 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(pictures: Path, tmp_pat
     assert "are the same run" in mended.stderr
 
 
-def test_what_was_not_foreseen_is_recorded_with_its_kind(
+def test_unexpected_errors_are_recorded(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(run: Any, lpips: Any, *, progress: bool) -> Any:
@@ -300,7 +289,7 @@ def test_a_dry_run_writes_nothing(pictures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lpips_is_left_out_with_a_note_and_measured_once_it_can_be(
+def test_lpips_is_measured_once_available(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path
 ) -> None:
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
@@ -323,8 +312,8 @@ def test_lpips_is_left_out_with_a_note_and_measured_once_it_can_be(
     assert "LPIPS (squeeze)" in second.to_markdown()
 
 
-def test_without_matplotlib_the_plot_alone_is_left_out(
-    finished: tuple[dict[str, Any], AblationResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_without_matplotlib_only_the_plot_is_missing(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import dataclasses
 
@@ -337,9 +326,7 @@ def test_without_matplotlib_the_plot_alone_is_left_out(
         result.plot()
 
 
-def test_what_cannot_be_run_is_refused_before_anything_is(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_before_the_first_run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = make(pictures, tmp_path)
     study["overrides"] = {key: value for key, value in study["overrides"].items() if key != "train_data_dir"}
     study["evaluation"] = {"lpips": None}
@@ -375,110 +362,3 @@ def test_folders_are_named_by_cells_on_any_system() -> None:
     assert folder_name("方法").startswith("-")
     assert folder_name("方法") != folder_name("其他")
     assert len(folder_name("x" * 300)) < 80
-
-
-# The command.
-
-
-def test_the_command_lists_shows_and_runs(pictures: Path, tmp_path: Path) -> None:
-    from binarize.cli import app
-
-    run = CliRunner().invoke
-    listed = run(app, ["ablate", "--list"])
-    assert listed.exit_code == 0
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(list_studies())
-    nothing = run(app, ["ablate"])
-    assert nothing.exit_code == 2
-    assert "STUDY" in nothing.stderr
-    dry = run(app, ["ablate", "small_groups", "--dry-run", f"output_dir={tmp_path / 'none'}", *SHRINK])
-    assert dry.exit_code == 0
-    assert "| method.groups=5 |" in dry.stdout
-    assert "table:" not in dry.stdout
-
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(make(pictures, tmp_path / "out", grid={"method": ["bnn"]})), encoding="utf-8")
-    done = run(app, ["ablate", str(path), "max_train_steps=1"])
-    assert done.exit_code == 0, done.output
-    assert f"table: {tmp_path / 'out' / 'table.md'}" in done.stdout
-
-
-def test_a_signal_ends_the_command_with_the_shells_status(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from binarize.cli import app
-
-    def stopped(*args: Any, **kwargs: Any) -> None:
-        raise TrainingInterrupted(signal.SIGTERM, Path("checkpoint-2"))
-
-    monkeypatch.setattr("binarize.training.loop.train", stopped)
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(make(pictures, tmp_path / "out")), encoding="utf-8")
-    ran = CliRunner().invoke(app, ["ablate", str(path)])
-    assert ran.exit_code == 143
-    assert "saved checkpoint-2. The same command goes on from there." in ran.stderr
-
-
-# Runs a study in a child process, which is forked so that the imports are shared. The first child is killed.
-KILL = """
-import os, signal, sys, time
-from pathlib import Path
-
-import torch
-from binarize.studies.ablation import ablate
-
-study, second = sys.argv[1], Path(sys.argv[2])
-
-def start():
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        status = 1
-        try:
-            ablate(study)
-            status = 0
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    return child
-
-child = start()
-while not list(second.glob("checkpoint-*")):
-    assert os.waitpid(child, os.WNOHANG) == (0, 0)
-    time.sleep(0.01)
-os.kill(child, signal.SIGKILL)
-os.waitpid(child, 0)
-print("killed", max(int(folder.name.split("-")[1]) for folder in second.glob("checkpoint-*")), flush=True)
-print("left", (second.parents[1] / "1" / "seed-0" / "result.json").stat().st_mtime_ns, flush=True)
-print("status", os.waitpid(start(), 0)[1])
-"""
-
-
-@pytest.mark.slow
-def test_a_study_survives_kill_9_and_repeats_nothing(pictures: Path, tmp_path: Path) -> None:
-    changes = {**TINY, "train_data_dir": str(pictures), "max_train_steps": 30, "checkpointing_steps": 3}
-    cells = [{"name": str(number), "overrides": {"learning_rate": 1e-3 * number}} for number in (1, 2)]
-    path, out = tmp_path / "mine.yaml", tmp_path / "out"
-    study = make(pictures, out, overrides=changes, grid={}, cells=cells)
-    path.write_text(yaml.safe_dump(study), encoding="utf-8")
-    first, second = (out / "cells" / number / "seed-0" for number in "12")
-    command = [sys.executable, "-c", KILL, str(path), str(second)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
-    assert done.returncode == 0, done.stderr
-    reached = int(re.findall(r"killed (\d+)", done.stdout)[0])
-    assert reached < 30
-    assert "status 0" in done.stdout, done.stderr
-    assert "1 of 2 runs are already done" in done.stdout
-    assert f"resuming from {second / f'checkpoint-{reached}'}, at step {reached}" in done.stdout
-    assert f"left {(first / 'result.json').stat().st_mtime_ns}" in done.stdout
-    assert all((out / f"table.{suffix}").is_file() for suffix in ("md", "csv", "json", "png"))
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as above: another order of summation can flip a sign
-    try:
-        whole = ablate({**study, "output_dir": str(tmp_path / "whole")}, only="2", progress=False)
-    finally:
-        torch.set_num_threads(threads)
-    found = ablate(path, dry_run=True)
-    assert found.complete
-    assert found.runs[1].psnr == pytest.approx(whole.runs[1].psnr, abs=1e-6)

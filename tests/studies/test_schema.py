@@ -34,7 +34,7 @@ def test_every_installed_study_is_valid_described_and_seeded_alike(name: str) ->
         assert all(recipe.published is not None for recipe in recipes.values())
 
 
-def test_studies_are_no_recipes() -> None:
+def test_studies_are_not_recipes() -> None:
     assert not [name for name in list_recipes() if "ablations" in name or name in list_studies()]
     assert {"table2_x2", "table2_x4", "breakdown", "fusion", "time_aware", "groups"} <= set(list_studies())
     small = {name.removeprefix("small_") for name in list_studies() if name.startswith("small_")}
@@ -147,7 +147,7 @@ BASE = {"base": "small_x2", "output_dir": "x"}
         ({**BASE, "grid": {"scale": [2]}, "evaluations": {}}, r"evaluations: unknown key. Did you mean 'evaluation'"),
     ],
 )
-def test_what_is_no_study_is_refused(study: dict[str, Any], message: str) -> None:
+def test_invalid_studies(study: dict[str, Any], message: str) -> None:
     with pytest.raises(BinarizeError, match=message):
         load_study(study)
 
@@ -203,7 +203,7 @@ def test_overrides_that_a_study_decides_are_refused() -> None:
 PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "ablate.md").read_text(encoding="utf-8")
 
 
-def test_the_how_to_runs_as_it_stands(
+def test_the_how_to_runs(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

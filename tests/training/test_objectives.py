@@ -38,7 +38,7 @@ def small(**options: Any) -> SRUNet:
 # Residuals.
 
 
-def test_the_residual_scale_is_the_standard_deviation_of_what_pictures_add_to_their_enlargement(tmp_path: Path) -> None:
+def test_the_residual_scale_is_the_standard_deviation_of_residuals(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     whole = []
     for number in range(3):
@@ -51,7 +51,7 @@ def test_the_residual_scale_is_the_standard_deviation_of_what_pictures_add_to_th
     assert found == pytest.approx(np.concatenate(whole).std(), rel=0.02)
 
 
-def test_pictures_without_detail_have_no_residual(tmp_path: Path) -> None:
+def test_images_without_detail_have_no_residual(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "flat.png")
     with pytest.raises(BinarizeError, match=r"equal their upscaled versions, so there is nothing to learn"):
         residual_std(PairedPatches(tmp_path, scale=2, patch_size=16, length=8), 8)
@@ -78,7 +78,7 @@ class Oracle(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_perfect_network_of_residuals_gives_the_picture_back(kind: str, pictures: Path) -> None:
+def test_perfect_residuals_give_the_image(kind: str, pictures: Path) -> None:
     recipe = load_recipe("small_x2", [*UNCLIPPED, "residual_scale=0.04", f"scheduler.prediction_type={kind}"])
     scheduler = build_scheduler(recipe)
     picture = read_image(sorted(pictures.iterdir())[0]).rgb.double()[None]
@@ -91,7 +91,7 @@ def test_a_perfect_network_of_residuals_gives_the_picture_back(kind: str, pictur
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_objective_asks_for_the_scaled_residual(kind: str) -> None:
+def test_the_objective_of_residuals(kind: str) -> None:
     recipe = load_recipe(
         "small_x2", [*UNCLIPPED, "residual_scale=0.05", f"scheduler.prediction_type={kind}", "loss=l2"]
     )
@@ -138,7 +138,7 @@ def test_a_run_measures_the_scale_saves_it_with_the_model_and_resumes_with_it(re
     assert torch.equal((out[0] * 255).round().to(torch.uint8), strip[..., 32:64])
 
 
-def test_a_strength_multiplies_what_is_added_to_the_enlargement(tmp_path: Path) -> None:
+def test_the_strength_multiplies_residuals(tmp_path: Path) -> None:
     torch.manual_seed(0)
     image = torch.rand(1, 3, 12, 10) * 0.2 + 0.4  # far from where pictures are cut off
     noise = torch.randn(1, 3, 24, 20)
@@ -154,7 +154,7 @@ def test_a_strength_multiplies_what_is_added_to_the_enlargement(tmp_path: Path) 
     torch.testing.assert_close(added[1.5], 1.5 * added[1.0], rtol=0, atol=1e-6)
 
 
-def test_strengths_that_mean_nothing_are_refused() -> None:
+def test_invalid_strengths() -> None:
     with pytest.raises(BinarizeError, match=r"residual_strength=0: .* a positive number"):
         SuperResolutionPipeline(small(), scale=2, residual_scale=0.1, residual_strength=0)
     with pytest.raises(BinarizeError, match=r"residual_strength=1\.5 without a residual_scale"):
@@ -175,7 +175,7 @@ def test_a_residual_network_without_its_scale_makes_no_pipeline() -> None:
         SuperResolutionPipeline(small(), scale=2, residual_scale=0)
 
 
-def test_clipping_that_would_cut_residuals_is_refused() -> None:
+def test_invalid_residual_options() -> None:
     with pytest.raises(BinarizeError, match=r"target: got 'residual'; residuals .*range 1; set it"):
         load_recipe("small_x2", ["target=residual"])
     assert load_recipe("small_x2", ["target=residual", "scheduler.clip_sample_range=8"]).target == "residual"
@@ -187,9 +187,7 @@ def test_clipping_that_would_cut_residuals_is_refused() -> None:
 
 
 @given(step=st.integers(1, 1999), gamma=st.floats(0.1, 20.0), seed=st.integers(0, 100))
-def test_min_snr_makes_the_three_predictions_count_an_error_of_the_picture_alike(
-    step: int, gamma: float, seed: int
-) -> None:
+def test_min_snr_weights_image_errors_equally_for_all_predictions(step: int, gamma: float, seed: int) -> None:
     random = np.random.default_rng(seed)
     clean, noise, error = (torch.from_numpy(random.standard_normal((1, 3, 4, 4))) for _ in range(3))
     timesteps = torch.tensor([step])
@@ -246,7 +244,7 @@ def timesteps_of(recipe: Any, count: int) -> list[int]:
     return [samples[i]["timestep"] for i in range(count)]
 
 
-def test_a_share_of_the_samples_is_drawn_where_sampling_goes(recipe: Any) -> None:
+def test_a_share_of_timesteps_is_that_of_sampling(recipe: Any) -> None:
     found = timesteps_of(recipe(*FOUR_STEPS, "sampling_timesteps_share=0.6"), 500)
     anywhere = timesteps_of(recipe(*FOUR_STEPS), 500)
     visited = (24, 49, 74, 99)  # trailing: 100 - 1, and every 25th before it
@@ -275,7 +273,7 @@ def test_sampling_steps_may_change_in_a_run_unless_timesteps_depend_on_them(reci
             train(changed, progress=False)
 
 
-def test_a_checkpoint_from_before_a_key_stands_for_its_default(recipe: Any) -> None:
+def test_missing_keys_of_old_checkpoints_have_defaults(recipe: Any) -> None:
     options = ("max_train_steps=2", "resume_from_checkpoint=latest")
     result = train(recipe(*options), progress=False)
     saved = result.checkpoint / "recipe.yaml"
@@ -306,7 +304,7 @@ def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
 
 
 @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, True, "30"])
-def test_a_factor_of_detail_is_a_positive_number(factor: Any) -> None:
+def test_invalid_detail_factors(factor: Any) -> None:
     with pytest.raises(BinarizeError, match="detail_factor multiplies the condition's fine detail, a positive number"):
         small(detail_factor=factor)
 
@@ -340,7 +338,7 @@ def test_detail_survives_rewiring_saving_and_the_pipeline(structure: tuple[str, 
     assert "conv_in" in str(binarize.summary(network))
 
 
-def test_a_recipe_with_detail_trains_validates_and_says_so_in_its_model(recipe: Any, pictures: Path) -> None:
+def test_a_recipe_with_detail_trains_and_validates(recipe: Any, pictures: Path) -> None:
     options = ("model.detail_factor=25", "max_train_steps=2", f"validation_data_dir={pictures}")
     result = train(recipe(*options, "num_validation_images=1"), progress=False)
     assert SuperResolutionPipeline.from_pretrained(result.model_dir).unet.config["detail_factor"] == 25

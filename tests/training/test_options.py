@@ -128,9 +128,7 @@ def test_schedules_are_the_documented_curves() -> None:
     np.testing.assert_allclose(stepped, 1e-2 * 0.5 ** (steps // 8))
 
 
-def test_a_run_with_timms_optimiser_and_schedule_resumes_exactly(
-    recipe: Any, trained: Any, cut: Callable[..., Path]
-) -> None:
+def test_a_run_with_timm_resumes_exactly(recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
     pytest.importorskip("timm")
     options = ("optimizer=timm/nadamw", "lr_scheduler=timm/cosine", "lr_warmup_steps=2")
     cut(3, *options)
@@ -146,9 +144,7 @@ SMALLEST = ("model.channel_mults=[1]", "model.res_blocks=1", "train_batch_size=2
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_compiled_network_learns_the_same_and_saves_under_the_same_names(
-    accumulation: int, recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_network_learns_the_same(accumulation: int, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = (*SMALLEST, f"gradient_accumulation_steps={accumulation}")
     plain = train(recipe(*options, "max_train_steps=3", out="plain"), progress=False)
     # The loop's part is the same without a C++ compiler.
@@ -294,9 +290,7 @@ def validated(pictures: Path) -> tuple[str, ...]:
     return f"validation_data_dir={pictures}", "num_validation_images=1", "validation_steps=1", "num_inference_steps=1"
 
 
-def test_the_best_model_and_its_checkpoint_are_kept(
-    recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_model_is_kept(recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     set_scores([10.0, 30.0, 20.0, 25.0, 29.0, 28.0], monkeypatch)
     options = ("checkpointing_steps=1", "checkpoints_total_limit=2", "use_ema=true", "ema_decay=0.5")
     run = recipe(*validated, *options)
@@ -308,7 +302,7 @@ def test_the_best_model_and_its_checkpoint_are_kept(
         assert torch.equal(parameter, expected)
 
 
-def test_models_before_the_end_of_the_stages_are_not_the_best(
+def test_unfinished_stages_are_not_the_best(
     recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_scores([50.0, 40.0, 10.0, 20.0], monkeypatch)
@@ -317,7 +311,7 @@ def test_models_before_the_end_of_the_stages_are_not_the_best(
     binarize.binary_state(SuperResolutionPipeline.from_pretrained(run.output_dir / "best", pack=False).unet)
 
 
-def test_a_run_that_resumes_in_another_folder_has_its_own_best(
+def test_another_folder_has_its_own_best(
     recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_scores([40.0, 40.0, 15.0, 20.0], monkeypatch)
@@ -327,9 +321,7 @@ def test_a_run_that_resumes_in_another_folder_has_its_own_best(
     assert (there.output_dir / "best").is_dir()
 
 
-def test_a_resumed_run_remembers_the_best(
-    recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_remembers_the_best(recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     set_scores([40.0, 20.0, 20.0, 20.0, 41.0, 20.0], monkeypatch)
     first = train(recipe(*validated, "max_train_steps=3"), progress=False)
     assert first.best == (1, 40.0)
@@ -343,9 +335,7 @@ def test_a_resumed_run_remembers_the_best(
     assert not (first.output_dir / "best").exists()
 
 
-def test_a_validation_that_an_interruption_skipped_is_done_after_resuming(
-    recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_skipped_validation_is_done(recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     options = (*validated, "validation_steps=2", "max_train_steps=4")
     whole = train(recipe(*options, out="whole"), progress=False)
     with monkeypatch.context() as patch:

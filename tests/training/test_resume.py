@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and lim
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_runs_end_as_uninterrupted_ones_on_one_process_and_two(pictures: Path, tmp_path: Path) -> None:
+def test_killed_runs_end_as_uninterrupted_ones(pictures: Path, tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "kill_runs.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(pictures), str(tmp_path)]
@@ -48,9 +48,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [1, 20_000, 300_000])
-def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(
-    size: int, recipe: Any, trained: Any, tmp_path: Path
-) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(size: int, recipe: Any, trained: Any, tmp_path: Path) -> None:
     folder = tmp_path / "full"
     shutil.copytree(trained("max_train_steps=3").output_dir, folder)
     kept, text = folder / "checkpoint-3" / "state.pt", (folder / "recipe.yaml").read_text()
@@ -67,7 +65,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(
     assert not differences(load_checkpoint(trained().checkpoint)[0], load_checkpoint(ended.checkpoint)[0])
 
 
-def test_a_folder_without_write_permission_is_an_error_before_training(recipe: Any) -> None:
+def test_a_folder_without_write_permission(recipe: Any) -> None:
     run = recipe()
     run.output_dir.mkdir()
     if os.geteuid() == 0:
@@ -104,9 +102,7 @@ def test_broken_images_are_all_named_before_anything_is_written(pictures: Path, 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_breaks_during_the_run_is_named_with_the_last_checkpoint(
-    workers: int, recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_that_breaks_later_is_named(workers: int, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = NoisySamples.__getitem__
 
     def breaking(self: NoisySamples, index: int) -> dict[str, Any]:

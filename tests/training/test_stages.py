@@ -68,7 +68,7 @@ def test_delayed_parts_are_a_plain_convolution_at_first_and_the_method_later() -
     torch.testing.assert_close(layer(x), mean * alpha * F.conv2d(signs, hard_sign(weight), padding=1))
 
 
-def test_a_delay_of_nothing_is_refused() -> None:
+def test_invalid_delays() -> None:
     with pytest.raises(BinarizeError, match=r"weight part 'delayed': there is nothing to delay; name a part"):
         BinaryConv2d(3, 3, 3, method=Method(weight={"name": "delayed", "part": None}))
     with pytest.raises(BinarizeError, match=r"DelayedWeight: until is a share of training, in \(0, 1\]; got 2"):
@@ -79,7 +79,7 @@ def test_a_delay_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("method", [name for name in list_methods() if name != "custom"])
-def test_every_method_is_itself_again_after_its_stages(method: str) -> None:
+def test_after_its_stages_every_method_is_as_without(method: str) -> None:
     options = (f"method={method}",)
     staged, plain = built(*options, *STAGES), built(*options)
     plain.load_state_dict(undelayed(staged))
@@ -125,16 +125,14 @@ def test_blocks_become_binary_one_after_another() -> None:
             assert bool((codes.abs() == 1).all()) == (progress >= max(turn, 0.4)), (name, progress)
 
 
-def test_a_pattern_of_no_block_is_refused() -> None:
+def test_invalid_stages() -> None:
     with pytest.raises(BinarizeError, match=r"progressive\.blocks: the pattern 'tail' matches no binary layer; names"):
         built("progressive={blocks: [tail]}")
     with pytest.raises(BinarizeError, match=r"two_stage: got 0\.5; has no effect while method is null"):
         load_recipe("small_x2", ["method=null", "two_stage=0.5"])
 
 
-def test_a_run_in_stages_resumes_across_them_and_leaves_a_plain_model(
-    recipe: Any, trained: Any, cut: Callable[..., Path]
-) -> None:
+def test_a_run_in_stages_resumes_and_saves_a_plain_model(recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
     options = (*STAGES, "validation_steps=2", "checkpointing_steps=2")
     whole = trained(*options)
     cut(2, *options)
@@ -154,9 +152,7 @@ def test_a_run_in_stages_resumes_across_them_and_leaves_a_plain_model(
         assert torch.equal(network.eval()(*arguments).sample, final.eval()(*arguments).sample)
 
 
-def test_a_model_saved_before_its_stages_are_over_goes_on_computing_as_it_did(
-    recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_saved_between_stages_stays_as_it_is(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(3, monkeypatch, signal.SIGTERM)
     run = recipe(*STAGES, "validation_steps=2")
     with pytest.raises(TrainingInterrupted) as caught:
@@ -175,7 +171,7 @@ def test_a_model_saved_before_its_stages_are_over_goes_on_computing_as_it_did(
 
 
 @pytest.mark.parametrize("inside", ["", "model", "model/unet"])
-def test_a_binary_network_starts_from_its_twins_weights(inside: str, twin: Path) -> None:
+def test_a_binary_network_starts_from_full_precision_weights(inside: str, twin: Path) -> None:
     trained = SRUNet.from_pretrained(twin / "model" / "unet")
     recipe = load_recipe("small_x2", [*TINY, f"init_from={twin / inside}", "method=binarydm", "model.dropout=0.1"])
     network = initial_network(recipe, read_trained("init_from", twin / inside))
@@ -193,7 +189,7 @@ def test_a_binary_network_starts_from_its_twins_weights(inside: str, twin: Path)
     torch.testing.assert_close(found[0].detach(), expected.detach())
 
 
-def test_a_run_starts_from_its_twin_and_resumes_without_it(twin: Path, recipe: Any) -> None:
+def test_a_run_starts_from_a_trained_network_and_resumes_without_it(twin: Path, recipe: Any) -> None:
     options = (f"init_from={twin}", "learning_rate=1e-12", "lr_scheduler=constant")
     started = train(recipe(*options, "max_train_steps=1"), progress=False)
     latent = SRUNet.from_pretrained(twin / "model" / "unet").get_parameter("encoder.0.blocks.0.conv1.weight")
@@ -210,7 +206,7 @@ def test_a_run_starts_from_the_same_binary_network(recipe: Any, trained: Any) ->
         torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
 
 
-def test_another_network_is_no_twin(twin: Path, recipe: Any, trained: Any) -> None:
+def test_init_from_another_network_is_an_error(twin: Path, recipe: Any, trained: Any) -> None:
     with pytest.raises(BinarizeError, match=r"init_from: .* holds another network than .*:\n  base_channels: 8 t"):
         train(recipe(f"init_from={twin}", "model.base_channels=16"), progress=False)
     with pytest.raises(BinarizeError, match=r"init_from: .*nowhere: no such file or folder"):
@@ -244,7 +240,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {**pictures, "noise": torch.randn(2, 3, 16, 16), "timestep": torch.tensor([300, 1200])}
 
 
-def test_the_distilled_loss_is_the_written_sum(twin: Path) -> None:
+def test_the_distilled_loss_is_the_documented_sum(twin: Path) -> None:
     names = ["encoder.0.blocks.0", "middle.0", "middle.1"]
     section = "task: 0.5, output: 2, features: 3, blocks: [encoder.0.blocks.*, middle.*]"
     recipe, student, teacher, objective = lesson(twin, section)
@@ -277,7 +273,7 @@ def test_the_distilled_loss_is_the_written_sum(twin: Path) -> None:
     assert not teacher.training
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(twin: Path) -> None:
+def test_a_student_equal_to_its_teacher_has_no_distillation_loss(twin: Path) -> None:
     _, student, teacher, objective = lesson(twin, "features: 1", "method=null")
     student.load_state_dict(teacher.state_dict())
     parts = objective(student, batch()).parts
@@ -286,9 +282,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(twin: Path) 
     assert float(parts["task"].min()) > 0
 
 
-def test_a_distilled_run_logs_its_parts_and_resumes_exactly(
-    twin: Path, recipe: Any, trained: Any, cut: Callable[..., Path]
-) -> None:
+def test_a_distilled_run_resumes_exactly(twin: Path, recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
     options = (f"distillation={{teacher: {twin}, output: 0.5, features: 0.25}}",)
     whole = trained(*options)
     for entry in whole.history:
@@ -301,9 +295,7 @@ def test_a_distilled_run_logs_its_parts_and_resumes_exactly(
 
 
 @pytest.mark.slow
-def test_a_compiled_student_learns_the_same_from_its_teacher(
-    twin: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_student_learns_the_same(twin: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = (f"distillation={{teacher: {twin}, features: 1}}", "max_train_steps=2")
     plain = train(recipe(*options, out="plain"), progress=False)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -325,7 +317,7 @@ def test_a_teacher_of_residuals_gives_its_scale(recipe: Any, trained: Any) -> No
         train(recipe(f"distillation={{teacher: {teacher.output_dir}}}", out="pictures"), progress=False)
 
 
-def test_what_a_teacher_cannot_teach_is_refused(twin: Path, recipe: Any) -> None:
+def test_invalid_teachers(twin: Path, recipe: Any) -> None:
     with pytest.raises(BinarizeError, match=r"something else:\n  prediction_type: 'sample' there, 'epsilon' here"):
         train(recipe(f"distillation={{teacher: {twin}}}", "scheduler.prediction_type=epsilon"), progress=False)
     with pytest.raises(BinarizeError, match=r"distillation: .*nobody: no such file or folder"):

@@ -76,7 +76,7 @@ def test_thirty_steps_lower_the_loss_and_save_a_pipeline(method: str, recipe: An
     ],
     ids=["binary", "full"],
 )
-def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(
+def test_an_interrupted_run_resumes_bit_for_bit(
     overrides: tuple[str, ...], recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(recipe(*overrides, out="whole"), progress=False)
@@ -216,9 +216,7 @@ def test_a_model_that_cannot_be_written_leaves_the_one_before(recipe: Any, monke
         ("run", ("train_data_dir=null",), r"train_data_dir: missing; name the folder"),
     ],
 )
-def test_runs_that_cannot_start(
-    out: str, overrides: tuple[str, ...], message: str, recipe: Any, tmp_path: Path
-) -> None:
+def test_runs_cannot_start(out: str, overrides: tuple[str, ...], message: str, recipe: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BinarizeError, match=message):
         train(recipe(*overrides, out=out), progress=False)
@@ -242,9 +240,7 @@ def test_changes_of_the_recipe_are_listed_when_a_run_resumes(recipe: Any, cut: C
 @pytest.mark.parametrize(
     "schedule", [("lr_scheduler=cosine",), ("method=irnet",), ("method=reactnet", "two_stage=0.5")], ids=str
 )
-def test_the_length_of_a_run_with_a_schedule_cannot_change(
-    schedule: tuple[str, ...], recipe: Any, cut: Callable[..., Path]
-) -> None:
+def test_schedules_fix_the_length(schedule: tuple[str, ...], recipe: Any, cut: Callable[..., Path]) -> None:
     cut(2, *schedule, "max_train_steps=2")
     with pytest.raises(BinarizeError, match="max_train_steps: was 2, is 3"):
         train(recipe(*schedule, "max_train_steps=3", RESUME, out="cut"), progress=False)
