@@ -142,11 +142,9 @@ def _download(net: str) -> dict[str, torch.Tensor]:
 def _fill(net: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
     """Load torchvision's ``features`` into the slices of LPIPS, whose keys have the prefix ``sliceN.``."""
     features = {key.removeprefix("features."): value for key, value in state.items()}
-    names = {key: key.split(".", 1)[1] for key in net.state_dict()}
-    missing = [name for name in names.values() if name not in features]
-    if missing:
-        raise BinarizeError(f"{source}: is not the backbone of this LPIPS; it has no {missing[0]!r}")
     try:
-        net.load_state_dict({key: features[name] for key, name in names.items()})
+        net.load_state_dict({key: features[key.split(".", 1)[1]] for key in net.state_dict()})
+    except KeyError as error:
+        raise BinarizeError(f"{source}: is not the backbone of this LPIPS; it has no {error}") from error
     except RuntimeError as error:
         raise BinarizeError(f"{source}: is not the backbone of this LPIPS; its weights have other shapes") from error

@@ -31,20 +31,14 @@ class RunResult:
     """One cell with one seed.
 
     Attributes:
-        cell: The cell.
-        seed: The seed.
-        folder: The run's folder.
         state: "done", "failed", "trained" (not yet measured), "step N", "to do", or "other recipe".
         params: Parameters; a binary weight counts 1/32.
         ops: Operations at 3x256x256; a binary MAC counts 1/64.
         psnr: In dB on Y; None if it is infinite or not measured.
-        ssim: On Y.
-        lpips: On RGB.
         loss: Mean training loss of the last log entry.
         train_step_seconds: Median time of an optimiser step.
         sample_step_seconds: Median time of a denoising step of one image.
         published: The recipe's published row, if it has one.
-        error: Why the run failed.
     """
 
     cell: str
@@ -82,11 +76,8 @@ class AblationResult:
     """The table of a study; ``rich.print`` shows it.
 
     Attributes:
-        name: The study.
-        description: One line.
         dataset: The data set that was measured, if the study names it.
         lpips: The backbone of LPIPS.
-        output_dir: The folder of the runs and the table.
         runs: One `RunResult` for each cell and seed, in the study's order.
         notes: What is missing and how to get it.
     """

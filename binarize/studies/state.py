@@ -24,14 +24,7 @@ FAILURE = "error.txt"
 
 
 class StudyRun:
-    """One cell of a study with one seed.
-
-    Args:
-        cell: The cell's name.
-        seed: The seed.
-        recipe: The cell's recipe; seed, output folder and resuming are set here.
-        study: The study.
-    """
+    """One cell of a study with one seed, which sets the seed, output folder and resuming of the cell's recipe."""
 
     def __init__(self, cell: str, seed: int, recipe: Recipe, study: Study) -> None:
         self.cell, self.seed, self.study = cell, seed, study
@@ -96,7 +89,6 @@ class RunState:
     """The progress of a run.
 
     Attributes:
-        run: The run.
         changes: Differences between its recipe and the one that the folder was started with.
         checkpoint: Step of the newest checkpoint, or 0.
         trained: Loss and seconds per step of the finished training, or None.

@@ -36,8 +36,7 @@ class PairedPatches(Dataset[dict[str, Any]]):
     - ``"hr"``: float32 (3, P, P) in [0, 1], with P = ``patch_size``;
     - ``"lr"``: float32 (3, P / scale, P / scale) in [0, 1], 8-bit levels;
     - ``"condition"``: float32 (3, P, P) in [0, 1], the upscaled low-resolution image;
-    - ``"index"``: int, the requested index;
-    - ``"name"``: str, the image's file name without suffix.
+    - ``"index"`` and ``"name"``: the requested index, and the image's file name without suffix.
 
     Images are decoded at construction in the order of their names until ``cache_bytes`` are used, and kept in memory
     as 8-bit pixels; the others are decoded on each access. Forked workers share this memory.

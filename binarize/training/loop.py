@@ -51,9 +51,7 @@ class TrainResult:
     """The result of a finished run.
 
     Attributes:
-        output_dir: The run's folder.
         model_dir: A saved `SuperResolutionPipeline`, for its ``from_pretrained``.
-        checkpoint: The last checkpoint.
         steps: Number of optimiser steps, including those before a resume.
         history: The log since the start or the resume.
         validation: Step -> mean PSNR on luma without the border, in dB.

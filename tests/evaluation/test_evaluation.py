@@ -1,3 +1,5 @@
+"""Evaluation: PSNR, SSIM and LPIPS against formulas and published results, and reports."""
+
 from __future__ import annotations
 
 import csv
@@ -216,27 +218,20 @@ class TestLpips:
         )
 
     def test_errors(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            BinarizeError, match=r"unknown LPIPS backbone 'squeze'; choose alex, .*Did you mean 'squeeze'"
-        ):
-            Lpips("squeze")
-        with pytest.raises(BinarizeError, match=r"none\.pth: no such LPIPS backbone file"):
-            Lpips("alex", backbone=tmp_path / "none.pth")
         (tmp_path / "text.pth").write_text("hello")
-        with pytest.raises(BinarizeError, match=r"text\.pth: is not a torch file of weights"):
-            Lpips("alex", backbone=tmp_path / "text.pth")
-        torch.save([1, 2], tmp_path / "list.pth")
-        with pytest.raises(BinarizeError, match=r"list\.pth: holds no state dict"):
-            Lpips("alex", backbone=tmp_path / "list.pth")
-        torch.save(self.backbone(), tmp_path / "squeeze.pth")
-        with pytest.raises(
-            BinarizeError, match=r"squeeze\.pth: is not the backbone of this LPIPS; it has no '2\.weight'"
-        ):
-            Lpips("vgg", backbone=tmp_path / "squeeze.pth")
         narrow = {key: value[:1] for key, value in self.backbone().items()}
-        torch.save(narrow, tmp_path / "narrow.pth")
-        with pytest.raises(BinarizeError, match="its weights have other shapes"):
-            Lpips("squeeze", backbone=tmp_path / "narrow.pth")
+        for name, content in (("list", [1, 2]), ("squeeze", self.backbone()), ("narrow", narrow)):
+            torch.save(content, tmp_path / f"{name}.pth")
+        for net, name, message in (
+            ("squeze", "none", r"unknown LPIPS backbone 'squeze'; choose alex, .*Did you mean 'squeeze'"),
+            ("alex", "none", r"none\.pth: no such LPIPS backbone file"),
+            ("alex", "text", r"text\.pth: is not a torch file of weights"),
+            ("alex", "list", r"list\.pth: holds no state dict"),
+            ("vgg", "squeeze", r"squeeze\.pth: is not the backbone of this LPIPS; it has no '2\.weight'"),
+            ("squeeze", "narrow", "its weights have other shapes"),
+        ):
+            with pytest.raises(BinarizeError, match=message):
+                Lpips(net, backbone=tmp_path / f"{name}.pth")
         distance = Lpips("squeeze", backbone=tmp_path / "squeeze.pth")
         with pytest.raises(BinarizeError, match=r"LPIPS \(squeeze\): needs at least 17 pixels per side, got 40x16"):
             distance(noise(16, 40), noise(16, 40))

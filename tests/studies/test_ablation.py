@@ -37,9 +37,7 @@ Finished = tuple[dict[str, Any], AblationResult]
 # What a study runs and measures.
 
 
-def test_every_cell_runs_with_every_seed(
-    finished: Finished,
-) -> None:
+def test_every_cell_runs_with_every_seed(finished: Finished) -> None:
     _, result = finished
     assert result.complete
     assert not result.failed
