@@ -28,6 +28,7 @@ TINY = (
     "num_inference_steps=2",
     "logging_steps=1",
 )
+SMALLEST = ("model.channel_mults=[1]", "model.res_blocks=1", "train_batch_size=2")
 RESUME = "resume_from_checkpoint=latest"
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from training_case import RESUME, assert_close, assert_same, interrupt_at, set_scores
+from training_case import RESUME, SMALLEST, assert_close, assert_same, interrupt_at, set_scores
 
 import binarize
 from binarize.errors import BinarizeError
@@ -139,8 +139,6 @@ def test_a_run_with_timm_resumes_exactly(recipe: Any, trained: Any, cut: Callabl
 
 # torch.compile and precision.
 
-SMALLEST = ("model.channel_mults=[1]", "model.res_blocks=1", "train_batch_size=2")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -157,7 +155,8 @@ def test_a_compiled_network_learns_the_same(accumulation: int, recipe: Any, monk
 
 
 @pytest.mark.slow
-def test_the_default_compiler_learns_the_same(trained: Any) -> None:
+def test_the_default_compiler_learns_the_same(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")  # without the C++ compiler's optimisations
     plain = trained(*SMALLEST, "max_train_steps=2")
     compiled = trained(*SMALLEST, "max_train_steps=2", "compile=true")
     for one, other in zip(plain.history, compiled.history, strict=True):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_case import RESUME, TINY, assert_same, interrupt_at, weights
+from training_case import RESUME, SMALLEST, TINY, assert_same, interrupt_at, weights
 
 import binarize
 from binarize.errors import BinarizeError
@@ -295,12 +295,13 @@ def test_a_distilled_run_resumes_exactly(twin: Path, recipe: Any, trained: Any, 
 
 
 @pytest.mark.slow
-def test_a_compiled_student_learns_the_same(twin: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = (f"distillation={{teacher: {twin}, features: 1}}", "max_train_steps=2")
-    plain = train(recipe(*options, out="plain"), progress=False)
+def test_a_compiled_student_learns_the_same(recipe: Any, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = trained(*SMALLEST, "method=null", "max_train_steps=1").output_dir
+    options = (*SMALLEST, f"distillation={{teacher: {teacher}, features: 1}}", "max_train_steps=2")
+    plain = trained(*options)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     # Without a reset, its code would also run the second network, without the hooks that record block outputs.
-    train(recipe("max_train_steps=1", "compile=true", out="alone"), progress=False)
+    train(recipe(*SMALLEST, "max_train_steps=1", "compile=true", out="alone"), progress=False)
     compiled = train(recipe(*options, "compile=true", out="compiled"), progress=False)
     for one, other in zip(plain.history, compiled.history, strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-4)
