@@ -1,11 +1,17 @@
-"""A study of two networks that take a second each."""
+"""A study of two networks that take a second each, and the sizes of recipes' networks."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+import binarize
+from binarize.conversion.summary import Summary
+from binarize.recipes import Recipe, build_model
 
 TINY: dict[str, Any] = {
     "model": {"base_channels": 8, "channel_mults": [1], "norm_groups": 4},
@@ -48,3 +54,17 @@ def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a finished run was trained again")
 
     monkeypatch.setattr("binarize.training.loop.train", train)
+
+
+_COUNTED: dict[str, Summary] = {}
+
+
+def count(recipe: Recipe) -> Summary:
+    """Return the summary of a recipe's network; equal networks, of which the studies have many, are built once."""
+    dumped = recipe.model_dump(mode="json")
+    names = ("model", "scheduler", "method", "structure", "keep", "overrides", "linear")
+    key = json.dumps([dumped[name] for name in names])
+    if key not in _COUNTED:
+        with torch.device("meta"):
+            _COUNTED[key] = binarize.summary(build_model(recipe))
+    return _COUNTED[key]

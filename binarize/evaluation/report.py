@@ -141,37 +141,32 @@ class EvaluationReport:
 
     def _table(self, *more: str) -> Table:
         """Return one row per image, with the means as the footer, and more columns named after attributes."""
-        metrics = self._metrics(self.rows[0].model)
-        groups = ["", BASELINE] if self.rows[0].bicubic is not None else [""]
         columns = [
-            Column(f"{group} {metric}".strip(), ".2f" if metric == "PSNR" else ".4f", "right")
-            for group in groups
+            Column(metric if name == "model" else f"{name} {metric}", ".2f" if metric == "PSNR" else ".4f", "right")
+            for name, metrics in self._metrics(self.rows[0]).items()
             for metric in metrics
         ]
-        rows = [
-            [
-                row.image,
-                *(value for scores in (row.model, row.bicubic) if scores for value in self._metrics(scores).values()),
-                *(getattr(row, name) for name in more),
-            ]
-            for row in (*self.rows, self.mean)
-        ]
+        rows = []
+        for row in (*self.rows, self.mean):
+            values = [value for metrics in self._metrics(row).values() for value in metrics.values()]
+            rows.append([row.image, *values, *(getattr(row, name) for name in more)])
         return Table(["picture", *columns, *more], rows[:-1], footer=rows[-1:])
 
-    def _metrics(self, scores: Scores) -> dict[str, float | None]:
-        lpips = {} if self.lpips is None else {lpips_label(self.lpips): scores.lpips}
-        return {"PSNR": scores.psnr, "SSIM": scores.ssim, **lpips}
+    def _metrics(self, row: ImageScores) -> dict[str, dict[str, float | None]]:
+        """Return "model" and "bicubic" -> metric -> value."""
+        found: dict[str, dict[str, float | None]] = {}
+        for name, scores in (("model", row.model), (BASELINE, row.bicubic)):
+            if scores is not None:
+                lpips = {} if self.lpips is None else {lpips_label(self.lpips): scores.lpips}
+                found[name] = {"PSNR": scores.psnr, "SSIM": scores.ssim, **lpips}
+        return found
 
     def _nested(self, row: ImageScores) -> dict[str, Any]:
-        named = {"model": row.model} if row.bicubic is None else {"model": row.model, BASELINE: row.bicubic}
-        metrics = {name: self._metrics(scores).items() for name, scores in named.items()}
-        return {
-            "seconds": row.seconds,
-            **{
-                name: {key: value if value is not None and math.isfinite(value) else None for key, value in items}
-                for name, items in metrics.items()
-            },
-        }
+        metrics = self._metrics(row)
+        for values in metrics.values():
+            if values["PSNR"] == math.inf:
+                values["PSNR"] = None
+        return {"seconds": row.seconds, **metrics}
 
 
 def _mean(scores: list[Scores]) -> Scores:

@@ -38,7 +38,7 @@ from binarize.imaging import ImagePairs, to_image, upscale_bicubic
 SHARED = Path(os.environ.get("BINARIZE_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 SET5 = SHARED / "data" / "Set5"
 BACKBONE = SHARED / "metrics" / "squeeze.backbone.pth"
-needs_set5 = pytest.mark.skipif(not SET5.is_dir(), reason="the Set5 pictures are not on this machine")
+needs_set5 = pytest.mark.skipif(not SET5.is_dir(), reason="the Set5 images are not on this machine")
 needs_backbone = pytest.mark.skipif(not BACKBONE.is_file(), reason="SqueezeNet's weights are not on this machine")
 
 
@@ -158,7 +158,7 @@ class TestLpips:
         torch.manual_seed(123)
         first, second = (torch.rand(10, 3, 100, 100) * 2 - 1 for _ in range(2))
         assert distance._model(first, second).mean().item() == pytest.approx(0.1008, abs=5e-5)
-        # The public entry takes 8-bit pixels, each picture alone.
+        # The public function takes one 8-bit image at a time.
         levels = [((batch + 1) * 127.5).round().byte() for batch in (first, second)]
         each = [distance(one, two) for one, two in zip(*levels, strict=True)]
         assert np.mean(each) == pytest.approx(0.1008, abs=2e-4)
@@ -297,9 +297,9 @@ class TestEvaluate:
         with pytest.raises(BinarizeError, match=message):
             evaluate(upscale, folder, scale=2, lpips=None, progress=False)
 
-    def test_bad_data_is_found_before_anything_is_enlarged(self, folder: Path) -> None:
+    def test_bad_data_is_found_before_upscaling(self, folder: Path) -> None:
         def never(lr: Image.Image) -> Image.Image:
-            raise AssertionError("enlarged something")
+            raise AssertionError("upscaled something")
 
         Image.new("RGB", (18, 13)).save(folder / "tiny.png")
         with pytest.raises(

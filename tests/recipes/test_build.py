@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
+from studies_case import count
 
-import binarize
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d
 from binarize.recipes import build_model, import_plugins, list_recipes, load_recipe, validate
@@ -64,7 +63,10 @@ def test_a_plugin_beside_the_recipe_is_imported_once(tmp_path: Path, monkeypatch
     ("plugin", "message"),
     [
         ("nowhere.py", r"plugins: there is no file 'nowhere\.py'"),
-        ("no_such_module_here", r"cannot import 'no_such_module_here': ModuleNotFoundError.*named by its path"),
+        (
+            "no_such_module_here",
+            r"cannot import 'no_such_module_here': ModuleNotFoundError.*Name a file of your own by its path",
+        ),
     ],
 )
 def test_a_missing_plugin_is_refused(plugin: str, message: str) -> None:
@@ -112,10 +114,7 @@ def test_every_row_of_the_paper_is_counted_below() -> None:
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_row_of_the_paper_has_the_published_size(name: str) -> None:
     recipe = load_recipe(name)
-    with torch.device("meta"):
-        model = build_model(recipe)
-    summary = binarize.summary(model)
-    params, ops = COUNTS[name]
+    summary, (params, ops) = count(recipe), COUNTS[name]
     assert summary.params / 1e6 == pytest.approx(params, abs=1e-3)
     assert summary.ops / 1e9 == pytest.approx(ops, abs=1e-2)
     assert recipe.published is not None

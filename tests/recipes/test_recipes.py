@@ -83,12 +83,6 @@ def test_the_released_settings_are_the_published_ones() -> None:
     assert build_scheduler(recipe).config["prediction_type"] == "epsilon"
 
 
-def test_x4_differs_from_x2_in_scale_patch_and_folder_alone() -> None:
-    two, four = (load_recipe(f"bidiffsr_x{scale}").model_dump() for scale in (2, 4))
-    assert {key for key in two if two[key] != four[key]} == {"description", "scale", "resolution", "output_dir"}
-    assert (four["scale"], four["resolution"]) == (4, 256)
-
-
 def test_sr3_differs_from_bidiffsr_in_structure_and_precision_alone() -> None:
     binary, full = (load_recipe(name).model_dump() for name in ("bidiffsr_x2", "sr3_x2"))
     assert {key for key in binary if binary[key] != full[key]} == {"description", "model", "method", "output_dir"}

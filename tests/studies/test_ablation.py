@@ -71,8 +71,8 @@ def test_results_are_those_of_the_saved_model(finished: Finished, pictures: Path
     pipe = SuperResolutionPipeline.from_pretrained(run.folder / "model")
     pipe.set_progress_bar_config(disable=True)
 
-    def upscale(picture: Any) -> Any:
-        return pipe(picture, num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[0]
+    def upscale(image: Any) -> Any:
+        return pipe(image, num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[0]
 
     mean = evaluate(upscale, pictures, scale=2, lpips=None, progress=False).mean.model
     assert (run.psnr, run.ssim, run.lpips) == (mean.psnr, mean.ssim, None)

@@ -13,7 +13,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from binarize.errors import BinarizeError
 from binarize.imaging import ImagePairs, degrade, upscale_bicubic
@@ -145,16 +144,6 @@ class TestPatches:
                 assert torch.equal(first[index][key], third[index][key])
         assert any(not torch.equal(first[index]["hr"], other[index]["hr"]) for index in range(3))
 
-    @pytest.mark.slow
-    def test_workers_change_nothing(self, folder: Path) -> None:
-        patches = PairedPatches(folder, scale=4, patch_size=16, length=24)
-        alone = list(DataLoader(patches, batch_size=4))
-        spread = list(DataLoader(patches, batch_size=4, num_workers=2, multiprocessing_context="spawn"))
-        for one, two in zip(alone, spread, strict=True):
-            assert one["name"] == two["name"]
-            for key in ("hr", "lr", "condition", "index"):
-                assert torch.equal(one[key], two[key])
-
     def test_the_order_of_the_stream_is_frozen(self, folder: Path) -> None:
         # A run that resumes with another version of this package must get the same items.
         patches = PairedPatches(folder, scale=2, patch_size=8, seed=1, length=10)
@@ -243,7 +232,7 @@ class TestPairs:
         for name in ("good", "twice", "twicex2", "small", "text", "extra"):
             write(lr / f"{name}.png", 4, 5)
         write(lr / "wrongx2.png", 5, 5)
-        with pytest.raises(BinarizeError, match="6 pictures cannot be used") as caught:
+        with pytest.raises(BinarizeError, match="6 images cannot be used") as caught:
             ImagePairs(hr, lr, scale=2, min_side=6)
         message = str(caught.value)
         assert "\n" not in message
@@ -252,7 +241,7 @@ class TestPairs:
             f"{hr / 'twice.png'}: several low-resolution partners: twice.png, twicex2.png",
             f"{hr / 'wrong.png'} is 10x8 and {lr / 'wrongx2.png'} is 5x5; at scale 2 the latter must be 5x4",
             f"{hr / 'small.png'}: is 9x4 pixels, at least 6x6 are needed",
-            f"{hr / 'text.png'}: is not a picture that Pillow can read",
+            f"{hr / 'text.png'}: is not an image that Pillow can read",
             f"{lr / 'extra.png'}: no high-resolution partner",
         ):
             assert part in message
@@ -261,7 +250,7 @@ class TestPairs:
     def test_many_problems_are_cut_short(self, tmp_path: Path) -> None:
         for number in range(23):
             (tmp_path / f"{number:02}.png").touch()
-        with pytest.raises(BinarizeError, match=r"23 pictures cannot be used: .*19\.png: [^;]*; and 3 more$"):
+        with pytest.raises(BinarizeError, match=r"23 images cannot be used: .*19\.png: [^;]*; and 3 more$"):
             ImagePairs(tmp_path, scale=2)
 
     def test_truncated_images_are_found_at_construction(self, tmp_path: Path) -> None:
@@ -274,21 +263,21 @@ class TestPairs:
             lambda: PairedPatches(tmp_path, scale=2, patch_size=8),
             ImagePairs(tmp_path, scale=2).check,
         ):
-            with pytest.raises(BinarizeError, match=r"2 pictures cannot be used: .*a\.png.*c\.png"):
+            with pytest.raises(BinarizeError, match=r"2 images cannot be used: .*a\.png.*c\.png"):
                 make()
 
     def test_folders(self, tmp_path: Path, folder: Path) -> None:
         with pytest.raises(BinarizeError, match="no such folder"):
             ImagePairs(tmp_path / "missing", scale=2)
-        with pytest.raises(BinarizeError, match="holds no pictures"):
+        with pytest.raises(BinarizeError, match="holds no images"):
             ImagePairs(folder, tmp_path, scale=2)
 
 
 def test_candidates_choose_the_place_with_most_texture(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    picture = np.full((64, 64, 3), 128, np.uint8)
-    picture[32:, 32:] = random.integers(0, 256, (32, 32, 3))
-    Image.fromarray(picture).save(tmp_path / "half.png")
+    image = np.full((64, 64, 3), 128, np.uint8)
+    image[32:, 32:] = random.integers(0, 256, (32, 32, 3))
+    Image.fromarray(image).save(tmp_path / "half.png")
     options = {"scale": 2, "patch_size": 16, "augment": False, "length": 200}
 
     def texture(candidates: int) -> list[float]:

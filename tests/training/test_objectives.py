@@ -1,4 +1,4 @@
-"""What is predicted and how it is weighted: residuals, Min-SNR, and the condition's fine detail."""
+"""The training loss: targets, residuals, Min-SNR, timesteps, and the condition's fine detail."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ def test_images_without_detail_have_no_residual(tmp_path: Path) -> None:
 
 
 class Oracle(torch.nn.Module):
-    """A network that knows the picture, and predicts what it is asked for from x_t exactly."""
+    """A network that knows the image and predicts exactly."""
 
     size_multiple = 1
 
-    def __init__(self, picture: torch.Tensor, kind: str, residual_scale: float, scheduler: Any) -> None:
+    def __init__(self, image: torch.Tensor, kind: str, residual_scale: float, scheduler: Any) -> None:
         super().__init__()
-        self.picture, self.kind, self.scale = picture, kind, residual_scale
+        self.image, self.kind, self.scale = image, kind, residual_scale
         self.alphas = scheduler.alphas_cumprod.double()
         self.dtype = torch.float64
         self.device = torch.device("cpu")
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> Any:
-        clean = (self.picture - condition) / self.scale
+        clean = (self.image - condition) / self.scale
         a = self.alphas[timestep]
         noise = (sample - a.sqrt() * clean) / (1 - a).sqrt()
         prediction = {"sample": clean, "epsilon": noise, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * clean}
@@ -81,13 +81,13 @@ class Oracle(torch.nn.Module):
 def test_perfect_residuals_give_the_image(kind: str, pictures: Path) -> None:
     recipe = load_recipe("small_x2", [*UNCLIPPED, "residual_scale=0.04", f"scheduler.prediction_type={kind}"])
     scheduler = build_scheduler(recipe)
-    picture = read_image(sorted(pictures.iterdir())[0]).rgb.double()[None]
-    low = torch.nn.functional.interpolate(picture, scale_factor=0.5, mode="area")
-    oracle: Any = Oracle(picture, kind, 0.04, scheduler)
+    image = read_image(sorted(pictures.iterdir())[0]).rgb.double()[None]
+    low = torch.nn.functional.interpolate(image, scale_factor=0.5, mode="area")
+    oracle: Any = Oracle(image, kind, 0.04, scheduler)
     pipeline = SuperResolutionPipeline(oracle, scheduler, scale=2, residual_scale=0.04)
     pipeline.set_progress_bar_config(disable=True)
     out = pipeline(low, num_inference_steps=5, output_type="pt", generator=torch.Generator().manual_seed(0)).images
-    torch.testing.assert_close(out, picture, atol=1e-4, rtol=0)
+    torch.testing.assert_close(out, image, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,18 +129,18 @@ def test_a_run_measures_the_scale_saves_it_with_the_model_and_resumes_with_it(re
     assert [e.loss for e in whole.history][3:] == [e.loss for e in resumed.history]
     with pytest.raises(BinarizeError, match=r"residual_scale: was 0\.\d+, is 0\.5"):
         train(recipe(*options, "residual_scale=0.5", "resume_from_checkpoint=latest", out="cut"), progress=False)
-    # What validation has measured is what the saved pipeline gives.
-    picture = sorted(pictures.iterdir())[0]
+    # The saved pipeline gives the image that validation measured.
+    image = sorted(pictures.iterdir())[0]
     pipeline.set_progress_bar_config(disable=True)
     pair = ImagePairs(pictures, scale=2)[0]
     out = pipeline(pair.lr, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    strip = read_image(whole.output_dir / "samples" / f"step-0000006-{picture.stem}.png").pixels()
+    strip = read_image(whole.output_dir / "samples" / f"step-0000006-{image.stem}.png").pixels()
     assert torch.equal((out[0] * 255).round().to(torch.uint8), strip[..., 32:64])
 
 
 def test_the_strength_multiplies_residuals(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    image = torch.rand(1, 3, 12, 10) * 0.2 + 0.4  # far from where pictures are cut off
+    image = torch.rand(1, 3, 12, 10) * 0.2 + 0.4  # far from the values at which images are clipped
     noise = torch.randn(1, 3, 24, 20)
     unet, added = small().eval(), {}
     for strength in (1.0, 1.5):
@@ -229,7 +229,7 @@ def test_min_snr_equals_the_formula_of_diffusers_training_scripts() -> None:
 def test_a_run_uses_the_weights(recipe: Any) -> None:
     plain = train(recipe("max_train_steps=1", "loss=l2", out="plain"), progress=False)
     weighted = train(recipe("max_train_steps=1", "loss=l2", "snr_gamma=1e-5", out="weighted"), progress=False)
-    # With so small a gamma every timestep is clipped: the picture's squared error counts a hundred-thousandth.
+    # This gamma clips every timestep, so the squared error of the image has the weight 1e-5.
     assert weighted.history[0].loss == pytest.approx(1e-5 * plain.history[0].loss, rel=1e-3)
 
 
@@ -254,7 +254,7 @@ def test_a_share_of_timesteps_is_that_of_sampling(recipe: Any) -> None:
         assert found.count(timestep) / 500 == pytest.approx(expected, abs=4.5 * deviation)
     others = [(one, other) for one, other in zip(found, anywhere, strict=True) if one not in visited]
     assert len(others) > 150
-    assert all(one == other for one, other in others)  # the draw among all is the one of a run without the key
+    assert all(one == other for one, other in others)  # uniform draws are those of a run without the key
 
 
 def test_a_share_of_one_draws_nothing_else(recipe: Any) -> None:
