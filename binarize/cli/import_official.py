@@ -35,8 +35,8 @@ def import_official(
     binarize import-official small.pth small --scale 4 inner_channel=32 channel_mults=[1,2,4] fp_res=[256]
     ```
     """
+    from binarize.files import replace_folder
     from binarize.models import SuperResolutionPipeline, load_official
-    from binarize.training.checkpoint import replace_folder
 
     check_model_folder(target, checkpoint, force=force)
     options = dict(_option(text) for text in config or ())

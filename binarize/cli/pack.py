@@ -35,9 +35,9 @@ def pack(
     import torch
 
     import binarize
+    from binarize.files import replace_folder
     from binarize.models.loading import PIPELINE, load_network, load_pipeline, locate
     from binarize.packed.files import WEIGHTS
-    from binarize.training.checkpoint import replace_folder
 
     check_model_folder(target, source, force=force)
     if scale is None and not (locate(source) / PIPELINE).is_file():

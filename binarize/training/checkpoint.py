@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +12,12 @@ import torch
 import yaml
 
 from binarize.errors import BinarizeError, one_line
+from binarize.files import replace_folder
 from binarize.recipes import Recipe
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "state.pt"
 RECIPE = "recipe.yaml"
-
-
-def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder so that ``target`` is the old one, absent for one rename, or the complete new one.
-
-    The files are written to a temporary folder beside the target, flushed to disk and renamed together. If anything
-    fails, including Ctrl-C, the old folder stays and the temporary folder is removed.
-
-    Args:
-        target: The folder; its parent must exist.
-        write: Called with the empty temporary folder.
-    """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    aside = temporary.with_suffix(".old")
-    try:
-        temporary.mkdir()
-        write(temporary)
-        _flush(temporary)
-        if target.exists():
-            os.rename(target, aside)
-        os.rename(temporary, target)
-        _flush_entry(target.parent)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            os.rename(aside, target)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Checkpoints:
@@ -167,21 +137,3 @@ def with_saved_residual_scale(recipe: Recipe, folder: Path) -> Recipe:
     except (OSError, yaml.YAMLError) as error:
         raise BinarizeError(f"cannot read {folder / RECIPE}: {error}.") from error
     return recipe.model_copy(update={"residual_scale": saved.get("residual_scale")})
-
-
-def _flush(folder: Path) -> None:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(root, name), "rb+") as file:
-                os.fsync(file.fileno())
-        _flush_entry(Path(root))
-
-
-def _flush_entry(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

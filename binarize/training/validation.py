@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError, one_line
 from binarize.evaluation import psnr
+from binarize.files import replace_folder
 from binarize.imaging import ImagePairs, save_image, upscale_bicubic
 from binarize.recipes import Recipe
-from binarize.training.checkpoint import replace_folder
 
 if TYPE_CHECKING:
     from binarize.models import SuperResolutionPipeline

@@ -11,8 +11,9 @@ import torch
 from training_case import weights
 
 from binarize.errors import BinarizeError
+from binarize.files import replace_folder
 from binarize.training import Checkpoints, load_checkpoint
-from binarize.training.checkpoint import STATE, replace_folder
+from binarize.training.checkpoint import STATE
 
 
 def state_of(step: int) -> dict[str, Any]:
