@@ -44,38 +44,20 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
 
 def test_the_released_settings_are_the_published_ones() -> None:
     recipe = load_recipe("bidiffsr_x2")
-    expected = {
-        "scale": 2,
-        "resolution": 128,
-        "loss": "l1",
-        "timesteps_per": "sample",
-        "train_batch_size": 16,
-        "max_train_steps": 1_000_000,
-        "optimizer": "adam",
-        "learning_rate": 1e-4,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.99,
-        "adam_weight_decay": 0.0,
-        "lr_scheduler": "constant",
-        "use_ema": False,
-        "augment": True,
-        "max_grad_norm": None,
-    }
+    expected = parse_yaml(
+        """{scale: 2, resolution: 128, augment: true, loss: l1, timesteps_per: sample, train_batch_size: 16,
+        max_train_steps: 1_000_000, optimizer: adam, learning_rate: 1e-4, adam_beta1: 0.9, adam_beta2: 0.99,
+        adam_weight_decay: 0.0, max_grad_norm: null, lr_scheduler: constant, use_ema: false}""",
+        "settings",
+    )
     assert {key: getattr(recipe, key) for key in expected} == expected
-    assert recipe.model.config(2000) == {
-        "in_channels": 6,
-        "out_channels": 3,
-        "base_channels": 64,
-        "channel_mults": (1, 2, 4, 8),
-        "res_blocks": 2,
-        "norm_groups": 16,
-        "dropout": 0.2,
-        "attention_levels": (),
-        "resampling": "cp",
-        "fusion": "cs",
-        "num_train_timesteps": 2000,
-        "detail_factor": None,
-    }
+    network = parse_yaml(
+        """{in_channels: 6, out_channels: 3, base_channels: 64, channel_mults: [1, 2, 4, 8], res_blocks: 2,
+        norm_groups: 16, dropout: 0.2, attention_levels: [], resampling: cp, fusion: cs, num_train_timesteps: 2000,
+        detail_factor: null}""",
+        "network",
+    )
+    assert recipe.model.config(2000) == {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
     assert recipe.method is not None
     assert recipe.method.spec == {"name": "bidiffsr", "groups": 5}
     betas = build_scheduler(recipe).betas
