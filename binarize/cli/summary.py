@@ -49,8 +49,7 @@ def _network(model: str) -> SRUNet:
     import torch
 
     from binarize.models.loading import load_network
-    from binarize.recipes import list_recipes, recipe_path
-    from binarize.recipes.network import build
+    from binarize.recipes import build, list_recipes, recipe_path
 
     if model in list_recipes() or Path(model).suffix in (".yaml", ".yml"):
         with torch.device("meta"):  # no count depends on the weights' values
