@@ -1,4 +1,4 @@
-"""Pictures: reading and writing them safely, and MATLAB's resizing. Nothing here knows about networks."""
+"""Reading, writing and resizing images, independent of any network."""
 
 from __future__ import annotations
 

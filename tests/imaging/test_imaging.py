@@ -326,10 +326,10 @@ class TestReading:
         cases = {
             tmp_path / "missing.png": "no such file",
             tmp_path: "is a folder",
-            self.write(tmp_path / "empty.png", b""): "is not a picture that Pillow can read",
-            self.write(tmp_path / "text.png", b"hello"): "is not a picture that Pillow can read",
+            self.write(tmp_path / "empty.png", b""): "is not an image that Pillow can read",
+            self.write(tmp_path / "text.png", b"hello"): "is not an image that Pillow can read",
             self.write(tmp_path / "cut.png", png[: len(png) // 2]): "cannot decode|cannot be read",
-            self.write(tmp_path / "stub.png", png[:20]): "is not a picture|cannot be read",
+            self.write(tmp_path / "stub.png", png[:20]): "is not an image|cannot be read",
             tmp_path / "float.tif": "mode 'F' are not supported",
         }
         for path, message in cases.items():
@@ -347,7 +347,7 @@ class TestReading:
             read_image(tmp_path / "a.png")
 
     def test_list_pictures(self, tmp_path: Path) -> None:
-        with pytest.raises(BinarizeError, match=r"holds no pictures; looked for \.png"):
+        with pytest.raises(BinarizeError, match=r"holds no images; looked for \.png"):
             list_images(tmp_path)
         for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt"):
             (tmp_path / name).touch()
@@ -374,9 +374,9 @@ class TestWriting:
         ("mode", "name", "message"),
         [
             ("RGB", "a.pngg", r"suffix '\.pngg'; use one of .*Did you mean '\.png'\?"),
-            ("RGB", "a", "cannot write pictures with the suffix ''"),
-            ("RGBA", "a.jpg", "JPEG cannot hold a picture of mode 'RGBA'; use .png or .tif"),
-            ("I;16", "a.webp", "WEBP cannot hold a picture of mode 'I;16'"),
+            ("RGB", "a", "cannot write images with the suffix ''"),
+            ("RGBA", "a.jpg", "JPEG cannot hold an image of mode 'RGBA'; use .png or .tif"),
+            ("I;16", "a.webp", "WEBP cannot hold an image of mode 'I;16'"),
             ("RGB", "nowhere/a.png", "nowhere does not exist; create it first"),
         ],
     )
