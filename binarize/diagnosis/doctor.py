@@ -1,10 +1,9 @@
-"""`doctor`: run a model on a picture of which the original is known, change one thing at a time, name what helps."""
+"""`doctor`: compare a model with bicubic upscaling, change one setting at a time, and name the one that helps."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,30 +13,31 @@ from torch import Tensor, nn
 
 from binarize.conversion.packing import is_packed, pack_if_possible, unpack
 from binarize.diagnosis.changes import SCHEDULE, STEPS, Change, changes
-from binarize.diagnosis.files import misfits
-from binarize.diagnosis.report import HEALTHY, MISFIT, UNTRAINED, WEAK, DoctorReport, Finding, Trial
+from binarize.diagnosis.files import find_mismatch
+from binarize.diagnosis.report import HEALTHY, MISMATCH, UNTRAINED, WEAK, ChangeResult, DoctorReport, Finding
 from binarize.diagnosis.sampling import (
     Case,
     Conventions,
     diffuse,
     make_case,
     pixels_of,
-    sign_of_zero,
     signs_of_zero,
+    with_sign_of_zero,
 )
 from binarize.errors import BinarizeError
 from binarize.evaluation.quality import psnr
 from binarize.imaging import upscale_bicubic
-from binarize.models import SuperResolutionPipeline
 from binarize.models.checks import OtherTimestepsError
+from binarize.models.loading import load_pipeline, locate
+from binarize.models.pipeline import SuperResolutionPipeline
 from binarize.models.target import image_of
 
-TRIAL_STEPS = 10
-"""Denoising steps of a trial; all of a slow model's steps for each would take too long."""
-_CLEAR, _ALIKE = 0.5, 1.0  # dB: what counts as an improvement, and what is no difference between two of them
-_JUMP, _NEAR = 3.0, 3.0  # dB: an improvement that tells even if the result stays that little short of bicubic
-_RELATED = 0.3  # correlation with the true residual from which a network is taken to predict residuals
-_SAME_SCALE = 3.0  # factor within which a residual scale that fits is taken for the one that is set
+MAX_STEPS = 10
+"""Denoising steps of a changed model at most; a slow model's own steps would take too long."""
+_CLEAR, _EQUAL = 0.5, 1.0  # dB: the least improvement, and the difference at which two of them count as equal
+_LARGE, _NEAR = 3.0, 3.0  # dB: an improvement that counts even if the result is this far below bicubic
+_CORRELATED = 0.3  # correlation with the true residual from which a network is taken to predict residuals
+_SAME_SCALE = 3.0  # factor within which an estimated residual scale confirms the one that is set
 
 
 def doctor(
@@ -50,77 +50,70 @@ def doctor(
     try_all: bool = False,
     advance: Callable[[str], object] = lambda what: None,
 ) -> DoctorReport:
-    """Enlarge a photograph that comes with the package, compare with bicubic, and find out what is wrong.
+    """Upscale an image that comes with the package, compare with bicubic upscaling, and find out what is wrong.
 
-    The model is run as `binarize upscale` runs it, packed on a CPU. Where it is worse than bicubic, the likely mistakes
-    are tried one at a time: prediction type, noise schedule, value range, order of condition and noisy picture,
-    residual target, clipping, timestep spacing, number of steps, and the sign of zero. The one with which the result
-    becomes clearly better is the likely cause.
+    The model runs as in `binarize upscale`, packed on a CPU. If it is worse than bicubic, the likely mistakes are tried
+    one at a time: prediction type, noise schedule, value range, order of condition and noisy image, residual target,
+    clipping, timestep spacing, number of steps, and the sign of zero. The one whose correction clearly improves the
+    result is the likely cause.
 
     Args:
-        model: A pipeline, or whatever the command line takes for a model: a folder, a file, or a name on the hub.
-        scale: How many times it enlarges, for models that do not say it.
-        steps: Denoising steps; by default the model's own. Trials take 10 at most, except those of more steps.
-        seed: Decides the noise.
-        device: Where to compute. A pipeline that is given stays on its own device.
+        model: A pipeline, or a model as on the command line: a folder, a file, or a name on the hub.
+        scale: Scale of models that do not store it.
+        steps: Denoising steps; by default the model's own. Changes are tried with at most 10, unless they change them.
+        seed: Seed of the noise.
+        device: Where to compute. A pipeline stays on its own device.
         try_all: Try the changes even if the model is better than bicubic.
-        advance: Called with what is tried next.
+        advance: Called with the name of each change before it is tried.
 
     Raises:
-        BinarizeError: If the model is not there or cannot be read for another reason than a configuration that does
-            not fit its weights; or an option is out of range.
+        BinarizeError: If the model cannot be loaded for another reason than a configuration that does not fit its
+            weights, or an option is out of range.
     """
     name = type(model).__name__ if isinstance(model, SuperResolutionPipeline) else str(model)
-    try:
-        pipeline = model if isinstance(model, SuperResolutionPipeline) else _load(Path(model), scale, device)
-    except _Misfit as error:
-        fix = "use the config.json that was saved with these weights, or the weights that belong to it."
-        return DoctorReport(name, Finding(MISFIT, f"the configuration does not fit the weights: {error}", fix))
-    except OtherTimestepsError as error:
-        words = f"the noise schedule has {error.scheduled} timesteps, and the network was trained with {error.trained}."
-        fix = (
-            f'put "num_train_timesteps": {error.trained} and the betas of the training into '
-            "scheduler/scheduler_config.json."
-        )
-        return DoctorReport(name, Finding(SCHEDULE, words, fix))
-    floats = pipeline.unet
-    running, packed = _as_upscale_runs_it(floats)
-    asked = pipeline.num_inference_steps if steps is None else steps
+    pipeline = model if isinstance(model, SuperResolutionPipeline) else _load(Path(model), scale, device)
+    if isinstance(pipeline, Finding):
+        return DoctorReport(name, pipeline)
+    unpacked = pipeline.unet
+    running, packed = _pack_as_upscale_does(unpacked)
+    model_steps = pipeline.num_inference_steps if steps is None else steps
+    few = min(model_steps, MAX_STEPS)
     case = make_case(pipeline.scale, pipeline.size_multiple, seed)
     bicubic = psnr(upscale_bicubic(case.low, pipeline.scale), case.original, border=pipeline.scale)
-    advance("the model as it is")
-    before = _as_it_is(pipeline, running, case, asked, seed)
-    healthy = before > bicubic
-    trials: list[Trial] = []
-    if not healthy or try_all:
-        own = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # the pipeline's keeps its place
-        strength = pipeline.config["residual_strength"]
-        now = Conventions(own, min(asked, TRIAL_STEPS), pipeline.residual_scale, strength)
-        signs = set() if is_packed(floats) else signs_of_zero(floats)
-        for change in changes(now, asked, signs, packed):
-            advance(change.what)
-            trials.append(_try(change, floats if change.sign_zero else running, case, pipeline.scale))
-    finding = _verdict(before, bicubic, trials, floats, min(asked, TRIAL_STEPS))
-    return DoctorReport(name, finding, pipeline.scale, asked, before, bicubic, tuple(trials))
+    advance("unchanged")
+    before = _run_unchanged(pipeline, running, case, model_steps, seed)
+    results: list[ChangeResult] = []
+    if before <= bicubic or try_all:
+        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # the pipeline's keeps its state
+        now = Conventions(scheduler, few, pipeline.residual_scale, pipeline.config["residual_strength"])
+        signs = set() if is_packed(unpacked) else signs_of_zero(unpacked)
+        for change in changes(now, model_steps, signs, packed):
+            advance(change.name)
+            results.append(_try(change, unpacked if change.sign_zero else running, case, pipeline.scale))
+    finding = _verdict(before, bicubic, results, few) or _judge_network(before, bicubic, unpacked)
+    return DoctorReport(name, finding, pipeline.scale, model_steps, before, bicubic, tuple(results))
 
 
-class _Misfit(Exception):
-    """Configuration and weights do not belong together."""
-
-
-def _load(path: Path, scale: int | None, device: torch.device | str) -> SuperResolutionPipeline:
-    from binarize.models.loading import load_pipeline, locate
-
+def _load(path: Path, scale: int | None, device: torch.device | str) -> SuperResolutionPipeline | Finding:
+    """Load a model; return a finding if its configuration does not fit its weights or its schedule."""
     path = locate(path)
-    found = misfits(path / "unet" if (path / "unet").is_dir() else path) if path.is_dir() else None
-    if found is not None:
-        raise _Misfit(found)
+    mismatch = find_mismatch(path / "unet" if (path / "unet").is_dir() else path) if path.is_dir() else None
     try:
-        pipeline = load_pipeline(path, scale=scale)
+        pipeline = None if mismatch is not None else load_pipeline(path, scale=scale)
+    except OtherTimestepsError as error:
+        fix = f'put "num_train_timesteps": {error.trained} and the betas of the training into '
+        return Finding(
+            SCHEDULE,
+            f"the noise schedule has {error.scheduled} timesteps, and the network was trained with {error.trained}.",
+            f"{fix}scheduler/scheduler_config.json.",
+        )
     except BinarizeError as error:
-        if "does not fit the configuration" in str(error):
-            raise _Misfit(str(error)) from error
-        raise
+        if "does not fit the configuration" not in str(error):
+            raise
+        pipeline, mismatch = None, str(error)
+    if pipeline is None:
+        fix = "use the config.json that was saved with these weights, or the weights that belong to it."
+        return Finding(MISMATCH, f"the configuration does not fit the weights: {mismatch}", fix)
     if torch.device(device).type != "cpu":
         if is_packed(pipeline.unet):
             unpack(pipeline.unet)
@@ -128,93 +121,88 @@ def _load(path: Path, scale: int | None, device: torch.device | str) -> SuperRes
     return pipeline
 
 
-def _as_upscale_runs_it(floats: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the network, packed where it can be, and whether it is; what was given stays as it is."""
-    if is_packed(floats):
-        return floats, True
-    copied = copy.deepcopy(floats)
-    return (copied, True) if pack_if_possible(copied) else (floats, False)
+def _pack_as_upscale_does(unet: nn.Module) -> tuple[nn.Module, bool]:
+    """Return the network, as a packed copy if possible, and whether it is packed."""
+    if is_packed(unet):
+        return unet, True
+    copied = copy.deepcopy(unet)
+    return (copied, True) if pack_if_possible(copied) else (unet, False)
 
 
-def _as_it_is(pipeline: SuperResolutionPipeline, unet: nn.Module, case: Case, steps: int, seed: int) -> float:
-    """Return the model's PSNR by the pipeline itself, so that nothing here can differ from what a user gets."""
+def _run_unchanged(pipeline: SuperResolutionPipeline, unet: nn.Module, case: Case, steps: int, seed: int) -> float:
+    """Return the PSNR of the model, sampled by the pipeline itself."""
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     twin = SuperResolutionPipeline(unet, scheduler, scale=pipeline.scale, residual_scale=pipeline.residual_factor)
     twin.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    picture = twin(case.low, num_inference_steps=steps, generator=generator, output_type="pt", return_dict=False)[0]
-    return psnr(pixels_of(picture, signed=False), case.original, border=pipeline.scale)
+    image = twin(case.low, num_inference_steps=steps, generator=generator, output_type="pt", return_dict=False)[0]
+    return psnr(pixels_of(image, signed=False), case.original, border=pipeline.scale)
 
 
-def _try(change: Change, unet: nn.Module, case: Case, scale: int) -> Trial:
+def _try(change: Change, unet: nn.Module, case: Case, scale: int) -> ChangeResult:
     fix, how = change.fix, change.how
-    with nullcontext() if change.sign_zero is None else sign_of_zero(unet, change.sign_zero):
+    with with_sign_of_zero(unet, change.sign_zero):
         x, condition = diffuse(unet, how, case)
     residual_scale = how.residual_scale
     if change.fits_residual:
-        found = _residual_scale(x * how.residual_strength, condition, case)
+        found = _estimate_residual_scale(x * how.residual_strength, condition, case)
         if found is None or (residual_scale is not None and 1 / _SAME_SCALE < found / residual_scale < _SAME_SCALE):
-            return Trial(change.cause, change.what, "", how.steps, None)
+            return ChangeResult(change.cause, change.name, "", how.steps, None)
         residual_scale, fix = found, fix.format(found=found)
     factor = None if residual_scale is None else residual_scale * how.residual_strength
-    picture = pixels_of(image_of(x, condition, factor), how.signed)
-    score = psnr(picture, case.original, border=scale) if torch.isfinite(x).all() else None
-    return Trial(change.cause, change.what, fix, how.steps, score)
+    image = pixels_of(image_of(x, condition, factor), how.signed)
+    score = psnr(image, case.original, border=scale) if torch.isfinite(x).all() else None
+    return ChangeResult(change.cause, change.name, fix, how.steps, score)
 
 
-def _residual_scale(x: Tensor, condition: Tensor, case: Case) -> float | None:
-    """Return by what x must be multiplied to come nearest to the true residual; None if it has little to do with it."""
+def _estimate_residual_scale(x: Tensor, condition: Tensor, case: Case) -> float | None:
+    """Return the factor that brings x nearest to the true residual, or None if the two are hardly correlated."""
     residual = (case.original[None].to(x) / 255 - condition).double()
     x = x.double()
     product, power = (residual * x).sum(), x.square().sum()
-    related = product / (power * residual.square().sum()).sqrt()
-    return float(product / power) if related > _RELATED else None
+    correlation = product / (power * residual.square().sum()).sqrt()
+    return float(product / power) if correlation > _CORRELATED else None
 
 
-def _verdict(before: float, bicubic: float, trials: Sequence[Trial], unet: nn.Module, trial_steps: int) -> Finding:
+def _verdict(before: float, bicubic: float, results: Sequence[ChangeResult], few: int) -> Finding | None:
+    """Return the finding of a healthy model or of a change that helps."""
     if before > bicubic:
-        words = f"{before - bicubic:.2f} dB better than bicubic enlargement on the embedded picture."
-        return Finding(HEALTHY, words)
-    # Trials of fewer steps than the model takes are measured against the same few without a change.
-    fewer = [t.psnr for t in trials if t.cause == STEPS and t.steps == trial_steps and t.psnr is not None]
-    few = max([before, *fewer])
-    gains = [
-        (trial, trial.psnr, trial.psnr - (before if trial.cause == STEPS else few))
-        for trial in trials
-        if trial.psnr is not None
-    ]
-    better = [(trial, score) for trial, score, gain in gains if gain >= _CLEAR and score > bicubic]
+        return Finding(HEALTHY, f"{before - bicubic:.2f} dB better than bicubic upscaling on the embedded image.")
+    scored = [(result, result.psnr) for result in results if result.psnr is not None]
+    # Compare changes with the unchanged model at the same number of steps, if it takes more than they do.
+    with_few = max([before, *(score for one, score in scored if one.cause == STEPS and one.steps == few)])
+    gains = [(one, score, score - (before if one.cause == STEPS else with_few)) for one, score in scored]
+    better = [(one, score) for one, score, gain in gains if gain >= _CLEAR and score > bicubic]
     if better:
         best = max(score for _, score in better)
-        cause, score = next((trial, score) for trial, score in better if score >= best - _ALIKE)
-        words = f"with {cause.change} it is {score - before:.2f} dB better, {score - bicubic:+.2f} dB to bicubic."
-        return Finding(cause.cause, words, cause.fix)
-    near = [(trial, score) for trial, score, gain in gains if gain >= _JUMP and score > bicubic - _NEAR]
+        result, score = next((one, score) for one, score in better if score >= best - _EQUAL)
+        gain = f"with {result.change} it is {score - before:.2f} dB better, {score - bicubic:+.2f} dB to bicubic."
+        return Finding(result.cause, gain, result.fix)
+    near = [(one, score) for one, score, gain in gains if gain >= _LARGE and score > bicubic - _NEAR]
     if near:
-        cause, score = max(near, key=lambda one: one[1])
-        words = (
-            f"with {cause.change} it is {score - before:.2f} dB better, if still {bicubic - score:.2f} dB short of "
-            "bicubic: beyond that, the network is trained too little."
+        result, score = max(near, key=lambda pair: pair[1])
+        explanation = (
+            f"with {result.change} it is {score - before:.2f} dB better, but still {bicubic - score:.2f} dB below "
+            "bicubic: the network also needs more training."
         )
-        return Finding(cause.cause, words, cause.fix)
-    return _of_the_network(before, bicubic, unet)
+        return Finding(result.cause, explanation, result.fix)
+    return None
 
 
-def _of_the_network(before: float, bicubic: float, unet: nn.Module) -> Finding:
-    """Say what it is if no change helps."""
+def _judge_network(before: float, bicubic: float, unet: nn.Module) -> Finding:
+    """Return the finding if no change helps."""
     norms: list[Any] = [module for module in unet.modules() if isinstance(module, nn.GroupNorm) and module.affine]
-    initial = [bool((norm.weight == 1).all()) and bool((norm.bias == 0).all()) for norm in norms]
-    if norms and all(initial):
-        words = f"no change helps, and all {len(norms)} norms have the weights 1 and 0 that a new network starts with."
-        return Finding(UNTRAINED, words, "train it, or load the trained weights before saving or sampling.")
+    if norms and all(bool((norm.weight == 1).all()) and bool((norm.bias == 0).all()) for norm in norms):
+        explanation = f"no change helps, and all {len(norms)} norms have the weights 1 and 0 of a new network."
+        return Finding(UNTRAINED, explanation, "train it, or load the trained weights before saving or sampling.")
     if bicubic - before <= _NEAR:
-        words = (
-            f"no change helps: the network is {bicubic - before:.2f} dB short of bicubic. It is trained too little, or "
-            "for looks rather than for PSNR, which fine invented texture lowers."
+        explanation = (
+            f"no change helps: the network is {bicubic - before:.2f} dB below bicubic. It is trained too little, or "
+            "for perceptual quality, whose generated texture lowers PSNR."
         )
-        return Finding(WEAK, words, "train longer; to judge looks, measure LPIPS with `binarize evaluate`.")
-    words = (
-        "no change helps: hardly trained, weights of another network, or a convention that is not tried here. "
-        "The network's answer has little to do with the picture."
+        return Finding(WEAK, explanation, "train longer; for perceptual quality, measure LPIPS: `binarize evaluate`.")
+    explanation = (
+        "no change helps: the network is hardly trained, has the weights of another network, or follows a convention "
+        "that is not tried here. Its output is hardly related to the image."
     )
-    return Finding(UNTRAINED, words, "look whether the training's loss fell, and whether these are its last weights.")
+    return Finding(UNTRAINED, explanation, "check that the training's loss fell, and that these are its last weights.")

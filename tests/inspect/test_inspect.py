@@ -19,7 +19,7 @@ import binarize
 from binarize import inspect
 from binarize.errors import BinarizeError
 from binarize.inspect.flips import count_bits
-from binarize.inspect.values import Gathered
+from binarize.inspect.distribution import DistributionMeter
 from binarize.layers import BinaryConv2d, CSFusion, Shift
 from binarize.models import SRUNet
 
@@ -197,7 +197,7 @@ def test_saturation_under_inference_mode_and_of_chosen_layers() -> None:
 
 @given(st.lists(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20), min_size=1, max_size=4))
 def test_moments_are_exact_and_values_are_a_sample(parts: list[list[float]]) -> None:
-    gathered = Gathered(samples=7)
+    gathered = DistributionMeter(samples=7)
     for part in parts:
         gathered.add(torch.tensor(part))
     gathered.add(torch.empty(0))
@@ -393,7 +393,7 @@ def test_what_has_no_timestep_or_no_activation_is_refused() -> None:
 
     with pytest.raises(BinarizeError, match=r"Plain has no timestep: .*a distribution over timesteps needs one"):
         inspect.activation_distribution(Plain(), "", torch.zeros(1))
-    with pytest.raises(BinarizeError, match=r"samples is how many values .* at least 1; got 0"):
+    with pytest.raises(BinarizeError, match=r"samples is the number of values .* at least 1; got 0"):
         inspect.activation_distribution(network(), "middle.0", batch(), samples=0)
 
     class Folded(Doubled):
