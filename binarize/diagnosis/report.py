@@ -97,12 +97,7 @@ class DoctorReport:
                     [one.change, one.psnr, None if one.psnr is None else one.psnr - bicubic, one.steps]
                     for one in self.results
                 ]
-                columns = [
-                    Column("one change", align="left"),
-                    Column("PSNR", ".2f"),
-                    Column("to bicubic", "+.2f"),
-                    "steps",
-                ]
+                columns = [Column("one change"), Column("PSNR", ".2f"), Column("to bicubic", "+.2f"), Column("steps")]
                 lines += ["", Table(columns, rows).to_text()]
             lines.append("")
         lines.append("healthy" if self.healthy else f"likely cause: {self.finding.cause}")
