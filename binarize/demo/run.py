@@ -156,7 +156,7 @@ def image_folder() -> Path:
 
 
 def prepare_images(source: Path, target: Path, scale: int) -> torch.Tensor:
-    """Write the images to ``training/`` and ``held-out/``; return the held-out one in low resolution, uint8 (3, H, W)."""
+    """Write the images to ``training/`` and ``held-out/``; return the held-out image at low resolution."""
     for folder in ("training", "held-out"):
         (target / folder).mkdir(parents=True, exist_ok=True)
     for name in TRAINING:
