@@ -72,11 +72,7 @@ def locate(path: Path) -> Path:
 
 
 def scale_of(path: Path, scale: int | None = None) -> int:
-    """Return the scale of a model without loading its weights.
-
-    Args:
-        path: See `locate`.
-        scale: See `load_pipeline`.
+    """Return the scale of a model without loading its weights; see `load_pipeline`.
 
     Raises:
         BinarizeError: If there is no such model, or the scale is missing or contradicts the model.
@@ -98,10 +94,7 @@ def scale_of(path: Path, scale: int | None = None) -> int:
 
 
 def load_network(path: Path) -> SRUNet:
-    """Load the network of a model on the CPU, in evaluation mode.
-
-    Args:
-        path: See `locate`.
+    """Load the network of a model on the CPU, in evaluation mode; see `locate`.
 
     Raises:
         BinarizeError: If there is no such model, or it is incomplete or damaged.
@@ -142,7 +135,7 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
     except BinarizeError:
         raise
     except Exception as error:  # diffusers raises many kinds and adds advice about its hub
-        raise BinarizeError(f"{path}: cannot be read as a pipeline: {one_line(error, 300)}") from error
+        raise BinarizeError(f"{path}: cannot be read as a pipeline: {one_line(error)}") from error
 
 
 def find_device(name: Device) -> torch.device:
@@ -211,8 +204,8 @@ def sample(
         image: The low-resolution image.
         steps: Denoising steps; None for the number stored with the pipeline.
         seed: Seed of the noise.
-        tile: See `SuperResolutionPipeline.__call__`.
-        overlap: See `SuperResolutionPipeline.__call__`.
+        tile: As `overlap`, see `SuperResolutionPipeline.__call__`.
+        overlap: Pixels that tiles share.
         on_pass: Called after each pass of the network, that is, once per step and tile.
 
     Raises:
@@ -265,18 +258,16 @@ def _download(name: str) -> Path:
         found = Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BinarizeError(
-            f"{name}: no such file or folder here, and no repository {repo} on the Hugging Face hub (or a private one: "
+            f"{name}: no such file or folder, and no repository {repo} on the Hugging Face hub (private ones need "
             f"`hf auth login`); give {_ALLOWED}."
         ) from error
     except LocalEntryNotFoundError as error:
         raise BinarizeError(
-            f"{name}: no such file or folder here, the Hugging Face hub cannot be reached, and {repo} was not "
-            "downloaded before; go online, or give the path of a model."
+            f"{name}: no such file or folder, the Hugging Face hub cannot be reached, and {repo} was not downloaded "
+            "before; go online, or give the path of a model."
         ) from error
     except Exception as error:  # the hub's client and the libraries below it raise many kinds
-        raise BinarizeError(
-            f"{name}: cannot be downloaded from the Hugging Face hub: {one_line(error, 300)}"
-        ) from error
+        raise BinarizeError(f"{name}: cannot be downloaded from the Hugging Face hub: {one_line(error)}") from error
     if not (found / folder).is_dir():
         raise BinarizeError(f"{name}: the repository {repo} on the Hugging Face hub has no folder {folder}.")
     return found / folder
@@ -295,7 +286,7 @@ def _read_network(path: Path) -> SRUNet:
     except BinarizeError as error:
         raise BinarizeError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from error
     except Exception as error:  # diffusers raises many kinds, safetensors its own
-        raise BinarizeError(f"{path}: cannot be read as an SRUNet: {one_line(error, 300)}") from error
+        raise BinarizeError(f"{path}: cannot be read as an SRUNet: {one_line(error)}") from error
     return network.eval()
 
 

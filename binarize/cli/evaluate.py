@@ -7,48 +7,34 @@ from typing import Annotated, Literal
 
 import typer
 
-from binarize.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    ForceOption,
-    LimitOption,
-    ModelArgument,
-    OutputOption,
-    OverlapOption,
-    PackOption,
-    ScaleOption,
-    SchedulerOption,
-    SeedOption,
-    StepsOption,
-    TileOption,
-)
+from binarize.cli import options as opt
 from binarize.cli.targets import check_evaluation_folder
 
 
 def evaluate(
-    model: ModelArgument,
+    model: opt.ModelArgument,
     data: Annotated[Path, typer.Option("--data", "-d", help="Folder of high-resolution images.")],
     lr: Annotated[
         Path | None, typer.Option(help="Folder of the low-resolution images; by default they are made from --data.")
     ] = None,
-    scale: ScaleOption = None,
+    scale: opt.ScaleOption = None,
     lpips: Annotated[
         Literal["alex", "squeeze", "vgg", "none"], typer.Option(help="Backbone of LPIPS; papers report alex.")
     ] = "alex",
     lpips_backbone: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The backbone's weights, so that nothing is downloaded.")
     ] = None,
-    steps: StepsOption = None,
-    tile: TileOption = None,
-    overlap: OverlapOption = None,
-    seed: SeedOption = 0,
-    scheduler: SchedulerOption = None,
-    limit: LimitOption = None,
-    output: OutputOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    packing: PackOption = True,
+    steps: opt.StepsOption = None,
+    tile: opt.TileOption = None,
+    overlap: opt.OverlapOption = None,
+    seed: opt.SeedOption = 0,
+    scheduler: opt.SchedulerOption = None,
+    limit: opt.LimitOption = None,
+    output: opt.OutputOption = None,
+    force: opt.ForceOption = False,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "float32",
+    packing: opt.PackOption = True,
 ) -> None:
     """Measure PSNR, SSIM and LPIPS of a model.
 

@@ -11,24 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from binarize.cli.options import (
-    MODEL,
-    TILE,
-    UNTILED,
-    AutoTileOption,
-    DeviceOption,
-    DtypeOption,
-    ForceOption,
-    OverlapOption,
-    PackOption,
-    SchedulerOption,
-    SeedOption,
-    StepsOption,
-)
+from binarize.cli import options as opt
 from binarize.errors import BinarizeError
 
 if TYPE_CHECKING:
-    from binarize.imaging import DecodedImage
     from binarize.models import SuperResolutionPipeline
 
 DEFAULT_SCALE = 2
@@ -56,7 +42,9 @@ def upscale(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option("--model", "-m", show_default=False, help=f"{MODEL} By default the one that comes with binarize."),
+        typer.Option(
+            "--model", "-m", show_default=False, help=f"{opt.MODEL} By default the one that comes with binarize."
+        ),
     ] = None,
     scale: Annotated[
         int | None,
@@ -67,15 +55,15 @@ def upscale(
             "networks.",
         ),
     ] = None,
-    steps: StepsOption = None,
-    tile: AutoTileOption = None,
-    overlap: OverlapOption = None,
-    seed: SeedOption = 0,
-    scheduler: SchedulerOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    packing: PackOption = True,
-    force: ForceOption = False,
+    steps: opt.StepsOption = None,
+    tile: opt.AutoTileOption = None,
+    overlap: opt.OverlapOption = None,
+    seed: opt.SeedOption = 0,
+    scheduler: opt.SchedulerOption = None,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "float32",
+    packing: opt.PackOption = True,
+    force: opt.ForceOption = False,
 ) -> None:
     """Upscale an image, or a folder of images.
 
@@ -104,12 +92,11 @@ def upscale(
         scale = DEFAULT_SCALE if scale is None else scale
         model = default_model(scale)
     if target is None:
-        target = default_target(source, scale_of(model, scale))
-    jobs = plan_jobs(source, target, force=force)
-    sizes, modes = _decode(jobs)
+        target = _default_target(source, scale_of(model, scale))
+    jobs = _plan(source, target, force=force)
+    sizes = _decode(jobs)  # finds broken sources before hours of work
     pipeline = prepare(load_pipeline(model, scale=scale), device, dtype, scheduler, pack=packing)
-    for job, pixel in modes.values():
-        _check_target(job, pixel)
+    jobs[0].target.parent.mkdir(parents=True, exist_ok=True)
     steps = pipeline.num_inference_steps if steps is None else steps
     tiles = {path: tile_for(size, pipeline.scale, tile) for path, size in sizes.items()}
     passes = sum(steps * _count_tiles(pipeline, sizes[path], side, overlap) for path, side in tiles.items())
@@ -148,8 +135,7 @@ def process_start() -> float:
     return time.time() - age
 
 
-def default_target(source: Path, scale: int) -> Path:
-    """Return the default target of an image or a folder, which lies beside it."""
+def _default_target(source: Path, scale: int) -> Path:
     source = source.resolve() if source.name in ("", "..") else source
     return source.with_name(f"{source.name}_x{scale}" if source.is_dir() else f"{source.stem}_x{scale}.png")
 
@@ -163,22 +149,12 @@ def tile_for(size: Size, scale: int, tile: int | None) -> int | None:
         tile: The value of ``--tile``: 0 for no tiles, None to decide by the size.
     """
     if tile is None:
-        return TILE if max(size) * scale > UNTILED else None
+        return opt.TILE if max(size) * scale > opt.UNTILED else None
     return tile if tile > 0 else None
 
 
-def plan_jobs(source: Path, target: Path, *, force: bool) -> list[Job]:
-    """Return a job for each image, after checking the names. Nothing is read or written.
-
-    Args:
-        source: A file or a folder.
-        target: A file or a folder. The target of a folder need not exist.
-        force: Results may replace files, but never the sources.
-
-    Raises:
-        BinarizeError: If the source is missing, a target exists or is a source, two sources share a target, or a
-            target's folder is missing.
-    """
+def _plan(source: Path, target: Path, *, force: bool) -> list[Job]:
+    """Return a job for each image, after checking the names. Nothing is read or written."""
     from binarize.imaging import list_images
 
     if source.is_dir():
@@ -204,46 +180,23 @@ def plan_jobs(source: Path, target: Path, *, force: bool) -> list[Job]:
     return jobs
 
 
-def _decode(jobs: list[Job]) -> tuple[dict[Path, Size], dict[str, tuple[Job, DecodedImage]]]:
-    """Decode every source once, to find broken ones before hours of work.
-
-    Returns:
-        The height and width of each source, and for each mode one job and one pixel.
-    """
-    import torch
-
-    from binarize.imaging import read_image
+def _decode(jobs: list[Job]) -> dict[Path, Size]:
+    """Return the height and width of every source, and check that each target can hold its source's mode."""
+    from binarize.imaging import check_writable, read_image
     from binarize.imaging.pairs import raise_all
 
     sizes: dict[Path, Size] = {}
-    modes: dict[str, tuple[Job, DecodedImage]] = {}
     problems = []
     for job in jobs:
         try:
             image = read_image(job.source)
+            check_writable(image.saved_mode, job.target)
         except BinarizeError as error:
             problems.append(str(error))
-            continue
-        height, width = image.rgb.shape[-2:]
-        sizes[job.source] = height, width
-        pixel = image.with_pixels(torch.zeros(3, 1, 1), None if image.alpha is None else torch.zeros(1, 1, 1))
-        modes.setdefault(pixel.to_pil().mode, (job, pixel))
+        else:
+            sizes[job.source] = image.rgb.shape[-2], image.rgb.shape[-1]
     raise_all(jobs[0].source.parent, problems)
-    return sizes, modes
-
-
-def _check_target(job: Job, pixel: DecodedImage) -> None:
-    """Write one pixel beside the target, which fails if the folder or the format does not fit."""
-    from binarize.imaging import save_image
-
-    job.target.parent.mkdir(parents=True, exist_ok=True)
-    probe = job.target.with_name(f".probe-{job.target.name}")
-    try:
-        save_image(pixel, probe, force=True)
-    except BinarizeError as error:
-        raise BinarizeError(str(error).replace(str(probe), str(job.target))) from error
-    finally:
-        probe.unlink(missing_ok=True)
+    return sizes
 
 
 def _count_tiles(pipeline: SuperResolutionPipeline, size: Size, tile: int | None, overlap: int | None) -> int:

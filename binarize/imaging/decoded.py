@@ -41,6 +41,13 @@ class DecodedImage:
         """Whether the source is greyscale; the image is then written as greyscale."""
         return self.mode in _GREY
 
+    @property
+    def saved_mode(self) -> str:
+        """The mode of `to_pil`: L, LA, RGB, RGBA or I;16."""
+        if self.mode in _DEEP and self.alpha is None:
+            return "I;16"
+        return ("L" if self.is_grey else "RGB") + ("" if self.alpha is None else "A")
+
     def pixels(self) -> torch.Tensor:
         """Return ``rgb`` as uint8 (3, H, W), rounded to the nearest level, without transparency."""
         return (self.rgb * 255 + 0.5).floor_().clamp_(0, 255).to(torch.uint8)
@@ -70,21 +77,16 @@ class DecodedImage:
         because new pixels have colours that the palette or the inks cannot name. Pillow has no 16-bit greyscale with
         transparency, so an image with ``alpha`` is 8-bit.
         """
+        mode, planes = self.saved_mode, [*self.rgb]
         if self.is_grey:
-            weights = torch.tensor(_LUMA, dtype=torch.float64).view(3, 1, 1)
-            grey = (self.rgb.double() * weights).sum(0)
-            if self.mode in _DEEP and self.alpha is None:
-                return self._with_profile(Image.fromarray(_levels(grey, 65535).astype(np.uint16)))
-            planes = [_levels(grey, 255)]
-        else:
-            planes = list(_levels(self.rgb, 255))
+            planes = [(self.rgb.double() * torch.tensor(_LUMA, dtype=torch.float64).view(3, 1, 1)).sum(0)]
         if self.alpha is not None:
-            planes.append(_levels(self.alpha[0], 255))
-        bands = [Image.fromarray(plane.astype(np.uint8)) for plane in planes]
-        mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[len(bands)]
-        return self._with_profile(bands[0] if len(bands) == 1 else Image.merge(mode, bands))
-
-    def _with_profile(self, image: Image.Image) -> Image.Image:
+            planes.append(self.alpha[0])
+        if mode == "I;16":
+            image = Image.fromarray(_levels(planes[0], 65535).astype(np.uint16))
+        else:
+            bands = [Image.fromarray(_levels(plane, 255).astype(np.uint8)) for plane in planes]
+            image = bands[0] if len(bands) == 1 else Image.merge(mode, bands)
         if self.icc_profile is not None:
             image.info["icc_profile"] = self.icc_profile
         return image

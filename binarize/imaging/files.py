@@ -110,17 +110,28 @@ def save_image(image: Image.Image | DecodedImage, path: str | os.PathLike[str], 
         BinarizeError: If the suffix is unknown, the format cannot hold the image's transparency or depth, the folder
             is missing, the file exists and `force` is false, or writing fails.
     """
+    source = image.to_pil() if isinstance(image, DecodedImage) else image
+    check_writable(source.mode, path)
+    name, _, options = _WRITERS[Path(path).suffix.lower()]
+    options = {**options, "format": name, "icc_profile": source.info.get("icc_profile")}
+    return write_atomic(path, lambda temporary: source.save(temporary, **options), force=force)
+
+
+def check_writable(mode: str, path: str | os.PathLike[str]) -> None:
+    """Check that an image of a mode can be saved as `path`.
+
+    Raises:
+        BinarizeError: If the suffix is unknown, its format cannot hold the mode, or the folder is not writable.
+    """
     path = Path(path)
-    writer = _WRITERS.get(path.suffix.lower())
-    if writer is None:
-        known = sorted(_WRITERS)
+    known = sorted(_WRITERS)
+    if path.suffix.lower() not in known:
         raise BinarizeError(
             f"{path}: cannot write images with the suffix {path.suffix!r}; use one of {' '.join(known)}."
             f"{did_you_mean(path.suffix, known)}"
         )
-    source = image.to_pil() if isinstance(image, DecodedImage) else image
-    name, modes, options = writer
-    if source.mode not in modes:
-        raise BinarizeError(f"{path}: {name} cannot hold an image of mode {source.mode!r}; use .png or .tif")
-    options = {**options, "format": name, "icc_profile": source.info.get("icc_profile")}
-    return write_atomic(path, lambda temporary: source.save(temporary, **options), force=force)
+    name, modes, _ = _WRITERS[path.suffix.lower()]
+    if mode not in modes:
+        raise BinarizeError(f"{path}: {name} cannot hold an image of mode {mode!r}; use .png or .tif")
+    if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+        raise BinarizeError(f"{path}: the folder {path.parent} is not writable")
