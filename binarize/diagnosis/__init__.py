@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from binarize.deprecation import renamed
-from binarize.diagnosis.doctor import doctor
+from binarize.diagnosis.diagnose import doctor
 from binarize.diagnosis.report import ChangeResult, DoctorReport, Finding
 
 __all__ = ["ChangeResult", "DoctorReport", "Finding", "doctor"]

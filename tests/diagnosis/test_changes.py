@@ -173,7 +173,7 @@ def test_a_network_that_packing_harms_must_run_unpacked(monkeypatch: pytest.Monk
     def packed(unet: Oracle) -> tuple[Oracle, bool]:
         return Oracle(**{**unet.config, "zero": "plus"}), True
 
-    monkeypatch.setattr("binarize.diagnosis.doctor._pack_as_upscale_does", packed)
+    monkeypatch.setattr("binarize.diagnosis.diagnose._pack_as_upscale_does", packed)
     report = doctor(described({"right_sign": 0.0, "zero": "zero"}, {}))
     assert report.finding.cause == "sign of zero"
     assert "--no-pack" in report.finding.fix

@@ -15,7 +15,7 @@ from torch import nn
 
 import binarize
 from binarize.diagnosis import DoctorReport, doctor
-from binarize.diagnosis.doctor import _judge_network
+from binarize.diagnosis.diagnose import _judge_network
 from binarize.diagnosis.files import find_mismatch
 from binarize.diagnosis.sampling import make_case
 from binarize.models import SRUNet, SuperResolutionPipeline
@@ -137,11 +137,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scale = 0.035
     residual = (case.original[None] / 255 - case.condition) / scale
     optimizer = torch.optim.Adam(unet.parameters(), 3e-3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more threads gain little, and lose much on a busy machine
     for _ in range(60):
         loss = (unet(torch.randn_like(residual), 999, case.condition).sample - residual).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    torch.set_num_threads(threads)
     folder = tmp_path_factory.mktemp("models") / "trained"
     betas = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "clip_sample_range": 10.0}
     how = DDIMScheduler(**betas, prediction_type="sample", timestep_spacing="trailing")
@@ -151,12 +154,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_trained_network_whose_files_were_edited(trained: Path, tmp_path: Path) -> None:
-    status, output = examine(trained)
-    assert status == 0
-    assert "\nhealthy\n" in output
-    assert "one change" not in output
     status, output = examine(trained, "--all")
     assert status == 0
+    assert "\nhealthy\n" in output
     assert "prediction_type epsilon" in output
     for file, changes, cause in (
         ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "prediction type"),
