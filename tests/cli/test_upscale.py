@@ -128,8 +128,7 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, small: Path, monkeypatch: pyt
     monkeypatch.setattr(SuperResolutionPipeline, "__call__", raising(KeyboardInterrupt()))
     before = contents(small.parent)
     result = run("upscale", small, small.with_name("large.png"), "--model", model)
-    assert result.exit_code == 130
-    assert result.stderr.endswith("error: interrupted\n")
+    assert (result.exit_code, result.stderr) == (130, "error: interrupted\n")
     assert contents(small.parent) == before
 
 
