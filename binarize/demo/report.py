@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
@@ -20,46 +20,28 @@ _CAPTION, _FONT_SIZE = 40, 15
 _EQUAL_DB = 0.05  # the seed alone changes the result by more
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """An image in four versions; ``low`` is smaller than the others, which have the same size.
-
-    Attributes:
-        low: The low-resolution image.
-        bicubic: The result of bicubic upscaling.
-        upscaled: The result of the network.
-        original: The high-resolution original.
-        mean: The scores of both results.
-    """
-
-    low: Image.Image
-    bicubic: Image.Image
-    upscaled: Image.Image
-    original: Image.Image
-    mean: ImageScores
-
-
-def side_by_side(images: Comparison, detail: tuple[int, int, int, int]) -> Image.Image:
-    """Return the same detail of all four images with captions, magnified without smoothing.
+def side_by_side(images: Sequence[Image.Image], mean: ImageScores, detail: tuple[int, int, int, int]) -> Image.Image:
+    """Return the same detail of several images with captions, magnified without smoothing.
 
     Args:
-        images: The images.
+        images: Low resolution (of smaller size), bicubic upscaling, the network's result, the original.
+        mean: The scores of both results.
         detail: Left, upper, right and lower in pixels of the original.
     """
     width, height = ZOOM * (detail[2] - detail[0]), ZOOM * (detail[3] - detail[1])
-    baseline = images.mean.bicubic
-    panels = [
-        (images.low, "low resolution", f"{images.low.width}x{images.low.height} in all"),
-        (images.bicubic, "bicubic", "" if baseline is None else f"{baseline.psnr:.2f} dB"),
-        (images.upscaled, "1-bit network", f"{images.mean.model.psnr:.2f} dB"),
-        (images.original, "original", f"{images.original.width}x{images.original.height} in all"),
+    low, _, _, original = images
+    captions = [
+        ("low resolution", f"{low.width}x{low.height} in all"),
+        ("bicubic", "" if mean.bicubic is None else f"{mean.bicubic.psnr:.2f} dB"),
+        ("1-bit network", f"{mean.model.psnr:.2f} dB"),
+        ("original", f"{original.width}x{original.height} in all"),
     ]
-    size = (MARGIN + len(panels) * (width + MARGIN), height + _CAPTION + 2 * MARGIN)
+    size = (MARGIN + len(images) * (width + MARGIN), height + _CAPTION + 2 * MARGIN)
     sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
-    for index, (panel, title, remark) in enumerate(panels):
+    for index, (image, (title, remark)) in enumerate(zip(images, captions, strict=True)):
         left = MARGIN + index * (width + MARGIN)
-        whole = panel.convert("RGB").resize(images.original.size, Image.Resampling.NEAREST)
+        whole = image.convert("RGB").resize(original.size, Image.Resampling.NEAREST)
         sheet.paste(whole.crop(detail).resize((width, height), Image.Resampling.NEAREST), (left, MARGIN))
         draw.text((left, height + 2 * MARGIN), title, fill="black", font=font)
         draw.text((left, height + 2 * MARGIN + _CAPTION // 2), remark, fill="dimgray", font=font)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from binarize.conversion.summary import summary
-from binarize.demo.report import Comparison, make_report, side_by_side
+from binarize.demo.report import make_report, side_by_side
 from binarize.errors import BinarizeError
 from binarize.evaluation import EvaluationReport, evaluate
 from binarize.files import write_text_atomic
@@ -112,8 +112,8 @@ def run_demo(
     )
     say("3/3  writing the comparison and the report")
     save_image(upscaled, output / "upscaled.png", force=True)
-    comparison = Comparison(low, bicubic, upscaled, Image.open(held_out / HELD_OUT), scores.mean)
-    save_image(side_by_side(comparison, DETAIL), output / "comparison.png", force=True)
+    sheet = side_by_side((low, bicubic, upscaled, Image.open(held_out / HELD_OUT)), scores.mean, DETAIL)
+    save_image(sheet, output / "comparison.png", force=True)
     seconds = time.perf_counter() - started
     report = make_report(recipe, trained, summary(pipeline.unet), scores, seconds)
     return DemoResult(

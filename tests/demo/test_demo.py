@@ -53,7 +53,7 @@ def test_the_comparison_shows_the_given_pixels() -> None:
     large = [Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)) for _ in range(3)]
     low = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
     left, top, right, bottom = detail = (8, 4, 38, 34)
-    sheet = np.asarray(report.side_by_side(report.Comparison(low, *large, scores(30, 29)), detail))
+    sheet = np.asarray(report.side_by_side([low, *large], scores(30, 29), detail))
     repeated = Image.fromarray(np.asarray(low).repeat(2, 0).repeat(2, 1))
     width, height = report.ZOOM * (right - left), report.ZOOM * (bottom - top)
     for index, panel in enumerate([repeated, *large]):
