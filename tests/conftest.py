@@ -98,9 +98,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             if isinstance(report, pytest.TestReport):
                 seconds[report.nodeid] += report.duration  # of its setup, call or teardown
     total = sum(seconds.values())
-    if total < 30:  # a selection of tests
+    if total < 30:
         return
-    budget = DURATION_BUDGETS.get(config.getoption("markexpr"))
+    whole_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    budget = DURATION_BUDGETS.get(config.getoption("markexpr")) if whole_suite else None
     of_budget = f" of a budget of {budget} s" if budget is not None else ""
     terminalreporter.section(f"durations: {total:.0f} s{of_budget}")
     for test, duration in seconds.most_common(10):

@@ -20,7 +20,8 @@ from numba.core.codegen import get_host_cpu_features
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ("tests/kernels", "--ignore=tests/kernels/test_cuda.py")
-NUMERIC = (*KERNELS, "tests/layers", "tests/methods", "tests/packed", "tests/models/test_parity.py")
+PACKED = ("tests/packed", "--ignore-glob=*/test_files*")  # without the tests of the file format
+NUMERIC = (*KERNELS, *PACKED, "tests/layers", "tests/methods", "tests/models/test_parity.py")
 
 
 @dataclass(frozen=True)
