@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels for a GPU that need not be there; testcuda.py runs it where nothing is interpreted."""
+"""Compile the CUDA kernels for a GPU that the machine may lack. test_cuda.py runs this outside Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from binarize.kernels import cuda as cuda
+from binarize.kernels import cuda
 
 BYTES, WORDS, ROWS, FLOATS = "*i8", "*i32", "*i64", "*fp32"
 IMAGES = ("*fp32", "*bf16", "*fp16")
