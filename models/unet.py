@@ -7,6 +7,7 @@ configurations of one class. It is built of plain nn.Conv2d; `binarize.convert` 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
@@ -20,6 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from binarize.conversion.apply import apply_conversion, check_saveable, write_packed_folder
 from binarize.conversion.packing import is_packed
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.layers import (
@@ -36,8 +38,9 @@ from binarize.layers import (
     norm_silu,
 )
 from binarize.layers.winograd import conv3x3
+from binarize.modules import align_tensors
 from binarize.packed.blocks import fuse, norm_silu_conv
-from binarize.packed.files import find_packed, read_config, read_packed
+from binarize.packed.files import WEIGHTS, find_packed, read_config, read_packed
 
 DOWN: dict[str, Callable[[int], nn.Module]] = {"conv": ConvDown, "pixel": PixelDown, "cp": CPDown}
 UP: dict[str, Callable[[int], nn.Module]] = {"conv": ConvUp, "pixel": PixelUp, "cp": CPUp}
@@ -288,8 +291,6 @@ class SRUNet(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
         if conversion is not None:
-            from binarize.serialization import apply_conversion
-
             apply_conversion(self, conversion)
 
     @property
@@ -401,6 +402,7 @@ class SRUNet(ModelMixin, ConfigMixin):
                 f"{pretrained_model_name_or_path}: weights and config.json do not belong together: "
                 f"{', '.join(wrong)}, such as {first}."
             )
+        align_tensors(model)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -442,12 +444,11 @@ class SRUNet(ModelMixin, ConfigMixin):
         Raises:
             BinarizeError: If the conversion uses a part that cannot be named in a file.
         """
-        from binarize.serialization import check_saveable, save
-
         check_saveable(self)
         if is_packed(self):
             if is_main_process:
-                save(self, save_directory)
+                text = self.to_json_string()
+                write_packed_folder(self, Path(save_directory), WEIGHTS, text, json.loads(text))
             return
         super().save_pretrained(
             save_directory,

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from binarize.conversion.convert import RECORD, conversion
 from binarize.errors import BinarizeError
 from binarize.kernels.product import BinaryWeight
 from binarize.layers import BinaryConv2d, BinaryLinear
 from binarize.packed.layers import PackedConv2d, PackedLinear
-from binarize.timestep import detach_contexts
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -137,35 +133,3 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
         {"params": [p for p in trained if id(p) in decays], "weight_decay": weight_decay},
         {"params": [p for p in trained if id(p) not in decays], "weight_decay": 0.0},
     ]
-
-
-def revert(model: ModelT) -> ModelT:
-    """Undo the binarizer in place and keep the structure: plain layers with the latent weights.
-
-    The weights are the same Parameter objects. Shifts, activations, norms and shortcuts of the binary layers are gone;
-    a layer that had a bias gets it back if the method kept it, else a bias of zero. A rewired diffusers host keeps
-    blocks that its own class cannot rebuild: keep its state dict, or convert it again and use `binarize.save`.
-
-    Args:
-        model: A converted model.
-
-    Returns:
-        The same object, which can be converted again.
-
-    Raises:
-        BinarizeError: If the model is not converted, or packed.
-    """
-    if conversion(model).packed:
-        raise BinarizeError("revert: this model is packed, so its latent weights are gone; revert the unpacked model.")
-    made: dict[int, nn.Module] = {}
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, BinaryConv2d | BinaryLinear):
-            if id(layer) not in made:
-                made[id(layer)] = layer.to_float()
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, made[id(layer)])
-    detach_contexts(model)
-    delattr(model, RECORD)
-    if "conversion" in getattr(model, "config", {}):
-        model.register_to_config(conversion=None)  # type: ignore[operator]
-    return model

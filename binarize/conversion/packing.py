@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from binarize.conversion.convert import RECORD, conversion, record_config
 from binarize.conversion.export import binary_layers, check_binary, packed_layers
+from binarize.conversion.record import RECORD, conversion, record_config
 from binarize.errors import BinarizeError
 from binarize.kernels.backends import kernels_for
 from binarize.layers import BinaryConv2d, BinaryLinear, FixedWeight

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from binarize.conversion.convert import meta_copy
 from binarize.conversion.packing import unpack_layers
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.modules import meta_copy
 
 NORM_COST = {"native_group_norm": 5, "native_layer_norm": 5, "_fused_rms_norm": 5}
 BATCH_NORM_COST = 2

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from binarize.conversion.convert import PACKED_FORMAT
 from binarize.errors import BinarizeError
 
+PACKED_FORMAT = 1
 VERSION, CONFIG, DIGEST = "binarize_packed", "config", "sha256"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")

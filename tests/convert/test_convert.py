@@ -258,7 +258,7 @@ def test_the_timestep_is_forgotten_after_an_error(converted):
     with pytest.raises(RuntimeError, match="stop"):
         converted(x, 5, x)
     with pytest.raises(BinarizeError, match="outside a forward"):
-        binarize.conversion.convert.conversion(converted).context.group(5)
+        binarize.conversion.record.conversion(converted).context.group(5)
 
 
 def _stop(module, args, output):
@@ -270,14 +270,14 @@ def test_a_deepcopy_is_independent(converted, batch):
     expected = converted(x, t, condition).sample
     twin = copy.deepcopy(converted)
     assert (
-        binarize.conversion.convert.conversion(twin).context
-        is not binarize.conversion.convert.conversion(converted).context
+        binarize.conversion.record.conversion(twin).context
+        is not binarize.conversion.record.conversion(converted).context
     )
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.add_(1.0)
     with binarize.timesteps(twin, 3), pytest.raises(BinarizeError, match="outside a forward"):
-        binarize.conversion.convert.conversion(converted).context.group(5)
+        binarize.conversion.record.conversion(converted).context.group(5)
     assert torch.equal(converted(x, t, condition).sample, expected)
     assert not torch.equal(twin(x, t, condition).sample, expected)
 

@@ -112,7 +112,7 @@ def test_the_default_mode_differs_from_parity_only_where_a_sign_is_zero(metadata
 def test_round_trip_keeps_parity_mode_and_weights(model, reference, tmp_path):
     model.float().save_pretrained(tmp_path)
     again = SRUNet.from_pretrained(tmp_path)
-    assert binarize.conversion.convert.conversion(again).method.sign_zero == "zero"
+    assert binarize.conversion.record.conversion(again).method.sign_zero == "zero"
     for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
 
