@@ -53,7 +53,7 @@ def settled(recipe: Recipe, model: SRUNet) -> SRUNet:
     from binarize.layers import undelayed
 
     plain = _ghost(recipe)
-    plain.load_state_dict(undelayed(model), assign=True)
+    plain.load_state_dict(undelayed(model, plain), assign=True)
     return plain.train(model.training)
 
 

@@ -1,5 +1,6 @@
 """Signs and surrogate gradients, binary layers, their parts, and dimension-consistent blocks."""
 
+from binarize.deprecation import renamed
 from binarize.kernels.product import BinaryWeight, binary_conv2d, binary_linear
 from binarize.kernels.signs import (
     approx_sign,
@@ -46,7 +47,6 @@ from binarize.layers.weights import (
     SignWeight,
     TensorScaledWeight,
     TwoBasisWeight,
-    TwoStageWeight,
     XnorWeight,
 )
 
@@ -92,7 +92,6 @@ __all__ = [
     "SplitFusion",
     "TensorScaledWeight",
     "TwoBasisWeight",
-    "TwoStageWeight",
     "UnitRound",
     "XnorWeight",
     "approx_sign",
@@ -111,3 +110,5 @@ __all__ = [
     "undelayed",
     "unit_round",
 ]
+
+__getattr__ = renamed(__name__, {"TwoStageWeight": "binarize.layers.delayed:two_stage_weight"})

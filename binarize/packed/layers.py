@@ -463,7 +463,7 @@ def levels_of(activation: nn.Module) -> tuple[int, int]:
     Raises:
         BinarizeError: If it does not say, or still computes in full precision, being delayed.
     """
-    if isinstance(activation, Delayed) and not activation.progress.is_meta and not activation.joined:
+    if isinstance(activation, Delayed) and not activation.progress.is_meta and not activation.active:
         raise BinarizeError(
             "pack: activations are still full precision, since training has not come to where they become binary; call "
             "binarize.training_step(model, 1.0) to make them binary."

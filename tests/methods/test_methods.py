@@ -21,6 +21,7 @@ from binarize.layers import (
     ApproxSign,
     BinaryConv2d,
     BinaryLinear,
+    DelayedWeight,
     EDESign,
     KMapScale,
     LayerSpec,
@@ -29,7 +30,6 @@ from binarize.layers import (
     RPReLU,
     ScaledSignWeight,
     Shift,
-    TwoStageWeight,
     list_parts,
     register_part,
 )
@@ -90,7 +90,7 @@ class Factories:
     ("options", "attribute", "expected"),
     [
         ({"weight": "libra"}, "weight_binarizer", LibraWeight),
-        ({"weight": {"name": "two_stage", "switch": 0.2}}, "weight_binarizer", TwoStageWeight),
+        ({"weight": {"name": "two_stage", "switch": 0.2}}, "weight_binarizer", DelayedWeight),
         ({"activation": "ede"}, "activation", EDESign),
         ({"pre": None}, "pre", type(None)),
         ({"pre": "batch_norm"}, "pre", nn.BatchNorm2d),
