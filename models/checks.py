@@ -33,7 +33,7 @@ def check_scale(scale: Any) -> int:
     """Return the scale as Python's integer; refuse one that is missing or no whole number of at least 1."""
     if not _at_least_one(scale):
         raise BinarizeError(
-            f"scale={scale!r}: a pipeline needs the whole number, 1 or more, by which its network enlarges; "
+            f"scale={scale!r}: a pipeline needs the whole number, 1 or more, by which its network upscales; "
             "pass the one it was trained for, such as scale=4."
         )
     return int(scale)
@@ -44,12 +44,12 @@ def check_residual_scale(residual_scale: Any) -> None:
     if residual_scale is not None and (not isinstance(residual_scale, (int, float)) or not residual_scale > 0):
         raise BinarizeError(
             f"residual_scale={residual_scale!r}: it is the standard deviation that residuals were divided by, a "
-            "positive number, or None for a network that was trained on pictures."
+            "positive number, or None for a network that was trained on images."
         )
 
 
 def check_residual_strength(strength: Any, residual_scale: float | None) -> None:
-    """Refuse anything but a positive number, and anything but 1 for networks of pictures."""
+    """Refuse anything but a positive number, and anything but 1 for networks of images."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not strength > 0:
         raise BinarizeError(
             f"residual_strength={strength!r}: it is what predicted residuals are multiplied by, a positive number; 1 "
@@ -57,7 +57,7 @@ def check_residual_strength(strength: Any, residual_scale: float | None) -> None
         )
     if strength != 1 and residual_scale is None:
         raise BinarizeError(
-            f"residual_strength={strength!r} without a residual_scale: the network gives pictures, which are not "
+            f"residual_strength={strength!r} without a residual_scale: the network gives images, which are not "
             "multiplied; leave it at 1."
         )
 
@@ -117,18 +117,18 @@ def check_callback_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
 
 
 def one_each(generator: Any, sources: Sequence[DecodedImage]) -> list[Any]:
-    """Return a generator, or None, for each picture."""
+    """Return a generator, or None, for each image."""
     several = isinstance(generator, (list, tuple))
     each = list(generator) if several else [generator] * len(sources)
     wrong = [one for one in each if not isinstance(one, torch.Generator) and (several or one is not None)]
     if wrong:
         raise BinarizeError(
-            f"generator holds {wrong[0]!r}; allowed: None, a torch.Generator, or a list with one for each picture. "
+            f"generator holds {wrong[0]!r}; allowed: None, a torch.Generator, or a list with one for each image. "
             "For a seed, pass torch.Generator().manual_seed(SEED)."
         )
     if len(each) != len(sources):
         raise BinarizeError(
-            f"{len(each)} generators for {len(sources)} pictures; pass one for each, or a single one for all."
+            f"{len(each)} generators for {len(sources)} images; pass one for each, or a single one for all."
         )
     return each
 
@@ -136,7 +136,7 @@ def one_each(generator: Any, sources: Sequence[DecodedImage]) -> list[Any]:
 def split_latents(
     latents: Tensor | Sequence[Tensor] | None, sources: Sequence[DecodedImage], scale: int
 ) -> list[Tensor | None]:
-    """Return the given noise picture by picture, (1, 3, H, W) each, or None for each."""
+    """Return the given noise image by image, (1, 3, H, W) each, or None for each."""
     if latents is None:
         return [None] * len(sources)
     given = list(latents)
@@ -146,7 +146,7 @@ def split_latents(
     shapes = [tuple(noise.shape) for noise in given]
     if shapes != wanted:
         raise BinarizeError(
-            f"latents have the shapes {shapes}; needed: {wanted}, one for each picture, {scale} times its size. "
+            f"latents have the shapes {shapes}; needed: {wanted}, one for each image, {scale} times its size. "
             "Pass a batch (B, 3, H, W), or a list where sizes differ."
         )
     return [noise[None] for noise in given]

@@ -15,7 +15,7 @@ def default_model(scale: int = 2) -> Path:
     """Return the folder of the trained model that comes with the package, for ``from_pretrained``.
 
     Args:
-        scale: How many times it enlarges.
+        scale: How many times it upscales.
 
     Raises:
         BinarizeError: If the package has no model of that scale; the message lists those that it has.
@@ -25,7 +25,7 @@ def default_model(scale: int = 2) -> Path:
         shipped = ", ".join(str(known) for known in shipped_scales())
         allowed = f"scales with one: {shipped}" if shipped else "this installation has none at all"
         raise BinarizeError(
-            f"no model that enlarges {scale} times comes with binarize; {allowed}. Name a model of your own, or train "
+            f"no model that upscales {scale} times comes with binarize; {allowed}. Name a model of your own, or train "
             "one: `binarize train` makes it."
         )
     return folder

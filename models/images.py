@@ -1,4 +1,4 @@
-"""What the pipeline takes and gives: Pillow, numpy and torch pictures in, alone, in lists or in batches."""
+"""What the pipeline takes and gives: Pillow, numpy and torch images in, alone, in lists or in batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from binarize.errors import BinarizeError
 from binarize.imaging import DecodedImage, to_image
 
-# Resizing in other libraries overshoots by rounding errors; anything further out is a picture in other units.
+# Resizing in other libraries overshoots by rounding errors; anything further out is an image in other units.
 _SLACK = 1e-4
 
 _ALLOWED = (
@@ -24,15 +24,15 @@ _ALLOWED = (
 
 
 def as_images(image: Any) -> list[DecodedImage]:
-    """Return what a user passed as a list of pictures, in order; floating-point input keeps its precision.
+    """Return what a user passed as a list of images, in order; floating-point input keeps its precision.
 
     Raises:
         BinarizeError: If it is nothing of what ``SuperResolutionPipeline.__call__`` lists.
     """
     if isinstance(image, (list, tuple)):
         if not image:
-            raise BinarizeError("image is an empty list; pass at least one picture.")
-        return [picture for item in image for picture in as_images(item)]
+            raise BinarizeError("image is an empty list; pass at least one image.")
+        return [image for item in image for image in as_images(item)]
     if isinstance(image, DecodedImage):
         return [image]
     if isinstance(image, Image.Image):
@@ -73,7 +73,7 @@ def _from_tensor(values: Tensor, shape: Sequence[int]) -> DecodedImage:
     low, high = values.min().item(), values.max().item()
     if not (low >= -_SLACK and high <= 1 + _SLACK):  # also where one of them is NaN
         raise BinarizeError(
-            f"image has values from {low:g} to {high:g}; floating-point pictures go from 0 to 1. Divide 8-bit levels "
+            f"image has values from {low:g} to {high:g}; floating-point images go from 0 to 1. Divide 8-bit levels "
             "by 255, or pass them as uint8; map [-1, 1] with (x + 1) / 2."
         )
     values = values.clamp(0, 1)
@@ -82,10 +82,10 @@ def _from_tensor(values: Tensor, shape: Sequence[int]) -> DecodedImage:
 
 
 def finish(source: DecodedImage, rgb: Tensor, alpha: Tensor | None, output_type: str) -> Any:
-    """Return one enlarged picture in the form asked for, alpha as the fourth channel of "np" and "pt".
+    """Return one upscaled image in the form asked for, alpha as the fourth channel of "np" and "pt".
 
     Args:
-        source: The picture that was enlarged; a greyscale or 16-bit one gives the like in Pillow's form.
+        source: The image that was upscaled; a greyscale or 16-bit one gives the like in Pillow's form.
         rgb: (3, H, W) in [0, 1].
         alpha: (1, H, W) in [0, 1], or None.
         output_type: "pil", "np" or "pt".
@@ -97,7 +97,7 @@ def finish(source: DecodedImage, rgb: Tensor, alpha: Tensor | None, output_type:
 
 
 def collect(results: list[Any], output_type: str) -> Any:
-    """Return finished pictures as one: a list, or for "np" and "pt" a batch where all of one shape."""
+    """Return finished images as one: a list, or for "np" and "pt" a batch where all of one shape."""
     if output_type == "pil" or len({result.shape for result in results}) > 1:
         return results
     return np.stack(results) if output_type == "np" else torch.stack(results)

@@ -1,4 +1,4 @@
-"""The super-resolution pipeline: a small picture of any size in, a large one out."""
+"""The super-resolution pipeline: a small image of any size in, a large one out."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ _DEFAULT_STEPS = 50
 def default_scheduler() -> DDIMScheduler:
     """Return DDIM with the settings of the released super-resolution networks.
 
-    2000 training timesteps, beta linear from 1e-6 to 1e-2, noise prediction, predicted pictures clipped to [-1, 1]
+    2000 training timesteps, beta linear from 1e-6 to 1e-2, noise prediction, predicted images clipped to [-1, 1]
     although they live in [0, 1].
     """
     return DDIMScheduler(num_train_timesteps=2000, beta_start=1e-6, beta_end=1e-2, beta_schedule="linear")
 
 
 class SuperResolutionPipeline(DiffusionPipeline):
-    """Enlarges pictures with a conditional diffusion network.
+    """Upscales images with a conditional diffusion network.
 
-    The picture is enlarged bicubically (MATLAB's filter), padded to the network's size multiple, and given to the
-    network as the condition while the scheduler turns Gaussian noise into the high-resolution picture, which is
+    The image is upscaled bicubically (MATLAB's filter), padded to the network's size multiple, and given to the
+    network as the condition while the scheduler turns Gaussian noise into the high-resolution image, which is
     clamped to [0, 1] and cropped.
 
     Args:
@@ -65,10 +65,10 @@ class SuperResolutionPipeline(DiffusionPipeline):
         scheduler: Any of diffusers' schedulers with the betas and the prediction type that the network was trained
             with; by default :func:`default_scheduler`.
         scale: How many times larger the result is, a whole number of at least 1, saved with the pipeline.
-        residual_scale: For networks that were trained on residuals, (picture - enlarged picture) / residual_scale, the
-            number that they were divided by, saved with the pipeline; None for networks of pictures.
+        residual_scale: For networks that were trained on residuals, (image - upscaled image) / residual_scale, the
+            number that they were divided by, saved with the pipeline; None for networks of images.
         residual_strength: What a predicted residual is multiplied by beside that, saved with the pipeline. A network
-            that learned by the L1 loss gives the median of what fits, which has less detail than any picture that
+            that learned by the L1 loss gives the median of what fits, which has less detail than any image that
             does; 1.2 to 1.5 gives some of it back, for a little PSNR.
         num_inference_steps: Denoising steps of a call that does not say how many, saved with the pipeline; None for
             the published 50. At most the scheduler's number of training timesteps.
@@ -170,12 +170,12 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
     @property
     def residual_scale(self) -> float | None:
-        """What residuals were divided by, or None where the network diffuses pictures."""
+        """What residuals were divided by, or None where the network diffuses images."""
         return self.config["residual_scale"]
 
     @property
     def residual_factor(self) -> float | None:
-        """What a prediction is multiplied by in a picture, residual_scale * residual_strength, or None."""
+        """What a prediction is multiplied by in an image, residual_scale * residual_strength, or None."""
         scale = self.residual_scale
         return None if scale is None else scale * self.config["residual_strength"]
 
@@ -187,7 +187,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
     @property
     def size_multiple(self) -> int:
-        """What the network's sizes must be a multiple of; pictures are padded to it."""
+        """What the network's sizes must be a multiple of; images are padded to it."""
         return getattr(self.unet, "size_multiple", _DEFAULT_MULTIPLE)
 
     @torch.no_grad()
@@ -206,29 +206,29 @@ class SuperResolutionPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Enlarge one picture or many.
+        """Upscale one image or many.
 
-        A list gives exactly what its pictures give one after another. With one generator, the noise of a picture
+        A list gives exactly what its images give one after another. With one generator, the noise of an image
         depends on the sizes of those before it, as it does in successive calls; with a list of generators, on its own
-        generator alone. (A scheduler that adds noise at each step draws it for ``batch_size`` pictures together.)
+        generator alone. (A scheduler that adds noise at each step draws it for ``batch_size`` images together.)
 
         Args:
             image: PIL image (any mode; orientation, palette, inks and depth are resolved),
                 `binarize.imaging.DecodedImage`, numpy array (H, W) or (H, W, 1 to 4), tensor (1 to 4, H, W), a batch
                 of either with a leading axis, or a list of these in which sizes may differ. Floating point in [0, 1],
-                or uint8 or uint16; two or four channels end in alpha, which is enlarged bicubically.
+                or uint8 or uint16; two or four channels end in alpha, which is upscaled bicubically.
             num_inference_steps: Denoising steps, from 1 to the scheduler's number of training timesteps; by default
                 the number that the pipeline was saved with, or 50.
-            generator: One generator, or one for each picture.
+            generator: One generator, or one for each image.
             latents: Unit Gaussian noise to start from instead of drawing it, of the size of the results:
                 (B, 3, H * scale, W * scale), or a list of (3, H * scale, W * scale) where sizes differ. It is scaled
                 by the scheduler's ``init_noise_sigma``. Padding is filled with fixed noise in any case.
-            tile: Side in output pixels of the square tiles in which the network sees the picture, cut down to a
+            tile: Side in output pixels of the square tiles in which the network sees the image, cut down to a
                 multiple of the network's size multiple. ``None``, or a tile no smaller than the result, gives the
-                whole picture to the network at once.
+                whole image to the network at once.
             overlap: Output pixels that neighbouring tiles share at least; by default 32, or a quarter of the tile
                 where that is less.
-            batch_size: How many pictures of the same size, or tiles of a picture, go through the network together.
+            batch_size: How many images of the same size, or tiles of an image, go through the network together.
                 1 needs the least memory and makes a result independent of its neighbours to the last bit.
             eta: DDIM's eta, from 0 (deterministic) to 1; for schedulers that take it.
             output_type: "pil" (the source's kind: greyscale, 16-bit and transparency are kept), "np" (float32
@@ -236,7 +236,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
                 two are lists.
             return_dict: False for a plain tuple.
             callback_on_step_end: Called as ``callback(pipe, step, timestep, tensors)`` after each step of each
-                picture; ``{"latents": ...}`` in the dictionary that it returns replaces x_t.
+                image; ``{"latents": ...}`` in the dictionary that it returns replaces x_t.
             callback_on_step_end_tensor_inputs: What ``tensors`` holds: "latents" (x_t on the padded canvas, of scaled
                 residuals where the network was trained on them) and "condition".
 
@@ -299,7 +299,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
         callback_inputs: Sequence[str],
         advance: Callable[[], Any],
     ) -> Tensor:
-        """Denoise pictures of one size; (B, 3, H, W) noise and condition in, (B, 3, H, W) in [0, 1] out."""
+        """Denoise images of one size; (B, 3, H, W) noise and condition in, (B, 3, H, W) in [0, 1] out."""
         height, width = condition.shape[-2:]
         condition = pad_image(condition, *grid.shape)
         # The scheduler remembers the last predictions and its place, so each sample starts it anew.
@@ -338,7 +338,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
 
 def _chunks(sources: list[DecodedImage], batch_size: int) -> list[list[int]]:
-    """Split the pictures' indices, in order, into runs of one size and at most ``batch_size`` pictures."""
+    """Split the images' indices, in order, into runs of one size and at most ``batch_size`` images."""
     chunks: list[list[int]] = []
     for _, run in groupby(range(len(sources)), key=lambda i: sources[i].rgb.shape):
         same = list(run)

@@ -1,4 +1,4 @@
-"""Overlapping tiles whose predictions are blended, so that a network's memory follows the tile, not the picture."""
+"""Overlapping tiles whose predictions are blended, so that a network's memory follows the tile, not the image."""
 
 from __future__ import annotations
 
@@ -55,26 +55,26 @@ class TileGrid:
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
 
-    def blend(self, predict: Callable[..., Tensor], *pictures: Tensor, batch_size: int = 1) -> Tensor:
+    def blend(self, predict: Callable[..., Tensor], *images: Tensor, batch_size: int = 1) -> Tensor:
         """Run ``predict`` tile by tile and return the weighted sum of what it gives.
 
         Args:
-            predict: Takes as many tensors as there are ``pictures``, cut to the same tiles and stacked along the batch
+            predict: Takes as many tensors as there are ``images``, cut to the same tiles and stacked along the batch
                 axis, and returns a tensor of the same batch size, height and width.
-            pictures: (B, C, H, W) each, with H and W of the canvas that the grid was made for.
+            images: (B, C, H, W) each, with H and W of the canvas that the grid was made for.
             batch_size: Number of tiles that go through ``predict`` together.
 
         Returns:
-            (B, C', H, W). With a single tile this is ``predict(*pictures)`` itself, bit for bit.
+            (B, C', H, W). With a single tile this is ``predict(*images)`` itself, bit for bit.
         """
         if len(self) == 1:
-            return predict(*pictures)
-        batch, _, height, width = pictures[0].shape
+            return predict(*images)
+        batch, _, height, width = images[0].shape
         tiles = list(product(self.rows, self.columns))
         out: Tensor | None = None
         for first in range(0, len(tiles), batch_size):
             group = tiles[first : first + batch_size]
-            cuts = (torch.cat([p[..., row.pixels, column.pixels] for row, column in group]) for p in pictures)
+            cuts = (torch.cat([p[..., row.pixels, column.pixels] for row, column in group]) for p in images)
             prediction = predict(*cuts)
             if out is None:
                 out = prediction.new_zeros((batch, prediction.shape[1], height, width))
@@ -88,7 +88,7 @@ class TileGrid:
 def tile_grid(
     height: int, width: int, *, tile: int | None = None, overlap: int | None = None, multiple: int = 1
 ) -> TileGrid:
-    """Lay tiles over a picture of ``height`` x ``width`` pixels, padded to a multiple of ``multiple``.
+    """Lay tiles over an image of ``height`` x ``width`` pixels, padded to a multiple of ``multiple``.
 
     An axis that is no longer than ``tile`` gets one tile of its whole padded length. Otherwise tiles have the largest
     multiple of ``multiple`` that ``tile`` allows (``multiple`` itself where it allows none), start at multiples of it,
@@ -96,9 +96,9 @@ def tile_grid(
     ``multiple`` new pixels would be left.
 
     Args:
-        height: Height of the picture in pixels, before padding.
-        width: Width of the picture in pixels, before padding.
-        tile: Side of a tile in pixels; ``None`` for one tile over the whole picture.
+        height: Height of the image in pixels, before padding.
+        width: Width of the image in pixels, before padding.
+        tile: Side of a tile in pixels; ``None`` for one tile over the whole image.
         overlap: Least number of pixels that neighbouring tiles share. By default 32, or a quarter of the tile where
             that is less.
         multiple: What sizes and starts must be multiples of.
@@ -158,7 +158,7 @@ def _weighted(starts: Sequence[int], size: int) -> tuple[Span, ...]:
 def _window(size: int, before: int, after: int) -> Tensor:
     """Return weights that rise over the ``before`` pixels shared with one neighbour and fall over the ``after`` ones.
 
-    The outer quarter of an overlap has no weight: a network sees no picture beyond its tile, so what it predicts there
+    The outer quarter of an overlap has no weight: a network sees no image beyond its tile, so what it predicts there
     is the least trustworthy, and its neighbour sees that quarter well inside. sin^2 over the middle half makes the two
     neighbours' weights add up to one.
     """
