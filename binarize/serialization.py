@@ -23,8 +23,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from binarize.conversion.apply import CONFIG, apply_conversion, write_packed_folder
 from binarize.conversion.record import conversion
-from binarize.errors import BinarizeError
-from binarize.imaging import write_atomic
+from binarize.errors import BinarizeError, one_line
+from binarize.files import write_atomic, write_text_atomic
 from binarize.models.unet import SRUNet
 from binarize.modules import aligned, meta_copy
 from binarize.packed.files import WEIGHTS as SRUNET_WEIGHTS
@@ -79,7 +79,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / WEIGHTS, lambda path: save_model(model, str(path)), force=True)
-        write_atomic(folder / CONFIG, lambda path: path.write_text(text), force=True)
+        write_text_atomic(folder / CONFIG, text)
     return folder
 
 
@@ -110,7 +110,7 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
         except BinarizeError:
             raise
         except (OSError, *_UNEXPECTED, SafetensorError) as error:
-            raise BinarizeError(f"load: {folder} does not hold a readable SRUNet: {_one_line(error)}") from error
+            raise BinarizeError(f"load: {folder} does not hold a readable SRUNet: {one_line(error)}") from error
     if config.get("binarize_format") != 1:
         raise BinarizeError(
             f"load: {where} has binarize_format {config.get('binarize_format')!r}; this version reads 1."
@@ -162,7 +162,7 @@ def _building(path: Path) -> Iterator[None]:
     except BinarizeError:
         raise
     except _UNEXPECTED as error:
-        raise BinarizeError(f"load: {path}: its configuration builds no network: {_one_line(error)}") from error
+        raise BinarizeError(f"load: {path}: its configuration builds no network: {one_line(error)}") from error
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise BinarizeError(f"load: {path} cannot be read: {_one_line(error)}") from error
+        raise BinarizeError(f"load: {path} cannot be read: {one_line(error)}") from error
 
 
 def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -238,7 +238,3 @@ def _build_host(described: Mapping[str, Any], folder: Path) -> nn.Module:
         raise BinarizeError(f"load: {folder} has no configuration of its {cls.__name__}; got {options!r}.")
     built: nn.Module = cls.from_config(options)  # type: ignore[attr-defined]
     return built
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]

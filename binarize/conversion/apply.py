@@ -13,7 +13,7 @@ from binarize.conversion.convert import convert
 from binarize.conversion.packing import pack
 from binarize.conversion.record import FORMAT, conversion, is_converted
 from binarize.errors import BinarizeError
-from binarize.imaging import write_atomic
+from binarize.files import write_text_atomic
 from binarize.layers.parts import named_by_a_file
 from binarize.packed.files import PACKED_FORMAT, write_packed
 
@@ -64,4 +64,4 @@ def write_packed_folder(
         dtype: Dtype of the full-precision tensors in the file, or None to store them as they are.
     """
     write_packed(model, folder / weights, config, dtype)
-    write_atomic(folder / CONFIG, lambda path: path.write_text(text), force=True)
+    write_text_atomic(folder / CONFIG, text)

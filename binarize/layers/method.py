@@ -90,8 +90,9 @@ class Method:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        hints = _hints(type(self))  # type: ignore[arg-type]
         for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), _hints(type(self)).get(field.name)
+            value, hint = getattr(self, field.name), hints.get(field.name)
             if isinstance(value, list):  # YAML and JSON have no tuples
                 object.__setattr__(self, field.name, tuple(value))
             if hint is bool and not isinstance(value, bool):
@@ -179,7 +180,7 @@ class Method:
 
 
 @functools.cache
-def _hints(cls: type[Method]) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, Any]:
     """Return the types of a method's options; those of bases alone if a subclass has names that do not resolve."""
     for base in cls.__mro__:
         try:
@@ -252,7 +253,9 @@ def get_method(method: str | Method | Mapping[str, Any], **options: Any) -> Meth
 def _check_options(cls: type[Method], options: Mapping[str, Any]) -> None:
     own = inspect.get_annotations(cls)
     fields = [field.name for field in dataclasses.fields(cls)]
-    allowed = sorted(fields, key=lambda name: (name not in own, name in PART_KINDS))  # stable: the method's own options first
+    allowed = sorted(
+        fields, key=lambda name: (name not in own, name in PART_KINDS)
+    )  # stable: the method's own options first
     for key in options:
         if key not in allowed:
             raise BinarizeError(

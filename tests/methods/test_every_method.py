@@ -21,8 +21,8 @@ from packed_case import scatter
 from torch import Tensor, nn
 
 import binarize
-from binarize.conversion.record import conversion
 from binarize.conversion.export import binary_layers, packed_layers
+from binarize.conversion.record import conversion
 from binarize.layers import BinaryConv2d
 from binarize.methods import get_method
 from binarize.models import SRUNet
