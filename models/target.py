@@ -1,4 +1,4 @@
-"""What a network diffuses: images themselves, or what they add to their upscaled image."""
+"""The quantity that a network diffuses: images, or scaled residuals to the upscaled low-resolution image."""
 
 from __future__ import annotations
 

@@ -516,7 +516,7 @@ def test_exif_orientation_is_applied_once():
         ({"batch_size": 0}, "batch_size=0; allowed: a whole number of at least 1"),
         ({"eta": 2.0}, "eta=2.0; allowed: from 0"),
         ({"output_type": "pill"}, "unknown output_type 'pill'; options: 'pil', 'np', 'pt'. Did you mean 'pil'"),
-        ({"generator": [seeded(), seeded()]}, "2 generators for 1 pictures"),
+        ({"generator": [seeded(), seeded()]}, "2 generators for 1 images"),
         ({"generator": 7}, r"generator holds 7; .* pass torch.Generator\(\).manual_seed\(SEED\)"),
         ({"generator": [None]}, "generator holds None"),
         ({"latents": np.zeros((1, 3, 8, 8))}, "latents hold a ndarray; allowed: a tensor"),
@@ -666,7 +666,8 @@ def test_the_released_sample_comes_out_of_the_pipeline():
     unet = load_official(FIXTURES / "small.pth", **config).double()
     # The enlarged picture is given as it is: scale 1.
     given = run(pipeline(unet, scale=1), condition, latents=x, num_inference_steps=10)
-    torch.testing.assert_close(given, expected.clamp(0, 1), rtol=0, atol=1e-9)
+    # diffusers computes its alphas as a float32 cumulative product, whose rounding depends on the CPU.
+    torch.testing.assert_close(given, expected.clamp(0, 1), rtol=0, atol=1e-6)
 
 
 def test_the_how_to_runs_as_it_stands(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_models_are_found_by_their_scale(models: Path) -> None:
 
 
 def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path, photo: Path) -> None:
-    with pytest.raises(binarize.BinarizeError, match=r"enlarges 3 times comes with binarize; scales with one: 2, 4\."):
+    with pytest.raises(binarize.BinarizeError, match=r"no model for scale 3 comes with binarize; scales with one: 2, 4\."):
         default_model(3)
     result = run("upscale", photo, "--scale", "3")
     assert result.exit_code == 1
