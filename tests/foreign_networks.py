@@ -118,80 +118,51 @@ class ADMUNet(nn.Module):
         return out
 
 
-def norm_conv(channels: int, out: int) -> nn.Sequential:
-    """Return SR3's block: GroupNorm, Swish, convolution."""
-    return nn.Sequential(nn.GroupNorm(4, channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
-
-
 class SelfAttention(nn.Module):
     """SR3's self-attention: 1x1 convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(4, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        q, k, v = self.qkv(x).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
         out: Tensor = x + self.out(y.transpose(1, 2).reshape(x.shape))
         return out
 
 
 class ResnetBlocWithAttn(nn.Module):
-    """SR3's residual block with a linear layer for the noise level and optional self-attention."""
+    """SR3's residual block: a linear layer for the noise level, and self-attention."""
 
-    def __init__(self, channels: int, out: int, level: int, attention: bool = False) -> None:
+    def __init__(self, channels: int, out: int, level: int) -> None:
         super().__init__()
         self.noise_func = nn.Linear(level, out)
-        self.block1, self.block2 = norm_conv(channels, out), norm_conv(out, out)
-        self.res_conv = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
-        self.attn = SelfAttention(out) if attention else nn.Identity()
+        self.block1, self.block2 = nn.Conv2d(channels, out, 3, padding=1), nn.Conv2d(out, out, 3, padding=1)
+        self.res_conv, self.attn = nn.Conv2d(channels, out, 1), SelfAttention(out)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        h = self.block1(x) + self.noise_func(level)[:, :, None, None]
+        h = F.silu(self.block1(x) + self.noise_func(level)[:, :, None, None])
         out: Tensor = self.attn(self.block2(h) + self.res_conv(x))
         return out
 
 
 class SR3UNet(nn.Module):
-    """A U-Net in SR3's style: its module names and conventions."""
+    """A U-Net of two levels in SR3's style."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        wide = 2 * width
         self.width = width
         self.noise_level_mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-        self.downs = nn.ModuleList(
-            [
-                nn.Conv2d(3, width, 3, padding=1),
-                ResnetBlocWithAttn(width, width, width),
-                nn.Conv2d(width, width, 3, 2, 1),
-                ResnetBlocWithAttn(width, wide, width, attention=True),
-            ]
-        )
-        self.mid = nn.ModuleList([ResnetBlocWithAttn(wide, wide, width, attention=True)])
-        self.ups = nn.ModuleList(
-            [
-                ResnetBlocWithAttn(2 * wide, wide, width, attention=True),
-                ResnetBlocWithAttn(wide + width, wide, width),
-                nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(wide, wide, 3, padding=1)),
-                ResnetBlocWithAttn(wide + width, width, width),
-                ResnetBlocWithAttn(2 * width, width, width),
-            ]
-        )
-        self.final_conv = norm_conv(width, 3)
+        self.downs = nn.ModuleList([nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, 2, 1)])
+        self.mid = ResnetBlocWithAttn(width, 2 * width, width)
+        self.ups = ResnetBlocWithAttn(3 * width, width, width)
+        self.final_conv = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         level = self.noise_level_mlp(sinusoid(time, self.width).to(x.dtype))
-        skips = []
-        for layer in self.downs:
-            x = layer(x, level) if isinstance(layer, ResnetBlocWithAttn) else layer(x)
-            skips.append(x)
-        for layer in self.mid:
-            x = layer(x, level)
-        for layer in self.ups:
-            x = layer(torch.cat([x, skips.pop()], 1), level) if isinstance(layer, ResnetBlocWithAttn) else layer(x)
-        out: Tensor = self.final_conv(x)
+        skip = self.downs[0](x)
+        x = F.interpolate(self.mid(self.downs[1](skip), level), scale_factor=2)
+        out: Tensor = self.final_conv(self.ups(torch.cat([x, skip], 1), level))
         return out

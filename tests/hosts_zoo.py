@@ -145,7 +145,7 @@ HOSTS: dict[str, ZooHost] = {
     ),
     "stable_diffusion": ZooHost(unet2d_condition, _conditioned, form="published", options={"linear": True}),
     "adm": ZooHost(ADMUNet, _labelled, kept=("input_blocks.0.0", "out.2")),
-    "sr3": ZooHost(SR3UNet, _timed, kept=("downs.0", "final_conv.2")),
+    "sr3": ZooHost(SR3UNet, _timed, kept=("downs.0", "final_conv")),
     "resnet18": ZooHost(resnet18, _classified(32), timed=False, kept=("conv1",), library="torchvision"),
     "convnext": ZooHost(convnext, _classified(32), timed=False, kept=("stem.0",), library="timm"),
     "vit": ZooHost(

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import binarize
 from binarize.errors import BinarizeError
-from binarize.layers import BinaryConv2d, BinaryLinear, CPDown, CPUp, CSFusion
+from binarize.layers import BinaryConv2d, CPDown, CPUp, CSFusion
 from binarize.models import SRUNet
 
 TINY = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 8, "dropout": 0.0}
@@ -104,31 +104,6 @@ def test_other_methods_and_keep_leave_the_structure():
     assert (kept.config.resampling, kept.config.fusion) == ("pixel", "concat")
     forced = binarize.convert(tiny(resampling="conv", fusion="wide"), "reactnet", structure="cp_cs")
     assert forced.config.fusion == "cs"
-
-
-def test_keep_overrides_and_predicates():
-    model = binarize.convert(
-        tiny(),
-        "bidiffsr",
-        keep=["middle.0", lambda name, module: name == "encoder.0.down"],
-        overrides={"middle.1.*": "reactnet", "middle.1.conv2": None, "encoder.1.*": {"groups": 2}},
-    )
-    actions = {row.name: (row.action, row.detail) for row in binarize.report(model).rows}
-    assert actions["middle.0.conv1"] == ("kept", "keep='middle.0'")
-    assert actions["encoder.0.down.convs.0"] == ("kept", "keep predicate")
-    assert actions["middle.1.conv1"][1].startswith("reactnet")
-    assert actions["middle.1.conv2"] == ("kept", "overrides['middle.1.conv2'] is None")
-    assert model.encoder[1].blocks[0].conv1.pre.bias.shape == (2, 32)
-    assert model.encoder[0].blocks[0].conv1.pre.bias.shape == (5, 16)
-
-
-def test_linear_layers_and_attention_convert_when_asked():
-    model = binarize.convert(tiny(), "reactnet", linear=["middle.0.time"], overrides={"middle.0.attention.qkv": {}})
-    assert isinstance(model.middle[0].time, BinaryLinear)
-    assert isinstance(model.middle[1].time, nn.Linear)
-    assert isinstance(model.middle[0].attention.qkv, BinaryConv2d)
-    assert isinstance(model.middle[0].attention.out, nn.Conv2d)
-    model(torch.randn(2, 3, 8, 8), 3, torch.rand(2, 3, 8, 8)).sample.sum().backward()
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

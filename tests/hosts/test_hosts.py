@@ -97,36 +97,6 @@ def _kept_by_method(method: str, host: str, layer: str) -> bool:
     return method == "bidiffsr" and host == "srunet" and re.match(r"decoder\.\d+\.blocks", layer) is not None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["bidiffsr", "reactnet", "irnet"])
-def test_the_whole_resnet18(method: str) -> None:
-    torchvision = pytest.importorskip("torchvision")
-    model = torchvision.models.resnet18(weights=None)
-    binarize.convert(model, method_for(method, HOSTS["resnet18"]))
-    out = model(torch.randn(2, 3, 96, 96))
-    out.square().mean().backward()
-    assert out.shape == (2, 1000)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert [row.name for row in binarize.report(model).kept] == ["conv1", "fc"]
-
-
-@pytest.mark.parametrize(("name", "method"), [("unet2d_attention", "bidiffsr"), ("adm", "dorefa"), ("sr3", "irnet")])
-def test_training_lowers_the_loss(name: str, method: str) -> None:
-    host, model = built(name)
-    binarize.convert(model, method, **host.options)
-    inputs = host.inputs(4)
-    target = torch.randn_like(output_of(model, inputs))
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    losses = []
-    for _ in range(12):
-        loss = F.mse_loss(output_of(model, inputs), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert min(losses[-3:]) < 0.97 * losses[0]
-
-
 # Timesteps
 
 

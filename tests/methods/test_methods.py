@@ -258,16 +258,29 @@ def test_a_part_that_cannot_be_built_leaves_the_model_alone(options, message):
     assert [(name, id(module)) for name, module in model.named_modules()] == modules
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (3, "method must be a name, a Method or a mapping with a 'name'; got 3"),
-        ({"groups": 2}, "a method given as a mapping needs a 'name'"),
-    ],
-)
-def test_what_is_no_method_is_refused(given, message):
-    with pytest.raises(BinarizeError, match=message):
-        get_method(given)
+def test_options_change_the_parts_that_they_name():
+    narrow = get_method("irnet", t_min=0.5)
+    assert narrow.part("weight") == {"name": "libra", "t_min": 0.5, "t_max": 10.0}
+    assert narrow.part("activation") == {"name": "ede", "t_min": 0.5, "t_max": 10.0}
+    own = {"name": "libra", "t_min": 0.3}
+    assert narrow.replace(weight=own).part("weight") == own, "options of the part itself count"
+    assert narrow.replace(weight="sign").part("weight") == "sign"
+    bibench = get_method("xnor", variant="bibench", sgd=True)
+    assert (bibench.part("weight"), bibench.part("scale"), bibench.part("activation")) == (
+        "scaled_sign",
+        "input_mean",
+        "mean_ste",
+    )
+    assert bibench.replace(scale="channel").part("activation") == "ste"
+    before = get_method("xnor", norm_position="before", norm="my_norm")
+    assert (before.part("pre"), before.part("norm")) == ("my_norm", None)
+
+
+def test_the_old_name_of_the_two_stage_weight_warns():
+    with pytest.warns(DeprecationWarning, match="TwoStageWeight is now binarize.layers.delayed.two_stage_weight"):
+        made = binarize.layers.TwoStageWeight(switch=0.2)
+    assert isinstance(made, DelayedWeight)
+    assert list(made.state_dict()) == ["progress"]
 
 
 def test_methods_are_values():
