@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from binarize.errors import BinarizeError
-from binarize.hosts.base import HOSTS, Edit, Host
+from binarize.hosts.base import Edit, Host, register_host
 from binarize.methods import Method
 
 # Blocks whose skips are the outputs of their resnet blocks and of their downsampler, each concatenated separately.
@@ -29,6 +29,13 @@ class DiffusersUNetHost(Host):
     the decoder's width. Otherwise it is the *contract* form: CP-Down and CP-Up keep the width, so that every block's
     output keeps its shape, and fusions have the widths of their inputs.
     """
+
+    class_name: str
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Return True for diffusers' class of that name, and for classes derived from it."""
+        return any(c.__name__ == cls.class_name and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
 
     def num_train_timesteps(self, model: nn.Module) -> int | None:
         """Return T if the configuration has it, which is the case for learned time embeddings."""
@@ -98,32 +105,18 @@ class DiffusersUNetHost(Host):
         return kept | self.full_precision_levels(model, method)
 
 
-@HOSTS.register("UNet2DModel")
+@register_host("UNet2DModel")
 class UNet2DModelHost(DiffusersUNetHost):
     """diffusers' unconditional U-Net (DDPM, DDIM, ADM-like configurations)."""
 
-    name = "UNet2DModel"
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Return True for a UNet2DModel or a class derived from it."""
-        return _is_diffusers(model, "UNet2DModel")
+    class_name = "UNet2DModel"
 
 
-@HOSTS.register("UNet2DConditionModel")
+@register_host("UNet2DConditionModel")
 class UNet2DConditionModelHost(DiffusersUNetHost):
     """diffusers' U-Net with cross-attention (Stable Diffusion)."""
 
-    name = "UNet2DConditionModel"
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Return True for a UNet2DConditionModel or a class derived from it."""
-        return _is_diffusers(model, "UNet2DConditionModel")
-
-
-def _is_diffusers(model: nn.Module, name: str) -> bool:
-    return any(c.__name__ == name and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
+    class_name = "UNet2DConditionModel"
 
 
 def _config(model: Any) -> dict[str, Any]:

@@ -8,15 +8,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from binarize.hosts.base import HOSTS, Edit, Host
+from binarize.hosts.base import Edit, Host, register_host
 from binarize.methods import Method
 
 
-@HOSTS.register("SRUNet")
+@register_host("SRUNet")
 class SRUNetHost(Host):
     """binarize.models.SRUNet, whose structure is an option of its configuration."""
-
-    name = "SRUNet"
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

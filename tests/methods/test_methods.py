@@ -40,8 +40,8 @@ from binarize.models import SRUNet
 from binarize.timestep import TimestepContext
 
 
-def told(value: object) -> str:
-    """Return a parameter's name in a test's: without addresses, which differ in processes that share the tests."""
+def without_addresses(value: object) -> str:
+    """Return a parameter's id without memory addresses, which differ between the processes that run the tests."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
@@ -103,7 +103,7 @@ class Factories:
         ({"shortcut": False}, "shortcut", type(None)),
         ({"shortcut": None}, "shortcut", type(None)),
     ],
-    ids=lambda value: told(value) if isinstance(value, dict) else "",
+    ids=lambda value: without_addresses(value) if isinstance(value, dict) else "",
 )
 def test_one_part_is_replaced_and_the_others_stay(options, attribute, expected):
     made = layer(reactnet(**options))
@@ -248,7 +248,7 @@ def test_bad_values_are_refused_in_words(name, options, message):
         ({"post": "binarize:nothing"}, "post part 'binarize:nothing' cannot be imported: .*nothing"),
         ({"weight": None}, "reactnet: the weight binarizer cannot be None"),
     ],
-    ids=told,
+    ids=without_addresses,
 )
 def test_a_part_that_cannot_be_built_leaves_the_model_alone(options, message):
     model = tiny()
@@ -309,7 +309,7 @@ def test_methods_are_values():
         {"post": {"name": Factories.twice, "factor": 3.0}},
         {"post": "binarize.layers.timestep_aware:_hardtanh"},
     ],
-    ids=told,
+    ids=without_addresses,
 )
 def test_composed_methods_go_through_files(options):
     method = reactnet(**options)
