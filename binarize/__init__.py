@@ -10,37 +10,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from binarize import hosts, layers, methods, packed
-from binarize.conversion.convert import checkpoint_context, convert, plan, report, timesteps
-from binarize.conversion.export import binary_state, param_groups, revert
+from binarize.conversion.convert import convert, plan, revert
+from binarize.conversion.export import binary_state, param_groups
 from binarize.conversion.memory import memory_mode
 from binarize.conversion.packing import is_packed, pack, unpack
+from binarize.conversion.record import checkpoint_context, report, timesteps
 from binarize.conversion.report import ConversionReport
 from binarize.conversion.summary import Summary, summary
 from binarize.errors import BinarizeError
 from binarize.hosts import list_hosts, register_host
 from binarize.layers import list_parts, register_part, training_step
 from binarize.methods import Method, get_method, list_methods, register_method
-from binarize.serialization import load, save
 
 if TYPE_CHECKING:
     from binarize import diagnosis, evaluation, imaging, inspect, models, recipes, training
     from binarize.diagnosis import doctor
     from binarize.recipes.build import build
+    from binarize.serialization import load, save
     from binarize.studies.ablation import ablate
 
 __version__ = "0.1.0"
 
+# Names whose modules import diffusers, pydantic or an imaging library: imported at first use.
+_SUBMODULES = ("diagnosis", "evaluation", "imaging", "inspect", "models", "recipes", "training")
 _LAZY = {
     "ablate": "binarize.studies.ablation",
     "build": "binarize.recipes.build",
-    "diagnosis": "",
     "doctor": "binarize.diagnosis",
-    "evaluation": "",
-    "imaging": "",
-    "inspect": "",
-    "models": "",
-    "recipes": "",
-    "training": "",
+    "load": "binarize.serialization",
+    "save": "binarize.serialization",
 }
 
 __all__ = [
@@ -89,12 +87,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs diffusers, pydantic or a picture library only when it is asked for."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'binarize' has no attribute {name!r}")
-    if not _LAZY[name]:
+    if name in _SUBMODULES:
         return importlib.import_module(f"binarize.{name}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'binarize' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

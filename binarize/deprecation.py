@@ -1,4 +1,4 @@
-"""Public names that have changed: the old ones keep working, with a DeprecationWarning."""
+"""Old public names, which keep working with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__`` that serves old names.
+    """Return a module's ``__getattr__`` that resolves old names.
 
     Args:
         module: The module's ``__name__``.

@@ -1,4 +1,4 @@
-"""The one exception that the toolkit raises on purpose, and the sentence that suggests a near name."""
+"""The toolkit's exception, and helpers for its messages."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from collections.abc import Iterable
 
 
 class BinarizeError(ValueError):
-    """Something a user passed cannot be done; the message says what, what was given, what is allowed and the fix.
+    """An argument, a file or a model is not valid; the message names it, what is allowed, and the fix.
 
-    The command line prints the message alone, without a traceback, and exits with status 1.
+    The command line prints the message without a traceback and exits with status 1.
     """
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the option nearest to ``name``, or an empty string.
-
-    Args:
-        name: What was given.
-        options: What is allowed.
-    """
+    """Return ``" Did you mean 'x'?"`` for the option nearest to ``name``, or an empty string if none is similar."""
     near = difflib.get_close_matches(name.lower(), {o.lower(): o for o in options}, n=1, cutoff=0.6)
     if not near:
         return ""

@@ -1,4 +1,4 @@
-"""One small registry, used for methods, their parts and hosts."""
+"""A registry of named objects: methods, their parts and hosts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A mapping from name to thing whose errors list what exists and suggest the nearest name.
+    """A mapping from name to object whose errors list the registered names and suggest the nearest one.
 
     Args:
-        kind: What the registry holds, as errors call it ("method", "weight binarizer", ...).
+        kind: The kind of the objects for error messages ("method", "weight part", ...).
     """
 
     def __init__(self, kind: str) -> None:
@@ -22,11 +22,11 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
 
     def register(self, name: str, *, replace: bool = False) -> Callable[[T], T]:
-        """Return a decorator that stores what it decorates under ``name``.
+        """Return a decorator that registers an object under ``name``.
 
         Args:
-            name: The public name, as recipes write it.
-            replace: Allow an existing name to be taken over.
+            name: The public name, as in recipes.
+            replace: Allow ``name`` to be registered already.
 
         Raises:
             BinarizeError: If the name is taken and ``replace`` is false.
@@ -42,6 +42,10 @@ class Registry(Generic[T]):
             return item
 
         return add
+
+    def newest_first(self) -> list[T]:
+        """Return the objects, the last registered one first."""
+        return list(reversed(self._items.values()))
 
     def __getitem__(self, name: str) -> T:
         if name not in self._items:

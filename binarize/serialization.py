@@ -14,38 +14,41 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from binarize.conversion.convert import PACKED_FORMAT, RECORD, conversion, convert, meta_copy
-from binarize.conversion.packing import pack
-from binarize.errors import BinarizeError
-from binarize.layers.parts import named_by_a_file
+from binarize.conversion.apply import CONFIG, apply_conversion, write_packed_folder
+from binarize.conversion.record import conversion
+from binarize.errors import BinarizeError, one_line
+from binarize.files import write_atomic, write_text_atomic
+from binarize.models.unet import SRUNet
+from binarize.modules import aligned, meta_copy
 from binarize.packed.files import WEIGHTS as SRUNET_WEIGHTS
-from binarize.packed.files import count_tensors, read_config, read_packed, write_packed
+from binarize.packed.files import count_tensors, read_config, read_packed
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 
-# What constructors raise when a configuration hands them what they do not expect.
-_STRANGE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError)
-# Networks register one to three: layers, the parts that they are replaced by, and the containers around them.
+# Exceptions that constructors raise for a configuration with unexpected values.
+_UNEXPECTED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError)
+# Networks have one to three modules per tensor: layers, their parts, and the containers around them.
 _MODULES_PER_TENSOR = 10
 
 
 def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
     """Save a converted or packed model so that `load` can rebuild it.
 
-    Files of an earlier save in the same folder are replaced, each in one step.
+    Files of an earlier save in the same folder are replaced atomically.
 
     Args:
-        model: A converted model: SRUNet, a diffusers model, or any other nn.Module (which `load` then needs an
-            unconverted instance of).
-        folder: Where to; it is created.
-        dtype: What a packed model's full-precision tensors are stored as, such as torch.float16; by default what they
-            are. `load` makes half precision float32 again.
+        model: A converted model: SRUNet, a diffusers model, or any other nn.Module (for which `load` then needs an
+            unconverted instance).
+        folder: The folder; it is created.
+        dtype: Dtype of a packed model's full-precision tensors in the file, such as torch.float16; by default the
+            dtype that they have. `load` returns half precision as float32.
 
     Returns:
         The folder.
@@ -54,8 +57,6 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
         BinarizeError: If the model is not converted, a part of its method cannot be named in a file, or a dtype is
             given for a model that is not packed or is too small for one of its values.
     """
-    from binarize.imaging import write_atomic
-
     record = conversion(model)
     config = record.to_config()
     if dtype is not None and not record.packed:
@@ -63,27 +64,22 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise BinarizeError(f"save: {folder} is a file; give a folder.")
-    if _is_srunet(model) and record.packed:
-        text = model.to_json_string()  # type: ignore[operator]
-        write_packed(model, folder / SRUNET_WEIGHTS, json.loads(text), dtype)  # the larger file, which may not fit
-        write_atomic(folder / CONFIG, lambda path: path.write_text(text), force=True)
+    if isinstance(model, SRUNet):
+        if record.packed:
+            text = model.to_json_string()
+            write_packed_folder(model, folder, SRUNET_WEIGHTS, text, json.loads(text), dtype)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(folder)
         return folder
-    if _is_srunet(model):
-        folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder)  # type: ignore[operator]
-        return folder
-    described = {
-        "binarize_format": 1,
-        "host": _describe_host(model),
-        "conversion": config,
-    }
+    described = {"binarize_format": 1, "host": _describe_host(model), "conversion": config}
     text = json.dumps(described, indent=2) + "\n"
     if record.packed:
-        write_packed(model, folder / WEIGHTS, described, dtype)
+        write_packed_folder(model, folder, WEIGHTS, text, described, dtype)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / WEIGHTS, lambda path: save_model(model, str(path)), force=True)
-    write_atomic(folder / CONFIG, lambda path: path.write_text(text), force=True)
+        write_text_atomic(folder / CONFIG, text)
     return folder
 
 
@@ -91,7 +87,7 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     """Rebuild a model that `save` (or ``SRUNet.save_pretrained``) wrote.
 
     Args:
-        folder: What `save` returned, or a packed model's ``model.safetensors`` alone.
+        folder: The folder, or a packed model's ``model.safetensors`` alone.
         model: An unconverted instance of the host, needed for hosts that are neither SRUNet nor diffusers models; it
             is converted in place and returned.
 
@@ -109,14 +105,12 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     if config.get("_class_name") == "SRUNet":
         if model is not None:
             raise BinarizeError(f"load: {folder} holds an SRUNet, which is rebuilt from its files; leave model out.")
-        from binarize.models import SRUNet
-
         try:
             return cast(nn.Module, SRUNet.from_pretrained(folder))
         except BinarizeError:
             raise
-        except (OSError, *_STRANGE, SafetensorError) as error:
-            raise BinarizeError(f"load: {folder} does not hold a readable SRUNet: {_first_line(error)}") from error
+        except (OSError, *_UNEXPECTED, SafetensorError) as error:
+            raise BinarizeError(f"load: {folder} does not hold a readable SRUNet: {one_line(error)}") from error
     if config.get("binarize_format") != 1:
         raise BinarizeError(
             f"load: {where} has binarize_format {config.get('binarize_format')!r}; this version reads 1."
@@ -128,52 +122,52 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
         return _load_packed(config, weights, model)
     state = _read_weights(weights)
     host = _build_host(config["host"], folder) if model is None else model
-    ghost = meta_copy(host)  # so that a misfit is found before the caller's instance is touched
+    twin = meta_copy(host)  # finds a mismatch before the caller's instance is changed
     with _building(where), torch.device("meta"):
-        apply_conversion(ghost, config["conversion"])
-    _check_fit(ghost, state, folder / WEIGHTS)
+        apply_conversion(twin, config["conversion"])
+    _check_fit(twin, state, folder / WEIGHTS)
     apply_conversion(host, config["conversion"])
-    kept = host.state_dict(keep_vars=True)
-    for name, value in state.items():  # each with the dtype that it was saved in
-        kept[name].data = value.to(kept[name].device)
+    tensors = host.state_dict(keep_vars=True)
+    for name, value in state.items():  # each in the dtype that it was saved in
+        tensors[name].data = aligned(value).to(tensors[name].device)
     return host.eval()
 
 
 def _load_packed(config: Mapping[str, Any], path: Path, model: nn.Module | None) -> nn.Module:
     if model is not None:
-        ghost = meta_copy(model)  # so that a misfit is found before the caller's instance is touched
+        twin = meta_copy(model)  # finds a mismatch before the caller's instance is changed
     most = _MODULES_PER_TENSOR * (100 + count_tensors(path))
     with _building(path), _at_most(most, path), torch.device("meta"):
         if model is None:
-            ghost = _build_host(config["host"], path)
-        apply_conversion(ghost, config["conversion"])
+            twin = _build_host(config["host"], path)
+        apply_conversion(twin, config["conversion"])
 
     def unsaved() -> dict[str, Tensor]:
         host = _build_host(config["host"], path) if model is None else model
         return dict(host.named_buffers(remove_duplicate=False))
 
-    read_packed(ghost, path, unsaved=unsaved)
+    read_packed(twin, path, unsaved=unsaved)
     if model is None:
-        return ghost
+        return twin
     apply_conversion(model, config["conversion"])
-    model.load_state_dict(ghost.state_dict(keep_vars=True), strict=True, assign=True)
+    model.load_state_dict(twin.state_dict(keep_vars=True), strict=True, assign=True)
     return model.eval()
 
 
 @contextmanager
 def _building(path: Path) -> Iterator[None]:
-    """Say that a configuration is wrong, whatever it makes a constructor raise."""
+    """Turn any exception of a constructor into a BinarizeError about the configuration."""
     try:
         yield
     except BinarizeError:
         raise
-    except _STRANGE as error:
-        raise BinarizeError(f"load: {path}: its configuration builds no network: {_first_line(error)}") from error
+    except _UNEXPECTED as error:
+        raise BinarizeError(f"load: {path}: its configuration builds no network: {one_line(error)}") from error
 
 
 @contextmanager
 def _at_most(modules: int, path: Path) -> Iterator[None]:
-    """Stop building a network of more modules than its file can have weights for, be it a billion layers."""
+    """Raise BinarizeError once a network has more modules than its file can have weights for."""
     thread, left = threading.get_ident(), modules
 
     def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
@@ -193,22 +187,22 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise BinarizeError(f"load: {path} cannot be read: {_first_line(error)}") from error
+        raise BinarizeError(f"load: {path} cannot be read: {one_line(error)}") from error
 
 
 def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Raise unless a state dict has just what the model needs; tied tensors are stored under one of their names."""
-    kept = model.state_dict(keep_vars=True)
+    """Raise BinarizeError unless a state dict fits the model; tied tensors are stored under one of their names."""
+    expected = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
-    for name, tensor in kept.items():
+    for name, tensor in expected.items():
         names.setdefault(id(tensor), []).append(name)
     missing = [aliases[0] for aliases in names.values() if not any(name in state for name in aliases)]
-    unexpected = [name for name in state if name not in kept]
-    wrong = [name for name in state if name in kept and state[name].shape != kept[name].shape]
+    unexpected = [name for name in state if name not in expected]
+    wrong = [name for name in state if name in expected and state[name].shape != expected[name].shape]
     if missing or unexpected or wrong:
         kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        told = "; ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in kinds if found)
-        raise BinarizeError(f"load: {path} does not fit the host: {told}.")
+        problems = "; ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in kinds if found)
+        raise BinarizeError(f"load: {path} does not fit the host: {problems}.")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -221,10 +215,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BinarizeError(f"load: {folder / CONFIG} must hold a JSON object; got {type(config).__name__}.")
     return config
-
-
-def _is_srunet(model: nn.Module) -> bool:
-    return any(c.__module__ == "binarize.models.unet" and c.__name__ == "SRUNet" for c in type(model).__mro__)
 
 
 def _describe_host(model: nn.Module) -> dict[str, Any]:
@@ -240,8 +230,6 @@ def _build_host(described: Mapping[str, Any], folder: Path) -> nn.Module:
             f"load: {folder} holds a {described.get('class')}, which only its own code can build; "
             "pass an unconverted instance: binarize.load(folder, model=...)."
         )
-    import diffusers
-
     cls = getattr(diffusers, str(described.get("class")), None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise BinarizeError(f"load: {folder} names {described.get('class')!r}, which is no diffusers model.")
@@ -250,39 +238,3 @@ def _build_host(described: Mapping[str, Any], folder: Path) -> nn.Module:
         raise BinarizeError(f"load: {folder} has no configuration of its {cls.__name__}; got {options!r}.")
     built: nn.Module = cls.from_config(options)  # type: ignore[attr-defined]
     return built
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
-
-
-def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Convert ``model`` as a recorded conversion says.
-
-    Raises:
-        BinarizeError: If the record comes from a newer version or names something that is not registered.
-    """
-    options = dict(config)
-    packed = options.pop("packed", None)
-    if packed not in (None, PACKED_FORMAT):
-        raise BinarizeError(f"the model has packed format {packed!r}; this version of binarize reads {PACKED_FORMAT}.")
-    if "unsaveable" in options:
-        raise BinarizeError(f"this conversion was not saveable: {options['unsaveable']}")
-    version = options.pop("format", None)
-    if version != 1:
-        raise BinarizeError(f"the conversion has format {version!r}; this version of binarize reads format 1.")
-    known = {"method", "structure", "keep", "overrides", "linear", "num_train_timesteps"}
-    unknown = sorted(set(options) - known)
-    if unknown or "method" not in options:
-        raise BinarizeError(f"the conversion has unknown or missing keys: {', '.join(unknown) or 'method'}.")
-    with named_by_a_file():
-        convert(model, options.pop("method"), **options)
-    if packed is not None:
-        pack(model)
-
-
-def check_saveable(model: nn.Module) -> None:
-    """Raise if the model's conversion has a part that no file can name."""
-    record = getattr(model, RECORD, None)
-    if record is not None:
-        record.to_config()

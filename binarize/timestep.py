@@ -1,8 +1,8 @@
-"""Which timestep group each sample of a batch belongs to, known to layers without changing the host.
+"""The timestep of the running forward pass, for layers deep inside a host that is not changed.
 
-BI-DiffSR's timestep-aware layers need the diffusion timestep, but a U-Net hands it only to its time embedding. A
-`TimestepContext` shared by all of a model's layers carries it: a forward pre-hook stores it, layers read it, a forward
-hook clears it. The hooks are bound methods, so that a deepcopy of the model carries a context of its own.
+BI-DiffSR's timestep-aware layers need the diffusion timestep, but a U-Net passes it only to its time embedding. All
+layers of a model share one `TimestepContext`: a forward pre-hook stores the timestep, layers read it, a forward hook
+clears it. The hooks are bound methods, so that a deepcopy of the model gets a context of its own.
 """
 
 from __future__ import annotations
@@ -17,17 +17,8 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 
-TIMESTEP_NAMES = (
-    "timestep",
-    "timesteps",
-    "t",
-    "time",
-    "time_step",
-    "time_steps",
-    "noise_level",
-    "noise_labels",
-    "sigma",
-)
+_NAMES = "timestep timesteps t time time_step time_steps noise_level noise_labels sigma"
+TIMESTEP_NAMES = tuple(_NAMES.split())
 
 
 def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
@@ -35,11 +26,11 @@ def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> 
 
     Args:
         timesteps: ``(B,)`` or scalar, integer or floating point, in steps of the training schedule.
-        groups: K, how many groups the T timesteps are cut into.
+        groups: K, the number of groups.
         num_train_timesteps: T.
 
     Returns:
-        ``(B,)`` or ``(1,)`` int64. No value is read back to the host.
+        ``(B,)`` or ``(1,)`` int64, without synchronization with the device.
     """
     t = timesteps.reshape(-1)
     if t.is_floating_point():
@@ -50,12 +41,12 @@ def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> 
 
 
 class TimestepContext:
-    """The timestep of the forward that is running, shared by a model's timestep-aware layers.
+    """The timestep of the running forward pass, shared by a model's timestep-aware layers.
 
-    One model serves one thread at a time: two threads that share a model share its context.
+    A model can be used by one thread at a time, because threads that share a model share its context.
 
     Args:
-        num_train_timesteps: T, how many timesteps the training schedule has.
+        num_train_timesteps: T, the number of timesteps of the training schedule.
     """
 
     def __init__(self, num_train_timesteps: int) -> None:
@@ -64,14 +55,13 @@ class TimestepContext:
         self._groups: dict[int, Tensor] = {}
 
     def set(self, timesteps: Tensor | float | int) -> None:
-        """Store the timesteps, ``(B,)`` or scalar, that layers will see until `clear`."""
+        """Store the timesteps, ``(B,)`` or scalar, until `clear`."""
         self._timesteps = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps)
         self._groups = {}
 
     def clear(self) -> None:
-        """Forget the timesteps, so that a stray read raises instead of using a stale step."""
-        self._timesteps = None
-        self._groups = {}
+        """Remove the timesteps, so that a layer that runs outside a forward raises an error."""
+        self._timesteps, self._groups = None, {}
 
     def group(self, groups: int) -> Tensor:
         """Return the group of each sample, ``(B,)`` or ``(1,)`` int64, for K = ``groups``.
@@ -91,7 +81,7 @@ class TimestepContext:
 
     @contextmanager
     def using(self, timesteps: Tensor | float | int | None) -> Iterator[None]:
-        """Within the block, layers see ``timesteps``; afterwards, what they saw before."""
+        """Set the timesteps within a ``with`` block and restore the previous ones afterwards; None changes nothing."""
         before, groups = self._timesteps, self._groups
         if timesteps is not None:
             self.set(timesteps)
@@ -101,14 +91,14 @@ class TimestepContext:
             self._timesteps, self._groups = before, groups
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the context managers that torch.utils.checkpoint's ``context_fn`` wants: forward and recomputation."""
+        """Return the two context managers of torch.utils.checkpoint's ``context_fn``: forward and recomputation."""
         return nullcontext(), self.using(self._timesteps)
 
     def attach(self, model: nn.Module) -> str:
-        """Hook the context onto ``model`` and return a sentence on where the timestep is read.
+        """Add hooks to ``model`` that read the timestep, and return a description of where they read it.
 
         Raises:
-            BinarizeError: If neither a ``time_proj`` module nor a timestep argument can be found.
+            BinarizeError: If the model has neither a ``time_proj`` module nor a timestep argument.
         """
         time_proj = getattr(model, "time_proj", None)
         if isinstance(time_proj, nn.Module):
@@ -132,7 +122,7 @@ class TimestepContext:
         self.clear()
 
     def _read_projection(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._timesteps is None:  # diffusers' class_embed_type="timestep" projects the class labels afterwards
+        if self._timesteps is None:  # class_embed_type="timestep" of diffusers projects the class labels afterwards
             self.set(args[0])
 
     def _read_argument(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,7 +143,7 @@ class TimestepContext:
 
 
 class _CheckpointWithTimestep:
-    """A checkpoint function whose recomputation sees the timesteps that its forward saw."""
+    """A checkpoint function whose recomputation uses the timesteps of its forward pass."""
 
     def __init__(self, context: TimestepContext, function: Callable[..., Any]) -> None:
         self.context = context
@@ -189,12 +179,12 @@ def timestep_argument(model: nn.Module) -> tuple[str, int] | None:
 
 
 def has_timestep(model: nn.Module) -> bool:
-    """Say whether a `TimestepContext` can be attached to ``model``."""
+    """Return True if a `TimestepContext` can be attached to ``model``."""
     return isinstance(getattr(model, "time_proj", None), nn.Module) or timestep_argument(model) is not None
 
 
 def no_timestep_message(model: nn.Module) -> str:
-    """Return the error for a timestep-aware method on a model that has no timestep."""
+    """Return the error message for a timestep-aware method on a model that has no timestep."""
     return (
         f"{type(model).__name__} has no timestep: it has no `time_proj` module and its forward has none of the "
         f"arguments {', '.join(TIMESTEP_NAMES)}. Use a method that is not timestep-aware, or one group for all: "
@@ -203,7 +193,7 @@ def no_timestep_message(model: nn.Module) -> str:
 
 
 def detach_contexts(model: nn.Module) -> None:
-    """Remove every hook that `TimestepContext.attach` put on a model."""
+    """Remove all hooks that `TimestepContext.attach` added to a model."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):

@@ -1,4 +1,4 @@
-"""The padded canvas that a network of several levels needs, and how pictures and noise are extended to it."""
+"""Padding of images and noise to the size multiple of a network with several levels."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What is drawn beyond a picture's edge must be a function of the call's arguments alone: with `latents` given, a call
-# without a generator is deterministic, and a picture's own noise does not depend on how far it is padded.
-_RIM_SEED = 0
+# The padding is a function of the arguments alone: with `latents` given, a call without a generator is deterministic,
+# and the noise of the image itself does not depend on the width of the padding.
+_PADDING_SEED = 0
 
 
-def pad_image(picture: Tensor, height: int, width: int) -> Tensor:
-    """Extend pictures at the bottom and the right; each side is mirrored, or its edge repeated where it is too short.
+def pad_image(image: Tensor, height: int, width: int) -> Tensor:
+    """Extend images at the bottom and the right by reflection, or by repeating the edge if a side is too short.
 
     Args:
-        picture: (B, C, H, W).
+        image: (B, C, H, W).
         height: At least H.
         width: At least W.
 
     Returns:
         (B, C, height, width).
     """
-    down, right = height - picture.shape[-2], width - picture.shape[-1]
-    if down:  # a mirror image without the edge itself has one pixel less than the side
-        picture = F.pad(picture, (0, 0, 0, down), mode="reflect" if down < picture.shape[-2] else "replicate")
+    down, right = height - image.shape[-2], width - image.shape[-1]
+    if down:  # a reflection leaves out the edge itself, so it has one pixel less than the side
+        image = F.pad(image, (0, 0, 0, down), mode="reflect" if down < image.shape[-2] else "replicate")
     if right:
-        picture = F.pad(picture, (0, right, 0, 0), mode="reflect" if right < picture.shape[-1] else "replicate")
-    return picture
+        image = F.pad(image, (0, right, 0, 0), mode="reflect" if right < image.shape[-1] else "replicate")
+    return image
 
 
 def pad_noise(noise: Tensor, height: int, width: int) -> Tensor:
     """Extend noise at the bottom and the right by white noise that is the same in every call.
 
-    Mirrored or repeated noise would be structure, which a denoiser takes for a picture.
+    A denoiser would treat the structure of reflected or repeated noise as image content.
 
     Args:
         noise: (B, C, H, W).
@@ -44,12 +44,12 @@ def pad_noise(noise: Tensor, height: int, width: int) -> Tensor:
         (B, C, height, width).
     """
     batch, channels, inner_height, inner_width = noise.shape
-    rim = torch.Generator().manual_seed(_RIM_SEED)
+    generator = torch.Generator().manual_seed(_PADDING_SEED)
     for axis, shape in (
         (-1, (1, channels, inner_height, width - inner_width)),
         (-2, (1, channels, height - inner_height, width)),
     ):
         if shape[axis]:
-            extra = torch.randn(shape, generator=rim, dtype=torch.float32).to(noise).expand(batch, -1, -1, -1)
+            extra = torch.randn(shape, generator=generator, dtype=torch.float32).to(noise).expand(batch, -1, -1, -1)
             noise = torch.cat([noise, extra], dim=axis)
     return noise

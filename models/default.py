@@ -7,7 +7,7 @@ from pathlib import Path
 from binarize.errors import BinarizeError
 
 FOLDER = Path(__file__).parent / "pretrained"
-"""Holds a folder ``x2``, ``x4``, ... for each scale, each a saved SuperResolutionPipeline with a model card."""
+"""Contains a folder ``x2``, ``x4``, ... per scale, each a saved SuperResolutionPipeline with a model card."""
 _INDEX = "model_index.json"
 
 
@@ -15,18 +15,18 @@ def default_model(scale: int = 2) -> Path:
     """Return the folder of the trained model that comes with the package, for ``from_pretrained``.
 
     Args:
-        scale: How many times it enlarges.
+        scale: The upscaling factor.
 
     Raises:
-        BinarizeError: If the package has no model of that scale; the message lists those that it has.
+        BinarizeError: If the package has no model of that scale; the message lists the scales that it has.
     """
     folder = FOLDER / f"x{scale}"
     if not (folder / _INDEX).is_file():
-        shipped = ", ".join(str(known) for known in shipped_scales())
+        shipped = ", ".join(map(str, shipped_scales()))
         allowed = f"scales with one: {shipped}" if shipped else "this installation has none at all"
         raise BinarizeError(
-            f"no model that enlarges {scale} times comes with binarize; {allowed}. Name a model of your own, or train "
-            "one: `binarize train` makes it."
+            f"no model for scale {scale} comes with binarize; {allowed}. Name a model of your own, or train one with "
+            "`binarize train`."
         )
     return folder
 

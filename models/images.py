@@ -1,4 +1,4 @@
-"""What the pipeline takes and gives: Pillow, numpy and torch pictures in, alone, in lists or in batches."""
+"""Conversion between the pipeline's images and those of Pillow, numpy and torch, alone, in lists or in batches."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from binarize.errors import BinarizeError
 from binarize.imaging import DecodedImage, to_image
 
-# Resizing in other libraries overshoots by rounding errors; anything further out is a picture in other units.
-_SLACK = 1e-4
+# Resizing in other libraries overshoots [0, 1] by rounding errors; a larger excess means other units.
+_TOLERANCE = 1e-4
 
 _ALLOWED = (
     "a PIL image, a binarize.imaging.DecodedImage, a numpy array (H, W) or (H, W, 1 to 4), a tensor (1 to 4, H, W), "
@@ -24,15 +24,15 @@ _ALLOWED = (
 
 
 def as_images(image: Any) -> list[DecodedImage]:
-    """Return what a user passed as a list of pictures, in order; floating-point input keeps its precision.
+    """Return the pipeline's input as a list of images, in order; floating-point input keeps its precision.
 
     Raises:
-        BinarizeError: If it is nothing of what ``SuperResolutionPipeline.__call__`` lists.
+        BinarizeError: If it is none of the types that ``SuperResolutionPipeline.__call__`` lists.
     """
-    if isinstance(image, (list, tuple)):
+    if isinstance(image, list | tuple):
         if not image:
-            raise BinarizeError("image is an empty list; pass at least one picture.")
-        return [picture for item in image for picture in as_images(item)]
+            raise BinarizeError("image is an empty list; pass at least one image.")
+        return [decoded for item in image for decoded in as_images(item)]
     if isinstance(image, DecodedImage):
         return [image]
     if isinstance(image, Image.Image):
@@ -45,15 +45,15 @@ def as_images(image: Any) -> list[DecodedImage]:
         values = image.detach() if image.is_floating_point() else torch.from_numpy(_scaled(image.cpu().numpy()))
         return [_from_tensor(item, image.shape) for item in (values if image.ndim == 4 else values[None])]
     given = type(image).__name__
-    if isinstance(image, (np.ndarray, Tensor)):
+    if isinstance(image, np.ndarray | Tensor):
         given += f" of shape {tuple(image.shape)}"
-    is_path = isinstance(image, (str, os.PathLike))
+    is_path = isinstance(image, str | os.PathLike)
     hint = " Open a file with binarize.imaging.read_image(path)." if is_path else ""
     raise BinarizeError(f"image must not be of type {given}; allowed: {_ALLOWED}.{hint}")
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
-    """Bring unsigned integers to [0, 1] by their type's range; leave floating point as it is."""
+    """Scale unsigned integers to [0, 1] by the range of their type; leave floating point as it is."""
     if values.dtype in (np.uint8, np.uint16):
         return values.astype(np.float32) / np.iinfo(values.dtype).max
     if values.dtype.kind == "f":
@@ -71,9 +71,9 @@ def _from_tensor(values: Tensor, shape: Sequence[int]) -> DecodedImage:
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
     low, high = values.min().item(), values.max().item()
-    if not (low >= -_SLACK and high <= 1 + _SLACK):  # also where one of them is NaN
+    if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # also if one of them is NaN
         raise BinarizeError(
-            f"image has values from {low:g} to {high:g}; floating-point pictures go from 0 to 1. Divide 8-bit levels "
+            f"image has values from {low:g} to {high:g}; floating-point images go from 0 to 1. Divide 8-bit levels "
             "by 255, or pass them as uint8; map [-1, 1] with (x + 1) / 2."
         )
     values = values.clamp(0, 1)
@@ -81,11 +81,11 @@ def _from_tensor(values: Tensor, shape: Sequence[int]) -> DecodedImage:
     return DecodedImage(colour.expand(3, -1, -1), alpha, mode={1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels])
 
 
-def finish(source: DecodedImage, rgb: Tensor, alpha: Tensor | None, output_type: str) -> Any:
-    """Return one enlarged picture in the form asked for, alpha as the fourth channel of "np" and "pt".
+def to_output(source: DecodedImage, rgb: Tensor, alpha: Tensor | None, output_type: str) -> Any:
+    """Return one upscaled image in the requested type, with alpha as the fourth channel of "np" and "pt".
 
     Args:
-        source: The picture that was enlarged; a greyscale or 16-bit one gives the like in Pillow's form.
+        source: The image that was upscaled; Pillow's result has its mode (grayscale, 16-bit).
         rgb: (3, H, W) in [0, 1].
         alpha: (1, H, W) in [0, 1], or None.
         output_type: "pil", "np" or "pt".
@@ -96,8 +96,8 @@ def finish(source: DecodedImage, rgb: Tensor, alpha: Tensor | None, output_type:
     return values if output_type == "pt" else np.ascontiguousarray(values.movedim(0, -1).float().cpu().numpy())
 
 
-def collect(results: list[Any], output_type: str) -> Any:
-    """Return finished pictures as one: a list, or for "np" and "pt" a batch where all of one shape."""
-    if output_type == "pil" or len({result.shape for result in results}) > 1:
-        return results
-    return np.stack(results) if output_type == "np" else torch.stack(results)
+def to_batch(images: list[Any], output_type: str) -> Any:
+    """Return the pipeline's output: a list, or for "np" and "pt" a batch if all images have the same shape."""
+    if output_type == "pil" or len({image.shape for image in images}) > 1:
+        return images
+    return np.stack(images) if output_type == "np" else torch.stack(images)

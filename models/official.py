@@ -1,4 +1,4 @@
-"""Loading the checkpoints that the authors of BI-DiffSR released."""
+"""Load the checkpoints that the authors of BI-DiffSR released."""
 
 from __future__ import annotations
 
@@ -37,17 +37,15 @@ def load_official(path: str | PathLike[str], *, sign_zero: str = "zero", **offic
     """Read a released BI-DiffSR checkpoint, a torch file ``{"params": state_dict}``.
 
     Args:
-        path: The ``.pth`` file. It is read with ``weights_only=True``: no code in it is run.
-        sign_zero: What sign(0) is: "zero" as in the released code, which the weights were trained with, or "plus".
-        **official_config_names: What differs from the released configuration, in the released code's names
-            (`OFFICIAL_CONFIG`).
+        path: The ``.pth`` file. It is read with ``weights_only=True``, which runs no code from the file.
+        sign_zero: Value of sign(0): "zero", as in the released training code, or "plus".
+        **official_config_names: Differences from the released configuration, in the names of `OFFICIAL_CONFIG`.
 
     Returns:
         The converted SRUNet in eval mode, float32 (or the file's dtype).
 
     Raises:
-        BinarizeError: If the file cannot be read, a name is unknown, or keys or shapes do not fit; the message names
-            what is missing or unexpected.
+        BinarizeError: If the file cannot be read, a name is unknown, or keys or shapes do not fit.
     """
     for key in official_config_names:
         if key not in OFFICIAL_CONFIG:
@@ -135,34 +133,24 @@ def _mismatch(path: str | PathLike[str], missing: list[str], unexpected: list[st
 
 
 def _prefixes(model: SRUNet) -> dict[str, str]:
-    """Return official module path -> our module path; the official lists are flat."""
-    paths: dict[str, str] = {
+    """Return the official path of each module, whose lists are flat, to the path in SRUNet."""
+    paths = {
         "timestep_level_mlp.1": "time_mlp.0",
         "timestep_level_mlp.3": "time_mlp.2",
-        "downs.0": "conv_in",
         "final_conv.block.0": "norm_out",
         "final_conv.block.3": "conv_out",
     }
-    index = 1
+    downs, ups = ["conv_in"], list[str]()
     for level, encoder in enumerate(model.encoder):
-        for number in range(len(encoder.blocks)):  # type: ignore[arg-type]
-            paths[f"downs.{index}"] = f"encoder.{level}.blocks.{number}"
-            index += 1
-        if encoder.down is not None:
-            paths[f"downs.{index}"] = f"encoder.{level}.down"
-            index += 1
-    for number in range(len(model.middle)):
-        paths[f"mid.{number}"] = f"middle.{number}"
-    index = 0
-    for level in reversed(range(len(model.decoder))):
-        decoder = model.decoder[level]
+        downs += [f"encoder.{level}.blocks.{number}" for number in range(len(encoder.blocks))]  # type: ignore[arg-type]
+        downs += [f"encoder.{level}.down"] if encoder.down is not None else []
+    for level, decoder in reversed(list(enumerate(model.decoder))):
         for number in range(len(decoder.blocks)):  # type: ignore[arg-type]
-            paths[f"ups.{index}"] = f"decoder.{level}.blocks.{number}.fusion"
-            paths[f"ups.{index + 1}"] = f"decoder.{level}.blocks.{number}"
-            index += 2
-        if decoder.up is not None:
-            paths[f"ups.{index}"] = f"decoder.{level}.up"
-            index += 1
+            ups += [f"decoder.{level}.blocks.{number}.fusion", f"decoder.{level}.blocks.{number}"]
+        ups += [f"decoder.{level}.up"] if decoder.up is not None else []
+    middle = [f"middle.{number}" for number in range(len(model.middle))]
+    for name, ours in (("downs", downs), ("mid", middle), ("ups", ups)):
+        paths.update({f"{name}.{index}": path for index, path in enumerate(ours)})
     return paths
 
 
@@ -184,30 +172,30 @@ _BINARY = (
 
 
 def _map_keys(state: dict[str, Tensor], model: SRUNet, groups: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Return our state dict, rows of timestep groups stacked, and the official keys that have no place."""
+    """Return SRUNet's state dict, with timestep groups stacked, and the official keys that it has no place for."""
     prefixes = sorted(_prefixes(model).items(), key=lambda item: -len(item[0]))
     plain: dict[str, Tensor] = {}
-    rows: dict[str, dict[int, Tensor]] = {}
+    stacked: dict[str, dict[int, Tensor]] = {}
     unexpected = []
     for key, value in state.items():
         name = official_to_ours(key, prefixes)
         if name is None:
             unexpected.append(key)
         elif "@" in name:
-            target, _, row = name.partition("@")
-            rows.setdefault(target, {})[int(row)] = value.reshape(-1)
+            target, _, group = name.partition("@")
+            stacked.setdefault(target, {})[int(group)] = value.reshape(-1)
         else:
             plain[name] = value
-    for target, found in rows.items():
+    for target, found in stacked.items():
         if sorted(found) == list(range(groups)) and len({v.shape for v in found.values()}) == 1:
-            plain[target] = torch.stack([found[row] for row in range(groups)])
+            plain[target] = torch.stack([found[group] for group in range(groups)])
         else:
             unexpected.append(f"{target} with timestep groups {sorted(found)} instead of 0..{groups - 1}")
     return plain, unexpected
 
 
 def official_to_ours(key: str, prefixes: list[tuple[str, str]]) -> str | None:
-    """Return our name of an official key, ``name@row`` for one row of a stacked parameter, or None."""
+    """Return SRUNet's name of an official key, ``name@group`` for one group of a stacked parameter, or None."""
     for official, ours in prefixes:
         if key.startswith(f"{official}."):
             inside = key[len(official) + 1 :]

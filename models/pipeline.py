@@ -1,4 +1,4 @@
-"""The super-resolution pipeline: a small picture of any size in, a large one out."""
+"""The super-resolution pipeline, for images of any size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from binarize.imaging import DecodedImage, upscale_bicubic
 from binarize.kernels.backends import kernels_for
 from binarize.models import checks
 from binarize.models.canvas import pad_image, pad_noise
-from binarize.models.images import as_images, collect, finish
+from binarize.models.images import as_images, to_batch, to_output
 from binarize.models.target import image_of
 from binarize.models.tiling import TileGrid, tile_grid
 
@@ -36,48 +36,47 @@ ImageInput = (
 )
 StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str, Any]]
 
-# The released networks have four levels, for networks that do not say what their sizes must be a multiple of.
+# For networks without a `size_multiple`: the released networks have four levels.
 _DEFAULT_MULTIPLE = 8
-# The published results' number of denoising steps, for pipelines that do not say theirs.
+# For pipelines without `num_inference_steps`: the published results' number of denoising steps.
 _DEFAULT_STEPS = 50
 
 
 def default_scheduler() -> DDIMScheduler:
     """Return DDIM with the settings of the released super-resolution networks.
 
-    2000 training timesteps, beta linear from 1e-6 to 1e-2, noise prediction, predicted pictures clipped to [-1, 1]
-    although they live in [0, 1].
+    2000 training timesteps, beta linear from 1e-6 to 1e-2, noise prediction. Predicted images are clipped to [-1, 1]
+    although they have values in [0, 1].
     """
     return DDIMScheduler(num_train_timesteps=2000, beta_start=1e-6, beta_end=1e-2, beta_schedule="linear")
 
 
 class SuperResolutionPipeline(DiffusionPipeline):
-    """Enlarges pictures with a conditional diffusion network.
+    """Upscales images with a conditional diffusion network.
 
-    The picture is enlarged bicubically (MATLAB's filter), padded to the network's size multiple, and given to the
-    network as the condition while the scheduler turns Gaussian noise into the high-resolution picture, which is
-    clamped to [0, 1] and cropped.
+    The image is upscaled bicubically (with MATLAB's filter), padded to the network's size multiple, and given to the
+    network as the condition while the scheduler turns Gaussian noise into the high-resolution image, which is clamped
+    to [0, 1] and cropped.
 
     Args:
         unet: Predicts from ``unet(sample, timestep, condition).sample``, all (B, 3, H, W), as
-            :class:`binarize.models.SRUNet` does. Its ``size_multiple`` (8 where it has none) says what H and W must be
-            a multiple of, its ``config.num_train_timesteps`` how many steps it was trained with.
-        scheduler: Any of diffusers' schedulers with the betas and the prediction type that the network was trained
-            with; by default :func:`default_scheduler`.
-        scale: How many times larger the result is, a whole number of at least 1, saved with the pipeline.
-        residual_scale: For networks that were trained on residuals, (picture - enlarged picture) / residual_scale, the
-            number that they were divided by, saved with the pipeline; None for networks of pictures.
-        residual_strength: What a predicted residual is multiplied by beside that, saved with the pipeline. A network
-            that learned by the L1 loss gives the median of what fits, which has less detail than any picture that
-            does; 1.2 to 1.5 gives some of it back, for a little PSNR.
-        num_inference_steps: Denoising steps of a call that does not say how many, saved with the pipeline; None for
-            the published 50. At most the scheduler's number of training timesteps.
+            :class:`binarize.models.SRUNet` does. H and W are multiples of its ``size_multiple`` (8 if it has none);
+            its ``config.num_train_timesteps`` is the number of timesteps that it was trained with.
+        scheduler: Any of diffusers' schedulers, with the betas and the prediction type of the training; by default
+            :func:`default_scheduler`.
+        scale: The upscaling factor, a whole number of at least 1, saved with the pipeline.
+        residual_scale: For networks that were trained on residuals, (image - upscaled image) / residual_scale, the
+            divisor, saved with the pipeline; None for networks that predict images.
+        residual_strength: A further factor of predicted residuals, saved with the pipeline. A network that was trained
+            with the L1 loss predicts the median of the possible images, which has less detail than each of them; 1.2
+            to 1.5 restores some of it, at a small loss of PSNR.
+        num_inference_steps: Default number of denoising steps, saved with the pipeline; None for the published 50. At
+            most the scheduler's number of training timesteps.
 
     Raises:
-        BinarizeError: If the scale is missing or no whole number of at least 1, if residual_scale or
-            residual_strength is not positive, if the latter is not 1 without the former, if num_inference_steps is out
-            of range, if the scheduler is not of the kind that predicts over discrete timesteps, or if it and the
-            network were made for different numbers of them.
+        BinarizeError: If an argument is out of range, ``residual_strength`` is not 1 without a ``residual_scale``, the
+            scheduler does not predict noise over discrete timesteps, or the network was trained with another number of
+            them.
 
     Example:
         ```python
@@ -87,13 +86,13 @@ class SuperResolutionPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq: str = "unet"
-    # Diffusers takes parameters with a default for settings unless they are listed here.
+    # diffusers treats parameters with a default as settings unless they are listed here.
     _optional_components = ["scheduler"]
     _callback_tensor_inputs = ["latents", "condition"]
 
     unet: ModelMixin
-    _packed_in_memory = _latents_lost = False
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps
+    _packed_in_memory = _latents_lost = False
 
     def __init__(
         self,
@@ -105,16 +104,14 @@ class SuperResolutionPipeline(DiffusionPipeline):
         residual_strength: float = 1.0,
     ) -> None:
         super().__init__()
-        scale = checks.check_scale(scale)
-        checks.check_residual_scale(residual_scale)
-        checks.check_residual_strength(residual_strength, residual_scale)
+        checks.check_scales(scale, residual_scale, residual_strength)
         scheduler = default_scheduler() if scheduler is None else scheduler
         checks.check_scheduler(unet, scheduler)
         if num_inference_steps is not None:
             checks.check_numbers(scheduler, num_inference_steps, batch_size=1, eta=0)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
-            scale=scale,
+            scale=int(scale),  # type: ignore[arg-type]  # checked above
             residual_scale=residual_scale,
             num_inference_steps=num_inference_steps,
             residual_strength=residual_strength,
@@ -124,16 +121,16 @@ class SuperResolutionPipeline(DiffusionPipeline):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike[str], *, pack: bool = True, **kwargs: Any
     ) -> SuperResolutionPipeline:
-        """Load as diffusers does; a binary network then computes with its bits, as `binarize.pack` makes it.
+        """Load as diffusers does, and pack a binary network as `binarize.pack` does.
 
-        That is several times faster on a CPU and needs a tenth of the memory for weights. The latent weights are gone,
-        in memory: saving the pipeline again writes the bits alone. A network that was packed here is unpacked when the
-        pipeline moves to a device for which there are no kernels, which CPUs and CUDA have.
+        A packed network is several times faster on a CPU and needs a tenth of the memory for weights, but its latent
+        weights are gone: saving the pipeline again writes the bits alone. A network that was packed here is unpacked
+        when the pipeline moves to a device without kernels (there are kernels for CPUs and CUDA).
 
         Args:
             pretrained_model_name_or_path: A folder, or a repository on the Hugging Face hub.
             pack: False keeps the latent weights, to train, inspect or revert the network, and computes with floats. A
-                network that was saved packed stays so.
+                network that was saved packed stays packed.
             **kwargs: As in diffusers; a ``unet`` among them is used as it is.
         """
         pipe: SuperResolutionPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -157,37 +154,37 @@ class SuperResolutionPipeline(DiffusionPipeline):
         """Save as diffusers does."""
         if self._packed_in_memory or self._latents_lost:
             _log.warning(
-                "The network was packed while it was loaded, so %s gets the signs of its weights alone, from which "
-                "training cannot go on. To copy the latent weights, load with pack=False.",
+                "The network was packed when it was loaded, so %s contains only the signs of its weights and cannot be "
+                "trained further. To copy the latent weights, load with pack=False.",
                 save_directory,
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def scale(self) -> int:
-        """How many times larger the result is."""
+        """The upscaling factor."""
         return self.config["scale"]
 
     @property
     def residual_scale(self) -> float | None:
-        """What residuals were divided by, or None where the network diffuses pictures."""
+        """The divisor of residuals in training, or None if the network predicts images."""
         return self.config["residual_scale"]
 
     @property
     def residual_factor(self) -> float | None:
-        """What a prediction is multiplied by in a picture, residual_scale * residual_strength, or None."""
+        """residual_scale * residual_strength, the factor of predicted residuals, or None."""
         scale = self.residual_scale
         return None if scale is None else scale * self.config["residual_strength"]
 
     @property
     def num_inference_steps(self) -> int:
-        """Denoising steps of a call that does not say how many."""
+        """Default number of denoising steps."""
         saved = self.config["num_inference_steps"]
         return _DEFAULT_STEPS if saved is None else saved
 
     @property
     def size_multiple(self) -> int:
-        """What the network's sizes must be a multiple of; pictures are padded to it."""
+        """The network's height and width must be multiples of this; images are padded."""
         return getattr(self.unet, "size_multiple", _DEFAULT_MULTIPLE)
 
     @torch.no_grad()
@@ -206,57 +203,55 @@ class SuperResolutionPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Enlarge one picture or many.
+        """Upscale one or several images.
 
-        A list gives exactly what its pictures give one after another. With one generator, the noise of a picture
-        depends on the sizes of those before it, as it does in successive calls; with a list of generators, on its own
-        generator alone. (A scheduler that adds noise at each step draws it for ``batch_size`` pictures together.)
+        A list gives exactly the results of its images one after another. With a single generator, the noise of an
+        image depends on the sizes of the images before it, as in successive calls; with a list of generators it depends
+        on its own generator alone. (Schedulers that add noise at each step draw it for ``batch_size`` images together.)
 
         Args:
-            image: PIL image (any mode; orientation, palette, inks and depth are resolved),
+            image: PIL image (of any mode; orientation, palette, inks and depth are resolved),
                 `binarize.imaging.DecodedImage`, numpy array (H, W) or (H, W, 1 to 4), tensor (1 to 4, H, W), a batch
-                of either with a leading axis, or a list of these in which sizes may differ. Floating point in [0, 1],
-                or uint8 or uint16; two or four channels end in alpha, which is enlarged bicubically.
+                of either with a leading axis, or a list of these, whose sizes may differ. Floating point in [0, 1],
+                uint8 or uint16. The last of two or four channels is alpha, which is upscaled bicubically.
             num_inference_steps: Denoising steps, from 1 to the scheduler's number of training timesteps; by default
-                the number that the pipeline was saved with, or 50.
-            generator: One generator, or one for each picture.
-            latents: Unit Gaussian noise to start from instead of drawing it, of the size of the results:
-                (B, 3, H * scale, W * scale), or a list of (3, H * scale, W * scale) where sizes differ. It is scaled
-                by the scheduler's ``init_noise_sigma``. Padding is filled with fixed noise in any case.
-            tile: Side in output pixels of the square tiles in which the network sees the picture, cut down to a
-                multiple of the network's size multiple. ``None``, or a tile no smaller than the result, gives the
-                whole picture to the network at once.
-            overlap: Output pixels that neighbouring tiles share at least; by default 32, or a quarter of the tile
-                where that is less.
-            batch_size: How many pictures of the same size, or tiles of a picture, go through the network together.
-                1 needs the least memory and makes a result independent of its neighbours to the last bit.
-            eta: DDIM's eta, from 0 (deterministic) to 1; for schedulers that take it.
-            output_type: "pil" (the source's kind: greyscale, 16-bit and transparency are kept), "np" (float32
-                (B, H, W, C)) or "pt" ((B, C, H, W)); C is 3, or 4 with transparency. Where the shapes differ, the last
-                two are lists.
-            return_dict: False for a plain tuple.
-            callback_on_step_end: Called as ``callback(pipe, step, timestep, tensors)`` after each step of each
-                picture; ``{"latents": ...}`` in the dictionary that it returns replaces x_t.
-            callback_on_step_end_tensor_inputs: What ``tensors`` holds: "latents" (x_t on the padded canvas, of scaled
-                residuals where the network was trained on them) and "condition".
+                the number that was saved with the pipeline, or 50.
+            generator: One generator, or one per image.
+            latents: Unit Gaussian noise to start from, of the size of the results: (B, 3, H * scale, W * scale), or a
+                list of (3, H * scale, W * scale) if sizes differ. It is scaled by the scheduler's
+                ``init_noise_sigma``. Padding is always filled with fixed noise.
+            tile: Side in output pixels of square tiles, rounded down to a multiple of the network's size multiple. With
+                ``None``, or a tile no smaller than the result, the network gets the whole image at once.
+            overlap: Least number of output pixels that neighboring tiles share; by default 32, or a quarter of the tile
+                if that is less.
+            batch_size: Number of images of the same size, or of tiles of an image, per call of the network. 1 needs
+                the least memory and makes each result bit for bit independent of the others.
+            eta: DDIM's eta, from 0 (deterministic) to 1, for schedulers that have it.
+            output_type: "pil" (grayscale, 16-bit and transparency as in the source), "np" (float32 (B, H, W, C)) or
+                "pt" ((B, C, H, W)); C is 3, or 4 with transparency. "np" and "pt" give lists if shapes differ.
+            return_dict: False returns a plain tuple.
+            callback_on_step_end: Called as ``callback(pipe, step, timestep, tensors)`` after each step of each image;
+                a dictionary ``{"latents": ...}`` that it returns replaces x_t.
+            callback_on_step_end_tensor_inputs: Keys of ``tensors``: "latents" (x_t on the padded canvas; scaled
+                residuals if the network predicts residuals) and "condition".
 
         Returns:
-            ``ImagePipelineOutput`` with ``.images``, or a tuple of that alone.
+            ``ImagePipelineOutput`` with ``.images``, or a tuple with the images.
 
         Raises:
-            BinarizeError: If an argument is none of the above, or if the scheduler was replaced by one that does not
-                fit the network.
+            BinarizeError: If an argument is not valid, or the scheduler was replaced by one that does not fit the
+                network.
         """
         sources = as_images(image)
         num_inference_steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         checks.check_scheduler(self.unet, self.scheduler)
         checks.check_numbers(self.scheduler, num_inference_steps, batch_size, eta)
         checks.check_output_type(output_type)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        generators = checks.one_each(generator, sources)
-        noises = checks.split_latents(latents, sources, self.scale)
+        generators = checks.generator_per_image(generator, sources)
+        noises = checks.latents_per_image(latents, sources, self.scale)
         chunks = _chunks(sources, 1 if tile is not None else batch_size)
         grids = [
             tile_grid(*(self.scale * side for side in size), tile=tile, overlap=overlap, multiple=self.size_multiple)
@@ -267,8 +262,11 @@ class SuperResolutionPipeline(DiffusionPipeline):
         results: list[Any] = []
         with _evaluating(self.unet), self.progress_bar(total=len(chunks) * len(self.scheduler.timesteps)) as bar:
             for chunk, grid in zip(chunks, grids, strict=True):
-                own = [generators[i] for i in chunk]
-                options = {"eta": eta, "generator": own if isinstance(generator, (list, tuple)) else generator}
+                chunk_generators = [generators[i] for i in chunk]
+                options = {
+                    "eta": eta,
+                    "generator": chunk_generators if isinstance(generator, list | tuple) else generator,
+                }
                 condition = self._condition([sources[i] for i in chunk])
                 samples = self._sample(
                     noise=torch.cat([self._noise(noises[i], generators[i], condition) for i in chunk]),
@@ -282,9 +280,9 @@ class SuperResolutionPipeline(DiffusionPipeline):
                     advance=bar.update,
                 )
                 for i, rgb in zip(chunk, samples, strict=True):
-                    results.append(finish(sources[i], rgb, self._alpha(sources[i], rgb), output_type))
+                    results.append(to_output(sources[i], rgb, self._alpha(sources[i], rgb), output_type))
         self.maybe_free_model_hooks()
-        images = collect(results, output_type)
+        images = to_batch(results, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _sample(
@@ -299,10 +297,10 @@ class SuperResolutionPipeline(DiffusionPipeline):
         callback_inputs: Sequence[str],
         advance: Callable[[], Any],
     ) -> Tensor:
-        """Denoise pictures of one size; (B, 3, H, W) noise and condition in, (B, 3, H, W) in [0, 1] out."""
+        """Denoise images of one size: noise and condition (B, 3, H, W) to images (B, 3, H, W) in [0, 1]."""
         height, width = condition.shape[-2:]
         condition = pad_image(condition, *grid.shape)
-        # The scheduler remembers the last predictions and its place, so each sample starts it anew.
+        # The scheduler keeps its position and the last predictions, so each sample starts it anew.
         self.scheduler.set_timesteps(num_inference_steps, device=condition.device)
         x = pad_noise(noise, *grid.shape) * self.scheduler.init_noise_sigma
         for step, timestep in enumerate(self.scheduler.timesteps):
@@ -318,14 +316,14 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
     def _predict(self, timestep: Tensor, sample: Tensor, condition: Tensor) -> Tensor:
         dtype = self.unet.dtype
-        # x_t stays in the precision of the sums over steps and tiles, whatever the network computes in.
+        # x_t keeps the precision of the sums over steps and tiles, whatever the network's dtype.
         return self.unet(sample.to(dtype), timestep, condition.to(dtype)).sample.to(sample.dtype)
 
-    def _working(self, tensor: Tensor) -> Tensor:
+    def _to_compute(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
 
     def _condition(self, sources: list[DecodedImage]) -> Tensor:
-        return upscale_bicubic(torch.stack([self._working(source.rgb) for source in sources]), self.scale)
+        return upscale_bicubic(torch.stack([self._to_compute(source.rgb) for source in sources]), self.scale)
 
     def _alpha(self, source: DecodedImage, rgb: Tensor) -> Tensor | None:
         return None if source.alpha is None else upscale_bicubic(source.alpha.to(rgb), self.scale)
@@ -338,7 +336,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
 
 def _chunks(sources: list[DecodedImage], batch_size: int) -> list[list[int]]:
-    """Split the pictures' indices, in order, into runs of one size and at most ``batch_size`` pictures."""
+    """Group the images' indices, in order, into chunks of one size and at most ``batch_size`` images."""
     chunks: list[list[int]] = []
     for _, run in groupby(range(len(sources)), key=lambda i: sources[i].rgb.shape):
         same = list(run)
@@ -348,7 +346,7 @@ def _chunks(sources: list[DecodedImage], batch_size: int) -> list[list[int]]:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Set a module and all in it to evaluation, and each of them back to what it was."""
+    """Put a module into evaluation mode, and each of its submodules back into its previous mode afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Overlapping tiles whose predictions are blended, so that a network's memory follows the tile, not the picture."""
+"""Overlapping tiles whose predictions are blended, so that memory depends on the tile's size, not the image's."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from binarize.errors import BinarizeError
+from binarize.models.checks import is_whole
 
-#: Overlap in pixels when none is asked for, unless a quarter of the tile is less.
 DEFAULT_OVERLAP = 32
+"""Default overlap in pixels, unless a quarter of the tile is less."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One tile's place along one axis.
+    """The position of one tile along one axis.
 
     Attributes:
         start: First pixel of the tile, a multiple of the network's size multiple.
-        weights: (length,) float64, the share that this tile has in each of its pixels.
+        weights: (length,) float64, the blending weight of this tile at each of its pixels.
     """
 
     start: int
@@ -37,11 +37,11 @@ class Span:
 
 @dataclass(frozen=True)
 class TileGrid:
-    """The tiles of one canvas; all of them have the same size.
+    """The tiles of a padded image; all of them have the same size.
 
     Attributes:
-        rows: The tiles' places from top to bottom.
-        columns: The tiles' places from left to right.
+        rows: The tiles' positions from top to bottom.
+        columns: The tiles' positions from left to right.
     """
 
     rows: tuple[Span, ...]
@@ -49,38 +49,37 @@ class TileGrid:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of the canvas that the tiles cover."""
+        """Height and width of the area that the tiles cover."""
         return self.rows[-1].pixels.stop, self.columns[-1].pixels.stop
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
 
-    def blend(self, predict: Callable[..., Tensor], *pictures: Tensor, batch_size: int = 1) -> Tensor:
-        """Run ``predict`` tile by tile and return the weighted sum of what it gives.
+    def blend(self, predict: Callable[..., Tensor], *images: Tensor, batch_size: int = 1) -> Tensor:
+        """Run ``predict`` on each tile and return the weighted sum of the results.
 
         Args:
-            predict: Takes as many tensors as there are ``pictures``, cut to the same tiles and stacked along the batch
+            predict: Takes one tensor per element of ``images``, cut to the same tiles and stacked along the batch
                 axis, and returns a tensor of the same batch size, height and width.
-            pictures: (B, C, H, W) each, with H and W of the canvas that the grid was made for.
-            batch_size: Number of tiles that go through ``predict`` together.
+            images: (B, C, H, W) each, with the height and width of `shape`.
+            batch_size: Number of tiles per call of ``predict``.
 
         Returns:
-            (B, C', H, W). With a single tile this is ``predict(*pictures)`` itself, bit for bit.
+            (B, C', H, W). With a single tile this is ``predict(*images)`` itself, bit for bit.
         """
         if len(self) == 1:
-            return predict(*pictures)
-        batch, _, height, width = pictures[0].shape
+            return predict(*images)
+        batch, _, height, width = images[0].shape
         tiles = list(product(self.rows, self.columns))
         out: Tensor | None = None
         for first in range(0, len(tiles), batch_size):
             group = tiles[first : first + batch_size]
-            cuts = (torch.cat([p[..., row.pixels, column.pixels] for row, column in group]) for p in pictures)
+            cuts = (torch.cat([image[..., row.pixels, column.pixels] for row, column in group]) for image in images)
             prediction = predict(*cuts)
             if out is None:
                 out = prediction.new_zeros((batch, prediction.shape[1], height, width))
             for (row, column), piece in zip(group, prediction.split(batch), strict=True):
-                share = torch.outer(row.weights, column.weights).to(piece)
-                out[..., row.pixels, column.pixels] += piece * share
+                out[..., row.pixels, column.pixels] += piece * torch.outer(row.weights, column.weights).to(piece)
         assert out is not None  # a grid has at least one tile
         return out
 
@@ -88,20 +87,20 @@ class TileGrid:
 def tile_grid(
     height: int, width: int, *, tile: int | None = None, overlap: int | None = None, multiple: int = 1
 ) -> TileGrid:
-    """Lay tiles over a picture of ``height`` x ``width`` pixels, padded to a multiple of ``multiple``.
+    """Return tiles for an image of ``height`` x ``width`` pixels, padded to a multiple of ``multiple``.
 
-    An axis that is no longer than ``tile`` gets one tile of its whole padded length. Otherwise tiles have the largest
-    multiple of ``multiple`` that ``tile`` allows (``multiple`` itself where it allows none), start at multiples of it,
-    and are spread evenly, so that neighbours share at least ``overlap`` pixels, or as many as fit where less than
-    ``multiple`` new pixels would be left.
+    An axis that is no longer than ``tile`` gets one tile of its whole padded length. Otherwise a tile's side is the
+    largest multiple of ``multiple`` up to ``tile`` (at least ``multiple``). Tiles start at multiples of ``multiple``
+    and are spread evenly, so that neighbors share at least ``overlap`` pixels, or as many as leave ``multiple`` new
+    pixels per tile.
 
     Args:
-        height: Height of the picture in pixels, before padding.
-        width: Width of the picture in pixels, before padding.
-        tile: Side of a tile in pixels; ``None`` for one tile over the whole picture.
-        overlap: Least number of pixels that neighbouring tiles share. By default 32, or a quarter of the tile where
-            that is less.
-        multiple: What sizes and starts must be multiples of.
+        height: Height of the image in pixels, before padding.
+        width: Width of the image in pixels, before padding.
+        tile: Side of a tile in pixels; ``None`` for one tile over the whole image.
+        overlap: Least number of pixels that neighboring tiles share; by default 32, or a quarter of the tile if that is
+            less.
+        multiple: Divisor of sizes and starts.
 
     Raises:
         BinarizeError: If ``tile`` is no whole number of at least 1, or ``overlap`` is no whole number from 0 to
@@ -111,13 +110,13 @@ def tile_grid(
         if overlap is not None:
             raise BinarizeError(f"overlap={overlap} has no meaning without tiles; pass tile=SIDE as well, or drop it.")
         return TileGrid(_cover(height, height, 0, multiple), _cover(width, width, 0, multiple))
-    if not _whole(tile) or tile < 1:
+    if not is_whole(tile):
         raise BinarizeError(
             f"tile={tile!r}: the side of a tile is a whole number of output pixels, at least 1; pass None for no tiles."
         )
     if overlap is None:
         overlap = min(DEFAULT_OVERLAP, tile // 4)
-    if not _whole(overlap) or not 0 <= overlap < tile:
+    if not is_whole(overlap, least=0) or overlap >= tile:
         raise BinarizeError(
             f"overlap={overlap!r} with tile={tile}: the overlap is a whole number of output pixels from 0 to tile - 1 "
             f"({tile - 1} here); a quarter of the tile is plenty."
@@ -125,46 +124,41 @@ def tile_grid(
     return TileGrid(_cover(height, tile, overlap, multiple), _cover(width, tile, overlap, multiple))
 
 
-def _whole(number: object) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool)
-
-
 def _cover(length: int, tile: int, overlap: int, multiple: int) -> tuple[Span, ...]:
-    """Place tiles along one axis; everything is counted in cells of ``multiple`` pixels to keep starts aligned."""
-    cells = math.ceil(length / multiple)
+    """Place tiles along one axis, in units of ``multiple`` pixels, which keeps starts aligned."""
+    units = math.ceil(length / multiple)
     if tile >= length:
-        return (Span(0, torch.ones(cells * multiple, dtype=torch.float64)),)
+        return (Span(0, torch.ones(units * multiple, dtype=torch.float64)),)
     size = max(1, tile // multiple)
     stride = max(1, (size * multiple - overlap) // multiple)
-    steps = math.ceil((cells - size) / stride)
-    starts = [i * (cells - size) // steps * multiple if steps else 0 for i in range(steps + 1)]
+    steps = math.ceil((units - size) / stride)
+    starts = [i * (units - size) // steps * multiple if steps else 0 for i in range(steps + 1)]
     return _weighted(starts, size * multiple)
 
 
 def _weighted(starts: Sequence[int], size: int) -> tuple[Span, ...]:
     """Give each tile its window, divided by the sum of all windows at a pixel: a partition of unity."""
-    stop = starts[-1] + size
     windows = []
     for start, before, after in zip(starts, [None, *starts], [*starts[1:], None], strict=False):
         shared_before = 0 if before is None else before + size - start
         shared_after = 0 if after is None else start + size - after
         windows.append(_window(size, shared_before, shared_after))
-    total = torch.zeros(stop, dtype=torch.float64)
+    total = torch.zeros(starts[-1] + size, dtype=torch.float64)
     for start, window in zip(starts, windows, strict=True):
         total[start : start + size] += window
     return tuple(Span(s, w / total[s : s + size]) for s, w in zip(starts, windows, strict=True))
 
 
 def _window(size: int, before: int, after: int) -> Tensor:
-    """Return weights that rise over the ``before`` pixels shared with one neighbour and fall over the ``after`` ones.
+    """Return weights that rise over the ``before`` pixels shared with one neighbor and fall over the ``after`` ones.
 
-    The outer quarter of an overlap has no weight: a network sees no picture beyond its tile, so what it predicts there
-    is the least trustworthy, and its neighbour sees that quarter well inside. sin^2 over the middle half makes the two
-    neighbours' weights add up to one.
+    The outer quarter of an overlap has weight zero: there, the prediction is least reliable because the network sees
+    nothing beyond its tile, and the neighboring tile contains that quarter well inside. sin^2 over the middle half
+    makes the weights of two neighbors add up to one.
     """
-    centre = torch.arange(size, dtype=torch.float64) + 0.5
+    center = torch.arange(size, dtype=torch.float64) + 0.5
     window = torch.ones(size, dtype=torch.float64)
-    for shared, depth in ((before, centre), (after, size - centre)):
+    for shared, depth in ((before, center), (after, size - center)):
         if shared:
             ramp = (2 * depth / shared - 0.5).clamp(0, 1)
             window = window * torch.sin(ramp * (math.pi / 2)).square()

@@ -6,6 +6,7 @@ ablations. The network consists of plain nn.Conv2d; `binarize.convert` makes it 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,12 +18,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from binarize.conversion.apply import apply_conversion, check_saveable, write_packed_folder
 from binarize.conversion.packing import is_packed
 from binarize.errors import BinarizeError
 from binarize.layers.fused import norm_silu
 from binarize.models.blocks import DecoderLevel, EncoderLevel, ResBlock, SinusoidalTime, fine_detail
 from binarize.models.unet_config import DOWN, FUSIONS, UP, check_config, check_detail
-from binarize.packed.files import find_packed, read_config, read_packed
+from binarize.modules import align_tensors
+from binarize.packed.files import WEIGHTS, find_packed, read_config, read_packed
 
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -129,8 +132,6 @@ class SRUNet(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
         if conversion is not None:
-            from binarize.serialization import apply_conversion
-
             apply_conversion(self, conversion)
 
     @property
@@ -243,6 +244,7 @@ class SRUNet(ModelMixin, ConfigMixin):
                 f"{pretrained_model_name_or_path}: weights and config.json do not belong together: "
                 f"{', '.join(wrong)}, such as {first}."
             )
+        align_tensors(model)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -284,12 +286,11 @@ class SRUNet(ModelMixin, ConfigMixin):
         Raises:
             BinarizeError: If the conversion uses a part that cannot be named in a file.
         """
-        from binarize.serialization import check_saveable, save
-
         check_saveable(self)
         if is_packed(self):
             if is_main_process:
-                save(self, save_directory)
+                text = self.to_json_string()
+                write_packed_folder(self, Path(save_directory), WEIGHTS, text, json.loads(text))
             return
         super().save_pretrained(
             save_directory,

@@ -115,7 +115,7 @@ def build_model(recipe: Recipe, network: SRUNet | None = None) -> SRUNet:
 def remove_stages(recipe: Recipe, model: SRUNet) -> SRUNet:
     """Return a network whose stages are over as its method's network without stages, with the same tensors."""
     plain = _network_without_stages(recipe)
-    plain.load_state_dict(undelayed(model), assign=True)
+    plain.load_state_dict(undelayed(model, plain), assign=True)
     return plain.train(model.training)
 
 

@@ -1,15 +1,18 @@
-"""Tiny networks of every family that `binarize.convert` serves, and what the tests need to know of each."""
+"""Tiny networks of every family that `binarize.convert` supports, and helpers of their tests."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
-import torch.nn.functional as F
+from foreign_networks import ADMUNet, SR3UNet
 from torch import Tensor, nn
+
+import binarize
+from binarize.layers import BinaryConv2d, BinaryLinear
 
 SIZE = 16
 
@@ -20,12 +23,12 @@ class ZooHost:
 
     Attributes:
         build: Returns the network.
-        inputs: Returns positional and keyword arguments of its forward for a batch.
-        timed: Whether its forward takes a timestep.
-        kept: Convolutions that stay full precision by default, attention's aside.
-        options: What `convert` is given beside the method.
-        form: What the structure pass gives it: "published", "contract", or None where it has no such pass.
-        library: What must be importable.
+        inputs: Returns positional and keyword arguments of its forward for a batch size.
+        timed: True if its forward takes a timestep.
+        kept: Convolutions that stay full precision by default, besides those of attention.
+        options: Further arguments of `convert`.
+        form: The form that the structure pass gives it: "published", "contract", or None if it cannot be rewired.
+        library: The library that must be installed.
     """
 
     build: Callable[[], nn.Module]
@@ -41,24 +44,24 @@ def _timesteps(batch: int) -> Tensor:
     return torch.linspace(3, 990, batch).long()
 
 
-def _picture(batch: int, channels: int = 3, size: int = SIZE) -> Tensor:
+def _image(batch: int, channels: int = 3, size: int = SIZE) -> Tensor:
     return torch.randn(batch, channels, size, size)
 
 
 def _timed(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_picture(batch), _timesteps(batch)), {}
+    return (_image(batch), _timesteps(batch)), {}
 
 
 def _labelled(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_picture(batch), _timesteps(batch)), {"y": torch.arange(batch) % 3}
+    return (_image(batch), _timesteps(batch)), {"y": torch.arange(batch) % 3}
 
 
 def _conditioned(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_picture(batch, 4), _timesteps(batch)), {"encoder_hidden_states": torch.randn(batch, 5, 8)}
+    return (_image(batch, 4), _timesteps(batch)), {"encoder_hidden_states": torch.randn(batch, 5, 8)}
 
 
 def _classified(size: int) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]:
-    return lambda batch: ((_picture(batch, size=size),), {})
+    return lambda batch: ((_image(batch, size=size),), {})
 
 
 def unet2d(widths: tuple[int, ...], attention: tuple[int, ...] = (), **options: Any) -> nn.Module:
@@ -97,229 +100,8 @@ def unet2d_condition(widths: tuple[int, ...] = (8, 16), **options: Any) -> nn.Mo
     return UNet2DConditionModel(**{**settings, **options})
 
 
-def sinusoid(timesteps: Tensor, width: int) -> Tensor:
-    """Return ``(B, width)`` sines and cosines of the timesteps ``(B,)``."""
-    rates = torch.exp(-math.log(10000) * torch.arange(width // 2, device=timesteps.device) / (width // 2))
-    angles = timesteps.float().reshape(-1, 1) * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def zeroed(layer: nn.Module) -> nn.Module:
-    """Set a layer's parameters to zero, as guided-diffusion does with the last layer of a branch."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
-
-
-class TimestepEmbedSequential(nn.Sequential):
-    """Passes the time embedding to the children that take it."""
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        for layer in self:
-            x = layer(x, emb) if isinstance(layer, ADMResBlock) else layer(x)
-        return x
-
-
-class ADMResBlock(nn.Module):
-    """guided-diffusion's residual block: scale-shift norm, zero-initialised last convolution, resampling inside."""
-
-    def __init__(self, channels: int, out: int, emb: int, up: bool = False, down: bool = False) -> None:
-        super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(4, channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * out))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(4, out), nn.SiLU(), nn.Dropout(0.0), zeroed(nn.Conv2d(out, out, 3, padding=1))
-        )
-        self.skip_connection = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
-        self.resample: nn.Module = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2) if down else nn.Identity()
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers[2](self.resample(self.in_layers[:2](x)))
-        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
-        h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
-        out: Tensor = self.skip_connection(self.resample(x)) + h
-        return out
-
-
-class AttentionBlock(nn.Module):
-    """guided-diffusion's self-attention: 1-D convolutions of kernel size 1 over the flattened picture."""
-
-    def __init__(self, channels: int, heads: int = 2) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.GroupNorm(4, channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, *spatial = x.shape
-        flat = x.reshape(batch, channels, -1)
-        q, k, v = self.qkv(self.norm(flat)).reshape(batch * self.heads, -1, flat.shape[2]).chunk(3, dim=1)
-        weight = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(q.shape[1]), dim=-1)
-        h = (v @ weight.transpose(1, 2)).reshape(batch, channels, -1)
-        out: Tensor = (flat + self.proj_out(h)).reshape(batch, channels, *spatial)
-        return out
-
-
-class ADMUNet(nn.Module):
-    """A U-Net in guided-diffusion's style: its module names, argument names and conventions."""
-
-    def __init__(self, width: int = 8, classes: int = 3) -> None:
-        super().__init__()
-        emb, wide = 4 * width, 2 * width
-        self.width = width
-        self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.label_emb = nn.Embedding(classes, emb)
-        self.input_blocks = nn.ModuleList(
-            [
-                TimestepEmbedSequential(nn.Conv2d(3, width, 3, padding=1)),
-                TimestepEmbedSequential(ADMResBlock(width, width, emb)),
-                TimestepEmbedSequential(ADMResBlock(width, width, emb, down=True)),
-                TimestepEmbedSequential(ADMResBlock(width, wide, emb), AttentionBlock(wide)),
-            ]
-        )
-        self.middle_block = TimestepEmbedSequential(
-            ADMResBlock(wide, wide, emb), AttentionBlock(wide), ADMResBlock(wide, wide, emb)
-        )
-        self.output_blocks = nn.ModuleList(
-            [
-                TimestepEmbedSequential(ADMResBlock(2 * wide, wide, emb), AttentionBlock(wide)),
-                TimestepEmbedSequential(ADMResBlock(wide + width, wide, emb), ADMResBlock(wide, wide, emb, up=True)),
-                TimestepEmbedSequential(ADMResBlock(wide + width, width, emb)),
-                TimestepEmbedSequential(ADMResBlock(width + width, width, emb)),
-            ]
-        )
-        self.out = nn.Sequential(nn.GroupNorm(4, width), nn.SiLU(), zeroed(nn.Conv2d(width, 3, 3, padding=1)))
-
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        emb = self.time_embed(sinusoid(timesteps, self.width).to(x.dtype))
-        if y is not None:
-            emb = emb + self.label_emb(y)
-        skips = []
-        for block in self.input_blocks:
-            x = block(x, emb)
-            skips.append(x)
-        x = self.middle_block(x, emb)
-        for block in self.output_blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1), emb)
-        out: Tensor = self.out(x)
-        return out
-
-
-class Block(nn.Module):
-    """SR3's block: GroupNorm, Swish, dropout, convolution."""
-
-    def __init__(self, channels: int, out: int) -> None:
-        super().__init__()
-        self.block = nn.Sequential(
-            nn.GroupNorm(4, channels), nn.SiLU(), nn.Identity(), nn.Conv2d(channels, out, 3, padding=1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.block(x)
-        return out
-
-
-class ResnetBlocWithAttn(nn.Module):
-    """SR3's residual block with a linear layer for the noise level, and maybe self-attention."""
-
-    def __init__(self, channels: int, out: int, level: int, attention: bool = False) -> None:
-        super().__init__()
-        self.noise_func = nn.Linear(level, out)
-        self.block1, self.block2 = Block(channels, out), Block(out, out)
-        self.res_conv = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
-        self.attn = SelfAttention(out) if attention else nn.Identity()
-
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        h = self.block1(x) + self.noise_func(level)[:, :, None, None]
-        out: Tensor = self.attn(self.block2(h) + self.res_conv(x))
-        return out
-
-
-class SelfAttention(nn.Module):
-    """SR3's self-attention: 1x1 convolutions."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(4, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
-        self.out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
-        out: Tensor = x + self.out(y.transpose(1, 2).reshape(x.shape))
-        return out
-
-
-class Upsample(nn.Module):
-    """SR3's upsampling: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return out
-
-
-class Downsample(nn.Module):
-    """SR3's downsampling: a stride-2 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
-        return out
-
-
-class SR3UNet(nn.Module):
-    """A U-Net in SR3's style: its module names and conventions."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        wide = 2 * width
-        self.width = width
-        self.noise_level_mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-        self.downs = nn.ModuleList(
-            [
-                nn.Conv2d(3, width, 3, padding=1),
-                ResnetBlocWithAttn(width, width, width),
-                Downsample(width),
-                ResnetBlocWithAttn(width, wide, width, attention=True),
-            ]
-        )
-        self.mid = nn.ModuleList([ResnetBlocWithAttn(wide, wide, width, attention=True)])
-        self.ups = nn.ModuleList(
-            [
-                ResnetBlocWithAttn(2 * wide, wide, width, attention=True),
-                ResnetBlocWithAttn(wide + width, wide, width),
-                Upsample(wide),
-                ResnetBlocWithAttn(wide + width, width, width),
-                ResnetBlocWithAttn(2 * width, width, width),
-            ]
-        )
-        self.final_conv = Block(width, 3)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        level = self.noise_level_mlp(sinusoid(time, self.width).to(x.dtype))
-        skips = []
-        for layer in self.downs:
-            x = layer(x, level) if isinstance(layer, ResnetBlocWithAttn) else layer(x)
-            skips.append(x)
-        for layer in self.mid:
-            x = layer(x, level)
-        for layer in self.ups:
-            x = layer(torch.cat([x, skips.pop()], 1), level) if isinstance(layer, ResnetBlocWithAttn) else layer(x)
-        out: Tensor = self.final_conv(x)
-        return out
-
-
 def srunet() -> nn.Module:
-    """Return our own U-Net in SR3's structure."""
+    """Return SRUNet in SR3's structure."""
     from binarize.models import SRUNet
 
     options: dict[str, Any] = {"base_channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
@@ -354,9 +136,7 @@ def vit() -> nn.Module:
 
 
 HOSTS: dict[str, ZooHost] = {
-    "srunet": ZooHost(
-        srunet, lambda batch: ((_picture(batch), _timesteps(batch), _picture(batch)), {}), form="published"
-    ),
+    "srunet": ZooHost(srunet, lambda batch: ((_image(batch), _timesteps(batch), _image(batch)), {}), form="published"),
     "ddpm_cifar": ZooHost(lambda: unet2d((8, 16, 16), (1,)), _timed, form="contract"),
     "unet2d_attention": ZooHost(lambda: unet2d((8, 16), (0, 1)), _timed, form="published"),
     "unet2d_odd_widths": ZooHost(lambda: unet2d((8, 20)), _timed, form="contract"),
@@ -365,7 +145,7 @@ HOSTS: dict[str, ZooHost] = {
     ),
     "stable_diffusion": ZooHost(unet2d_condition, _conditioned, form="published", options={"linear": True}),
     "adm": ZooHost(ADMUNet, _labelled, kept=("input_blocks.0.0", "out.2")),
-    "sr3": ZooHost(SR3UNet, _timed, kept=("downs.0", "final_conv.block.3")),
+    "sr3": ZooHost(SR3UNet, _timed, kept=("downs.0", "final_conv")),
     "resnet18": ZooHost(resnet18, _classified(32), timed=False, kept=("conv1",), library="torchvision"),
     "convnext": ZooHost(convnext, _classified(32), timed=False, kept=("stem.0",), library="timm"),
     "vit": ZooHost(
@@ -379,3 +159,57 @@ def output_of(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) 
     out = model(*inputs[0], **inputs[1])
     result: Tensor = out if isinstance(out, Tensor) else out.sample
     return result
+
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def built(name: str) -> tuple[ZooHost, nn.Module]:
+    """Return a host of the zoo and a new network, or skip the test if its library is not installed."""
+    host = HOSTS[name]
+    pytest.importorskip(host.library)
+    return host, host.build()
+
+
+def method_for(name: str, host: ZooHost) -> str | Mapping[str, Any]:
+    """Return the method, with a single timestep group for hosts without timesteps."""
+    if host.timed or not binarize.get_method(name).needs_timestep:
+        return name
+    return {"name": name, "groups": 1}
+
+
+def recorded(model: nn.Module, inputs: Inputs) -> tuple[dict[str, tuple[int, ...]], Tensor]:
+    """Run a host and return the shape of every module's output by name ("" for the model's own), and its output."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+            if isinstance(out, Tensor):
+                shapes[name] = tuple(out.shape)
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
+    out = output_of(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return shapes, out
+
+
+def shapes_of(model: nn.Module, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    with torch.no_grad():
+        return recorded(model, inputs)[0]
+
+
+def is_block(module: nn.Module) -> bool:
+    return any(module.children()) and not isinstance(module, BinaryConv2d | BinaryLinear)
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return everything that a failed conversion must not change."""
+    modules = {name: (id(m), m.training) for name, m in model.named_modules(remove_duplicate=False)}
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    parameters = {name: (id(p), p._version) for name, p in model.named_parameters(remove_duplicate=False)}
+    config = dict(model.config) if hasattr(model, "config") else None  # type: ignore[arg-type]
+    return modules, hooks, parameters, list(model.state_dict()), config, sorted(vars(model))

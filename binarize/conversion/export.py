@@ -1,22 +1,18 @@
-"""What comes out of a converted model: its bits, its optimiser groups, or the plain network again."""
+"""Read the binary layers of a model: their weights as bits or codes, and parameter groups for an optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from binarize.conversion.convert import RECORD, conversion
 from binarize.errors import BinarizeError
 from binarize.kernels.product import BinaryWeight
 from binarize.layers import BinaryConv2d, BinaryLinear
 from binarize.packed.layers import PackedConv2d, PackedLinear
-from binarize.timestep import detach_contexts
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -24,12 +20,12 @@ class BinaryLayerState:
     """The weights of one binary layer, ``sum_k scales[k] * codes[k]``.
 
     Attributes:
-        codes: ``(n, *shape)`` int8 in {-1, +1} (0 where a latent weight is exactly 0 and sign(0) is 0), or None if bits
-            were asked for.
-        bits: ``(n, ceil(weights / 8))`` uint8, dense, most significant bit first, 1 for +1; or None.
+        codes: ``(n, *shape)`` int8 in {-1, +1} (0 where a latent weight is exactly 0 and sign(0) is 0), or None with
+            ``packed=True``.
+        bits: ``(n, ceil(weights / 8))`` uint8, most significant bit first, 1 for +1; or None without.
         scales: ``(n, C_out)`` in the model's dtype.
         shape: Shape of the weight tensor.
-        zeros: How many latent weights have sign 0; their bit is 1.
+        zeros: Number of latent weights with sign 0; their bit is 1.
     """
 
     codes: Tensor | None
@@ -40,44 +36,43 @@ class BinaryLayerState:
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryConv2d | BinaryLinear]]:
-    """Yield the binary layers of a model with their names, each once."""
+    """Yield the name and module of each binary layer."""
     for name, module in model.named_modules():
         if isinstance(module, BinaryConv2d | BinaryLinear):
             yield name, module
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedConv2d | PackedLinear]]:
-    """Yield the packed layers of a model with their names, each once."""
+    """Yield the name and module of each packed layer."""
     for name, module in model.named_modules():
         if isinstance(module, PackedConv2d | PackedLinear):
             yield name, module
 
 
 def binary_state(model: nn.Module, *, packed: bool = False) -> dict[str, BinaryLayerState]:
-    """Return the +-1 weights and scales of every binary layer, never the float latents.
+    """Return the +-1 weights and scales of every binary layer.
 
     Args:
         model: A converted model.
-        packed: Give dense bits instead of int8 codes.
+        packed: Return bits instead of int8 codes.
 
     Raises:
         BinarizeError: If the model has no binary layer, or one still has full-precision weights (the first stage of a
             two-stage training).
     """
     state = {}
+
+    def add(name: str, codes: Tensor, scales: Tensor) -> None:
+        bits = pack_bits(codes) if packed else None
+        zeros = int((codes == 0).sum())
+        state[name] = BinaryLayerState(None if packed else codes, bits, scales, tuple(codes.shape[1:]), zeros)
+
     for name, layer in binary_layers(model):
         weight = layer.binary_weight()
         check_binary(name, weight)
-        codes = weight.codes.to(torch.int8)
-        zeros = int((codes == 0).sum())
-        bits = pack_bits(codes) if packed else None
-        state[name] = BinaryLayerState(None if packed else codes, bits, weight.scales, tuple(layer.weight.shape), zeros)
+        add(name, weight.codes.to(torch.int8), weight.scales)
     for name, held in packed_layers(model):
-        codes = held.codes()
-        bits = pack_bits(codes) if packed else None
-        state[name] = BinaryLayerState(
-            None if packed else codes, bits, held.weight_scales().clone(), tuple(codes.shape[1:]), 0
-        )
+        add(name, held.codes(), held.weight_scales().clone())
     if not state:
         raise BinarizeError(
             f"this {type(model).__name__} has no binary layer; call binarize.convert(model, method) first."
@@ -86,11 +81,7 @@ def binary_state(model: nn.Module, *, packed: bool = False) -> dict[str, BinaryL
 
 
 def check_binary(name: str, weight: BinaryWeight) -> None:
-    """Raise if a layer's weights are not binary now.
-
-    Raises:
-        BinarizeError: If they are full precision, in the first stage of a two-stage training.
-    """
+    """Raise BinarizeError if a layer's weights are full precision, in the first stage of a two-stage training."""
     codes = weight.codes
     if not codes.is_meta and bool(((codes.abs() != 1) & (codes != 0)).any()):
         raise BinarizeError(
@@ -108,16 +99,16 @@ def pack_bits(codes: Tensor) -> Tensor:
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Return optimiser groups: no weight decay on latent weights, shifts, slopes, scales, norms and biases.
+    """Return optimizer groups: no weight decay on latent weights, shifts, slopes, scales, norms and biases.
 
-    Decay on a latent weight does not make its sign smaller; it only makes it flip more easily.
+    Weight decay on a latent weight cannot shrink its sign; it only makes the sign flip more easily.
 
     Args:
         model: A converted or plain model.
         weight_decay: For the full-precision weights of convolutions and linear layers.
 
     Returns:
-        Two groups, ``{"params": [...], "weight_decay": ...}``, for a torch optimiser.
+        Two groups, ``{"params": [...], "weight_decay": ...}``, for a torch optimizer.
 
     Raises:
         BinarizeError: If the model is packed.
@@ -137,35 +128,3 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
         {"params": [p for p in trained if id(p) in decays], "weight_decay": weight_decay},
         {"params": [p for p in trained if id(p) not in decays], "weight_decay": 0.0},
     ]
-
-
-def revert(model: ModelT) -> ModelT:
-    """Undo the binarizer in place and keep the structure: plain layers with the latent weights.
-
-    The weights are the same Parameter objects. Shifts, activations, norms and shortcuts of the binary layers are gone;
-    a layer that had a bias gets it back if the method kept it, else a bias of zero. A rewired diffusers host keeps
-    blocks that its own class cannot rebuild: keep its state dict, or convert it again and use `binarize.save`.
-
-    Args:
-        model: A converted model.
-
-    Returns:
-        The same object, which can be converted again.
-
-    Raises:
-        BinarizeError: If the model is not converted, or packed.
-    """
-    if conversion(model).packed:
-        raise BinarizeError("revert: this model is packed, so its latent weights are gone; revert the unpacked model.")
-    made: dict[int, nn.Module] = {}
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, BinaryConv2d | BinaryLinear):
-            if id(layer) not in made:
-                made[id(layer)] = layer.to_float()
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, made[id(layer)])
-    detach_contexts(model)
-    delattr(model, RECORD)
-    if "conversion" in getattr(model, "config", {}):
-        model.register_to_config(conversion=None)  # type: ignore[operator]
-    return model

@@ -8,13 +8,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from binarize.conversion.convert import RECORD, conversion, record_config
 from binarize.conversion.export import binary_layers, check_binary, packed_layers
+from binarize.conversion.record import RECORD, conversion, record_config
 from binarize.errors import BinarizeError
 from binarize.kernels.backends import kernels_for
 from binarize.layers import ActivationBinarizer, BinaryConv2d, BinaryLinear, FixedWeight
 from binarize.layers.parts import PartKind
 from binarize.methods import Method
+from binarize.modules import replace_modules
 from binarize.packed.blocks import PackableBlock, PackedBlock
 from binarize.packed.layers import PackedConv2d, PackedLinear, check_levels
 
@@ -48,8 +49,10 @@ def pack(model: ModelT) -> ModelT:
     made: dict[int, nn.Module] = {}
     for _, layer in binary_layers(model):
         made[id(layer)] = PackedConv2d(layer) if isinstance(layer, BinaryConv2d) else PackedLinear(layer)
-    _replace(model, made)
-    _replace(model, {id(block): block.packed_form() for block in model.modules() if isinstance(block, PackableBlock)})
+    replace_modules(model, made)
+    replace_modules(
+        model, {id(block): block.packed_form() for block in model.modules() if isinstance(block, PackableBlock)}
+    )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dim() == 4 and not parameter.is_meta:
@@ -115,8 +118,10 @@ def unpack(model: ModelT) -> ModelT:
 
 def unpack_layers(model: nn.Module) -> None:
     """Replace the packed layers in any module by binary ones, in place; a record of the conversion stays as it is."""
-    _replace(model, {id(layer): _unpacked(layer) for _, layer in packed_layers(model)})
-    _replace(model, {id(block): block.unpacked_form() for block in model.modules() if isinstance(block, PackedBlock)})
+    replace_modules(model, {id(layer): _unpacked(layer) for _, layer in packed_layers(model)})
+    replace_modules(
+        model, {id(block): block.unpacked_form() for block in model.modules() if isinstance(block, PackedBlock)}
+    )
 
 
 def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear:
@@ -155,13 +160,6 @@ def _fixed_options(layer: PackedConv2d | PackedLinear) -> dict[str, Any]:
 
 def _fixed_method(layer: PackedConv2d | PackedLinear) -> Method:
     return layer.method.replace(weight={"name": "fixed", **_fixed_options(layer)}, sign_zero="plus")
-
-
-def _replace(model: nn.Module, made: dict[int, nn.Module]) -> None:
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in made:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, made[id(module)])
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What a conversion did: one row for each convolution, linear layer and new block, with the reason."""
+"""The report of a conversion: one row for each convolution, linear layer and new block, with the reason."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from binarize.tables import Column, Table
 
 Action = Literal["binary", "kept", "new"]
 
@@ -16,10 +18,10 @@ class ReportRow:
 
     Attributes:
         name: Its path in the model.
-        type: Its class, and the shape of its weight where it has one.
+        type: Its class, and the shape of its weight if it has one.
         action: "binary" (replaced by a binary layer), "kept" (full precision) or "new" (created by the structure pass).
-        detail: By what it was replaced, or why it was kept.
-        weights: How many weights it holds.
+        detail: The method and options of a binary layer, or the reason.
+        weights: Number of weights.
     """
 
     name: str
@@ -31,14 +33,14 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every module that a conversion looked at.
+    """Every module that a conversion examined.
 
     Attributes:
         method: Name of the method.
-        host: What kind of host the model was taken for.
-        structure: Which structure the model has now.
+        host: Name of the host.
+        structure: The structure that the model has now.
         rows: One `ReportRow` per module.
-        notes: What concerns the model as a whole.
+        notes: Remarks on the whole model.
     """
 
     method: str
@@ -74,21 +76,21 @@ class ConversionReport:
             f"{self.method} on {self.host}, structure {self.structure}: {counts['binary']} layers binary "
             f"({100 * self.binary_share:.1f}% of the weights), {counts['kept']} kept, {counts['new']} new blocks"
         )
-        width = max((len(row.name) for row in self.rows), default=0)
-        kinds = max((len(row.type) for row in self.rows), default=0)
-        lines = [f"{row.name:<{width}}  {row.type:<{kinds}}  {row.action:<6}  {row.detail}" for row in self.rows]
-        return "\n".join([head, *(f"note: {note}" for note in self.notes), *lines])
+        table = self._table(str).to_text(header=False) if self.rows else ""
+        return "\n".join([head, *(f"note: {note}" for note in self.notes), table]).rstrip()
 
     def to_markdown(self) -> str:
         """Return the rows as a Markdown table."""
-        lines = ["| module | type | action | detail |", "|---|---|---|---|"]
-        lines += [f"| `{row.name}` | {row.type} | {row.action} | {row.detail} |" for row in self.rows]
-        return "\n".join(lines)
+        return self._table("`{}`".format).to_markdown()
 
     def to_json(self) -> str:
         """Return everything as JSON."""
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps(self.to_dict(), indent=2)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain containers."""
         return asdict(self)
+
+    def _table(self, name_format: Any) -> Table:
+        columns = [Column("module", name_format), *map(Column, ("type", "action", "detail"))]
+        return Table(columns, [(row.name, row.type, row.action, row.detail) for row in self.rows])

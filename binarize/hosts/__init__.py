@@ -1,8 +1,7 @@
-"""Hosts: the families of networks whose structure the toolkit knows."""
+"""Hosts: families of networks whose structure is known."""
 
-from binarize.hosts.base import Edit, Host, find_host
+from binarize.hosts.base import Edit, Host, find_host, list_hosts, register_host
 from binarize.hosts.diffusers import DiffusersUNetHost, UNet2DConditionModelHost, UNet2DModelHost
-from binarize.hosts.register import list_hosts, register_host
 from binarize.hosts.srunet import SRUNetHost
 
 __all__ = [

@@ -1,26 +1,27 @@
-"""What a host is: a family of networks whose structure the toolkit knows."""
+"""Hosts: families of networks whose structure is known. Adding one is one class with `register_host`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
 
 from binarize.errors import BinarizeError
-from binarize.methods import BiDiffSR, Method
+from binarize.methods import Method
 from binarize.registry import Registry
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One replacement that rewires a host: ``parent.attribute`` becomes ``module``.
+    """One replacement that rewires a host.
 
     Attributes:
         path: Full name of the replaced module.
-        module: What takes its place.
-        note: What the report says.
+        module: The new module.
+        note: The report's remark.
     """
 
     path: str
@@ -29,16 +30,16 @@ class Edit:
 
 
 class Host:
-    """Knows one family of networks. The base class serves any nn.Module.
+    """A family of networks. The base class serves any nn.Module; each method has a default that fits all networks.
 
-    Subclass it and register the subclass with `register_host` to teach the toolkit another family.
+    Subclass it and register the subclass with `register_host` to support another family.
     """
 
     name = "any module"
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        """Say whether the model belongs to this family."""
+        """Return True if the model belongs to this family."""
         return True
 
     def num_train_timesteps(self, model: nn.Module) -> int | None:
@@ -46,13 +47,13 @@ class Host:
         return None
 
     def has_structure(self, model: nn.Module) -> bool:
-        """Say whether the structure pass can rewire the model to CP-Down, CP-Up and CS-Fusion."""
+        """Return True if `rewire` can give the model CP-Down, CP-Up and CS-Fusion."""
         return False
 
     def rewire(self, model: nn.Module) -> list[Edit]:
-        """Return the replacements that give the model CP-Down, CP-Up and CS-Fusion; the model is not touched.
+        """Return the replacements that give the model CP-Down, CP-Up and CS-Fusion, without changing the model.
 
-        Convolutions that are carried over are the same modules, so that their weights are kept.
+        Convolutions that keep their shape stay the same module objects and so keep their weights.
         """
         raise BinarizeError(
             f"{type(model).__name__} has no structure that the toolkit can rewire (taken for: {self.name}); "
@@ -60,22 +61,22 @@ class Host:
         )
 
     def after_rewire(self, model: nn.Module) -> None:
-        """Update the model's own record of its structure, once the replacements are in place."""
+        """Update the model's configuration after the replacements of `rewire`."""
 
     def rewired(self, model: nn.Module) -> bool:
-        """Say whether the model already has the structure that `rewire` gives; it is then left out."""
+        """Return True if the model already has the structure that `rewire` gives; it is then not called."""
         return False
 
     def structure(self, model: nn.Module) -> str:
-        """Name the structure that the model has."""
+        """Return a name for the model's structure."""
         return "its own"
 
     def notes(self, model: nn.Module, structure: str) -> list[str]:
-        """Return what the report says of the model as a whole; asked before anything is changed.
+        """Return the report's remarks on the whole model, before anything is changed.
 
         Args:
             model: The model.
-            structure: "keep" or "cp_cs", what the conversion is about to do.
+            structure: "keep" or "cp_cs", the structure that the conversion will give.
         """
         rectifiers = sum(isinstance(module, nn.ReLU) for module in model.modules())
         if not rectifiers:
@@ -90,33 +91,29 @@ class Host:
         return []
 
     def full_precision_levels(self, model: nn.Module, method: Method, default: tuple[int, ...] = ()) -> dict[str, str]:
-        """Return the decoder levels that ``bidiffsr(fp_decoder_levels=...)`` keeps, as `full_precision` does.
+        """Return the decoder levels that ``method.fp_decoder_levels`` keeps, in the form of `full_precision`.
 
         Args:
             model: The model.
             method: The method.
-            default: Levels kept where the option is not given; those that the model does not have are left out.
+            default: Levels to keep if the method leaves them to the host; levels that the model lacks are ignored.
 
         Raises:
-            BinarizeError: If the option names a level that the model does not have.
+            BinarizeError: If the method names a level that the model does not have.
         """
-        if not isinstance(method, BiDiffSR):
-            return {}
         levels, chosen = self.decoder_levels(model), method.fp_decoder_levels
         if chosen is None:
             chosen = tuple(level for level in default if level < len(levels))
         if any(level >= len(levels) for level in chosen):
-            have = (
-                f"levels 0 (the finest) to {len(levels) - 1}" if levels else "no decoder levels that the toolkit knows"
-            )
+            known = f"levels 0 (the finest) to {len(levels) - 1}" if levels else "no known decoder levels"
             raise BinarizeError(
-                f"{method.name}: fp_decoder_levels={chosen!r}, but {type(model).__name__} has {have}; "
+                f"{method.name}: fp_decoder_levels={chosen!r}, but {type(model).__name__} has {known}; "
                 "use keep=[...] patterns for other parts."
             )
         return {levels[level]: f"decoder level {level} (fp_decoder_levels)" for level in chosen}
 
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
-        """Return the modules that stay full precision by default, as name (or name of an ancestor) to reason."""
+        """Return the modules that stay full precision by default, with everything below them, and the reasons."""
         kept = self.full_precision_levels(model, method)
         convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
         weighted = [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)]
@@ -135,15 +132,40 @@ class Host:
 
 _ATTENTION_CLASS = re.compile(r"Attention(Block|Layer)?(\d[dD])?$")
 _ATTENTION_PATH = re.compile(r"(^|\.)(self_|cross_)?att(entio)?n(s|\d+)?$")
-TIME_PATH = re.compile(r"(^|\.)(time|timestep|t_emb|emb_|embed|class_emb|label_emb|add_emb|noise|temb)")
 
 HOSTS: Registry[type[Host]] = Registry("host")
 H = TypeVar("H", bound=type[Host])
 
 
+def register_host(name: str, *, replace: bool = False) -> Callable[[H], H]:
+    """Return a class decorator that registers a `Host` subclass. Hosts registered later are tried first.
+
+    Args:
+        name: The family's name in reports and errors.
+        replace: Allow ``name`` to be registered already.
+
+    Raises:
+        BinarizeError: If the name is taken or the class is not a `Host`.
+    """
+
+    def add(cls: H) -> H:
+        if not (isinstance(cls, type) and issubclass(cls, Host)):
+            raise BinarizeError(f"host {name!r} must be a class derived from binarize.hosts.Host; got {cls!r}.")
+        HOSTS.register(name, replace=replace)(cls)
+        cls.name = name
+        return cls
+
+    return add
+
+
+def list_hosts() -> list[str]:
+    """Return the names of all registered hosts, sorted."""
+    return list(HOSTS)
+
+
 def find_host(model: nn.Module) -> Host:
-    """Return the host adapter for a model: the one registered last that matches, else the generic one."""
-    for name in reversed(list(HOSTS._items)):
-        if HOSTS[name].matches(model):
-            return HOSTS[name]()
+    """Return the host of a model: of those that match, the one registered last, else the generic one."""
+    for cls in HOSTS.newest_first():
+        if cls.matches(model):
+            return cls()
     return Host()

@@ -1,4 +1,4 @@
-"""diffusers' UNet2DModel and UNet2DConditionModel as hosts, rewired without a fork and without importing diffusers."""
+"""diffusers' UNet2DModel and UNet2DConditionModel as hosts; importing this module does not import diffusers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from binarize.errors import BinarizeError
-from binarize.hosts.base import HOSTS, Edit, Host
+from binarize.hosts.base import Edit, Host, register_host
 from binarize.methods import Method
 
-# Blocks whose skips are the outputs of their resnet blocks and of their downsampler, concatenated one by one.
+# Blocks whose skips are the outputs of their resnet blocks and of their downsampler, each concatenated separately.
 _BLOCKS = {
     *("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
     *("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -22,33 +22,40 @@ _BLOCKS = {
 
 
 class DiffusersUNetHost(Host):
-    """What UNet2DModel and UNet2DConditionModel share.
+    """Base class of UNet2DModel and UNet2DConditionModel as hosts.
 
-    The structure pass gives one of two forms. Where each level is twice as wide as the one before and every level is
-    resampled by one convolution, it is the *published* form: CP-Down doubles the width, CP-Up halves it, skips have the
-    decoder's width. Anywhere else it is the *contract* form: CP-Down and CP-Up keep the width, so that every block's
-    output has the shape it had, and fusions take what widths they find.
+    The structure pass gives one of two forms. If each level is twice as wide as the one before and every level is
+    resampled by one convolution, it is the *published* form: CP-Down doubles the width, CP-Up halves it, and skips have
+    the decoder's width. Otherwise it is the *contract* form: CP-Down and CP-Up keep the width, so that every block's
+    output keeps its shape, and fusions have the widths of their inputs.
     """
 
+    class_name: str
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Return True for diffusers' class of that name, and for classes derived from it."""
+        return any(c.__name__ == cls.class_name and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
+
     def num_train_timesteps(self, model: nn.Module) -> int | None:
-        """Return T where the configuration has it, which is where the time embedding is learned."""
+        """Return T if the configuration has it, which is the case for learned time embeddings."""
         steps = _config(model).get("num_train_timesteps")
         return None if steps is None else int(steps)
 
     def has_structure(self, model: nn.Module) -> bool:
-        """Say whether some block can be rewired."""
+        """Return True if a block can be rewired."""
         return any(True for _ in _fusions(model)) or bool(_resamplers(model)[0])
 
     def rewired(self, model: nn.Module) -> bool:
-        """Say whether the structure pass has been here."""
+        """Return True if the structure pass has rewired the model."""
         return any(type(module).__module__ == "binarize.hosts.diffusers_blocks" for module in model.modules())
 
     def structure(self, model: nn.Module) -> str:
-        """Name the structure that the model has."""
+        """Return "(cp, cs)" for a rewired model."""
         return "(cp, cs)" if self.rewired(model) else "its own"
 
     def notes(self, model: nn.Module, structure: str) -> list[str]:
-        """Say which form the structure pass gives the model, and what it leaves as it is."""
+        """Return remarks on the form that the structure pass gives the model, and on blocks that it does not change."""
         notes = []
         if _config(model).get("time_embedding_type") == "fourier":
             notes.append("the host takes noise levels (fourier embedding), while timestep groups count schedule steps")
@@ -65,7 +72,11 @@ class DiffusersUNetHost(Host):
         return notes
 
     def rewire(self, model: nn.Module) -> list[Edit]:
-        """Return what puts CP-Down, CP-Up and CS-Fusion in; carried-over layers are the same objects."""
+        """Return the replacements by CP-Down, CP-Up and CS-Fusion; layers that keep their shape stay the same objects.
+
+        Raises:
+            BinarizeError: If no block can be rewired.
+        """
         if not self.has_structure(model):
             kinds = sorted({type(block).__name__ for block in _blocks(model)})
             raise BinarizeError(
@@ -75,11 +86,11 @@ class DiffusersUNetHost(Host):
         return list(_edits(model, published=_doubles(model)))
 
     def decoder_levels(self, model: nn.Module) -> list[str]:
-        """Return the resnet blocks of each up block, the last one first."""
+        """Return the resnet blocks of each up block, the finest first."""
         return [f"up_blocks.{i}.resnets" for i in reversed(range(len(_config(model)["block_out_channels"])))]
 
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
-        """Keep first and last convolution, embeddings of time and class, and attention; feed-forward layers may go."""
+        """Keep first and last convolution, embeddings of time and class, and attention, but not feed-forward layers."""
         kept = {"conv_in": "first convolution", "conv_out": "last convolution"}
         for name in ("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj"):
             kept[name] = "embedding of time or condition"
@@ -94,32 +105,18 @@ class DiffusersUNetHost(Host):
         return kept | self.full_precision_levels(model, method)
 
 
-@HOSTS.register("UNet2DModel")
+@register_host("UNet2DModel")
 class UNet2DModelHost(DiffusersUNetHost):
     """diffusers' unconditional U-Net (DDPM, DDIM, ADM-like configurations)."""
 
-    name = "UNet2DModel"
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Say whether the model is a UNet2DModel or derived from it."""
-        return _is_diffusers(model, "UNet2DModel")
+    class_name = "UNet2DModel"
 
 
-@HOSTS.register("UNet2DConditionModel")
+@register_host("UNet2DConditionModel")
 class UNet2DConditionModelHost(DiffusersUNetHost):
     """diffusers' U-Net with cross-attention (Stable Diffusion)."""
 
-    name = "UNet2DConditionModel"
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Say whether the model is a UNet2DConditionModel or derived from it."""
-        return _is_diffusers(model, "UNet2DConditionModel")
-
-
-def _is_diffusers(model: nn.Module, name: str) -> bool:
-    return any(c.__name__ == name and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
+    class_name = "UNet2DConditionModel"
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -131,9 +128,9 @@ def _blocks(model: Any) -> list[Any]:
 
 
 def _resamplers(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Return the resampling convolutions that can be replaced, and the resamplers that cannot, with the reason."""
+    """Return the resamplers that can be replaced, and for those that cannot, the reason."""
     found: dict[str, nn.Module] = {}
-    left: dict[str, str] = {}
+    obstacles: dict[str, str] = {}
     for side, kind in (("down", "Downsample2D"), ("up", "Upsample2D")):
         for i, block in enumerate(getattr(model, f"{side}_blocks")):
             for j, module in enumerate(getattr(block, f"{side}samplers", None) or ()):
@@ -142,8 +139,8 @@ def _resamplers(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
                 if reason is None:
                     found[path] = module
                 else:
-                    left[path] = reason
-    return found, left
+                    obstacles[path] = reason
+    return found, obstacles
 
 
 def _obstacle(module: Any, kind: str) -> str | None:
@@ -164,7 +161,7 @@ def _is_resnet(module: nn.Module) -> bool:
 
 
 def _skips(model: Any) -> list[int] | None:
-    """Return the widths of the skips in the order in which the encoder makes them; None for blocks of another kind."""
+    """Return the widths of the skips in the encoder's order, or None if a block has other skips."""
     if any(type(block).__name__ not in _BLOCKS for block in _blocks(model)):
         return None
     if not all(_is_resnet(resnet) for block in _blocks(model) for resnet in block.resnets):
@@ -178,7 +175,7 @@ def _skips(model: Any) -> list[int] | None:
 
 
 def _fusions(model: Any) -> Iterator[tuple[str, Any, int]]:
-    """Yield path, resnet block and skip width of every resnet block that takes a concatenation."""
+    """Yield path, module and skip width of every resnet block that takes a concatenation."""
     skips = _skips(model)
     if skips is None:
         return
@@ -188,7 +185,7 @@ def _fusions(model: Any) -> Iterator[tuple[str, Any, int]]:
 
 
 def _doubles(model: Any) -> bool:
-    """Say whether the published form fits: widths double, and one convolution resamples between two levels."""
+    """Return True if the published form fits: widths double, and one convolution resamples between two levels."""
     if _skips(model) is None or _resamplers(model)[1]:
         return False
     down, up = model.down_blocks, model.up_blocks

@@ -1,4 +1,4 @@
-"""CP-Down, CP-Up and CS-Fusion behind the interfaces of diffusers' U-Net blocks. Importing this imports diffusers."""
+"""CP-Down, CP-Up and CS-Fusion with the interfaces of diffusers' U-Net blocks. This module imports diffusers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from binarize.layers import CPDown, CPUp, CSFusion
 class CPDownsample2D(CPDown):
     """CP-Down in place of diffusers' Downsample2D.
 
-    Odd sizes come out as they did: rounded up where the replaced convolution padded both sides, else rounded down.
+    Half of an odd size is rounded as in the replaced convolution: up if that padded both sides, else down.
 
     Args:
         channels: C.
         splits: 2 doubles the width, 4 keeps it.
-        round_up: How odd sizes are halved.
+        round_up: Round half of an odd size up.
     """
 
     def __init__(self, channels: int, splits: int, round_up: bool = True) -> None:
@@ -29,7 +29,7 @@ class CPDownsample2D(CPDown):
         self.round_up = round_up
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Map ``(B, C, H, W)`` to ``(B, 4 C / splits, H / 2, W / 2)``; further arguments are Downsample2D's, unused."""
+        """Map ``(B, C, H, W)`` to ``(B, 4 C / splits, H / 2, W / 2)``; Downsample2D's other arguments are ignored."""
         height, width = hidden_states.shape[-2:]
         if height % 2 or width % 2:
             sign = 1 if self.round_up else -1
@@ -52,7 +52,7 @@ class CPUpsample2D(CPUp):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Map ``(B, C, H, W)`` to ``(B, branches C / 4, 2 H, 2 W)``, or to ``output_size`` (nearest) where given."""
+        """Map ``(B, C, H, W)`` to ``(B, branches C / 4, 2 H, 2 W)``, or to ``output_size`` (nearest)."""
         out = super().forward(hidden_states)
         if output_size is not None and tuple(out.shape[-2:]) != tuple(output_size):
             out = F.interpolate(out, size=tuple(output_size), mode="nearest")
@@ -62,11 +62,11 @@ class CPUpsample2D(CPUp):
 class FusedResnetBlock2D(ResnetBlock2D):
     """CS-Fusion of the concatenated [hidden, skip], then a resnet block of constant width.
 
-    It stands where diffusers' up blocks have a resnet block that takes the concatenation.
+    It replaces a resnet block of diffusers' up blocks, which takes the concatenation.
 
     Args:
         fusion: From hidden + skip channels to C.
-        options: Of the constant-width ResnetBlock2D.
+        **options: Arguments of the constant-width ResnetBlock2D.
     """
 
     def __init__(self, fusion: CSFusion, **options: Any) -> None:
@@ -80,13 +80,13 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
 
 def constant_width(resnet: ResnetBlock2D, fused: tuple[int, int] | None = None) -> ResnetBlock2D:
-    """Return a resnet block from C to C channels, C being the output width of ``resnet``; the latter is not touched.
+    """Return a resnet block from C to C channels, where C is the output width of ``resnet``, which is not changed.
 
-    Submodules that keep name and shape are the same objects; norm1 and conv1 are new where the width differs, and the
-    1x1 shortcut that a change of width needs is gone.
+    Submodules that keep their name and shape are the same objects. norm1 and conv1 are new if the width differs, and
+    there is no 1x1 shortcut.
 
     Args:
-        resnet: The block to follow.
+        resnet: The original block.
         fused: Widths (h, s) of hidden and skip for a CS-Fusion in front, or None.
     """
     width, weight = resnet.out_channels, resnet.conv2.weight

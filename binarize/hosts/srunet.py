@@ -1,4 +1,4 @@
-"""Our own SRUNet as a host."""
+"""SRUNet as a host."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from binarize.hosts.base import HOSTS, Edit, Host
+from binarize.hosts.base import Edit, Host, register_host
 from binarize.methods import Method
 
 
-@HOSTS.register("SRUNet")
+@register_host("SRUNet")
 class SRUNetHost(Host):
     """binarize.models.SRUNet, whose structure is an option of its configuration."""
 
-    name = "SRUNet"
-
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        """Say whether the model is an SRUNet, without importing diffusers for models that are not."""
+        """Return True for an SRUNet; the check by name does not import diffusers."""
         return any(c.__module__ == "binarize.models.unet" and c.__name__ == "SRUNet" for c in type(model).__mro__)
 
     def num_train_timesteps(self, model: nn.Module) -> int | None:
@@ -28,22 +26,22 @@ class SRUNetHost(Host):
         return int(_config(model)["num_train_timesteps"])
 
     def has_structure(self, model: nn.Module) -> bool:
-        """Say whether the widths double from level to level, which (cp, cs) needs."""
+        """Return True if the widths double from level to level, as (cp, cs) needs."""
         mults = _config(model)["channel_mults"]
         return all(fine * 2 == coarse for fine, coarse in itertools.pairwise(mults))
 
     def notes(self, model: nn.Module, structure: str) -> list[str]:
-        """Say why a structure was not rewired."""
+        """Return the reason if the structure cannot be rewired."""
         if self.has_structure(model) or structure != "keep":
             return []
         return ["the structure was kept: CP-Down and CP-Up need widths that double from level to level"]
 
     def structure(self, model: nn.Module) -> str:
-        """Name the structure by its two options."""
+        """Return the two options that define the structure."""
         return f"({_config(model)['resampling']}, {_config(model)['fusion']})"
 
     def rewire(self, model: nn.Module) -> list[Edit]:
-        """Build the (cp, cs) twin and carry over every layer that has the same name and shape."""
+        """Build the (cp, cs) network and move every layer with the same name and shape into it."""
         config = _config(model)
         if (config["resampling"], config["fusion"]) == ("cp", "cs"):
             return []
@@ -54,17 +52,12 @@ class SRUNetHost(Host):
         nn.Module.to(twin, dtype=parameter.dtype)  # ModelMixin's own `to` warns of layers kept in float32; none are
         twin.train(model.training)
         old = dict(model.named_modules())
-        edits = []
-        for path, module in twin.named_modules():
-            if not path or any(module.children()) or not any(True for _ in module.parameters()):
-                continue
-            mine = old.get(path)
-            if mine is not None and _shapes(mine) == _shapes(module):
-                parent, _, attribute = path.rpartition(".")
-                setattr(twin.get_submodule(parent), attribute, mine)
-        for child in ("encoder", "middle", "decoder"):
-            edits.append(Edit(child, twin.get_submodule(child), "rebuilt with CP-Down, CP-Up and CS-Fusion"))
-        return edits
+        for path, module in list(twin.named_modules()):
+            is_layer = path in old and path and module._parameters and not any(module.children())
+            if is_layer and _shapes(old[path]) == _shapes(module):
+                twin.set_submodule(path, old[path])
+        note = "rebuilt with CP-Down, CP-Up and CS-Fusion"
+        return [Edit(child, twin.get_submodule(child), note) for child in ("encoder", "middle", "decoder")]
 
     def after_rewire(self, model: nn.Module) -> None:
         """Write the new structure into the configuration."""
@@ -75,7 +68,7 @@ class SRUNetHost(Host):
         return [f"decoder.{level}.blocks" for level in range(len(_config(model)["channel_mults"]))]
 
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
-        """Keep first and last convolution, attention, and BI-DiffSR's finest decoder levels."""
+        """Keep first and last convolution, attention, and by default BI-DiffSR's two finest decoder levels."""
         kept = {"conv_in": "first convolution", "conv_out": "last convolution", "time_mlp": "time embedding"}
         for name, module in model.named_modules():
             if type(module).__name__ == "SelfAttention":

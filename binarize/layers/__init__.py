@@ -1,5 +1,6 @@
 """Binary layers, their parts, and dimension-consistent blocks."""
 
+from binarize.deprecation import renamed
 from binarize.kernels.product import BinaryWeight, binary_conv2d, binary_linear
 from binarize.kernels.signs import (
     approx_sign,
@@ -56,7 +57,6 @@ from binarize.layers.weights import (
     SignWeight,
     TensorScaledWeight,
     TwoBasisWeight,
-    TwoStageWeight,
     XnorWeight,
 )
 
@@ -105,7 +105,6 @@ __all__ = [
     "SplitFusion",
     "TensorScaledWeight",
     "TwoBasisWeight",
-    "TwoStageWeight",
     "UnitRound",
     "WeightBinarizer",
     "XnorWeight",
@@ -125,3 +124,5 @@ __all__ = [
     "undelayed",
     "unit_round",
 ]
+
+__getattr__ = renamed(__name__, {"TwoStageWeight": "binarize.layers.delayed:two_stage_weight"})

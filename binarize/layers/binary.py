@@ -24,6 +24,7 @@ from binarize.layers.parts import (
     ActivationBinarizer,
     LayerSpec,
     PartKind,
+    StoredScales,
     WeightBinarizer,
     build_part,
     runs_as_declared,
@@ -42,6 +43,7 @@ class _BinaryLayer(PartPipeline):
 
     weight: nn.Parameter
     weight_binarizer: nn.Module
+    stored_scales: StoredScales
 
     @classmethod
     def from_float(
@@ -87,7 +89,9 @@ class _BinaryLayer(PartPipeline):
         self.method, self.post_after_shortcut, self.clamps_latent = method, method.post_after_shortcut, method.clamps
         self.had_bias = plain.bias is not None if had_bias is None else had_bias
         binarizer = self.weight_binarizer
-        self.bases = binarizer.bases if isinstance(binarizer, WeightBinarizer) else 1
+        declares = isinstance(binarizer, WeightBinarizer)
+        self.bases = binarizer.bases if declares else WeightBinarizer.bases
+        self.stored_scales = binarizer.stored_scales if declares else WeightBinarizer.stored_scales
         self.register_parameter("bias", None)
         if plain.bias is not None and keeps_bias:
             self.bias = plain.bias if had_bias is not None else _copy(plain.bias)

@@ -1,4 +1,4 @@
-"""Parts that compute in full precision until a share of the training is done, and are then what they stand for."""
+"""Parts that leave a layer in full precision until a given share of the training is done."""
 
 from __future__ import annotations
 
@@ -9,19 +9,31 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.kernels.product import BinaryWeight
-from binarize.layers.parts import LayerSpec, Part, PartKind, build_part, register_part
+from binarize.kernels.signs import SignZero
+from binarize.layers.parts import (
+    ActivationBinarizer,
+    LayerSpec,
+    Part,
+    PartKind,
+    Scale,
+    WeightBinarizer,
+    build_part,
+    levels_of,
+    register_part,
+)
 from binarize.layers.schedule import Scheduled
+from binarize.layers.weights import ScaledSignWeight
 
 
 class Delayed(Scheduled):
-    """A part that joins in once ``until`` of the training is done.
+    """A part that is active once ``until`` of the training is done.
 
-    The choice is made with torch.where, so that a compiled graph stays valid; the part's own parameters get gradients
-    of zero before.
+    The choice is made with torch.where, so that a compiled graph stays valid; until then, the part's own parameters get
+    gradients of zero.
 
     Args:
         part: The part.
-        until: The progress from which it counts, in (0, 1].
+        until: The progress from which it is active, in (0, 1].
     """
 
     def __init__(self, part: nn.Module, until: float) -> None:
@@ -32,70 +44,73 @@ class Delayed(Scheduled):
         self.until = until
 
     @property
-    def joined(self) -> Tensor:
-        """Whether the part counts now, a bool scalar."""
+    def active(self) -> Tensor:
+        """A bool scalar: True once the part is active."""
         return self.progress >= self.until
 
     def extra_repr(self) -> str:
-        """Say when the part joins in."""
+        """Return ``until`` for the module's repr."""
         return f"until={self.until}"
 
 
-class DelayedActivation(Delayed):
+class DelayedActivation(Delayed, ActivationBinarizer):
     """The identity, later an activation binarizer."""
 
-    @property
-    def levels(self) -> tuple[int, int] | None:
-        """The two values that it gives once it has joined in, or None if the binarizer does not say."""
-        return getattr(self.part, "levels", None)
+    def __init__(self, part: nn.Module, until: float) -> None:
+        super().__init__(part, until)
+        self.levels = levels_of(part)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to the same shape."""
-        return torch.where(self.joined, self.part(x), x)
+        return torch.where(self.active, self.part(x), x)
 
 
-class DelayedWeight(Delayed):
-    """The latent weights themselves, later a weight binarizer."""
+class DelayedWeight(Delayed, WeightBinarizer):
+    """The latent weights themselves, later a weight binarizer (ReActNet's two stages)."""
 
-    @property
-    def terms(self) -> int:
-        """How many codes a weight has."""
-        return int(getattr(self.part, "terms", 1))
-
-    @property
-    def stored_scales(self) -> str:
-        """What scales a file needs."""
-        return str(getattr(self.part, "stored_scales", "filter"))
+    def __init__(self, part: nn.Module, until: float) -> None:
+        super().__init__(part, until)
+        if isinstance(part, WeightBinarizer):
+            self.bases, self.stored_scales = part.bases, part.stored_scales
 
     def forward(self, w: Tensor) -> BinaryWeight:
-        """Return what the binarizer returns, or the weights with a scale of one."""
+        """Return the binarizer's result, or the weights with a scale of one."""
         binary: BinaryWeight = self.part(w)
-        joined = self.joined
+        active = self.active
         codes, scales = torch.zeros_like(binary.codes), torch.zeros_like(binary.scales)
         codes[0], scales[0] = w.detach(), 1
         return BinaryWeight(
-            torch.where(joined, binary.surrogate, w),
-            torch.where(joined, binary.codes, codes),
-            torch.where(joined, binary.scales, scales),
+            torch.where(active, binary.surrogate, w),
+            torch.where(active, binary.codes, codes),
+            torch.where(active, binary.scales, scales),
         )
 
 
-class DelayedScale(Delayed):
-    """No scale, later a scale of the product: what stands for the magnitude that signs have lost."""
+class DelayedScale(Delayed, Scale):
+    """No scale, later a scale of the product, which replaces the magnitude that signs have lost."""
 
-    @property
-    def of_input(self) -> bool:
-        """Whether the scale is taken of the layer's own input."""
-        return bool(getattr(self.part, "of_input", False))
+    def __init__(self, part: nn.Module, until: float) -> None:
+        super().__init__(part, until)
+        self.of_input = isinstance(part, Scale) and part.of_input
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Scale the product ``y``."""
-        return torch.where(self.joined, self.part(y, x), y)
+        return torch.where(self.active, self.part(y, x), y)
 
 
 def delayed(part: Part, until: float) -> dict[str, Any]:
-    """Return the part that is ``part`` from ``until`` of the training on; for activations, weights and scales."""
+    """Return a part that becomes ``part`` at progress ``until``; for activations, weights and scales."""
     return {"name": "delayed", "part": part, "until": until}
+
+
+def two_stage_weight(sign_zero: SignZero = "plus", switch: float = 0.5) -> DelayedWeight:
+    """Return the latent weights until ``switch`` of the training is done, then scaled signs."""
+    return DelayedWeight(ScaledSignWeight(sign_zero), switch)
+
+
+@register_part("weight", "two_stage")
+def _two_stage(spec: LayerSpec, switch: float = 0.5) -> nn.Module:
+    return two_stage_weight(spec.sign_zero, switch)
 
 
 @register_part("activation", "delayed", timestep_aware=True)
@@ -120,13 +135,19 @@ def _inner(kind: PartKind, part: Part, spec: LayerSpec) -> nn.Module:
     return built
 
 
-def undelayed(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's state dict as the same model without delays has it."""
+def undelayed(model: nn.Module, like: nn.Module | None = None) -> dict[str, Tensor]:
+    """Return a model's state dict with the keys of the same model without delays.
+
+    Args:
+        model: The model.
+        like: The model without delays, if it has delayed parts of its own that stay; None removes all delays.
+    """
+    kept = set() if like is None else {name for name, module in like.named_modules() if isinstance(module, Delayed)}
     state = dict(model.state_dict())
-    for name, module in model.named_modules():
-        if isinstance(module, Delayed):
-            del state[f"{name}.progress"]
-            inside = f"{name}.part."
-            for key in [key for key in state if key.startswith(inside)]:
-                state[f"{name}.{key.removeprefix(inside)}"] = state.pop(key)
+    names = [name for name, module in model.named_modules() if isinstance(module, Delayed) and name not in kept]
+    for name in reversed(names):  # a part before the part that contains it
+        del state[f"{name}.progress"]
+        inside = f"{name}.part."
+        for key in [key for key in state if key.startswith(inside)]:
+            state[f"{name}.{key.removeprefix(inside)}"] = state.pop(key)
     return state

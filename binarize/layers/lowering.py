@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from binarize.kernels.binary_conv import OutputTransform, Shortcut
-from binarize.layers.parts import LayerPart, Site, runs_as_declared
+from binarize.layers.parts import LayerPart, Site, levels_of, runs_as_declared
 from binarize.layers.pipeline import PartPipeline, Stage
 from binarize.timestep import TimestepContext
 
@@ -88,14 +88,6 @@ def lower(layer: PartPipeline) -> LoweredLayer | None:
         levels, shift, fuses_pre, transform, present[:done], present[done:],
         timed[0].context if timed else None, timed[0].groups if timed else 1,
     )  # fmt: skip
-
-
-def levels_of(activation: object) -> tuple[int, int] | None:
-    """Return the two values that an activation binarizer declares, (-1, 1) or (0, 1), or None."""
-    levels = getattr(activation, "levels", None)
-    if levels not in ((-1, 1), (0, 1)) or not runs_as_declared(activation, "levels", hooks=True):
-        return None
-    return levels
 
 
 def trains_as_one_node(transform: OutputTransform) -> bool:

@@ -145,6 +145,14 @@ def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
     return order[0] <= order[1]
 
 
+def levels_of(activation: object) -> tuple[int, int] | None:
+    """Return the two values that an activation binarizer declares, (-1, 1) or (0, 1), or None."""
+    levels = getattr(activation, "levels", None)
+    if levels not in ((-1, 1), (0, 1)) or not runs_as_declared(activation, "levels", hooks=True):
+        return None
+    return levels
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """The layer that a part is built for, as its factory sees it.

@@ -1,4 +1,4 @@
-"""What changes over training: one interface, called by a training loop with its progress."""
+"""Modules whose behavior changes over training, and the call by which a training loop reports its progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from binarize.errors import BinarizeError
 
 
 class Scheduled(nn.Module):
-    """A module whose behaviour depends on how far training has come.
+    """A module whose behavior depends on the training progress.
 
     The progress, in [0, 1], is a buffer: it is saved with the model and moves with it.
     """
@@ -36,10 +36,10 @@ class Scheduled(nn.Module):
 
 
 def training_step(model: nn.Module, progress: float) -> None:
-    """Tell every part of a converted model how far training has come; call it once after each optimizer step.
+    """Update a converted model for the training progress; call it once after each optimizer step.
 
-    It updates IR-Net's error decay estimator, ReCU's tau and ReActNet's stage, and clamps latent weights where the
-    method clamps them (BNN). For models without such parts it does nothing.
+    It updates IR-Net's error decay estimator, ReCU's tau and delayed parts, and clamps latent weights for methods that
+    do so (BNN). Other models stay as they are.
 
     Args:
         model: A converted model.
@@ -77,6 +77,6 @@ def check_ede_range(owner: str, t_min: float, t_max: float) -> None:
 
 
 def check_tau_range(owner: str, tau_min: float, tau_max: float) -> None:
-    """Raise BinarizeError unless 0.5 < tau_min <= tau_max < 1, outside of which the clamp is no clamp."""
+    """Raise BinarizeError unless 0.5 < tau_min <= tau_max < 1; other values of tau do not give a clamp."""
     if not 0.5 < tau_min <= tau_max < 1:
         raise BinarizeError(f"{owner}: needs 0.5 < tau_min <= tau_max < 1; got {tau_min} and {tau_max}.")

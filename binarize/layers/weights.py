@@ -86,31 +86,6 @@ class ScaledSignWeight(_WeightBinarizer):
         return torch.linalg.vector_norm(w.detach(), 1, _per_filter(w)) / w[0].numel()
 
 
-class TwoStageWeight(Scheduled, ScaledSignWeight):
-    """Full-precision weights until ``switch`` of the training is done, then scaled signs (ReActNet's two stages).
-
-    Args:
-        sign_zero: What sign(0) is.
-        switch: The progress at which weights become binary, in (0, 1].
-    """
-
-    def __init__(self, sign_zero: SignZero = "plus", switch: float = 0.5) -> None:
-        super().__init__(sign_zero)
-        if not 0 < switch <= 1:
-            raise BinarizeError(f"{type(self).__name__}: switch is a share of training, in (0, 1]; got {switch}.")
-        self.switch = switch
-
-    def forward(self, w: Tensor) -> BinaryWeight:
-        """Return scaled signs, or the weights themselves with a scale of one in the first stage."""
-        binary = super().forward(w)
-        second = self.progress >= self.switch
-        return BinaryWeight(
-            torch.where(second, binary.surrogate, w),
-            torch.where(second, binary.codes, w.detach().unsqueeze(0)),
-            torch.where(second, binary.scales, torch.ones_like(binary.scales)),
-        )
-
-
 class _XnorGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, centred: Tensor, alpha: Tensor, sgd: bool) -> Tensor:
@@ -335,11 +310,6 @@ register_part("weight", "two_basis")(lambda spec: TwoBasisWeight(spec.weight.det
 @register_part("weight", "sign")
 def _sign(spec: LayerSpec, clip: bool = True) -> nn.Module:
     return SignWeight(spec.sign_zero, clip)
-
-
-@register_part("weight", "two_stage")
-def _two_stage(spec: LayerSpec, switch: float = 0.5) -> nn.Module:
-    return TwoStageWeight(spec.sign_zero, switch)
 
 
 @register_part("weight", "xnor")

@@ -13,9 +13,9 @@ from binarize.layers.parts import Part
 class BBCU(Method):
     """RSign -> scaled sign convolution -> RPReLU -> + shortcut: no BatchNorm, the activation inside the residual.
 
-    Where a layer widens, the pooled shortcut repeats the input's channels. Before a PixelShuffle that is the published
-    upsampling unit: the shortcut of a C -> 4 C convolution becomes the nearest-neighbour enlargement of its input.
-    Residual alignment and the bilinear shortcut around the whole network belong to that paper's own network.
+    The pooled shortcut of a layer that widens repeats the input's channels. Before a PixelShuffle this is the published
+    upsampling unit: the shortcut of a C -> 4 C convolution upsamples its input by nearest neighbor. Residual alignment
+    and the bilinear shortcut around the whole network belong to that paper's own network.
     """
 
     activation: Part = "approx_sign"

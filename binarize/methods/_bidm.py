@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from binarize.layers.method import Method, register_method
-from binarize.layers.parts import Part, PartKind
+from binarize.layers.method import Method, option, register_method
+from binarize.layers.parts import Part
 
 
 @register_method("bidm")
@@ -14,25 +14,17 @@ class BiDM(Method):
     """RSign -> scaled sign convolution -> times a learnable k x k map of mean_c |x| -> + factor * shortcut.
 
     As in the released code, x of the map is the layer's input before the shift, the map's kernel starts as a box
-    filter, and the learnable factor of the shortcut at 0. That code's map has a bias, drawn at random, left out here;
-    where the width changes its shortcut is a full-precision 1x1 convolution, here a parameter-free pooling
-    (``shortcut="projection"`` for the former). A linear layer, for which the paper gives no map, is taken as a 1x1
-    convolution. The cross-step feature cache of that paper belongs to its sampler and is not part of this.
+    filter, and the shortcut's learnable factor starts at 0. The released map has a bias with a random initial value,
+    which is left out here. If the width changes, the released shortcut is a full-precision 1x1 convolution
+    (``shortcut="projection"``); here it is a pooling without parameters. A linear layer, for which the paper gives no
+    map, is treated as a 1x1 convolution. The paper's cross-step feature cache belongs to its sampler.
 
     Attributes:
-        shortcut_start: Where the shortcut's factor starts.
+        shortcut_start: Initial value of the shortcut's factor.
     """
 
     activation: Part = "approx_sign"
     pre: Part = "shift"
-    scale: Part = "k_map"
+    scale: Part = option("k_map", {"scale.k_map": {"of_input": True}})
     shortcut: Part | bool = "scaled"
-    shortcut_start: float = 0.0
-
-    def part(self, kind: PartKind) -> Part:
-        """Return the part that serves one stage, with this method's options."""
-        if kind == "scale" and self.scale == "k_map":
-            return {"name": "k_map", "of_input": True}
-        if kind == "shortcut" and self.shortcut == "scaled":
-            return {"name": "scaled", "start": self.shortcut_start}
-        return super().part(kind)
+    shortcut_start: float = option(0.0, lambda method: {"shortcut.scaled": {"start": method.shortcut_start}})

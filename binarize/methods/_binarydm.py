@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from binarize.layers.method import Method, register_method
-from binarize.layers.parts import Part, PartKind
+from binarize.layers.method import Method, option, register_method
+from binarize.layers.parts import Part
 
 
 @register_method("binarydm")
@@ -13,23 +13,19 @@ from binarize.layers.parts import Part, PartKind
 class BinaryDM(Method):
     """w_hat = s1 sign(w) + s2 sign(w - s1 sign(w)) with learnable scales per filter, and STE-clip sign activations.
 
-    That paper keeps activations at 4 bits or more; here they are 1-bit, so that the method compares with the others.
-    Each layer costs two binary convolutions, and counts as two in `binarize.summary`. The scales are initialised when
-    the layer is built, never at the first forward, so loading a checkpoint keeps what was trained. The shortcut is
-    multiplied by a learnable magnitude, as in the released code; where the width changes that code has a full-precision
-    1x1 convolution, here it is a parameter-free pooling (``shortcut="projection"`` for the former).
+    The paper keeps activations at 4 bits or more; here they have 1 bit, as in the other methods. Each layer costs two
+    binary convolutions, and counts as two in `binarize.summary`. The scales are initialized when the layer is built,
+    not at the first forward, so loading a checkpoint keeps trained values. The shortcut is multiplied by a learnable
+    magnitude, as in the released code. If the width changes, the released shortcut is a full-precision 1x1 convolution
+    (``shortcut="projection"``); here it is a pooling without parameters.
 
     Attributes:
-        shortcut_start: Where the shortcut's factor starts.
+        shortcut_start: Initial value of the shortcut's factor.
     """
 
     activation: Part = "ste"
     weight: Part = "two_basis"
     shortcut: Part | bool = "scaled"
-    shortcut_start: float = 0.3
-
-    def part(self, kind: PartKind) -> Part:
-        """Return the part that serves one stage, with this method's options."""
-        if kind == "shortcut" and self.shortcut == "scaled":
-            return {"name": "scaled", "start": self.shortcut_start, "magnitude": True}
-        return super().part(kind)
+    shortcut_start: float = option(
+        0.3, lambda method: {"shortcut.scaled": {"start": method.shortcut_start, "magnitude": True}}
+    )

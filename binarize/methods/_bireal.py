@@ -13,8 +13,8 @@ from binarize.layers.parts import Part
 class BiReal(Method):
     """ApproxSign -> scaled sign convolution -> BatchNorm -> + shortcut around every convolution.
 
-    Where the shape changes the shortcut is a full-precision AvgPool -> 1x1 convolution -> BatchNorm, as published;
-    ``shortcut=True`` pools instead, without parameters, and so does every linear layer. The original initialisation
+    If the shape changes, the shortcut is a full-precision AvgPool -> 1x1 convolution -> BatchNorm, as published;
+    ``shortcut=True`` pools without parameters instead, and so does every linear layer. The original initialization
     (rand * 0.001, all positive) relies on a pretrained checkpoint and is not used: latent weights keep nn.Conv2d's.
     """
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from binarize.layers.method import Method, register_method
-from binarize.layers.parts import Part, PartKind
+from binarize.layers.method import Method, option, register_method
+from binarize.layers.parts import Part
+
+
+def _original(method: Method) -> dict[str, Any]:
+    clamps = method.clamps_latent is not False
+    return {"activation.ste": "identity_ste", "weight.sign": {"clip": False}, "clamps_latent": clamps}
 
 
 @register_method("bnn")
@@ -15,31 +20,13 @@ class BNN(Method):
     """sign(w) and sign(x) without a scale: convolution -> BatchNorm -> Hardtanh, no shortcut, no bias.
 
     Attributes:
-        variant: "bibench" clips both straight-through estimators at |x| <= 1, as the benchmark that published
-            comparisons follow does (the default for that reason); "original" passes gradients through unchanged and
-            clamps the latent weights to [-1, 1] after each step, Hardtanh doing the clipping of activations.
+        variant: "bibench" clips both straight-through estimators at |x| <= 1, as the benchmark does that published
+            comparisons follow, and is therefore the default. "original" passes gradients through unchanged and clamps
+            the latent weights to [-1, 1] after each step; Hardtanh clips the activations.
     """
 
     activation: Part = "ste"
     weight: Part = "sign"
     norm: Part = "batch_norm"
     post: Part = "hardtanh"
-    variant: Literal["bibench", "original"] = "bibench"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_choice("variant", "bibench", "original")
-
-    @property
-    def clamps(self) -> bool:
-        """Whether latent weights are clamped after each optimizer step: in the original variant, unless told."""
-        return self.variant == "original" if self.clamps_latent is None else self.clamps_latent
-
-    def part(self, kind: PartKind) -> Part:
-        """Return the part that serves one stage, in the chosen variant."""
-        if self.variant == "original":
-            if kind == "activation" and self.activation == "ste":
-                return "identity_ste"
-            if kind == "weight" and self.weight == "sign":
-                return {"name": "sign", "clip": False}
-        return super().part(kind)
+    variant: Literal["bibench", "original"] = option("bibench", _original, when="original")

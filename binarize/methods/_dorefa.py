@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from binarize.layers.method import Method, register_method
-from binarize.layers.parts import Part, PartKind
+from binarize.layers.method import Method, option, register_method
+from binarize.layers.parts import Part
 
 
 @register_method("dorefa")
@@ -15,24 +15,13 @@ class DoReFa(Method):
     """E sign(w / E), E = mean |w| of the tensor, and activations round(clip(x, 0, 1)) in {0, 1}; then BatchNorm.
 
     Attributes:
-        variant: "original" is the authors' released code (the default, being the definition); "bibench" uses +-1
-            activations with STE-clip and a detached scale per output channel.
+        variant: "original" is the authors' released code, and the default. "bibench" uses +-1 activations with STE-clip
+            and a detached scale per output channel.
     """
 
     activation: Part = "unit_round"
     weight: Part = "tensor_scaled"
     norm: Part = "batch_norm"
-    variant: Literal["original", "bibench"] = "original"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_choice("variant", "original", "bibench")
-
-    def part(self, kind: PartKind) -> Part:
-        """Return the part that serves one stage, in the chosen variant."""
-        if self.variant == "bibench":
-            if kind == "activation" and self.activation == "unit_round":
-                return "ste"
-            if kind == "weight" and self.weight == "tensor_scaled":
-                return "scaled_sign"
-        return super().part(kind)
+    variant: Literal["original", "bibench"] = option(
+        "original", {"activation.unit_round": "ste", "weight.tensor_scaled": "scaled_sign"}, when="bibench"
+    )

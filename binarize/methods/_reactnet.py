@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from binarize.errors import BinarizeError
-from binarize.layers.method import Method, register_method
-from binarize.layers.parts import Part, PartKind
+from binarize.layers.method import Method, option, register_method
+from binarize.layers.parts import Part
 
 
 @register_method("reactnet")
@@ -17,8 +17,8 @@ class ReActNet(Method):
     A stride-2 shortcut is a 2 x 2 average pool. The published training has two stages, full-precision weights first.
 
     Attributes:
-        two_stage: The share of training, in (0, 1), with full-precision weights and binary activations; None trains
-            both binary from the start, which is the default because it needs no schedule.
+        two_stage: The share of training, in (0, 1), with full-precision weights and binary activations. None, the
+            default, trains with binary weights from the start and needs no schedule.
     """
 
     activation: Part = "approx_sign"
@@ -27,7 +27,9 @@ class ReActNet(Method):
     post: Part = "rprelu"
     shortcut: Part | bool = True
     post_after_shortcut: bool = True
-    two_stage: float | None = None
+    two_stage: float | None = option(
+        None, lambda method: {"weight.scaled_sign": {"name": "two_stage", "switch": method.two_stage}}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,9 +37,3 @@ class ReActNet(Method):
             raise BinarizeError(
                 f"{self.name}: two_stage is a share of training in (0, 1), or None; got {self.two_stage}."
             )
-
-    def part(self, kind: PartKind) -> Part:
-        """Return the part that serves one stage; the weight follows the two stages where asked for."""
-        if kind == "weight" and self.weight == "scaled_sign" and self.two_stage is not None:
-            return {"name": "two_stage", "switch": self.two_stage}
-        return super().part(kind)

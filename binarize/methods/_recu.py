@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from binarize.layers.method import Method, register_method
-from binarize.layers.parts import Part, PartKind
+from binarize.layers.method import Method, option, register_method
+from binarize.layers.parts import Part
 from binarize.layers.schedule import check_tau_range
 
 
 @register_method("recu")
 @dataclass(frozen=True, kw_only=True)
 class ReCU(Method):
-    """Rectified clamp of standardised weights, a learnable output scale per channel, normalised ApproxSign activations.
+    """Rectified clamp of standardized weights, a learnable output scale per channel, normalized ApproxSign activations.
 
     Convolution -> scale -> BatchNorm -> + shortcut -> Hardtanh. The clamp loosens with training progress:
     call `binarize.training_step` after each optimizer step. The output scale starts at 1; the released code draws it
@@ -30,15 +30,9 @@ class ReCU(Method):
     post: Part = "hardtanh"
     shortcut: Part | bool = True
     post_after_shortcut: bool = True
-    tau_min: float = 0.85
-    tau_max: float = 0.99
+    tau_min: float = option(0.85, lambda method: {"weight.recu": {"tau_min": method.tau_min}})
+    tau_max: float = option(0.99, lambda method: {"weight.recu": {"tau_max": method.tau_max}})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_tau_range(self.name, self.tau_min, self.tau_max)
-
-    def part(self, kind: PartKind) -> Part:
-        """Return the part that serves one stage, with the range of tau."""
-        if kind == "weight" and self.weight == "recu":
-            return {"name": "recu", "tau_min": self.tau_min, "tau_max": self.tau_max}
-        return super().part(kind)

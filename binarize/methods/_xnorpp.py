@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from binarize.errors import BinarizeError
-from binarize.layers.method import Method, register_method
-from binarize.layers.parts import Part, PartKind
+from binarize.layers.method import Method, option, register_method
+from binarize.layers.parts import Part
 
 
 @register_method("xnor++")
@@ -16,26 +16,19 @@ class XNORPlusPlus(Method):
 
     Attributes:
         size: (H, W) of the largest output; smaller ones use the leading factors, as in BiBench. None, the default,
-            learns the channel factor alone, since a U-Net serves pictures of any size. Linear layers have no h and w.
+            learns the channel factor alone, since a U-Net serves images of any size. Linear layers have no h and w.
     """
 
     activation: Part = "ste"
     weight: Part = "sign"
     scale: Part = "channel"
     norm: Part = "batch_norm"
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = option(
+        None, lambda method: {"scale.channel": dict(zip(("height", "width"), method.size, strict=True))}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size is not None and not (
-            isinstance(self.size, tuple)
-            and len(self.size) == 2
-            and all(isinstance(n, int) and n > 0 for n in self.size)
-        ):
+        pair = isinstance(self.size, tuple) and len(self.size) == 2
+        if self.size is not None and not (pair and all(isinstance(n, int) and n > 0 for n in self.size)):
             raise BinarizeError(f"{self.name}: size must be (H, W) in pixels, or None; got {self.size!r}.")
-
-    def part(self, kind: PartKind) -> Part:
-        """Return the part that serves one stage, sized where asked for."""
-        if kind == "scale" and self.scale == "channel" and self.size is not None:
-            return {"name": "channel", "height": self.size[0], "width": self.size[1]}
-        return super().part(kind)

@@ -24,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from binarize.conversion.convert import PACKED_FORMAT
 from binarize.errors import BinarizeError
+from binarize.modules import aligned
 
+PACKED_FORMAT = 1
 VERSION, CONFIG, DIGEST = "binarize_packed", "config", "sha256"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -185,7 +186,7 @@ def read_packed(
             raise BinarizeError(f"{path}: is damaged: its content does not have the digest that its header says.")
         state = {}
         for name in held:
-            value = file.get_tensor(name)
+            value = aligned(file.get_tensor(name))
             if value.is_floating_point():
                 value = value.to(dtype or (torch.float32 if value.dtype in _HALVES else value.dtype))
             if isinstance(expected[name], nn.Parameter):  # of which loading makes no copy, so that ties hold

@@ -21,8 +21,8 @@ from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits
 from binarize.kernels.ops import binary_conv2d
 from binarize.layers import BinaryConv2d, BinaryLinear
 from binarize.layers.delayed import Delayed
-from binarize.layers.lowering import LoweredLayer, levels_of, lower
-from binarize.layers.parts import PART_KINDS, PartKind, StoredScales, WeightBinarizer
+from binarize.layers.lowering import LoweredLayer, lower
+from binarize.layers.parts import PART_KINDS, PartKind, StoredScales, levels_of
 from binarize.layers.pipeline import PartPipeline
 from binarize.layers.structure import AccumulatingConv
 
@@ -93,9 +93,8 @@ class _PackedLayer(PartPipeline):
         self.method, self.had_bias = layer.method, layer.had_bias
         self.post_after_shortcut = layer.post_after_shortcut
         self.register_parameter("bias", layer.bias)
-        binarizer = layer.weight_binarizer
-        self.stored_scales = binarizer.stored_scales if isinstance(binarizer, WeightBinarizer) else "filter"
-        self.learned_scales = any(True for _ in binarizer.parameters())
+        self.stored_scales = layer.stored_scales
+        self.learned_scales = any(True for _ in layer.weight_binarizer.parameters())
         weight = layer.binary_weight()
         bits = (weight.codes >= 0).to(torch.uint8)
         bits = bits.view(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel)
@@ -309,7 +308,7 @@ class PackedLinear(_PackedLayer):
 
 def check_levels(activation: nn.Module) -> None:
     """Raise BinarizeError unless an activation is binary now and declares its two values."""
-    if isinstance(activation, Delayed) and not activation.progress.is_meta and not activation.joined:
+    if isinstance(activation, Delayed) and not activation.progress.is_meta and not activation.active:
         raise BinarizeError(
             "pack: activations are still full precision, since training has not reached the step from which they are "
             "binary; call binarize.training_step(model, 1.0) to make them binary."

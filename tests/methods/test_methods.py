@@ -21,6 +21,7 @@ from binarize.layers import (
     ApproxSign,
     BinaryConv2d,
     BinaryLinear,
+    DelayedWeight,
     EDESign,
     KMapScale,
     LayerSpec,
@@ -29,7 +30,6 @@ from binarize.layers import (
     RPReLU,
     ScaledSignWeight,
     Shift,
-    TwoStageWeight,
     list_parts,
     register_part,
 )
@@ -40,8 +40,8 @@ from binarize.models import SRUNet
 from binarize.timestep import TimestepContext
 
 
-def told(value: object) -> str:
-    """Return a parameter's name in a test's: without addresses, which differ in processes that share the tests."""
+def without_addresses(value: object) -> str:
+    """Return a parameter's id without memory addresses, which differ between the processes that run the tests."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
@@ -90,7 +90,7 @@ class Factories:
     ("options", "attribute", "expected"),
     [
         ({"weight": "libra"}, "weight_binarizer", LibraWeight),
-        ({"weight": {"name": "two_stage", "switch": 0.2}}, "weight_binarizer", TwoStageWeight),
+        ({"weight": {"name": "two_stage", "switch": 0.2}}, "weight_binarizer", DelayedWeight),
         ({"activation": "ede"}, "activation", EDESign),
         ({"pre": None}, "pre", type(None)),
         ({"pre": "batch_norm"}, "pre", nn.BatchNorm2d),
@@ -103,7 +103,7 @@ class Factories:
         ({"shortcut": False}, "shortcut", type(None)),
         ({"shortcut": None}, "shortcut", type(None)),
     ],
-    ids=lambda value: told(value) if isinstance(value, dict) else "",
+    ids=lambda value: without_addresses(value) if isinstance(value, dict) else "",
 )
 def test_one_part_is_replaced_and_the_others_stay(options, attribute, expected):
     made = layer(reactnet(**options))
@@ -248,7 +248,7 @@ def test_bad_values_are_refused_in_words(name, options, message):
         ({"post": "binarize:nothing"}, "post part 'binarize:nothing' cannot be imported: .*nothing"),
         ({"weight": None}, "reactnet: the weight binarizer cannot be None"),
     ],
-    ids=told,
+    ids=without_addresses,
 )
 def test_a_part_that_cannot_be_built_leaves_the_model_alone(options, message):
     model = tiny()
@@ -258,16 +258,29 @@ def test_a_part_that_cannot_be_built_leaves_the_model_alone(options, message):
     assert [(name, id(module)) for name, module in model.named_modules()] == modules
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (3, "method must be a name, a Method or a mapping with a 'name'; got 3"),
-        ({"groups": 2}, "a method given as a mapping needs a 'name'"),
-    ],
-)
-def test_what_is_no_method_is_refused(given, message):
-    with pytest.raises(BinarizeError, match=message):
-        get_method(given)
+def test_options_change_the_parts_that_they_name():
+    narrow = get_method("irnet", t_min=0.5)
+    assert narrow.part("weight") == {"name": "libra", "t_min": 0.5, "t_max": 10.0}
+    assert narrow.part("activation") == {"name": "ede", "t_min": 0.5, "t_max": 10.0}
+    own = {"name": "libra", "t_min": 0.3}
+    assert narrow.replace(weight=own).part("weight") == own, "options of the part itself count"
+    assert narrow.replace(weight="sign").part("weight") == "sign"
+    bibench = get_method("xnor", variant="bibench", sgd=True)
+    assert (bibench.part("weight"), bibench.part("scale"), bibench.part("activation")) == (
+        "scaled_sign",
+        "input_mean",
+        "mean_ste",
+    )
+    assert bibench.replace(scale="channel").part("activation") == "ste"
+    before = get_method("xnor", norm_position="before", norm="my_norm")
+    assert (before.part("pre"), before.part("norm")) == ("my_norm", None)
+
+
+def test_the_old_name_of_the_two_stage_weight_warns():
+    with pytest.warns(DeprecationWarning, match="TwoStageWeight is now binarize.layers.delayed.two_stage_weight"):
+        made = binarize.layers.TwoStageWeight(switch=0.2)
+    assert isinstance(made, DelayedWeight)
+    assert list(made.state_dict()) == ["progress"]
 
 
 def test_methods_are_values():
@@ -296,7 +309,7 @@ def test_methods_are_values():
         {"post": {"name": Factories.twice, "factor": 3.0}},
         {"post": "binarize.layers.timestep_aware:_hardtanh"},
     ],
-    ids=told,
+    ids=without_addresses,
 )
 def test_composed_methods_go_through_files(options):
     method = reactnet(**options)

@@ -91,7 +91,8 @@ def test_ddim_sample(model, reference):
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(model(x, t, reference["lr"]).sample, t, x).prev_sample
-    torch.testing.assert_close(x, reference["ddim10"], rtol=0, atol=1e-9)
+    # diffusers computes its alphas as a float32 cumulative product, whose rounding depends on the CPU.
+    torch.testing.assert_close(x, reference["ddim10"], rtol=0, atol=1e-6)
 
 
 def test_the_default_mode_differs_from_parity_only_where_a_sign_is_zero(metadata, reference):
@@ -112,7 +113,7 @@ def test_the_default_mode_differs_from_parity_only_where_a_sign_is_zero(metadata
 def test_round_trip_keeps_parity_mode_and_weights(model, reference, tmp_path):
     model.float().save_pretrained(tmp_path)
     again = SRUNet.from_pretrained(tmp_path)
-    assert binarize.conversion.convert.conversion(again).method.sign_zero == "zero"
+    assert binarize.conversion.record.conversion(again).method.sign_zero == "zero"
     for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
 

@@ -55,7 +55,7 @@ def test_models_are_found_by_their_scale(models: Path) -> None:
 
 
 def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path, photo: Path) -> None:
-    with pytest.raises(binarize.BinarizeError, match=r"enlarges 3 times comes with binarize; scales with one: 2, 4\."):
+    with pytest.raises(binarize.BinarizeError, match=r"no model for scale 3 .*; scales with one: 2, 4\."):
         default_model(3)
     result = run("upscale", photo, "--scale", "3")
     assert result.exit_code == 1
@@ -69,7 +69,7 @@ def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path
 
 
 @pytest.mark.parametrize(("options", "scale"), [([], 2), (["--scale", "4"], 4)])
-def test_upscale_needs_nothing_but_a_picture(models: Path, photo: Path, options: list[str], scale: int) -> None:
+def test_upscale_needs_nothing_but_an_image(models: Path, photo: Path, options: list[str], scale: int) -> None:
     result = run("upscale", photo, *options)
     assert result.exit_code == 0, result.output
     pipe = SuperResolutionPipeline.from_pretrained(default_model(scale))

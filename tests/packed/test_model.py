@@ -26,7 +26,7 @@ from binarize.kernels import backends
 from binarize.kernels.cpu import threads as cpu_threads
 from binarize.kernels.ops import norm_factors, norm_silu
 from binarize.layers import BinaryConv2d
-from binarize.layers.lowering import levels_of
+from binarize.layers.parts import levels_of
 from binarize.models import SRUNet
 from binarize.packed import PackedConv2d
 

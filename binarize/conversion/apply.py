@@ -1,0 +1,67 @@
+"""Repeat a recorded conversion, and write a packed model as a folder: what saving and loading need of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from binarize.conversion.convert import convert
+from binarize.conversion.packing import pack
+from binarize.conversion.record import FORMAT, conversion, is_converted
+from binarize.errors import BinarizeError
+from binarize.files import write_text_atomic
+from binarize.layers.parts import named_by_a_file
+from binarize.packed.files import PACKED_FORMAT, write_packed
+
+CONFIG = "config.json"
+_KEYS = {"method", "structure", "keep", "overrides", "linear", "num_train_timesteps"}
+
+
+def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Convert ``model`` as a recorded conversion says, and pack it if the record says so.
+
+    Raises:
+        BinarizeError: If the record comes from a newer version or names something that is not registered.
+    """
+    options = dict(config)
+    packed, version = options.pop("packed", None), options.pop("format", None)
+    if packed not in (None, PACKED_FORMAT):
+        raise BinarizeError(f"the model has packed format {packed!r}; this version of binarize reads {PACKED_FORMAT}.")
+    if "unsaveable" in options:
+        raise BinarizeError(f"this conversion was not saveable: {options['unsaveable']}")
+    if version != FORMAT:
+        raise BinarizeError(f"the conversion has format {version!r}; this version of binarize reads format {FORMAT}.")
+    unknown = sorted(set(options) - _KEYS)
+    if unknown or "method" not in options:
+        raise BinarizeError(f"the conversion has unknown or missing keys: {', '.join(unknown) or 'method'}.")
+    with named_by_a_file():
+        convert(model, options.pop("method"), **options)
+    if packed is not None:
+        pack(model)
+
+
+def check_saveable(model: nn.Module) -> None:
+    """Raise BinarizeError if the model's conversion has a part that cannot be named in a file."""
+    if is_converted(model):
+        conversion(model).to_config()
+
+
+def write_packed_folder(
+    model: nn.Module, folder: Path, weights: str, text: str, config: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> None:
+    """Write a packed model's weights, and then its ``config.json``: the larger file first, which may not fit.
+
+    Args:
+        model: A packed model.
+        folder: The folder; it is created.
+        weights: Name of the weights' file.
+        text: Content of ``config.json``.
+        config: The same content as the weights' file stores it.
+        dtype: Dtype of the full-precision tensors in the file, or None to store them as they are.
+    """
+    write_packed(model, folder / weights, config, dtype)
+    write_text_atomic(folder / CONFIG, text)

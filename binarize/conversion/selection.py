@@ -1,0 +1,186 @@
+"""Which layers a conversion replaces: keep, overrides and linear become one ordered list of decisions."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from binarize.errors import BinarizeError
+from binarize.methods import Method, get_method
+from binarize.modules import matches, prefixes
+
+Selector = str | Callable[[str, nn.Module], bool]
+
+_TIME_PATH = re.compile(r"(^|\.)(time|timestep|t_emb|emb_|embed|class_emb|label_emb|add_emb|noise|temb)")
+_CONVOLUTION = nn.modules.conv._ConvNd
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one layer.
+
+    Attributes:
+        names: All paths of the layer in the model; it can have several.
+        layer: The convolution or linear layer.
+        method: The method that makes it binary, or None if it stays full precision.
+        reason: Why it stays full precision.
+    """
+
+    names: tuple[str, ...]
+    layer: nn.Module
+    method: Method | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The checked arguments ``keep``, ``overrides`` and ``linear`` of `binarize.convert`.
+
+    Attributes:
+        keep: Glob pattern to the reason that the report gives.
+        overrides: Glob pattern to method, or to None for full precision.
+        linear: True, False or glob patterns.
+    """
+
+    keep: dict[str, str]
+    overrides: dict[str, Method | None]
+    linear: bool | list[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, method: Method, keep: Any, overrides: Any, linear: Any) -> Selection:
+        """Check the arguments.
+
+        Raises:
+            BinarizeError: If one has the wrong type, or a predicate selects no module.
+        """
+        if keep is not None and not (isinstance(keep, Sequence) or callable(keep)):
+            raise BinarizeError(f"keep must be a sequence of glob patterns; got {keep!r}.")
+        if not isinstance(linear, bool | Sequence):
+            raise BinarizeError(f"linear must be True, False or glob patterns; got {linear!r}.")
+        if overrides is not None and not isinstance(overrides, Mapping):
+            raise BinarizeError(f"overrides must map glob patterns to methods, options or None; got {overrides!r}.")
+        selectors = [] if keep is None else [keep] if isinstance(keep, str) or callable(keep) else list(keep)
+        kept: dict[str, str] = {}
+        for selector in selectors:
+            if isinstance(selector, str):
+                kept[selector] = f"keep={selector!r}"
+            elif callable(selector):
+                kept.update(dict.fromkeys(_picked(model, selector), "keep predicate"))
+            else:
+                raise BinarizeError(f"keep takes glob patterns and predicates f(name, module); got {selector!r}.")
+        chosen = {pattern: _override(pattern, value, method) for pattern, value in (overrides or {}).items()}
+        patterns = linear if isinstance(linear, bool) else [linear] if isinstance(linear, str) else list(linear)
+        return cls(kept, chosen, patterns)
+
+
+def _picked(model: nn.Module, predicate: Callable[[str, nn.Module], bool]) -> list[str]:
+    picked = [n for n, module in model.named_modules(remove_duplicate=False) if n and predicate(n, module)]
+    if not picked:
+        raise BinarizeError(f"the predicate {predicate!r} in keep matches no module.")
+    return [glob.escape(name) for name in picked]
+
+
+def _override(pattern: str, value: Any, method: Method) -> Method | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping) and "name" not in value:
+        return get_method(method, **value)
+    if isinstance(value, str | Method | Mapping):
+        return get_method(value)
+    raise BinarizeError(f"overrides[{pattern!r}] must be a method, a mapping of options or None; got {value!r}.")
+
+
+def select(model: nn.Module, method: Method, selection: Selection, defaults: Mapping[str, str]) -> list[Decision]:
+    """Return a decision for every convolution and linear layer, in the model's order.
+
+    Args:
+        model: The model, with the structure that it will have.
+        method: The method of layers without an override.
+        selection: What the user asks for.
+        defaults: Names of modules that stay full precision by default, to the reason; they count for all layers below.
+
+    Raises:
+        BinarizeError: If a pattern matches nothing, or no layer would become binary.
+    """
+    layers: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and isinstance(module, _CONVOLUTION | nn.Linear):
+            layers.setdefault(id(module), (module, []))[1].append(name)
+    _check_patterns(selection, list(layers.values()))
+    decisions = []
+    for layer, names in layers.values():
+        chosen, reason = _decide(names, layer, method, selection, defaults)
+        decisions.append(Decision(tuple(names), layer, chosen, reason))
+    if all(decision.method is None for decision in decisions):
+        reasons = sorted({decision.reason for decision in decisions})
+        raise BinarizeError(
+            f"{method.name} would replace nothing in this {type(model).__name__}: "
+            f"{'; '.join(reasons) or 'it has no convolution or linear layer'}. "
+            "Loosen keep, or pass linear=True for networks of linear layers."
+        )
+    return decisions
+
+
+def _check_patterns(selection: Selection, layers: list[tuple[nn.Module, list[str]]]) -> None:
+    linear = [] if isinstance(selection.linear, bool) else selection.linear
+    keep = [pattern for pattern, reason in selection.keep.items() if reason != "keep predicate"]
+    for pattern in [*keep, *selection.overrides, *linear]:
+        kind: type = nn.Linear if pattern in linear else nn.Module
+        if not any(isinstance(layer, kind) and _any_matches(pattern, names) for layer, names in layers):
+            what = "linear layer" if pattern in linear else "convolution or linear layer"
+            examples = [name for _, names in layers for name in names][:3]
+            raise BinarizeError(
+                f"the pattern {pattern!r} matches no {what}; names look like {', '.join(examples)}. "
+                "`binarize.plan(model, method)` lists them all."
+            )
+
+
+def _any_matches(pattern: str, names: Sequence[str]) -> bool:
+    return any(matches(pattern, name) for name in names)
+
+
+def _decide(
+    names: Sequence[str], layer: nn.Module, method: Method, selection: Selection, defaults: Mapping[str, str]
+) -> tuple[Method | None, str]:
+    for pattern, reason in selection.keep.items():
+        if _any_matches(pattern, names):
+            return None, reason
+    unsupported = _unsupported(layer)
+    overrides = [pattern for pattern in selection.overrides if _any_matches(pattern, names)]
+    if overrides and selection.overrides[overrides[-1]] is None:
+        return None, f"overrides[{overrides[-1]!r}] is None"
+    if unsupported:
+        return None, unsupported
+    if overrides:
+        return selection.overrides[overrides[-1]], ""
+    linear = selection.linear
+    is_linear = isinstance(layer, nn.Linear)
+    if is_linear and not isinstance(linear, bool) and any(_any_matches(pattern, names) for pattern in linear):
+        return method, ""
+    default = next((defaults[prefix] for name in names for prefix in prefixes(name) if prefix in defaults), None)
+    if default is not None:
+        return None, default
+    if is_linear and any(_TIME_PATH.search(name) for name in names):
+        return None, "time or class embedding"
+    if is_linear and linear is not True:
+        return None, "linear layer (convert with linear=True or patterns)"
+    return method, ""
+
+
+def _unsupported(layer: nn.Module) -> str | None:
+    """Return why a layer has no binary form, or None if it has one."""
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads this layer's weight without calling the layer"
+    for cls, kind in ((nn.Conv2d, "convolution"), (nn.Linear, "linear layer")):
+        if isinstance(layer, cls):
+            if type(layer).forward is not cls.forward:
+                return f"{type(layer).__name__} has a forward of its own, which a binary {kind} would drop"
+            return None
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return "transposed convolution: no binary form is published"
+    return f"{type(layer).__name__}: only 2-D convolutions and linear layers have a binary form"

@@ -1,0 +1,83 @@
+"""Modules of any network: find them by name pattern, replace them, copy their structure and their tensors."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from binarize.errors import BinarizeError
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def prefixes(name: str) -> list[str]:
+    """Return the names of a module's ancestors, outermost first, and its own name last."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return True if a glob pattern matches the name of a module or of one of its ancestors; ``*`` matches dots."""
+    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes(name))
+
+
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Replace submodules in place, under all their names.
+
+    Args:
+        model: The network.
+        new: The ``id`` of an old module to its replacement.
+
+    Returns:
+        The name and the old module of each replacement; ``model.set_submodule(name, old)`` undoes it.
+    """
+    old = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if id(module) in new]
+    for name, module in old:
+        model.set_submodule(name, new[id(module)])
+    return old
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise BinarizeError if a lazy layer has no weights yet."""
+    for name, module in model.named_modules():
+        if any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])):
+            raise BinarizeError(f"{name!r} is a {type(module).__name__} without weights; run one forward first.")
+
+
+def meta_copy(model: ModelT) -> ModelT:
+    """Return a copy of a model whose parameters and buffers are on the meta device, where they take no memory.
+
+    Raises:
+        BinarizeError: If a lazy layer has no weights yet.
+    """
+    refuse_lazy(model)
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(model, memo)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor that PyTorch allocated itself: a copy of one that lies in a memory-mapped file.
+
+    Tensors of a mapped safetensors file are not aligned to 64 bytes. Vectorised sums then round differently, which can
+    flip a sign in the next layer, so that a loaded model would not compute what the saved one did.
+    """
+    return tensor if tensor.is_meta or tensor.untyped_storage().resizable() else tensor.clone()
+
+
+def align_tensors(model: ModelT) -> ModelT:
+    """Copy the parameters and buffers of a model out of memory-mapped files, see `aligned`; return the model."""
+    tensors: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.data = aligned(tensor.data)
+    return model

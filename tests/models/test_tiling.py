@@ -1,0 +1,179 @@
+"""Tiles: how they cover an image, how they are blended, and what they save."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipeline_case import Local, local, pipeline, pixels, run
+from torch import Tensor
+
+from binarize.errors import BinarizeError
+from binarize.models.pipeline import default_scheduler
+from binarize.models.tiling import tile_grid
+
+
+@given(
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    tile=st.integers(1, 80),
+    overlap=st.integers(0, 79),
+    multiple=st.sampled_from([1, 2, 8]),
+)
+def test_tiles_cover_the_canvas_and_their_weights_add_up_to_one(height, width, tile, overlap, multiple):
+    overlap = min(overlap, tile - 1)
+    grid = tile_grid(height, width, tile=tile, overlap=overlap, multiple=multiple)
+    assert grid.shape == tuple(math.ceil(side / multiple) * multiple for side in (height, width))
+    for spans, side, length in zip((grid.rows, grid.columns), (height, width), grid.shape, strict=True):
+        total = torch.zeros(length, dtype=torch.float64)
+        for span in spans:
+            assert span.start % multiple == 0
+            assert (span.weights >= 0).all()
+            total[span.pixels] += span.weights
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
+        sizes = {span.weights.numel() for span in spans}
+        assert sizes == {length} if tile >= side else max(sizes) <= max(tile, multiple)
+        size = sizes.pop()
+        for one, other in pairwise(spans):
+            assert one.pixels.stop - other.start >= min(overlap, size - multiple)
+
+
+def test_the_outer_quarter_of_an_overlap_has_no_weight_and_the_image_edge_has_all():
+    first, second = tile_grid(8, 48, tile=32, overlap=16, multiple=8).columns
+    assert (first.start, second.start) == (0, 16)
+    assert (first.weights[:16] == 1).all()
+    assert (first.weights[-4:] == 0).all()
+    assert (second.weights[:4] == 0).all()
+    assert (second.weights[16:] == 1).all()
+    assert (first.weights[16:].diff() <= 0).all()
+
+
+def test_one_tile_hands_over_the_prediction_itself():
+    prediction = torch.zeros(1, 3, 8, 8)
+    assert tile_grid(5, 7, tile=7, multiple=8).blend(lambda x: prediction, torch.zeros(1, 3, 8, 8)) is prediction
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_blending_copies_gives_the_image_for_any_number_of_tiles_at_once(batch_size):
+    x, y = torch.rand(2, 3, 40, 56, dtype=torch.float64), torch.rand(2, 1, 40, 56, dtype=torch.float64)
+    grid = tile_grid(40, 56, tile=24, overlap=8, multiple=8)
+    calls = []
+
+    def predict(a: Tensor, b: Tensor) -> Tensor:
+        calls.append(a.shape[0])
+        return a * b
+
+    torch.testing.assert_close(grid.blend(predict, x, y, batch_size=batch_size), x * y, rtol=0, atol=1e-14)
+    assert sum(calls) == 2 * len(grid) == 12
+    assert max(calls) == 2 * min(batch_size, len(grid))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap": 4}, "overlap=4 has no meaning without tiles; pass tile=SIDE"),
+        ({"tile": 0}, "tile=0: .* at least 1; pass None for no tiles"),
+        ({"tile": 16.0}, "tile=16.0: .* whole number"),
+        ({"tile": 16, "overlap": 16}, r"overlap=16 with tile=16: .* from 0 to tile - 1 \(15 here\)"),
+        ({"tile": 16, "overlap": -1}, "overlap=-1 with tile=16"),
+    ],
+)
+def test_tiles_that_cannot_be_laid_are_refused(options, message):
+    with pytest.raises(BinarizeError, match=message):
+        tile_grid(32, 32, **options)
+
+
+@settings(max_examples=15, deadline=None)
+@given(height=st.integers(1, 30), width=st.integers(1, 30), tile=st.integers(24, 70))
+def test_a_local_network_gives_with_tiles_what_it_gives_without(height, width, tile):
+    # The receptive field reaches 2 pixels beyond a tile; the outer quarter of 16 shared pixels carries no weight.
+    pipe, image = pipeline(), pixels(height, width)
+    whole = run(pipe, image)
+    tiled = run(pipe, image, tile=tile, overlap=16)
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-12)
+    if tile >= 2 * max(height, width):
+        assert torch.equal(tiled, whole)
+
+
+class Tilewise(Local):
+    """Predicts the noise of a clean image that hangs on the mean of the whole input, as GroupNorm would have it."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor) -> UNet2DOutput:
+        alpha_bar = default_scheduler().alphas_cumprod[timestep].to(sample)
+        clean = 0.8 * condition + 0.2 * condition.mean((1, 2, 3), keepdim=True)
+        return UNet2DOutput(sample=(sample - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt())
+
+
+def test_tiles_leave_no_seam_where_a_prediction_hangs_on_the_whole_tile():
+    ramp = np.linspace(0.1, 0.9, 64)[None, :, None].repeat(64, 0).repeat(3, 2)
+    pipe = pipeline(Tilewise().double())
+
+    def steps(overlap: int) -> tuple[float, float]:
+        columns = run(pipe, ramp, tile=64, overlap=overlap, num_inference_steps=5)[0, 0].mean(0)
+        grid = tile_grid(128, 128, tile=64, overlap=overlap, multiple=8)
+        borders = [b - 1 for s in grid.columns for b in (s.pixels.start, s.pixels.stop) if 0 < b < 128]
+        jumps = columns.diff().abs()
+        elsewhere = [i for i in range(8, 119) if all(abs(i - b) > 4 for b in borders)]
+        return jumps[borders].max().item(), jumps[elsewhere].max().item()
+
+    border, elsewhere = steps(overlap=32)
+    assert border <= elsewhere
+    assert elsewhere < 0.02
+    border, elsewhere = steps(overlap=0)  # the same measure sees the step of 0.2 * 0.4 that blending takes away
+    assert border > 0.08 > 5 * elsewhere
+
+
+def test_the_network_never_sees_more_than_the_tile():
+    unet = local()
+    run(pipeline(unet), pixels(61, 90), tile=37, overlap=8, num_inference_steps=2)
+    assert {tuple(sample.shape) for sample, _, _ in unet.seen} == {(1, 3, 32, 32)}
+    assert {tuple(condition.shape) for _, _, condition in unet.seen} == {(1, 3, 32, 32)}
+
+
+_PEAK = """
+import re, sys, torch
+from pathlib import Path
+from torch import nn
+sys.path.insert(0, {tests!r})
+from pipeline_case import Local
+from binarize.models.pipeline import SuperResolutionPipeline
+
+class Wide(Local):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(6, 128, 1), nn.Conv2d(128, 3, 1)
+
+torch.set_num_threads(1)
+pipe = SuperResolutionPipeline(Wide(), scale=2)
+pipe.set_progress_bar_config(disable=True)
+pipe.unet.seen = type("Forgets", (), {{"append": lambda self, item: None}})()
+
+def peak():  # in KiB; unlike ru_maxrss it does not begin at the peak of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+pipe(torch.rand(3, 64, 64), 1)
+peaks = [peak()]
+for tile in (128, None):
+    pipe(torch.rand(3, 256, 256), 1, tile=tile)
+    peaks.append(peak())
+print(peaks[1] - peaks[0], peaks[2] - peaks[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory as Linux gives it")
+def test_peak_memory_follows_the_tile():
+    code = _PEAK.format(tests=str(Path(__file__).parents[1]))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    tiled, whole = (int(kib) / 1024 for kib in run.stdout.split())
+    # A hidden layer of the whole image has 128 x 512 x 512 float32 values, 128 MiB; one of a tile has 8 MiB.
+    assert tiled < 64 < 128 < whole
