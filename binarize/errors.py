@@ -25,3 +25,8 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
         return ""
     exact = next(o for o in options if o.lower() == near[0])
     return f" Did you mean {exact!r}?"
+
+
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """Return an exception's message as one line of at most `limit` characters; its class if it has no message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

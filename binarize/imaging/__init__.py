@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from binarize.deprecation import renamed
+from binarize.files import write_atomic
 from binarize.imaging.decoded import DecodedImage, to_image
 from binarize.imaging.files import (
     IMAGE_SUFFIXES,
@@ -10,7 +11,6 @@ from binarize.imaging.files import (
     list_images,
     read_image,
     save_image,
-    write_atomic,
 )
 from binarize.imaging.pairs import ImagePair, ImagePairs
 from binarize.imaging.resize import degrade, upscale_bicubic

@@ -1,18 +1,18 @@
-"""Reading pictures from files and folders, and writing files that are either whole or not there."""
+"""Reading image files and folders of them, and writing image files."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from binarize.errors import BinarizeError, did_you_mean
+from binarize.errors import BinarizeError, did_you_mean, one_line
+from binarize.files import write_atomic
 from binarize.imaging.decoded import DecodedImage, to_image, upright_size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
@@ -69,11 +69,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise BinarizeError(f"{path}: is not a picture that Pillow can read") from None
     except Image.DecompressionBombError as error:
-        raise BinarizeError(f"{path}: {_one_line(error)} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it.") from error
+        raise BinarizeError(f"{path}: {one_line(error)} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it.") from error
     except BinarizeError as error:
         raise BinarizeError(f"{path}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise BinarizeError(f"{path}: cannot be read as a picture: {_one_line(error)}") from error
+        raise BinarizeError(f"{path}: cannot be read as a picture: {one_line(error)}") from error
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
@@ -131,45 +131,3 @@ def save_image(image: Image.Image | DecodedImage, path: str | os.PathLike[str], 
         image.save(temporary, format=name, icc_profile=image.info.get("icc_profile"), **options)
 
     return write_atomic(path, write, force=force)
-
-
-def write_atomic(path: str | os.PathLike[str], write_fn: Callable[[Path], object], *, force: bool = False) -> Path:
-    """Write a file so that ``path`` holds either all of it or what was there before.
-
-    ``write_fn`` gets a temporary path with the same suffix in the same folder and writes it; the file is then flushed
-    to the disk and renamed. If anything fails, a Ctrl-C included, the temporary file is removed.
-
-    Args:
-        path: Where to; its folder must exist.
-        write_fn: Called once with the temporary path.
-        force: Replace a file that is already there.
-
-    Returns:
-        The path.
-
-    Raises:
-        BinarizeError: If the folder is missing, ``path`` is a folder, the file exists and ``force`` is not given, or
-            writing fails with an OSError.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise BinarizeError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if path.is_dir():
-        raise BinarizeError(f"{path}: is a folder; give the name of a file")
-    if path.exists() and not force:
-        raise BinarizeError(f"{path}: already exists; give another name, or force to replace it")
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
-    try:
-        write_fn(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BinarizeError(f"{path}: cannot be written: {_one_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from binarize.imaging import (
     save_image,
     to_image,
     upscale_bicubic,
-    write_atomic,
 )
 
 SHARED = Path(os.environ.get("BINARIZE_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
@@ -398,48 +396,6 @@ class TestWriting:
         (tmp_path / "folder.png").mkdir()
         with pytest.raises(BinarizeError, match="is a folder"):
             save_image(noise("RGB"), tmp_path / "folder.png", force=True)
-
-    @pytest.mark.parametrize(
-        "failure", [RuntimeError("stop"), KeyboardInterrupt(), OSError(28, "No space left\non it")]
-    )
-    def test_a_failed_write_leaves_the_old_file(self, failure: BaseException, tmp_path: Path) -> None:
-        path = tmp_path / "a.bin"
-        path.write_bytes(b"old")
-
-        def write(temporary: Path) -> None:
-            assert temporary.parent == tmp_path
-            assert temporary.suffix == ".bin"
-            temporary.write_bytes(b"half")
-            raise failure
-
-        expected = BinarizeError if isinstance(failure, OSError) else type(failure)
-        with pytest.raises(expected) as caught:
-            write_atomic(path, write, force=True)
-        if isinstance(failure, OSError):
-            assert "a.bin: cannot be written: [Errno 28] No space left on it" in str(caught.value)
-        assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
-        assert path.read_bytes() == b"old"
-
-    def test_a_reader_never_sees_a_half_written_file(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.bin"
-        path.write_bytes(b"0" * 100_000)
-        seen: set[int] = set()
-        done = threading.Event()
-
-        def read() -> None:
-            while not done.is_set():
-                content = path.read_bytes()
-                seen.add(len(content) if len(set(content)) == 1 else -1)
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        for digit in b"123456789":
-            write_atomic(
-                path, lambda temporary, digit=digit: temporary.write_bytes(bytes([digit]) * 100_000), force=True
-            )
-        done.set()
-        reader.join()
-        assert seen == {100_000}
 
 
 def test_pictures_cannot_be_compared_by_accident() -> None:

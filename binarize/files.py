@@ -1,0 +1,53 @@
+"""Files that are either completely written or not there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from binarize.errors import BinarizeError, one_line
+
+
+def write_atomic(path: str | os.PathLike[str], write_fn: Callable[[Path], object], *, force: bool = False) -> Path:
+    """Write a file so that `path` holds either all of it or what was there before.
+
+    `write_fn` writes a temporary file with the same suffix in the same folder, which is then flushed to the disk and
+    renamed. If anything fails, including by Ctrl-C, the temporary file is removed.
+
+    Args:
+        path: The file. Its folder must exist.
+        write_fn: Called once with the temporary path.
+        force: Replace an existing file.
+
+    Returns:
+        The path.
+
+    Raises:
+        BinarizeError: If the folder is missing, `path` is a folder, the file exists and `force` is false, or writing
+            fails with an OSError.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise BinarizeError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise BinarizeError(f"{path}: is a folder; give the name of a file")
+    if path.exists() and not force:
+        raise BinarizeError(f"{path}: already exists; give another name, or force to replace it")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        write_fn(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BinarizeError(f"{path}: cannot be written: {one_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str, *, force: bool = True) -> Path:
+    r"""Write text as UTF-8 with "\n" line ends by `write_atomic`, by default replacing an existing file."""
+    return write_atomic(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"), force=force)
