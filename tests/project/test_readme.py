@@ -90,7 +90,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
 def test_files_that_pages_name_exist(page: str) -> None:
-    named = set(re.findall(r"`([a-z]\w*(?:/\w+)*(?:/|\.py|\.yaml))`", read(page)))
+    named = set(re.findall(r"`([a-z]\w*(?:/\w+)*(?:/|\.py|\.yaml))`", read(page))) - {"binarize/methods/_name.py"}
     assert len(named) > 5
     folders = (ROOT, ROOT / "binarize")
     assert sorted(name for name in named if not any((folder / name).exists() for folder in folders)) == []
