@@ -171,7 +171,7 @@ def roofline_rows(rounds: int) -> list[dict[str, Any]]:
 
 PARTS = {
     "binarize::packed_conv2d": "binary convolutions",
-    "binarize::wide_conv": "full-precision 3x3 convolutions",
+    "binarize::conv3x3": "full-precision 3x3 convolutions",
     "binarize::norm_factors": "norms",
     "binarize::norm_silu": "norms",
     "aten::mkldnn_convolution": "other convolutions and linear layers",

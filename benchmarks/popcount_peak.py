@@ -23,23 +23,23 @@ def popcount_peak(words: int = MAX_WORDS, *, with_output_transform: bool = False
         from numba import njit, types
         from numba.extending import intrinsic
 
-        from binarize.kernels.cpu import popcount
-        from binarize.kernels.cpu.simd import INTS, store
+        from binarize.kernels.cpu.popcount import BLOCKS, PIXELS, Words, dots
+        from binarize.kernels.cpu.simd import INTS, chain, store
+        from binarize.kernels.cpu.tile import make_tile
     except ImportError:
         return None
-    pixels, blocks = popcount.PIXELS, popcount.BLOCKS
-    outputs, repeats = pixels * blocks * LANES, 360_000 // words
-    tile, step = popcount.make_tile(pixels, blocks, bf16=False), 64 * blocks
+    outputs, repeats = PIXELS * BLOCKS * LANES, 360_000 // words
+    tile, step = make_tile(PIXELS), 64 * BLOCKS
 
     @intrinsic
     def count(context: Any, x: Any, offsets: Any, k: Any, w: Any, out: Any) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             x, offsets, k, w, out = args
             step = b.shl(k, ir.IntType(64)(2))
-            pixel = popcount.chain(b, x, step, pixels)
-            block = popcount.chain(b, w, b.shl(step, ir.IntType(64)(4)), blocks)
-            zeros = [ir.Constant(INTS, None)] * (pixels * blocks)
-            sums = popcount.dots(b, popcount.Words(pixel, offsets, block, k), lambda: zeros, ir.IntType(1)(0))
+            pixel = chain(b, x, step, PIXELS)
+            block = chain(b, w, b.shl(step, ir.IntType(64)(4)), BLOCKS)
+            zeros = [ir.Constant(INTS, None)] * (PIXELS * BLOCKS)
+            sums = dots(b, Words(pixel, offsets, block, k), lambda: zeros, ir.IntType(1)(0))
             for i, value in enumerate(sums):
                 store(b, value, b.add(out, ir.IntType(64)(64 * i)), 64)
             return context.get_dummy_value()
@@ -52,7 +52,7 @@ def popcount_peak(words: int = MAX_WORDS, *, with_output_transform: bool = False
             if whole:
                 tile(
                     x, zeros, zeros, 0, out, out, w, zeros, zeros, 0, 16, offsets, k, 64 * k, 4 * k, step, 0, step, 0,
-                    1, -np.inf, np.inf, 0,
+                    1, -np.inf, np.inf, 0, BLOCKS, 0,
                 )  # fmt: skip
             else:
                 count(x, offsets, k, w, out)
@@ -62,9 +62,9 @@ def popcount_peak(words: int = MAX_WORDS, *, with_output_transform: bool = False
         start = -raw.ctypes.data % 64 // 4
         return raw[start : start + count]
 
-    x, w = aligned(pixels * words), aligned(blocks * words * LANES)
-    out, zeros = aligned(outputs), aligned(96 * blocks)
-    zeros[:] = 0  # corrections, bases, output transform and shortcut at once
+    x, w = aligned(PIXELS * words), aligned(BLOCKS * words * LANES)
+    out, zeros = aligned(outputs), aligned(96 * BLOCKS)
+    zeros[:] = 0  # stands for corrections, coefficients and shortcut
     offsets = (4 * np.arange(words)).astype(np.int32)
     addresses = x.ctypes.data, offsets.ctypes.data, words, w.ctypes.data, out.ctypes.data, zeros.ctypes.data
     repeat(*addresses, with_output_transform, repeats)
