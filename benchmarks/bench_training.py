@@ -24,7 +24,7 @@ from typing import Any
 
 from tables import VARIANTS, training
 
-DEFAULT_VARIANTS = ("textbook", "textbook-apart", "exact", "compact", "exact-bf16", "compact-bf16")
+DEFAULT_VARIANTS = ("textbook", "exact", "compact", "exact-bf16", "compact-bf16")
 SWEEP = ((128, 1), (128, 2), (128, 4), (128, 8), (256, 1), (256, 2), (64, 16))
 
 

@@ -160,6 +160,8 @@ def training(results: Results) -> str:
     for file, rows in results.items():
         base = {(row["size"], row["batch"]): row for row in rows if row["variant"] == "textbook"}
         for row in rows:
+            if row["variant"] == "textbook-apart":  # shows the effect of the allocator alone
+                continue
             reference = base.get((row["size"], row["batch"]))
             cells = [file, VARIANTS[row["variant"]], row["batch"]]
             for key in ("memory", "seconds"):
@@ -191,11 +193,12 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 def machines(found: dict[str, dict[str, Any]]) -> str:
     """Return the machines that results come from."""
-    lines = []
+    files: dict[tuple[Any, ...], list[str]] = {}
     for name, results in found.items():
         machine = results["machine"]
         where = ", ".join([machine["processor"], *([machine["gpu"]] if "gpu" in machine else [])])
-        lines.append([f"`{name}`", where, machine["cores"], machine["torch"]])
+        files.setdefault((where, machine["cores"], machine["torch"]), []).append(f"`{name}`")
+    lines = [[", ".join(names), *machine] for machine, names in files.items()]
     return Table(["results", "processor", "cores", "PyTorch"], lines).to_markdown()
 
 
