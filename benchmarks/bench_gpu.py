@@ -1,10 +1,10 @@
-"""Packed networks and training steps on a CUDA device, against float networks and the released network's form.
+"""Packed networks and training steps on a CUDA device, compared with float networks and the textbook implementation.
 
     python benchmarks/bench_gpu.py                  about three minutes
     python benchmarks/bench_gpu.py --only networks
 
-Rows are timed in turns with CUDA events; a cell is the median. "graph" is the replay of a CUDA graph, which leaves out
-what Python and the launches of the kernels cost. Results go to benchmarks/results/gpu.json.
+Networks are timed in turns with CUDA events, and a cell is the median. "graph ms" is the replay of a CUDA graph, which
+excludes the cost of Python and of kernel launches. Results go to benchmarks/results/gpu.json.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_packed import RESULTS, TIMESTEP, inputs, interleaved, machine, networks, released
 from bench_training import training_step
+from common import RESULTS, TIMESTEP, Job, inputs, interleaved, machine, networks, released
 from tables import section
 
 from binarize.kernels import backends
@@ -27,8 +26,8 @@ SHAPES = ((256, 1), (256, 8), (1024, 1))
 SECTIONS = ("networks", "training")
 
 
-def milliseconds(job: Callable[[], object]) -> float:
-    """Return how long a job took by the device's clock."""
+def milliseconds(job: Job) -> float:
+    """Return the time of one call on the device."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -38,13 +37,13 @@ def milliseconds(job: Callable[[], object]) -> float:
     return float(start.elapsed_time(end))
 
 
-def timed(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of each job, all run in turns."""
+def timed(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
+    """Return the median time of each job in milliseconds."""
     return interleaved(jobs, rounds, clock=milliseconds)
 
 
-def graphed(job: Callable[[], object]) -> Callable[[], object]:
-    """Return the replay of a job's CUDA graph."""
+def graphed(job: Job) -> Job:
+    """Capture a job as a CUDA graph and return its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -57,7 +56,9 @@ def graphed(job: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def plain(job: Callable[[], object]) -> Callable[[], object]:
+def plain(job: Job) -> Job:
+    """Return the job run without Triton kernels."""
+
     def run() -> object:
         with backends.use("torch"):
             return job()
@@ -66,15 +67,16 @@ def plain(job: Callable[[], object]) -> Callable[[], object]:
 
 
 def network_rows(rounds: int) -> list[dict[str, Any]]:
+    """Time a denoising step of each network at each shape."""
     models = {name: (model.cuda(), dtype) for name, (model, dtype) in networks().items()}
     models["training form bfloat16"] = (released().cuda().to(torch.bfloat16), torch.bfloat16)
     rows = []
     for size, batch in SHAPES:
-        jobs: dict[str, Callable[[], object]] = {}
+        jobs: dict[str, Job] = {}
         for name, (model, dtype) in models.items():
-            given = [t.cuda() for t in inputs(size, dtype, batch)]
+            sample, condition = (t.cuda() for t in inputs(size, dtype, batch))
             steps = torch.full((batch,), TIMESTEP, device="cuda")
-            jobs[name] = lambda model=model, given=given, steps=steps: model(given[0], steps, given[1])
+            jobs[name] = lambda m=model, x=sample, t=steps, c=condition: m(x, t, c)
         jobs["packed float32, plain torch"] = plain(jobs["packed float32"])
         row = {"size": size, "batch": batch, "ms": timed(jobs, rounds), "graph ms": {}}
         for name, job in jobs.items():
@@ -89,18 +91,19 @@ def network_rows(rounds: int) -> list[dict[str, Any]]:
 
 
 def training_row(name: str, tf32: bool, rounds: int, size: int, batch: int) -> dict[str, Any]:
+    """Measure one training step: time, and peak memory above that of the network and the optimizer."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     step = training_step(name, size, batch, "cuda")
     step()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    taken = timed({"step": step}, rounds)["step"]
+    ms = timed({"step": step}, rounds)["step"]
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return {"variant": name, "tf32": tf32, "size": size, "batch": batch, "ms": taken, "peak MB": peak}
+    return {"variant": name, "tf32": tf32, "size": size, "batch": batch, "ms": ms, "peak MB": peak}
 
 
 def training_rows(rounds: int) -> list[dict[str, Any]]:
-    """Time a training step of the released configuration, and its peak memory above that of network and optimiser."""
+    """Measure a training step of the released configuration in each variant."""
     rows = []
     for batch in (4, 16):
         for tf32 in (False, True):
@@ -116,20 +119,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, default=RESULTS / "gpu.json")
-    given = parser.parse_args()
+    options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("bench_gpu: there is no CUDA device here; nothing was measured.", file=sys.stderr)
+        print("bench_gpu: no CUDA device found; nothing was measured.", file=sys.stderr)
         return
-    results: dict[str, Any] = json.loads(given.json.read_text()) if given.json.exists() else {}
+    results: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     results["machine"] = {**machine(), "gpu": torch.cuda.get_device_name()}
-    if "networks" in given.only:
+    if "networks" in options.only:
         with torch.no_grad():
-            results["networks"] = network_rows(given.rounds)
-    if "training" in given.only:
-        results["training"] = training_rows(given.rounds)
-    given.json.write_text(json.dumps(results, indent=1) + "\n")
-    for name in given.only:
-        print(section(f"gpu-{name}", {"gpu.json": results}))
+            results["networks"] = network_rows(options.rounds)
+    if "training" in options.only:
+        results["training"] = training_rows(options.rounds)
+    options.json.write_text(json.dumps(results, indent=1) + "\n")
+    for name in options.only:
+        print(section(f"gpu-{name}", {"gpu": results}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much longer `import binarize` takes than `import torch`, each in a fresh interpreter."""
+"""The import time of binarize beyond that of torch, each measured in a new interpreter."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ ROUNDS = 5
 
 
 def seconds(statement: str) -> float:
+    """Return the time of an interpreter that executes one statement."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return time.perf_counter() - start
 
 
 def main() -> None:
-    # One round that is not counted, so that both read their files from memory; then alternate, so that drift hits both.
+    # The first round warms the file cache and is not counted. The two imports alternate, so drift affects both.
     rounds = [(seconds("import torch"), seconds("import torch, binarize")) for _ in range(ROUNDS + 1)][1:]
     torch, both = (statistics.median(column) for column in zip(*rounds, strict=True))
     print(f"import torch            {torch * 1e3:6.0f} ms")

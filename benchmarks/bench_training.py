@@ -1,14 +1,13 @@
-"""A training step of BI-DiffSR on this CPU: peak memory and time, against the same network written the textbook way.
+"""A training step of BI-DiffSR on a CPU: peak memory and time, compared with the textbook implementation.
 
-Every variant runs in a process of its own: it builds the network, then trains it for a few steps (forward, L1 loss,
-backward, Adam with the released settings). Memory is the peak of the resident set above what the process held before
-the first step, so it counts activations, gradients, Adam's two moments and whatever libraries keep; time is the median
-step after the first two. The variants are measured in turns, round after round, so that a machine that slows down slows
-all of them, and the medians of the rounds are shown.
+Each variant runs in its own process, which builds the network and trains it for a few steps (forward, L1 loss,
+backward, Adam with the released settings). Memory is the peak resident set minus the one before the first step. It
+includes activations, gradients, Adam's moments and what libraries allocate. Time is the median step after two warm-up
+steps. The variants are measured in turns, and the medians of the rounds are reported.
 
-    python benchmarks/bench_training.py                       # the released configuration, 4 pictures of 128x128
-    python benchmarks/bench_training.py --size 64 --batch 1 --variants textbook exact --json figures.json
-    python benchmarks/bench_training.py --sweep               # memory by size and batch, of ours alone
+    python benchmarks/bench_training.py                       # the released configuration, 4 images of 128x128
+    python benchmarks/bench_training.py --size 64 --batch 1 --variants textbook exact --json results.json
+    python benchmarks/bench_training.py --sweep               # our memory by image size and batch size
 """
 
 from __future__ import annotations
@@ -23,16 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VARIANTS = {
-    "textbook": "textbook, float32",
-    "textbook-apart": "textbook, float32, large blocks apart",
-    "exact": "ours, float32, memory exact",
-    "compact": "ours, float32, memory compact",
-    "exact-bf16": "ours, bfloat16 autocast, memory exact",
-    "compact-bf16": "ours, bfloat16 autocast, memory compact",
-    "textbook-bf16": "textbook, bfloat16 autocast",
-}
-BARS = {"exact": (0.4, 0.6), "compact": (0.3, 0.6), "exact-bf16": (0.4, 0.35), "compact-bf16": (0.3, 0.35)}
+from tables import VARIANTS, training
+
+DEFAULT_VARIANTS = ("textbook", "exact", "compact", "exact-bf16", "compact-bf16")
 SWEEP = ((128, 1), (128, 2), (128, 4), (128, 8), (256, 1), (256, 2), (64, 16))
 
 
@@ -43,14 +35,14 @@ def resident(key: str) -> float:
 
 
 def training_step(kind: str, size: int, batch: int, device: str = "cpu", bf16: bool = False) -> Callable[[], None]:
-    """Return a step of training the released configuration.
+    """Return a function that trains the released configuration for one step.
 
     Args:
-        kind: "textbook", or a memory mode of ours.
-        size: Side of the pictures, in pixels.
-        batch: Pictures.
-        device: Where.
-        bf16: Whether under bfloat16 autocast.
+        kind: "textbook" or a memory mode of this toolkit.
+        size: Side of the images in pixels.
+        batch: Batch size.
+        device: Device.
+        bf16: Whether to use bfloat16 autocast.
     """
     import torch
     from textbook import TextbookSRUNet
@@ -81,7 +73,7 @@ def training_step(kind: str, size: int, batch: int, device: str = "cpu", bf16: b
 
 
 def measure(variant: str, size: int, batch: int, steps: int, threads: int) -> dict[str, Any]:
-    """Train for a few steps in this process and return peak memory in MB and seconds of each step."""
+    """Train for a few steps in this process; return peak memory in MB and the median step in seconds."""
     import torch
 
     from binarize.training import keep_large_blocks_apart
@@ -89,10 +81,10 @@ def measure(variant: str, size: int, batch: int, steps: int, threads: int) -> di
     torch.set_num_threads(threads)
     kind, _, precision = variant.partition("-")
     if kind == "compact" or precision == "apart":
-        keep_large_blocks_apart()  # as our training loop does with compact memory
+        keep_large_blocks_apart()  # as the training loop does in compact mode
     step = training_step(kind, size, batch, bf16=precision == "bf16")
 
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, seconds = resident("VmRSS"), []
     for _ in range(steps + 2):
         started = time.perf_counter()
@@ -107,62 +99,44 @@ def measure(variant: str, size: int, batch: int, steps: int, threads: int) -> di
 
 
 def run(variant: str, size: int, batch: int, steps: int, threads: int) -> dict[str, Any]:
-    """Measure in a fresh process."""
+    """Call `measure` in a new process."""
     task = json.dumps([variant, size, batch, steps, threads])
     done = subprocess.run([sys.executable, __file__, "--task", task], check=True, capture_output=True, text=True)
     return {"variant": variant, "size": size, "batch": batch, "threads": threads, **json.loads(done.stdout)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return a Markdown table, with ratios to the textbook form of the same size and batch."""
-    lines = [
-        "| network | pixels | batch | threads | peak memory, MB | ratio | bar | a step, s | ratio | bar |",
-        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
-    base = {(row["size"], row["batch"]): row for row in rows if row["variant"] == "textbook"}
-    for row in rows:
-        reference = base.get((row["size"], row["batch"]))
-        bars = BARS.get(row["variant"], ("", ""))
-        cells = [VARIANTS[row["variant"]], f"{row['size']}x{row['size']}", row["batch"], row["threads"]]
-        for key, bar, form in (("memory", bars[0], ".0f"), ("seconds", bars[1], ".2f")):
-            ratio = "" if reference is None else f"{row[key] / reference[key]:.2f}"
-            cells += [format(row[key], form), ratio, bar if reference is not None else ""]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:6])
-    parser.add_argument("--size", type=int, default=128, help="side of the pictures, in pixels")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT_VARIANTS))
+    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each variant is measured, in turns")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sweep", action="store_true", help="measure ours over several sizes and batches instead")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--sweep", action="store_true", help="measure our memory at several image and batch sizes")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--task", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.task:
-        print(json.dumps(measure(*json.loads(given.task))))
+    options = parser.parse_args()
+    if options.task:
+        print(json.dumps(measure(*json.loads(options.task))))
         return
-    cases = [(variant, given.size, given.batch) for variant in given.variants]
-    if given.sweep:
+    cases = [(variant, options.size, options.batch) for variant in options.variants]
+    if options.sweep:
         cases = [(variant, *shape) for shape in SWEEP for variant in ("exact", "compact")]
     found: dict[Any, list[dict[str, Any]]] = {case: [] for case in cases}
-    for case in [*cases] * (1 if given.sweep else given.rounds):
-        row = run(*case, given.steps, given.threads)
+    for case in [*cases] * (1 if options.sweep else options.rounds):
+        row = run(*case, options.steps, options.threads)
         found[case].append(row)
         print(f"{VARIANTS[case[0]]}: {row['memory']:.0f} MB, {row['seconds']:.2f} s", file=sys.stderr)
     rows = [
         {**turns[0], **{key: statistics.median(turn[key] for turn in turns) for key in ("memory", "seconds")}}
         for turns in found.values()
     ]
-    print(table(rows))
-    if given.json is not None:
-        from bench_packed import machine
+    print(training({"training": rows}))
+    if options.json is not None:
+        from common import machine
 
-        given.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""What training the released recipes takes, on paper: memory by size and batch, operations, and steps a second by GPUs.
+"""Estimate the memory and the time of training the released recipes on GPUs.
 
-Nothing that this prints was measured. Operations come from `binarize.summary`; memory and traffic are counted while one
-sample goes through the network on this CPU, forward and backward, in plain PyTorch as it would on a GPU; speeds are
-assumptions, which the options change.
+Nothing is measured. Operations come from `binarize.summary`. Memory and traffic are counted during a forward and a
+backward pass of one sample on the CPU in plain PyTorch, as on a GPU. Speeds are assumptions, set by the options.
 
     python benchmarks/plan_training.py                        # about a minute
     python benchmarks/plan_training.py --gpu a100 --tf32 --compute-share 0.5
-    python benchmarks/plan_training.py --write                # also into docs/scaling.md
+    python benchmarks/plan_training.py --write                # also into docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from tables import replace_between, rows_to_markdown
+from tables import numbers, replace_between
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,30 +25,30 @@ from torch.utils._pytree import tree_leaves
 
 import binarize
 from binarize.kernels import backends
-from binarize.kernels.autograd import Memory
 from binarize.recipes import load_recipe
+from binarize.tables import Table
 
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 RECIPES = ("bidiffsr_x2", "bidiffsr_x4")
-# Sides at which a sample is counted; what grows with pixels and what does not follow from the two.
+# Image sizes at which a sample is counted. The part per pixel and the constant part follow from the two counts.
 SIDES = (32, 64)
-MODES: tuple[Memory, ...] = ("exact", "compact")
-# Maps of the finest level that are alive at once in the middle of a step: a gradient, and what is made from it.
+MODES: tuple[Literal["exact", "compact"], ...] = ("exact", "compact")
+# Temporary feature maps of the finest level (64 channels) during a step: a gradient and what is computed from it.
 MAPS, WIDTH = 4, 64
-# Where a picture is kept in memory: what plain PyTorch does is what a GPU does; the compiled steps run on CPUs alone.
+# Plain PyTorch saves what a GPU saves; the compiled training kernels run on CPUs only.
 BACKENDS: tuple[backends.Backend, ...] = ("torch", "auto")
-SHAPES = ((64, 16), (128, 1), (128, 4), (128, 16), (256, 1), (256, 4), (256, 16))
+SHAPES = ((128, 1), (128, 4), (128, 16), (256, 16))
 
 
 class Card(NamedTuple):
-    """What a vendor's data sheet says of a GPU.
+    """A GPU according to its data sheet.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         float32: Dense TFLOP/s.
         tf32: Dense TFLOP/s in tensor cores.
-        memory: GB/s of its memory.
-        link: GB/s each way to the other GPUs of its machine.
+        memory: Memory bandwidth in GB/s.
+        link: Bandwidth to the other GPUs of its machine in GB/s, each way.
     """
 
     name: str
@@ -68,7 +67,7 @@ PRODUCTS = ("convolution", "convolution_backward", "addmm", "mm", "bmm", "scaled
 
 @dataclass(frozen=True)
 class Line:
-    """A count that has one part for each pixel of a sample and one that does not depend on it."""
+    """A count that is linear in the number of pixels."""
 
     pixel: float
     fixed: float
@@ -86,7 +85,7 @@ class Line:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts calls of PyTorch's operators that compute, and the bytes that those beside products read and write."""
+    """Counts operator calls, and the bytes read and written by operators other than matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,12 +105,12 @@ class Traffic(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Counts:
-    """What a step of one sample keeps and moves.
+    """The counts of a training step of one sample.
 
     Attributes:
-        saved: Bytes that autograd keeps between forward and backward, by backend and memory mode.
-        moved: Bytes that operators beside products read and write, each being a pass over memory of its own.
-        calls: Operators that are run, however large the batch.
+        saved: Bytes saved for backward, by backend and memory mode.
+        moved: Bytes read and written by operators other than matrix products.
+        calls: Number of operator calls, independent of the batch size.
         weights: Bytes of the weights.
     """
 
@@ -158,20 +157,20 @@ def _step(unet: nn.Module, side: int) -> tuple[float, Traffic]:
 
 
 def macs(unet: nn.Module, side: int) -> float:
-    """Return the multiply-accumulates of one sample's forward; binary ones count whole, being float products here."""
-    picture = torch.empty(1, 3, side, side, device="meta")
+    """Return the multiply-accumulates of one forward pass; binary ones count as float ones, as computed in training."""
+    image = torch.empty(1, 3, side, side, device="meta")
     steps = torch.zeros(1, dtype=torch.long, device="meta")
-    return float(sum(binarize.summary(unet, (picture, steps, picture)).macs_by_bits.values()))
+    return float(sum(binarize.summary(unet, (image, steps, image)).macs_by_bits.values()))
 
 
 def memory(counts: Counts, side: int, batch: int, backend: str, mode: str) -> float:
-    """Return bytes of a step: weights, gradients and Adam's two moments, what autograd keeps, and maps in passing."""
-    passing = MAPS * WIDTH * 4 * side**2 * batch
-    return 4 * counts.weights + counts.saved[backend, mode].at(side, batch) + passing
+    """Return the bytes of a step: weights, gradients, Adam's moments, saved tensors and temporary maps."""
+    temporary = MAPS * WIDTH * 4 * side**2 * batch
+    return 4 * counts.weights + counts.saved[backend, mode].at(side, batch) + temporary
 
 
 class Step(NamedTuple):
-    """What a step takes, in seconds, and how many samples one GPU has of it."""
+    """The parts of a step in seconds, and the number of samples per GPU."""
 
     each: int
     products: float
@@ -181,132 +180,111 @@ class Step(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of the whole step: GPU and launches overlap, and the exchange with the backward, two thirds of the step."""
+        """The whole step. Launches overlap with the GPU, and the exchange with the backward (two thirds of a step)."""
         busy = max(self.products + self.passes, self.launches)
         return busy + max(0.0, self.exchange - busy * 2 / 3)
 
     @property
     def limit(self) -> str:
-        """What takes longest."""
-        on_the_gpu = self.products + self.passes
-        if self.exchange > max(on_the_gpu, self.launches) * 2 / 3:
+        """The part that takes longest."""
+        compute = self.products + self.passes
+        if self.exchange > max(compute, self.launches) * 2 / 3:
             return "gradient exchange"
-        if self.launches > on_the_gpu:
+        if self.launches > compute:
             return "kernel launches"
         return "products" if self.products > self.passes else "memory bandwidth"
 
 
-def plan(counts: Counts, forward: float, side: int, gpus: int, batch: int, given: argparse.Namespace) -> Step:
-    """Return what a step of ``batch`` samples takes on ``gpus`` of a kind, each of which has the same number of them.
+def plan(counts: Counts, forward: float, side: int, gpus: int, batch: int, options: argparse.Namespace) -> Step:
+    """Return the estimated step of ``batch`` samples, divided equally between ``gpus`` GPUs.
 
     Args:
-        counts: Of the network.
-        forward: MACs of a sample.
-        side: Of a patch.
-        gpus: How many.
-        batch: Samples of a step.
-        given: Assumptions, from the command line.
+        counts: Counts of the network.
+        forward: MACs of a forward pass of one sample.
+        side: Side of a patch in pixels.
+        gpus: Number of GPUs.
+        batch: Samples per step.
+        options: Assumptions from the command line.
     """
-    card, each = CARDS[given.gpu], batch // gpus
-    peak = card.tf32 if given.tf32 else card.float32
-    flops = 2 * 3 * forward * each  # the backward is two products of the forward's size
-    adam = 7 * counts.weights  # reads weights, gradients and both moments, writes all but the gradients
-    link = card.link if gpus <= given.gpus_a_machine else given.network
+    card, each = CARDS[options.gpu], batch // gpus
+    peak = card.tf32 if options.tf32 else card.float32
+    flops = 2 * 3 * forward * each  # the backward computes two products of the forward's size
+    adam = 7 * counts.weights  # reads weights, gradients and both moments; writes weights and moments
+    link = card.link if gpus <= options.gpus_per_machine else options.network
     return Step(
         each,
-        flops / (peak * 1e12 * given.compute_share),
-        (counts.moved.at(side, each) + adam) / (card.memory * 1e9 * given.bandwidth_share),
-        counts.calls * given.launch_us * 1e-6,
-        2 * (gpus - 1) / gpus * counts.weights / (link * 1e9 * given.bandwidth_share),
+        flops / (peak * 1e12 * options.compute_share),
+        (counts.moved.at(side, each) + adam) / (card.memory * 1e9 * options.bandwidth_share),
+        counts.calls * options.launch_us * 1e-6,
+        2 * (gpus - 1) / gpus * counts.weights / (link * 1e9 * options.bandwidth_share),
     )
 
 
 def memory_table(unet: nn.Module, counts: Counts) -> str:
-    """Return memory and operations by size and batch."""
-    head = ["pixels, batch", "TMAC forward", "with backward"]
+    """Return memory and operations by image size and batch size."""
     names = {"torch": "GPU", "auto": "CPU"}
-    head += [f"{names[backend]}, {mode}, GB" for backend in BACKENDS for mode in MODES]
+    memories = (numbers(f"{names[backend]}, {mode}, GB", ".1f") for backend in BACKENDS for mode in MODES)
     rows = []
     for side, batch in SHAPES:
-        forward = macs(unet, side) * batch / 1e12
-        held = (memory(counts, side, batch, *key) / 1e9 for key in counts.saved)
-        rows.append([f"{side}x{side}, {batch}", f"{forward:.2f}", f"{3 * forward:.2f}", *(f"{gb:.1f}" for gb in held)])
-    return rows_to_markdown(head, rows)
+        gigabytes = (memory(counts, side, batch, *key) / 1e9 for key in counts.saved)
+        rows.append([f"{batch} x {side}x{side}", macs(unet, side) * batch / 1e12, *gigabytes])
+    return Table(["batch", numbers("TMAC forward"), *memories], rows).to_markdown()
 
 
-def plan_table(unet: nn.Module, counts: Counts, name: str, given: argparse.Namespace) -> str:
-    """Return the plan of a recipe on several numbers of GPUs."""
-    recipe = load_recipe(name)
-    side, batch, steps = recipe.resolution, recipe.train_batch_size, recipe.max_train_steps
-    forward = macs(unet, side)
-    head = [
-        "GPUs, batch",
-        "steps",
-        "samples each",
-        "products, ms",
-        "passes",
-        "launches",
-        "exchange",
-        "step, ms",
-        "days",
-    ]
-    head += ["GB a GPU", "cores to decode", "limited by"]
+def plan_table(unet: nn.Module, counts: Counts, options: argparse.Namespace) -> str:
+    """Return the plan of every recipe on several numbers of GPUs."""
     rows = []
-    for gpus in given.gpus:
-        larger = batch * math.ceil(gpus / batch)
-        while larger % gpus:
-            larger += batch
-        step = plan(counts, forward, side, gpus, larger, given)
-        count_of_steps = steps * batch // larger
-        held = memory(counts, side, step.each, "torch", "exact") + (counts.weights if gpus > 1 else 0)  # buckets
-        rows.append(
-            [
-                f"{gpus}, {larger}",
-                f"{count_of_steps:,}",
-                step.each,
-                *(f"{1e3 * part:.1f}" for part in step[1:]),
-                f"{1e3 * step.seconds:.0f}",
-                f"{count_of_steps * step.seconds / 86400:.1f}",
-                f"{held / 1e9:.1f}",
-                f"{larger / step.seconds * given.decode_ms / 1e3:.0f}",
-                step.limit,
-            ]
-        )
-    return f"`{name}`: patches of {side}, {steps:,} steps of {batch}\n\n{rows_to_markdown(head, rows)}"
+    for name in RECIPES:
+        recipe = load_recipe(name)
+        side, batch = recipe.resolution, recipe.train_batch_size
+        forward = macs(unet, side)
+        for gpus in options.gpus:
+            larger = batch * math.ceil(gpus / batch)
+            while larger % gpus:
+                larger += batch
+            step = plan(counts, forward, side, gpus, larger, options)
+            steps = recipe.max_train_steps * batch // larger
+            buckets = counts.weights if gpus > 1 else 0  # data parallelism copies the gradients
+            gigabytes = (memory(counts, side, step.each, "torch", "exact") + buckets) / 1e9
+            days = steps * step.seconds / 86400
+            rows.append([f"`{name}`", gpus, larger, 1e3 * step.seconds, days, gigabytes, step.limit])
+    columns = [numbers("step, ms", ".0f"), numbers("days", ".1f"), numbers("GB per GPU", ".1f")]
+    return Table(["recipe", "GPUs", "batch", *columns, "limited by"], rows).to_markdown()
 
 
-def assumptions(given: argparse.Namespace) -> str:
-    """Return what the plan takes for granted, as one paragraph."""
-    card = CARDS[given.gpu]
-    peak, kind = (card.tf32, "TF32") if given.tf32 else (card.float32, "float32")
+def assumptions(options: argparse.Namespace) -> str:
+    """Return the assumptions of the plan as a paragraph."""
+    card = CARDS[options.gpu]
+    peak, kind = (card.tf32, "TF32") if options.tf32 else (card.float32, "float32")
     return (
-        f"Computed, not measured. Assumed: {card.name}, {peak:g} TFLOP/s in {kind} of which {given.compute_share:.0%} "
-        f"are reached, {card.memory:g} GB/s of memory, {card.link:g} GB/s between the {given.gpus_a_machine} GPUs of a "
-        f"machine and {given.network:g} GB/s to others, of each of which {given.bandwidth_share:.0%} are reached, "
-        f"{given.launch_us:g} µs to launch an operator, {given.decode_ms:g} ms to decode a training picture."
+        f"Assumptions: {card.name}; {options.compute_share:.0%} of {peak:g} TFLOP/s in {kind}; "
+        f"{options.bandwidth_share:.0%} of {card.memory:g} GB/s memory bandwidth, of {card.link:g} GB/s between the "
+        f"{options.gpus_per_machine} GPUs of a machine and of {options.network:g} GB/s between machines; "
+        f"{options.launch_us:g} µs per kernel launch."
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=CARDS, default="h100")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4, 8, 16, 64], help="numbers of GPUs to plan for")
-    parser.add_argument("--gpus-a-machine", type=int, default=8)
-    parser.add_argument("--tf32", action="store_true", help="products in TF32 (allow_tf32 in a recipe)")
-    parser.add_argument("--compute-share", type=float, default=0.4, help="of the peak that convolutions reach")
-    parser.add_argument("--bandwidth-share", type=float, default=0.7, help="of the peak that memory and links reach")
-    parser.add_argument("--network", type=float, default=50, help="GB/s each way and GPU between machines")
-    parser.add_argument("--launch-us", type=float, default=6, help="microseconds to launch an operator")
-    parser.add_argument("--decode-ms", type=float, default=100, help="milliseconds to decode a training picture")
-    parser.add_argument("--write", action="store_true", help="write the tables into docs/scaling.md")
-    given = parser.parse_args()
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4, 8, 16], help="numbers of GPUs")
+    parser.add_argument("--gpus-per-machine", type=int, default=8)
+    parser.add_argument("--tf32", action="store_true", help="use TF32 (allow_tf32 in a recipe)")
+    parser.add_argument("--compute-share", type=float, default=0.4, help="share of the peak that convolutions reach")
+    parser.add_argument("--bandwidth-share", type=float, default=0.7, help="share of the peak bandwidths")
+    parser.add_argument("--network", type=float, default=50, help="GB/s per GPU between machines, each way")
+    parser.add_argument("--launch-us", type=float, default=6, help="microseconds per kernel launch")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md")
+    options = parser.parse_args()
     torch.manual_seed(0)
     unet: Any = binarize.build(RECIPES[0]).train()
     counts = count(unet)
-    plans = "\n\n".join(plan_table(unet, counts, name, given) for name in RECIPES)
-    made = {"memory": memory_table(unet, counts), "plan": f"{assumptions(given)}\n\n{plans}"}
+    made = {
+        "memory-estimate": memory_table(unet, counts),
+        "plan": f"{assumptions(options)}\n\n{plan_table(unet, counts, options)}",
+    }
     print("\n\n".join(made.values()))
-    if given.write:
+    if options.write:
         text = PAGE.read_text(encoding="utf-8")
         for name, body in made.items():
             text = replace_between(text, name, body)

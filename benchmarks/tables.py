@@ -1,32 +1,40 @@
-"""Puts the results of the benchmarks into the documentation, as Markdown tables between markers.
+"""Write the results of the benchmarks into the documentation, as Markdown tables between markers.
 
     python benchmarks/tables.py
 
-reads every ``packed*.json``, ``training*.json`` and ``gpu*.json`` of benchmarks/results, so that results of several
-processors stand side by side (rename a file to keep it: packed-avx2.json), and rewrites what stands between
-``<!-- NAME:begin -->`` and ``<!-- NAME:end -->`` in the pages.
+reads the JSON files of benchmarks/results and replaces the text between ``<!-- NAME:begin -->`` and
+``<!-- NAME:end -->`` in the pages. To keep the results of several machines, rename their files (packed-avx2.json);
+the tables of all of them are shown.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_training import table as training_table
+from binarize.tables import Column, Table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scaling.md")
-Rows = list[dict[str, Any]]
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "quality.md")
+Results = dict[str, list[dict[str, Any]]]
+"""The rows of one section, by results file."""
 
+OUTDATED = {"packed-vpopcntdq"}  # measured with older kernels
 
-def rows_to_markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table whose first column is text and whose others are numbers."""
-    lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+VARIANTS = {
+    "textbook": "textbook, float32",
+    "textbook-apart": "textbook, float32, large blocks apart",
+    "exact": "ours, float32, exact",
+    "compact": "ours, float32, compact",
+    "textbook-bf16": "textbook, bfloat16",
+    "exact-bf16": "ours, bfloat16, exact",
+    "compact-bf16": "ours, bfloat16, compact",
+}
 
 
 def replace_between(text: str, name: str, body: str) -> str:
@@ -34,224 +42,196 @@ def replace_between(text: str, name: str, body: str) -> str:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"there is no {begin} ... {end} to write between")
+        raise ValueError(f"the page has no markers {begin} ... {end}")
     return pattern.sub(lambda _: f"{begin}\n\n{body}\n\n{end}", text)
 
 
-def layers(rows: Rows) -> str:
-    """Return the table of binary convolutions, with what they take together as its last lines."""
-    peak = next(row["popcount peak, GMAC/s a core"] for row in rows if "popcount peak, GMAC/s a core" in row)
-    timed = [row for row in rows if "layer" in row]
+def numbers(name: str, form: str = ".2f") -> Column:
+    """Return a column of numbers."""
+    return Column(name, form, "right")
+
+
+def packed_layers(results: Results) -> str:
+    """Return how much faster than PyTorch each binary convolution is on one thread, for each machine."""
+    columns: list[Column] = [Column("layer"), Column("count")]
+    lines: dict[str, list[Any]] = {}
+    total: list[Any] = ["all", None]
+    peaks = []
+    for file, rows in results.items():
+        columns += [numbers(f"{file}: packed, ms"), numbers("float32 / packed"), numbers("int8 / packed")]
+        columns.append(numbers("share of peak", ".0%"))
+        peaks.append(f"{rows[0]['popcount peak, GMAC/s a core']:.0f} ({file})")
+        sums = [0.0, 0.0, 0.0]
+        for row in rows[1:]:
+            if row["threads"] == 1:
+                ms = row["ms"]
+                times = [ms["packed"], min(ms["float32 NCHW"], ms["float32 NHWC"]), ms.get("int8", math.nan)]
+                line = lines.setdefault(row["layer"], [row["layer"], row["count"]])
+                line += [times[0], times[1] / times[0], times[2] / times[0], row["share of peak"]]
+                sums = [old + row["count"] * new for old, new in zip(sums, times, strict=True)]
+        total += [sums[0], sums[1] / sums[0], sums[2] / sums[0], None]
+    table = Table(columns, list(lines.values()), footer=[total]).to_markdown()
+    return f"{table}\n\nPopcount peak of one core, GMAC/s: {', '.join(peaks)}."
+
+
+def packed_roofline(results: Results) -> str:
+    """Return the composition of a denoising step for each machine."""
+    steps = {file: next(row for row in rows if "parts" in row) for file, rows in results.items()}
+    lines: dict[str, list[Any]] = {}
+    for step in steps.values():
+        for part, seconds in step["parts"].items():
+            lines.setdefault(part, [part]).append(seconds / sum(step["parts"].values()))
+    lines["step"] = ["seconds per step", *(f"{step['seconds']['packed']:.3f}" for step in steps.values())]
+    shares = [Column(file, lambda x: x if isinstance(x, str) else f"{x:.0%}", "right") for file in steps]
+    return Table(["share of a step", *shares], list(lines.values())).to_markdown()
+
+
+def packed_networks(results: Results) -> str:
+    """Return the times of whole networks on two threads."""
+    names = ("textbook float32", "full precision float32", "packed float32", "packed bfloat16")
     lines = []
-    for threads in sorted({row["threads"] for row in timed}):
-        group = [row for row in timed if row["threads"] == threads]
-        lines += [_layer(row, peak) for row in group]
-        count = sum(row["count"] for row in group)
-        ms = {name: sum(row["count"] * row["ms"].get(name, 0) for row in group) for name in group[0]["ms"]}
-        best = sum(row["count"] * _float32(row["ms"]) for row in group)
-        lines.append([f"**all {count}**", threads, *_times(ms, best), "", ""])
-    head = ["layer", "threads", "float32, ms", "int8", "packed", "packed bfloat16", "float32 / packed", "at peak"]
-    table = rows_to_markdown([*head, "share of peak"], lines)
-    if peak is None:
-        return table
-    return f"{table}\n\nPopcount peak of a core: {peak:.0f} GMAC/s."
+    for file, rows in results.items():
+        for row in rows:
+            if row["threads"] == 2:
+                seconds = [row["seconds"][name] for name in names]
+                lines.append([file, row["size"], *seconds, seconds[1] / seconds[2]])
+    columns = [numbers(name, ".3f") for name in names]
+    return Table(["results", "side", *columns, numbers("full precision / packed")], lines).to_markdown()
 
 
-def _layer(row: dict[str, Any], peak: float | None) -> list[object]:
-    name = f"{row['layer']}, {row['count']} times"
-    times = _times(row["ms"], _float32(row["ms"]))
-    if peak is None:
-        return [name, row["threads"], *times, "", ""]
-    share = row["GMAC/s"] / (peak * row["threads"])
-    return [name, row["threads"], *times, f"{row['ms']['packed'] * share:.2f}", f"{share:.0%}"]
+def packed_flips(results: Results) -> str:
+    """Return the differences between packed and unpacked networks."""
+    keys = ("worst mean error of the output's scale", "share of flipped signs")
+    lines = [[file, row["inputs"], *(row[key] for key in keys)] for file, (row,) in results.items()]
+    columns = [numbers("worst relative mean error", ".1e"), numbers("share of signs that differ", ".1e")]
+    return Table(["results", "inputs", *columns], lines).to_markdown()
 
 
-def _float32(ms: dict[str, float]) -> float:
-    return min(ms["float32 NCHW"], ms["float32 NHWC"])
-
-
-def _times(ms: dict[str, float], float32: float) -> list[str]:
-    int8 = f"{ms['int8']:.2f}" if "int8" in ms else ""
-    ours = (f"{ms[name]:.2f}" for name in ("packed", "packed bfloat16"))
-    return [f"{float32:.2f}", int8, *ours, f"{float32 / ms['packed']:.2f}"]
-
-
-def networks(rows: Rows) -> str:
-    """Return the table of whole networks: seconds, and in float32 how many times longer than packed."""
-    names = list(rows[0]["seconds"])
-    bases = [name for name in names if "float32" in name and not name.startswith("packed")]
-    head = ["pixels", "threads", *(f"{name}, s" for name in names), *(f"{name} / packed" for name in bases)]
-    lines = []
-    for row in rows:
-        seconds = row["seconds"]
-        ratios = (seconds[name] / seconds["packed float32"] for name in bases)
-        cells = (*(f"{seconds[name]:.3f}" for name in names), *(f"{ratio:.2f}" for ratio in ratios))
-        lines.append([f"{row['size']}x{row['size']}", row["threads"], *cells])
-    return rows_to_markdown(head, lines)
-
-
-def _arithmetic(ms: dict[str, float]) -> float:
-    """Return how long a layer's arithmetic takes at the peak; of counting alone, in results that have no more."""
-    return ms.get("arithmetic", ms["counting"])
-
-
-def roofline(rows: Rows) -> str:
-    """Return the table of what bounds the layers, and the one of what a step consists of."""
-    head = [
-        "layer, one thread",
-        "float32, ms",
-        "packed",
-        "counting",
-        "arithmetic",
-        "a copy",
-        "float32 / packed",
-        "at most",
+def packed_memory(results: Results) -> str:
+    """Return the peak memory of upscaling in tiles."""
+    lines = [
+        [f"{row['output']}x{row['output']}", row["tile"], row["peak bytes"] / 1e6]
+        for rows in results.values()
+        for row in rows
     ]
-    timed = [row for row in rows if "layer" in row and row["ms"]["counting"] is not None]
-    lines = []
-    for row in timed:
-        ms = row["ms"]
-        arithmetic = _arithmetic(ms)
-        times = [f"{ms[name]:.2f}" for name in ("float32", "packed", "counting")]
-        one_after_another = f"{ms['float32'] / (arithmetic + ms['copy']):.1f}"
-        lines.append(
-            [
-                row["layer"],
-                *times,
-                f"{arithmetic:.2f}" if "arithmetic" in ms else "",
-                f"{ms['copy']:.2f}",
-                f"{ms['float32'] / ms['packed']:.1f}",
-                f"{one_after_another} to {ms['float32'] / max(arithmetic, ms['copy']):.1f}",
-            ]
-        )
-    whole = next(row for row in rows if "parts" in row)
-    total = sum(whole["parts"].values())
-    parts = [[name, f"{seconds:.3f}", f"{seconds / total:.0%}"] for name, seconds in whole["parts"].items()]
-    step, threads = whole["seconds"], whole["threads"]
-    least = sum(row["count"] * (_arithmetic(row["ms"]) + row["ms"]["copy"]) for row in timed) / 1e3 / threads
-    # The profiler's seconds are not those of the timing, but their shares are.
-    reached = step["packed"] * (1 - whole["parts"]["binary convolutions"] / total) + least
-    return "\n\n".join(
-        [
-            rows_to_markdown(head, lines),
-            f"A step at {whole['size']}x{whole['size']} on {whole['threads']} threads, {step['packed']:.3f} s, against "
-            f"{step['full precision']:.3f} s of the full-precision twin, by operator:",
-            rows_to_markdown(["part", "s", "share"], parts),
-            f"With nothing but arithmetic at the peak and one copy in each of its binary convolutions, {least:.3f} s, "
-            f"a step would take {reached:.3f} s: the twin takes {step['full precision'] / step['packed']:.2f} times as "
-            f"long as it does, and would take {step['full precision'] / reached:.2f} times as long as that."
-            if timed
-            else "",
-        ]
+    return Table(["output", "tile", numbers("peak memory, MB", ".0f")], lines).to_markdown()
+
+
+def packed_files(results: Results) -> str:
+    """Return file sizes and load times."""
+    rows = [row for rows in results.values() for row in rows if "load seconds" in row]
+    lines = [[row["what"], row["bytes"] / 1e6, row["load seconds"]] for row in rows]
+    return Table(["file", numbers("MB"), numbers("load time, s")], lines).to_markdown()
+
+
+def gpu_networks(results: Results) -> str:
+    """Return the times of networks on a GPU, launched kernel by kernel and replayed as a CUDA graph."""
+    (rows,) = results.values()
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        graph = row["graph ms"].get(name)
+        return f"{row['ms'][name]:.1f}" + ("" if graph is None else f" ({graph:.1f})")
+
+    names = (
+        "textbook float32",
+        "full precision float32",
+        "full precision bfloat16",
+        "packed float32",
+        "packed bfloat16",
+    )
+    columns = [Column(f"{row['size']}x{row['size']}, batch {row['batch']}", align="right") for row in rows]
+    lines = [[name, *(cell(row, name) for row in rows)] for name in names]
+    return Table(["network, ms (CUDA graph)", *columns], lines).to_markdown()
+
+
+def gpu_training(results: Results) -> str:
+    """Return training steps on a GPU in float32."""
+    return training(
+        {
+            file: [{**row, "memory": row["peak MB"], "seconds": row["ms"] / 1e3} for row in rows if not row["tf32"]]
+            for file, rows in results.items()
+        }
     )
 
 
-def mixed(rows: Rows) -> str:
-    """Return the table of packed layers and torch's in turns."""
-    head = ["threads", "packed alone, ms", "torch alone", "in turns", "in turns / apart"]
-    lines = [
-        [
-            row["threads"],
-            *(f"{100 * row['seconds'][name]:.2f}" for name in ("packed", "torch", "in turns")),
-            f"{row['in turns over apart']:.2f}",
-        ]
-        for row in rows
-    ]
-    return rows_to_markdown(head, lines)
-
-
-def flips(rows: Rows) -> str:
-    """Return the table of differences between a packed network and the binary one."""
-    head = ["inputs", "worst mean error, of the output's scale", "share of signs that differ"]
-    keys = ("worst mean error of the output's scale", "share of flipped signs")
-    return rows_to_markdown(head, [[row["inputs"], *(f"{row[key]:.1e}" for key in keys)] for row in rows])
-
-
-def memory(rows: Rows) -> str:
-    """Return the table of the process's peak memory while a picture is enlarged in tiles."""
-    lines = [[f"{r['output']}x{r['output']}", r["tile"], f"{r['peak bytes'] / 1e6:.0f}"] for r in rows]
-    return rows_to_markdown(["output, pixels", "tile", "peak of the whole process, MB"], lines)
-
-
-def files(rows: Rows) -> str:
-    """Return the table of sizes on disk and times to load."""
+def training(results: Results) -> str:
+    """Return training steps, with ratios to the textbook form of the same image size and batch."""
     lines = []
-    for row in rows:
-        seconds = f"{row['load seconds']:.2f}" if "load seconds" in row else ""
-        lines.append([row["what"], f"{row['bytes'] / 1e6:.2f}", seconds])
-    return rows_to_markdown(["what", "MB", "loads in, s"], lines)
+    for file, rows in results.items():
+        base = {(row["size"], row["batch"]): row for row in rows if row["variant"] == "textbook"}
+        for row in rows:
+            if row["variant"] == "textbook-apart":  # shows the effect of the allocator alone
+                continue
+            reference = base.get((row["size"], row["batch"]))
+            cells = [file, VARIANTS[row["variant"]], row["batch"]]
+            for key in ("memory", "seconds"):
+                cells += [row[key], None if reference is None else row[key] / reference[key]]
+            lines.append(cells)
+    columns = [numbers("peak memory, MB", ".0f"), numbers("ratio"), numbers("step, s"), numbers("ratio")]
+    return Table(["results", "network", "batch", *columns], lines).to_markdown()
 
 
-def gpu_networks(rows: Rows) -> str:
-    """Return the table of networks on a GPU, launched operator by operator and replayed as a graph."""
-    head = ["network, ms (as a graph)", *(f"{row['size']}x{row['size']}, batch {row['batch']}" for row in rows)]
-
-    def cell(row: dict[str, Any], name: str) -> str:
-        replay = row["graph ms"].get(name)
-        return f"{row['ms'][name]:.1f}" + ("" if replay is None else f" ({replay:.1f})")
-
-    return rows_to_markdown(head, [[name, *(cell(row, name) for row in rows)] for name in rows[0]["ms"]])
+def quality(rows: list[dict[str, Any]]) -> str:
+    """Return the quality of a model by number of denoising steps."""
+    lines = [[row["steps"] or "bicubic", row["psnr"], row["ssim"], row["lpips"]] for row in rows]
+    columns = [numbers("PSNR"), numbers("SSIM", ".4f"), numbers("LPIPS (squeeze)", ".4f")]
+    return Table([Column("steps", align="left"), *columns], lines).to_markdown()
 
 
-def gpu_training(rows: Rows) -> str:
-    """Return the table of training steps on a GPU."""
-    names = {"textbook": "textbook", "exact": "ours, memory exact", "compact": "ours, memory compact"}
-    base = {(r["batch"], r["tf32"]): r for r in rows if r["variant"] == "textbook"}
-    lines = []
-    for row in rows:
-        reference = base[row["batch"], row["tf32"]]
-        dtype = "TF32" if row["tf32"] else "float32"
-        cells = [names[row["variant"]], dtype, f"{row['size']}x{row['size']}", row["batch"], f"{row['peak MB']:.0f}"]
-        cells += [f"{row['peak MB'] / reference['peak MB']:.2f}", f"{row['ms']:.0f}"]
-        lines.append([*cells, f"{row['ms'] / reference['ms']:.2f}"])
-    head = ["network", "products", "pixels", "batch", "peak memory, MB", "ratio", "a step, ms", "ratio"]
-    return rows_to_markdown(head, lines)
-
-
-TABLES: dict[str, Callable[[Rows], str]] = {
-    "packed-layers": layers,
-    "packed-roofline": roofline,
-    "packed-networks": networks,
-    "packed-compiled": networks,
-    "packed-mixed": mixed,
-    "packed-flips": flips,
-    "packed-memory": memory,
-    "packed-files": files,
+TABLES: dict[str, Callable[[Results], str]] = {
+    "packed-layers": packed_layers,
+    "packed-roofline": packed_roofline,
+    "packed-networks": packed_networks,
+    "packed-flips": packed_flips,
+    "packed-memory": packed_memory,
+    "packed-files": packed_files,
     "gpu-networks": gpu_networks,
     "gpu-training": gpu_training,
-    "training": training_table,
+    "training": training,
 }
 
 
-def machine(results: dict[str, Any]) -> str:
-    """Return what a results file says of the machine, as one line."""
-    said = results["machine"]
-    processor = said.get("processor") or said.get("cpu") or "processor unknown"
-    known = (("cores", "{} cores"), ("gpu", "{}"), ("torch", "PyTorch {}"), ("python", "Python {}"))
-    return ", ".join([processor, *(form.format(said[key]) for key, form in known if key in said)])
+def machines(found: dict[str, dict[str, Any]]) -> str:
+    """Return the machines that results come from."""
+    files: dict[tuple[Any, ...], list[str]] = {}
+    for name, results in found.items():
+        machine = results["machine"]
+        where = ", ".join([machine["processor"], *([machine["gpu"]] if "gpu" in machine else [])])
+        files.setdefault((where, machine["cores"], machine["torch"]), []).append(f"`{name}`")
+    lines = [[", ".join(names), *machine] for machine, names in files.items()]
+    return Table(["results", "processor", "cores", "PyTorch"], lines).to_markdown()
 
 
 def section(name: str, found: dict[str, dict[str, Any]]) -> str:
-    """Return the tables of one section, one for each results file that has it."""
+    """Return the table of one section.
+
+    Args:
+        name: The name between the markers of a page.
+        found: The contents of the results files, by file name without its suffix.
+    """
+    if name == "machines":
+        return machines(found)
     kind, _, part = name.partition("-")
-    made = []
-    for file, results in found.items():
-        rows = results.get(part or "rows")
-        if file.startswith(kind) and rows:
-            made.append(f"**{machine(results)}** (`{file}`)\n\n{TABLES[name](rows)}")
+    if kind == "quality":
+        return quality(json.loads((RESULTS / f"{name}.json").read_text())["rows"])
+    key = part or "rows"
+    results = {file: data[key] for file, data in found.items() if file.startswith(kind) and data.get(key)}
+    if results:
+        return TABLES[name](results)
     script = f"bench_{kind}.py --only {part}" if part else f"bench_{kind}.py"
-    return "\n\n".join(made) or f"*No results yet: `python benchmarks/{script}` makes them.*"
+    return f"*No results yet: run `python benchmarks/{script}`.*"
 
 
 def main() -> None:
     found = {
-        path.name: json.loads(path.read_text())
+        path.stem: json.loads(path.read_text())
         for kind in ("packed", "training", "gpu")
         for path in sorted(RESULTS.glob(f"{kind}*.json"))
+        if path.stem not in OUTDATED
     }
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"<!-- ((?:packed|training|gpu)[\w-]*):begin -->", text):
+        for name in re.findall(r"<!-- ((?:machines|packed|training|gpu|quality)[\w-]*):begin -->", text):
             text = replace_between(text, name, section(name, found))
         page.write_text(text, encoding="utf-8")
         print(f"wrote {page.relative_to(ROOT)}")

@@ -1,9 +1,12 @@
-"""The released BI-DiffSR network written the textbook way, which benchmarks and tests compare ours with.
+"""The released BI-DiffSR network in its textbook form, as a reference for benchmarks and tests.
 
-It computes what ``convert(SRUNet(), "bidiffsr")`` computes, and keeps the habits of the released code that cost memory
-and time: signs are polynomial branches joined by detach arithmetic, weights are binarized by the same arithmetic with
-their scale inside, every timestep group is a module of its own, the first sample's timestep chooses it for the whole
-batch, Swish is x times sigmoid(x), attention writes its scores out, and activations are NCHW.
+It computes the same function as ``convert(SRUNet(), "bidiffsr")``, with the techniques of the released code that cost
+memory and time:
+
+- signs are polynomial branches, combined with detach;
+- weights are binarized in the same way, with the scale inside the weights;
+- each timestep group is a module, selected for the whole batch by the timestep of the first sample;
+- Swish is x * sigmoid(x), attention materializes its scores, and activations are NCHW.
 
     from textbook import textbook_twin
     reference = textbook_twin(unet)  # same weights, same outputs, same gradients
@@ -28,14 +31,14 @@ def sign(x: Tensor, zero: SignZero) -> Tensor:
 
 
 class PolynomialSign(nn.Module):
-    """sign(x) whose gradient is that of a piecewise polynomial: -1, x^2 + 2x, -x^2 + 2x, 1."""
+    """sign(x) with the gradient of a piecewise polynomial: -1, x^2 + 2x, -x^2 + 2x, 1."""
 
     def __init__(self, zero: SignZero) -> None:
         super().__init__()
         self.zero: SignZero = zero
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map any shape to {-1, +1}, and 0 where ``zero`` says so."""
+        """Map any shape to {-1, +1}; with ``zero="zero"``, map 0 to 0."""
         below, negative, inside = ((x < edge).to(x.dtype) for edge in (-1, 0, 1))
         left = (-1) * below + (x * x + 2 * x) * (1 - below)
         middle = left * negative + (-x * x + 2 * x) * (1 - negative)
@@ -44,7 +47,7 @@ class PolynomialSign(nn.Module):
 
 
 class Bias(nn.Module):
-    """x + b, b a number a channel."""
+    """x + b, with one b per channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class Activation(nn.Module):
 
 
 class ScaledSignConv(nn.Module):
-    """A convolution with mean |w| sign(w), whose gradient is that of clamp(w, -1, 1)."""
+    """A convolution with mean |w| sign(w) and the gradient of clamp(w, -1, 1)."""
 
     def __init__(self, channels: int, kernel_size: int, zero: SignZero) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ class ScaledSignConv(nn.Module):
 
 
 class BinaryBlock(nn.Module):
-    """x + activation_g(conv(sign(x + b_g))), one module a timestep group g."""
+    """x + activation_g(conv(sign(x + b_g))), with one module per timestep group g."""
 
     def __init__(self, channels: int, kernel_size: int, groups: int, zero: SignZero) -> None:
         super().__init__()
@@ -115,20 +118,20 @@ class FloatBlock(nn.Conv2d):
 
 
 class Make:
-    """Builds the convolutions of a network, binary ones or float ones."""
+    """Builds binary or float convolutions."""
 
     def __init__(self, groups: int, zero: SignZero) -> None:
         self.groups, self.zero = groups, zero
 
     def __call__(self, channels: int, kernel_size: int, binary: bool) -> nn.Module:
-        """Return a block that maps ``channels`` to as many."""
+        """Return a block that keeps the number of channels."""
         return (
             BinaryBlock(channels, kernel_size, self.groups, self.zero) if binary else FloatBlock(channels, kernel_size)
         )
 
 
 class Swish(nn.Module):
-    """X times sigmoid(x)."""
+    """X * sigmoid(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Activate any shape."""
@@ -136,7 +139,7 @@ class Swish(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, scores written out."""
+    """Self-attention over all pixels, with materialized scores."""
 
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
@@ -220,7 +223,7 @@ class Block(nn.Module):
         self.attention = Attention(channels, norm_groups) if attention else None
 
     def forward(self, x: Tensor, time: Tensor, group: int, skip: Tensor | None = None) -> Tensor:
-        """Map ``(B, C, H, W)``, and maybe a skip of that shape, to ``(B, C, H, W)``."""
+        """Map ``(B, C, H, W)``, and optionally a skip of the same shape, to ``(B, C, H, W)``."""
         if self.fusion is not None and skip is not None:
             x = self.fusion(torch.cat((x, skip), dim=1), group)
         h = self.conv1(self.swish1(self.norm1(x)), group)
@@ -231,7 +234,7 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, and the resampler that follows them."""
+    """The blocks of one resolution and the resampler after them."""
 
     def __init__(self, blocks: Iterable[nn.Module], **resampler: nn.Module | None) -> None:
         super().__init__()
@@ -241,20 +244,20 @@ class Level(nn.Module):
 
 
 class TextbookSRUNet(nn.Module):
-    """BI-DiffSR's U-Net; without arguments, as released.
+    """BI-DiffSR's U-Net. The defaults are the released configuration.
 
     Args:
         in_channels: Channels of condition and sample together.
         out_channels: Channels of the prediction.
-        base_channels: Width at the finest level; it doubles from level to level.
-        levels: How many.
-        res_blocks: Blocks of an encoder level; a decoder level has one more.
+        base_channels: Width of the finest level; each level doubles it.
+        levels: Number of levels.
+        res_blocks: Blocks per encoder level; a decoder level has one more.
         norm_groups: Groups of every GroupNorm.
-        dropout: Probability inside blocks.
-        groups: K, timestep groups.
-        num_train_timesteps: T.
-        fp_decoder_levels: Decoder levels, 0 the finest, whose fusions and blocks are full precision.
-        sign_zero: What sign(0) is; torch.sign's "zero" as released.
+        dropout: Dropout probability inside blocks.
+        groups: K, the number of timestep groups.
+        num_train_timesteps: T, the number of training timesteps.
+        fp_decoder_levels: Decoder levels (0 is the finest) in full precision.
+        sign_zero: The value of sign(0): "plus" for +1, "zero" for 0 as released.
     """
 
     def __init__(
@@ -306,7 +309,7 @@ class TextbookSRUNet(nn.Module):
         return self.time_mlp(torch.cat((angles.sin(), angles.cos()), dim=1))
 
     def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        """Predict the noise of ``(B, 3, H, W)``; the first of the ``(B,)`` timesteps chooses every sample's group."""
+        """Predict the noise of ``(B, 3, H, W)``; the first of ``(B,)`` timesteps selects the group of all samples."""
         group = min(max(int(timestep[0].item() * self.groups / self.num_train_timesteps), 0), self.groups - 1)
         time = self.embed(timestep.to(sample.dtype))
         x = self.conv_in(torch.cat((condition, sample), dim=1))
@@ -337,13 +340,13 @@ _STACKED = (
 
 
 def textbook_names(state: Mapping[str, Tensor]) -> dict[str, list[tuple[str, Tensor]]]:
-    """Return, for each tensor of a converted SRUNet, the textbook network's tensors that it holds.
+    """Return the textbook network's tensors for each tensor of a converted SRUNet.
 
     Args:
-        state: Named parameters, gradients or a state dict of SRUNet converted with "bidiffsr".
+        state: Parameters, gradients or the state dict of an SRUNet converted with "bidiffsr", by name.
 
     Returns:
-        Our name -> [(textbook name, value)]: one pair, or one for each timestep group of a stacked parameter.
+        SRUNet name -> [(textbook name, value)]: one pair, or one per timestep group of a stacked parameter.
     """
     binary = {name[: -len(".pre.bias")] for name in state if name.endswith(".pre.bias")}
     found: dict[str, list[tuple[str, Tensor]]] = {}
@@ -362,7 +365,7 @@ def textbook_names(state: Mapping[str, Tensor]) -> dict[str, list[tuple[str, Ten
 
 
 def textbook_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the textbook network's state dict for that of a converted SRUNet."""
+    """Convert the state dict of a converted SRUNet to that of the textbook network."""
     return {name: value for pairs in textbook_names(state).values() for name, value in pairs}
 
 
@@ -373,7 +376,7 @@ def textbook_twin(unet: Any) -> TextbookSRUNet:
         unet: `binarize.models.SRUNet` with resampling "cp" and fusion "cs", converted with "bidiffsr".
     """
     config, layer = unet.config, unet.encoder[0].blocks[0].conv1
-    full_precision = [level for level, rung in enumerate(unet.decoder) if isinstance(rung.blocks[0].conv1, nn.Conv2d)]
+    full_precision = [level for level, stage in enumerate(unet.decoder) if isinstance(stage.blocks[0].conv1, nn.Conv2d)]
     twin = TextbookSRUNet(
         in_channels=config.in_channels,
         out_channels=config.out_channels,

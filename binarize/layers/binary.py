@@ -89,9 +89,8 @@ class _BinaryLayer(PartPipeline):
         self.method, self.post_after_shortcut, self.clamps_latent = method, method.post_after_shortcut, method.clamps
         self.had_bias = plain.bias is not None if had_bias is None else had_bias
         binarizer = self.weight_binarizer
-        declares = isinstance(binarizer, WeightBinarizer)
-        self.bases = binarizer.bases if declares else WeightBinarizer.bases
-        self.stored_scales = binarizer.stored_scales if declares else WeightBinarizer.stored_scales
+        declared = binarizer if isinstance(binarizer, WeightBinarizer) else WeightBinarizer
+        self.bases, self.stored_scales = declared.bases, declared.stored_scales
         self.register_parameter("bias", None)
         if plain.bias is not None and keeps_bias:
             self.bias = plain.bias if had_bias is not None else _copy(plain.bias)

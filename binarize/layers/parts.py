@@ -209,8 +209,7 @@ def register_part(
         kind: The stage it serves.
         name: How methods and recipes refer to it.
         timestep_aware: Whether it reads ``spec.context`` if ``spec.groups`` is above 1. `binarize.convert` then
-        attaches a
-            timestep context to the model.
+            attaches a timestep context to the model.
         replace: Allow replacing an existing name.
 
     Raises:

@@ -91,7 +91,7 @@ class KMapScale(Scale):
         pad: (left, right, top, bottom), instead of ``padding`` if opposite sides differ.
         padding_mode: Of the binary convolution.
         of_input: Compute the map from the layer's input (BiDM), not from the input of the sign, after shift or
-        BatchNorm.
+            BatchNorm.
     """
 
     def __init__(

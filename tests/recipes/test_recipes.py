@@ -5,22 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, TypeAdapter
 
 from binarize.errors import BinarizeError
 from binarize.recipes import (
-    DistillationSection,
-    ModelSection,
-    ProgressiveSection,
     Recipe,
-    SchedulerSection,
     build_scheduler,
     copy_recipe,
     list_recipes,
@@ -85,32 +80,6 @@ def test_the_list_starts_with_the_main_recipes() -> None:
     main = ["bidiffsr_x2", "bidiffsr_x4", "default_x2", "default_x4", "demo", "small_x2", "sr3_x2", "sr3_x4"]
     assert NAMES[: len(main)] == main
     assert all(name.startswith(("paper/", "training/")) for name in NAMES[len(main) :])
-
-
-SECTIONS = [Recipe, ModelSection, SchedulerSection, DistillationSection, ProgressiveSection]
-
-
-def key_table(section: type[BaseModel]) -> str:
-    """Return the Markdown table of a section's keys, as the page on recipes has it."""
-    rows = ["| key | default | meaning |", "|---|---|---|"]
-    for name, field in section.model_fields.items():
-        if isinstance(field.get_default(call_default_factory=True), BaseModel):
-            default = "see below"
-        elif field.is_required():
-            default = "-"
-        else:
-            value = TypeAdapter(Any).dump_python(field.get_default(call_default_factory=True), mode="json")
-            default = "`" + yaml.safe_dump(value, default_flow_style=True).split("\n")[0] + "`"
-        choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
-        allowed = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if len(choices) > 1 else ""
-        rows.append(f"| `{field.alias or name}` | {default} | {field.description}{allowed} |")
-    return "\n".join(rows)
-
-
-@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
-def test_the_page_on_recipes_has_every_key_as_the_schema_has_it(section: type[BaseModel]) -> None:
-    page = (ROOT / "docs" / "howto" / "recipes.md").read_text(encoding="utf-8")
-    assert key_table(section) in page
 
 
 def test_the_model_section_is_the_networks_configuration() -> None:
