@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import binarize
 from binarize.kernels import backends
-from binarize.layers.fused_conv import Memory
+from binarize.kernels.autograd import Memory
 from binarize.recipes import load_recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from binarize.cli.options import Device, Precision
 from binarize.evaluation import evaluate
 from binarize.imaging import degrade, read_image, upscale_bicubic
 from binarize.models.loading import load_pipeline, prepare, sample
@@ -32,7 +31,7 @@ _SCORES = (("psnr", "PSNR, dB"), ("lpips", "LPIPS (squeeze)"))
 
 def measure(model: Path, data: Path, steps: list[int], backbone: Path | None) -> dict[str, Any]:
     """Return the mean scores of a model at each number of steps, and of bicubic enlargement."""
-    pipeline = prepare(load_pipeline(model), Device.auto, Precision.float32, None)
+    pipeline = prepare(load_pipeline(model))
     rows: list[dict[str, Any]] = []
     for count in steps:
         report = evaluate(
@@ -98,7 +97,7 @@ def plot(models: dict[str, list[dict[str, Any]]], to: Path) -> None:
 
 def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96, zoom: int = 2) -> None:
     """Draw the detail with most texture of each picture, enlarged in several ways."""
-    pipeline = prepare(load_pipeline(model), Device.auto, Precision.float32, None)
+    pipeline = prepare(load_pipeline(model))
     lines = []
     for path in sorted(data.iterdir()):
         high = read_image(path).pixels()

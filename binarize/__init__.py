@@ -25,7 +25,7 @@ from binarize.methods import Method, get_method, list_methods, register_method
 if TYPE_CHECKING:
     from binarize import diagnosis, evaluation, imaging, inspect, models, recipes, training
     from binarize.diagnosis import doctor
-    from binarize.recipes.network import build
+    from binarize.recipes.build import build
     from binarize.serialization import load, save
     from binarize.studies.ablation import ablate
 
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 _SUBMODULES = ("diagnosis", "evaluation", "imaging", "inspect", "models", "recipes", "training")
 _LAZY = {
     "ablate": "binarize.studies.ablation",
-    "build": "binarize.recipes.network",
+    "build": "binarize.recipes.build",
     "doctor": "binarize.diagnosis",
     "load": "binarize.serialization",
     "save": "binarize.serialization",

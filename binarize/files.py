@@ -1,9 +1,10 @@
-"""Files that are either completely written or not there."""
+"""Files and folders that are either completely written or not there."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,3 +52,50 @@ def write_atomic(path: str | os.PathLike[str], write_fn: Callable[[Path], object
 def write_text_atomic(path: str | os.PathLike[str], text: str, *, force: bool = True) -> Path:
     r"""Write text as UTF-8 with "\n" line ends by `write_atomic`, by default replacing an existing file."""
     return write_atomic(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"), force=force)
+
+
+def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder so that ``target`` is the old one, absent for one rename, or the complete new one.
+
+    The files are written to a temporary folder beside the target, flushed to disk and renamed together. If anything
+    fails, including Ctrl-C, the old folder stays and the temporary folder is removed.
+
+    Args:
+        target: The folder; its parent must exist.
+        write: Called with the empty temporary folder.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    aside = temporary.with_suffix(".old")
+    try:
+        temporary.mkdir()
+        write(temporary)
+        _flush(temporary)
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(temporary, target)
+        _flush_entry(target.parent)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(root, name), "rb+") as file:
+                os.fsync(file.fileno())
+        _flush_entry(Path(root))
+
+
+def _flush_entry(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -14,7 +14,7 @@ class ProgressBar(tqdm):
     """A drop-in replacement for `tqdm`, with the same arguments and, on a terminal or in a notebook, the same display.
 
     Elsewhere it writes one line without control characters every 10% or every 30 seconds, whichever comes first, and
-    a last one when it is closed (unless `leave` is false).
+    a last one when it is closed, if there was progress and `leave` is not false.
     """
 
     _line: tuple[float, float] | None = None  # items and seconds at the last line
@@ -33,10 +33,10 @@ class ProgressBar(tqdm):
             super().clear(nolock=nolock)
 
     def close(self) -> None:
-        """Close the bar. Away from a terminal, write the last line first, unless it is already there."""
+        """Close the bar. Away from a terminal, write the last line first."""
         if self._writes_lines():
             leave = self.pos == 0 if self.leave is None else self.leave
-            if leave and (self._line is None or self._line[0] != self.n):
+            if leave and self.n != (self.initial if self._line is None else self._line[0]):
                 self._write_line()
             self.sp = None  # tqdm's own close ends without output if there is no printer
         super().close()

@@ -1,8 +1,17 @@
-"""Recipes: YAML files that describe a training run, and what lists, checks and builds them."""
+"""Recipes: YAML files that describe a training run, and the functions that list, check and build them."""
 
 from __future__ import annotations
 
-from binarize.recipes.build import build_model, build_pipeline, build_scheduler, import_plugins, validate
+from binarize.deprecation import renamed
+from binarize.recipes.build import (
+    build,
+    build_model,
+    build_pipeline,
+    build_scheduler,
+    import_plugins,
+    remove_stages,
+    validate,
+)
 from binarize.recipes.load import copy_recipe, list_recipes, load_recipe, recipe_path
 from binarize.recipes.schema import Recipe
 from binarize.recipes.sections import (
@@ -14,13 +23,10 @@ from binarize.recipes.sections import (
     PublishedSection,
     SchedulerSection,
 )
-from binarize.recipes.stages import settled, stages_end
-from binarize.recipes.study import CellSection, EvaluationSection, Study, list_studies, load_study, study_path
+from binarize.recipes.stages import last_stage_end
 
 __all__ = [
-    "CellSection",
     "DistillationSection",
-    "EvaluationSection",
     "Figures",
     "MethodSection",
     "ModelSection",
@@ -28,19 +34,26 @@ __all__ = [
     "PublishedSection",
     "Recipe",
     "SchedulerSection",
-    "Study",
+    "build",
     "build_model",
     "build_pipeline",
     "build_scheduler",
     "copy_recipe",
     "import_plugins",
+    "last_stage_end",
     "list_recipes",
-    "list_studies",
     "load_recipe",
-    "load_study",
     "recipe_path",
-    "settled",
-    "stages_end",
-    "study_path",
+    "remove_stages",
     "validate",
 ]
+
+_IN_STUDIES = ("CellSection", "EvaluationSection", "Study", "list_studies", "load_study", "study_path")
+__getattr__ = renamed(
+    __name__,
+    {
+        "settled": "remove_stages",
+        "stages_end": "last_stage_end",
+        **{name: f"binarize.studies.schema:{name}" for name in _IN_STUDIES},
+    },
+)

@@ -1,4 +1,4 @@
-"""From a recipe to the objects that it describes."""
+"""Build the network, the noise schedule and the pipeline that a recipe describes."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
+
+from binarize.conversion.convert import convert
+from binarize.conversion.export import binary_layers
 from binarize.errors import BinarizeError
+from binarize.layers import undelayed
 from binarize.recipes.load import load_recipe
 from binarize.recipes.schema import Recipe
+from binarize.recipes.stages import last_stage_end, staged_overrides
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     from binarize.models import SRUNet, SuperResolutionPipeline
 
 
 def import_plugins(plugins: Sequence[str]) -> None:
-    """Import a recipe's plugins, each once in a process, so that the methods they register exist.
-
-    Args:
-        plugins: Dotted module names, or paths of .py files.
+    """Import a recipe's plugins (dotted names or .py files), once per process, so that their methods exist.
 
     Raises:
-        BinarizeError: If one does not exist or fails while it is imported.
+        BinarizeError: If a plugin does not exist or raises while it is imported.
     """
     for plugin in plugins:
         try:
@@ -39,14 +41,14 @@ def import_plugins(plugins: Sequence[str]) -> None:
                 importlib.import_module(plugin)
         except BinarizeError:
             raise
-        except Exception as error:  # whatever a user's file raises is the user's to see
-            hint = "" if plugin.endswith(".py") else " A file of your own is named by its path, ending in .py."
+        except Exception as error:  # a user's file can raise anything
+            hint = "" if plugin.endswith(".py") else " Name a file of your own by its path, ending in .py."
             raise BinarizeError(f"plugins: cannot import {plugin!r}: {type(error).__name__}: {error}.{hint}") from error
 
 
 def _import_file(path: Path) -> None:
     if not path.is_file():
-        raise BinarizeError(f"plugins: there is no file {str(path)!r}; a path is relative to the recipe's folder.")
+        raise BinarizeError(f"plugins: there is no file {str(path)!r}; paths are relative to the recipe's folder.")
     path = path.resolve()
     name = f"binarize_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
@@ -63,37 +65,43 @@ def _import_file(path: Path) -> None:
         raise
 
 
+def build(recipe: str | os.PathLike[str] | Recipe, *overrides: str) -> SRUNet:
+    """Return the converted, untrained network of a recipe: ``binarize.build("bidiffsr_x4")``.
+
+    Args:
+        recipe: An installed recipe's name, the path of a YAML file, or a loaded `binarize.recipes.Recipe`.
+        *overrides: ``"key=value"`` strings that change the recipe, such as ``"method.groups=2"``.
+
+    Raises:
+        BinarizeError: If the recipe does not exist or is not valid, or if overrides are given with a loaded recipe.
+    """
+    if isinstance(recipe, Recipe) and overrides:
+        raise BinarizeError(f"build: a loaded recipe takes no overrides; got {overrides}. Give them to load_recipe.")
+    return build_model(recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides))
+
+
 def build_model(recipe: Recipe, network: SRUNet | None = None) -> SRUNet:
-    """Return a recipe's network, converted by its method and untrained, on torch's current default device.
+    """Return a recipe's converted, untrained network on torch's current default device.
 
     Initial weights come from torch's global random state; `binarize.training.train` seeds it with the recipe's seed.
 
     Args:
-        recipe: What to build.
-        network: The network before its conversion, where there is one, such as a trained full-precision twin; it is
-            converted in place.
+        recipe: The recipe.
+        network: A full-precision network to convert in place, such as a trained one; by default a new network.
 
     Raises:
-        BinarizeError: If a plugin cannot be imported, the network cannot be built, or the conversion is refused.
+        BinarizeError: If a plugin cannot be imported, the network cannot be built, or it cannot be converted.
     """
-    import_plugins(recipe.plugins)
     from binarize.models import SRUNet
 
+    import_plugins(recipe.plugins)
     model = SRUNet(**recipe.model.config(recipe.scheduler.num_train_timesteps)) if network is None else network
     if recipe.method is None:
         return model
     overrides = recipe.overrides
-    if recipe.two_stage is not None or recipe.progressive is not None:
-        from binarize.recipes.stages import staged_overrides
-
-        overrides = {**(overrides or {}), **staged_overrides(recipe)}
-    return _converted(recipe, model, overrides)
-
-
-def _converted(recipe: Recipe, model: SRUNet, overrides: dict[str, Any] | None) -> SRUNet:
-    from binarize import convert
-
-    assert recipe.method is not None
+    if last_stage_end(recipe) is not None:
+        methods = {name: layer.method for name, layer in binary_layers(_network_without_stages(recipe))}
+        overrides = {**(overrides or {}), **staged_overrides(recipe, methods)}
     return convert(
         model,
         recipe.method.spec,
@@ -104,12 +112,24 @@ def _converted(recipe: Recipe, model: SRUNet, overrides: dict[str, Any] | None) 
     )
 
 
+def remove_stages(recipe: Recipe, model: SRUNet) -> SRUNet:
+    """Return a network whose stages are over as its method's network without stages, with the same tensors."""
+    plain = _network_without_stages(recipe)
+    plain.load_state_dict(undelayed(model, plain), assign=True)
+    return plain.train(model.training)
+
+
+def _network_without_stages(recipe: Recipe) -> SRUNet:
+    with torch.device("meta"):
+        return build_model(recipe.model_copy(update={"two_stage": None, "progressive": None}))
+
+
 def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
     """Return the pipeline that samples from a recipe's network.
 
     Args:
-        recipe: Its noise schedule, scale, target and sampling steps. Where residuals are diffused, ``residual_scale``
-            must be set, as it is in the ``recipe.yaml`` of a run.
+        recipe: Its noise schedule, scale, target and sampling steps are used. If residuals are diffused,
+            ``residual_scale`` must be set, as it is in the ``recipe.yaml`` of a run.
         unet: The network.
 
     Raises:
@@ -119,8 +139,8 @@ def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
 
     if recipe.target == "residual" and recipe.residual_scale is None:
         raise BinarizeError(
-            "residual_scale: not set, and the pipeline of a network of residuals needs it; it is in the recipe.yaml "
-            "that the run has written."
+            "residual_scale: not set, and the pipeline of a network that predicts residuals needs it; copy it from the "
+            "recipe.yaml that the run wrote."
         )
     return SuperResolutionPipeline(
         unet,
@@ -128,34 +148,32 @@ def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
         scale=recipe.scale,
         residual_scale=recipe.residual_scale,
         residual_strength=recipe.residual_strength,
-        # A schedule of fewer timesteps than the default number of steps must not fail when a long training is saved.
+        # A schedule with fewer timesteps than sampling steps must not make saving fail at the end of a long training.
         num_inference_steps=min(recipe.num_inference_steps, recipe.scheduler.num_train_timesteps),
     )
 
 
 def build_scheduler(recipe: Recipe) -> DDIMScheduler:
-    """Return the noise schedule of a recipe, for training and sampling alike."""
+    """Return the noise schedule of a recipe, for training and sampling."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return DDIMScheduler(**recipe.scheduler.model_dump())
 
 
 def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Return a recipe after checking all that can be checked without data or memory for the weights.
+    """Return a recipe after all checks that need no data and no memory for weights.
 
-    Beyond `load_recipe`, this imports the plugins and builds the converted network on the meta device, so an unknown
-    method or option, a glob that matches no module and a structure that cannot be built are found, and it looks
-    whether the folders of data exist.
+    In addition to the checks of `load_recipe`, this imports the plugins, builds the converted network on the meta
+    device (which finds unknown methods and options, globs that match no module, and structures that cannot be built),
+    and checks that the data folders exist.
 
     Args:
         name_or_path: An installed recipe's name, or the path of a YAML file.
-        overrides: ``"key=value"`` texts, as for `load_recipe`.
+        overrides: ``"key=value"`` strings, as for `load_recipe`.
 
     Raises:
         BinarizeError: If anything is wrong.
     """
-    import torch
-
     recipe = load_recipe(name_or_path, overrides)
     with torch.device("meta"):
         build_model(recipe)

@@ -1,4 +1,4 @@
-"""One sentence for each thing that is wrong in a recipe or a study."""
+"""Error messages for recipes and studies: one line for each error that pydantic finds."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from binarize.errors import did_you_mean
 from binarize.recipes.schema import Recipe
 
 
-def explain(error: ValidationError, source: str, what: str = "recipe", schema: type[BaseModel] = Recipe) -> str:
-    """Return every error of a recipe, one a line: the dotted key, what was given, what is allowed.
-
-    Args:
-        error: What pydantic found.
-        source: The recipe's name or path.
-        what: What to call it.
-        schema: What it was checked against.
-    """
+def explain(error: ValidationError, source: str, kind: str = "recipe", schema: type[BaseModel] = Recipe) -> str:
+    """Return all errors that pydantic found, one per line: the dotted key, the given value, what is allowed."""
     lines = [_line(item, schema) for item in error.errors(include_url=False)]
     count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
-    return "\n".join([f"{what} {source!r} has {count}:", *(f"  {line}" for line in lines)])
+    return "\n".join([f"{kind} {source!r} has {count}:", *(f"  {line}" for line in lines)])
 
 
 def _line(item: Any, schema: type[BaseModel]) -> str:
@@ -45,18 +38,11 @@ def _line(item: Any, schema: type[BaseModel]) -> str:
 
 
 def _keys(sections: tuple[str, ...], schema: type[BaseModel]) -> list[str]:
-    """Return the keys of a section of the schema."""
-    model = schema
+    """Return the allowed keys of a nested section, or of the last section on the way that is a model."""
     for name in sections:
-        for candidate in _section_types(model, name):
-            model = candidate
-    return sorted(field.alias or name for name, field in model.model_fields.items())
-
-
-def _section_types(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
-    fields = {field.alias or key: field for key, field in model.model_fields.items()}
-    if name not in fields:
-        return []
-    annotation: Any = fields[name].annotation
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        fields = {field.alias or key: field for key, field in schema.model_fields.items()}
+        annotation: Any = fields[name].annotation if name in fields else None
+        for option in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                schema = option
+    return sorted(field.alias or name for name, field in schema.model_fields.items())

@@ -1,76 +1,77 @@
-"""Finding recipes, following their bases, applying overrides, and turning every mistake into one error."""
+"""Find recipes, apply their bases and overrides, and report every mistake in one error."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from binarize.errors import BinarizeError, did_you_mean
+from binarize.imaging import write_atomic
 from binarize.recipes.errors import explain
 from binarize.recipes.schema import Recipe
 from binarize.recipes.yaml_text import parse_yaml
 
-_FOLDER = Path(__file__).parent
-_STUDIES = _FOLDER / "ablations"
-_SUFFIXES = (".yaml", ".yml")
-# Sections whose keys a derived recipe changes one by one; any other value replaces the base's whole.
-_MERGED = ("model", "scheduler", "method", "distillation", "progressive")
-# What describes a recipe itself and so is never taken from its base.
-_OWN = ("description", "published", "base", "output_dir")
+RECIPE_DIR = Path(__file__).parent
+STUDY_DIR = RECIPE_DIR / "ablations"
+YAML_SUFFIXES = (".yaml", ".yml")
+# A derived recipe changes the keys of these sections one by one. Any other value replaces the base's value as a whole.
+MERGED_SECTIONS = ("model", "scheduler", "method", "distillation", "progressive")
+# Keys that describe one recipe and are not inherited from its base.
+_NOT_INHERITED = ("description", "published", "base", "output_dir")
 
 
 def list_recipes() -> dict[str, str]:
-    """Return the installed recipes: name -> one-line description.
+    """Return the installed recipes as name -> one-line description.
 
-    The main ones come first, then the paper's rows (``paper/...``) and those that show one option of the training each
+    The main recipes come first, then the rows of the paper (``paper/...``) and the examples of training options
     (``training/...``).
     """
-    return {name: str(_read(path).get("description", "")) for name, path in _installed().items()}
+    return {name: str(read_yaml(path, "recipe").get("description", "")) for name, path in _installed().items()}
 
 
 def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the file of a recipe.
-
-    Args:
-        name_or_path: An installed recipe's name, or the path of a YAML file.
+    """Return the file of a recipe, given an installed recipe's name or the path of a YAML file.
 
     Raises:
         BinarizeError: If there is no such recipe or file.
     """
+    return find_file("recipe", name_or_path, _installed(), "binarize recipes ls")
+
+
+def find_file(kind: str, name_or_path: str | os.PathLike[str], installed: Mapping[str, Path], command: str) -> Path:
+    """Return the YAML file of an installed name or of a path; errors name the command that lists the names."""
     text = str(name_or_path)
-    if Path(text).suffix in _SUFFIXES:
+    if Path(text).suffix in YAML_SUFFIXES:
         if Path(text).is_file():
             return Path(text)
-        raise BinarizeError(f"there is no recipe file {text!r}; `binarize recipes ls` lists the installed recipes.")
-    installed = _installed()
+        raise BinarizeError(f"there is no {kind} file {text!r}; `{command}` lists what is installed.")
     if text in installed:
         return installed[text]
-    shown = ", ".join(name for name in installed if "/" not in name)
     raise BinarizeError(
-        f"unknown recipe {text!r}; installed: {shown}, paper/*, training/*. A file of your own needs its .yaml ending."
-        + did_you_mean(text, installed)
+        f"unknown {kind} {text!r}; installed: {', '.join(_abbreviated(installed))}. The path of your own file must end "
+        f"in .yaml.{did_you_mean(text, installed)}"
     )
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Return a recipe, checked.
+    """Return a validated recipe.
 
     Args:
         name_or_path: An installed recipe's name, or the path of a YAML file.
-        overrides: ``"key=value"`` texts, applied last. A key with dots reaches into a section
-            (``"model.base_channels=32"``); a value is YAML (``1e-4``, ``[1, 2]``, ``null``).
+        overrides: ``"key=value"`` strings, applied last. A dotted key reaches into a section
+            (``"model.base_channels=32"``). The value is YAML (``1e-4``, ``[1, 2]``, ``null``).
 
     Raises:
-        BinarizeError: If the recipe is unknown, is not YAML, or has errors; then all of them are listed, one a line.
+        BinarizeError: If the recipe is unknown, is not YAML, or has errors. All errors are listed, one per line.
     """
     path = recipe_path(name_or_path)
     data = _with_bases(path, ())
     for override in overrides:
-        _apply(data, override)
+        apply_override(data, override)
     data.pop("base", None)
     if data.get("output_dir") is None:
         data["output_dir"] = f"runs/{path.stem}"
@@ -81,96 +82,105 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
 
 
 def copy_recipe(name: str, dest: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Copy a recipe's file, to be edited, and return where it went.
+    """Copy a recipe's file for editing and return the path of the copy.
 
     Args:
         name: An installed recipe's name, or the path of a YAML file.
-        dest: The new file, or an existing folder to put it in.
+        dest: The new file, or an existing folder.
         force: Overwrite an existing file.
 
     Raises:
         BinarizeError: If there is no such recipe, the file exists, or it cannot be written.
     """
-    from binarize.imaging import write_atomic
-
     source, target = recipe_path(name), Path(dest)
     if target.is_dir():
         target = target / source.name
-    if target.suffix not in _SUFFIXES:
+    if target.suffix not in YAML_SUFFIXES:
         raise BinarizeError(f"cannot copy the recipe to {target}: its name must end in .yaml.")
     text = source.read_text(encoding="utf-8")
     return write_atomic(target, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=force)
 
 
-def _installed() -> dict[str, Path]:
-    found = (path for path in _FOLDER.rglob("*.yaml") if path.parent != _STUDIES)
-    paths = sorted(found, key=lambda path: (path.parent != _FOLDER, path))
-    return {path.relative_to(_FOLDER).with_suffix("").as_posix(): path for path in paths}
-
-
-def _read(path: Path, what: str = "recipe") -> dict[str, Any]:
+def read_yaml(path: Path, kind: str) -> dict[str, Any]:
+    """Return the top-level mapping of a recipe or study, with plugin files relative to the file's folder."""
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise BinarizeError(f"cannot read the {what} {path}: {error}.") from error
+        raise BinarizeError(f"cannot read the {kind} {path}: {error}.") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise BinarizeError(f"{path} is not a {what}: it must hold `key: value` lines at its top level.")
-    plugins = data.get("plugins")
-    if isinstance(plugins, list):
-        data["plugins"] = [str(path.parent / p) if str(p).endswith(".py") else p for p in plugins]
+        raise BinarizeError(f"{path} is not a {kind}: it must hold `key: value` lines at its top level.")
+    if isinstance(data.get("plugins"), list):
+        data["plugins"] = beside(path.parent, data["plugins"])
     return data
 
 
-def _with_bases(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in below:
-        chain = " -> ".join(p.name for p in (*below, path))
-        raise BinarizeError(f"recipes are each other's base: {chain}; remove one `base:`.")
-    data = _read(path)
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    if not isinstance(base, str):
-        raise BinarizeError(f"{path}: base is {base!r}; it must be a recipe's name or a YAML file's path.")
-    beside = path.parent / base
-    origin = beside if beside.suffix in _SUFFIXES else recipe_path(base)
-    if not origin.is_file():
-        raise BinarizeError(f"{path}: its base {base!r} does not exist beside it.")
-    inherited = _with_bases(origin, (*below, path.resolve()))
-    for key in _OWN:
-        inherited.pop(key, None)
-    return _merge(inherited, data)
+def beside(folder: Path, plugins: Sequence[Any]) -> list[Any]:
+    """Return plugins with the paths of .py files joined to a folder."""
+    return [str(folder / plugin) if str(plugin).endswith(".py") else plugin for plugin in plugins]
 
 
-def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in own.items():
-        below = merged.get(key)
-        if key == "method" and isinstance(below, str):
-            below = {"name": below}
-        # One method's options mean nothing to another, so naming a method starts afresh.
-        afresh = key == "method" and isinstance(value, dict) and "name" in value
-        if key in _MERGED and isinstance(below, dict) and isinstance(value, dict) and not afresh:
-            merged[key] = {**below, **value}
-        else:
-            merged[key] = value
-    return merged
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Apply one ``"key=value"`` string to a recipe or study in place; a dotted key reaches into a section."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise BinarizeError(f"the override {override!r} is not key=value; write, for example, learning_rate=2e-4.")
     value = parse_yaml(text, f"the override {override!r}")
     *sections, last = key.split(".")
-    target = data
-    for depth, section in enumerate(sections):
-        below = target.get(section)
-        if isinstance(below, str) and section == "method":
-            below = {"name": below}
+    for depth, section in enumerate(sections, 1):
+        below = _as_section(section, data.get(section))
         if below is not None and not isinstance(below, dict):
-            name = ".".join(sections[: depth + 1])
+            name = ".".join(sections[:depth])
             raise BinarizeError(f"the override {override!r} reaches into {name}, which is {below!r} and has no keys.")
-        target[section] = dict(below or {})
-        target = target[section]
-    target[last] = value
+        data[section] = dict(below or {})
+        data = data[section]
+    data[last] = value
+
+
+def _installed() -> dict[str, Path]:
+    found = (path for path in RECIPE_DIR.rglob("*.yaml") if path.parent != STUDY_DIR)
+    paths = sorted(found, key=lambda path: (path.parent != RECIPE_DIR, path))
+    return {path.relative_to(RECIPE_DIR).with_suffix("").as_posix(): path for path in paths}
+
+
+def _abbreviated(names: Collection[str]) -> list[str]:
+    """Return names with those of one folder joined into ``folder/*``."""
+    return list(dict.fromkeys(f"{name.partition('/')[0]}/*" if "/" in name else name for name in names))
+
+
+# Merging stays here although OmegaConf merges YAML: naming another method must drop the base's options, and only some
+# sections merge, so OmegaConf.merge would need the same code around it and would add `${...}` interpolation.
+def _with_bases(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in derived:
+        chain = " -> ".join(p.name for p in (*derived, path))
+        raise BinarizeError(f"recipes are each other's base: {chain}; remove one `base:`.")
+    data = read_yaml(path, "recipe")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise BinarizeError(f"{path}: base is {base!r}; it must be a recipe's name or a YAML file's path.")
+    origin = path.parent / base if Path(base).suffix in YAML_SUFFIXES else recipe_path(base)
+    if not origin.is_file():
+        raise BinarizeError(f"{path}: its base {base!r} does not exist beside it.")
+    inherited = _with_bases(origin, (*derived, path.resolve()))
+    return _merge({key: value for key, value in inherited.items() if key not in _NOT_INHERITED}, data)
+
+
+def _merge(base: Mapping[str, Any], derived: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in derived.items():
+        below = _as_section(key, merged.get(key))
+        merges = key in MERGED_SECTIONS and isinstance(below, dict) and not replaces_method(key, value)
+        merged[key] = {**below, **value} if merges and isinstance(value, dict) else value
+    return merged
+
+
+def replaces_method(key: str, value: Any) -> bool:
+    """Whether a value names a method, which drops the base's options: they mean nothing to another method."""
+    return key == "method" and isinstance(value, Mapping) and "name" in value
+
+
+def _as_section(key: str, value: Any) -> Any:
+    """Return a method that is given by its name alone as a section."""
+    return {"name": value} if key == "method" and isinstance(value, str) else value

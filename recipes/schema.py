@@ -1,7 +1,8 @@
-"""`Recipe`: every key that a recipe may have, its type, its default and what it means."""
+"""`Recipe`: every key of a recipe with its type, default and meaning."""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -25,191 +26,161 @@ _TIMM_LR_SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rs
 _OPTIMIZERS = ("adam", "adamw")
 _TIMM_NAME = re.compile(r"timm/\w+")
 # Residuals have unit variance and long tails; the released schedule clips predictions to 1.
-_LEAST_CLIP = 5.0
+_MIN_RESIDUAL_CLIP = 5.0
 
 
 class Recipe(Section):
     """One training run, complete: network, binarizer, noise schedule, data, optimiser and bookkeeping.
 
-    A recipe is immutable and knows nothing of the machine it runs on. Keys are named as diffusers' training scripts
-    name theirs and mean the same: `train_batch_size` counts pictures per process and forward pass, so an optimiser
-    step sees ``train_batch_size * gradient_accumulation_steps * processes`` of them.
+    A recipe is immutable and does not depend on the machine. Keys have the names and meanings of diffusers' training
+    scripts: `train_batch_size` counts images per process and forward pass, so an optimiser step uses
+    ``train_batch_size * gradient_accumulation_steps * processes`` images.
     """
 
     description: str = Field(default="", description="One line for `binarize recipes ls`.")
-    published: PublishedSection | None = Field(
-        default=None, description="The published row that the recipe reproduces."
-    )
+    published: PublishedSection | None = Field(default=None, description="The published row that this reproduces.")
     plugins: tuple[str, ...] = Field(
-        default=(),
-        description="Modules or .py files imported before the model is built, so that they can register methods.",
+        default=(), description="Modules or .py files imported before the model is built, to register methods."
     )
 
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="The noise schedule.")
-    scale: int = Field(ge=2, description="How many times larger a picture becomes along each side.")
+    scale: int = Field(ge=2, description="Upscaling factor of each side.")
     model: ModelSection = Field(default_factory=ModelSection, validate_default=True, description="The network.")
     method: MethodSection | None = Field(
-        default=None, description="The binarizer: a name, `{name: ..., option: ...}`, or null for full precision."
+        default=None,
+        description="The binarization method: a name, `{name: ..., option: ...}`, or null (no conversion).",
     )
     structure: Literal["auto", "keep", "cp_cs"] = Field(
         default="auto",
         description="keep: the network's own structure; cp_cs: CP-Down, CP-Up, CS-Fusion; auto: the method's choice.",
     )
-    keep: tuple[str, ...] | None = Field(
-        default=None, description="Globs of the module names that stay full precision."
-    )
-    overrides: dict[str, Any] | None = Field(
-        default=None, description="Glob of module names -> method or options for those."
-    )
+    keep: tuple[str, ...] | None = Field(default=None, description="Globs of modules that stay full precision.")
+    overrides: dict[str, Any] | None = Field(default=None, description="Glob of modules -> their method or options.")
     linear: bool | tuple[str, ...] = Field(
         default=False, description="Binarize linear layers too: true, or globs of module names."
     )
 
     two_stage: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="Share of the steps in which weights stay full precision and only activations are binary.",
+        default=None, gt=0, lt=1, description="Share of the steps with full-precision weights and binary activations."
     )
     progressive: ProgressiveSection | None = Field(
         default=None, description="Blocks that become binary one after another: `{blocks: [globs], until: share}`."
     )
     init_from: Path | None = Field(
         default=None,
-        description="Trained model to start from: a full-precision twin, which is then converted, or the same network.",
+        description="Trained model to start from: a full-precision network, which is converted, or the same network.",
     )
 
-    train_data_dir: Path | None = Field(default=None, description="Folder of high-resolution training pictures.")
+    train_data_dir: Path | None = Field(default=None, description="Folder of high-resolution training images.")
     train_lr_data_dir: Path | None = Field(
         default=None,
-        description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does.",
+        description="Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does.",
     )
     resolution: PositiveInt = Field(
         default=128, validate_default=True, description="Side of a training patch in high-resolution pixels."
     )
-    augment: bool = Field(
-        default=True, description="Give each patch one of the eight flips and quarter turns at random."
-    )
+    augment: bool = Field(default=True, description="Apply one of the eight flips and rotations to each patch.")
     patch_candidates: PositiveInt = Field(
-        default=1, description="Positions drawn for each patch, of which the one with most texture is taken."
+        default=1, description="Random positions per patch; the one with the most texture is used."
     )
-    dataloader_num_workers: NonNegativeInt = Field(default=0, description="Processes that prepare batches; 0: none.")
+    dataloader_num_workers: NonNegativeInt = Field(default=0, description="Worker processes; 0 loads in this process.")
 
     output_dir: Path = Field(
-        default=Path("runs/unnamed"), description="Where everything is written; default runs/ and the recipe's name."
+        default=Path("runs/unnamed"), description="Output folder; by default runs/ and the recipe's name."
     )
-    seed: NonNegativeInt = Field(
-        default=0, description="Decides initial weights, patches, timesteps, noise and dropout."
-    )
+    seed: NonNegativeInt = Field(default=0, description="Seed of weights, patches, timesteps, noise and dropout.")
     train_batch_size: PositiveInt = Field(default=16, description="Patches per process and forward pass.")
     gradient_accumulation_steps: PositiveInt = Field(default=1, description="Forward passes per optimiser step.")
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations backward: less memory, more time."
+        default=False, description="Recompute activations in the backward pass: less memory, more time."
     )
     memory_mode: Literal["exact", "compact"] = Field(
         default="exact",
-        description="What binary convolutions keep for the backward: their input, or one byte for each element of it "
+        description="What binary convolutions keep for the backward pass: their input, or one byte per element of it "
         "(see `binarize.memory_mode`).",
     )
     compile: bool = Field(default=False, description="Run the network through torch.compile.")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Autocast precision.")
-    allow_tf32: bool = Field(default=False, description="Let CUDA round matrix products' inputs to TF32.")
+    allow_tf32: bool = Field(default=False, description="Let CUDA round the inputs of matrix products to TF32.")
     max_train_steps: PositiveInt = Field(default=1_000_000, description="Optimiser steps.")
 
-    loss: Literal["l1", "l2", "charbonnier"] = Field(default="l1", description="Distance of prediction and target.")
+    loss: Literal["l1", "l2", "charbonnier"] = Field(default="l1", description="Loss between prediction and target.")
     target: Literal["image", "residual"] = Field(
-        default="image",
-        description="What is diffused: the picture, or (picture - enlarged low resolution) / `residual_scale`.",
+        default="image", description="What is diffused: the image, or (image - upscaled image) / `residual_scale`."
     )
     residual_scale: float | None = Field(
         default=None,
         gt=0,
         validate_default=True,
-        description="Standard deviation of the residuals; unset, it is measured on the training pictures.",
+        description="Standard deviation of the residuals; by default measured on the training images.",
     )
     residual_strength: float = Field(
-        default=1.0,
-        gt=0,
-        description="What predicted residuals are multiplied by in pictures; above 1 they are sharper.",
+        default=1.0, gt=0, description="Factor on predicted residuals when sampling; above 1 sharpens."
     )
     snr_gamma: float | None = Field(
-        default=None,
-        gt=0,
-        description="Min-SNR weighting of the timesteps with this gamma, 5 as published; null: none.",
+        default=None, gt=0, description="Gamma of Min-SNR timestep weighting (the paper uses 5); null: no weighting."
     )
     distillation: DistillationSection | None = Field(
-        default=None, description="Learn from a trained network as well: `{teacher: folder, ...}`."
+        default=None, description="Train with a trained network as the teacher: `{teacher: folder, ...}`."
     )
     timesteps_per: Literal["sample", "batch"] = Field(
-        default="sample", description="Draw a timestep for every picture, or one for all pictures of an optimiser step."
+        default="sample", description="Draw one timestep per image, or one for all images of an optimiser step."
     )
     sampling_timesteps_share: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="Share of the samples whose timestep is one that sampling in `num_inference_steps` steps visits; "
-        "the others are uniform over all.",
+        description="Share of samples with a timestep that sampling in `num_inference_steps` steps visits; the others "
+        "are uniform over all.",
     )
 
     optimizer: str = Field(
-        default="adam", description="`adam`, `adamw`, or one of timm's by its name, such as `timm/lion`."
+        default="adam", description="`adam`, `adamw`, or an optimiser of timm by its name, such as `timm/lion`."
     )
     optimizer_options: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments of the optimiser, such as `{momentum: 0.95}`."
+        default_factory=dict, description="More arguments of the optimiser, such as `{momentum: 0.95}`."
     )
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's mean.")
-    adam_beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the gradient's square.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the average gradient.")
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the average squared gradient.")
     adam_weight_decay: float = Field(
         default=0.0, ge=0, description="Weight decay; latent weights, shifts, slopes, scales and norms have none."
     )
     adam_epsilon: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
-    max_grad_norm: float | None = Field(
-        default=None, gt=0, description="Clip the gradient's norm to this; null: never."
-    )
+    max_grad_norm: float | None = Field(default=None, gt=0, description="Clip the gradient to this norm; null: never.")
     lr_scheduler: str = Field(
         default="constant",
-        description="Course of the learning rate: `constant`, `constant_with_warmup`, `linear`, `cosine`, "
-        "`cosine_with_restarts` or `polynomial` of diffusers, or one of timm's, such as `timm/cosine`.",
+        description="Learning-rate schedule: `constant`, `constant_with_warmup`, `linear`, `cosine`, "
+        "`cosine_with_restarts` or `polynomial` of diffusers, or one of timm, such as `timm/cosine`.",
     )
     lr_scheduler_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Arguments of timm's create_scheduler_v2, epochs meaning steps, such as `{min_lr: 1e-6}`.",
+        description="Arguments of timm's create_scheduler_v2, with steps for epochs, such as `{min_lr: 1e-6}`.",
     )
     lr_warmup_steps: NonNegativeInt = Field(default=0, description="Steps over which the rate rises from 0.")
     lr_num_cycles: PositiveInt = Field(default=1, description="Restarts of cosine_with_restarts.")
     lr_power: float = Field(default=1.0, gt=0, description="Exponent of polynomial.")
 
-    use_ema: bool = Field(
-        default=False, description="Average the weights; validation and the saved model use the average."
-    )
+    use_ema: bool = Field(default=False, description="Validate and save an average of the weights over the steps.")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay of that average after its warm-up.")
 
     checkpointing_steps: PositiveInt = Field(default=5000, description="Steps between checkpoints.")
-    checkpoints_total_limit: PositiveInt | None = Field(
-        default=3, description="How many of the newest to keep; null: all."
-    )
+    checkpoints_total_limit: PositiveInt | None = Field(default=3, description="Newest checkpoints kept; null: all.")
     resume_from_checkpoint: str | None = Field(default=None, description="`latest`, or a checkpoint's folder.")
 
-    validation_data_dir: Path | None = Field(
-        default=None, description="Folder of high-resolution pictures to validate on."
-    )
+    validation_data_dir: Path | None = Field(default=None, description="Folder of high-resolution validation images.")
     validation_lr_data_dir: Path | None = Field(
         default=None,
-        description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does.",
+        description="Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does.",
     )
     validation_steps: PositiveInt = Field(default=5000, description="Steps between validations.")
-    num_validation_images: PositiveInt = Field(
-        default=4, description="How many of the folder's first pictures to enlarge."
-    )
+    num_validation_images: PositiveInt = Field(default=4, description="Images that a validation upscales.")
     num_inference_steps: PositiveInt = Field(default=50, description="Sampling steps of a validation.")
 
     report_to: Literal["tensorboard", "wandb"] | None = Field(
-        default=None, description="Tracker of scalars and pictures: tensorboard or wandb."
+        default=None, description="Tracker of scalars and images: tensorboard or wandb."
     )
-    logging_steps: PositiveInt = Field(
-        default=50, description="Steps between logged losses, each a mean since the last."
-    )
+    logging_steps: PositiveInt = Field(default=50, description="Steps between log entries; losses are means over them.")
 
     @field_validator("method", mode="before")
     @classmethod
@@ -247,7 +218,7 @@ class Recipe(Section):
     def _needs_hr(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         twin = str(info.field_name).replace("_lr", "")
         if value is not None and info.data.get(twin, ...) is None:
-            raise ValueError(f"needs {twin}, the folder of the high-resolution twins")
+            raise ValueError(f"needs {twin}, the folder of the matching high-resolution images")
         return value
 
     @field_validator("resolution")
@@ -256,34 +227,27 @@ class Recipe(Section):
         scale, model = info.data.get("scale"), info.data.get("model")
         if scale is not None and value % scale:
             raise ValueError(f"must be a multiple of scale ({scale})")
-        if model is not None and value % (halvings := 2 ** (len(model.channel_mults) - 1)):
-            raise ValueError(f"must be a multiple of {halvings}, which the network's levels divide it by")
+        if model is not None and value % (factor := 2 ** (len(model.channel_mults) - 1)):
+            raise ValueError(f"must be a multiple of {factor}, the factor by which the network downsamples")
         return value
 
     @field_validator("target")
     @classmethod
     def _unclipped(cls, value: str, info: ValidationInfo) -> str:
         scheduler = info.data.get("scheduler")
-        if value == "residual" and scheduler is not None and scheduler.clip_sample:
-            found = scheduler.clip_sample_range
-            if found < _LEAST_CLIP:
-                raise ValueError(
-                    f"residuals have unit variance and long tails, which scheduler.clip_sample_range {found:g} would "
-                    f"cut off while sampling; set it to {_LEAST_CLIP:g} or more, or scheduler.clip_sample to false"
-                )
+        limit = scheduler.clip_sample_range if scheduler is not None and scheduler.clip_sample else math.inf
+        if value == "residual" and limit < _MIN_RESIDUAL_CLIP:
+            raise ValueError(
+                "residuals have unit variance and long tails, which sampling would clip at "
+                f"scheduler.clip_sample_range {limit:g}; set it to {_MIN_RESIDUAL_CLIP:g} or "
+                "more, or set scheduler.clip_sample to false"
+            )
         return value
 
-    @field_validator("residual_scale")
+    @field_validator("residual_scale", "residual_strength")
     @classmethod
-    def _of_residuals(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is not None and info.data.get("target", "residual") != "residual":
-            raise ValueError("has no effect while target is image; set target to residual, or remove it")
-        return value
-
-    @field_validator("residual_strength")
-    @classmethod
-    def _of_residuals_too(cls, value: float, info: ValidationInfo) -> float:
-        if value != 1 and info.data.get("target", "residual") != "residual":
+    def _needs_residuals(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value not in (None, 1.0) and info.data.get("target", "residual") != "residual":
             raise ValueError("has no effect while target is image; set target to residual, or remove it")
         return value
 
@@ -291,7 +255,7 @@ class Recipe(Section):
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
         if info.field_name == "optimizer":
-            # Which ones timm has is asked when one is made: a recipe can be read where timm is not installed.
+            # The optimiser checks timm's names when it is built, so a recipe can be read without timm.
             allowed: tuple[str, ...] = (*_OPTIMIZERS, "timm/NAME")
             known = value in _OPTIMIZERS or bool(_TIMM_NAME.fullmatch(value))
         else:
@@ -305,7 +269,7 @@ class Recipe(Section):
     @classmethod
     def _timm_only(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if value and not info.data.get("lr_scheduler", "timm/").startswith("timm/"):
-            raise ValueError("are those of timm's schedulers; choose one, such as lr_scheduler: timm/cosine")
+            raise ValueError("needs one of timm's schedulers, such as lr_scheduler: timm/cosine")
         return value
 
     @field_validator("lr_warmup_steps")
@@ -317,5 +281,5 @@ class Recipe(Section):
         return value
 
     def to_yaml(self) -> str:
-        """Return the whole recipe as YAML, every default written out; `load_recipe` reads it back to an equal one."""
+        """Return the whole recipe as YAML, defaults included; `load_recipe` reads an equal recipe from it."""
         return to_yaml(self.model_dump(mode="json", by_alias=True))

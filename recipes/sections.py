@@ -1,4 +1,4 @@
-"""The nested sections of a recipe: the network, the binarizer, the noise schedule and the published row."""
+"""The nested sections of a recipe: network, method, noise schedule, distillation and published row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Section(BaseModel):
-    """What every part of a recipe shares: unknown keys are errors, and nothing changes after loading."""
+    """Base class of a recipe's sections: unknown keys are errors, and values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
@@ -18,42 +18,34 @@ class ModelSection(Section):
     """The network before conversion: `binarize.models.SRUNet`'s configuration."""
 
     class_name: Literal["SRUNet"] = Field(default="SRUNet", alias="class", description="The network's class.")
-    in_channels: PositiveInt = Field(default=6, description="Channels of the condition and the noisy picture together.")
+    in_channels: PositiveInt = Field(default=6, description="Channels of the condition and the noisy image together.")
     out_channels: PositiveInt = Field(default=3, description="Channels of the prediction.")
-    base_channels: PositiveInt = Field(default=64, description="Width of the finest level.")
+    base_channels: PositiveInt = Field(default=64, description="Channels of the finest level.")
     channel_mults: tuple[PositiveInt, ...] = Field(
-        default=(1, 2, 4, 8), min_length=1, description="Width of each level, finest first, in `base_channels`."
+        default=(1, 2, 4, 8), min_length=1, description="Channels of each level, finest first, in `base_channels`."
     )
-    res_blocks: PositiveInt = Field(
-        default=2, description="ResBlocks a level in the encoder; the decoder has one more."
-    )
+    res_blocks: PositiveInt = Field(default=2, description="ResBlocks per encoder level; the decoder has one more.")
     norm_groups: PositiveInt = Field(default=16, description="Groups of every GroupNorm.")
-    dropout: float = Field(default=0.2, ge=0, lt=1, description="Share of activations dropped inside every ResBlock.")
+    dropout: float = Field(default=0.2, ge=0, lt=1, description="Dropout rate inside every ResBlock.")
     attention_levels: tuple[int, ...] = Field(default=(), description="Levels with self-attention, 0 the finest.")
-    resampling: Literal["conv", "pixel", "cp"] = Field(default="cp", description="How levels are joined.")
-    fusion: Literal["wide", "concat", "add", "split", "cs"] = Field(
-        default="cs", description="How a skip enters the decoder."
-    )
+    resampling: Literal["conv", "pixel", "cp"] = Field(default="cp", description="Layers between levels.")
+    fusion: Literal["wide", "concat", "add", "split", "cs"] = Field(default="cs", description="Fusion of skips.")
     num_train_timesteps: PositiveInt | None = Field(
-        default=None, description="Training timesteps T; unset, it is the noise schedule's, and it must equal it."
+        default=None, description="Training timesteps T; must equal the noise schedule's, which is the default."
     )
     detail_factor: float | None = Field(
         default=None,
         gt=0,
-        description="Show the network the condition's fine detail as well, (condition - its 3x3 mean) times this.",
+        description="Adds the condition's fine detail to the input: (condition - its 3x3 mean) times this.",
     )
 
     def config(self, num_train_timesteps: int) -> dict[str, Any]:
-        """Return the keyword arguments of the network's class.
-
-        Args:
-            num_train_timesteps: The noise schedule's T.
-        """
+        """Return the keyword arguments of the network's class, with the noise schedule's T."""
         return {**self.model_dump(exclude={"class_name"}), "num_train_timesteps": num_train_timesteps}
 
 
 class MethodSection(BaseModel):
-    """A binarization method and its options; the options are checked by the method itself when the model is built."""
+    """A binarization method and its options; the method checks its options when the model is built."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = Field(description="The registered name.")
@@ -65,37 +57,37 @@ class MethodSection(BaseModel):
 
 
 class ProgressiveSection(Section):
-    """Progressive binarization: blocks become binary one after another, and compute in full precision before."""
+    """Progressive binarization: blocks are full precision at first and become binary one after another."""
 
     blocks: tuple[str, ...] = Field(
-        min_length=1, description="Globs on names of modules or binary layers, in the order in which they turn binary."
+        min_length=1, description="Globs of modules or binary layers, in the order in which they become binary."
     )
-    until: float = Field(default=0.5, gt=0, le=1, description="Share of the steps after which the last one is binary.")
+    until: float = Field(default=0.5, gt=0, le=1, description="Share of the steps after which all are binary.")
 
 
 class DistillationSection(Section):
-    """Knowledge distillation: the loss is task * loss + output * distance of outputs + features * that of features."""
+    """Knowledge distillation: loss = task * task loss + output * output distance + features * feature distance."""
 
     teacher: Path = Field(description="A trained model: a run's folder, a pipeline's, or a network's.")
-    task: float = Field(default=1.0, ge=0, description="Weight of the loss against the data.")
+    task: float = Field(default=1.0, ge=0, description="Weight of the loss on the training data.")
     output: float = Field(
-        default=1.0, ge=0, description="Weight of the distance of the two predictions, by the recipe's `loss`."
+        default=1.0, ge=0, description="Weight of the distance between the two predictions, measured by `loss`."
     )
     features: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of the mean squared distance of blocks' outputs, each scaled to unit norm a sample.",
+        description="Weight of the squared distance between block outputs, each normalised to unit norm per sample.",
     )
     blocks: tuple[str, ...] = Field(
         default=("encoder.*.blocks.*", "middle.*", "decoder.*.blocks.*"),
         min_length=1,
-        description="Names of the blocks whose outputs are compared; a star stands for one step of a name.",
+        description="Blocks whose outputs are compared; a star matches one part of a dotted name.",
     )
 
     @model_validator(mode="after")
     def _teaches(self) -> DistillationSection:
         if self.output == 0 and self.features == 0:
-            raise ValueError("output and features are both 0, so that the teacher says nothing; raise one of them")
+            raise ValueError("output and features are both 0, so the teacher is not used; make one of them positive")
         return self
 
 
@@ -106,17 +98,17 @@ class SchedulerSection(Section):
     beta_start: float = Field(default=1e-6, gt=0, lt=1, description="First noise variance.")
     beta_end: float = Field(default=1e-2, gt=0, lt=1, description="Last noise variance.")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
-        default="linear", description="How the variances go from the first to the last."
+        default="linear", description="Course of the variances from first to last."
     )
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field(
-        default="epsilon", description="What the network predicts: the noise, the velocity, or the clean picture."
+        default="epsilon", description="What the network predicts: the noise, the velocity, or the clean image."
     )
-    clip_sample: bool = Field(default=True, description="Clip the predicted picture while sampling.")
-    clip_sample_range: float = Field(default=1.0, gt=0, description="To what magnitude it is clipped.")
-    set_alpha_to_one: bool = Field(default=True, description="Let the last sampling step end without noise.")
+    clip_sample: bool = Field(default=True, description="Clip the predicted image while sampling.")
+    clip_sample_range: float = Field(default=1.0, gt=0, description="Largest magnitude after clipping.")
+    set_alpha_to_one: bool = Field(default=True, description="Make the last sampling step noise-free.")
     steps_offset: int = Field(default=0, ge=0, description="Added to every sampling timestep.")
     timestep_spacing: Literal["leading", "trailing", "linspace"] = Field(
-        default="leading", description="How sampling timesteps are spread over the T training ones."
+        default="leading", description="Spacing of the sampling timesteps."
     )
     rescale_betas_zero_snr: bool = Field(default=False, description="Rescale the schedule to end in pure noise.")
 
@@ -124,14 +116,14 @@ class SchedulerSection(Section):
     def _solvable(self) -> SchedulerSection:
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
-                "rescale_betas_zero_snr ends in pure noise, from which a predicted noise says nothing; "
+                "rescale_betas_zero_snr ends in pure noise, where predicting the noise carries no information; "
                 "set prediction_type to 'v_prediction' or 'sample'"
             )
         return self
 
 
 class Figures(Section):
-    """Published quality on one data set; PSNR in dB and SSIM on the luma channel, LPIPS with AlexNet."""
+    """Published quality on one data set: PSNR in dB and SSIM on the luma channel, LPIPS with AlexNet."""
 
     psnr: float | None = None
     ssim: float | None = None
@@ -139,14 +131,14 @@ class Figures(Section):
 
 
 class PublishedSection(Section):
-    """The published row that a recipe reproduces; metadata for tables, never an input of the training."""
+    """The published row that a recipe reproduces: metadata for tables, not an input of training."""
 
     source: str = Field(description="Paper, table and row.")
     rows: tuple[str, ...] = Field(default=(), description="Other rows of the same paper that are the same network.")
     params_m: float | None = Field(
-        default=None, gt=0, description="Parameters in millions, a binary one counting 1/32."
+        default=None, gt=0, description="Parameters in millions; a binary parameter counts 1/32."
     )
     ops_g: float | None = Field(
-        default=None, gt=0, description="Operations in 10^9 at 3x256x256, a binary one counting 1/64."
+        default=None, gt=0, description="Operations in 10^9 at 3x256x256; a binary one counts 1/64."
     )
     results: dict[str, Figures] = Field(default_factory=dict, description="Quality by data set.")

@@ -1,92 +1,57 @@
-"""Training in stages: which binary layers compute in full precision for how long."""
+"""Training in stages: how long each binary layer computes in full precision."""
 
 from __future__ import annotations
 
 import fnmatch
-from typing import TYPE_CHECKING, Any
-
-import torch
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from binarize.errors import BinarizeError
+from binarize.layers import delayed
+from binarize.layers.parts import PartKind
+from binarize.methods import Method
+from binarize.recipes.schema import Recipe
 
-if TYPE_CHECKING:
-    from binarize.models import SRUNet
-    from binarize.recipes.schema import Recipe
 
+def staged_overrides(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Return the overrides of `binarize.convert` that delay the parts of each layer as the recipe's stages say.
 
-def staged_overrides(recipe: Recipe) -> dict[str, Any]:
-    """Return the methods of a recipe's binary layers, name by name, their parts delayed by the recipe's stages.
-
-    Args:
-        recipe: With ``two_stage`` or ``progressive``.
-
-    Raises:
-        BinarizeError: If a pattern of ``progressive.blocks`` matches no binary layer.
+    ``methods`` has the method of each binary layer without stages.
     """
-    from binarize.conversion.export import binary_layers
-    from binarize.layers import delayed
-
-    methods = {name: layer.method for name, layer in binary_layers(_ghost(recipe))}
-    turns = _turns(recipe, list(methods))
+    starts = _binary_from(recipe, methods)
     overrides: dict[str, Any] = {}
     for name, method in methods.items():
         config = method.to_config()
-        turn = turns.get(name, 0.0)
-        weights_turn = max(turn, recipe.two_stage or 0.0)
-        if turn:
-            config["activation"] = delayed(method.part("activation"), turn)
-            if method.part("scale") is not None:
-                config["scale"] = delayed(method.part("scale"), turn)
-        if weights_turn:
-            config["weight"] = delayed(method.part("weight"), weights_turn)
+        start = starts.get(name, 0.0)
+        until: dict[PartKind, float] = {"activation": start, "scale": start}
+        until["weight"] = max(start, recipe.two_stage or 0.0)
+        for kind, share in until.items():
+            if share and method.part(kind) is not None:
+                config[kind] = delayed(method.part(kind), share)
         overrides[name] = config
     return overrides
 
 
-def settled(recipe: Recipe, model: SRUNet) -> SRUNet:
-    """Return a network whose stages are all over as the plain network of its method, with the same tensors.
-
-    Args:
-        recipe: With ``two_stage`` or ``progressive``.
-        model: Its network, trained.
-    """
-    from binarize.layers import undelayed
-
-    plain = _ghost(recipe)
-    plain.load_state_dict(undelayed(model, plain), assign=True)
-    return plain.train(model.training)
-
-
-def stages_end(recipe: Recipe) -> float | None:
-    """Return the share of the steps after which all layers are binary, or None without stages."""
+def last_stage_end(recipe: Recipe) -> float | None:
+    """Return the share of the training steps after which all layers are binary, or None without stages."""
     ends = [recipe.two_stage, None if recipe.progressive is None else recipe.progressive.until]
     return max((end for end in ends if end is not None), default=None)
 
 
-def _ghost(recipe: Recipe) -> SRUNet:
-    """Return the network without its stages, on the meta device."""
-    from binarize.recipes.build import build_model
-
-    with torch.device("meta"):
-        return build_model(recipe.model_copy(update={"two_stage": None, "progressive": None}))
-
-
-def _turns(recipe: Recipe, layers: list[str]) -> dict[str, float]:
-    """Return the share of the steps after which a layer becomes binary, for the layers that are not so at once."""
+def _binary_from(recipe: Recipe, layers: Iterable[str]) -> dict[str, float]:
+    """Return the share of the steps after which a layer becomes binary, for the layers that are not binary at once."""
     if recipe.progressive is None:
         return {}
-    turns: dict[str, float] = {}
-    blocks = recipe.progressive.blocks
+    names, blocks = list(layers), recipe.progressive.blocks
+    starts: dict[str, float] = {}
     for number, pattern in enumerate(blocks, 1):
-        # What is below a block belongs to it, as in `keep`.
-        names = [
-            name for name in layers if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
-        ]
-        if not names:
+        # As in `keep`, a pattern that matches a block includes everything inside the block.
+        found = [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in (pattern, f"{pattern}.*"))]
+        if not found:
             raise BinarizeError(
                 f"progressive.blocks: the pattern {pattern!r} matches no binary layer; names look like "
-                f"{', '.join(layers[:3])}."
+                f"{', '.join(names[:3])}."
             )
-        for name in names:
-            turns.setdefault(name, recipe.progressive.until * number / len(blocks))
-    return turns
+        for name in found:
+            starts.setdefault(name, recipe.progressive.until * number / len(blocks))
+    return starts

@@ -1,4 +1,8 @@
-"""YAML as recipes are written in: numbers such as ``1e-4`` are numbers, and a key given twice is an error."""
+"""Read and write recipes as YAML 1.2: ``1e-4`` is a number, ``no`` is a string, and a repeated key is an error.
+
+PyYAML, which the toolkit needs anyway, reads YAML 1.1. ruamel.yaml reads 1.2 but would be a second YAML library: files
+must still be written so that readers of YAML 1.1 read the same values, for which the PyYAML dumper below is needed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's plain scalars, which read ``1e-4`` as a number and ``no`` as a word."""
+    """PyYAML's safe loader with the plain scalars of YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Hashable, int] = {}
@@ -43,15 +47,7 @@ _Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return what ``text`` says.
-
-    Args:
-        text: One YAML document.
-        source: What it was read from, for the error.
-
-    Raises:
-        BinarizeError: If it is not YAML or gives one key twice.
-    """
+    """Return the data of one YAML document; errors name the source and the lines of what is wrong."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain data only
     except yaml.MarkedYAMLError as error:
@@ -64,7 +60,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper whose words and numbers read back the same by this module and by YAML 1.1 readers."""
+    """PyYAML's safe dumper; strings and numbers read back the same in YAML 1.1 and 1.2."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -76,5 +72,5 @@ _Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence("ta
 
 
 def to_yaml(data: Any) -> str:
-    """Return ``data`` as YAML: mappings one key a line in the order given, lists in brackets."""
+    """Return ``data`` as YAML: one key per line in the given order, lists in brackets."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=110)

@@ -1,56 +1,66 @@
-"""What every test shares: fixed seeds, few threads, hypothesis settings, optional fixtures and hardware."""
+"""Settings and fixtures of all tests (seeds, threads, hypothesis, optional data and hardware), and durations."""
 
 from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Small tensors gain nothing from more threads. Of several processes (pytest -n) each has one, and so have the programs
-# that it starts: more would fight over the cores.
+# Seconds that the tests may take in all on the two processes of a machine with two cores, by pytest's -m.
+DURATION_BUDGETS = {"": 2 * 300, "not slow": 2 * 90}
+
+# Small tensors gain nothing from more threads. Each process of `pytest -n`, and each program that it starts, has one
+# thread, because more would compete for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 else:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
-# Triton reads this when it is imported: kernels for GPUs are then interpreted, for test_triton.py.
+# Without a GPU, tests/kernels/test_cuda.py runs the kernels in Triton's interpreter. Triton reads this on import.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The first call of a compiled or lazily imported function is slow, so a deadline would fail at random.
-settings.register_profile("binarize", deadline=None, print_blob=True, derandomize="CI" in os.environ)
+# No time limits: the first call of a compiled or lazily imported function is slow.
+settings.register_profile(
+    "binarize",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+    derandomize="CI" in os.environ,
+)
 settings.load_profile("binarize")
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 -- for libraries that draw from numpy's global generator
+    np.random.seed(0)  # noqa: NPY002 -- some libraries use numpy's global generator
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of larger fixtures that are not in the repository; tests that ask for it skip where it is absent."""
+    """Return the folder of optional test data that is not in the repository. Skip the test if it is absent."""
     folder = Path(os.environ.get("BINARIZE_SHARED", ROOT.parent / "shared"))
     if not folder.is_dir():
-        pytest.skip(f"needs the optional fixtures: {folder} is not there; set BINARIZE_SHARED to their folder")
+        pytest.skip(f"needs the optional test data: {folder} does not exist; set BINARIZE_SHARED to its folder")
     return folder
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five smooth coloured pictures with edges, from which a network can learn in seconds."""
+    """Return a folder of five smooth colour images, from which a network learns within seconds."""
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     rows, columns = np.mgrid[0:40, 0:32]
@@ -63,8 +73,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(pictures: Path, tmp_path: Path) -> Any:
-    """Return a tiny recipe with overrides, writing into a folder of the test's own."""
-
+    """Return a function that makes a tiny recipe with overrides. Its output folder belongs to the test."""
     from training_case import TINY
 
     from binarize.recipes import Recipe, load_recipe
@@ -79,3 +88,21 @@ def recipe(pictures: Path, tmp_path: Path) -> Any:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the ten slowest tests, and the duration of all tests beside its budget. A run over budget does not fail."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid] += report.duration  # of its setup, call or teardown
+    total = sum(seconds.values())
+    if total < 30:
+        return
+    whole_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    budget = DURATION_BUDGETS.get(config.getoption("markexpr")) if whole_suite else None
+    of_budget = f" of a budget of {budget} s" if budget is not None else ""
+    terminalreporter.section(f"durations: {total:.0f} s{of_budget}")
+    for test, duration in seconds.most_common(10):
+        terminalreporter.line(f"{duration:6.1f} s  {test}")

@@ -1,18 +1,16 @@
-"""Kills training runs with SIGKILL at random moments, resumes them, and compares what they end with.
+"""Kill training runs with SIGKILL at chosen moments, resume them, and compare their results.
 
-A run is killed in two ways: by the clock, or by itself inside the writing of a checkpoint or a model (half a state
-file, or any fsync or rename). It runs in forked children of this process, which has imported everything, so that a
-run takes a second and not ten.
+Runs are forked from this process, which has imported everything, so a run takes a second and not ten. Four things are
+checked in float64: a killed run ends bit for bit as an uninterrupted one, on one process and on two; two processes give
+the result of one; and a run of one resumes on the other.
 
-    python tests/kill_runs.py PICTURES WORK --runs 20 --processes 2
+    python tests/kill_runs.py IMAGES WORK
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
-import random
 import signal
 import socket
 import sys
@@ -22,194 +20,171 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from training_case import RESUME, assert_close, differences
 
 from binarize.recipes import load_recipe
-from binarize.training import Checkpoints, checkpoint, load_checkpoint, train
+from binarize.training import Checkpoints, checkpoint, load_checkpoint, objective, train, validation
 
 OPTIONS = (
     "model.base_channels=8",
-    "model.channel_mults=[1, 2]",
+    "model.channel_mults=[1]",
+    "model.res_blocks=1",
     "model.norm_groups=4",
-    "model.dropout=0.1",
+    "model.dropout=0",
     "resolution=16",
-    "max_train_steps=12",
+    "max_train_steps=10",
     "learning_rate=1e-3",
     "lr_warmup_steps=2",
     "ema_decay=0.9",
     "checkpointing_steps=2",
     "checkpoints_total_limit=2",
     "validation_steps=4",
+    "num_validation_images=1",
     "num_inference_steps=1",
-    "resume_from_checkpoint=latest",
+    RESUME,
+)
+# The event of a moment is counted in the killed process, which resumes from the checkpoint that the kill before left.
+MOMENTS = (
+    ("step", 3),  # in the forward pass of step 3, after checkpoint-2
+    ("validation", 1),  # at step 4, after the model was saved
+    ("half a state", 1),  # in checkpoint-4
+    ("renamed model", 2),  # after the model moved aside and the new one took its place
+    ("renamed checkpoint-4", 1),
+    ("flushed", 2),  # between the files of checkpoint-6
+    ("removed checkpoint-2", 1),  # checkpoint-2 was renamed and is not yet deleted
 )
 
 
-class Killer:
-    """Counts the steps of writing, and kills its process at one of them.
+def kill_at(event: str, number: int) -> None:
+    """Make this process kill itself at the n-th event."""
+    seen = 0
 
-    Args:
-        at: Which one; 0 never kills.
-    """
-
-    def __init__(self, at: int) -> None:
-        self.at, self.seen = at, 0
-        self._save = torch.save
-        for name in ("fsync", "rename"):
-            setattr(os, name, self._counted(getattr(os, name)))
-        torch.save = self._half_saved  # type: ignore[assignment]
-
-    def _due(self) -> bool:
-        self.seen += 1
-        return self.seen == self.at
-
-    def _counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            if self._due():
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments)
-
-        return call
-
-    def _half_saved(self, state: Any, path: Path) -> None:
-        if self._due():
-            buffer = io.BytesIO()
-            self._save(state, buffer)
-            path.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+    def happened(name: str) -> None:
+        nonlocal seen
+        seen += name == event
+        if name == event and seen == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        self._save(state, path)
+
+    def after(owner: Any, name: str, describe: Callable[..., str]) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = real(*arguments, **options)
+            happened(describe(*arguments))
+            return result
+
+        setattr(owner, name, call)
+
+    def renamed(source: Path, target: Path) -> str:
+        if target.name.startswith(".checkpoint"):
+            return f"removed {source.name}"
+        return f"renamed {source.name if target.name.startswith('.') else target.name}"
+
+    def half_saved(state: Any, path: Path) -> None:
+        if event == "half a state":
+            buffer = io.BytesIO()
+            save(state, buffer)
+            path.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+            happened("half a state")
+        save(state, path)
+
+    save = torch.save
+    assert checkpoint.torch is torch
+    torch.save = half_saved  # type: ignore[assignment]
+    after(os, "fsync", lambda *_: "flushed")
+    after(os, "rename", renamed)
+    after(objective, "sample_losses", lambda *_: "step")
+    after(validation, "psnr", lambda *_: "validation")
+    real_rename = Path.rename
+    Path.rename = lambda self, target: (real_rename(self, target), happened(renamed(self, target)))[0]  # type: ignore
 
 
-def run(pictures: Path, folder: Path, processes: int, rank: int, port: int, at: int, report: int) -> None:
-    """Train in this process, one of several, and write how many steps of writing there were into ``report``."""
+def run(images: Path, folder: Path, processes: int, rank: int, port: int, moment: tuple[str, int] | None) -> None:
+    """Train in this process, one of several; the first one is killed."""
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if processes > 1:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(processes),
-            LOCAL_WORLD_SIZE=str(processes),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-    killer = Killer(at if rank == 0 else 0)
-    data = (f"train_data_dir={pictures}", f"validation_data_dir={pictures}", f"output_dir={folder}")
-    recipe = load_recipe("small_x2", [*OPTIONS, *data, f"train_batch_size={4 // processes}"])
-    train(recipe, progress=False)
-    if rank == 0:
-        os.write(report, str(killer.seen).encode())
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if moment is not None and rank == 0:
+        kill_at(*moment)
+    data = (f"train_data_dir={images}", f"validation_data_dir={images}", f"output_dir={folder}")
+    train(load_recipe("small_x2", [*OPTIONS, *data, f"train_batch_size={4 // processes}"]), progress=False)
 
 
-def launch(pictures: Path, folder: Path, processes: int, *, after: float | None = None, at: int = 0) -> int | None:
-    """Run to the end, or be killed ``after`` seconds or ``at`` a step of writing; return the steps of writing.
-
-    Returns:
-        The steps of writing of a run that came to its end, or None for one that was killed.
-    """
+def launch(images: Path, folder: Path, processes: int, moment: tuple[str, int] | None = None) -> None:
+    """Run to the end, or until a kill at a moment; the other processes are then killed too."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    reading, writing = os.pipe()
-    children = []
+    children = set()
     for rank in range(processes):
         child = os.fork()
         if child == 0:
             try:
-                run(pictures, folder, processes, rank, port, at, writing)
+                run(images, folder, processes, rank, port, moment)
                 os._exit(0)
             except BaseException:
                 import traceback
 
                 traceback.print_exc()
                 os._exit(1)
-        children.append(child)
-    os.close(writing)
-    deadline = None if after is None else time.monotonic() + after
-    killed, failed, left = False, False, set(children)
-    while left:
-        for child in list(left):
+        children.add(child)
+    statuses: list[int] = []
+    while children:
+        for child in list(children):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
-                left.discard(child)
-                failed |= os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0
-                killed |= os.WIFSIGNALED(status)
-        if killed or failed or (deadline is not None and time.monotonic() > deadline):
-            for child in left:
-                os.kill(child, signal.SIGKILL)
-            deadline = None
-        time.sleep(0.002)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    if failed and not killed:
-        raise SystemExit("a run failed by itself")
-    return int(text) if text and not killed else None
+                children.discard(child)
+                statuses.append(status)
+                if status:
+                    for other in children:
+                        os.kill(other, signal.SIGKILL)
+        time.sleep(0.005)
+    killed = [os.WIFSIGNALED(status) for status in statuses]
+    if any(os.WIFEXITED(status) and os.WEXITSTATUS(status) for status in statuses) and not any(killed):
+        raise SystemExit(f"{folder.name}: a run failed")
+    if any(killed) != (moment is not None):
+        raise SystemExit(f"{folder.name}: the run was not killed at {moment}")
 
 
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Return where two nested states differ, by the last bit."""
-    if isinstance(one, torch.Tensor):
-        same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-        return [] if same else [where]
-    if isinstance(one, dict):
-        if not isinstance(other, dict) or one.keys() != other.keys():
-            return [where]
-        return [line for key in one for line in differences(one[key], other[key], f"{where}.{key}")]
-    if isinstance(one, (list, tuple)):
-        if len(one) != len(other):
-            return [where]
-        return [
-            line for i, pair in enumerate(zip(one, other, strict=True)) for line in differences(*pair, f"{where}.{i}")
-        ]
-    return [] if one == other else [where]
+def end(folder: Path) -> Path:
+    return folder / "checkpoint-10"
 
 
-def main() -> None:
-    """Kill and compare as the command line says; leave with status 1 if a run ends otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pictures", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    pictures, work, processes = arguments.pictures, arguments.work, arguments.processes
-    draw = random.Random(arguments.seed)
+def check_killed(images: Path, work: Path, processes: int, moments: tuple[tuple[str, int], ...]) -> None:
+    """Kill one run at all moments, one after another, and compare its end with that of the uninterrupted run."""
+    whole, folder = work / f"whole-{processes}", work / f"killed-{processes}"
+    for moment in moments:
+        launch(images, folder, processes, moment)
+        for path in Checkpoints(folder, None).list().values():
+            load_checkpoint(path)  # every checkpoint under its name is complete
+    launch(images, folder, processes)
+    wrong = differences(load_checkpoint(end(whole))[0], load_checkpoint(end(folder))[0])
+    wrong += [str(path) for path in folder.rglob(".*")]
+    for name in ("model", "best"):
+        files = [path.relative_to(whole) for path in (whole / name).rglob("*.safetensors")]
+        wrong += [str(file) for file in files if (whole / file).read_bytes() != (folder / file).read_bytes()]
+    if wrong:
+        raise SystemExit(f"the killed run on {processes} processes ends differently: {', '.join(wrong[:5])}")
+    print(f"a run on {processes} processes, killed {len(moments)} times, ends as an uninterrupted one")
 
-    began = time.monotonic()
-    steps = launch(pictures, work / "whole", processes)
-    duration = time.monotonic() - began
-    assert steps
-    expected = load_checkpoint(work / "whole" / "checkpoint-12")[0]
-    kills = {"by the clock": 0, "while writing": 0}
-    for number in range(arguments.runs):
-        folder = work / f"killed-{number}"
-        for _ in range(draw.randint(1, 3)):
-            if draw.random() < 0.5:
-                ended = launch(pictures, folder, processes, after=draw.uniform(0, duration))
-                kills["by the clock"] += ended is None
-            else:
-                ended = launch(pictures, folder, processes, at=draw.randint(1, steps))
-                kills["while writing"] += ended is None
-            kept = list(Checkpoints(folder, None).list().values())
-            for path in kept:
-                load_checkpoint(path)  # whatever has its name is whole
-        launch(pictures, folder, processes)
-        found = load_checkpoint(folder / "checkpoint-12")[0]
-        wrong = differences(expected, found)
-        if wrong:
-            raise SystemExit(f"run {number} ends otherwise: {', '.join(wrong[:5])}")
-        left = [path.name for path in folder.rglob(".*")]
-        if left:
-            raise SystemExit(f"run {number} leaves {left}")
-        for name in ("model", "best"):
-            for path in (work / "whole" / name).rglob("*.safetensors"):
-                if path.read_bytes() != (folder / path.relative_to(work / "whole")).read_bytes():
-                    raise SystemExit(f"run {number}: {path.name} of {name} differs")
-    seconds = time.monotonic() - began
-    told = ", ".join(f"{count} {how}" for how, count in kills.items())
-    print(f"{arguments.runs} runs on {processes} processes, killed {told}: all identical; {seconds:.0f} s")
+
+def main(images: Path, work: Path) -> None:
+    """Run all checks; exit with status 1 if one fails."""
+    for processes in (1, 2):
+        launch(images, work / f"whole-{processes}", processes)
+    assert_close(end(work / "whole-1"), end(work / "whole-2"))
+    check_killed(images, work, 1, MOMENTS)
+    check_killed(images, work, 2, MOMENTS[::2])
+    for first, second in ((1, 2), (2, 1)):
+        folder = work / f"{first} to {second}"
+        launch(images, folder, first, ("step", 7))
+        launch(images, folder, second)
+        assert_close(end(work / "whole-1"), end(folder))
+    print("one process and two give the same result and resume as each other")
 
 
 if __name__ == "__main__":
-    assert checkpoint.torch is torch  # what Killer replaces is what checkpoints are written with
-    sys.exit(main())
+    main(*map(Path, sys.argv[1:]))

@@ -1,7 +1,8 @@
-"""What the tests of packed layers share: a counting oracle that knows nothing of bits, and drawn problems for it."""
+"""A counting oracle that knows nothing of bits, random problems for it, and small networks."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import binarize
+from binarize.kernels.binary_conv import (
+    BinaryConv,
+    Geometry,
+    OutputTransform,
+    Shortcut,
+    lay_out_coefficients,
+    lay_out_thresholds,
+)
 from binarize.kernels.bitpack import FilterShape, from_bits
-from binarize.kernels.ops import Geometry, count_filters, lay_out_table, lay_out_thresholds, to_list
 from binarize.models import SRUNet
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -45,10 +53,10 @@ def dot_products(
     return y.reshape(batch, out, tall, wide)
 
 
-def codes_of(x: Tensor, limits: Tensor, halve: bool) -> np.ndarray:
-    """Return the codes of ``(B, C, H, W)`` with a limit for each sample and channel, ``(B, C)``."""
-    above = x.double().numpy() >= limits.double().numpy()[:, :, None, None]
-    return above.astype(np.int64) if halve else 2 * above.astype(np.int64) - 1
+def codes_of(x: Tensor, thresholds: Tensor, unsigned: bool) -> np.ndarray:
+    """Return the codes of ``(B, C, H, W)`` with a threshold per sample and channel, ``(B, C)``."""
+    above = x.double().numpy() >= thresholds.double().numpy()[:, :, None, None]
+    return above.astype(np.int64) if unsigned else 2 * above.astype(np.int64) - 1
 
 
 LAYOUTS = ("contiguous", "channels_last", "channel_slice", "pixel_slice", "transposed", "expanded", "repeated_pixel")
@@ -78,12 +86,11 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 @dataclass
 class Problem:
-    """Arguments of the operator, and what its dot products are by the oracle."""
+    """A convolution, its inputs, and its dot products by the oracle."""
 
     x: Tensor
-    arguments: dict[str, Any]
-    shape: FilterShape
-    geometry: Geometry
+    conv: BinaryConv
+    options: dict[str, Tensor | None]
     expected: np.ndarray
 
 
@@ -100,39 +107,23 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Probl
     height = draw(st.integers(max(1, reach[0] - pad[2] - pad[3]), reach[0] + 8))
     width = draw(st.integers(max(1, reach[1] - pad[0] - pad[1]), reach[1] + 20))
     geometry = Geometry(stride, pad, dilation)
-    halve, mixed = draw(st.booleans()), draw(st.booleans())
+    unsigned, mixed = draw(st.booleans()), draw(st.booleans())
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     channels = groups * shape.in_channels
 
-    # Multiples of 1/4, limits among them: every third value lies on a limit, and bfloat16 holds all of them.
+    # Multiples of 1/4, which bfloat16 holds exactly; every third value equals its threshold.
     x = torch.from_numpy(rng.integers(-3, 4, (batch, channels, height, width)) / 4)
     x = laid_out(x.to(draw(st.sampled_from(dtypes))), draw(st.sampled_from(LAYOUTS)))
-    limits = torch.from_numpy(rng.integers(-1, 2, (rows, channels)) / 4)
+    thresholds = torch.from_numpy(rng.integers(-1, 2, (rows, channels)) / 4)
     group = torch.from_numpy(rng.integers(0, rows, batch if draw(st.booleans()) else 1)) if mixed else None
     weight = rng.integers(0, 2, (shape.out_channels, shape.in_channels, *shape.kernel))
     words = from_bits(torch.from_numpy(weight.astype(np.uint8)).unsqueeze(0), shape)[0]
-    columns = torch.zeros(6, rows, shape.out_channels)
-    columns[[0, 1, 4]] = 1.0
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    arguments = {
-        "filters": words,
-        "counts": count_filters(words, shape, halve),
-        "thresholds": lay_out_thresholds(limits.to(wide), shape),
-        "table": lay_out_table(columns.to(wide), shape),
-        "group": group,
-        "shape": to_list(shape, geometry),
-        "halve": halve,
-        "low": -math.inf,
-        "high": math.inf,
-        "shortcut": 0,
-        "norm": None,
-        "row": None,
-        "residual": None,
-    }
+    acc_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    conv = BinaryConv.lay_out(words, shape, geometry, thresholds.to(acc_dtype), OutputTransform(), unsigned=unsigned)
     chosen = torch.zeros(batch, dtype=torch.long) if group is None else group.expand(batch)
-    codes = codes_of(x, limits[chosen], halve)
+    codes = codes_of(x, thresholds[chosen], unsigned)
     expected = dot_products(codes, 2 * weight - 1, stride, pad, dilation, groups)
-    return Problem(x, arguments, shape, geometry, expected)
+    return Problem(x, conv, {"timestep_group": group}, expected)
 
 
 def scatter(model: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
@@ -179,25 +170,29 @@ def inputs(size: int = 16, batch: int = 5, dtype: torch.dtype = torch.float32) -
 
 def with_everything(
     problem: Problem, seed: int, normed: bool, added: bool, clamped: bool, shortcut: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """Return a problem's input and arguments with a table at random and, if asked for, what stands around a layer."""
+) -> tuple[Tensor, BinaryConv, dict[str, Tensor | None]]:
+    """Return a problem's input, its convolution with a random output transform, and random optional inputs."""
     generator = torch.Generator().manual_seed(seed)
-    arguments, shape, x = dict(problem.arguments), problem.shape, problem.x
-    rows, batch = arguments["thresholds"].shape[0], x.shape[0]
+    x, shape, options = problem.x, problem.conv.shape, dict(problem.options)
+    rows, batch, channels = len(problem.conv.thresholds), x.shape[0], shape.out_channels
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
-    arguments["table"] = lay_out_table(random(6, rows, shape.out_channels), shape)
+    limits = (-1.0, 2.0) if clamped else (-math.inf, math.inf)
+    adds = shortcut if problem.expected.shape == tuple(x.shape) else 0
+    affine, rprelu = [random(channels) for _ in range(3)], [random(rows, channels) for _ in range(3)]
+    transform = OutputTransform(*affine, *rprelu, *limits, Shortcut(adds))
+    table = transform.coefficients(rows, channels, torch.float32, x.device)
+    conv = dataclasses.replace(
+        problem.conv, coefficients=lay_out_coefficients(table, shape),
+        low=limits[0], high=limits[1], shortcut=Shortcut(adds), compiled={},
+    )  # fmt: skip
     if normed:
-        x = x + 0.125  # limits are 0, and SiLU is 0 at 0 alone
-        arguments["thresholds"] = lay_out_thresholds(torch.zeros(rows, x.shape[1]), shape)
-        arguments["norm"] = torch.stack([random(batch, x.shape[1]).sign(), random(batch, x.shape[1]).sign() / 16])
+        x = x + 0.125  # thresholds are 0, and SiLU is 0 only at 0
+        conv = dataclasses.replace(conv, thresholds=lay_out_thresholds(torch.zeros(rows, x.shape[1]), shape))
+        options["input_norm"] = torch.stack([random(batch, x.shape[1]).sign(), random(batch, x.shape[1]).sign() / 16])
     if added:
-        arguments["row"] = random(batch, shape.out_channels)
-        arguments["residual"] = random(*problem.expected.shape).to(x.dtype)
-    if clamped:
-        arguments |= {"low": -1.0, "high": 2.0}
-    if problem.expected.shape == tuple(x.shape):
-        arguments["shortcut"] = shortcut
-    return x, arguments
+        options["channel_bias"] = random(batch, channels)
+        options["residual"] = random(*problem.expected.shape).to(x.dtype)
+    return x, conv, options

@@ -1,15 +1,16 @@
-"""A training run that takes a second, and how two of them are compared."""
+"""A training run that takes a second, and helpers to compare and interrupt runs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from binarize.training import load_checkpoint, objective
+from binarize.training import load_checkpoint, objective, validation
 
 TINY = (
     "model.base_channels=8",
@@ -27,6 +28,8 @@ TINY = (
     "num_inference_steps=2",
     "logging_steps=1",
 )
+SMALLEST = ("model.channel_mults=[1]", "model.res_blocks=1", "train_batch_size=2")
+RESUME = "resume_from_checkpoint=latest"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -34,22 +37,54 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
+def assert_same(one: Path, other: Path) -> None:
+    """Check that two checkpoints have the same weights, bit for bit."""
+    assert not differences(weights(one), weights(other))
 
 
-def interrupt_at(forward_pass: int, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
-    """Send this process a signal while a forward pass is under way."""
-    real = objective.sample_losses
+def assert_close(one: Path, other: Path, *, atol: float = 1e-9, rtol: float = 0) -> None:
+    """Check that two checkpoints have the same weights within a tolerance."""
+    torch.testing.assert_close(weights(one), weights(other), atol=atol, rtol=rtol)
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Return the paths at which two nested states differ by any bit."""
+    if isinstance(one, torch.Tensor):
+        same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        return [] if same else [where]
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [path for key in one for path in differences(one[key], other[key], f"{where}.{key}")]
+    if isinstance(one, (list, tuple)) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [path for number, pair in pairs for path in differences(*pair, f"{where}.{number}")]
+    return [] if one == other else [where]
+
+
+def at_call(number: int, owner: Any, name: str, action: Callable[[Any], Any], patch: pytest.MonkeyPatch) -> None:
+    """Replace a function so that its n-th call returns ``action(result)``."""
+    real = getattr(owner, name)
     calls = 0
 
-    def counting(*arguments: Any) -> torch.Tensor:
+    def counting(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == forward_pass:
-            os.kill(os.getpid(), signum)
-        return real(*arguments)
+        result = real(*arguments)
+        return action(result) if calls == number else result
 
-    monkeypatch.setattr(objective, "sample_losses", counting)
+    patch.setattr(owner, name, counting)
+
+
+def interrupt_at(forward_pass: int, patch: pytest.MonkeyPatch, signum: int) -> None:
+    """Send this process a signal during a forward pass."""
+
+    def interrupt(losses: Any) -> Any:
+        os.kill(os.getpid(), signum)
+        return losses
+
+    at_call(forward_pass, objective, "sample_losses", interrupt, patch)
+
+
+def set_scores(scores: list[float], patch: pytest.MonkeyPatch) -> None:
+    """Make validations report the given PSNRs, one after another."""
+    remaining: Iterator[float] = iter(scores)
+    patch.setattr(validation, "psnr", lambda *arguments, **options: next(remaining))

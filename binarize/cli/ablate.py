@@ -7,32 +7,26 @@ from typing import Annotated
 import typer
 
 from binarize.cli.options import OverridesArgument
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("ablate")(ablate)
+from binarize.tables import Table
 
 
 def ablate(
-    study: Annotated[str | None, typer.Argument(help="An installed study's name, or a YAML file.")] = None,
+    study: Annotated[str | None, typer.Argument(help="Name of an installed study, or a YAML file.")] = None,
     overrides: OverridesArgument = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="CELL", help="Run this cell alone; a glob, and may be given again.")
+        list[str] | None, typer.Option(metavar="CELL", help="Run only this cell; a glob, can be repeated.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show the cells, what they cost, and how far they are.")
+        bool, typer.Option("--dry-run", help="Only show the cells, their cost, and their progress.")
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Repeat runs that are there with other recipes, removing these.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace existing runs of other recipes.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="List the installed studies and exit.")] = False,
 ) -> None:
     """Train and measure every cell of a study, and write one table.
 
-    A study names the recipes to compare, by cells or as a grid. What is done is not repeated: after an interruption,
-    give the same command again. A key of the study (`seeds`, `output_dir`, `evaluation.*`) changes the study, any other
-    key the recipe of every cell. Exit status 1 if a run failed; the others are run all the same.
+    A study names the recipes to compare, as cells or as a grid. Finished runs are not repeated: after an interruption,
+    repeat the command. A key of the study (`seeds`, `output_dir`, `evaluation.*`) changes the study; any other key
+    changes the recipe of every cell. If a run fails, the others still run, and the exit status is 1.
 
     ```
     binarize ablate --list
@@ -44,20 +38,17 @@ def ablate(
     """
     from rich.console import Console
 
-    from binarize.recipes import list_studies
+    from binarize.studies import list_studies
     from binarize.studies.ablation import ablate as run
     from binarize.training import TrainingInterrupted
 
     if listing:
-        studies = list_studies()
-        width = max(map(len, studies))
-        for name, description in studies.items():
-            typer.echo(f"{name:<{width}}  {description}")
+        typer.echo(Table(["study", "description"], [*list_studies().items()]).to_text(header=False))
         return
     if study is None:
-        raise typer.BadParameter("name one, such as small_methods; --list shows those installed.", param_hint="STUDY")
+        raise typer.BadParameter("give one, such as small_methods; --list shows those installed.", param_hint="STUDY")
     try:
-        result = run(study, overrides if overrides is not None else (), only=only, force=force, dry_run=dry_run)
+        result = run(study, overrides or (), only=only, force=force, dry_run=dry_run)
     except TrainingInterrupted as stop:
         typer.echo(f"stopped by a signal; saved {stop.checkpoint}. The same command goes on from there.", err=True)
         raise typer.Exit(stop.exit_code) from None
@@ -70,9 +61,8 @@ def ablate(
         return
     table = result.output_dir / "table.md"
     others = [kind for kind in (".csv", ".json", ".png") if table.with_suffix(kind).exists()]
-    typer.echo(f"table: {table}, and the same as {', '.join(others)}")
+    typer.echo(f"table: {table}, and as {', '.join(others)}")
     if result.failed:
-        typer.echo(
-            f"{len(result.failed)} of {len(result.trials)} runs failed; see error.txt in their folders", err=True
-        )
+        failed, runs = len(result.failed), len(result.runs)
+        typer.echo(f"{failed} of {runs} runs failed; see error.txt in their folders", err=True)
         raise typer.Exit(1)

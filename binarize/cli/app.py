@@ -1,4 +1,4 @@
-"""The `binarize` command. Each command has a module of its own, in this folder."""
+"""The `binarize` command. Each of its commands is a module in this folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 import binarize
-from binarize.cli import ablate, demo, doctor, evaluate, import_official, pack, recipes, summary, train, upscale
+from binarize.cli import (
+    ablate,
+    demo,
+    doctor,
+    evaluate,
+    import_official,
+    methods,
+    pack,
+    recipes,
+    summary,
+    train,
+    upscale,
+)
 from binarize.cli.errors import OneLineErrors
 
 app = typer.Typer(
@@ -32,16 +44,16 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     plugin: Annotated[
         list[str] | None,
-        typer.Option(help="Module or .py file to import first, which registers methods of yours. Can be repeated."),
+        typer.Option(help="Module or .py file to import first, which registers your own methods. Can be repeated."),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Make diffusion models 1-bit, and enlarge pictures with them.
+    """Make diffusion models 1-bit, and upscale images with them.
 
-    Exit status: 0 done, 1 something cannot be done (one line on stderr says what), 2 the command line is wrong,
-    130 and 143 stopped by Ctrl-C and SIGTERM.
+    Exit status: 0 success, 1 an error (one line on stderr), 2 a wrong command line, 130 and 143 stopped by Ctrl-C and
+    SIGTERM.
     """
     if plugin:
         from binarize.recipes import import_plugins
@@ -49,16 +61,19 @@ def _root(
         import_plugins(plugin)
 
 
-app.command("upscale")(upscale.upscale)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("summary")(summary.summary)
-app.command("methods")(summary.methods)
-app.command("import-official")(import_official.import_official)
-app.command("pack")(pack.pack)
-app.command("doctor")(doctor.doctor)
-ablate.register(app)
-app.command("demo")(demo.demo)
+for command in (
+    upscale.upscale,
+    train.train,
+    evaluate.evaluate,
+    summary.summary,
+    methods.methods,
+    import_official.import_official,
+    pack.pack,
+    doctor.doctor,
+    ablate.ablate,
+    demo.demo,
+):
+    app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 
 

@@ -1,4 +1,4 @@
-"""`binarize demo`: a trained network, a comparison and a report in minutes."""
+"""`binarize demo`: train a small network and compare it with bicubic upscaling, in minutes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def demo(
 ) -> None:
     """Train a small 1-bit network in minutes.
 
-    On photographs that scikit-image ships: nothing is downloaded. Then compares it with bicubic enlargement on one that
-    it never saw, and writes the pictures and a report. Takes less than five minutes of one CPU core.
+    The images come with scikit-image, so nothing is downloaded. The network is compared with bicubic upscaling on a
+    held-out image, and the images and a report are written. Takes less than five minutes on one CPU core.
 
     ```
     binarize demo
@@ -30,5 +30,5 @@ def demo(
 
     result = run_demo(output, overrides=overrides or (), force=force, say=typer.echo)
     typer.echo(f"\n{verdict(result.scores.mean, result.steps).replace('**', '')}\n")
-    for what, path in (("pictures", result.comparison), ("report", result.report), ("model", result.model)):
-        typer.echo(f"{what + ':':<10}{path}")
+    for name, path in (("images:", result.comparison), ("report:", result.report), ("model:", result.model)):
+        typer.echo(f"{name:<9}{path}")

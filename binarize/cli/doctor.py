@@ -1,4 +1,4 @@
-"""`binarize doctor`: find out why a model enlarges worse than bicubic does."""
+"""`binarize doctor`: find out why a model is worse than bicubic upscaling."""
 
 from __future__ import annotations
 
@@ -6,16 +6,7 @@ from typing import Annotated
 
 import typer
 
-from binarize.cli.options import (
-    Device,
-    DeviceOption,
-    ModelArgument,
-    ScaleOption,
-    SeedOption,
-    StepsOption,
-    shows_progress,
-    torch_device,
-)
+from binarize.cli.options import DeviceOption, ModelArgument, ScaleOption, SeedOption, StepsOption
 
 
 def doctor(
@@ -26,13 +17,13 @@ def doctor(
         bool, typer.Option("--all", help="Try the changes even if the model is better than bicubic.")
     ] = False,
     seed: SeedOption = 0,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
 ) -> None:
     """Find out why a model gives noise or blur.
 
-    Enlarges a photograph that comes with binarize, compares with bicubic enlargement, and where the model is worse,
-    changes one thing at a time (prediction type, noise schedule, value range, ...) to see which makes it better. Names
-    that as the likely cause, with the fix. Exit status: 0 the model is healthy, 1 it is not.
+    Upscales an image that comes with binarize and compares with bicubic upscaling. If the model is worse, changes one
+    setting at a time (prediction type, noise schedule, value range, ...) and names the one that helps as the likely
+    cause, with the fix. Exit status: 0 the model is healthy, 1 it is not.
 
     ```
     binarize doctor runs/bidiffsr_x2
@@ -40,17 +31,17 @@ def doctor(
     binarize doctor my-model --steps 20 --all
     ```
     """
-    from tqdm import tqdm
-
     from binarize.diagnosis import doctor as examine
+    from binarize.models.loading import find_device
+    from binarize.progress import ProgressBar
 
-    with tqdm(bar_format="{elapsed}  {desc}", disable=not shows_progress(), leave=False) as bar:
+    with ProgressBar(bar_format="{elapsed}  {desc}", leave=False) as bar:
         report = examine(
             model,
             scale=scale,
             steps=steps,
             seed=seed,
-            device=torch_device(device),
+            device=find_device(device),
             try_all=try_all,
             advance=bar.set_description_str,
         )

@@ -1,4 +1,4 @@
-"""What goes wrong in a command, as one line and an exit status."""
+"""Errors of commands as one line and an exit status."""
 
 from __future__ import annotations
 
@@ -14,28 +14,24 @@ _INTERRUPTED = 130
 
 
 class OneLineErrors(TyperGroup):
-    """A group of commands whose foreseen errors print their message alone; ``--debug`` adds the traceback."""
+    """A group of commands that prints expected errors as one line; ``--debug`` adds the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; a failure becomes a message on stderr and an exit status."""
+        """Run a command and turn an expected error into a message on stderr and an exit status."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # whoever read our output has left, which typer ends quietly
-        except (BinarizeError, OSError) as error:
-            raise _ended(ctx, error, _message(error), 1) from None
-        except KeyboardInterrupt as error:
-            raise _ended(ctx, error, "interrupted", _INTERRUPTED) from None
-
-
-def _ended(ctx: Any, error: BaseException, message: str, exit_code: int) -> typer.Exit:
-    if ctx.params.get("debug"):
-        typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
-    return typer.Exit(exit_code)
+            raise  # the reader of the output has gone; typer ends quietly
+        except (BinarizeError, OSError, KeyboardInterrupt) as error:
+            if ctx.params.get("debug"):
+                typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            typer.echo(f"{typer.style('error:', fg='red', bold=True)} {_message(error)}", err=True)
+            raise typer.Exit(_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
 
 
 def _message(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

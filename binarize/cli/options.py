@@ -1,48 +1,21 @@
-"""Options that several commands share, and the objects that they describe."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
-import sys
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from binarize.errors import BinarizeError
-
-if TYPE_CHECKING:
-    import torch
-
-
-class Device(str, Enum):
-    """Where to compute; `auto` takes a GPU where there is one."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class Precision(str, Enum):
-    """What the network computes in; sums over steps and tiles stay in float32."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Scheduler(str, Enum):
-    """The sampler; unset, the one that was saved with the model."""
-
-    ddim = "ddim"
-    dpm = "dpm++"
-
+# The same as in binarize.models.loading, which imports torch and diffusers.
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Scheduler = Literal["ddim", "dpm++"]
 
 TILE, UNTILED = 256, 512
-"""The tile where none is asked for, and the longest side of a result that is given to the network at once.
+"""The default tile, and the longest side of a result that is computed without tiles.
 
-Attention takes time by the square of the pixels, and tiles of 256 a third of the time that a whole 1024x1024 takes.
+Attention takes time quadratic in the number of pixels: 256x256 tiles take a third of the time of a whole 1024x1024.
 """
 
 MODEL = (
@@ -51,62 +24,37 @@ MODEL = (
 )
 ModelArgument = Annotated[Path, typer.Argument(help=MODEL)]
 ScaleOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="How many times larger, for models that do not say it: .pth files and bare networks."),
+    int | None, typer.Option(min=1, help="Scale of models that do not store it: .pth files and bare networks.")
 ]
 StepsOption = Annotated[
-    int | None, typer.Option(min=1, help="Denoising steps; by default the number that is saved with the model, or 50.")
+    int | None, typer.Option(min=1, help="Denoising steps; by default the number stored with the model, or 50.")
 ]
-TileOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Side, in output pixels, of the tiles that the network sees; bounds memory."),
-]
+_TILE_HELP = "Side of the network's tiles in output pixels, which bounds memory"
+TileOption = Annotated[int | None, typer.Option(min=1, help=f"{_TILE_HELP}; by default no tiles.")]
 AutoTileOption = Annotated[
     int | None,
     typer.Option(
-        min=0,
-        help="Side, in output pixels, of the tiles that the network sees, which bounds memory; 0: no tiles; by default "
-        f"{TILE} where a side of the result is longer than {UNTILED}.",
+        min=0, help=f"{_TILE_HELP}; 0: no tiles; by default {TILE} if a side of the result exceeds {UNTILED}."
     ),
 ]
 OverlapOption = Annotated[
-    int | None, typer.Option(min=0, help="Output pixels that tiles share; 32, or a quarter of the tile.")
+    int | None, typer.Option(min=0, help="Output pixels that tiles share; by default 32, or a quarter of the tile.")
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Decides the noise, anew for each picture.")]
-SchedulerOption = Annotated[Scheduler | None, typer.Option(help="The sampler; by default that saved with the model.")]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
-PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="What the network computes in.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the noise; each image starts from it anew.")]
+SchedulerOption = Annotated[
+    Scheduler | None, typer.Option(help="The sampler; by default the one stored with the model.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto uses a GPU if there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Data type of the network's computations.")]
 PackOption = Annotated[
     bool,
     typer.Option(
         "--pack/--no-pack", help="On a CPU or CUDA, compute with the bits of a binary network, not with floats."
     ),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", "-f", help="Overwrite what is there.")]
+ForceOption = Annotated[bool, typer.Option("--force", "-f", help="Overwrite existing results.")]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change; dots reach inside.")
 ]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Take only the first so many pictures.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use only the first N images.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the files that are written.")]
-
-
-def torch_device(device: Device) -> torch.device:
-    """Return the torch device that was asked for.
-
-    Raises:
-        BinarizeError: If this machine, or this build of PyTorch, does not have it.
-    """
-    import torch
-
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device is Device.auto:
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
-    if not there[device.value]:
-        found = ", ".join(name for name, is_there in there.items() if is_there)
-        raise BinarizeError(f"--device {device.value}: PyTorch finds no such device here; there is: {found}.")
-    return torch.device(device.value)
-
-
-def shows_progress() -> bool:
-    """Whether a progress bar would be seen by a person."""
-    return sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""`binarize pack`: a binary network's latent weights out, its bits in."""
+"""`binarize pack`: store the bits of a binary network instead of its latent weights."""
 
 from __future__ import annotations
 
@@ -7,31 +7,24 @@ from typing import Annotated
 
 import typer
 
-from binarize.cli.options import ForceOption, Precision, ScaleOption
+from binarize.cli.options import Dtype, ForceOption, ScaleOption
+from binarize.cli.targets import check_model_folder
 from binarize.errors import BinarizeError
-
-_MODEL_FILES = {
-    "README.md", "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors", "model_index.json",
-    "scheduler", "unet",
-}  # fmt: skip
 
 
 def pack(
     source: Annotated[
-        Path,
-        typer.Argument(metavar="IN", help="A trained model: a folder, a run's folder, or a released .pth file."),
+        Path, typer.Argument(metavar="IN", help="A trained model: a folder, a run's folder, or a released .pth file.")
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
-    dtype: Annotated[
-        Precision, typer.Option("--dtype", help="What is stored of the tensors that are not bits.")
-    ] = Precision.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the stored tensors that are not bits.")] = "float32",
     scale: ScaleOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Store a binary network with 1 bit for a binary weight.
+    """Store a binary network with 1 bit per binary weight.
 
-    OUT becomes a pipeline's folder if IN says how many times it enlarges, or `--scale` does, else a network's. Every
-    other command takes it as a model, and the network's .safetensors file in it, too. It cannot be trained: keep IN.
+    OUT becomes a pipeline's folder if IN stores its scale or `--scale` gives it, else a network's folder. Every other
+    command accepts OUT, or the network's .safetensors file in it, as a model. It cannot be trained: keep IN.
 
     ```
     binarize pack runs/bidiffsr_x4 bidiffsr-x4
@@ -42,13 +35,12 @@ def pack(
     import torch
 
     import binarize
-    from binarize.models.loading import has_scale, load_network, load_pipeline
+    from binarize.files import replace_folder
+    from binarize.models.loading import PIPELINE, load_network, load_pipeline, locate
     from binarize.packed.files import WEIGHTS
-    from binarize.training.checkpoint import replace_folder
 
-    _check_target(source, target, force=force)
-    stored = getattr(torch, dtype.value)
-    if scale is None and not has_scale(source):
+    check_model_folder(target, source, force=force)
+    if scale is None and not (locate(source) / PIPELINE).is_file():
         pipeline, network, inside = None, load_network(source), ""
     else:
         pipeline = load_pipeline(source, scale=scale)
@@ -62,29 +54,10 @@ def pack(
     def write(folder: Path) -> None:
         if pipeline is not None:
             pipeline.save_pretrained(folder)
-        binarize.save(network, folder / inside, dtype=stored)
+        binarize.save(network, folder / inside, dtype=getattr(torch, dtype))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(target, write)
     size = (target / inside / WEIGHTS).stat().st_size
     typer.echo(f"wrote {target}, the network in {size / 1e6:.2f} MB")
     typer.echo(f"next: binarize upscale IN OUT --model {target}{' --scale N' if pipeline is None else ''}")
-
-
-def _check_target(source: Path, target: Path, *, force: bool) -> None:
-    from binarize.models.loading import NETWORK, PIPELINE
-
-    if target.exists() and source.exists() and source.resolve().is_relative_to(target.resolve()):
-        raise BinarizeError(f"{target}: holds what is to be packed, which would be lost; give another name.")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not any((target / name).is_file() for name in (PIPELINE, NETWORK)):
-        raise BinarizeError(f"{target}: already exists and is no model's folder; give another name.")
-    if not force:
-        raise BinarizeError(f"{target}: already holds a model; give another name, or --force to overwrite it.")
-    strange = sorted(path.name for path in target.iterdir() if path.name not in _MODEL_FILES)
-    if strange:
-        raise BinarizeError(
-            f"{target}: holds more than a model, such as {strange[0]}, which --force would remove with it; give "
-            "another name, or remove the rest yourself."
-        )

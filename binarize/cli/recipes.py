@@ -1,4 +1,4 @@
-"""`binarize recipes`: look at, copy and check recipes."""
+"""`binarize recipes`: list, show, copy and check recipes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from binarize.cli.options import ForceOption, OverridesArgument
+from binarize.tables import Table
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at, copy and check recipes.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="List, show, copy and check recipes.")
 
-RecipeArgument = Annotated[str, typer.Argument(help="An installed recipe's name, or a YAML file.")]
+RecipeArgument = Annotated[str, typer.Argument(help="Name of an installed recipe, or a YAML file.")]
 
 
 @app.command("ls")
@@ -24,19 +25,16 @@ def ls() -> None:
     """
     from binarize.recipes import list_recipes
 
-    recipes = list_recipes()
-    width = max(map(len, recipes))
-    for name, description in recipes.items():
-        typer.echo(f"{name:<{width}}  {description}")
+    typer.echo(Table(["recipe", "description"], [*list_recipes().items()]).to_text(header=False))
 
 
 @app.command("show")
 def show(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    full: Annotated[bool, typer.Option("--full", help="Every key, with bases and defaults written out.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Show every key, with bases and defaults filled in.")] = False,
 ) -> None:
-    """Print a recipe: its file, or with `--full` (or with changes) all that it amounts to.
+    """Print a recipe's file, or with `--full` or overrides every key that it amounts to.
 
     ```
     binarize recipes show bidiffsr_x4
@@ -58,7 +56,7 @@ def cp(
     target: Annotated[Path, typer.Argument(help="The new file, ending in .yaml, or a folder.")],
     force: ForceOption = False,
 ) -> None:
-    """Copy a recipe, to be edited.
+    """Copy a recipe, to edit it.
 
     ```
     binarize recipes cp bidiffsr_x2 mine.yaml
@@ -71,7 +69,7 @@ def cp(
 
 @app.command("validate")
 def validate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Check a recipe as far as that goes without data: keys, values, method, network, folders.
+    """Check a recipe without its data: keys, values, method, network, folders.
 
     ```
     binarize recipes validate mine.yaml

@@ -12,24 +12,24 @@ from binarize.errors import BinarizeError
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="An installed recipe's name, or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Name of an installed recipe, or a YAML file.")],
     overrides: OverridesArgument = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="latest|FOLDER", help="Go on from the newest checkpoint of the run, or from this one."),
+        typer.Option(metavar="latest|FOLDER", help="Continue from the run's newest checkpoint, or from this one."),
     ] = None,
     force: ForceOption = False,
 ) -> None:
     """Train the network that a recipe describes.
 
-    Ctrl-C saves a checkpoint and stops; `--resume latest` goes on as if nothing had happened.
+    Ctrl-C saves a checkpoint and stops; `--resume latest` continues exactly there.
 
     ```
     binarize train demo train_data_dir=photos
     binarize train bidiffsr_x2 train_data_dir=DF2K/HR output_dir=runs/first train_batch_size=8
     binarize train mine.yaml model.base_channels=32 method.groups=10 seed=1
     binarize train bidiffsr_x2 train_data_dir=DF2K/HR --resume latest
-    accelerate launch --num_processes 4 -m binarize.cli train bidiffsr_x2 train_data_dir=DF2K/HR train_batch_size=4
+    accelerate launch --num_processes 4 -m binarize train bidiffsr_x2 train_data_dir=DF2K/HR train_batch_size=4
     ```
     """
     from binarize.recipes import load_recipe
@@ -39,7 +39,7 @@ def train(
     changes = list(overrides or ())
     if resume is not None:
         if any(change.partition("=")[0].strip() == "resume_from_checkpoint" for change in changes):
-            raise BinarizeError("--resume and resume_from_checkpoint=... are the same thing; give one of them.")
+            raise BinarizeError("--resume and resume_from_checkpoint=... mean the same; give one of them.")
         changes.append(f"resume_from_checkpoint={resume}")
     try:
         result = run(load_recipe(recipe, changes), force=force)
@@ -47,10 +47,10 @@ def train(
         typer.echo(str(stop), err=True)
         raise typer.Exit(stop.exit_code) from None
     if os.environ.get("RANK", "0") != "0":
-        return  # launched in several processes, of which one reports
+        return  # of several processes, only the first reports
     if result.history:
         typer.echo(f"trained to step {result.steps} in {result.seconds:.0f} s, loss {result.history[-1].loss:.4f}")
     else:
-        typer.echo(f"step {result.steps} was reached before; raise max_train_steps to go on")
+        typer.echo(f"step {result.steps} was already reached; raise max_train_steps to continue")
     typer.echo(f"model: {result.model_dir}")
     typer.echo(f"next:  binarize upscale IN OUT --model {result.model_dir}")

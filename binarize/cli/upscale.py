@@ -1,4 +1,4 @@
-"""`binarize upscale`: a picture, or a folder of them, enlarged by a trained model."""
+"""`binarize upscale`: upscale an image, or a folder of images."""
 
 from __future__ import annotations
 
@@ -11,66 +11,39 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from binarize.cli.options import (
-    MODEL,
-    TILE,
-    UNTILED,
-    AutoTileOption,
-    Device,
-    DeviceOption,
-    ForceOption,
-    OverlapOption,
-    PackOption,
-    Precision,
-    PrecisionOption,
-    SchedulerOption,
-    SeedOption,
-    StepsOption,
-    shows_progress,
-)
+from binarize.cli import options as opt
 from binarize.errors import BinarizeError
 
 if TYPE_CHECKING:
-    from binarize.imaging import DecodedImage
     from binarize.models import SuperResolutionPipeline
 
 DEFAULT_SCALE = 2
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A picture file and where its enlargement goes."""
+    """An image file and the file of its result."""
 
     source: Path
     target: Path
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """What decoding every source once has told: each one's (height, width), and a job and a pixel of each mode."""
-
-    sizes: dict[Path, tuple[int, int]]
-    modes: dict[str, tuple[Job, DecodedImage]]
-
-
 def upscale(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of pictures.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="An image, or a folder of images.")],
     target: Annotated[
         Path | None,
         typer.Argument(
             metavar="OUT",
             show_default=False,
-            help="The new picture, or a folder for it; PNG files go into a folder. By default beside IN, such as "
+            help="The new image, or a folder for it; a folder gets PNG files. By default beside IN, such as "
             "photo_x2.png.",
         ),
     ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
-            "--model",
-            "-m",
-            show_default=False,
-            help=f"{MODEL} By default the one that comes with binarize.",
+            "--model", "-m", show_default=False, help=f"{opt.MODEL} By default the one that comes with binarize."
         ),
     ] = None,
     scale: Annotated[
@@ -78,111 +51,155 @@ def upscale(
         typer.Option(
             min=1,
             show_default=False,
-            help="How many times larger: 2 or 4, by default 2. With --model, for models that do not say it: .pth files "
-            "and bare networks.",
+            help="2 or 4, by default 2. With --model, the scale of models that do not store it: .pth files and bare "
+            "networks.",
         ),
     ] = None,
-    steps: StepsOption = None,
-    tile: AutoTileOption = None,
-    overlap: OverlapOption = None,
-    seed: SeedOption = 0,
-    scheduler: SchedulerOption = None,
-    device: DeviceOption = Device.auto,
-    precision: PrecisionOption = Precision.float32,
-    packing: PackOption = True,
-    force: ForceOption = False,
+    steps: opt.StepsOption = None,
+    tile: opt.AutoTileOption = None,
+    overlap: opt.OverlapOption = None,
+    seed: opt.SeedOption = 0,
+    scheduler: opt.SchedulerOption = None,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "float32",
+    packing: opt.PackOption = True,
+    force: opt.ForceOption = False,
 ) -> None:
-    """Enlarge a picture, or a folder of pictures.
+    """Upscale an image, or a folder of images.
 
-    Any size, any mode: greyscale stays greyscale, 16-bit stays 16-bit, transparency is enlarged along. The same seed
-    gives the same picture. Results are written whole or not at all, and replace nothing without `--force`.
+    Any size and mode: greyscale stays greyscale, 16-bit stays 16-bit, and transparency is upscaled too. The same seed
+    gives the same image. A result is written completely or not at all, and replaces nothing without `--force`.
 
     ```
     binarize upscale photo.jpg    # writes photo_x2.png beside it
     binarize upscale photo.jpg large.png --scale 4
     binarize upscale small.png large.png --model runs/bidiffsr_x4/model
-    binarize upscale photos/ enlarged/ --model runs/bidiffsr_x4/model --steps 20
+    binarize upscale photos/ upscaled/ --model runs/bidiffsr_x4/model --steps 20
     binarize upscale small.png large.png --model BI-DiffSR_x2.pth --scale 2
     binarize upscale panorama.jpg large.png --model my-model --tile 256 --scheduler dpm++
     binarize upscale small.png large.png --model user/repository
     ```
     """
-    began = process_start()
-    from tqdm import tqdm
-
+    started = process_start()
     from binarize.imaging import read_image, save_image
+    from binarize.models import default_model
     from binarize.models.loading import load_pipeline, prepare, sample, scale_of
+    from binarize.progress import ProgressBar
 
     if not source.exists():  # before anything is downloaded
-        raise BinarizeError(f"{source}: no such file or folder; give a picture, or a folder of pictures.")
+        raise BinarizeError(f"{source}: no such file or folder; give an image, or a folder of images.")
     if model is None:
-        from binarize.models import default_model
-
         scale = DEFAULT_SCALE if scale is None else scale
         model = default_model(scale)
     if target is None:
-        target = default_target(source, scale_of(model, scale))
-    jobs = plan_jobs(source, target, force=force)
-    decoded = _decode(jobs)
-    pipeline = prepare(load_pipeline(model, scale=scale), device, precision, scheduler, packing)
-    for job, pixel in decoded.modes.values():
-        _check_target(job, pixel)
+        target = _default_target(source, scale_of(model, scale))
+    jobs = _plan(source, target, force=force)
+    sizes = _decode(jobs)  # finds broken sources before hours of work
+    pipeline = prepare(load_pipeline(model, scale=scale), device, dtype, scheduler, pack=packing)
+    jobs[0].target.parent.mkdir(parents=True, exist_ok=True)
     steps = pipeline.num_inference_steps if steps is None else steps
-    tiles = {job.source: tile_for(decoded.sizes[job.source], pipeline.scale, tile) for job in jobs}
-    passes = sum(steps * _tiles_of(pipeline, decoded.sizes[path], side, overlap) for path, side in tiles.items())
+    tiles = {path: tile_for(size, pipeline.scale, tile) for path, size in sizes.items()}
+    passes = sum(steps * _count_tiles(pipeline, sizes[path], side, overlap) for path, side in tiles.items())
     _warm_up(pipeline)
-    started, sampling = time.time() - began, 0.0
-    with tqdm(total=passes, unit="pass", disable=not shows_progress()) as bar:
+    start_up, sampling = time.time() - started, 0.0
+    with ProgressBar(total=passes, unit="pass") as bar:
         for job in jobs:
             bar.set_description(job.source.name)
-            picture = read_image(job.source)
+            image = read_image(job.source)
             before = time.perf_counter()
-            side = tiles[job.source]
-            large = sample(pipeline, picture, steps=steps, seed=seed, tile=side, overlap=overlap, advance=bar.update)
+            large = sample(
+                pipeline, image, steps=steps, seed=seed, tile=tiles[job.source], overlap=overlap, on_pass=bar.update
+            )
             seconds = time.perf_counter() - before
             sampling += seconds
             save_image(large, job.target, force=force)
             with bar.external_write_mode():
                 typer.echo(f"{job.target}: {large.width}x{large.height}, {seconds:.1f} s")
-    each = f"{steps} step{'s' if steps > 1 else ''} a picture"
-    typer.echo(f"start-up {started:.1f} s, sampling {sampling:.1f} s ({each}, on {pipeline.device.type})")
+    each = f"{steps} step{'s' if steps > 1 else ''} per image"
+    typer.echo(f"start-up {start_up:.1f} s, sampling {sampling:.1f} s ({each}, on {pipeline.device.type})")
 
 
 def process_start() -> float:
-    """Return when this program was started, in seconds since the epoch, so that its imports count as start-up.
+    """Return the time at which the `binarize` program started, in seconds since the epoch, so that imports count.
 
-    That is known on Linux, and where `binarize` is the program; elsewhere the answer is now.
+    Off Linux, and if `binarize` is not the program, return the present time.
     """
-    is_ours = Path(sys.argv[0]).stem in ("binarize", "cli")
+    program = Path(sys.argv[0])
+    if program.stem != "binarize" and program.parts[-2:] not in (("binarize", "__main__.py"), ("cli", "__main__.py")):
+        return time.time()
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError, IndexError):
         return time.time()
-    return time.time() - age if is_ours else time.time()
+    return time.time() - age
 
 
-def default_target(source: Path, scale: int) -> Path:
-    """Return where the enlargement of a picture or of a folder goes if nothing is said: beside it."""
+def _default_target(source: Path, scale: int) -> Path:
     source = source.resolve() if source.name in ("", "..") else source
     return source.with_name(f"{source.name}_x{scale}" if source.is_dir() else f"{source.stem}_x{scale}.png")
 
 
-def tile_for(size: tuple[int, int], scale: int, tile: int | None) -> int | None:
-    """Return the tile of a picture in output pixels, or None for the whole at once.
+def tile_for(size: Size, scale: int, tile: int | None) -> int | None:
+    """Return the tile of an image in output pixels, or None for no tiles.
 
     Args:
-        size: Height and width of the small picture.
-        scale: How many times it is enlarged.
-        tile: What was asked for; None decides by the size, and 0 wants no tiles.
+        size: Height and width of the low-resolution image.
+        scale: The scale.
+        tile: The value of ``--tile``: 0 for no tiles, None to decide by the size.
     """
     if tile is None:
-        return TILE if max(size) * scale > UNTILED else None
+        return opt.TILE if max(size) * scale > opt.UNTILED else None
     return tile if tile > 0 else None
 
 
-def _tiles_of(pipeline: SuperResolutionPipeline, size: tuple[int, int], tile: int | None, overlap: int | None) -> int:
-    """Return how many tiles a picture is seen in."""
+def _plan(source: Path, target: Path, *, force: bool) -> list[Job]:
+    """Return a job for each image, after checking the names. Nothing is read or written."""
+    from binarize.imaging import list_images
+
+    if source.is_dir():
+        if target.exists() and not target.is_dir():
+            raise BinarizeError(f"{target}: is a file; the images of a folder need a folder.")
+        jobs = [Job(path, target / f"{path.stem}.png") for path in list_images(source)]
+    elif target.is_dir():
+        jobs = [Job(source, target / f"{source.stem}.png")]
+    else:
+        if not target.parent.is_dir():
+            raise BinarizeError(f"{target}: the folder {target.parent} does not exist; create it first.")
+        jobs = [Job(source, target)]
+    sources = {job.source.resolve() for job in jobs}
+    source_of: dict[Path, Path] = {}
+    for job in jobs:
+        other = source_of.setdefault(job.target, job.source)
+        if other != job.source:
+            raise BinarizeError(f"{other} and {job.source} would both become {job.target}; rename one of them.")
+        if job.target.resolve() in sources:
+            raise BinarizeError(f"{job.target}: is one of the source images; choose another place.")
+        if job.target.exists() and not force:
+            raise BinarizeError(f"{job.target}: already exists; give another name, or --force to overwrite it.")
+    return jobs
+
+
+def _decode(jobs: list[Job]) -> dict[Path, Size]:
+    """Return the height and width of every source, and check that each target can hold its source's mode."""
+    from binarize.imaging import check_writable, read_image
+    from binarize.imaging.pairs import raise_all
+
+    sizes: dict[Path, Size] = {}
+    problems = []
+    for job in jobs:
+        try:
+            image = read_image(job.source)
+            check_writable(image.saved_mode, job.target)
+        except BinarizeError as error:
+            problems.append(str(error))
+        else:
+            sizes[job.source] = image.rgb.shape[-2], image.rgb.shape[-1]
+    raise_all(jobs[0].source.parent, problems)
+    return sizes
+
+
+def _count_tiles(pipeline: SuperResolutionPipeline, size: Size, tile: int | None, overlap: int | None) -> int:
     from binarize.models.tiling import tile_grid
 
     height, width = (side * pipeline.scale for side in size)
@@ -190,7 +207,7 @@ def _tiles_of(pipeline: SuperResolutionPipeline, size: tuple[int, int], tile: in
 
 
 def _warm_up(pipeline: SuperResolutionPipeline) -> None:
-    """Run the network once on next to nothing: its kernels are compiled or loaded then, which is no sampling."""
+    """Run a packed network once on a tiny input, so that compiling its kernels counts as start-up."""
     import torch
 
     from binarize.conversion.packing import is_packed
@@ -200,80 +217,3 @@ def _warm_up(pipeline: SuperResolutionPipeline) -> None:
         empty = torch.zeros(1, 3, side, side, dtype=pipeline.unet.dtype, device=pipeline.device)
         with torch.inference_mode():
             pipeline.unet(empty, 0, empty)
-
-
-def plan_jobs(source: Path, target: Path, *, force: bool) -> list[Job]:
-    """Return what is to be done, after checking the names; nothing is read or written.
-
-    Args:
-        source: A file or a folder.
-        target: A file, or a folder; the target of a folder need not exist.
-        force: Results may replace files, but never the sources.
-
-    Raises:
-        BinarizeError: If the source is missing, a target exists or is a source, two sources share a target, or a
-            target's folder is missing.
-    """
-    from binarize.imaging import list_images
-
-    if source.is_dir():
-        if target.exists() and not target.is_dir():
-            raise BinarizeError(f"{target}: is a file; the pictures of a folder go into a folder.")
-        jobs = [Job(path, target / f"{path.stem}.png") for path in list_images(source)]
-    elif target.is_dir():
-        jobs = [Job(source, target / f"{source.stem}.png")]
-    else:
-        if not target.parent.is_dir():
-            raise BinarizeError(f"{target}: the folder {target.parent} does not exist; create it first.")
-        jobs = [Job(source, target)]
-    sources = {job.source.resolve() for job in jobs}
-    taken: dict[Path, Path] = {}
-    for job in jobs:
-        if job.target in taken:
-            raise BinarizeError(
-                f"{taken[job.target]} and {job.source} would both become {job.target}; rename one of them."
-            )
-        taken[job.target] = job.source
-        if job.target.resolve() in sources:
-            raise BinarizeError(f"{job.target}: is one of the pictures to be enlarged; choose another place.")
-        if job.target.exists() and not force:
-            raise BinarizeError(f"{job.target}: already exists; give another name, or --force to overwrite it.")
-    return jobs
-
-
-def _decode(jobs: list[Job]) -> Decoded:
-    """Decode every source once, so that a broken one is found before hours of work."""
-    import torch
-
-    from binarize.imaging import read_image
-    from binarize.imaging.pairs import raise_all
-
-    sizes: dict[Path, tuple[int, int]] = {}
-    modes: dict[str, tuple[Job, DecodedImage]] = {}
-    problems = []
-    for job in jobs:
-        try:
-            picture = read_image(job.source)
-        except BinarizeError as error:
-            problems.append(str(error))
-            continue
-        sizes[job.source] = (picture.rgb.shape[-2], picture.rgb.shape[-1])
-        alpha = None if picture.alpha is None else torch.zeros(1, 1, 1)
-        pixel = picture.with_pixels(torch.zeros(3, 1, 1), alpha)
-        modes.setdefault(pixel.to_pil().mode, (job, pixel))
-    raise_all(jobs[0].source.parent, problems)
-    return Decoded(sizes, modes)
-
-
-def _check_target(job: Job, pixel: DecodedImage) -> None:
-    """Write one pixel beside the target: that the folder, the format and the mode go together shows in it."""
-    from binarize.imaging import save_image
-
-    job.target.parent.mkdir(parents=True, exist_ok=True)
-    probe = job.target.with_name(f".probe-{job.target.name}")
-    try:
-        save_image(pixel, probe, force=True)
-    except BinarizeError as error:
-        raise BinarizeError(str(error).replace(str(probe), str(job.target))) from error
-    finally:
-        probe.unlink(missing_ok=True)

@@ -8,8 +8,8 @@ from torch import nn
 
 from binarize.conversion.export import binary_layers
 from binarize.errors import BinarizeError, did_you_mean
+from binarize.kernels.autograd import MEMORY_MODES, Memory
 from binarize.layers import BinaryConv2d
-from binarize.layers.fused_conv import MEMORY_MODES, Memory
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

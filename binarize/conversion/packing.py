@@ -12,10 +12,11 @@ from binarize.conversion.export import binary_layers, check_binary, packed_layer
 from binarize.conversion.record import RECORD, conversion, record_config
 from binarize.errors import BinarizeError
 from binarize.kernels.backends import kernels_for
-from binarize.layers import BinaryConv2d, BinaryLinear, FixedWeight
+from binarize.layers import ActivationBinarizer, BinaryConv2d, BinaryLinear, FixedWeight
 from binarize.layers.parts import PartKind
 from binarize.methods import Method
-from binarize.packed.layers import PackedConv2d, PackedLinear, levels_of
+from binarize.packed.blocks import PackableBlock, PackedBlock
+from binarize.packed.layers import PackedConv2d, PackedLinear, check_levels
 
 _log = logging.getLogger("binarize")
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -43,15 +44,12 @@ def pack(model: ModelT) -> ModelT:
         raise BinarizeError(f"pack: this {type(model).__name__} is packed already.")
     for name, layer in binary_layers(model):
         check_binary(name, layer.binary_weight())
-        levels_of(layer.activation)
+        check_levels(layer.activation)
     made: dict[int, nn.Module] = {}
     for _, layer in binary_layers(model):
         made[id(layer)] = PackedConv2d(layer) if isinstance(layer, BinaryConv2d) else PackedLinear(layer)
     _replace(model, made)
-    for module in model.modules():
-        pack_block = getattr(module, "pack_", None)
-        if callable(pack_block):
-            pack_block()
+    _replace(model, {id(block): block.packed_form() for block in model.modules() if isinstance(block, PackableBlock)})
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dim() == 4 and not parameter.is_meta:
@@ -118,10 +116,7 @@ def unpack(model: ModelT) -> ModelT:
 def unpack_layers(model: nn.Module) -> None:
     """Replace the packed layers in any module by binary ones, in place; a record of the conversion stays as it is."""
     _replace(model, {id(layer): _unpacked(layer) for _, layer in packed_layers(model)})
-    for module in model.modules():
-        unpack_block = getattr(module, "unpack_", None)
-        if callable(unpack_block):
-            cast(Any, unpack_block)()
+    _replace(model, {id(block): block.unpacked_form() for block in model.modules() if isinstance(block, PackedBlock)})
 
 
 def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear:
@@ -135,8 +130,8 @@ def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear
     parts: dict[PartKind, nn.Module | None] = {**layer.parts(), "weight": weight}
     for module in (part for part in parts.values() if part is not None):
         for inner in module.modules():
-            if hasattr(inner, "sign_zero"):
-                inner.sign_zero = cast(Any, "plus")
+            if isinstance(inner, ActivationBinarizer):
+                inner.sign_zero = "plus"
     plain: nn.Module
     if isinstance(layer, PackedConv2d):
         plain = nn.Conv2d(
@@ -147,12 +142,12 @@ def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     plain.weight, plain.bias = nn.Parameter(latent), layer.bias
     kind = BinaryConv2d if isinstance(layer, PackedConv2d) else BinaryLinear
-    return kind.from_parts(plain, _fixed_method(layer), parts, had_bias=layer.had_bias)
+    return kind.from_float(plain, _fixed_method(layer), parts=parts, had_bias=layer.had_bias).eval()
 
 
 def _fixed_options(layer: PackedConv2d | PackedLinear) -> dict[str, Any]:
     return {
-        "terms": layer.shape.terms,
+        "terms": layer.shape.bases,
         "stored_scales": layer.stored_scales,
         "learned": layer.learned_scales,
     }

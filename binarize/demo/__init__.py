@@ -1,4 +1,4 @@
-"""A demonstration: train a small binary super-resolution network and compare it with bicubic interpolation."""
+"""A demonstration: train a small binary super-resolution network and compare it with bicubic upscaling."""
 
 from binarize.demo.run import run_demo
 

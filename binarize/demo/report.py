@@ -1,14 +1,13 @@
-"""What the demonstration shows: pictures side by side, and a report that says how it went, well or not."""
+"""The demonstration's report and its comparison of images."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from binarize.imaging import write_atomic
+from binarize.tables import Table
 
 if TYPE_CHECKING:
     from binarize import Summary
@@ -16,133 +15,101 @@ if TYPE_CHECKING:
     from binarize.recipes import Recipe
     from binarize.training import TrainResult
 
-_ZOOM = 2
-_MARGIN = 8
-_CAPTION = 40
-_FONT_SIZE = 15
-# A difference below this is no difference: the seed alone moves the result by more.
-_EVEN_DB = 0.05
+ZOOM, MARGIN = 2, 8
+_CAPTION, _FONT_SIZE = 40, 15
+_EQUAL_DB = 0.05  # the seed alone changes the result by more
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One picture in four states; ``low`` is smaller than the others, which agree in size.
-
-    Attributes:
-        low: What both methods get.
-        bicubic: Enlarged by MATLAB's filter.
-        enlarged: Enlarged by the network.
-        original: What both try to restore.
-        mean: The scores of both.
-    """
-
-    low: Image.Image
-    bicubic: Image.Image
-    enlarged: Image.Image
-    original: Image.Image
-    mean: ImageScores
-
-
-def side_by_side(pictures: Comparison, detail: tuple[int, int, int, int]) -> Image.Image:
-    """Return the same detail of all four with captions, magnified without smoothing.
+def side_by_side(images: Sequence[Image.Image], mean: ImageScores, detail: tuple[int, int, int, int]) -> Image.Image:
+    """Return the same detail of several images with captions, magnified without smoothing.
 
     Args:
-        pictures: What to show.
+        images: Low resolution (of smaller size), bicubic upscaling, the network's result, the original.
+        mean: The scores of both results.
         detail: Left, upper, right and lower in pixels of the original.
     """
-    width, height = _ZOOM * (detail[2] - detail[0]), _ZOOM * (detail[3] - detail[1])
-    baseline = pictures.mean.bicubic
+    width, height = ZOOM * (detail[2] - detail[0]), ZOOM * (detail[3] - detail[1])
+    low, _, _, original = images
     captions = [
-        ("low resolution", f"{pictures.low.width}x{pictures.low.height} in all"),
-        ("bicubic", "" if baseline is None else f"{baseline.psnr:.2f} dB"),
-        ("1-bit network", f"{pictures.mean.model.psnr:.2f} dB"),
-        ("original", f"{pictures.original.width}x{pictures.original.height} in all"),
+        ("low resolution", f"{low.width}x{low.height} in all"),
+        ("bicubic", "" if mean.bicubic is None else f"{mean.bicubic.psnr:.2f} dB"),
+        ("1-bit network", f"{mean.model.psnr:.2f} dB"),
+        ("original", f"{original.width}x{original.height} in all"),
     ]
-    low = pictures.low.resize(pictures.original.size, Image.Resampling.NEAREST)
-    panels = (low, pictures.bicubic, pictures.enlarged, pictures.original)
-    size = (_MARGIN + len(panels) * (width + _MARGIN), height + _CAPTION + 2 * _MARGIN)
+    size = (MARGIN + len(images) * (width + MARGIN), height + _CAPTION + 2 * MARGIN)
     sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
-    for index, (panel, (title, remark)) in enumerate(zip(panels, captions, strict=True)):
-        left = _MARGIN + index * (width + _MARGIN)
-        part = panel.convert("RGB").crop(detail).resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(part, (left, _MARGIN))
-        draw.text((left, height + 2 * _MARGIN), title, fill="black", font=font)
-        draw.text((left, height + 2 * _MARGIN + _CAPTION // 2), remark, fill="dimgray", font=font)
+    for index, (image, (title, remark)) in enumerate(zip(images, captions, strict=True)):
+        left = MARGIN + index * (width + MARGIN)
+        whole = image.convert("RGB").resize(original.size, Image.Resampling.NEAREST)
+        sheet.paste(whole.crop(detail).resize((width, height), Image.Resampling.NEAREST), (left, MARGIN))
+        draw.text((left, height + 2 * MARGIN), title, fill="black", font=font)
+        draw.text((left, height + 2 * MARGIN + _CAPTION // 2), remark, fill="dimgray", font=font)
     return sheet
 
 
 def verdict(mean: ImageScores, steps: int) -> str:
-    """Return in words how the network compares with bicubic enlargement, whichever is better."""
+    """Return the comparison of the network with bicubic upscaling as a sentence in Markdown."""
     if mean.bicubic is None:
         return f"The network reaches {mean.model.psnr:.2f} dB."
     gain = mean.model.psnr - mean.bicubic.psnr
     figures = f"{mean.model.psnr:.2f} dB against {mean.bicubic.psnr:.2f} dB (PSNR on Y)"
-    if gain > _EVEN_DB:
-        return f"The network is **{gain:.2f} dB above bicubic enlargement**: {figures}, after only {steps} steps."
-    if gain >= -_EVEN_DB:
-        return f"The network is **level with bicubic enlargement**: {figures}, after only {steps} steps."
+    if gain > _EQUAL_DB:
+        return f"The network is **{gain:.2f} dB above bicubic upscaling**: {figures}, after only {steps} steps."
+    if gain >= -_EQUAL_DB:
+        return f"The network is **level with bicubic upscaling**: {figures}, after only {steps} steps."
     return (
-        f"The network is **{-gain:.2f} dB below bicubic enlargement**: {figures}. That is what {steps} steps on a few "
-        "pictures give; the published network was trained for 1,000,000 steps on 3,450 photographs."
+        f"The network is **{-gain:.2f} dB below bicubic upscaling**: {figures}, after {steps} steps on a few images; "
+        "the published network was trained for 1,000,000 steps on 3,450 images."
     )
 
 
-def write_report(
-    path: Path,
-    recipe: Recipe,
-    trained: TrainResult,
-    cost: Summary,
-    scores: EvaluationReport,
-    seconds: float,
-) -> Path:
-    """Write the report as Markdown, replacing an earlier one.
+def make_report(recipe: Recipe, trained: TrainResult, cost: Summary, scores: EvaluationReport, seconds: float) -> str:
+    """Return the report as Markdown; it refers to ``comparison.png`` beside it.
 
     Args:
-        path: Where to; ``comparison.png`` is expected beside it.
-        recipe: What was run.
-        trained: How it went.
-        cost: Of the trained network.
-        scores: Of the held-out picture.
+        recipe: The recipe of the training.
+        trained: Its result.
+        cost: Summary of the trained network.
+        scores: Scores of the held-out image.
         seconds: Wall time of the whole demonstration.
     """
     first, last = trained.history[0], trained.history[-1]
-    macs = cost.macs_by_bits
-    binary = macs.get(1, 0) / sum(macs.values())
-    left_out = (
-        ""
-        if scores.lpips is not None
-        else (
-            "\nLPIPS is left out, since its backbone is not on this machine; "
-            "`binarize evaluate run/model --data pictures/held-out` fetches it.\n"
-        )
+    binary = cost.macs_by_bits.get(1, 0) / sum(cost.macs_by_bits.values())
+    lpips = (
+        "\nLPIPS is omitted, because its backbone is not on this machine; "
+        "`binarize evaluate run/model --data images/held-out` downloads it.\n"
     )
-    text = f"""# A 1-bit super-resolution network, trained in {trained.seconds / 60:.1f} minutes
+    settings = [
+        ("task", f"upscale by {recipe.scale}, {recipe.num_inference_steps} denoising steps"),
+        ("method", "full precision" if recipe.method is None else recipe.method.name),
+        ("parameters", f"{cost.params / 1e6:.3f} M (binary weights / 32); {cost.raw_params / 1e6:.3f} M in training"),
+        ("multiply-accumulates", f"{100 * binary:.0f}% of them binary"),
+        (
+            "training",
+            f"{trained.steps} steps of {recipe.train_batch_size} patches of {recipe.resolution} pixels squared",
+        ),
+        ("loss", f"{first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}"),
+        ("time", f"{seconds:.0f} s, of which {trained.seconds:.0f} s training"),
+    ]
+    files = [
+        ("`upscaled.png`", "the held-out image, upscaled by the network"),
+        ("`comparison.png`", "the comparison above"),
+        ("`run/model/`", "the trained model"),
+        ("`run/samples/`", "results for the held-out image during training"),
+        ("`images/`", "the images for training and measuring"),
+    ]
+    return f"""# A 1-bit super-resolution network, trained in {trained.seconds / 60:.1f} minutes
 
 ![The same detail: low resolution, bicubic, the network, the original](comparison.png)
 
 {verdict(scores.mean, trained.steps)}
 
-{scores.to_markdown()}{left_out}
-| | |
-|---|---|
-| task | enlarge {recipe.scale} times, {recipe.num_inference_steps} denoising steps |
-| method | {"full precision" if recipe.method is None else recipe.method.name} |
-| parameters | {cost.params / 1e6:.3f} M, a binary weight as 1/32; {cost.raw_params / 1e6:.3f} M in training |
-| multiply-accumulates | {100 * binary:.0f}% of them binary |
-| training | {trained.steps} steps of {recipe.train_batch_size} patches of {recipe.resolution} pixels squared |
-| loss | {first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step} |
-| time | {seconds:.0f} s, of which {trained.seconds:.0f} s training |
+{scores.to_markdown()}{lpips if scores.lpips is None else ""}
+{Table(["", ""], settings).to_markdown()}
 
-| file | what it is |
-|---|---|
-| `enlarged.png` | the held-out photograph, enlarged by the network |
-| `comparison.png` | the picture above |
-| `run/model/` | the trained model |
-| `run/samples/` | what it made of the held-out photograph during training |
-| `pictures/` | what it was trained and measured on |
+{Table(["file", "content"], files).to_markdown()}
 
-Go on: `binarize upscale IN OUT --model run/model` enlarges a picture of your own;
-`binarize recipes cp demo mine.yaml` is the beginning of a longer training.
+Next: `binarize upscale IN OUT --model run/model` upscales your own image; `binarize recipes cp demo mine.yaml` starts a
+longer training.
 """
-    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=True)

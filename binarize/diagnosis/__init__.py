@@ -1,8 +1,11 @@
-"""What is wrong with a model that enlarges worse than bicubic does: try the likely causes, name the one that it is."""
+"""Why a model is worse than bicubic upscaling: try the likely causes one at a time."""
 
 from __future__ import annotations
 
-from binarize.diagnosis.doctor import doctor
-from binarize.diagnosis.report import DoctorReport, Finding, Trial
+from binarize.deprecation import renamed
+from binarize.diagnosis.diagnose import doctor
+from binarize.diagnosis.report import ChangeResult, DoctorReport, Finding
 
-__all__ = ["DoctorReport", "Finding", "Trial", "doctor"]
+__all__ = ["ChangeResult", "DoctorReport", "Finding", "doctor"]
+
+__getattr__ = renamed(__name__, {"Trial": "ChangeResult"})

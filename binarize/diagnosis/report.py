@@ -1,22 +1,34 @@
-"""What the doctor found, as data and as a table."""
+"""The doctor's findings as data and as text."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
-HEALTHY, MISFIT, UNTRAINED, WEAK = "healthy", "configuration", "untrained network", "quality"
+from binarize.tables import Column, Table
+
+HEALTHY, MISMATCH, UNTRAINED, WEAK = "healthy", "configuration", "untrained network", "quality"
+
+
+def _renamed(old: str, new: str) -> Any:
+    def get(self: Any) -> Any:
+        warnings.warn(f"{type(self).__name__}.{old} is now {new}", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)
+
+    return property(get)
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One thing changed, and what the model gives with it.
+class ChangeResult:
+    """The result of a model with one setting changed.
 
     Attributes:
-        cause: What would be wrong if this helps, such as "prediction type".
-        change: What was changed.
-        fix: How to change it for good.
-        steps: Denoising steps that were taken.
-        psnr: In dB on Y, as `binarize.evaluation.psnr`; None where nothing could be made of the result.
+        cause: The cause if this change helps, such as "prediction type".
+        change: The change.
+        fix: How to make the change permanent.
+        steps: Denoising steps.
+        psnr: In dB on Y, as `binarize.evaluation.psnr`; None if the result is not finite or the change does not apply.
     """
 
     cause: str
@@ -31,29 +43,31 @@ class Finding:
     """The verdict.
 
     Attributes:
-        cause: "healthy"; or the cause of a trial; or "configuration" (it does not fit the weights), "untrained network"
-            or "quality" (nothing is set wrong, the network is not good enough).
-        words: What is the matter, in a sentence or two.
-        fix: What to do; empty where nothing need be done.
+        cause: "healthy"; or the cause of a change; or "configuration" (it does not fit the weights), "untrained
+            network" or "quality" (no setting is wrong; the network is not good enough).
+        explanation: One or two sentences.
+        fix: What to do; empty if the model is healthy.
     """
 
     cause: str
-    words: str
+    explanation: str
     fix: str = ""
+
+    words = _renamed("words", "explanation")
 
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What `binarize.diagnosis.doctor` found.
+    """The result of `binarize.diagnosis.doctor`.
 
     Attributes:
-        model: What was examined.
+        model: Name of the model.
         finding: The verdict.
-        scale: How many times it enlarges; None where it could not be loaded.
+        scale: Scale of the model; None if it could not be loaded.
         steps: Denoising steps of ``psnr``.
-        psnr: Of the model as it is, on the embedded picture, in dB on Y; None where it could not be run.
-        bicubic: Of bicubic enlargement.
-        trials: What was tried, in that order.
+        psnr: PSNR of the unchanged model on the embedded image, in dB on Y; None if it could not be run.
+        bicubic: PSNR of bicubic upscaling.
+        results: One result per change, in the order in which they were tried.
     """
 
     model: str
@@ -62,42 +76,35 @@ class DoctorReport:
     steps: int | None = None
     psnr: float | None = None
     bicubic: float | None = None
-    trials: tuple[Trial, ...] = ()
+    results: tuple[ChangeResult, ...] = ()
+
+    trials = _renamed("trials", "results")
 
     @property
     def healthy(self) -> bool:
-        """Whether the model enlarges better than bicubic does."""
+        """Whether the model is better than bicubic upscaling."""
         return self.finding.cause == HEALTHY
 
     def to_text(self) -> str:
-        """Return the table and the verdict, as `binarize doctor` prints them."""
+        """Return the table and the verdict as `binarize doctor` prints them."""
         lines = [f"model       {self.model}"]
         if self.psnr is not None and self.bicubic is not None:
-            lines += [
-                f"bicubic     {self.bicubic:6.2f} dB",
-                f"this model  {self.psnr:6.2f} dB  {self.psnr - self.bicubic:+.2f}, x{self.scale}, "
-                f"{_count(self.steps or 0)}",
-            ]
-            if self.trials:
-                width = max(len(trial.change) for trial in self.trials)
-                lines += ["", f"{'one thing changed':<{width}}    PSNR  to bicubic"]
-                lines += [_row(trial, width, self.bicubic) for trial in self.trials]
+            gain, bicubic = self.psnr - self.bicubic, self.bicubic
+            lines.append(f"bicubic     {bicubic:6.2f} dB")
+            lines.append(f"this model  {self.psnr:6.2f} dB  {gain:+.2f}, x{self.scale}, steps: {self.steps}")
+            if self.results:
+                rows = [
+                    [one.change, one.psnr, None if one.psnr is None else one.psnr - bicubic, one.steps]
+                    for one in self.results
+                ]
+                columns = [Column("one change"), Column("PSNR", ".2f"), Column("to bicubic", "+.2f"), Column("steps")]
+                lines += ["", Table(columns, rows).to_text()]
             lines.append("")
-        verdict = "healthy" if self.healthy else f"likely cause: {self.finding.cause}"
-        lines += [verdict, f"  {self.finding.words}"]
+        lines.append("healthy" if self.healthy else f"likely cause: {self.finding.cause}")
+        lines.append(f"  {self.finding.explanation}")
         if self.finding.fix:
             lines += ["fix:", f"  {self.finding.fix}"]
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.to_text()
-
-
-def _row(trial: Trial, width: int, bicubic: float) -> str:
-    if trial.psnr is None:
-        return f"{trial.change:<{width}}       -"
-    return f"{trial.change:<{width}}  {trial.psnr:6.2f}  {trial.psnr - bicubic:+.2f}, {_count(trial.steps)}"
-
-
-def _count(steps: int) -> str:
-    return f"{steps} step{'' if steps == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Measuring super-resolution: PSNR and SSIM on luma, LPIPS, and reports of them."""
+"""Evaluate super-resolution: PSNR and SSIM on luma, LPIPS, and reports."""
 
 from __future__ import annotations
 

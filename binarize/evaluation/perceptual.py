@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al., 2018) by the authors' package, with its backbone from a file, a cache or the network."""
+"""LPIPS (Zhang et al., 2018) from the authors' package, with the backbone from a file, a cache or a download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from binarize.errors import BinarizeError, did_you_mean
 
-# Backbone -> torchvision's weights, and the smallest side that its pooling leaves anything of.
+# Backbone -> torchvision's weights, and the smallest side that its pooling layers accept.
 _NETS = {
     "alex": ("AlexNet_Weights", 31),
     "vgg": ("VGG16_Weights", 16),
@@ -25,15 +25,15 @@ _PROBE_SECONDS = 5.0
 
 
 class LpipsUnavailable(BinarizeError):
-    """LPIPS cannot be had here: its package or its backbone is missing; the message says how to get it."""
+    """The LPIPS package or the backbone is missing; the message says how to get it."""
 
 
 class Lpips:
-    """The distance of two pictures in the features of a network; 0 is equal, lower is better.
+    """The distance of two images in the features of a network: 0 for equal images, lower is better.
 
-    Values of different backbones cannot be compared, so :attr:`label` names the backbone; the literature reports
-    ``alex``. The heads come with the ``lpips`` package. The backbone is read from ``backbone``, else from torch's hub
-    cache, else downloaded there from torchvision's server.
+    Values of different backbones are not comparable, so :attr:`label` names the backbone; the literature reports
+    ``alex``. The heads are part of the ``lpips`` package. The backbone is read from ``backbone``, else from torch's hub
+    cache, else downloaded into that cache from torchvision's server.
 
     Args:
         net: ``alex``, ``vgg`` or ``squeeze``.
@@ -42,7 +42,7 @@ class Lpips:
 
     Raises:
         BinarizeError: If ``net`` is unknown or ``backbone`` is not such a file.
-        LpipsUnavailable: If the package is not installed, or there is no file and no network.
+        LpipsUnavailable: If the package is not installed, or there is neither a file nor a network connection.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Lpips:
         self.device = torch.device(device)
         package = _import_lpips()
         state = _download(net) if backbone is None else _read(Path(backbone))
-        # The random initialisation that is replaced at once must not move the caller's random numbers.
+        # The random initialisation, which is replaced at once, must not change the caller's random state.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # lpips 0.1.4 asks torchvision for "no weights" by the name that torchvision has since retired.
+            # lpips 0.1.4 passes an argument that torchvision has deprecated.
             warnings.filterwarnings("ignore", "The parameter 'pretrained' is deprecated", UserWarning)
             warnings.filterwarnings("ignore", "Arguments other than a weight enum", UserWarning)
             self._model = package.LPIPS(net=net, pnet_rand=True, verbose=False)
@@ -70,36 +70,33 @@ class Lpips:
 
     @property
     def label(self) -> str:
-        """What to call the figures: ``LPIPS (alex)``."""
+        """The name of the metric, such as ``LPIPS (alex)``."""
         return lpips_label(self.net)
 
     @torch.no_grad()
     def __call__(self, result: torch.Tensor, reference: torch.Tensor) -> float:
-        """Return the distance of two pictures.
-
-        Args:
-            result: uint8 (3, H, W), H and W at least :attr:`min_side`.
-            reference: The same shape.
+        """Return the distance of two images, uint8 (3, H, W), with H and W at least :attr:`min_side`.
 
         Raises:
-            BinarizeError: If the pictures differ in shape, are not 8-bit or too small.
+            BinarizeError: If the images differ in shape, are not 8-bit or are too small.
         """
         for pixels in (result, reference):
             if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape != result.shape:
                 raise BinarizeError(
-                    f"{self.label}: expected two uint8 pictures (3, H, W) of one size, got "
+                    f"{self.label}: expected two uint8 images (3, H, W) of one size, got "
                     f"{tuple(result.shape)} and {tuple(reference.shape)}"
                 )
         if min(result.shape[-2:]) < self.min_side:
             raise BinarizeError(
-                f"{self.label}: needs at least {self.min_side} pixels a side, got {result.shape[-1]}x{result.shape[-2]}"
+                f"{self.label}: needs at least {self.min_side} pixels per side, got {result.shape[-1]}x"
+                f"{result.shape[-2]}"
             )
         ours, theirs = (pixels[None].to(self.device, torch.float32) / 127.5 - 1 for pixels in (result, reference))
         return float(self._model(ours, theirs).item())
 
 
 def lpips_label(net: str) -> str:
-    """Return ``LPIPS (net)``: figures of different backbones are different quantities."""
+    """Return ``LPIPS (net)``; values of different backbones are not comparable."""
     return f"LPIPS ({net})"
 
 
@@ -116,7 +113,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise BinarizeError(f"{path}: no such LPIPS backbone file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds, pickle's among them
+    except Exception as error:  # torch.load raises many types
         raise BinarizeError(f"{path}: is not a torch file of weights") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise BinarizeError(f"{path}: holds no state dict")
@@ -128,35 +125,26 @@ def _download(net: str) -> dict[str, torch.Tensor]:
 
     weights = getattr(models, _NETS[net][0]).IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
-    if cached.is_file():
-        return _read(cached)
     try:
-        # The downloader has no time limit of its own; a server that answers this is there.
-        with urllib.request.urlopen(urllib.request.Request(weights.url, method="HEAD"), timeout=_PROBE_SECONDS):
-            pass
+        if not cached.is_file():
+            # The downloader has no timeout, so check first that the server answers.
+            with urllib.request.urlopen(urllib.request.Request(weights.url, method="HEAD"), timeout=_PROBE_SECONDS):
+                pass
         with contextlib.redirect_stdout(sys.stderr):
-            torch.hub.download_url_to_file(weights.url, _with_parent(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
+            return dict(weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True))
     except (URLError, OSError, RuntimeError) as error:
         raise LpipsUnavailable(
-            f"{lpips_label(net)}: the backbone could not be downloaded ({error}); fetch {weights.url} elsewhere and "
-            f"put it at {cached}, or give its path as the LPIPS backbone"
+            f"{lpips_label(net)}: the backbone could not be downloaded ({error}); download {weights.url} on "
+            f"another machine and put it at {cached}, or pass its path as the LPIPS backbone"
         ) from error
-    return _read(cached)
-
-
-def _with_parent(path: Path) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return str(path)
 
 
 def _fill(net: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load torchvision's ``features`` into LPIPS's slices, whose names put ``sliceN.`` before theirs."""
+    """Load torchvision's ``features`` into the slices of LPIPS, whose keys have the prefix ``sliceN.``."""
     features = {key.removeprefix("features."): value for key, value in state.items()}
-    wanted = {key: key.split(".", 1)[1] for key in net.state_dict()}
-    missing = [name for name in wanted.values() if name not in features]
-    if missing:
-        raise BinarizeError(f"{source}: is not the backbone of this LPIPS; it has no {missing[0]!r}")
     try:
-        net.load_state_dict({key: features[name] for key, name in wanted.items()})
+        net.load_state_dict({key: features[key.split(".", 1)[1]] for key in net.state_dict()})
+    except KeyError as error:
+        raise BinarizeError(f"{source}: is not the backbone of this LPIPS; it has no {error}") from error
     except RuntimeError as error:
         raise BinarizeError(f"{source}: is not the backbone of this LPIPS; its weights have other shapes") from error

@@ -15,35 +15,29 @@ SSIM_MIN_SIDE = 11
 
 
 def luma(pixels: torch.Tensor) -> torch.Tensor:
-    """Return Y of BT.601 in studio range, 16 to 235, not rounded.
+    """Return Y of BT.601 in studio range, 16 to 235, as float64 (H, W), from uint8 (3, H, W).
 
-    MATLAB's ``rgb2ycbcr`` rounds Y when its input is 8-bit; the published figures come from the unrounded one.
-
-    Args:
-        pixels: uint8 (3, H, W).
-
-    Returns:
-        float64 (H, W).
+    MATLAB's ``rgb2ycbcr`` rounds Y for 8-bit input; published results use the unrounded values.
 
     Raises:
-        BinarizeError: If the pixels are of another dtype or shape.
+        BinarizeError: If the pixels have another dtype or shape.
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
         raise BinarizeError(f"expected uint8 pixels (3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
-    red, green, blue = pixels.contiguous().double()  # one memory layout, and so one order of summation later on
+    red, green, blue = pixels.contiguous().double()  # one memory layout, for one order of summation
     return red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2] + 16
 
 
 def psnr(result: torch.Tensor, reference: torch.Tensor, *, border: int = 0) -> float:
-    """Peak signal-to-noise ratio in dB on Y, with a peak of 255; infinite for equal pictures.
+    """Peak signal-to-noise ratio in dB on Y, with a peak of 255; infinite for equal images.
 
     Args:
         result: uint8 (3, H, W).
         reference: uint8 (3, H, W).
-        border: Pixels shaved off each side first; the literature shaves as many as the scale.
+        border: Pixels cut off each side first; the literature uses the scale factor.
 
     Raises:
-        BinarizeError: If the shapes differ, are no pictures, or nothing is left inside the border.
+        BinarizeError: If the shapes differ, the inputs are not images, or nothing is left inside the border.
     """
     ours, theirs = _inside(result, reference, border, 1)
     error = (ours - theirs).square().mean().item()
@@ -51,18 +45,18 @@ def psnr(result: torch.Tensor, reference: torch.Tensor, *, border: int = 0) -> f
 
 
 def ssim(result: torch.Tensor, reference: torch.Tensor, *, border: int = 0) -> float:
-    """Structural similarity on Y by Wang et al. (2004): scikit-image's, in the form of the authors' MATLAB code.
+    """Structural similarity on Y (Wang et al. 2004), computed by scikit-image as the authors' MATLAB code does.
 
-    An 11x11 Gaussian window of sigma 1.5, population covariance, and the mean over the windows that lie wholly inside
-    the picture.
+    It uses an 11x11 Gaussian window of sigma 1.5, population covariance, and the mean over the windows that lie
+    completely inside the image.
 
     Args:
         result: uint8 (3, H, W).
         reference: uint8 (3, H, W).
-        border: Pixels shaved off each side first.
+        border: Pixels cut off each side first.
 
     Raises:
-        BinarizeError: As :func:`psnr`, if fewer than 11x11 pixels are left, or scikit-image is not installed.
+        BinarizeError: As :func:`psnr`, if fewer than 11x11 pixels are left, or if scikit-image is not installed.
     """
     structural_similarity = scikit_image_ssim()
     ours, theirs = _inside(result, reference, border, SSIM_MIN_SIDE)
@@ -85,11 +79,7 @@ def shave(pixels: torch.Tensor, border: int) -> torch.Tensor:
 
 
 def scikit_image_ssim() -> Callable[..., float]:
-    """Return scikit-image's function, which is an optional dependency.
-
-    Raises:
-        BinarizeError: If scikit-image is not installed.
-    """
+    """Return the function of scikit-image, an optional dependency, or raise an error if it is not installed."""
     try:
         from skimage.metrics import structural_similarity
     except ImportError as error:
@@ -101,11 +91,11 @@ def _inside(
     result: torch.Tensor, reference: torch.Tensor, border: int, min_side: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if result.shape != reference.shape:
-        raise BinarizeError(f"the pictures differ in shape: {tuple(result.shape)} and {tuple(reference.shape)}")
+        raise BinarizeError(f"the images differ in shape: {tuple(result.shape)} and {tuple(reference.shape)}")
     ours, theirs = shave(luma(result), border), shave(luma(reference), border)
     if border < 0 or min(ours.shape) < min_side:
         raise BinarizeError(
-            f"a picture of {result.shape[-1]}x{result.shape[-2]} pixels has fewer than {min_side}x{min_side} inside a "
+            f"an image of {result.shape[-1]}x{result.shape[-2]} pixels has fewer than {min_side}x{min_side} inside a "
             f"border of {border}"
         )
     return ours, theirs

@@ -1,4 +1,4 @@
-"""Measuring an enlargement on a set of pictures, beside the bicubic one."""
+"""Measure an upscaling method on a folder of images, beside bicubic upscaling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from binarize.errors import BinarizeError
 from binarize.evaluation.perceptual import Lpips, LpipsUnavailable
@@ -18,6 +17,7 @@ from binarize.evaluation.quality import SSIM_MIN_SIDE, psnr, scikit_image_ssim, 
 from binarize.evaluation.report import EvaluationReport, ImageScores, Scores
 from binarize.imaging import ImagePair, ImagePairs, to_image, upscale_bicubic
 from binarize.imaging.pairs import raise_all
+from binarize.progress import ProgressBar
 
 Folder = str | os.PathLike[str]
 
@@ -36,38 +36,39 @@ def evaluate(
     name: str = "model",
     device: torch.device | str = "cpu",
 ) -> EvaluationReport:
-    """Enlarge every picture of a folder and measure the results against the originals.
+    """Upscale every image of a folder and compare the results with the originals.
 
-    PSNR and SSIM are computed on Y of BT.601 in studio range, as MATLAB's ``rgb2ycbcr`` gives it before rounding, LPIPS
-    on RGB, all with ``border`` pixels shaved off each side. The baseline called "bicubic" is
-    `binarize.imaging.upscale_bicubic` of the 8-bit low-resolution image, that is MATLAB's ``imresize``, which rounds to
-    8 bits after each axis. On Set5 it gives the published 33.67 / 0.9303 at x2 and 28.43 / 0.8111 at x4. Rounding only
-    once gives 33.68 / 0.9304 and 28.43 / 0.8113, PyTorch's ``bicubic`` (a = -0.75) 33.97 / 0.9330 and 28.63 / 0.8138.
+    PSNR and SSIM are computed on Y of BT.601 in studio range, as MATLAB's ``rgb2ycbcr`` computes it before rounding,
+    and LPIPS on RGB, all with ``border`` pixels cut off each side. The baseline "bicubic" is
+    `binarize.imaging.upscale_bicubic` of the 8-bit low-resolution image, equal to MATLAB's ``imresize``, which rounds
+    to 8 bits after each axis. On Set5 it gives the published 33.67 / 0.9303 at x2 and 28.43 / 0.8111 at x4. Rounding
+    only once gives 33.68 / 0.9304 and 28.43 / 0.8113; PyTorch's ``bicubic`` (a = -0.75) gives 33.97 / 0.9330 and
+    28.63 / 0.8138.
 
     Args:
-        upscale: Takes the low-resolution picture, a PIL image in mode RGB, and returns the enlarged one: a PIL image,
-            a uint8 array (H, W, 3), or a uint8 tensor (3, H, W) or (1, 3, H, W).
-        data: A folder of high-resolution pictures, or two folders, high and low resolution;
+        upscale: Maps a low-resolution PIL image in mode RGB to the upscaled image: a PIL image, a uint8 array
+            (H, W, 3), or a uint8 tensor (3, H, W) or (1, 3, H, W).
+        data: A folder of high-resolution images, or two folders, of high and low resolution;
             see :class:`~binarize.imaging.ImagePairs`.
-        scale: The enlargement.
-        lpips: Backbone of LPIPS, ``alex``, ``vgg`` or ``squeeze``; None leaves LPIPS out. Where it cannot be had, it is
-            left out and the report's notes say how to get it.
-        lpips_backbone: The backbone's file, so that no network is needed; see :class:`~binarize.evaluation.Lpips`.
-        border: Pixels shaved off each side; by default ``scale``.
-        limit: Evaluate the first so many pictures.
+        scale: The scale factor.
+        lpips: Backbone of LPIPS, ``alex``, ``vgg`` or ``squeeze``; None leaves LPIPS out. If it is not
+            available, it is left out and the report's notes say how to get it.
+        lpips_backbone: The backbone's file, for machines without network; see :class:`~binarize.evaluation.Lpips`.
+        border: Pixels cut off each side; by default ``scale``.
+        limit: Evaluate only this many images.
         progress: Show a progress bar.
-        baseline: Measure the bicubic enlargement too.
-        name: What to call ``upscale`` in the report.
+        baseline: Also measure bicubic upscaling.
+        name: The name of ``upscale`` in the report.
         device: Where to compute LPIPS.
 
     Raises:
-        BinarizeError: If the data is unusable (every picture at fault is named, before anything is enlarged), an option
-            is out of range, ``upscale`` returns something else than the enlarged picture, or scikit-image is missing.
+        BinarizeError: If images cannot be used (all of them are named, before anything is upscaled), an option is out
+            of range, ``upscale`` does not return the upscaled image, or scikit-image is missing.
     """
     border = scale if border is None else border
-    for option, value, least in (("border", border, 0), ("limit", limit, 1)):
-        if value is not None and value < least:
-            raise BinarizeError(f"evaluate: {option} must be at least {least}, got {value}")
+    for option, value, minimum in (("border", border, 0), ("limit", limit, 1)):
+        if value is not None and value < minimum:
+            raise BinarizeError(f"evaluate: {option} must be at least {minimum}, got {value}")
     scikit_image_ssim()
     distance, notes = _lpips(lpips, lpips_backbone, device)
     pairs = ImagePairs(*data, scale=scale) if isinstance(data, tuple) else ImagePairs(data, scale=scale)
@@ -75,7 +76,7 @@ def evaluate(
     _check_sizes(pairs, border, SSIM_MIN_SIDE if distance is None else max(SSIM_MIN_SIDE, distance.min_side))
     pairs.check()
     rows = []
-    for pair in tqdm(pairs, desc=f"evaluate x{scale}", unit="picture", disable=not progress):
+    for pair in ProgressBar(pairs, desc=f"evaluate x{scale}", unit="image", disable=not progress):
         source = Image.fromarray(pair.lr.permute(1, 2, 0).numpy())
         start = time.perf_counter()
         result = _pixels(upscale(source), pair)
@@ -97,14 +98,14 @@ def _lpips(
 
 
 def _check_sizes(pairs: ImagePairs, border: int, needed: int) -> None:
-    least = needed + 2 * border
+    smallest = needed + 2 * border
     raise_all(
         pairs.files[0].hr.parent,
         [
-            f"{files.hr}: is {files.size[1]}x{files.size[0]} pixels; the metrics need {least}x{least} with a border of "
-            f"{border}"
+            f"{files.hr}: is {files.size[1]}x{files.size[0]} pixels; the metrics need {smallest}x{smallest} with a "
+            f"border of {border}"
             for files in pairs.files
-            if min(files.size) < least
+            if min(files.size) < smallest
         ],
     )
 
@@ -115,7 +116,7 @@ def _scores(result: torch.Tensor, hr: torch.Tensor, border: int, distance: Lpips
 
 
 def _pixels(result: object, pair: ImagePair) -> torch.Tensor:
-    """Return what ``upscale`` gave as uint8 (3, H, W)."""
+    """Return the result of ``upscale`` as uint8 (3, H, W)."""
     if isinstance(result, Image.Image):
         pixels = to_image(result).pixels()
     elif isinstance(result, np.ndarray) and result.dtype == np.uint8 and result.ndim == 3:

@@ -1,4 +1,4 @@
-"""Pictures: reading and writing them safely, and MATLAB's resizing. Nothing here knows about networks."""
+"""Reading, writing and resizing images, independent of any network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from binarize.files import write_atomic
 from binarize.imaging.decoded import DecodedImage, to_image
 from binarize.imaging.files import (
     IMAGE_SUFFIXES,
+    check_writable,
     image_size,
     list_images,
     read_image,
@@ -20,6 +21,7 @@ __all__ = [
     "DecodedImage",
     "ImagePair",
     "ImagePairs",
+    "check_writable",
     "degrade",
     "image_size",
     "list_images",

@@ -1,4 +1,4 @@
-"""Pictures as tensors, with what their file said beside the pixels: greyscale, depth, transparency, colour profile."""
+"""Images as tensors, with what their file stores besides pixels: greyscale, depth, transparency, colour profile."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from binarize.errors import BinarizeError
 
-_GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_GREY = ("1", "L", "LA", "La", *_DEEP)
 _COLOUR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV")
-# What Pillow's EXIF reader raises on damaged tags.
+# Exceptions of Pillow's EXIF reader for damaged tags.
 _METADATA_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)
 _LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
-    """A decoded picture; made by :func:`read_image` and :func:`to_image`.
+    """A decoded image, made by `read_image` or `to_image`.
 
     Attributes:
         rgb: float32 (3, H, W) in [0, 1]; greyscale is repeated over the channels.
-        alpha: float32 (1, H, W) in [0, 1] where the source has transparency, else None.
-        mode: Pillow's name of the source's mode: "RGB", "RGBA", "L", "LA", "1", "I;16", "P", "CMYK", ...
-        icc_profile: The colour profile that the pixels of ``rgb`` are in, as bytes, where the source names one.
+        alpha: float32 (1, H, W) in [0, 1] if the source has transparency, else None.
+        mode: Pillow's mode of the source: "RGB", "RGBA", "L", "LA", "1", "I;16", "P", "CMYK", ...
+        icc_profile: The colour profile of ``rgb``, if the source has one.
     """
 
     rgb: torch.Tensor
@@ -38,138 +38,132 @@ class DecodedImage:
 
     @property
     def is_grey(self) -> bool:
-        """Whether the source was greyscale, and so the written picture is."""
+        """Whether the source is greyscale; the image is then written as greyscale."""
         return self.mode in _GREY
 
+    @property
+    def saved_mode(self) -> str:
+        """The mode of `to_pil`: L, LA, RGB, RGBA or I;16."""
+        if self.mode in _DEEP and self.alpha is None:
+            return "I;16"
+        return ("L" if self.is_grey else "RGB") + ("" if self.alpha is None else "A")
+
     def pixels(self) -> torch.Tensor:
-        """Return ``rgb`` as uint8 (3, H, W), rounded to the nearest level; transparency is left aside."""
+        """Return ``rgb`` as uint8 (3, H, W), rounded to the nearest level, without transparency."""
         return (self.rgb * 255 + 0.5).floor_().clamp_(0, 255).to(torch.uint8)
 
     def with_pixels(self, rgb: torch.Tensor, alpha: torch.Tensor | None) -> DecodedImage:
-        """Return a picture of the same mode and profile with other pixels, of any size.
+        """Return an image of the same mode and profile with other pixels, of any size.
 
         Args:
             rgb: Floating point (3, H, W) in [0, 1].
             alpha: Floating point (1, H, W) in [0, 1], or None.
 
         Raises:
-            BinarizeError: If a shape is another.
+            BinarizeError: If a shape is wrong.
         """
         if rgb.ndim != 3 or rgb.shape[0] != 3:
             raise BinarizeError(f"DecodedImage.with_pixels: rgb must be (3, H, W), got {tuple(rgb.shape)}")
-        if alpha is not None and alpha.shape != (1, *rgb.shape[1:]):
-            expected = (1, *rgb.shape[1:])
+        expected = (1, *rgb.shape[1:])
+        if alpha is not None and alpha.shape != expected:
             raise BinarizeError(f"DecodedImage.with_pixels: alpha must be {expected}, got {tuple(alpha.shape)}")
-        return replace(
-            self,
-            rgb=rgb.detach().to("cpu", torch.float32),
-            alpha=None if alpha is None else alpha.detach().to("cpu", torch.float32),
-        )
+        alpha = None if alpha is None else alpha.detach().to("cpu", torch.float32)
+        return replace(self, rgb=rgb.detach().to("cpu", torch.float32), alpha=alpha)
 
     def to_pil(self) -> Image.Image:
-        """Return the picture as Pillow's: L, LA, RGB or RGBA of 8 bits, or 16-bit grey where the source was that.
+        """Return an 8-bit Pillow image (L, LA, RGB or RGBA), or 16-bit greyscale if the source is that.
 
-        Greyscale sources give greyscale (the BT.601 luma of ``rgb``). Values are rounded to the nearest level. Palettes
-        and CMYK become RGB, since new pixels hold colours that the palette or the inks do not name. Pillow has no
-        16-bit grey with transparency: with ``alpha`` it becomes 8-bit.
+        Values are rounded to the nearest level; greyscale is the BT.601 luma of ``rgb``. Palettes and CMYK become RGB,
+        because new pixels have colours that the palette or the inks cannot name. Pillow has no 16-bit greyscale with
+        transparency, so an image with ``alpha`` is 8-bit.
         """
+        mode, planes = self.saved_mode, [*self.rgb]
         if self.is_grey:
-            weights = torch.tensor(_LUMA, dtype=torch.float64).view(3, 1, 1)
-            grey = (self.rgb.double() * weights).sum(0)
-            if self.mode in _DEEP and self.alpha is None:
-                return self._profiled(Image.fromarray(_levels(grey, 65535).astype(np.uint16)))
-            planes = [_levels(grey, 255)]
-        else:
-            planes = list(_levels(self.rgb, 255))
+            planes = [(self.rgb.double() * torch.tensor(_LUMA, dtype=torch.float64).view(3, 1, 1)).sum(0)]
         if self.alpha is not None:
-            planes.append(_levels(self.alpha[0], 255))
-        mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[len(planes)]
-        bands = [Image.fromarray(plane.astype(np.uint8)) for plane in planes]
-        return self._profiled(bands[0] if len(bands) == 1 else Image.merge(mode, bands))
-
-    def _profiled(self, image: Image.Image) -> Image.Image:
+            planes.append(self.alpha[0])
+        if mode == "I;16":
+            image = Image.fromarray(_levels(planes[0], 65535).astype(np.uint16))
+        else:
+            bands = [Image.fromarray(_levels(plane, 255).astype(np.uint8)) for plane in planes]
+            image = bands[0] if len(bands) == 1 else Image.merge(mode, bands)
         if self.icc_profile is not None:
             image.info["icc_profile"] = self.icc_profile
         return image
 
 
 def to_image(image: Image.Image) -> DecodedImage:
-    """Decode a Pillow image: orientation applied, palette, inks and transparency resolved, depth remembered.
+    """Decode a Pillow image: apply its orientation, resolve palette, inks and transparency, keep its depth.
 
-    CMYK with a colour profile is converted by it to sRGB. 16-bit colour arrives from Pillow as 8-bit. Of an animation
-    the current frame is taken.
+    CMYK with a colour profile is converted to sRGB. 16-bit colour arrives from Pillow as 8-bit. An animation gives its
+    current frame.
 
     Raises:
-        BinarizeError: If the mode has no agreed black and white level (floating point, 32-bit integers beyond 16 bits,
-            LAB), or the file behind the image turns out to be truncated.
+        BinarizeError: If the mode has no defined black and white level (floating point, integers beyond 16 bits, LAB),
+            or the file behind the image is truncated.
     """
     try:
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
-        raise BinarizeError(f"cannot decode the picture: {error}") from error
+        raise BinarizeError(f"cannot decode the image: {error}") from error
     mode = image.mode
     if mode not in _GREY + _COLOUR:
         raise BinarizeError(
-            f"pictures of mode {mode!r} are not supported; convert to 8-bit RGB, or to 8- or 16-bit greyscale, first"
+            f"images of mode {mode!r} are not supported; convert to 8-bit RGB, or to 8- or 16-bit greyscale, first"
         )
-    upright = _upright(image)
-    profile = image.info.get("icc_profile")
+    upright, profile = _upright(image), image.info.get("icc_profile")
     if mode in _DEEP:
-        return _deep(upright, profile)
-    transparent = mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+        return DecodedImage(_decode_deep(upright), None, mode, _matching_profile(profile, mode))
+    transparent = mode in ("RGBA", "LA", "PA", "La", "RGBa") or (mode != "CMYK" and "transparency" in image.info)
     if mode == "CMYK":
-        colour, profile = _inks(upright, profile), None
+        colour, profile = _cmyk_to_rgb(upright, profile), None
     else:
         colour = upright.convert("RGBA" if transparent else "RGB")
     values = torch.from_numpy(np.array(colour, dtype=np.float32)).permute(2, 0, 1) / 255
-    alpha = values[3:].contiguous() if transparent and mode != "CMYK" else None
-    return DecodedImage(values[:3].contiguous(), alpha, mode, _fitting(profile, mode))
+    alpha = values[3:].contiguous() if transparent else None
+    return DecodedImage(values[:3].contiguous(), alpha, mode, _matching_profile(profile, mode))
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return height and width with the EXIF orientation applied."""
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        transposed = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except _METADATA_ERRORS:
-        turned = False
-    return (image.width, image.height) if turned else (image.height, image.width)
+        transposed = False
+    return (image.width, image.height) if transposed else (image.height, image.width)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except _METADATA_ERRORS:
-        return image  # damaged metadata beside sound pixels says nothing about the orientation
+        return image  # the pixels are sound, only the metadata is damaged
 
 
-def _deep(image: Image.Image, profile: bytes | None) -> DecodedImage:
+def _decode_deep(image: Image.Image) -> torch.Tensor:
     levels = np.array(image, dtype=np.int64)
     if levels.min() < 0 or levels.max() > 65535:
         raise BinarizeError(
-            f"a 32-bit integer picture must stay within 0..65535, got {levels.min()}..{levels.max()}; rescale it first"
+            f"a 32-bit integer image must stay within 0..65535, got {levels.min()}..{levels.max()}; rescale it first"
         )
-    grey = torch.from_numpy((levels / 65535).astype(np.float32))
-    return DecodedImage(grey.expand(3, *grey.shape).clone(), None, image.mode, _fitting(profile, image.mode))
+    return torch.from_numpy((levels / 65535).astype(np.float32)).repeat(3, 1, 1)
 
 
-def _inks(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert CMYK to RGB, by its profile to sRGB where it has a usable one."""
+def _cmyk_to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile:
         try:
-            converted = ImageCms.profileToProfile(
-                image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
+            source, target = io.BytesIO(profile), ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+            if converted is not None:
+                return converted
         except (ImageCms.PyCMSError, OSError):
-            converted = None  # a damaged or unrelated profile says nothing about the inks
-        if converted is not None:
-            return converted
+            pass  # a damaged or unrelated profile does not describe the inks
     return image.convert("RGB")
 
 
-def _fitting(profile: bytes | None, mode: str) -> bytes | None:
-    """Return the profile if its colour space is that of the pixels we write; it would mislead a viewer otherwise."""
-    # ICC.1 header: bytes 16..19 name the colour space of the data.
-    space = b"GRAY" if mode in _GREY else b"RGB "
+def _matching_profile(profile: bytes | None, mode: str) -> bytes | None:
+    """Return the profile if its colour space is that of the written pixels; otherwise it would mislead a viewer."""
+    space = b"GRAY" if mode in _GREY else b"RGB "  # bytes 16 to 19 of an ICC.1 header
     return profile if profile and profile[16:20] == space else None
 
 

@@ -17,7 +17,7 @@ from binarize.imaging.decoded import DecodedImage, to_image, upright_size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 
-# Suffix -> Pillow's format, the modes it stores without loss of a channel or of depth, and how it is written.
+# Suffix -> Pillow's format, the modes it stores without loss of a channel or of depth, and options for writing.
 _WRITERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     ".png": ("PNG", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), {}),
     ".tif": ("TIFF", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"), {"compression": "tiff_lzw"}),
@@ -25,27 +25,26 @@ _WRITERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     ".webp": ("WEBP", ("L", "LA", "RGB", "RGBA"), {"lossless": True}),
     ".bmp": ("BMP", ("1", "L", "P", "RGB"), {}),
 }
-_WRITERS[".tiff"] = _WRITERS[".tif"]
-_WRITERS[".jpeg"] = _WRITERS[".jpg"]
+_WRITERS |= {".tiff": _WRITERS[".tif"], ".jpeg": _WRITERS[".jpg"]}
 
 
 def read_image(path: str | os.PathLike[str]) -> DecodedImage:
-    """Read a picture file, whole, upright and with what :class:`DecodedImage` remembers of it.
+    """Read an image file, with its orientation applied.
 
     Raises:
-        BinarizeError: If the file is missing, a folder, no picture, truncated, of an unsupported mode, or beyond
-            Pillow's limit against decompression bombs (``2 * PIL.Image.MAX_IMAGE_PIXELS`` pixels). Always one line
-            that names the file.
+        BinarizeError: If the file is missing, a folder, not an image, truncated, of an unsupported mode, or beyond
+            Pillow's limit against decompression bombs (``2 * PIL.Image.MAX_IMAGE_PIXELS`` pixels). The message is one
+            line that names the file.
     """
     with _opened(Path(path)) as image:
         return to_image(image)
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return height and width of a picture file as shown, its EXIF orientation applied, without decoding the pixels.
+    """Return height and width of an image file, with its orientation applied, without decoding the pixels.
 
     Raises:
-        BinarizeError: As :func:`read_image`, for what the header alone can tell.
+        BinarizeError: As `read_image`, for faults that the header shows.
     """
     with _opened(Path(path)) as image:
         return upright_size(image)
@@ -53,81 +52,86 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open a picture file; whatever goes wrong inside becomes one line that names it."""
+    """Open an image file; turn any failure in the body into one line that names the file."""
     if not path.exists():
         raise BinarizeError(f"{path}: no such file")
     if path.is_dir():
-        raise BinarizeError(f"{path}: is a folder, not a picture file")
+        raise BinarizeError(f"{path}: is a folder, not an image file")
     try:
         with warnings.catch_warnings():
-            # Large panoramas are legitimate; only the size that Pillow refuses outright is refused.
+            # Large panoramas are legitimate; only the size that Pillow itself refuses is an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            # Damaged metadata beside sound pixels is no reason to stop.
+            # The pixels may be sound although the metadata is damaged.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
             with Image.open(path) as image:
                 yield image
     except UnidentifiedImageError:
-        raise BinarizeError(f"{path}: is not a picture that Pillow can read") from None
+        raise BinarizeError(f"{path}: is not an image that Pillow can read") from None
     except Image.DecompressionBombError as error:
         raise BinarizeError(f"{path}: {one_line(error)} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it.") from error
     except BinarizeError as error:
         raise BinarizeError(f"{path}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise BinarizeError(f"{path}: cannot be read as a picture: {one_line(error)}") from error
+        raise BinarizeError(f"{path}: cannot be read as an image: {one_line(error)}") from error
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """List the picture files directly in a folder by name, hidden ones left out.
+    """List the image files directly in a folder by name, without hidden ones.
 
     Raises:
-        BinarizeError: If the folder is missing, is a file, or holds no picture.
+        BinarizeError: If the folder is missing, is a file, or holds no image.
     """
     folder = Path(folder)
     if not folder.exists():
         raise BinarizeError(f"{folder}: no such folder")
     if not folder.is_dir():
-        raise BinarizeError(f"{folder}: is a file; a folder of pictures is needed")
+        raise BinarizeError(f"{folder}: is a file; a folder of images is needed")
     found = sorted(
         path
         for path in folder.iterdir()
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
     if not found:
-        raise BinarizeError(f"{folder}: holds no pictures; looked for {' '.join(IMAGE_SUFFIXES)}")
+        raise BinarizeError(f"{folder}: holds no images; looked for {' '.join(IMAGE_SUFFIXES)}")
     return found
 
 
 def save_image(image: Image.Image | DecodedImage, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Write a picture, atomically, in the format that the suffix names; JPEG at quality 95, WebP lossless.
+    """Write an image atomically in the format of the path's suffix, JPEG at quality 95, WebP lossless.
 
-    The colour profile in the image's ``info`` is kept, every other tag (EXIF, orientation) is left out.
+    The colour profile in the image's ``info`` is kept; other tags (EXIF, orientation) are not written.
 
     Args:
-        image: A Pillow image or a :class:`DecodedImage`.
-        path: Where to; its folder must exist.
-        force: Replace a file that is already there.
-
-    Returns:
-        The path.
+        image: A Pillow image or a `DecodedImage`.
+        path: The file. Its folder must exist.
+        force: Replace an existing file.
 
     Raises:
-        BinarizeError: If the suffix is unknown, the format cannot hold the picture's transparency or depth, the folder
-            is missing, the file exists and ``force`` is not given, or writing fails.
+        BinarizeError: If the suffix is unknown, the format cannot hold the image's transparency or depth, the folder
+            is missing, the file exists and `force` is false, or writing fails.
+    """
+    source = image.to_pil() if isinstance(image, DecodedImage) else image
+    check_writable(source.mode, path)
+    name, _, options = _WRITERS[Path(path).suffix.lower()]
+    options = {**options, "format": name, "icc_profile": source.info.get("icc_profile")}
+    return write_atomic(path, lambda temporary: source.save(temporary, **options), force=force)
+
+
+def check_writable(mode: str, path: str | os.PathLike[str]) -> None:
+    """Check that an image of a mode can be saved as `path`.
+
+    Raises:
+        BinarizeError: If the suffix is unknown, its format cannot hold the mode, or the folder is not writable.
     """
     path = Path(path)
-    writer = _WRITERS.get(path.suffix.lower())
-    if writer is None:
-        known = sorted(_WRITERS)
+    known = sorted(_WRITERS)
+    if path.suffix.lower() not in known:
         raise BinarizeError(
-            f"{path}: cannot write pictures with the suffix {path.suffix!r}; use one of {' '.join(known)}."
+            f"{path}: cannot write images with the suffix {path.suffix!r}; use one of {' '.join(known)}."
             f"{did_you_mean(path.suffix, known)}"
         )
-    image = image.to_pil() if isinstance(image, DecodedImage) else image
-    name, modes, options = writer
-    if image.mode not in modes:
-        raise BinarizeError(f"{path}: {name} cannot hold a picture of mode {image.mode!r}; use .png or .tif")
-
-    def write(temporary: Path) -> None:
-        image.save(temporary, format=name, icc_profile=image.info.get("icc_profile"), **options)
-
-    return write_atomic(path, write, force=force)
+    name, modes, _ = _WRITERS[path.suffix.lower()]
+    if mode not in modes:
+        raise BinarizeError(f"{path}: {name} cannot hold an image of mode {mode!r}; use .png or .tif")
+    if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+        raise BinarizeError(f"{path}: the folder {path.parent} is not writable")

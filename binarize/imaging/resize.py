@@ -1,9 +1,8 @@
-"""MATLAB's ``imresize`` for whole scale factors: the degradation and the bicubic enlargement of super-resolution.
+"""MATLAB's ``imresize`` for integer scales: the degradation and the bicubic upscaling of super-resolution.
 
 Both are the separable cubic convolution of Keys (1981) with a = -1/2, borders mirrored with the edge pixel repeated,
-one axis after the other. The filter is written out here because PyTorch's antialiased bicubic one, which has the same
-kernel, cuts the kernel off at the border, is wrong for pictures one pixel wide (2.14) and has weights that do not sum
-to one exactly in float32.
+one axis after the other. PyTorch's antialiased bicubic filter has the same kernel but cuts it off at the border, is
+wrong for images one pixel wide (2.14), and its weights do not sum to exactly one in float32.
 """
 
 from __future__ import annotations
@@ -20,55 +19,55 @@ from binarize.errors import BinarizeError
 Pixels = TypeVar("Pixels", np.ndarray, torch.Tensor)
 
 # Far below the smallest gap between two weighted sums of 8-bit pixels and far above float64's error: an exact tie
-# rounds up whatever the order of summation, so that every device gives the same integers.
+# rounds up in any order of summation, so every device gives the same integers.
 _TIE = 1e-7
 
 
 def degrade(hr: Pixels, scale: int) -> Pixels:
-    """Shrink an 8-bit picture as MATLAB's ``imresize(hr, 1 / scale)`` does, bit for bit.
+    """Downscale an 8-bit image as MATLAB's ``imresize(hr, 1 / scale)`` does, bit for bit.
 
-    The picture is first cropped at the right and the bottom to a multiple of ``scale``. The vertical axis is filtered
-    and rounded to 8 bits, then the horizontal one. At x2 and x4 this equals the low-resolution pictures that the
-    field's data sets ship. At scales that are no power of two an exact tie rounds up; MATLAB's own result hangs there
-    on its order of summation.
+    The image is cropped at the right and the bottom to a multiple of `scale`. The vertical axis is filtered and rounded
+    to 8 bits, then the horizontal one. At x2 and x4 the result equals the low-resolution images of the field's data
+    sets. At other scales an exact tie rounds up; MATLAB's own result depends on its order of summation there.
 
     Args:
         hr: uint8, either a numpy array (H, W) or (H, W, C), or a tensor (..., C, H, W).
-        scale: Whole factor of at least 1.
+        scale: Integer factor of at least 1.
 
     Returns:
         The same kind of object, ``H // scale`` by ``W // scale`` pixels.
 
     Raises:
-        BinarizeError: If the picture is not 8-bit, is smaller than ``scale``, or the scale is not a whole number.
+        BinarizeError: If the image is not 8-bit or is smaller than `scale`, or the scale is not a positive integer.
     """
     _check_scale(scale)
     planes, restore = _planes(hr, "degrade")
     height, width = planes.shape[-2:]
     if height < scale or width < scale:
-        raise BinarizeError(f"degrade: a picture of {width}x{height} pixels is smaller than the scale {scale}")
+        raise BinarizeError(f"degrade: an image of {width}x{height} pixels is smaller than the scale {scale}")
     planes = planes[..., : height - height % scale, : width - width % scale]
     for axis in (-2, -1):
-        planes = _round(_shrink(planes.to(_exact(scale)), scale, axis))
+        planes = _round(_shrink(planes.to(_exact_dtype(scale)), scale, axis))
     return restore(planes)
 
 
 def upscale_bicubic(lr: Pixels, scale: int) -> Pixels:
-    """Enlarge a picture as MATLAB's ``imresize(lr, scale)`` does; the condition picture and the baseline "bicubic".
+    """Upscale an image as MATLAB's ``imresize(lr, scale)`` does: the condition image and the baseline "bicubic".
 
-    Floating-point pictures are clamped to [0, 1] and not rounded; 8-bit ones are rounded after each axis, the vertical
-    one first, as MATLAB rounds. Both see two low-resolution pixels around each point, so the enlargement of a crop
-    differs from the crop of the enlargement within ``2 * scale`` pixels of the cut.
+    Floating-point images are clamped to [0, 1] and not rounded. 8-bit images are rounded after each axis, the vertical
+    one first, as in MATLAB. Each result depends on two low-resolution pixels to each side, so the result of a crop
+    differs from the crop of the result within ``2 * scale`` pixels of the cut.
 
     Args:
-        lr: A floating-point tensor (..., C, h, w) in [0, 1], or 8-bit pixels as in :func:`degrade`.
-        scale: Whole factor of at least 1.
+        lr: A floating-point tensor (..., C, h, w) in [0, 1], or 8-bit pixels as in `degrade`.
+        scale: Integer factor of at least 1.
 
     Returns:
         The same kind and dtype, ``h * scale`` by ``w * scale`` pixels. Half precision is computed in float32.
 
     Raises:
-        BinarizeError: If the pixels are neither 8-bit nor a floating-point tensor, or the scale is not a whole number.
+        BinarizeError: If the pixels are neither 8-bit nor a floating-point tensor, or the scale is not a positive
+            integer.
     """
     _check_scale(scale)
     if isinstance(lr, torch.Tensor) and lr.is_floating_point():
@@ -79,7 +78,7 @@ def upscale_bicubic(lr: Pixels, scale: int) -> Pixels:
         return planes.clamp(0, 1).to(lr.dtype)
     pixels, restore = _planes(lr, "upscale_bicubic")
     for axis in (-2, -1):
-        pixels = _round(_grow(pixels.to(_exact(scale)), scale, axis))
+        pixels = _round(_grow(pixels.to(_exact_dtype(scale)), scale, axis))
     return restore(pixels)
 
 
@@ -96,12 +95,11 @@ def _check_shape(tensor: torch.Tensor, caller: str) -> None:
 
 
 def _planes(pixels: Pixels, caller: str) -> tuple[torch.Tensor, Callable[[torch.Tensor], Pixels]]:
-    """Return 8-bit pixels as a (..., H, W) tensor, and the function that turns a result back into the caller's kind."""
+    """Return 8-bit pixels as a (..., H, W) tensor, and a function that converts a result back to the caller's kind."""
     if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim in (2, 3) and pixels.size > 0:
-        if pixels.ndim == 2:
-            return torch.from_numpy(np.ascontiguousarray(pixels)), _as_numpy
-        channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        return channels_first, _channels_last
+        forward, back = ((2, 0, 1), (1, 2, 0)) if pixels.ndim == 3 else ((0, 1), (0, 1))
+        channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(forward)))
+        return channels_first, lambda tensor: np.ascontiguousarray(tensor.numpy().transpose(back))
     if isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8:
         _check_shape(pixels, caller)
         return pixels, lambda tensor: tensor
@@ -112,21 +110,13 @@ def _planes(pixels: Pixels, caller: str) -> tuple[torch.Tensor, Callable[[torch.
     raise BinarizeError(f"{caller}: expected {allowed}; got {given}")
 
 
-def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.numpy()
-
-
-def _channels_last(tensor: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.numpy().transpose(1, 2, 0))
-
-
-def _exact(scale: int) -> torch.dtype:
-    # The weights are multiples of 2**-12 at x4 (coarser below): with 8-bit pixels every partial sum fits float32.
+def _exact_dtype(scale: int) -> torch.dtype:
+    # The weights are multiples of 2**-12 or of larger powers of 2, so with 8-bit pixels every partial sum fits float32.
     return torch.float32 if scale in (1, 2, 4) else torch.float64
 
 
 def _shrink(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
-    """Filter one axis down, the kernel widened against aliasing."""
+    """Downscale one axis, with the kernel stretched against aliasing."""
     lines = _mirror(planes, 2 * scale, axis).transpose(axis, -1)
     last = lines.shape[-1] - 5 * scale  # of the windows' starts
     windows = (
@@ -137,7 +127,7 @@ def _shrink(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
 
 
 def _grow(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
-    """Filter one axis up: every ``scale``-th result has the same weights."""
+    """Upscale one axis; every ``scale``-th result has the same weights."""
     lines = _mirror(planes, 2, axis).transpose(axis, -1)
     size = lines.shape[-1] - 4
     phases = []
@@ -148,7 +138,7 @@ def _grow(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
 
 
 def _taps(centre: float, stretch: int) -> list[tuple[int, float]]:
-    """Return offset and weight of the pixels that the kernel, stretched and centred so, covers; weights sum to 1."""
+    """Return offset and weight of each pixel under a kernel of this centre and stretch; the weights sum to 1."""
     reach = range(ceil(centre - 2 * stretch), floor(centre + 2 * stretch) + 1)
     weights = [(at, _cubic(abs(at - centre) / stretch)) for at in reach]
     total = sum(weight for _, weight in weights)
@@ -161,16 +151,16 @@ def _cubic(x: float) -> float:
     return ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
 
 
-def _sum(terms: Iterator[torch.Tensor]) -> torch.Tensor:
-    # In this order everywhere and with no fused multiply-add, so that a pixel's value does not depend on its place.
-    total = next(terms)
-    for term in terms:
-        total += term
+def _sum(products: Iterator[torch.Tensor]) -> torch.Tensor:
+    # The same order everywhere and no fused multiply-add, so that a pixel's value does not depend on its position.
+    total = next(products)
+    for product in products:
+        total += product
     return total
 
 
 def _mirror(planes: torch.Tensor, pad: int, axis: int) -> torch.Tensor:
-    """Extend an axis by ``pad`` on both sides, mirrored with the edge repeated, over and over where it is short."""
+    """Pad an axis on both sides by repeated mirroring with the edge repeated."""
     size = planes.shape[axis]
     index = torch.arange(-pad, size + pad, device=planes.device) % (2 * size)
     return planes.index_select(axis, torch.minimum(index, 2 * size - 1 - index))

@@ -1,19 +1,19 @@
-"""Looking inside a binary network: what flips, what saturates, and how activations are distributed.
+"""Inside a binary network: sign flips, saturation, and the distributions of activations.
 
-Each function returns plain data, numpy arrays in a frozen dataclass, whose ``plot`` draws the usual figure (matplotlib
-is imported there and nowhere else). The model is observed in evaluation mode through hooks; the hooks are removed and
-the mode of every module is restored whatever happens.
+Each function returns numpy arrays in a frozen dataclass, whose ``plot(ax)`` draws them on the given axes or on a new
+figure and raises a BinarizeError if matplotlib is missing. The model runs in evaluation mode under hooks; afterwards
+the hooks are removed and the mode of every module is restored, even after an error.
 """
 
 from __future__ import annotations
 
 from binarize.inspect.activations import ActivationDistribution, activation_distribution
+from binarize.inspect.distribution import Distribution
 from binarize.inspect.flips import FlipRatios, FlipTracker
 from binarize.inspect.fusion import FusionDistributions, fusion_distributions
 from binarize.inspect.observe import Run
 from binarize.inspect.saturation import Saturation, saturation
 from binarize.inspect.shifts import TarBiases, tar_biases
-from binarize.inspect.values import Distribution
 
 __all__ = [
     "ActivationDistribution",

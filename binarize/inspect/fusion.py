@@ -1,20 +1,17 @@
-"""What CS-Fusion does to the distributions of the two activations that it fuses."""
+"""The distributions of the two activations that CS-Fusion fuses, before and after."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from binarize.inspect.observe import Run, find_module, observing, start, unreached
-from binarize.inspect.plot import axes
-from binarize.inspect.values import Distribution, Gathered
+from binarize.inspect.distribution import Distribution, DistributionMeter
+from binarize.inspect.observe import Run, execute, find_module, not_called, observing
+from binarize.inspect.plot import Axes, get_axes
 from binarize.layers import AddFusion, CSFusion
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -22,12 +19,12 @@ class FusionDistributions:
     """The distributions around one CS-Fusion.
 
     Attributes:
-        module: Its name.
-        hidden: The decoder's activation, as it comes in.
-        skip: The encoder's activation, as it comes in.
-        mixed: What each of its convolutions gets: channels of both.
+        module: Name of the module.
+        hidden: The decoder's activation.
+        skip: The encoder's activation.
+        mixed: The inputs of its convolutions, with channels of both.
         fused: Its output.
-        added: What the plain sum of hidden and skip would be.
+        added: The plain sum of hidden and skip, for comparison.
     """
 
     module: str
@@ -38,40 +35,30 @@ class FusionDistributions:
     added: Distribution
 
     def plot(self, ax: Axes | None = None, *, bins: int = 100) -> Axes:
-        """Draw the densities: inputs solid, mixed inputs dashed, the fused output and the plain sum thick.
+        """Draw the densities between the 0.1st and the 99.9th percentile of all values.
 
-        Args:
-            ax: Where to; by default on a new figure.
-            bins: Of the range from the 0.1st to the 99.9th percentile of all.
-
-        Raises:
-            BinarizeError: If matplotlib is missing.
+        Inputs are solid, mixed inputs dashed, the fused output and the plain sum thick.
         """
-        ax = axes(ax)
+        ax = get_axes(ax)
         curves: list[tuple[str, Distribution, dict[str, Any]]] = [
             ("hidden", self.hidden, {"color": "tab:blue"}),
             ("skip", self.skip, {"color": "tab:orange"}),
-            *(
-                (f"mixed {number}", one, {"color": "tab:green", "linestyle": "--"})
-                for number, one in enumerate(self.mixed, 1)
-            ),
+            *((f"mixed {n}", one, {"color": "tab:green", "linestyle": "--"}) for n, one in enumerate(self.mixed, 1)),
             ("fused", self.fused, {"color": "tab:red", "linewidth": 2}),
             ("hidden + skip", self.added, {"color": "black", "linewidth": 2}),
         ]
-        every = np.concatenate([one.values for _, one, _ in curves]).astype(np.float64)
-        edges = np.histogram_bin_edges(np.quantile(every, (0.001, 0.999)), bins)
+        values = np.concatenate([one.values for _, one, _ in curves]).astype(np.float64)
+        edges = np.histogram_bin_edges(np.quantile(values, (0.001, 0.999)), bins)
         for label, one, style in curves:
             density = np.histogram(one.values, edges)[0] / len(one.values) / np.diff(edges)
             ax.plot((edges[:-1] + edges[1:]) / 2, density, label=f"{label} (std {one.std:.3g})", **style)
-        ax.set_xlabel("activation")
-        ax.set_ylabel("density")
-        ax.set_title(self.module)
+        ax.set(xlabel="activation", ylabel="density", title=self.module)
         ax.legend()
         return ax
 
 
 def fusion_distributions(model: nn.Module, module: str, run: Run, *, samples: int = 10_000) -> FusionDistributions:
-    """Record what goes into a CS-Fusion and what comes out, beside what an addition would give.
+    """Record the inputs and the output of a CS-Fusion, and the output that an addition would give.
 
     Args:
         model: A model with CS-Fusions, converted or not.
@@ -80,33 +67,24 @@ def fusion_distributions(model: nn.Module, module: str, run: Run, *, samples: in
         samples: How many values of each call are kept at most.
 
     Raises:
-        BinarizeError: If there is no such CS-Fusion (those there are get named), the run did not call it, or
-            ``samples`` is less than 1.
+        BinarizeError: If there is no such CS-Fusion (the message names those there are), the run does not call it, or
+            `samples` is less than 1.
     """
     fusion = find_module(model, module, CSFusion)
     addition = AddFusion(fusion.hidden_channels, fusion.skip_channels, fusion.out_channels)
-    hidden, skip, fused, added = (Gathered(samples) for _ in range(4))
-    mixed = [Gathered(samples) for _ in range(fusion.terms)]
+    hidden, skip, fused, added = meters = [DistributionMeter(samples) for _ in range(4)]
+    mixed = [DistributionMeter(samples) for _ in range(fusion.terms)]
 
-    def look(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x = args[0]
-        hidden.add(x[:, : fusion.hidden_channels])
-        skip.add(x[:, fusion.hidden_channels :])
-        for gathered, part in zip(mixed, fusion.mix(x), strict=True):
-            gathered.add(part)
-        fused.add(output)
-        added.add(addition(x))
+        parts = (x[:, : fusion.hidden_channels], x[:, fusion.hidden_channels :], output, addition(x), *fusion.mix(x))
+        for meter, part in zip([*meters, *mixed], parts, strict=True):
+            meter.add(part)
 
     with observing(model) as undo:
-        undo.enter_context(fusion.register_forward_hook(look))
-        start(model, run)
+        undo.enter_context(fusion.register_forward_hook(record))
+        execute(model, run)
     if not fused.count:
-        raise unreached(module)
-    return FusionDistributions(
-        module,
-        hidden.result(),
-        skip.result(),
-        tuple(one.result() for one in mixed),
-        fused.result(),
-        added.result(),
-    )
+        raise not_called(module)
+    between = tuple(meter.result() for meter in mixed)
+    return FusionDistributions(module, hidden.result(), skip.result(), between, fused.result(), added.result())

@@ -1,4 +1,4 @@
-"""Running a model while hooks look on, and leaving it as it was."""
+"""Running a model under hooks and restoring it, and finding modules and binary layers by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from binarize.errors import BinarizeError, did_you_mean
 from binarize.layers import BinaryConv2d, BinaryLinear
 
 Run = Callable[[], object] | Tensor | Sequence[Any] | Mapping[str, Any]
-"""What to observe: a function without arguments that calls the model as often as it likes (a pipeline, a loop over
+"""How to run the model: a function without arguments that calls it any number of times (a pipeline, a loop over
 timesteps), or the inputs of one forward: a tensor, a tuple of arguments or a mapping of keyword arguments."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -24,10 +24,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[ExitStack]:
-    """While entered, the model is in evaluation mode and no gradients are recorded.
+    """Put a model into evaluation mode without gradients for the length of the context.
 
     Yields:
-        A stack; what is entered into it, such as the handle of a hook, is undone on leaving.
+        A stack; contexts entered into it, such as handles of hooks, are closed at the end.
 
     Raises:
         BinarizeError: If the model is packed.
@@ -43,11 +43,11 @@ def observing(model: nn.Module) -> Iterator[ExitStack]:
             module.training = training
 
 
-def start(model: nn.Module, run: Run) -> None:
+def execute(model: nn.Module, run: Run) -> None:
     """Run the model.
 
     Raises:
-        BinarizeError: If ``run`` is none of what it may be.
+        BinarizeError: If `run` has another type than `Run`.
     """
     if isinstance(run, Tensor):
         model(run)
@@ -64,7 +64,7 @@ def start(model: nn.Module, run: Run) -> None:
         )
 
 
-def unreached(name: str) -> BinarizeError:
+def not_called(name: str) -> BinarizeError:
     """Return the error for a module that the run did not call."""
     return BinarizeError(
         f"the run did not call {name!r}, so there is nothing to show; a run must call the model that is inspected "
@@ -76,22 +76,21 @@ def find_module(model: nn.Module, name: str, kind: type[ModuleT]) -> ModuleT:
     """Return a module of a model by its path.
 
     Raises:
-        BinarizeError: If there is none of that name, or it is of another kind.
+        BinarizeError: If there is no module of that name and kind.
     """
-    named = dict(model.named_modules(remove_duplicate=False))
-    of_kind = [path for path, module in named.items() if path and isinstance(module, kind)]
-    found = named.get(name)
-    if isinstance(found, kind):
-        return found
+    modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)}
+    if name in modules:
+        return modules[name]
     what = f"module {name!r}" if kind is nn.Module else f"{kind.__name__} {name!r}"
-    shown = ", ".join(of_kind[:4]) + (", ..." if len(of_kind) > 4 else "")
-    raise BinarizeError(f"{type(model).__name__} has no {what}; it has {shown or 'none'}.{did_you_mean(name, of_kind)}")
+    paths = [path for path in modules if path]
+    shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+    raise BinarizeError(f"{type(model).__name__} has no {what}; it has {shown or 'none'}.{did_you_mean(name, paths)}")
 
 
-def chosen_layers(
+def select_layers(
     model: nn.Module, patterns: str | Sequence[str] | None
 ) -> list[tuple[str, BinaryConv2d | BinaryLinear]]:
-    """Return the binary layers that any pattern matches, by itself or by a module around it; all without patterns.
+    """Return the binary layers whose name, or the name of a module around them, matches a pattern; all without one.
 
     Raises:
         BinarizeError: If the model is packed, has no binary layer, or a pattern matches none.
@@ -104,20 +103,22 @@ def chosen_layers(
         )
     if patterns is None:
         return layers
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in patterns:
-        if not any(_matches(pattern, name) for name, _ in layers):
+    selected: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matching = [name for name, _ in layers if _matches(pattern, name)]
+        if not matching:
             raise BinarizeError(
                 f"the pattern {pattern!r} matches no binary layer; names look like "
                 f"{', '.join(name for name, _ in layers[:3])}."
             )
-    return [(name, layer) for name, layer in layers if any(_matches(pattern, name) for pattern in patterns)]
+        selected.update(matching)
+    return [(name, layer) for name, layer in layers if name in selected]
 
 
 def _refuse_packed(model: nn.Module) -> None:
     if is_packed(model):
         raise BinarizeError(
-            "inspect: this model is packed, and its parts no longer run one by one; inspect a copy, "
+            "inspect: this model is packed, so its parts do not run one by one; inspect an unpacked copy, "
             "binarize.unpack(copy.deepcopy(model)), or load it with pack=False."
         )
 

@@ -1,4 +1,4 @@
-"""matplotlib, when it is asked for."""
+"""Axes for plots; matplotlib is imported here alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 from binarize.errors import BinarizeError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes as Axes
+else:
+    Axes = Any
 
 
-def axes(ax: Axes | None, **figure: Any) -> Axes:
-    """Return the axes to draw on: the given ones, or those of a new pyplot figure.
+def get_axes(ax: Axes | None, **figure: Any) -> Axes:
+    """Return the given axes, or those of a new pyplot figure.
 
     Raises:
         BinarizeError: If matplotlib is not installed.
@@ -20,14 +22,11 @@ def axes(ax: Axes | None, **figure: Any) -> Axes:
         from matplotlib import pyplot
     except ImportError as error:
         raise BinarizeError("plots need matplotlib: pip install 'binarize-diffusion[plot]'") from error
-    if ax is not None:
-        return ax
-    _, created = pyplot.subplots(layout="constrained", **figure)
-    return created
+    return pyplot.subplots(layout="constrained", **figure)[1] if ax is None else ax
 
 
-def name_layers(ax: Axes, names: tuple[str, ...]) -> None:
-    """Label the horizontal axis by layer, or by number where names would not be legible."""
+def label_layers(ax: Axes, names: tuple[str, ...]) -> None:
+    """Label the horizontal axis by layer names, or by numbers if names would not be legible."""
     if len(names) <= 40:
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         ax.set_xlabel("layer")

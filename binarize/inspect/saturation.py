@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from binarize.inspect.observe import Run, chosen_layers, observing, start, unreached
-from binarize.inspect.plot import axes, name_layers
+from binarize.inspect.observe import Run, execute, not_called, observing, select_layers
+from binarize.inspect.plot import Axes, get_axes, label_layers
 from binarize.layers import NormalizedApproxSign
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -25,8 +22,8 @@ class Saturation:
 
     Attributes:
         layers: Names of the layers.
-        share: (L,) float64, the share of a layer's inputs at its sign whose surrogate gradient is zero.
-        count: (L,) int64, how many inputs were seen.
+        share: (L,) float64, the share of the inputs of a layer's sign whose surrogate gradient is zero.
+        count: (L,) int64, number of inputs.
     """
 
     layers: tuple[str, ...]
@@ -39,30 +36,22 @@ class Saturation:
         return float(self.share @ self.count / self.count.sum())
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw a bar a layer.
-
-        Args:
-            ax: Where to; by default on a new figure.
-
-        Raises:
-            BinarizeError: If matplotlib is missing.
-        """
-        ax = axes(ax, figsize=(max(6.4, 0.16 * len(self.layers)), 4.8))
+        """Draw one bar per layer."""
+        ax = get_axes(ax, figsize=(max(6.4, 0.16 * len(self.layers)), 4.8))
         ax.bar(range(len(self.layers)), self.share)
         ax.axhline(self.overall, color="black", linewidth=1, label=f"all layers: {self.overall:.1%}")
-        ax.set_ylim(0, 1)
-        ax.set_ylabel("saturated activations")
-        name_layers(ax, self.layers)
+        ax.set(ylim=(0, 1), ylabel="saturated activations")
+        label_layers(ax, self.layers)
         ax.legend()
         return ax
 
 
 def saturation(model: nn.Module, run: Run, *, layers: str | Sequence[str] | None = None) -> Saturation:
-    """Measure for each binary layer which share of its activations is saturated: no gradient passes their sign.
+    """Measure the share of each binary layer's activations that get no gradient through the sign.
 
-    That is |x| > 1 for the clipped estimator and |x| >= 1 for ApproxSign, x being the input of the sign, shift
-    included; outside [0, 1] for DoReFa; |x| >= 1 after normalisation for ReCU. An activation of your own is asked for
-    its gradient, which must depend on each element alone. The sign of the identity estimator never saturates.
+    With x the input of the sign, after the shift, these are |x| > 1 for the clipped estimator, |x| >= 1 for ApproxSign,
+    x outside [0, 1] for DoReFa, and |x| >= 1 after normalisation for ReCU. The gradient of any other activation is
+    computed; it must depend on each element alone. The sign of the identity estimator never saturates.
 
     Args:
         model: A converted model.
@@ -70,35 +59,31 @@ def saturation(model: nn.Module, run: Run, *, layers: str | Sequence[str] | None
         layers: Globs on the names of binary layers; all by default.
 
     Raises:
-        BinarizeError: If the model has no binary layer, a pattern matches none, or the run did not call one.
+        BinarizeError: If the model has no binary layer, a pattern matches none, or the run does not call one.
     """
-    chosen = chosen_layers(model, layers)
-    counts = {name: [0, 0] for name, _ in chosen}
+    counts = {name: [0, 0] for name, _ in select_layers(model, layers)}
 
-    def look(held: list[int], activation: nn.Module, args: tuple[Any, ...]) -> None:
-        held[0] += int(_dead(activation, args[0]).sum())
+    def record(held: list[int], activation: nn.Module, args: tuple[Any, ...]) -> None:
+        held[0] += int(_is_saturated(activation, args[0]).sum())
         held[1] += args[0].numel()
 
     with observing(model) as undo:
-        for name, layer in chosen:
-            undo.enter_context(layer.activation.register_forward_pre_hook(partial(look, counts[name])))
-        start(model, run)
+        for name, layer in select_layers(model, layers):
+            undo.enter_context(layer.activation.register_forward_pre_hook(partial(record, counts[name])))
+        execute(model, run)
     for name, (_, seen) in counts.items():
         if not seen:
-            raise unreached(name)
-    return Saturation(
-        layers=tuple(counts),
-        share=np.array([dead / seen for dead, seen in counts.values()], dtype=np.float64),
-        count=np.array([seen for _, seen in counts.values()], dtype=np.int64),
-    )
+            raise not_called(name)
+    saturated, seen = np.array([*counts.values()], dtype=np.int64).T
+    return Saturation(tuple(counts), saturated / seen, seen)
 
 
-def _dead(activation: nn.Module, x: Tensor) -> Tensor:
+def _is_saturated(activation: nn.Module, x: Tensor) -> Tensor:
     if isinstance(activation, NormalizedApproxSign):
-        # Its gradient also flows through the variance, which never makes it exactly zero.
+        # Its gradient also flows through the variance, so it is never exactly zero.
         return activation.normalize(x).abs() >= 1
     with torch.inference_mode(False), torch.enable_grad():
         probe = x.detach().clone().requires_grad_()
-        # `forward`, not a call: a call would run the hook that asks.
+        # `forward`, because a call would run this hook again.
         (grad,) = torch.autograd.grad(activation.forward(probe).sum(), probe)
     return grad == 0

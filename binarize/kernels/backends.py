@@ -1,6 +1,8 @@
-"""Which code runs the packed operators: numba's kernels on a CPU, Triton's on CUDA, plain torch everywhere else.
+"""The choice of the code that runs the operators: numba's kernels on a CPU, Triton's on CUDA, plain torch elsewhere.
 
-The choice is made at each call. ``BINARIZE_BACKEND=torch`` in the environment, or `use` in code, asks for plain torch.
+The choice is made at each call. ``BINARIZE_BACKEND=torch`` in the environment, or `use` in code, selects plain torch.
+
+A backend is a module with `run`, `norm_factors` and `norm_silu`, as in `binarize.kernels.reference`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from binarize.errors import BinarizeError, did_you_mean
 Backend = Literal["auto", "numba", "triton", "torch"]
 BACKENDS = ("auto", "numba", "triton", "torch")
 VARIABLE = "BINARIZE_BACKEND"
-_MODULES = {"numba": ("binarize.kernels.cpu.conv", "CPU"), "triton": ("binarize.kernels.cuda", "CUDA")}
+_MODULES = {"numba": ("binarize.kernels.cpu.backend", "CPU"), "triton": ("binarize.kernels.cuda", "CUDA")}
 _DTYPES = {"numba": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
 _log = logging.getLogger("binarize")
@@ -32,14 +34,14 @@ _chosen: ContextVar[str | None] = ContextVar("binarize_backend", default=None)
 
 @contextmanager
 def use(backend: Backend) -> Iterator[None]:
-    """Within the block, run packed operators on one backend.
+    """Run packed operators on one backend within the ``with`` block.
 
     Args:
-        backend: "numba" (CPUs), "triton" (CUDA), or "auto", the one that the tensors' device has; plain torch takes
-            what the backend does not. "torch" is plain torch for everything.
+        backend: "numba" (CPUs), "triton" (CUDA), or "auto", which selects by the tensors' device. Plain torch runs what
+            the backend does not support. "torch" runs everything in plain torch.
 
     Raises:
-        BinarizeError: If there is no such backend, or one is asked for by name and cannot be used.
+        BinarizeError: If the backend is unknown or cannot be imported.
     """
     _check(backend, "use")
     if backend in _MODULES:
@@ -52,39 +54,39 @@ def use(backend: Backend) -> Iterator[None]:
 
 
 def current() -> str:
-    """Return the backend that is asked for: by `use`, else by the environment, else "auto"."""
+    """Return the selected backend: by `use`, else by the environment, else "auto"."""
     chosen = _chosen.get() or os.environ.get(VARIABLE) or "auto"
     _check(chosen, VARIABLE)
     return chosen
 
 
 def kernels_for(x: Tensor) -> ModuleType | None:
-    """Return the compiled kernels if they can take a tensor like ``x``, or None for plain torch."""
-    asked = current()
-    return _kernels_of(asked, asked == "triton" and _interprets(), x.device, x.dtype)
+    """Return the backend's module if it supports tensors like ``x``, or None for plain torch."""
+    selected = current()
+    return _kernels_of(selected, selected == "triton" and _interprets(), x.device, x.dtype)
 
 
 @cache
-def _kernels_of(asked: str, interprets: bool, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    if asked == "torch":
+def _kernels_of(selected: str, interprets: bool, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    if selected == "torch":
         return None
-    name = "triton" if device.type == "cuda" or (asked == "triton" and interprets) else "numba"
-    if asked not in ("auto", name) or dtype not in _DTYPES[name] or device.type not in ("cpu", "cuda"):
+    name = "triton" if device.type == "cuda" or (selected == "triton" and interprets) else "numba"
+    if selected not in ("auto", name) or dtype not in _DTYPES[name] or device.type not in ("cpu", "cuda"):
         return None
-    if asked == name:
+    if selected == name:
         return _kernels(name)
     return _kernels_if_any(name, device.index if name == "triton" else None)
 
 
 def cpu_kernels(x: Tensor | None = None) -> ModuleType | None:
-    """Return numba's kernels if packed operators run them on CPUs (and on a tensor like ``x``), or None."""
+    """Return the CPU backend's module if it runs (and supports tensors like ``x``), or None."""
     if current() == "triton" or (x is not None and x.device.type != "cpu"):
         return None
     return kernels_for(torch.empty(0, dtype=torch.float32, device="cpu") if x is None else x)
 
 
 def _interprets() -> bool:
-    """Say whether Triton runs its kernels on a CPU, for tests."""
+    """Return whether Triton interprets its kernels on the CPU, as tests do."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -30,18 +30,18 @@ class FilterShape:
         in_channels: C_in of one group.
         kernel: (kh, kw).
         groups: Of the convolution.
-        terms: How many scaled binary filters add up.
+        bases: How many scaled binary filters add up.
     """
 
     out_channels: int
     in_channels: int
     kernel: tuple[int, int]
     groups: int = 1
-    terms: int = 1
+    bases: int = 1
 
     @property
     def weights(self) -> int:
-        """How many weights a term has."""
+        """How many weights a basis has."""
         return self.out_channels * self.in_channels * self.kernel[0] * self.kernel[1]
 
     @property
@@ -62,21 +62,21 @@ class FilterShape:
     @property
     def dense(self) -> tuple[int, int]:
         """Shape of the bits in a file, uint8."""
-        return self.terms, math.ceil(self.weights / 8)
+        return self.bases, math.ceil(self.weights / 8)
 
     @property
     def memory(self) -> tuple[int, int, int, int]:
         """Shape of the words in memory, int32."""
-        return self.terms, self.groups * self.blocks, self.kernel[0] * self.kernel[1] * self.words, LANES
+        return self.bases, self.groups * self.blocks, self.kernel[0] * self.kernel[1] * self.words, LANES
 
 
 def to_dense(words: Tensor, shape: FilterShape) -> Tensor:
     """Return the bits as a file has them, uint8 ``shape.dense``, of words as memory has them."""
     if words.is_meta:
         return torch.empty(shape.dense, dtype=torch.uint8, device="meta")
-    flat = F.pad(to_bits(words, shape).reshape(shape.terms, -1), (0, -shape.weights % 8))
+    flat = F.pad(to_bits(words, shape).reshape(shape.bases, -1), (0, -shape.weights % 8))
     place = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=words.device)
-    return (flat.view(shape.terms, -1, 8) * place).sum(-1, dtype=torch.uint8)
+    return (flat.view(shape.bases, -1, 8) * place).sum(-1, dtype=torch.uint8)
 
 
 def from_dense(dense: Tensor, shape: FilterShape) -> Tensor:
@@ -84,13 +84,13 @@ def from_dense(dense: Tensor, shape: FilterShape) -> Tensor:
     if dense.is_meta:
         return torch.empty(shape.memory, dtype=torch.int32, device="meta")
     place = torch.arange(7, -1, -1, dtype=torch.uint8, device=dense.device)
-    bits = (dense.unsqueeze(-1) >> place & 1).reshape(shape.terms, -1)[:, : shape.weights]
-    return from_bits(bits.view(shape.terms, shape.out_channels, shape.in_channels, *shape.kernel), shape)
+    bits = (dense.unsqueeze(-1) >> place & 1).reshape(shape.bases, -1)[:, : shape.weights]
+    return from_bits(bits.view(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel), shape)
 
 
 def from_bits(bits: Tensor, shape: FilterShape) -> Tensor:
-    """Return words, int32 ``shape.memory``, of uint8 bits ``(terms, C_out, C_in / groups, kh, kw)``; spares are 0."""
-    n, group_out = shape.terms, shape.out_channels // shape.groups
+    """Return words, int32 ``shape.memory``, of uint8 bits ``(bases, C_out, C_in / groups, kh, kw)``; spares are 0."""
+    n, group_out = shape.bases, shape.out_channels // shape.groups
     kh, kw = shape.kernel
     bits = bits.reshape(n, shape.groups, group_out, shape.in_channels, kh * kw)
     bits = F.pad(bits, (0, 0, 0, -shape.in_channels % WORD, 0, -group_out % LANES))
@@ -100,15 +100,15 @@ def from_bits(bits: Tensor, shape: FilterShape) -> Tensor:
 
 
 def to_bits(words: Tensor, shape: FilterShape) -> Tensor:
-    """Return bits ``(terms, C_out, C_in / groups, kh, kw)`` uint8 of words: the inverse of `from_bits`."""
+    """Return bits ``(bases, C_out, C_in / groups, kh, kw)`` uint8 of words: the inverse of `from_bits`."""
     kh, kw = shape.kernel
     place = torch.arange(WORD, dtype=torch.int32, device=words.device)
     bits = (words.unsqueeze(-1) >> place & 1).to(torch.uint8)
-    bits = bits.view(shape.terms, shape.groups, shape.blocks, kh * kw, shape.words, LANES, WORD)
+    bits = bits.view(shape.bases, shape.groups, shape.blocks, kh * kw, shape.words, LANES, WORD)
     bits = bits.permute(0, 1, 2, 5, 4, 6, 3)
-    bits = bits.reshape(shape.terms, shape.groups, shape.blocks * LANES, shape.words * WORD, kh, kw)
+    bits = bits.reshape(shape.bases, shape.groups, shape.blocks * LANES, shape.words * WORD, kh, kw)
     bits = bits[:, :, : shape.out_channels // shape.groups, : shape.in_channels]
-    return bits.reshape(shape.terms, shape.out_channels, shape.in_channels, kh, kw)
+    return bits.reshape(shape.bases, shape.out_channels, shape.in_channels, kh, kw)
 
 
 def join_words(bits: Tensor) -> Tensor:

@@ -1,18 +1,18 @@
-"""The packed operators on CUDA, as Triton kernels: signs in one byte each, products on the tensor cores.
+"""The CUDA backend: Triton kernels with signs in one byte each and products on the tensor cores.
 
-A GPU has no xnor and population count that would be faster than its matrix units, and those multiply 8-bit integers.
-So the signs of the input are written once, a byte each, with everything that comes before them; the product unpacks the
-filters' bits as it goes, adds up 32-bit integers, which is exact, and applies everything that comes after it to the
-sums before they leave the registers.
+The matrix units of a GPU, which multiply 8-bit integers, are faster than its xnor and population count. One kernel
+writes the signs of the input, a byte each. The other unpacks the filters' bits, accumulates 32-bit integers, which is
+exact, and applies the output transform before the sums leave the registers.
 
-With ``TRITON_INTERPRET=1`` in the environment when Triton is imported the same kernels run on a CPU, slowly, for tests.
+With ``TRITON_INTERPRET=1`` in the environment when Triton is imported, the same kernels run on a CPU, slowly, for
+tests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -20,13 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from binarize.errors import BinarizeError
-from binarize.kernels.bitpack import LANES, WORD, FilterShape
-from binarize.kernels.inputs import pixels as as_pixels
+from binarize.kernels.binary_conv import COEFFICIENTS, BinaryConv
+from binarize.kernels.bitpack import LANES, WORD
+from binarize.kernels.checks import as_channels_last, check_inputs
 
-if TYPE_CHECKING:
-    from binarize.kernels.ops import Geometry
-
-FEW_TILES = 264  # twice the multiprocessors of an H100: of fewer large tiles some would idle
+FEW_TILES = 264  # twice the multiprocessors of an H100, some of which fewer large tiles would leave idle
 OLDEST = (8, 0)  # compute capability: tensor cores for 8-bit integers that Triton compiles for
 # Multiplications and additions stay apart, so that the floats are those of plain PyTorch.
 _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
@@ -34,13 +32,13 @@ _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 @triton.jit
 def _place(pixel, width, stride_h, stride_w):  # type: ignore[no-untyped-def]
-    """Return where pixels, counted along the rows of a picture, are in it."""
+    """Return the offsets of pixels that are counted along the rows of an image."""
     return (pixel // width).to(tl.int64) * stride_h + (pixel % width).to(tl.int64) * stride_w
 
 
 @triton.jit
 def _activated(x, factors, offsets, at, mask, NORMED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return what the layer reads, in float32: ``x``, or silu(x * factor + offset) rounded to x's dtype."""
+    """Return the layer's input in float32: ``x``, or ``silu(x * factor + offset)`` rounded to x's dtype."""
     h = x.to(tl.float32)
     if NORMED:
         h = h * tl.load(factors + at, mask=mask, other=0.0) + tl.load(offsets + at, mask=mask, other=0.0)
@@ -49,15 +47,15 @@ def _activated(x, factors, offsets, at, mask, NORMED: tl.constexpr):  # type: ig
     return h
 
 
-# Sizes of pictures are not specialised on, or each new one would be compiled for.
+# Not specialised on image sizes, each of which would be compiled anew.
 @triton.jit(do_not_specialize=["pixels", "width", "threshold_row", "group_channels", "group_lanes"])
 def _input_kernel(  # type: ignore[no-untyped-def]
     x, out, thresholds, group, factors, offsets,
     pixels, width, stride_b, stride_h, stride_w, channels, threshold_row, group_channels, group_lanes,
-    SIGNS: tl.constexpr, HALVE: tl.constexpr, NORMED: tl.constexpr, GROUPED: tl.constexpr,
+    SIGNS: tl.constexpr, UNSIGNED: tl.constexpr, NORMED: tl.constexpr, GROUPED: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Write signs, or SiLUs, of a tile of pixels and channels of one sample, channels last and dense."""
+    """Write the signs or the SiLUs of a tile of pixels and channels of one sample, dense and channels_last."""
     tiles = tl.cdiv(pixels, PIXELS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
@@ -73,7 +71,7 @@ def _input_kernel(  # type: ignore[no-untyped-def]
         column = channel // group_channels * group_lanes + channel % group_channels
         limit = tl.load(thresholds + row * threshold_row + column, mask=channel < channels, other=0.0)
         bits = (h >= limit[None, :]).to(tl.int8)
-        tl.store(to, bits if HALVE else 2 * bits - 1, mask=there)
+        tl.store(to, bits if UNSIGNED else 2 * bits - 1, mask=there)
     else:
         tl.store(to, h.to(out.dtype.element_ty), mask=there)
 
@@ -85,16 +83,16 @@ def _input_kernel(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def _product_kernel(  # type: ignore[no-untyped-def]
-    codes, filters, table, group, x, out, factors, offsets, row_add, residual, low, high,
+    codes, filters, table, group, x, out, factors, offsets, channel_bias, residual, low, high,
     pixels, out_width, height, width, out_channels, group_out, blocks, table_row, channels,
     x_stride_b, x_stride_h, x_stride_w, r_stride_b, r_stride_h, r_stride_w,
     stride_h, stride_w, pad_left, pad_top, dilation_h, dilation_w, taps, kernel_w, group_in, group_words,
     LANES: tl.constexpr,
     GROUPED: tl.constexpr, NORMED: tl.constexpr, SHORTCUT: tl.constexpr, CLAMPED: tl.constexpr,
-    ROW: tl.constexpr, RESIDUAL: tl.constexpr,
+    BIASED: tl.constexpr, RESIDUAL: tl.constexpr,
     PIXELS: tl.constexpr, OUTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Convolve a tile of output pixels of one sample with some filters of one group, and finish the sums."""
+    """Convolve a tile of output pixels of one sample with some filters of one group and apply the output transform."""
     tiles, out_tiles = tl.cdiv(pixels, PIXELS), tl.cdiv(group_out, OUTS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     conv_group = tl.program_id(1) // out_tiles
@@ -151,8 +149,8 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         v = tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
     if SHORTCUT == 1:
         v = v + h
-    if ROW:
-        v = v + tl.load(row_add + sample * out_channels + channel, mask=in_group, other=0.0)[None, :]
+    if BIASED:
+        v = v + tl.load(channel_bias + sample * out_channels + channel, mask=in_group, other=0.0)[None, :]
     if RESIDUAL:
         place = _place(pixel, out_width, r_stride_h, r_stride_w)
         other = residual + sample * r_stride_b + place[:, None] + channel[None, :]
@@ -163,18 +161,18 @@ def _product_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _factors_kernel(  # type: ignore[no-untyped-def]
-    means, variances, row, weight, bias, factors, offsets, eps, channels, group_channels,
-    ROW: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, CHANNELS: tl.constexpr,
+    means, variances, channel_bias, weight, bias, factors, offsets, eps, channels, group_channels,
+    SHIFTED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Join the moments of a group's channels to GroupNorm's factors and offsets."""
+    """Combine the moments of a group's channels into GroupNorm's factors and offsets."""
     sample, number = tl.program_id(0), tl.program_id(1)
     inner = tl.arange(0, CHANNELS)
     there = inner < group_channels
     channel = number * group_channels + inner
     at = sample * channels + channel
     shift = tl.zeros((CHANNELS,), dtype=tl.float32)
-    if ROW:
-        shift = tl.load(row + at, mask=there, other=0.0)
+    if SHIFTED:
+        shift = tl.load(channel_bias + at, mask=there, other=0.0)
     mean = tl.load(means + at, mask=there, other=0.0) + shift
     variance = tl.load(variances + at, mask=there, other=0.0)
     center = tl.sum(mean) / group_channels
@@ -191,11 +189,7 @@ def _factors_kernel(  # type: ignore[no-untyped-def]
 
 
 def check(device: int) -> None:
-    """Raise unless a kernel can be compiled and started on a GPU: that takes a C compiler and a GPU that it knows.
-
-    Raises:
-        BinarizeError: Saying why not.
-    """
+    """Raise BinarizeError, with the reason, unless kernels can be compiled and run on a GPU."""
     try:
         found = torch.cuda.get_device_capability(device)
         if found < OLDEST:
@@ -206,27 +200,18 @@ def check(device: int) -> None:
         raise BinarizeError(f"the CUDA kernels cannot be used on device {device}: {error}.") from error
 
 
-def packed_conv2d(
+def run(
     x: Tensor,
-    filters: Tensor,
-    counts: Tensor,
-    thresholds: Tensor,
-    table: Tensor,
-    group: Tensor | None,
-    shape: FilterShape,
-    geometry: Geometry,
+    conv: BinaryConv,
     *,
-    halve: bool,
-    low: float,
-    high: float,
-    shortcut: int,
-    norm: Tensor | None,
-    row: Tensor | None,
-    residual: Tensor | None,
+    timestep_group: Tensor | None = None,
+    input_norm: Tensor | None = None,
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Do what `binarize.kernels.ops.packed_conv2d` says with Triton kernels; `counts` is of CPUs' kernels alone."""
-    del counts
-    x = as_pixels(x)
+    """Apply a binary convolution; see `binarize.kernels.ops.binary_conv2d`."""
+    check_inputs(x, conv, timestep_group, input_norm, channel_bias, residual)
+    x, shape, geometry = as_channels_last(x), conv.shape, conv.geometry
     batch, channels, height, width = x.shape
     out_height, out_width = geometry.output(height, width, shape.kernel)
     out = torch.empty(
@@ -235,65 +220,80 @@ def packed_conv2d(
     )  # fmt: skip
     if out.numel() == 0:
         return out
-    filters, thresholds, table = filters.contiguous(), thresholds.float().contiguous(), table.float().contiguous()
-    group = x if group is None else group.expand(batch).contiguous()
-    rows, limits = table.shape[0] > 1 or thresholds.shape[0] > 1, thresholds.shape[1]
-    factors, offsets = (x, x) if norm is None else norm.float().contiguous().unbind()
-    add = x if row is None else row.float().expand(batch, -1).contiguous()
-    rest = x if residual is None else as_pixels(residual)
-    grouped = rows and group is not x
+    # An argument that a kernel does not read still needs a pointer; x stands for it.
+    filters, thresholds = conv.filters.contiguous(), conv.thresholds.float().contiguous()
+    coefficients = conv.coefficients.float().contiguous()
+    grouped = timestep_group is not None and (len(coefficients) > 1 or len(thresholds) > 1)
+    group = x if timestep_group is None else timestep_group.expand(batch).contiguous()
+    factors, offsets = (x, x) if input_norm is None else input_norm.float().contiguous().unbind()
+    bias = x if channel_bias is None else channel_bias.float().expand(batch, -1).contiguous()
+    added = x if residual is None else as_channels_last(residual)
     codes = torch.empty((batch, height * width, channels), dtype=torch.int8, device=x.device)
     group_out, kh, kw = shape.out_channels // shape.groups, *shape.kernel
     pixels = out_height * out_width
     outs = max(16, min(64, triton.next_power_of_2(group_out)))
     tile = 128 if pixels * batch * triton.cdiv(shape.out_channels, outs) >= 128 * FEW_TILES else 64
-    step = 32 if shape.words == 1 else 64
     with _device(x):
-        _read(x, codes, thresholds, group, factors, offsets, limits, shape.in_channels, shape.words * WORD,
-              signs=True, halve=halve, normed=norm is not None, grouped=grouped)  # fmt: skip
+        _read(
+            x, codes, thresholds, group, factors, offsets, thresholds.shape[1], shape.in_channels, shape.words * WORD,
+            signs=True, unsigned=conv.unsigned, normed=input_norm is not None, grouped=grouped,
+        )  # fmt: skip
         grid = (triton.cdiv(pixels, tile) * batch, shape.groups * triton.cdiv(group_out, outs))
         _product_kernel[grid](
-            codes, filters, table, group, x, out, factors, offsets, add, rest, float(low), float(high),
-            pixels, out_width, height, width, shape.out_channels, group_out, shape.blocks,
-            shape.groups * shape.blocks * 6 * LANES, channels, *_strides(x), *_strides(rest),
+            codes, filters, coefficients, group, x, out, factors, offsets, bias, added, float(conv.low),
+            float(conv.high), pixels, out_width, height, width, shape.out_channels, group_out, shape.blocks,
+            shape.groups * shape.blocks * COEFFICIENTS * LANES, channels, *_strides(x), *_strides(added),
             *geometry.stride, geometry.pad[0], geometry.pad[2], *geometry.dilation,
-            kh * kw, kw, shape.in_channels, shape.words, LANES=LANES, GROUPED=grouped, NORMED=norm is not None,
-            SHORTCUT=shortcut, CLAMPED=math.isfinite(low) or math.isfinite(high), ROW=row is not None,
-            RESIDUAL=residual is not None, PIXELS=tile, OUTS=outs, STEP=step,
+            kh * kw, kw, shape.in_channels, shape.words, LANES=LANES, GROUPED=grouped,
+            NORMED=input_norm is not None, SHORTCUT=int(conv.shortcut),
+            CLAMPED=math.isfinite(conv.low) or math.isfinite(conv.high), BIASED=channel_bias is not None,
+            RESIDUAL=residual is not None, PIXELS=tile, OUTS=outs, STEP=32 if shape.words == 1 else 64,
             num_warps=tile // 16, **_EXACT,
         )  # fmt: skip
     return out
 
 
 def norm_factors(
-    x: Tensor, row: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Do what `binarize.kernels.norm.norm_factors` says with a Triton kernel after torch's moments."""
+    """Return GroupNorm's factors and offsets; see `binarize.kernels.ops.norm_factors`."""
     batch, channels = x.shape[:2]
     variances, means = torch.var_mean(x.float(), dim=(2, 3), correction=0)
     out = torch.empty((2, batch, channels), dtype=torch.float32, device=x.device)
     add, by, plus = (
         means if t is None else t.float().contiguous()
-        for t in (None if row is None else row.expand(batch, -1), weight, bias)
+        for t in (None if channel_bias is None else channel_bias.expand(batch, -1), weight, bias)
     )
     with _device(x):
         _factors_kernel[(batch, groups)](
             means, variances, add, by, plus, out[0], out[1], float(eps), channels, channels // groups,
-            ROW=row is not None, WEIGHT=weight is not None, BIAS=bias is not None,
+            SHIFTED=channel_bias is not None, WEIGHT=weight is not None, BIAS=bias is not None,
             CHANNELS=triton.next_power_of_2(channels // groups), **_EXACT,
         )  # fmt: skip
     return out
 
 
-def norm_silu(x: Tensor, norm: Tensor) -> Tensor:
-    """Do what `binarize.kernels.norm.norm_silu` says with a Triton kernel."""
-    x = as_pixels(x)
+def norm_silu(x: Tensor, input_norm: Tensor) -> Tensor:
+    """Return ``silu(x * input_norm[0] + input_norm[1])``; see `binarize.kernels.ops.norm_silu`."""
+    x = as_channels_last(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    factors, offsets = norm.float().contiguous().unbind()
+    factors, offsets = input_norm.float().contiguous().unbind()
     if out.numel():
         with _device(x):
             _read(
-                x, out, x, x, factors, offsets, 0, x.shape[1], 0, signs=False, halve=False, normed=True, grouped=False
+                x,
+                out,
+                x,
+                x,
+                factors,
+                offsets,
+                0,
+                x.shape[1],
+                0,
+                signs=False,
+                unsigned=False,
+                normed=True,
+                grouped=False,
             )
     return out
 
@@ -301,7 +301,7 @@ def norm_silu(x: Tensor, norm: Tensor) -> Tensor:
 def _read(
     x: Tensor, out: Tensor, thresholds: Tensor, group: Tensor, factors: Tensor, offsets: Tensor,
     threshold_row: int, group_channels: int, group_lanes: int,
-    *, signs: bool, halve: bool, normed: bool, grouped: bool,
+    *, signs: bool, unsigned: bool, normed: bool, grouped: bool,
 ) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     across = max(16, min(64, triton.next_power_of_2(channels)))
@@ -309,7 +309,7 @@ def _read(
     _input_kernel[grid](
         x, out, thresholds, group, factors, offsets,
         height * width, width, *_strides(x), channels, threshold_row, group_channels, group_lanes,
-        SIGNS=signs, HALVE=halve, NORMED=normed, GROUPED=grouped, PIXELS=64, CHANNELS=across,
+        SIGNS=signs, UNSIGNED=unsigned, NORMED=normed, GROUPED=grouped, PIXELS=64, CHANNELS=across,
         num_warps=4, **_EXACT,
     )  # fmt: skip
 

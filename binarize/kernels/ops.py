@@ -1,339 +1,298 @@
-"""The packed convolution as one PyTorch operator, and the same in plain torch.
+"""The operators of packed networks, registered with PyTorch's dispatcher, and the choice of the code that runs them.
 
-``binarize::packed_conv2d`` is everything a binary layer does: (norm -> SiLU ->) shift -> sign -> pack -> xnor-popcount
--> scale -> affine -> PReLU -> clamp -> + shortcut (-> + row -> + residual). On a CPU numba's kernel runs it in float32
-and bfloat16, on CUDA Triton's in these and float16; everywhere else, and in float64, plain torch does, with the same
-integers.
+`torch.compile` and `torch.export` see one call per operator. Packed operators raise an error if a gradient is required.
+A call with ordinary CPU tensors skips the dispatcher, which takes about as long as the kernel of a small layer, unless
+the call is being compiled, traced, recorded or differentiated.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils import _python_dispatch
 
 from binarize.errors import BinarizeError
-from binarize.kernels import backends
-from binarize.kernels.bitpack import LANES, WORD, FilterShape, to_bits
-from binarize.kernels.cpu import threads as _threads
-from binarize.kernels.inputs import check_devices, check_shape
-from binarize.kernels.operator import goes_straight, operator
+from binarize.kernels import backends, reference
+from binarize.kernels.binary_conv import BinaryConv, Geometry, Shortcut
+from binarize.kernels.bitpack import FilterShape
+from binarize.kernels.checks import check_devices, check_shape
 
-if TYPE_CHECKING:
-    from binarize.kernels.cpu.conv import Prepared
-
-PREPARED_SIZES = 8  # for so many sizes of inputs a layer keeps the kernels' parameters
-NO_SHORTCUT, SHORTCUT_LAST, SHORTCUT_FIRST = 0, 1, 2
-SCALE, FACTOR, OFFSET, SHIFT_IN, SLOPE, SHIFT_OUT = range(6)
+P = ParamSpec("P")
+R = TypeVar("R")
+_libraries: dict[str, torch.library.Library] = {}  # an operator exists as long as its library does
 
 
-class Geometry(NamedTuple):
-    """How a convolution moves over its input; padding is of zeros, after the sign.
+class Operator(Generic[P, R]):
+    """A function that is also an operator of PyTorch, without a gradient.
+
+    `torch.library.custom_op` checks gradients and aliases in Python at each call, which takes as long as the kernel of
+    a small layer; this registers the same with less.
+
+    Args:
+        function: What it computes, on any device; it returns new tensors.
+        fake: The same on meta tensors.
+        schema: Its arguments and results; None infers them from the annotations.
 
     Attributes:
-        stride: (height, width).
-        pad: (left, right, top, bottom).
-        dilation: (height, width).
+        overload: The operator as the dispatcher knows it.
     """
 
-    stride: tuple[int, int] = (1, 1)
-    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    def __init__(self, function: Callable[P, R], fake: Callable[P, Any], schema: str | None = None) -> None:
+        self.__doc__, self.name = function.__doc__, f"binarize::{function.__name__}"
+        if self.name in _libraries:  # the module is loaded again
+            _libraries.pop(self.name)._destroy()
+        self._function = function
+        library = _libraries[self.name] = torch.library.Library("binarize", "FRAGMENT")
+        signature = schema or torch.library.infer_schema(function, mutates_args=())
+        library.define(function.__name__ + signature, tags=torch.Tag.pt2_compliant_tag)
+        library.impl(function.__name__, function, "CompositeExplicitAutograd")
+        torch.library.register_autograd(self.name, _refuse_gradient, lib=library)
+        torch.library.register_fake(self.name, fake, lib=library)
+        self.overload = getattr(torch.ops.binarize, function.__name__).default
 
-    def output(self, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width of the output."""
-        left, right, top, bottom = self.pad
-        tall = height + top + bottom - self.dilation[0] * (kernel[0] - 1) - 1
-        wide = width + left + right - self.dilation[1] * (kernel[1] - 1) - 1
-        return tall // self.stride[0] + 1, wide // self.stride[1] + 1
-
-
-def to_list(shape: FilterShape, geometry: Geometry) -> list[int]:
-    """Return both as the operator's ``shape`` argument."""
-    return [
-        shape.out_channels, shape.in_channels, *shape.kernel, shape.groups,
-        *geometry.stride, *geometry.pad, *geometry.dilation,
-    ]  # fmt: skip
-
-
-def from_list(values: Sequence[int]) -> tuple[FilterShape, Geometry]:
-    """Return what `to_list` was given."""
-    out_channels, in_channels, kh, kw, groups, sh, sw, left, right, top, bottom, dh, dw = values
-    shape = FilterShape(out_channels, in_channels, (kh, kw), groups)
-    return shape, Geometry((sh, sw), (left, right, top, bottom), (dh, dw))
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the operator."""
+        if skips_dispatcher(*args, *kwargs.values()):
+            return self._function(*args, **kwargs)
+        return self.overload(*args, **kwargs)
 
 
-_read = lru_cache(maxsize=512)(from_list)
+def operator(fake: Callable[..., Any], schema: str | None = None) -> Callable[[Callable[P, R]], Operator[P, R]]:
+    """Return a decorator that makes an `Operator` of a function."""
+    return lambda function: Operator(function, fake, schema)
 
 
-# Written out, since PyTorch 2.6 does not read list[int] from annotations.
-_SCHEMA = (
-    "(Tensor x, Tensor filters, Tensor counts, Tensor thresholds, Tensor table, Tensor? group, SymInt[] shape, "
-    "bool halve, float low, float high, int shortcut, Tensor? norm, Tensor? row, Tensor? residual) -> Tensor"
-)
+def skips_dispatcher(*values: object) -> bool:
+    """Return whether a call with these arguments can run at once: plain CPU tensors that need no gradient.
+
+    Compilers, tracers, dispatch modes and the profiler have to see the call, so it then goes through the dispatcher.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _python_dispatch.is_in_torch_dispatch_mode()
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for value in values:
+        if type(value) is Tensor or type(value) is Parameter:
+            plain = value.device.type == "cpu" and value.layout is torch.strided and not value.is_neg()
+            if not plain or (grad and value.requires_grad) or _is_transformed(value):
+                return False
+        elif hasattr(type(value), "__torch_function__"):  # a tensor of another kind, or a stand-in for one
+            return False
+    return True
 
 
-@operator(_SCHEMA)
-def packed_conv2d(
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by torch.func.vmap, jvp, ...
+
+
+def _refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:
+    raise BinarizeError(
+        "packed layers have no gradient; train the unpacked model, or call binarize.unpack(model), which gives +-1 "
+        "latent weights and fixed scales."
+    )
+
+
+def binary_conv2d(
     x: Tensor,
-    filters: Tensor,
-    counts: Tensor,
-    thresholds: Tensor,
-    table: Tensor,
-    group: Tensor | None,
-    shape: list[int],
-    halve: bool,
-    low: float,
-    high: float,
-    shortcut: int,
-    norm: Tensor | None,
-    row: Tensor | None,
-    residual: Tensor | None,
+    conv: BinaryConv,
+    timestep_group: Tensor | None = None,
+    input_norm: Tensor | None = None,
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Convolve the signs of ``x`` with one term's packed filters, and everything after that.
+    """Apply a binary convolution: signs, dot products and everything that follows; see `binarize.kernels.binary_conv`.
 
     Args:
         x: ``(B, C_in, H, W)`` float32, bfloat16, float16 or float64.
-        filters: ``(groups * blocks, kh * kw * words, 16)`` int32, as `binarize.kernels.bitpack` has them.
-        counts: ``(1 + kh * kw, lanes)`` int32, from `count_filters`.
-        thresholds: ``(K, groups * words * 32)``: a bit is set where the input is at least this; spare ones infinite.
-        table: ``(K, groups * blocks, 6, 16)``: scale, factor, offset, shift in, slope and shift out.
-        group: ``(B,)`` or ``(1,)`` int64, each sample's row of the two, or None for row 0.
-        shape: From `to_list`.
-        halve: Whether activations are {0, 1} rather than {-1, +1}.
-        low: Outputs are at least this, before a shortcut that comes last.
-        high: Outputs are at most this.
-        shortcut: 0 for none, 1 to add the input after the activation, 2 before it.
-        norm: ``(2, B, C_in)`` float32; the layer's input is then silu(x * norm[0] + norm[1]).
-        row: ``(B, C_out)`` to add to every pixel.
-        residual: ``(B, C_out, H', W')`` to add.
+        conv: The convolution.
+        timestep_group: ``(B,)`` or ``(1,)`` int64, each sample's row of thresholds and coefficients; None for row 0.
+        input_norm: ``(2, B, C_in)`` float32; the layer then reads ``silu(x * input_norm[0] + input_norm[1])``.
+        channel_bias: ``(B, C_out)``, added to every pixel.
+        residual: ``(B, C_out, H', W')``, added to the output.
 
     Returns:
-        ``(B, C_out, H', W')`` in x's dtype, channels last.
+        ``(B, C_out, H', W')`` in x's dtype, channels_last.
 
     Raises:
-        BinarizeError: If the tensors are on different devices, or do not have the shapes above, or ``group`` not its
-            dtype.
+        BinarizeError: If tensors are on different devices or have other shapes, or a gradient is required.
     """
-    filter_shape, geometry = _read(tuple(shape))
-    check_devices("packed convolution", x, filters, counts, thresholds, table, group, norm, row, residual)
-    _check_sizes(filter_shape, geometry, x, group, norm, row, residual)
-    kernels = backends.kernels_for(x)
-    run = plain_conv2d if kernels is None else kernels.packed_conv2d
-    return run(
-        x, filters, counts, thresholds, table, group, filter_shape, geometry,
-        halve=halve, low=low, high=high, shortcut=shortcut, norm=norm, row=row, residual=residual,
+    if skips_dispatcher(x, conv.filters, timestep_group, input_norm, channel_bias, residual):
+        return _run(x, conv, timestep_group, input_norm, channel_bias, residual)
+    return packed_conv2d(
+        x, *conv.tensors, timestep_group, conv.sizes, conv.unsigned, conv.low, conv.high, int(conv.shortcut),
+        input_norm, channel_bias, residual,
     )  # fmt: skip
 
 
-@packed_conv2d.register_fake
-def _(x, filters, counts, thresholds, table, group, shape, halve, low, high, shortcut, norm, row, residual):  # type: ignore[no-untyped-def]
-    filter_shape, geometry = from_list(shape)
-    height, width = geometry.output(x.shape[2], x.shape[3], filter_shape.kernel)
-    out = x.new_empty((x.shape[0], filter_shape.out_channels, height, width))
+def _run(
+    x: Tensor,
+    conv: BinaryConv,
+    timestep_group: Tensor | None,
+    input_norm: Tensor | None,
+    channel_bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    kernels = backends.kernels_for(x)
+    run = reference.run if kernels is None else kernels.run
+    return run(
+        x, conv, timestep_group=timestep_group, input_norm=input_norm, channel_bias=channel_bias, residual=residual
+    )
+
+
+def _fake_conv(x, filters, correction, thresholds, coefficients, group, sizes, *rest):  # type: ignore[no-untyped-def]
+    shape, geometry = BinaryConv.from_sizes(sizes)
+    height, width = geometry.output(x.shape[2], x.shape[3], shape.kernel)
+    out = x.new_empty((x.shape[0], shape.out_channels, height, width))
     return out.to(memory_format=torch.channels_last)
 
 
-def _check_sizes(
-    shape: FilterShape,
-    geometry: Geometry,
-    x: Tensor,
-    group: Tensor | None,
-    norm: Tensor | None,
-    row: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    channels = shape.in_channels * shape.groups
-    check_shape("packed convolution: the input", x, (None, channels, None, None))
-    batch = x.shape[0]
-    if group is not None and (group.dtype != torch.int64 or tuple(group.shape) not in ((1,), (batch,))):
-        raise BinarizeError(
-            f"packed convolution: group must be int64 of shape ({batch},) or (1,); got {group.dtype} of shape "
-            f"{tuple(group.shape)}."
-        )
-    check_shape("packed convolution: norm", norm, (2, batch, channels))
-    check_shape("packed convolution: row", row, (batch, shape.out_channels))
-    if residual is not None:
-        size = geometry.output(x.shape[2], x.shape[3], shape.kernel)
-        check_shape("packed convolution: the residual", residual, (batch, shape.out_channels, *size))
+# Written out, since PyTorch 2.6 cannot infer SymInt[].
+_CONV_SCHEMA = (
+    "(Tensor x, Tensor filters, Tensor padding_correction, Tensor thresholds, Tensor coefficients, "
+    "Tensor? timestep_group, SymInt[] sizes, bool unsigned, float low, float high, int shortcut, Tensor? input_norm, "
+    "Tensor? channel_bias, Tensor? residual) -> Tensor"
+)
 
 
-class Term(NamedTuple):
-    """What stays the same from call to call of `packed_conv2d`, and is named and explained there.
-
-    Attributes:
-        tensors: ``filters``, ``counts``, ``thresholds`` and ``table``.
-        shape: Of the filters.
-        geometry: Of the convolution.
-        halve: As the operator has it.
-        low: As the operator has it.
-        high: As the operator has it.
-        shortcut: As the operator has it.
-    """
-
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-    shape: FilterShape
-    geometry: Geometry
-    halve: bool
-    low: float
-    high: float
-    shortcut: int
-
-
-class Product:
-    """One term of a packed layer, to be applied to inputs.
-
-    Where the dispatcher has nothing to add to a call, it goes straight to the compiled kernels, whose parameters are
-    kept for inputs of the same size: all that takes as long as the kernels of a small layer.
-
-    Args:
-        term: What is applied.
-    """
-
-    def __init__(self, term: Term) -> None:
-        self.term = term
-        self._list = to_list(term.shape, term.geometry)
-        self._prepared: dict[tuple[object, ...], Prepared | None] = {}
-        self._laid_out: Term | None = None  # with the tensors as the CPU's kernels read them
-
-    def __call__(
-        self,
-        x: Tensor,
-        group: Tensor | None,
-        norm: Tensor | None = None,
-        row: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Apply the operator."""
-        if goes_straight(x, group, norm, row, residual):
-            # All that could be wrong with a call, or need other parameters.
-            key = (
-                backends.current(), _threads.workers(), x.dtype, x.shape,
-                *(t if t is None else t.shape for t in (norm, row, residual, group)), group is None or group.dtype,
-            )  # fmt: skip
-            run = self._prepared[key] if key in self._prepared else self._prepare(key, x, group, norm, row, residual)
-            if run is not None:
-                return run(x, group, norm, row, residual)
-        tensors, _, _, halve, low, high, shortcut = self.term
-        return packed_conv2d(x, *tensors, group, self._list, halve, low, high, shortcut, norm, row, residual)
-
-    def _prepare(
-        self,
-        key: tuple[object, ...],
-        x: Tensor,
-        group: Tensor | None,
-        norm: Tensor | None,
-        row: Tensor | None,
-        residual: Tensor | None,
-    ) -> Prepared | None:
-        """Return what runs calls like this one, if the CPU's compiled kernels do."""
-        kernels = backends.kernels_for(x)
-        _check_sizes(self.term.shape, self.term.geometry, x, group, norm, row, residual)
-        run: Prepared | None = None
-        if kernels is not None and hasattr(kernels, "Prepared") and goes_straight(*self.term.tensors):
-            if self._laid_out is None:
-                self._laid_out = kernels.lay_out(self.term)
-            run = kernels.Prepared(x.shape, x.dtype, norm is not None, self._laid_out)
-        if len(self._prepared) >= PREPARED_SIZES:
-            self._prepared.clear()
-        self._prepared[key] = run
-        return run
-
-
-def plain_conv2d(
+@operator(_fake_conv, _CONV_SCHEMA)
+def packed_conv2d(
     x: Tensor,
     filters: Tensor,
-    counts: Tensor,
+    padding_correction: Tensor,
     thresholds: Tensor,
-    table: Tensor,
-    group: Tensor | None,
-    shape: FilterShape,
-    geometry: Geometry,
-    *,
-    halve: bool,
+    coefficients: Tensor,
+    timestep_group: Tensor | None,
+    sizes: list[int],
+    unsigned: bool,
     low: float,
     high: float,
     shortcut: int,
-    norm: Tensor | None,
-    row: Tensor | None,
+    input_norm: Tensor | None,
+    channel_bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """Do what `packed_conv2d` says in plain torch, on any device: the kernels' oracle and their stand-in."""
-    wide = torch.promote_types(table.dtype, x.dtype)
-    h = x.to(wide)
-    if norm is not None:
-        h = F.silu(h * norm[0].to(wide)[:, :, None, None] + norm[1].to(wide)[:, :, None, None])
-        h = h.to(x.dtype).to(wide)
-    rows = torch.zeros(1, dtype=torch.long, device=x.device) if group is None else group
-    limits = thresholds.view(-1, shape.groups, shape.words * WORD)[:, :, : shape.in_channels].flatten(1)[rows]
-    codes = (h >= limits[:, :, None, None]).to(wide)
-    if not halve:
-        codes = 2 * codes - 1
-    weights = 2 * to_bits(filters.unsqueeze(0), shape)[0].to(wide) - 1
-    padded = F.pad(codes, geometry.pad)
-    dot = F.conv2d(padded, weights, None, geometry.stride, 0, geometry.dilation, shape.groups)
-    scale, factor, offset, shift_in, slope, shift_out = _columns(table, shape)[:, rows].to(wide).unbind()
-    y = dot * scale * factor + offset
-    if shortcut == SHORTCUT_FIRST:
-        y = y + h
-    y = y + shift_in
-    y = torch.where(y > 0, y, y * slope) + shift_out
-    if math.isfinite(low) or math.isfinite(high):
-        y = y.clamp(low, high)
-    if shortcut == SHORTCUT_LAST:
-        y = y + h
-    if row is not None:
-        y = y + row.to(wide)[:, :, None, None]
-    if residual is not None:
-        y = y + residual.to(wide)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    """`binary_conv2d` with the convolution as a flat list of arguments, which is what the dispatcher takes."""
+    tensors = filters, padding_correction, thresholds, coefficients
+    conv = BinaryConv(*_shape_and_geometry(tuple(sizes)), *tensors, unsigned, low, high, Shortcut(shortcut))
+    return _run(x, conv, timestep_group, input_norm, channel_bias, residual)
 
 
-def _columns(table: Tensor, shape: FilterShape) -> Tensor:
-    """Return the six columns of a table as ``(6, K, C_out, 1, 1)``."""
-    by_group = table.view(-1, shape.groups, shape.blocks, 6, LANES).permute(3, 0, 1, 2, 4)
-    by_group = by_group.reshape(6, -1, shape.groups, shape.blocks * LANES)
-    return by_group[..., : shape.out_channels // shape.groups].reshape(6, -1, shape.out_channels, 1, 1)
+@lru_cache(maxsize=512)
+def _shape_and_geometry(sizes: tuple[int, ...]) -> tuple[FilterShape, Geometry]:
+    return BinaryConv.from_sizes(sizes)
 
 
-def lay_out_table(columns: Tensor, shape: FilterShape) -> Tensor:
-    """Return a table ``(K, groups * blocks, 6, 16)`` of columns ``(6, K, C_out)``."""
-    group_out = shape.out_channels // shape.groups
-    by_group = F.pad(columns.view(6, -1, shape.groups, group_out), (0, -group_out % LANES))
-    by_group[FACTOR, ..., group_out:] = 1  # so that all factors are 1 where nothing is folded in
-    by_group = by_group.view(6, -1, shape.groups * shape.blocks, LANES)
-    return by_group.permute(1, 2, 0, 3).contiguous()
+def _fake_factors(x, channel_bias, groups, weight, bias, eps):  # type: ignore[no-untyped-def]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((2, x.shape[0], x.shape[1]), dtype=dtype)
 
 
-def lay_out_thresholds(values: Tensor, shape: FilterShape) -> Tensor:
-    """Return thresholds ``(K, groups * words * 32)`` of values ``(K, C_in * groups)``."""
-    by_group = values.view(-1, shape.groups, shape.in_channels)
-    return F.pad(by_group, (0, -shape.in_channels % WORD), value=math.inf).flatten(1).contiguous()
+@operator(_fake_factors)
+def norm_factors(
+    x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Return the factors and offsets that GroupNorm of ``x + channel_bias`` multiplies and adds.
 
-
-def count_filters(filters: Tensor, shape: FilterShape, halve: bool) -> Tensor:
-    """Return, for one term, the dot product of no differing bits and each tap's sum of weights.
+    The packed convolution, or `norm_silu` in front of a full-precision one, applies them while it reads x.
 
     Args:
-        filters: ``(groups * blocks, kh * kw * words, 16)`` int32.
-        shape: Of the filters.
-        halve: Whether activations are {0, 1}.
+        x: ``(B, C, H, W)``.
+        channel_bias: ``(B, C)``, added to every pixel before the norm, or None.
+        groups: Of the GroupNorm.
+        weight: ``(C,)`` of the GroupNorm.
+        bias: ``(C,)`` of the GroupNorm.
+        eps: Of the GroupNorm.
 
     Returns:
-        ``(1 + kh * kw, lanes)`` int32. A tap outside the input is read as -1, so its sum is what a border adds.
+        ``(2, B, C)``: ``group_norm(x + channel_bias) = x * factors + offsets``. float32, or float64 for float64.
     """
-    taps = shape.kernel[0] * shape.kernel[1]
-    if filters.is_meta:
-        return torch.empty(1 + taps, shape.lanes, dtype=torch.int32, device="meta")
-    signs = 2 * to_bits(filters.unsqueeze(0), shape)[0].to(torch.int32) - 1
-    sums = signs.view(shape.groups, -1, shape.in_channels, taps).sum(2, dtype=torch.int32).permute(2, 0, 1)
-    sums = F.pad(sums, (0, -sums.shape[2] % LANES)).reshape(taps, -1)
-    full = torch.full((1, sums.shape[1]), taps * shape.in_channels, dtype=torch.int32, device=sums.device)
-    if halve:  # sum a w = (sum s w + sum w) / 2 with a = (s + 1) / 2
-        full = (full + sums.sum(0, dtype=torch.int32)) // 2
-    return torch.cat([full, sums])
+    check_devices("GroupNorm", x, channel_bias, weight, bias)
+    check_shape("GroupNorm: the input", x, (None, None, None, None))
+    check_shape("GroupNorm: channel_bias", channel_bias, (x.shape[0], x.shape[1]))
+    for name, values in (("weight", weight), ("bias", bias)):
+        check_shape(f"GroupNorm: {name}", values, (x.shape[1],))
+    kernels: Any = backends.kernels_for(x) or reference
+    return kernels.norm_factors(x, channel_bias, groups, weight, bias, eps)
+
+
+@operator(lambda x, input_norm: torch.empty_like(x, memory_format=torch.channels_last))
+def norm_silu(x: Tensor, input_norm: Tensor) -> Tensor:
+    """Return ``silu(x * input_norm[0] + input_norm[1])`` in x's dtype, channels_last.
+
+    Args:
+        x: ``(B, C, H, W)``.
+        input_norm: ``(2, B, C)``, from `norm_factors`.
+    """
+    check_devices("SiLU", x, input_norm)
+    check_shape("SiLU: input_norm", input_norm, (2, x.shape[0], x.shape[1]))
+    kernels: Any = backends.kernels_for(x) or reference
+    return kernels.norm_silu(x, input_norm)
+
+
+def _fake_shuffle(hidden, skip):  # type: ignore[no-untyped-def]
+    batch, channels, height, width = hidden.shape
+    shape = (batch, (channels + skip.shape[1]) // 2, height, width)
+    return tuple(hidden.new_empty(shape).to(memory_format=torch.channels_last) for _ in range(2))
+
+
+@operator(_fake_shuffle)
+def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    """Return CS-Fusion's two mixtures: hidden's odd channels with skip's even ones, and hidden's even with skip's odd.
+
+    Args:
+        hidden: ``(B, h, H, W)``, h even.
+        skip: ``(B, s, H, W)``, s even.
+
+    Returns:
+        Twice ``(B, (h + s) / 2, H, W)``, channels_last.
+    """
+    check_devices("CS-Fusion", hidden, skip)
+    check_shape("CS-Fusion: the skip", skip, (hidden.shape[0], None, *hidden.shape[2:]))
+    kernels: Any = backends.cpu_kernels(hidden)
+    if kernels is None or hidden.shape[1] % 32 or skip.shape[1] % 32:
+        return reference.shuffle(hidden, skip)
+    first, second = kernels.shuffle(hidden, skip)
+    return first, second
+
+
+def _fake_conv3x3(x, weight, bias, input_norm, residual):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:])).to(memory_format=torch.channels_last)
+
+
+@operator(_fake_conv3x3)
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None, input_norm: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """Return a full-precision 3x3 convolution with padding 1 of ``silu(x * input_norm[0] + input_norm[1])``.
+
+    These convolutions take most of the time once the others are binary. CPUs run them with Winograd's algorithm,
+    F(4x4, 3x3) (Lavin and Gray 2016): a quarter of the multiplications, at rounding errors of a few 1e-6 of the
+    output's scale in float32. In bfloat16 the arithmetic inside is float32; on processors with AMX tiles PyTorch's own
+    bfloat16 convolution is faster and runs instead.
+
+    Args:
+        x: ``(B, C_in, H, W)``.
+        weight: ``(C_out, C_in, 3, 3)`` in x's dtype, both widths multiples of 16.
+        bias: ``(C_out,)`` or None.
+        input_norm: ``(2, B, C_in)``, or None to convolve x itself.
+        residual: ``(B, C_out, H, W)`` to add, or None.
+
+    Returns:
+        ``(B, C_out, H, W)`` in x's dtype, channels_last.
+    """
+    check_devices("convolution", x, weight, bias, input_norm, residual)
+    check_shape("convolution: the input", x, (None, weight.shape[1], None, None))
+    check_shape("convolution: input_norm", input_norm, (2, x.shape[0], x.shape[1]))
+    check_shape("convolution: the residual", residual, (x.shape[0], weight.shape[0], *x.shape[2:]))
+    kernels: Any = backends.cpu_kernels(x)
+    if kernels is None or not kernels.winograd.is_faster(x):
+        return reference.conv3x3(x, weight, bias, input_norm, residual)
+    return kernels.winograd.conv3x3(x, weight, bias, input_norm, residual)

@@ -1,13 +1,15 @@
 """The binary product: a convolution or matrix product with +-1 codes, scaled afterwards.
 
-Scaling AFTER the product keeps the dot products exact integers in float32 (below 2^24), so that a packed model, which
-counts bits, evaluates the very same float expression. The published gradient, of the scaled weights
-``w_hat = sum_k alpha_k codes_k`` and not multiplied by alpha once more, is then the backward's business: the gradient
-of ``w_hat`` is the plain weight gradient of a convolution.
+Scaling after the product keeps the dot products exact integers in float32 (below 2^24), so that a packed model, which
+counts bits, evaluates the same float expression. The backward computes the published gradient: that of the scaled
+weights ``w_hat = sum_k alpha_k codes_k``, which is the weight gradient of a plain convolution, not multiplied by alpha
+again.
 """
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +18,10 @@ from torch import Tensor
 
 
 class BinaryWeight(NamedTuple):
-    """What a weight binarizer makes of latent weights: ``w_hat = sum_k scales[k] * codes[k]``.
+    """The result of a weight binarizer: ``w_hat = sum_k scales[k] * codes[k]``.
 
     Attributes:
-        surrogate: Tensor of w's shape whose autograd graph carries the gradient of ``w_hat`` back to the latents. Its
+        surrogate: Tensor of w's shape through whose autograd graph the gradient of ``w_hat`` reaches the latents. Its
             values are not used.
         codes: ``(n, *w.shape)`` in {-1, +1} (or 0 where sign(0) is 0), detached.
         scales: ``(n, C_out)``, detached.
@@ -46,13 +48,11 @@ class _BinaryConv2d(torch.autograd.Function):
         ctx.save_for_backward(x, codes, scales)
         ctx.geometry = stride, padding, dilation, groups
         ctx.weight_dtype = surrogate.dtype
-        total = None
-        for k in range(codes.shape[0]):
-            term = F.conv2d(x, codes[k], None, stride, padding, dilation, groups)
-            term = term * scales[k].view(-1, 1, 1)
-            total = term if total is None else total + term
-        assert total is not None
-        return total
+        terms = (
+            F.conv2d(x, code, None, stride, padding, dilation, groups) * scale.view(-1, 1, 1)
+            for code, scale in zip(codes, scales, strict=True)
+        )
+        return reduce(add, terms)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,20 +60,10 @@ class _BinaryConv2d(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         weight = (codes * scales.view(*scales.shape, 1, 1, 1)).sum(0)
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        if x.is_contiguous(memory_format=torch.channels_last):
+            grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
-            grad.contiguous(memory_format=torch.channels_last)
-            if x.is_contiguous(memory_format=torch.channels_last)
-            else grad,
-            x,
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            groups,
-            needed,
+            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, needed
         )
         if grad_w is not None:
             grad_w = grad_w.to(ctx.weight_dtype)
@@ -85,12 +75,7 @@ class _BinaryLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, surrogate: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         ctx.save_for_backward(x, codes, scales)
         ctx.weight_dtype = surrogate.dtype
-        total = None
-        for k in range(codes.shape[0]):
-            term = F.linear(x, codes[k]) * scales[k]
-            total = term if total is None else total + term
-        assert total is not None
-        return total
+        return reduce(add, (F.linear(x, code) * scale for code, scale in zip(codes, scales, strict=True)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,7 +89,7 @@ class _BinaryLinear(torch.autograd.Function):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that the product of x is computed in: autocast's, if it is on, else x's."""
+    """Return the dtype of the product of x: autocast's if it is enabled, else x's."""
     device = x.device.type
     if x.dtype == torch.float64 or device == "meta":
         return x.dtype

@@ -1,8 +1,8 @@
-"""Sign functions and the surrogate gradients that published binarizers give them.
+"""Sign functions and the surrogate gradients of published binarizers.
 
-Every function maps to {-1, +1} (or {0, 1} for DoReFa's activation) and differs in its backward alone. ``zero`` says
-what sign(0) is: "plus" gives +1, so that every value fits one bit; "zero" keeps torch.sign's 0, which checkpoints of
-the PyTorch repositories were trained with.
+Every function maps to {-1, +1} (or {0, 1} for DoReFa's activation); they differ only in the backward. ``zero`` is the
+value of sign(0): "plus" gives +1, so that every value fits one bit; "zero" gives torch.sign's 0, with which the
+checkpoints of the original repositories were trained.
 """
 
 from __future__ import annotations
@@ -26,42 +26,24 @@ def sign_(x: Tensor, zero: SignZero = "plus") -> Tensor:
 
 
 def _round_up(signs: Tensor, zero: SignZero) -> Tensor:
-    # Many times faster on a CPU than torch.where with two numbers.
+    # On a CPU, many times faster than torch.where with two numbers.
     return signs if zero == "zero" else signs.add_(0.5).sign_()
 
 
-class _ClippedSign(torch.autograd.Function):
+class _Sign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, zero: SignZero) -> Tensor:
-        ctx.save_for_backward(x.abs() <= 1)
+    def forward(ctx: Any, x: Tensor, surrogate: str, zero: SignZero) -> Tensor:
+        ctx.surrogate = surrogate
+        if surrogate != "identity":
+            ctx.save_for_backward(x.abs() <= 1 if surrogate == "clip" else x)
         return hard_sign(x, zero)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None
-
-
-class _ApproxSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, zero: SignZero) -> Tensor:
-        ctx.save_for_backward(x)
-        return hard_sign(x, zero)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return grad * (2 - 2 * x.abs()).clamp_min(0), None
-
-
-class _IdentitySign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, zero: SignZero) -> Tensor:
-        return hard_sign(x, zero)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.surrogate == "identity":
+            return grad, None, None
+        (saved,) = ctx.saved_tensors
+        return grad * (saved if ctx.surrogate == "clip" else (2 - 2 * saved.abs()).clamp_min(0)), None, None
 
 
 class _EDESign(torch.autograd.Function):
@@ -76,49 +58,38 @@ class _EDESign(torch.autograd.Function):
         return grad * (k * t) * (1 - torch.tanh(t * x).square()), None, None, None
 
 
-class _UnitRound(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward((x >= 0) & (x <= 1))
-        return x.clamp(0, 1).round()
+class _Masked(torch.autograd.Function):
+    """x, or x rounded to {0, 1}, whose gradient passes where x is in [-1, 1], or in [0, 1]."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (inside,) = ctx.saved_tensors
-        return grad * inside
-
-
-class _ClippedIdentity(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x.abs() <= 1)
-        return x.view_as(x)
+    def forward(ctx: Any, x: Tensor, rounds: bool) -> Tensor:
+        ctx.save_for_backward((x >= 0) & (x <= 1) if rounds else x.abs() <= 1)
+        return x.clamp(0, 1).round() if rounds else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (inside,) = ctx.saved_tensors
-        return grad * inside
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
 
 
 def clipped_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
     """STE-clip: forward sign(x); backward g * 1{|x| <= 1} (Hubara et al. 2016, "Binarized Neural Networks", eq. 4).
 
-    Saves one byte an element for the backward.
+    Saves one byte per element for the backward.
     """
-    return _ClippedSign.apply(x, zero)
+    return _Sign.apply(x, "clip", zero)
 
 
 def approx_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
     """ApproxSign: forward sign(x); backward g * max(0, 2 - 2|x|) (Liu et al. 2018, "Bi-Real Net", eq. 7).
 
-    Saves x itself for the backward, no copy of it.
+    Saves x itself for the backward, not a copy.
     """
-    return _ApproxSign.apply(x, zero)
+    return _Sign.apply(x, "approx", zero)
 
 
 def identity_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
     """Straight-through sign: forward sign(x); backward g. Saves nothing."""
-    return _IdentitySign.apply(x, zero)
+    return _Sign.apply(x, "identity", zero)
 
 
 def ede_sign(x: Tensor, t: Tensor, k: Tensor, zero: SignZero = "plus") -> Tensor:
@@ -138,14 +109,14 @@ def ede_sign(x: Tensor, t: Tensor, k: Tensor, zero: SignZero = "plus") -> Tensor
 def unit_round(x: Tensor) -> Tensor:
     """DoReFa's 1-bit activation: forward round(clip(x, 0, 1)) in {0, 1}, ties to even; backward g * 1{0 <= x <= 1}.
 
-    Saves one byte an element for the backward.
+    Saves one byte per element for the backward.
     """
-    return _UnitRound.apply(x)
+    return _Masked.apply(x, True)
 
 
 def clipped_identity(x: Tensor) -> Tensor:
-    """Forward x; backward g * 1{|x| <= 1}: the graph of a latent weight whose sign is taken elsewhere.
+    """Forward x; backward g * 1{|x| <= 1}: for a latent weight whose sign is taken elsewhere.
 
-    Saves one byte an element for the backward.
+    Saves one byte per element for the backward.
     """
-    return _ClippedIdentity.apply(x)
+    return _Masked.apply(x, False)

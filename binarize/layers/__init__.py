@@ -1,4 +1,4 @@
-"""Signs and surrogate gradients, binary layers, their parts, and dimension-consistent blocks."""
+"""Binary layers, their parts, and dimension-consistent blocks."""
 
 from binarize.deprecation import renamed
 from binarize.kernels.product import BinaryWeight, binary_conv2d, binary_linear
@@ -22,8 +22,18 @@ from binarize.layers.activations import (
 )
 from binarize.layers.binary import BinaryConv2d, BinaryLinear
 from binarize.layers.delayed import Delayed, DelayedActivation, DelayedScale, DelayedWeight, delayed, undelayed
-from binarize.layers.norm_silu import norm_silu
-from binarize.layers.parts import LayerSpec, Part, list_parts, register_part
+from binarize.layers.fused import norm_silu
+from binarize.layers.parts import (
+    ActivationBinarizer,
+    LayerPart,
+    LayerSpec,
+    Part,
+    Scale,
+    WeightBinarizer,
+    list_parts,
+    register_part,
+)
+from binarize.layers.scales import ChannelScale, InputMeanScale, KMapScale
 from binarize.layers.schedule import Scheduled, training_step
 from binarize.layers.shortcut import PoolShortcut, ProjectionShortcut, ScaledShortcut
 from binarize.layers.structure import (
@@ -38,7 +48,7 @@ from binarize.layers.structure import (
     PixelUp,
     SplitFusion,
 )
-from binarize.layers.timestep_aware import ChannelScale, InputMeanScale, KMapScale, RPReLU, Shift
+from binarize.layers.timestep_aware import RPReLU, Shift
 from binarize.layers.weights import (
     FixedWeight,
     LibraWeight,
@@ -51,6 +61,7 @@ from binarize.layers.weights import (
 )
 
 __all__ = [
+    "ActivationBinarizer",
     "AddFusion",
     "ApproxSign",
     "BinaryConv2d",
@@ -73,6 +84,7 @@ __all__ = [
     "IdentitySign",
     "InputMeanScale",
     "KMapScale",
+    "LayerPart",
     "LayerSpec",
     "LibraWeight",
     "MeanClippedSign",
@@ -84,6 +96,7 @@ __all__ = [
     "ProjectionShortcut",
     "RPReLU",
     "RectifiedWeight",
+    "Scale",
     "ScaledShortcut",
     "ScaledSignWeight",
     "Scheduled",
@@ -93,6 +106,7 @@ __all__ = [
     "TensorScaledWeight",
     "TwoBasisWeight",
     "UnitRound",
+    "WeightBinarizer",
     "XnorWeight",
     "approx_sign",
     "binary_conv2d",

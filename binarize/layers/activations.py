@@ -1,4 +1,4 @@
-"""Activation binarizers: modules that map a pre-activation to two values and define the surrogate gradient."""
+"""Activation binarizers: modules that map their input to two values and define a surrogate gradient."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from binarize.kernels.signs import SignZero, approx_sign, clipped_sign, ede_sign, identity_sign, unit_round
-from binarize.layers.parts import LayerSpec, feature_dims, register_part
+from binarize.layers.parts import ActivationBinarizer, LayerSpec, feature_dims, register_part
 from binarize.layers.schedule import Scheduled, check_ede_range, ede_schedule
 
 
-class _Sign(nn.Module):
-    """Base of the activations whose forward is sign(x)."""
-
-    levels = (-1, 1)
+class _Sign(ActivationBinarizer):
+    """Base class of the activations whose forward is sign(x)."""
 
     def __init__(self, sign_zero: SignZero = "plus") -> None:
         super().__init__()
@@ -28,6 +26,9 @@ class _Sign(nn.Module):
 class ClippedSign(_Sign):
     """Forward sign(x); backward g * 1{|x| <= 1} (STE-clip; BNN, XNOR-Net)."""
 
+    levels = (-1, 1)
+    surrogate = "clip"
+
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to {-1, +1} of the same shape."""
         return clipped_sign(x, self.sign_zero)
@@ -36,6 +37,9 @@ class ClippedSign(_Sign):
 class IdentitySign(_Sign):
     """Forward sign(x); backward g, the original straight-through estimator (Courbariaux et al. 2016)."""
 
+    levels = (-1, 1)
+    surrogate = "identity"
+
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to {-1, +1} of the same shape."""
         return identity_sign(x, self.sign_zero)
@@ -43,6 +47,9 @@ class IdentitySign(_Sign):
 
 class ApproxSign(_Sign):
     """Forward sign(x); backward g * max(0, 2 - 2|x|) (Bi-Real Net, ReActNet, BBCU, BI-DiffSR)."""
+
+    levels = (-1, 1)
+    surrogate = "approx"
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to {-1, +1} of the same shape."""
@@ -57,6 +64,8 @@ class EDESign(Scheduled, _Sign):
         t_min: t at progress 0.
         t_max: t at progress 1.
     """
+
+    levels = (-1, 1)
 
     def __init__(self, sign_zero: SignZero = "plus", t_min: float = 0.1, t_max: float = 10.0) -> None:
         super().__init__(sign_zero)
@@ -84,14 +93,16 @@ class _MeanGradient(torch.autograd.Function):
 class MeanClippedSign(_Sign):
     """Forward sign(x); backward g * 1{|x| <= 1} / mean |x|: goes with `InputMeanScale` (BiBench's form of XNOR-Net).
 
-    BiBench binarizes to x_hat = mean |x| sign(x) and passes the gradient of x_hat on without the factor. Here the
-    product is taken of +-1 and scaled afterwards, which would put the factor into the gradient; this takes it out. A
-    sample that is zero everywhere has mean 0 and gets no gradient.
+    BiBench binarizes to x_hat = mean |x| sign(x) and passes on the gradient of x_hat without the factor. Here the
+    product of +-1 is scaled afterwards, which multiplies the gradient by the factor, so this divides by it. A sample
+    that is zero everywhere has mean 0 and gets no gradient.
 
     Args:
         sign_zero: What sign(0) is.
         channel_dim: 1 takes the mean over each sample, -1 over the last dimension, each token of a linear layer.
     """
+
+    levels = (-1, 1)
 
     def __init__(self, sign_zero: SignZero = "plus", channel_dim: int = 1) -> None:
         super().__init__(sign_zero)
@@ -103,7 +114,7 @@ class MeanClippedSign(_Sign):
         return clipped_sign(_MeanGradient.apply(x, mean), self.sign_zero)
 
 
-class UnitRound(nn.Module):
+class UnitRound(ActivationBinarizer):
     """Forward round(clip(x, 0, 1)) in {0, 1}; backward g * 1{0 <= x <= 1} (DoReFa-Net, section 2.4)."""
 
     levels = (0, 1)
@@ -116,13 +127,15 @@ class UnitRound(nn.Module):
 class NormalizedApproxSign(_Sign):
     """ApproxSign of a / sqrt(var(a) + 1e-5), the (unbiased) variance over each sample's features (ReCU).
 
-    The gradient flows through the variance too. The division cannot change a sign, only where the surrogate gradient is
-    not zero; so it is done where a gradient is needed, be it in training mode (as in the released code) or not.
+    The gradient flows through the variance too. The division changes no sign, only the surrogate gradient, so it is
+    skipped if no gradient is required.
 
     Args:
         sign_zero: What sign(0) is.
         channel_dim: 1 takes the variance over each sample, -1 over the last dimension, each token of a linear layer.
     """
+
+    levels = (-1, 1)
 
     def __init__(self, sign_zero: SignZero = "plus", channel_dim: int = 1) -> None:
         super().__init__(sign_zero)
@@ -135,42 +148,20 @@ class NormalizedApproxSign(_Sign):
         return approx_sign(x, self.sign_zero)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Return x / sqrt(var(x) + 1e-5), which the surrogate gradient sees."""
+        """Return x / sqrt(var(x) + 1e-5), the input of the surrogate gradient."""
         dims = feature_dims(x, self.channel_dim)
         features = x.shape[1:].numel() if self.channel_dim == 1 else x.shape[-1]
         return x / torch.sqrt(x.var(dims, correction=min(1, features - 1), keepdim=True) + 1e-5)
 
 
-@register_part("activation", "ste")
-def _ste(spec: LayerSpec) -> nn.Module:
-    return ClippedSign(spec.sign_zero)
-
-
-@register_part("activation", "mean_ste")
-def _mean_ste(spec: LayerSpec) -> nn.Module:
-    return MeanClippedSign(spec.sign_zero, spec.channel_dim)
-
-
-@register_part("activation", "identity_ste")
-def _identity_ste(spec: LayerSpec) -> nn.Module:
-    return IdentitySign(spec.sign_zero)
-
-
-@register_part("activation", "approx_sign")
-def _approx_sign(spec: LayerSpec) -> nn.Module:
-    return ApproxSign(spec.sign_zero)
+register_part("activation", "ste")(lambda spec: ClippedSign(spec.sign_zero))
+register_part("activation", "mean_ste")(lambda spec: MeanClippedSign(spec.sign_zero, spec.channel_dim))
+register_part("activation", "identity_ste")(lambda spec: IdentitySign(spec.sign_zero))
+register_part("activation", "approx_sign")(lambda spec: ApproxSign(spec.sign_zero))
+register_part("activation", "unit_round")(lambda spec: UnitRound())
+register_part("activation", "recu")(lambda spec: NormalizedApproxSign(spec.sign_zero, spec.channel_dim))
 
 
 @register_part("activation", "ede")
 def _ede(spec: LayerSpec, t_min: float = 0.1, t_max: float = 10.0) -> nn.Module:
     return EDESign(spec.sign_zero, t_min, t_max)
-
-
-@register_part("activation", "unit_round")
-def _unit_round(spec: LayerSpec) -> nn.Module:
-    return UnitRound()
-
-
-@register_part("activation", "recu")
-def _recu(spec: LayerSpec) -> nn.Module:
-    return NormalizedApproxSign(spec.sign_zero, spec.channel_dim)

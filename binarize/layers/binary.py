@@ -1,145 +1,130 @@
 """BinaryConv2d and BinaryLinear: a convolution or linear layer with 1-bit weights and activations.
 
-``pre -> activation -> binary product * scale of the weights -> bias -> scale -> norm -> post``, with a shortcut that is
-added after ``post`` (BI-DiffSR, BBCU) or before it (ReActNet, IR-Net). Zeros are padded AFTER the sign, so a border tap
-contributes 0 and not +-1.
+See `binarize.layers.pipeline.PartPipeline` for the stages. Padding is applied after the sign, so a tap outside the
+image contributes 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.kernels.autograd import BinaryConvFunction, BinaryConvOptions, Memory
+from binarize.kernels.binary_conv import Geometry
 from binarize.kernels.product import BinaryWeight, binary_conv2d, binary_linear, compute_dtype
-from binarize.kernels.training import Geometry
-from binarize.layers.fused_conv import SURROGATES, BinaryBlock, Block, Memory, block_fits, is_plain, tail_fits
-from binarize.layers.parts import PART_KINDS, LayerSpec, PartKind, build_part
-from binarize.layers.timestep_aware import RPReLU, Shift
+from binarize.layers.lowering import LoweredLayer, lower, trains_as_one_node
+from binarize.layers.method import Method, get_method
+from binarize.layers.parts import (
+    PART_KINDS,
+    ActivationBinarizer,
+    LayerSpec,
+    PartKind,
+    WeightBinarizer,
+    build_part,
+    runs_as_declared,
+)
+from binarize.layers.pipeline import PartPipeline
+from binarize.layers.timestep_aware import RPReLU
 from binarize.timestep import TimestepContext
 
-if TYPE_CHECKING:
-    from binarize.methods import Method
-
-
 LayerT = TypeVar("LayerT", bound="_BinaryLayer")
+Parts = Mapping[PartKind, nn.Module | None]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-class _BinaryLayer(nn.Module):
-    """What BinaryConv2d and BinaryLinear share: the pipeline of parts around the product."""
+class _BinaryLayer(PartPipeline):
+    """Base class of BinaryConv2d and BinaryLinear."""
 
-    kind: Literal["conv2d", "linear"]
     weight: nn.Parameter
-    bias: nn.Parameter | None
-    pre: nn.Module | None
-    activation: nn.Module
     weight_binarizer: nn.Module
-    scale: nn.Module | None
-    norm: nn.Module | None
-    post: nn.Module | None
-    shortcut: nn.Module | None
 
-    def _assemble(self, method: Method, spec: LayerSpec, bias: Tensor | None) -> None:
-        parts = {kind: build_part(kind, method.part(kind), spec) for kind in PART_KINDS}
+    @classmethod
+    def from_float(
+        cls: type[LayerT],
+        plain: Any,
+        method: Method | str,
+        context: TimestepContext | None = None,
+        *,
+        parts: Parts | None = None,
+        had_bias: bool | None = None,
+    ) -> LayerT:
+        """Return the binary form of a plain layer, in its mode.
+
+        Args:
+            plain: nn.Conv2d or nn.Linear. Its weight becomes the latent weight, as the same Parameter.
+            method: A method's name or instance.
+            context: Where timestep-aware parts read the timestep.
+            parts: Existing modules to use instead of the method's parts, by stage; a bias is then kept as it is.
+            had_bias: Whether the layer before conversion had a bias, if ``parts`` are given.
+        """
+        layer = cls.__new__(cls)  # `__init__` would allocate weights
+        nn.Module.__init__(layer)
+        layer._build(plain, get_method(method), context, parts, had_bias)
+        return layer.train(plain.training)
+
+    def _build(
+        self,
+        plain: Any,
+        method: Method,
+        context: TimestepContext | None,
+        parts: Parts | None = None,
+        had_bias: bool | None = None,
+    ) -> None:
+        spec = self._take_geometry(plain, method, context)
+        self.weight = plain.weight
+        if parts is None:
+            parts = {kind: self._built(kind, method, spec) for kind in PART_KINDS}
+            keeps_bias = method.keep_bias
+        else:
+            keeps_bias = True
         for kind, part in parts.items():
-            if part is None and kind in ("activation", "weight"):
-                raise BinarizeError(f"{method.name}: the {kind} binarizer cannot be None.")
-            parts[kind] = None if part is None else _like(part, self.weight.device, self.weight.dtype)
-        self._place(method, parts, had_bias=bias is not None)
-        if bias is not None and method.keep_bias:
-            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-        elif bias is not None and method.fold_bias:
-            fold = getattr(self.post, "fold_bias_", None)
-            if fold is None or self.norm is not None or self.scale is not None or self.post_after_shortcut:
+            self.add_module("weight_binarizer" if kind == "weight" else kind, part)
+        self.method, self.post_after_shortcut, self.clamps_latent = method, method.post_after_shortcut, method.clamps
+        self.had_bias = plain.bias is not None if had_bias is None else had_bias
+        binarizer = self.weight_binarizer
+        self.bases = binarizer.bases if isinstance(binarizer, WeightBinarizer) else 1
+        self.register_parameter("bias", None)
+        if plain.bias is not None and keeps_bias:
+            self.bias = plain.bias if had_bias is not None else _copy(plain.bias)
+        elif plain.bias is not None and method.fold_bias:
+            stages = set(self.stages()) - {"shortcut", "post"}
+            if not isinstance(self.post, RPReLU) or stages or self.post_after_shortcut:
                 raise BinarizeError(
                     f"{method.name}: fold_bias=True needs an RPReLU right after the convolution (post='taa' or "
                     "'rprelu', no scale, no norm, the shortcut added last); use keep_bias=True, or let the bias be "
                     "dropped."
                 )
-            fold(bias.detach())
+            self.post.fold_bias_(plain.bias.detach())
 
-    def _place(self, method: Method, parts: Mapping[PartKind, nn.Module | None], *, had_bias: bool) -> None:
-        for kind, part in parts.items():
-            self.add_module("weight_binarizer" if kind == "weight" else kind, part)
-        self.method = method
-        self.post_after_shortcut = method.post_after_shortcut
-        self.clamps_latent = method.clamps
-        self.had_bias = had_bias
-        self.register_parameter("bias", None)
-
-    @classmethod
-    def from_parts(
-        cls: type[LayerT],
-        plain: nn.Module,
-        method: Method,
-        parts: Mapping[PartKind, nn.Module | None],
-        *,
-        had_bias: bool,
-    ) -> LayerT:
-        """Return a layer of parts that there are already, in evaluation mode.
-
-        Args:
-            plain: The layer that it stands for; its weight becomes the latent weight, as the same Parameter, and its
-                bias, if it has one, is kept as it is.
-            method: What the parts are parts of.
-            parts: A module or None for each stage.
-            had_bias: Whether the layer that was converted had a bias.
-        """
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._take_geometry(plain)
-        layer.weight = cast(nn.Parameter, plain.weight)
-        layer._place(method, parts, had_bias=had_bias)
-        layer.bias = cast("nn.Parameter | None", plain.bias)
-        return layer.eval()
+    def _built(self, kind: PartKind, method: Method, spec: LayerSpec) -> nn.Module | None:
+        part = build_part(kind, method.part(kind), spec)
+        if part is None:
+            if kind in ("activation", "weight"):
+                raise BinarizeError(f"{method.name}: the {kind} binarizer cannot be None.")
+            return None
+        if spec.weight.is_meta:  # the part was created where the model is being built; only its dtype may differ
+            return part.to(dtype=spec.weight.dtype)
+        return part.to(device=spec.weight.device, dtype=spec.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(B, C_in, H, W)`` or ``(..., C_in)``."""
-        shifted = x if self.pre is None else self.pre(x)
+        shifted = self.shifted(x)
         y = self._product(self.activation(shifted), self.weight_binarizer(self.weight))
-        return self._finish(y, x, shifted)
+        return self.run_stages(self.stages(), y, x, shifted)
 
-    def _finish(self, y: Tensor, x: Tensor, shifted: Tensor) -> Tensor:
-        """Apply what follows the product."""
-        if self.bias is not None:
-            y = y + (self.bias.view(-1, 1, 1) if self.kind == "conv2d" else self.bias).to(y.dtype)
-        if self.scale is not None:
-            y = self.scale(y, x if getattr(self.scale, "of_input", False) else shifted)
-        if self.norm is not None:
-            y = self.norm(y)
-        if self.post is not None and not self.post_after_shortcut:
-            y = self.post(y)
-        if self.shortcut is not None:
-            y = self.shortcut(y, x)
-        if self.post is not None and self.post_after_shortcut:
-            y = self.post(y)
-        return y
-
-    @classmethod
-    def _converted(
-        cls: type[LayerT], plain: nn.Module, method: Method | str, context: TimestepContext | None
-    ) -> LayerT:
-        layer = cls.__new__(cls)  # `__init__` would allocate weights of its own
-        nn.Module.__init__(layer)
-        layer._from(plain, method, context)
-        layer.train(plain.training)
-        return layer
-
-    def _from(self, plain: Any, method: Method | str, context: TimestepContext | None) -> None:
-        raise NotImplementedError  # pragma: no cover - both subclasses define it
-
-    def _take_geometry(self, plain: Any) -> None:
+    def _take_geometry(self, plain: Any, method: Method, context: TimestepContext | None) -> LayerSpec:
         raise NotImplementedError  # pragma: no cover - both subclasses define it
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
         raise NotImplementedError  # pragma: no cover - both subclasses define it
 
     def clamp_latent_(self) -> None:
-        """Clamp the latent weights to [-1, 1] where the method does so after each optimizer step (BNN)."""
+        """Clamp the latent weights to [-1, 1] if the method does so after each optimizer step (BNN)."""
         if self.clamps_latent:
             with torch.no_grad():
                 self.weight.clamp_(-1, 1)
@@ -149,23 +134,15 @@ class _BinaryLayer(nn.Module):
         """Return the codes ``(n, *weight.shape)`` and scales ``(n, C_out)`` that the forward uses now."""
         return cast(BinaryWeight, self.weight_binarizer(self.weight))
 
-
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
-PlainT = TypeVar("PlainT", nn.Conv2d, nn.Linear)
-
-
-def _with_latents(plain: PlainT, layer: _BinaryLayer) -> PlainT:
-    plain.weight = layer.weight
-    if layer.had_bias:
-        bias = layer.bias
-        plain.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0])) if bias is None else bias
-    return plain.train(layer.training)
+    def _with_latents(self, plain: Any) -> Any:
+        plain.weight = self.weight
+        if self.had_bias:
+            plain.bias = nn.Parameter(self.weight.new_zeros(self.widths[1])) if self.bias is None else self.bias
+        return plain.train(self.training)
 
 
-def _like(part: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    if device.type == "meta":  # the part was created where the model is being built; only its dtype may differ
-        return part.to(dtype=dtype)
-    return part.to(device=device, dtype=dtype)
+def _copy(bias: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
 
 class BinaryConv2d(_BinaryLayer):
@@ -207,32 +184,24 @@ class BinaryConv2d(_BinaryLayer):
     ) -> None:
         super().__init__()
         conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias=False,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-        )
-        self._from(conv, method, context)
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False,
+            padding_mode=padding_mode, device=device, dtype=dtype,
+        )  # fmt: skip
+        self._build(conv, get_method(method), context)
 
-    @classmethod
-    def from_float(cls, conv: nn.Conv2d, method: Method | str, context: TimestepContext | None = None) -> BinaryConv2d:
-        """Return the binary form of ``conv``; its weight becomes the latent weight, as the same Parameter."""
-        return cls._converted(conv, method, context)
-
-    def _from(self, conv: nn.Conv2d, method: Method | str, context: TimestepContext | None) -> None:
-        from binarize.methods import get_method
-
-        method = get_method(method)
-        self._take_geometry(conv)
-        self.weight = cast(nn.Parameter, conv.weight)
-        spec = LayerSpec(
+    def _take_geometry(self, conv: nn.Conv2d, method: Method, context: TimestepContext | None) -> LayerSpec:
+        self.in_channels, self.out_channels = self.widths = conv.in_channels, conv.out_channels
+        self.kernel_size = self.kernel = cast(tuple[int, int], conv.kernel_size)
+        self.stride, self.dilation = cast(tuple[int, int], conv.stride), cast(tuple[int, int], conv.dilation)
+        self.groups, self.padding_mode = conv.groups, conv.padding_mode
+        self.memory: Memory = "exact"
+        self.declared_padding = cast(str | tuple[int, int], conv.padding)
+        self.geometry = Geometry(self.stride, _explicit_padding(conv), self.dilation)
+        self.padding = self.geometry.padding
+        left, right, top, bottom = self.geometry.pad
+        symmetric = left == right and top == bottom
+        self.pad_codes = None if symmetric and conv.padding_mode == "zeros" else self.geometry.pad
+        return LayerSpec(
             kind="conv2d",
             in_channels=conv.in_channels,
             out_channels=conv.out_channels,
@@ -246,53 +215,58 @@ class BinaryConv2d(_BinaryLayer):
             context=context,
             sign_zero=method.sign_zero,
         )
-        self._assemble(method, spec, conv.bias)
-
-    def _take_geometry(self, conv: nn.Conv2d) -> None:
-        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.kernel_size = cast(tuple[int, int], conv.kernel_size)
-        self.stride = cast(tuple[int, int], conv.stride)
-        self.dilation = cast(tuple[int, int], conv.dilation)
-        self.groups, self.padding_mode = conv.groups, conv.padding_mode
-        self.memory: Memory = "exact"
-        self.declared_padding = cast(str | tuple[int, int], conv.padding)
-        left_right, top_bottom = _explicit_padding(conv)
-        symmetric = left_right[0] == left_right[1] and top_bottom[0] == top_bottom[1]
-        self.padding = (top_bottom[0], left_right[0])
-        self.pad_codes = None if symmetric and conv.padding_mode == "zeros" else (*left_right, *top_bottom)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(B, C_in, H, W)``."""
-        if not block_fits(self, x):
-            return super().forward(x)
+        # A compiler fuses the modules itself, and chooses what to keep for the backward.
+        if self._trains_as_one_node() and not (x.is_meta or torch.compiler.is_compiling()):
+            lowered = lower(self)
+            if lowered is not None:
+                return self._run_node(x, lowered)
+        return super().forward(x)
+
+    def _trains_as_one_node(self) -> bool:
+        activation, binarizer = self.activation, self.weight_binarizer
+        return (
+            isinstance(activation, ActivationBinarizer)
+            and isinstance(binarizer, WeightBinarizer)
+            and activation.surrogate is not None
+            and runs_as_declared(activation, "surrogate")
+            and binarizer.is_plain_sign
+            and runs_as_declared(binarizer, "is_plain_sign")
+            and activation.sign_zero == binarizer.sign_zero
+            and self.scale is None
+            and self.pad_codes is None
+        )
+
+    def _run_node(self, x: Tensor, lowered: LoweredLayer) -> Tensor:
+        activation, binarizer = cast(ActivationBinarizer, self.activation), cast(WeightBinarizer, self.weight_binarizer)
         if x.device.type == "cpu" and x.stride(1) == 1:  # a slice of channels, such as CP-Down's
             x = x.contiguous(memory_format=torch.channels_last)
-        source, shift = x, None
-        if isinstance(self.pre, Shift) and is_plain(self.pre, Shift):
-            shift = self.pre.gather(self.pre.bias)
-        elif self.pre is not None:
-            source = self.pre(x)
-        whole = tail_fits(self)
-        post = self.post.gather_all() if whole and isinstance(self.post, RPReLU) else (None, None, None)
-        binarizer: Any = self.weight_binarizer
-        activation: Any = self.activation
-        y: Tensor = BinaryBlock.apply(
+        source = x if lowered.fuses_pre else self.shifted(x)
+        transform, rest = lowered.transform, lowered.rest
+        if not (trains_as_one_node(transform) and not rest):
+            transform, rest = type(transform)(), self.stages()
+        y: Tensor = BinaryConvFunction.apply(
             source,
             self.weight,
-            binarizer.scale(self.weight),
-            shift,
-            *post,
-            Block(
-                geometry=Geometry(self.stride, self.padding, self.dilation, self.groups),
-                zero=activation.sign_zero,
-                surrogate=SURROGATES[type(activation)],
+            binarizer.weight_scale(self.weight),
+            lowered.gather(lowered.shift),
+            lowered.gather(transform.shift_in),
+            lowered.gather(transform.slope),
+            lowered.gather(transform.shift_out),
+            BinaryConvOptions(
+                geometry=self.geometry,
+                groups=self.groups,
+                sign_zero=activation.sign_zero,
+                surrogate=cast(Any, activation.surrogate),
                 clip_weight=binarizer.clip,
-                shortcut=whole and self.shortcut is not None,
+                shortcut=transform.shortcut != 0,
                 memory=self.memory,
                 dtype=compute_dtype(x),
             ),
         )
-        return y if whole else self._finish(y, x, source)
+        return self.run_stages(rest, y, x, source)
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
         padding = self.padding
@@ -305,18 +279,10 @@ class BinaryConv2d(_BinaryLayer):
     def to_float(self) -> nn.Conv2d:
         """Return the plain convolution with the latent weights, as the same Parameter."""
         conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.declared_padding,
-            self.dilation,
-            self.groups,
-            bias=self.had_bias,
-            padding_mode=self.padding_mode,
-            device="meta",
-        )
-        return _with_latents(conv, self)
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.declared_padding, self.dilation,
+            self.groups, bias=self.had_bias, padding_mode=cast(PaddingMode, self.padding_mode), device="meta",
+        )  # fmt: skip
+        return cast(nn.Conv2d, self._with_latents(conv))
 
     def extra_repr(self) -> str:
         """Say what nn.Conv2d says, and the method."""
@@ -357,22 +323,13 @@ class BinaryLinear(_BinaryLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._from(nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype), method, context)
+        linear = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self._build(linear, get_method(method), context)
 
-    @classmethod
-    def from_float(
-        cls, linear: nn.Linear, method: Method | str, context: TimestepContext | None = None
-    ) -> BinaryLinear:
-        """Return the binary form of ``linear``; its weight becomes the latent weight, as the same Parameter."""
-        return cls._converted(linear, method, context)
-
-    def _from(self, linear: nn.Linear, method: Method | str, context: TimestepContext | None) -> None:
-        from binarize.methods import get_method
-
-        method = get_method(method)
-        self._take_geometry(linear)
-        self.weight = cast(nn.Parameter, linear.weight)
-        spec = LayerSpec(
+    def _take_geometry(self, linear: nn.Linear, method: Method, context: TimestepContext | None) -> LayerSpec:
+        self.in_features, self.out_features = self.widths = linear.in_features, linear.out_features
+        self.geometry, self.kernel = Geometry(), (1, 1)
+        return LayerSpec(
             kind="linear",
             in_channels=linear.in_features,
             out_channels=linear.out_features,
@@ -381,10 +338,6 @@ class BinaryLinear(_BinaryLayer):
             context=context,
             sign_zero=method.sign_zero,
         )
-        self._assemble(method, spec, linear.bias)
-
-    def _take_geometry(self, linear: nn.Linear) -> None:
-        self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
         return binary_linear(codes, weight)
@@ -392,22 +345,19 @@ class BinaryLinear(_BinaryLayer):
     def to_float(self) -> nn.Linear:
         """Return the plain linear layer with the latent weights, as the same Parameter."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.had_bias, device="meta")
-        return _with_latents(linear, self)
+        return cast(nn.Linear, self._with_latents(linear))
 
     def extra_repr(self) -> str:
         """Say what nn.Linear says, and the method."""
         return f"{self.in_features}, {self.out_features}, method={self.method.name!r}"
 
 
-def _explicit_padding(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return ((left, right), (top, bottom)) of a convolution, strings resolved."""
+def _explicit_padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Return (left, right, top, bottom) of a convolution, strings resolved."""
     padding: Any = conv.padding
-    if padding == "valid":
-        return (0, 0), (0, 0)
     if padding == "same":
-        pads = []
-        for size, dilation in zip(conv.kernel_size, conv.dilation, strict=True):
-            total = dilation * (size - 1)
-            pads.append((total // 2, total - total // 2))
-        return pads[1], pads[0]
-    return (padding[1], padding[1]), (padding[0], padding[0])
+        totals = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+        (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
+        return left, right, top, bottom
+    height, width = (0, 0) if padding == "valid" else padding
+    return width, width, height, height

@@ -1,8 +1,8 @@
-"""Parts: the exchangeable pieces of a binary layer, found by name.
+"""Parts: the exchangeable pieces of a binary layer, registered by name.
 
 A binary layer is a pipeline ``pre -> activation -> product with binary weights -> scale -> norm -> post`` with a
-shortcut around it. Each stage is a *part*: a factory that gets a `LayerSpec` and returns a module. A method names its
-parts; any of them can be replaced alone.
+shortcut around it. Each stage is a *part*: a factory that takes a `LayerSpec` and returns a module. A method names its
+parts, and each of them can be replaced alone.
 """
 
 from __future__ import annotations
@@ -15,47 +15,151 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError, did_you_mean
+from binarize.kernels.binary_conv import OutputTransform
 from binarize.kernels.signs import SignZero
+from binarize.kernels.training import Surrogate
 from binarize.registry import Registry
 from binarize.timestep import TimestepContext
 
 PartKind = Literal["activation", "weight", "pre", "scale", "norm", "post", "shortcut"]
 PART_KINDS: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "norm", "post", "shortcut")
+StoredScales = Literal["filter", "tensor", "none"]
 Factory = Callable[..., nn.Module]
-_OF_A_FILE: ContextVar[bool] = ContextVar("_OF_A_FILE", default=False)
+_FROM_FILE: ContextVar[bool] = ContextVar("_FROM_FILE", default=False)
 Part = str | Mapping[str, Any] | Factory | None
 """A part as a method names it: a registered name, ``"module:name"``, ``{"name": ..., **options}``, a factory, or None.
 
-A factory is called as ``factory(spec, **options)``, once for each layer, and returns a module. Modules are called thus:
+A factory is called as ``factory(spec, **options)``, once per layer, and returns a module. Modules are called as
+follows:
 
 - ``pre(x)``, ``activation(x)``, ``norm(y)`` and ``post(y)`` map a tensor to one of the same shape;
 - ``weight(w)`` returns a `BinaryWeight`;
-- ``scale(y, x)`` multiplies the product ``y``; ``x`` is what goes into the sign, or the layer's own input where the
-  module has an attribute ``of_input`` that is true;
-- ``shortcut(y, x)`` adds something of the layer's input ``x`` to ``y``.
+- ``scale(y, x)`` multiplies the product ``y``; ``x`` is the input of the sign, or the layer's own input if the module
+  is a `Scale` with ``of_input``;
+- ``shortcut(y, x)`` adds something computed from the layer's input ``x`` to ``y``.
 """
+
+
+class Site(NamedTuple):
+    """Where a part stands in its layer.
+
+    Attributes:
+        adds_input: Whether an identity shortcut there adds the input that the kernel reads.
+        post_follows: Whether the activation function comes later.
+    """
+
+    adds_input: bool
+    post_follows: bool
+
+
+class LayerPart(nn.Module):
+    """Base class of parts that a kernel can compute. Every method has a default that leaves the part a module.
+
+    A part need not derive from it: any nn.Module runs as it is.
+
+    Attributes:
+        groups: K, the rows of its timestep-aware parameters.
+        context: Where the timestep group comes from, or None.
+    """
+
+    groups: int = 1
+    context: TimestepContext | None = None
+
+    def input_shift(self) -> Tensor | None:
+        """Return ``(1 or K, C_in)`` if a ``pre`` part only adds this to the input, else None."""
+        return None
+
+    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform | None:
+        """Return ``transform`` followed by this part, or None if the part has to run as a module."""
+        return None
+
+
+class ActivationBinarizer(LayerPart):
+    """Base class of activation binarizers.
+
+    Attributes:
+        levels: The two values that it returns, (-1, 1) for sign(x) or (0, 1) for x > 0.5; None cannot be packed.
+        surrogate: Its gradient, if it is one that the training kernels know: "approx", "clip" or "identity".
+        sign_zero: What sign(0) is.
+    """
+
+    levels: tuple[int, int] | None = None
+    surrogate: Surrogate | None = None
+    sign_zero: SignZero = "plus"
+
+
+class WeightBinarizer(LayerPart):
+    """Base class of weight binarizers.
+
+    Attributes:
+        bases: How many scaled binary weights it returns.
+        stored_scales: Which scales a file needs: one per "filter", one per "tensor", or "none" where they are 1.
+        sign_zero: What sign(0) is.
+        is_plain_sign: Whether it returns sign(w) times the detached `weight_scale`, whose gradient reaches w unchanged,
+            or zeroed where |w| > 1 with ``clip``. The training kernels then compute it.
+        clip: See ``is_plain_sign``.
+    """
+
+    bases: int = 1
+    stored_scales: StoredScales = "filter"
+    sign_zero: SignZero = "plus"
+    is_plain_sign: bool = False
+    clip: bool = True
+
+    def weight_scale(self, w: Tensor) -> Tensor | None:
+        """Return the scales ``(C_out,)`` of the first basis, or None where they are 1."""
+        return None
+
+
+class Scale(LayerPart):
+    """Base class of scales of the product.
+
+    Attributes:
+        of_input: Whether it is computed from the layer's own input, not from the input of the sign.
+    """
+
+    of_input: bool = False
+
+
+def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
+    """Return whether an attribute or method of a module's class describes what calling the module does.
+
+    It does not if a subclass has another ``forward``, if ``forward`` was replaced on the instance or, unless ``hooks``
+    are allowed, if the module has hooks.
+    """
+    if not isinstance(part, nn.Module) or "forward" in vars(part):
+        return False
+    if not hooks and any(
+        (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    ):
+        return False
+    if name in vars(part):
+        return True
+    kinds = type(part).__mro__
+    order = [next((i for i, kind in enumerate(kinds) if key in vars(kind)), len(kinds)) for key in (name, "forward")]
+    return order[0] <= order[1]
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What a part's factory may know of the layer it is built for.
+    """The layer that a part is built for, as its factory sees it.
 
     Attributes:
         kind: "conv2d", whose tensors are (B, C, H, W), or "linear", whose tensors are (..., C).
         in_channels: C_in.
         out_channels: C_out.
-        weight: The latent weights; parts that initialise from them read it at construction only.
+        weight: The latent weights, from which a part may initialise itself.
         stride: Of the convolution, (1, 1) for linear layers.
         padding: Zeros on each side of a convolution's input, (height, width).
-        pad: (left, right, top, bottom) where ``padding`` cannot say it: sides that differ, or another padding mode.
+        pad: (left, right, top, bottom) if opposite sides differ or the padding mode is not zeros, else None.
         padding_mode: As in nn.Conv2d.
         dilation: Of the convolution.
-        groups: K, how many timestep groups timestep-aware parts hold.
+        groups: K, the number of timestep groups.
         context: Where timestep-aware parts read the timestep, or None if the host has none.
         sign_zero: What sign(0) is.
     """
@@ -75,12 +179,12 @@ class LayerSpec:
 
     @property
     def channel_dim(self) -> int:
-        """Where the channels of an activation are: 1 for convolutions, -1 for linear layers."""
+        """The dimension of the channels: 1 for convolutions, -1 for linear layers."""
         return 1 if self.kind == "conv2d" else -1
 
 
 def feature_dims(x: Tensor, channel_dim: int) -> tuple[int, ...]:
-    """Return the dimensions that make up one sample of ``(B, C, ...)``, or one token of ``(..., C)``."""
+    """Return the dimensions of one sample of ``(B, C, ...)``, or of one token of ``(..., C)``."""
     return tuple(range(1, x.dim())) if channel_dim == 1 else (-1,)
 
 
@@ -96,9 +200,10 @@ def register_part(
     Args:
         kind: The stage it serves.
         name: How methods and recipes refer to it.
-        timestep_aware: Whether it reads ``spec.context`` when ``spec.groups`` is above 1; `binarize.convert` then
-            finds where the host has its timestep.
-        replace: Allow an existing name to be taken over.
+        timestep_aware: Whether it reads ``spec.context`` if ``spec.groups`` is above 1. `binarize.convert` then
+        attaches a
+            timestep context to the model.
+        replace: Allow replacing an existing name.
 
     Raises:
         BinarizeError: If the kind is unknown or the name is taken.
@@ -131,7 +236,7 @@ def _registry(kind: str) -> Registry[Factory]:
 
 
 def is_timestep_aware(kind: PartKind, part: Part) -> bool:
-    """Say whether a part may read the timestep: a registered one says so, a factory of your own is taken to."""
+    """Return whether a part may read the timestep: registered parts declare it, any other factory might."""
     name = part.get("name") if isinstance(part, Mapping) else part
     if name is None:
         return False
@@ -186,12 +291,12 @@ def _check_options(kind: str, part: Any, factory: Factory, options: Mapping[str,
 
 @contextmanager
 def named_by_a_file() -> Iterator[None]:
-    """Take names of parts from a file, which may come from anyone: import nothing for them, and call no function."""
-    token = _OF_A_FILE.set(True)
+    """Treat names of parts as untrusted, since they come from a file: import nothing and call no function."""
+    token = _FROM_FILE.set(True)
     try:
         yield
     finally:
-        _OF_A_FILE.reset(token)
+        _FROM_FILE.reset(token)
 
 
 def find_factory(kind: PartKind, name: str) -> Factory:
@@ -202,7 +307,7 @@ def find_factory(kind: PartKind, name: str) -> Factory:
     """
     if ":" not in name:
         return _registry(kind)[name]
-    if _OF_A_FILE.get():
+    if _FROM_FILE.get():
         return _imported_class(kind, name)
     module_name, _, attribute = name.partition(":")
     try:
@@ -229,7 +334,7 @@ def _imported_class(kind: PartKind, name: str) -> Factory:
 
 
 def part_to_config(kind: str, part: Part) -> Any:
-    """Return a part in a form that JSON and YAML can hold.
+    """Return a part as JSON and YAML can hold it.
 
     Raises:
         BinarizeError: If the part is a lambda or another object that no import path reaches.

@@ -1,17 +1,20 @@
 """Shortcuts around a binary layer, for any change of width and size.
 
-A shortcut carries the full-precision signal past the sign. Where the layer keeps its shape it is the identity; else
-the spatial size is average-pooled (2 x 2 for a stride of 2) and the width is average-pooled over neighbouring channels,
-which repeats channels where the layer widens.
+A shortcut carries the full-precision signal past the sign. It is the identity if the layer keeps its shape. Otherwise
+the spatial size is average-pooled (2 x 2 for a stride of 2), and so are neighbouring channels, which repeats channels
+where the layer widens.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from binarize.layers.parts import LayerSpec, register_part
+from binarize.kernels.binary_conv import OutputTransform, Shortcut
+from binarize.layers.parts import LayerPart, LayerSpec, Site, register_part
 
 
 def pool_channels(x: Tensor, channels: int, channel_dim: int = 1) -> Tensor:
@@ -30,7 +33,7 @@ def pool_channels(x: Tensor, channels: int, channel_dim: int = 1) -> Tensor:
     return F.adaptive_avg_pool1d(x.reshape(-1, 1, width), channels).reshape(*x.shape[:-1], channels)
 
 
-class PoolShortcut(nn.Module):
+class PoolShortcut(LayerPart):
     """Adds the input, average-pooled to the output's shape; a plain identity where shapes agree.
 
     Args:
@@ -41,6 +44,12 @@ class PoolShortcut(nn.Module):
     def __init__(self, out_channels: int, channel_dim: int = 1) -> None:
         super().__init__()
         self.out_channels, self.channel_dim = out_channels, channel_dim
+
+    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform | None:
+        """Add the layer's input if the shortcut is the identity."""
+        if not site.adds_input:
+            return None
+        return replace(transform, shortcut=Shortcut.FIRST if site.post_follows else Shortcut.LAST)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + the shortcut of x."""

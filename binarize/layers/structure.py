@@ -1,12 +1,13 @@
 """Dimension-consistent structure: CP-Down, CP-Up and CS-Fusion, and the plainer blocks they are compared with.
 
-They are built of plain nn.Conv2d, so that they exist in full precision and any method binarizes them. Every
-convolution in CP-Down, CP-Up and CS-Fusion keeps its width, which is what lets an identity shortcut run around it
-(Chen et al. 2024, BI-DiffSR, sections 3.2 and 3.3).
+They consist of plain nn.Conv2d, so they work in full precision and any method can binarize them. Every convolution in
+CP-Down, CP-Up and CS-Fusion keeps its width, so that an identity shortcut can run around it (Chen et al. 2024,
+BI-DiffSR, sections 3.2 and 3.3).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,21 @@ from binarize.errors import BinarizeError
 from binarize.layers.shortcut import pool_channels
 
 
-def accumulate(conv: nn.Module, x: Tensor, total: Tensor) -> Tensor:
-    """Return total + conv(x); a packed convolution adds while it writes."""
-    out: Tensor = conv(x, None, None, total) if getattr(conv, "absorbs", False) else total + conv(x)
-    return out
+class AccumulatingConv(nn.Module):
+    """Base class of convolutions that can add their output to a tensor while they write it."""
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """Return ``total + self(x)``."""
+        out: Tensor = total + self(x)
+        return out
+
+
+def sum_convs(convs: nn.ModuleList, parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of ``conv(part)`` over the pairs."""
+    total: Tensor = convs[0](parts[0])
+    for conv, part in zip(convs[1:], parts[1:], strict=True):
+        total = conv.add_to(total, part) if isinstance(conv, AccumulatingConv) else total + conv(part)
+    return total
 
 
 class CPDown(nn.Module):
@@ -45,11 +57,7 @@ class CPDown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the spatial size."""
-        parts = x.chunk(len(self.convs), dim=1)
-        total: Tensor = self.convs[0](parts[0])
-        for conv, part in zip(self.convs[1:], parts[1:], strict=True):
-            total = accumulate(conv, part, total)
-        return F.pixel_unshuffle(total, 2)
+        return F.pixel_unshuffle(sum_convs(self.convs, x.chunk(len(self.convs), dim=1)), 2)
 
 
 class CPUp(nn.Module):
@@ -76,7 +84,7 @@ class CPUp(nn.Module):
 
 
 class _Shuffle(torch.autograd.Function):
-    """The published mix as one node, whose backward fills one tensor; that of slices adds up four full of zeros."""
+    """The published mixing as one node. Its backward fills one tensor; that of slices would add up four padded ones."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, hidden: int) -> tuple[Tensor, ...]:
@@ -106,13 +114,13 @@ def _opposite_parities(x: Tensor, hidden: int) -> tuple[tuple[Tensor, Tensor], t
 
 
 class CSFusion(nn.Module):
-    """Channel-shuffle fusion of [hidden, skip]: mix the two so that both have like distributions, then 1x1 and add.
+    """Channel-shuffle fusion of [hidden, skip]: mix both so that their distributions match, then convolve 1x1 and add.
 
     With n = (h + s) / C groups:
 
     - n = 2, as published: f1 = [hidden odd channels, skip even], f2 = [hidden even, skip odd] (counted from 0), then
-      conv1(f1) + conv2(f2). The paper's eq. 3 pairs equal parities; its code, and so every released checkpoint, pairs
-      opposite ones, as here.
+      conv1(f1) + conv2(f2). Equation 3 of the paper pairs equal parities; its code and every released checkpoint pair
+      opposite ones, as this does.
     - another whole n: f_j is every n-th channel of the concatenation, starting at j.
     - otherwise one 1x1 convolution from h + s to C channels.
 
@@ -147,15 +155,11 @@ class CSFusion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fuse the concatenation of hidden and skip."""
-        parts = self.mix(x)
-        total: Tensor = self.convs[0](parts[0])
-        for conv, part in zip(self.convs[1:], parts[1:], strict=True):
-            total = accumulate(conv, part, total)
-        return total
+        return sum_convs(self.convs, self.mix(x))
 
 
 class AddFusion(nn.Module):
-    """hidden + skip, without parameters; widths that differ are pooled to the output's.
+    """hidden + skip, without parameters; different widths are pooled to the output's.
 
     Shapes:
         x: ``(B, h + s, H, W)``; output ``(B, C, H, W)``.
@@ -204,8 +208,7 @@ class SplitFusion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fuse the concatenation of hidden and skip."""
-        out: Tensor = self.convs[0](x[:, : self.hidden_channels]) + self.convs[1](x[:, self.hidden_channels :])
-        return out
+        return sum_convs(self.convs, [x[:, : self.hidden_channels], x[:, self.hidden_channels :]])
 
 
 class PixelDown(nn.Module):

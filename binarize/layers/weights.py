@@ -1,12 +1,12 @@
 """Weight binarizers: modules that turn latent weights into +-1 codes, scales and a surrogate gradient.
 
-Each one's ``forward(w)`` returns a `BinaryWeight`. ``w`` is ``(C_out, C_in / groups, kh, kw)`` or ``(C_out, C_in)``.
+``forward(w)`` returns a `BinaryWeight`. ``w`` is ``(C_out, C_in / groups, kh, kw)`` or ``(C_out, C_in)``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.kernels.product import BinaryWeight
 from binarize.kernels.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign
-from binarize.layers.parts import LayerSpec, register_part
+from binarize.layers.parts import LayerSpec, StoredScales, WeightBinarizer, register_part
 from binarize.layers.schedule import (
     Scheduled,
     check_ede_range,
@@ -23,9 +23,7 @@ from binarize.layers.schedule import (
     recu_schedule,
 )
 
-_MOST_TERMS = 16  # of fixed weights; a file may ask for any number
-
-StoredScales = Literal["filter", "tensor", "none"]
+_MOST_BASES = 16  # of fixed weights; a file could ask for any number
 
 
 def _per_filter(w: Tensor) -> tuple[int, ...]:
@@ -36,10 +34,7 @@ def _column(values: Tensor, w: Tensor) -> Tensor:
     return values.view(-1, *[1] * (w.dim() - 1))
 
 
-class _WeightBinarizer(nn.Module):
-    terms = 1
-    stored_scales: StoredScales = "filter"
-
+class _WeightBinarizer(WeightBinarizer):
     def __init__(self, sign_zero: SignZero = "plus") -> None:
         super().__init__()
         self.sign_zero: SignZero = sign_zero
@@ -62,6 +57,7 @@ class SignWeight(_WeightBinarizer):
     """
 
     stored_scales = "none"
+    is_plain_sign = True
 
     def __init__(self, sign_zero: SignZero = "plus", clip: bool = True) -> None:
         super().__init__(sign_zero)
@@ -71,10 +67,6 @@ class SignWeight(_WeightBinarizer):
         """Binarize latent weights."""
         return self._single(clipped_identity(w) if self.clip else w, w, w.new_ones(w.shape[0]))
 
-    def scale(self, w: Tensor) -> Tensor | None:
-        """Return the scales ``(C_out,)``, or None where they are 1."""
-        return None
-
 
 class ScaledSignWeight(_WeightBinarizer):
     """w_hat = alpha_o sign(w), alpha_o = mean |w| of the filter, detached; backward g * 1{|w| <= 1}.
@@ -82,13 +74,13 @@ class ScaledSignWeight(_WeightBinarizer):
     Bi-Real Net, ReActNet, BBCU, BiDM and BI-DiffSR. The gradient is not multiplied by alpha.
     """
 
-    clip = True
+    is_plain_sign = True
 
     def forward(self, w: Tensor) -> BinaryWeight:
         """Binarize latent weights."""
-        return self._single(clipped_identity(w), w, self.scale(w))
+        return self._single(clipped_identity(w), w, self.weight_scale(w))
 
-    def scale(self, w: Tensor) -> Tensor:
+    def weight_scale(self, w: Tensor) -> Tensor:
         """Return the scales ``(C_out,)``."""
         # One pass without a copy, unlike abs().mean().
         return torch.linalg.vector_norm(w.detach(), 1, _per_filter(w)) / w[0].numel()
@@ -114,11 +106,11 @@ class _XnorGradient(torch.autograd.Function):
 class XnorWeight(_WeightBinarizer):
     """XNOR-Net: centre over the input channels, clamp to [-1, 1], w_hat = ||w||_1 / n * sign(w).
 
-    The backward is the authors' released code's, g * (alpha 1{|w| < 1} + 1/n) (1 - 1/C_in) on the centred weights, with
-    a further factor n under SGD; n is the size of a filter. Their code writes the centred, clamped weights back into
-    the latents at each step; here the latents are left alone, which is the same as long as none leaves [-1, 1]. Filters
-    over a single channel (depthwise convolutions) are not centred, nor their gradient reduced by 1 - 1/C_in: nothing
-    would be left of either.
+    The backward is that of the authors' released code, g * (alpha 1{|w| < 1} + 1/n) (1 - 1/C_in) on the centred
+    weights, with a further factor n under SGD, where n is the size of a filter. Their code writes the centred and
+    clamped weights back into the latents at each step. Here the latents are not written, which is equivalent while all
+    stay in [-1, 1]. Filters over a single channel (depthwise convolutions) are neither centred nor is their gradient
+    reduced by 1 - 1/C_in, since both would become zero.
 
     Args:
         sign_zero: What sign(0) is.
@@ -151,9 +143,9 @@ class TensorScaledWeight(_WeightBinarizer):
 class LibraWeight(Scheduled, _WeightBinarizer):
     """IR-Net's Libra-PB: w~ = (w - mean) / std per filter, w_hat = s sign(w~), s = 2^round(log2 mean |w~|) detached.
 
-    The gradient flows through the error decay estimator and through mean and (unbiased) standard deviation. A filter
-    of equal weights, such as a zero-initialised one, has std 0: its w~ and its scale are 0, so it adds nothing to the
-    output, and its gradient is taken with std = s = 1, so that it can leave that state.
+    The gradient flows through the error decay estimator and through mean and (unbiased) standard deviation. A filter of
+    equal weights, such as a zero-initialised one, has std 0: its w~ and scale are 0, so it adds nothing to the output.
+    Its gradient is computed with std = s = 1, so that it can be trained away from that state.
 
     Args:
         sign_zero: What sign(0) is.
@@ -219,8 +211,8 @@ class RectifiedWeight(Scheduled, _WeightBinarizer):
 class TwoBasisWeight(_WeightBinarizer):
     """BinaryDM's two bases: w_hat = s1 sign(w) + s2 sign(w - s1 sign(w)), learnable s1 and s2 per filter.
 
-    Both signs have STE-clip's gradient, the second one's flowing through the residual r = w - s1 sign(w) into w and s1
-    alike, as in the released code: with m1 = 1{|w| <= 1} and m2 = 1{|r| <= 1},
+    Both signs have STE-clip's gradient. The second one's flows through the residual r = w - s1 sign(w) into w and s1,
+    as in the released code. With m1 = 1{|w| <= 1} and m2 = 1{|r| <= 1},
 
         dL/dw = g (s1 m1 + s2 m2 (1 - s1 m1)),  dL/ds1 = sum g sign(w) (1 - s2 m2),  dL/ds2 = sum g sign(r).
 
@@ -231,7 +223,7 @@ class TwoBasisWeight(_WeightBinarizer):
         sign_zero: What sign(0) is.
     """
 
-    terms = 2
+    bases = 2
 
     def __init__(self, weight: Tensor, sign_zero: SignZero = "plus") -> None:
         super().__init__(sign_zero)
@@ -251,22 +243,20 @@ class TwoBasisWeight(_WeightBinarizer):
 
 
 class FixedWeight(_WeightBinarizer):
-    """w_hat = s_1 sign(w) + sum_k>1 s_k c_k, all scales and the further codes kept; what `binarize.unpack` gives.
+    """w_hat = s_1 sign(w) + sum_k>1 s_k c_k with fixed scales s and codes c: the weights of an unpacked model.
 
-    The gradient that reaches w is g * 1{|w| <= 1}, so signs can still be trained while scales stay. With ``learned``
-    scales it is s_1 g * 1{|w| <= 1}, and that of s_k is sum g c_k, as in the two-basis weights that they come from.
+    The gradient of w is g * 1{|w| <= 1}, so the signs can still be trained. With ``learned`` scales it is
+    s_1 g * 1{|w| <= 1}, and the gradient of s_k is sum g c_k, as for two-basis weights.
 
-    A new layer starts from the least-squares values: s_k the mean magnitude and c_k the sign of what the terms before
-    it have left of w.
+    A new layer starts from least-squares values: s_k is the mean magnitude and c_k the sign of the residual of w after
+    the bases before it.
 
     Args:
         weight: The latent weights, from which scales and codes are initialised.
-        terms: How many scaled signs add up.
-        stored_scales: What scales a file needs: one of each "filter", one of the "tensor", or "none", being 1.
+        terms: How many scaled signs are added up (`bases`).
+        stored_scales: Which scales a file needs: one per "filter", one per "tensor", or "none" where they are 1.
         learned: Whether scales are parameters.
     """
-
-    clip = True
 
     scales: Tensor
     codes: Tensor | None
@@ -275,12 +265,13 @@ class FixedWeight(_WeightBinarizer):
         self, weight: Tensor, terms: int = 1, stored_scales: StoredScales = "filter", learned: bool = False
     ) -> None:
         super().__init__("plus")
-        if not 1 <= terms <= _MOST_TERMS or stored_scales not in ("filter", "tensor", "none"):
+        if not 1 <= terms <= _MOST_BASES or stored_scales not in ("filter", "tensor", "none"):
             raise BinarizeError(
-                f"fixed weights have 1 to {_MOST_TERMS} terms and stored_scales 'filter', 'tensor' or 'none'; "
+                f"fixed weights have 1 to {_MOST_BASES} terms and stored_scales 'filter', 'tensor' or 'none'; "
                 f"got {terms} and {stored_scales!r}."
             )
-        self.terms, self.stored_scales, self.learned = terms, stored_scales, learned
+        self.bases, self.stored_scales, self.learned = terms, stored_scales, learned
+        self.is_plain_sign = terms == 1 and not learned
         scales, codes, rest = [], [], weight.detach()
         for _ in range(terms):
             codes.append(hard_sign(rest, "plus"))
@@ -306,9 +297,14 @@ class FixedWeight(_WeightBinarizer):
             surrogate = surrogate + _column(scale, w) * code
         return BinaryWeight(surrogate, codes, held)
 
-    def scale(self, w: Tensor) -> Tensor:
-        """Return the scales ``(C_out,)`` of the first term."""
+    def weight_scale(self, w: Tensor) -> Tensor:
+        """Return the scales ``(C_out,)`` of the first basis."""
         return self.scales[0].detach()
+
+
+register_part("weight", "scaled_sign")(lambda spec: ScaledSignWeight(spec.sign_zero))
+register_part("weight", "tensor_scaled")(lambda spec: TensorScaledWeight(spec.sign_zero))
+register_part("weight", "two_basis")(lambda spec: TwoBasisWeight(spec.weight.detach(), spec.sign_zero))
 
 
 @register_part("weight", "sign")
@@ -316,19 +312,11 @@ def _sign(spec: LayerSpec, clip: bool = True) -> nn.Module:
     return SignWeight(spec.sign_zero, clip)
 
 
-@register_part("weight", "scaled_sign")
-def _scaled_sign(spec: LayerSpec) -> nn.Module:
-    return ScaledSignWeight(spec.sign_zero)
 
 
 @register_part("weight", "xnor")
 def _xnor(spec: LayerSpec, sgd: bool = False) -> nn.Module:
     return XnorWeight(spec.sign_zero, sgd)
-
-
-@register_part("weight", "tensor_scaled")
-def _tensor_scaled(spec: LayerSpec) -> nn.Module:
-    return TensorScaledWeight(spec.sign_zero)
 
 
 @register_part("weight", "libra")
@@ -339,11 +327,6 @@ def _libra(spec: LayerSpec, t_min: float = 0.1, t_max: float = 10.0) -> nn.Modul
 @register_part("weight", "recu")
 def _recu(spec: LayerSpec, tau_min: float = 0.85, tau_max: float = 0.99) -> nn.Module:
     return RectifiedWeight(spec.sign_zero, tau_min, tau_max)
-
-
-@register_part("weight", "two_basis")
-def _two_basis(spec: LayerSpec) -> nn.Module:
-    return TwoBasisWeight(spec.weight.detach(), spec.sign_zero)
 
 
 @register_part("weight", "fixed")

@@ -1,60 +1,77 @@
-"""Whole blocks of a packed network: what stands around its convolutions is folded into them.
+"""Blocks of a packed network: operations around a convolution are fused into it.
 
-Between two convolutions a U-Net normalises, activates, adds and concatenates, each a pass over the picture, and each
-longer than a packed convolution. These functions do the same arithmetic in fewer passes. Full-precision convolutions
-profit as well.
+Between two convolutions a U-Net normalises, activates, adds and concatenates. Each of these is a pass over the image
+that takes longer than a packed convolution. These functions do the same arithmetic in fewer passes, and speed up
+full-precision convolutions as well.
+
+`binarize.pack` replaces every `PackableBlock` by its packed form, and `binarize.unpack` puts it back.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from binarize.kernels.norm import factors_of, norm_silu, shuffle
-from binarize.kernels.winograd import is_wide, wide_conv
-from binarize.layers.structure import CSFusion, accumulate
+from binarize.kernels.ops import conv3x3, norm_silu, shuffle
+from binarize.layers.fused import is_conv3x3, norm_factors
+from binarize.layers.structure import CSFusion, sum_convs
 from binarize.packed.layers import PackedConv2d
 
 
+class PackableBlock(nn.Module):
+    """Base class of blocks that have a faster form in a packed network."""
+
+    @abstractmethod
+    def packed_form(self) -> PackedBlock:
+        """Return a block with the same submodules under the same names that computes the same in fewer passes."""
+
+
+class PackedBlock(nn.Module):
+    """Base class of the packed forms of blocks."""
+
+    @abstractmethod
+    def unpacked_form(self) -> PackableBlock:
+        """Return the block that this one replaces, with the same submodules."""
+
+
 def norm_silu_conv(
-    norm: nn.GroupNorm, conv: nn.Module, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None
+    norm: nn.GroupNorm,
+    conv: nn.Module,
+    x: Tensor,
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Return ``conv(silu(norm(x + shift))) + residual``.
+    """Return ``conv(silu(norm(x + channel_bias))) + residual``.
 
     Args:
         norm: GroupNorm.
         conv: A packed or any other convolution.
         x: ``(B, C_in, H, W)``.
-        shift: ``(B, C_in)`` or None.
+        channel_bias: ``(B, C_in)`` or None.
         residual: ``(B, C_out, H', W')`` or None.
     """
-    factors = factors_of(norm, x, shift)
-    if isinstance(conv, PackedConv2d) and conv.absorbs:
+    factors = norm_factors(norm, x, channel_bias)
+    if isinstance(conv, PackedConv2d) and conv.is_one_kernel:
         packed: Tensor = conv(x, factors, None, residual)
         return packed
-    if is_wide(conv):
-        bias = cast(Tensor | None, conv.bias)
-        wide: Tensor = wide_conv(x, cast(Tensor, conv.weight), bias, factors, residual)
-        return wide
+    if is_conv3x3(conv):
+        return conv3x3(x, cast(Tensor, conv.weight), cast("Tensor | None", conv.bias), factors, residual)
     y: Tensor = conv(norm_silu(x, factors))
     return y if residual is None else y.add_(residual)
 
 
 def fuse(fusion: nn.Module | None, hidden: Tensor, skip: Tensor) -> Tensor:
-    """Return what a decoder's fusion makes of hidden and skip, without their concatenation where it can.
-
-    Two full-precision 1x1 convolutions of a shuffle are two matrix products of what was shuffled, with weights
-    shuffled.
-    """
+    """Return a decoder's fusion of hidden and skip, without concatenating them first if it can."""
     if not isinstance(fusion, CSFusion) or fusion.form != "published" or hidden.shape[1] % 2 or skip.shape[1] % 2:
         joined = torch.cat([hidden, skip], dim=1)
         return joined if fusion is None else fusion(joined)
     first, second = fusion.convs
     if type(first) is not nn.Conv2d or type(second) is not nn.Conv2d:
-        one, two = shuffle(hidden, skip)
-        return accumulate(second, two, first(one))
+        return sum_convs(fusion.convs, shuffle(hidden, skip))
+    # Two full-precision 1x1 convolutions of shuffled channels are two matrix products with shuffled weights.
     half = hidden.shape[1] // 2
     weights = [conv.weight.flatten(1) for conv in (first, second)]
     of_hidden = torch.stack([weights[1][:, :half], weights[0][:, :half]], dim=2).flatten(1)

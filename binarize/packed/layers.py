@@ -1,15 +1,13 @@
-"""PackedConv2d and PackedLinear: a binary layer whose weights are bits and whose product counts them.
+"""PackedConv2d and PackedLinear: binary layers whose weights are bits and whose products count them.
 
-A packed layer keeps the parts of the binary layer that it replaces, under the same names, and runs as many of them as
-it can inside the operator: the shift or the threshold before the sign; the scale, BatchNorm in eval mode, (R)PReLU,
-Hardtanh or ReLU and the identity shortcut after it. Parts that the operator does not know run as modules before or
-after it, so every method and every own part works.
+A packed layer takes over the parts of the binary layer that it replaces, under the same names.
+`binarize.layers.lowering` decides which of them run inside the kernel; the others run as modules before or after it, so
+every method and every part of your own works.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from operator import attrgetter, is_
 from typing import Any, Literal, cast
 
@@ -18,160 +16,108 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.kernels.binary_conv import BinaryConv
 from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits, to_dense
-from binarize.kernels.ops import (
-    NO_SHORTCUT,
-    SHORTCUT_FIRST,
-    SHORTCUT_LAST,
-    Geometry,
-    Product,
-    Term,
-    count_filters,
-    lay_out_table,
-    lay_out_thresholds,
-)
+from binarize.kernels.ops import binary_conv2d
 from binarize.layers import BinaryConv2d, BinaryLinear
 from binarize.layers.delayed import Delayed
-from binarize.layers.parts import PART_KINDS, PartKind
-from binarize.layers.shortcut import PoolShortcut
-from binarize.layers.timestep_aware import ChannelScale, RPReLU, Shift, TokenBatchNorm
+from binarize.layers.lowering import LoweredLayer, levels_of, lower
+from binarize.layers.parts import PART_KINDS, PartKind, StoredScales, WeightBinarizer
+from binarize.layers.pipeline import PartPipeline
+from binarize.layers.structure import AccumulatingConv
 
-# Exactly these: a subclass may compute something else, and then runs as the module that it is.
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, TokenBatchNorm)
-_POSTS = (RPReLU, nn.Hardtanh, nn.ReLU6, nn.ReLU)
-Stage = Literal["bias", "scale", "norm", "post", "shortcut"]
+_version, _kind = attrgetter("_version"), attrgetter("dtype", "device")
 
 
-@dataclass
-class _Fused:
-    """What the operator does of a layer's tail, and what is left for modules.
+class _Compiled:
+    """What a packed layer runs, and the tensors and modules that it was made from.
 
     Attributes:
-        stages: Names of the stages inside the operator, in order.
-        rest: Names of the stages after it, in order.
-        shortcut: The operator's ``shortcut``.
-        low: The operator's clamp.
-        high: The operator's clamp.
-    """
-
-    stages: list[Stage] = field(default_factory=list)
-    rest: list[Stage] = field(default_factory=list)
-    shortcut: int = NO_SHORTCUT
-    low: float = -math.inf
-    high: float = math.inf
-
-
-class _Made:
-    """A layer's products, and what they were made from.
-
-    Attributes:
-        terms: A product for each of the layer's terms, which are added.
+        lowered: The layer's formula.
+        convs: A convolution per basis; their outputs are added up.
     """
 
     def __init__(self, layer: _PackedLayer) -> None:
-        self.terms = layer._make_terms()
-        self._timed = [part for part in layer.timed() if part.groups > 1]
+        lowered = lower(layer)
+        assert lowered is not None  # the constructor of the layer has checked it
+        self.lowered = lowered
+        self.convs = layer._lay_out(lowered)
         self._device = layer.words.device
 
-    def watch(self, layer: _PackedLayer) -> _Made:
-        """Note what they were made from, so that `is_current` can tell."""
+    def watch(self, layer: _PackedLayer) -> _Compiled:
+        """Remember the layer's modules and tensors for `is_current`."""
         held: list[tuple[dict[str, Any], str, Any]] = [
             (place, name, value)
             for module in layer.modules()
             for place in (module._modules, module._parameters, module._buffers)
             for name, value in cast(dict[str, Any], place).items()
         ]
-        tensors: list[Tensor] = [value for *_, value in held if isinstance(value, Tensor)]
-        self._places = [place for place, _, _ in held]
-        self._names, self._values = [name for _, name, _ in held], [value for *_, value in held]
-        self._tensors, self._kinds = tensors, list(map(_kind, tensors))
-        self._counted = [t for t in tensors if not t.is_inference()]
-        self._versions = list(map(_version, self._counted))
+        self._places, self._names = [place for place, _, _ in held], [name for _, name, _ in held]
+        self._values = [value for *_, value in held]
+        self._tensors: list[Tensor] = [value for value in self._values if isinstance(value, Tensor)]
+        self._kinds = list(map(_kind, self._tensors))
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._versions = list(map(_version, self._versioned))
         return self
 
     def is_current(self) -> bool:
-        """Say whether the layer is what it was when they were made."""
+        """Return whether nothing of the layer has been replaced or written to."""
         return (
             all(map(is_, map(dict.get, self._places, self._names), self._values))
-            and list(map(_version, self._counted)) == self._versions
+            and list(map(_version, self._versioned)) == self._versions
             and list(map(_kind, self._tensors)) == self._kinds
         )
 
-    def group(self) -> Tensor | None:
-        """Return each sample's group of timesteps, ``(B,)`` or ``(1,)`` int64, or None if nothing depends on it."""
-        for part in self._timed:
-            if part.context is not None:
-                group = part.context.group(part.groups)
-                return group if group.device == self._device else group.to(self._device)
-        return None
+    def timestep_group(self) -> Tensor | None:
+        """Return each sample's timestep group on the layer's device, or None."""
+        group = self.lowered.timestep_group()
+        return group if group is None or group.device == self._device else group.to(self._device)
 
 
-# What changes when a tensor is written to, and when its data is replaced by another kind of data.
-_version, _kind = attrgetter("_version"), attrgetter("dtype", "device")
+class _PackedLayer(PartPipeline):
+    """Base class of PackedConv2d and PackedLinear."""
 
-
-class _PackedLayer(nn.Module):
-    """What PackedConv2d and PackedLinear share: the bits, the parts, the operator's tables."""
-
-    kind: Literal["conv2d", "linear"]
-    pre: nn.Module | None
-    activation: nn.Module
-    scale: nn.Module | None
-    norm: nn.Module | None
-    post: nn.Module | None
-    shortcut: nn.Module | None
+    shape: FilterShape
     words: Tensor
-    pad_codes: tuple[int, ...] | None
-    padding_mode: str
     scales: Tensor | None
-    bias: nn.Parameter | None
+    stored_scales: StoredScales
+    pad_codes: tuple[int, ...] | None = None
 
-    def _take(self, layer: Any, shape: FilterShape, geometry: Geometry) -> None:
-        self.shape, self.geometry = shape, geometry
+    def _take(self, layer: BinaryConv2d | BinaryLinear) -> None:
+        self.widths, self.kernel, self.bases, self.geometry = layer.widths, layer.kernel, layer.bases, layer.geometry
+        groups = layer.groups if isinstance(layer, BinaryConv2d) else 1
+        shape = self.shape = FilterShape(self.widths[1], self.widths[0] // groups, self.kernel, groups, self.bases)
         for part in PART_KINDS:
             if part != "weight":
                 self.add_module(part, getattr(layer, part))
         self.method, self.had_bias = layer.method, layer.had_bias
         self.post_after_shortcut = layer.post_after_shortcut
         self.register_parameter("bias", layer.bias)
-        self.stored_scales = getattr(layer.weight_binarizer, "stored_scales", "filter")
-        self.learned_scales = any(True for _ in layer.weight_binarizer.parameters())
+        binarizer = layer.weight_binarizer
+        self.stored_scales = binarizer.stored_scales if isinstance(binarizer, WeightBinarizer) else "filter"
+        self.learned_scales = any(True for _ in binarizer.parameters())
         weight = layer.binary_weight()
-        bits = (
-            (weight.codes >= 0).to(torch.uint8).view(shape.terms, shape.out_channels, shape.in_channels, *shape.kernel)
-        )
+        bits = (weight.codes >= 0).to(torch.uint8)
+        bits = bits.view(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel)
         words = torch.empty(shape.memory, dtype=torch.int32, device="meta") if bits.is_meta else from_bits(bits, shape)
         self.register_buffer("words", words, persistent=False)
         stored = {"filter": weight.scales, "tensor": weight.scales[:, :1], "none": None}[self.stored_scales]
         self.register_buffer("scales", None if stored is None else stored.detach().clone())
-        self.levels = levels_of(self.activation)
-        self.inside = self.pre is None or (type(self.pre) is Shift and self.levels == (-1, 1))
-        self.fused = self._plan()
-        self._made: _Made | None = None
+        check_levels(self.activation)
+        self._compiled: _Compiled | None = None
         self.train(layer.training)
 
-    # What is stored
+    # The state dict holds the bits densely.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "bits"] = to_dense(self.words, self.shape)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        _, _, missing_keys, _, error_msgs = args
         key = prefix + "bits"
         bits = state_dict.get(key)
-        super()._load_from_state_dict(
-            {k: v for k, v in state_dict.items() if k != key},
-            prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs,
-        )  # fmt: skip
+        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != key}, prefix, *args)
         if bits is None:
             missing_keys.append(key)
         elif tuple(bits.shape) != self.shape.dense or bits.dtype != torch.uint8:
@@ -181,208 +127,95 @@ class _PackedLayer(nn.Module):
         else:
             device = bits.device if self.words.is_meta else self.words.device
             self.words = from_dense(bits.to(device), self.shape)
-        self._made = None
+        self._compiled = None
 
     def codes(self) -> Tensor:
-        """Return the weights, ``(terms, *weight shape)`` int8 in {-1, +1}."""
+        """Return the weights, ``(bases, *weight shape)`` int8 in {-1, +1}."""
         codes = 2 * to_bits(self.words, self.shape).to(torch.int8) - 1
         return codes if self.kind == "conv2d" else codes.flatten(2)
 
     def weight_scales(self) -> Tensor:
-        """Return the scale of every filter, ``(terms, C_out)``."""
-        size = (self.shape.terms, self.shape.out_channels)
+        """Return the scale of every filter, ``(bases, C_out)``."""
+        size = (self.shape.bases, self.shape.out_channels)
         if self.scales is None:
             return torch.ones(size, dtype=self.float_dtype, device=self.words.device)
         return self.scales.expand(size)
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """The dtype of what is not bits; float32 where there is nothing else."""
+        """The dtype of the floating-point tensors; float32 if there are none."""
         floats = (t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
         return next(floats, torch.float32)
 
     def parts(self) -> dict[PartKind, nn.Module | None]:
-        """Return the parts of the layer but its weight binarizer, by stage."""
+        """Return the parts of the layer, except its weight binarizer, by stage."""
         return {kind: getattr(self, kind) for kind in PART_KINDS if kind != "weight"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._made = None  # what they are made from changes, and not always in a way that shows
+        self._compiled = None  # not every change of a tensor can be seen afterwards
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": None}  # a copy makes its own, and a pickle does not carry them
+        return {**self.__dict__, "_compiled": None}  # a copy compiles its own
+
+    def train(self, mode: bool = True) -> Any:
+        """Stay in evaluation mode."""
+        return super().train(False)
 
     def clamp_latent_(self) -> None:
-        """Refuse to be trained: `binarize.training_step` calls this.
-
-        Raises:
-            BinarizeError: Always.
-        """
+        """Raise BinarizeError: a packed layer cannot be trained. `binarize.training_step` calls this."""
         raise BinarizeError(
             "training_step: this model is packed and has nothing to train; train the unpacked model, or call "
             "binarize.unpack(model), which gives +-1 latent weights and fixed scales."
         )
 
-    # What the operator takes over
+    # The kernel
 
-    def _plan(self) -> _Fused:
-        """Return the longest run of the tail's stages that the operator can do in their order."""
-        order: list[Stage] = ["bias", "scale", "norm"]
-        order += ["shortcut", "post"] if self.post_after_shortcut else ["post", "shortcut"]
-        present = [stage for stage in order if getattr(self, stage) is not None]
-        plan = _Fused()
-        if self.shape.terms > 1:  # their sum comes before any stage
-            plan.rest = present
-            return plan
-        for i, stage in enumerate(present):
-            if not self._can(stage):
-                plan.rest = present[i:]
-                break
-            plan.stages.append(stage)
-            if stage == "shortcut":
-                plan.shortcut = SHORTCUT_FIRST if self.post_after_shortcut and "post" in present else SHORTCUT_LAST
-            if isinstance(self.post, nn.Hardtanh) and stage == "post":
-                plan.low, plan.high = float(self.post.min_val), float(self.post.max_val)
-            if isinstance(self.post, nn.ReLU) and stage == "post":
-                plan.low = 0.0
-        return plan
-
-    def _can(self, stage: Stage) -> bool:
-        part = getattr(self, stage)
-        if stage == "bias":
-            return True
-        if stage == "scale":
-            return type(part) is ChannelScale and part.row_scale is None and part.column_scale is None
-        if stage == "norm":
-            return type(part) in _NORMS and part.track_running_stats
-        if stage == "post":
-            return type(part) in _POSTS
-        same = self.shape.out_channels == self.shape.in_channels * self.shape.groups
-        return type(part) is PoolShortcut and same and self.inside and self._keeps_size()
-
-    def _keeps_size(self) -> bool:
-        (sh, sw), (left, right, top, bottom), (dh, dw) = self.geometry
-        kh, kw = self.shape.kernel
-        return sh == sw == 1 and top + bottom == dh * (kh - 1) and left + right == dw * (kw - 1)
-
-    def _rows(self) -> int:
-        return max((part.groups for part in self.timed()), default=1)
-
-    def timed(self) -> list[Shift | RPReLU]:
-        """Return the parts whose parameters may depend on the timestep."""
-        return [part for part in (self.pre, self.post) if isinstance(part, Shift | RPReLU)]
-
-    def made(self) -> _Made:
-        """Return what the layer gives the operator, made once and again when the layer changes."""
+    def compiled(self) -> _Compiled:
+        """Return what the layer runs; it is made once, and again when the layer changes."""
         if torch.compiler.is_compiling():
-            return _Made(self)
-        made = self._made
-        if made is None or not made.is_current():
-            made = self._made = _Made(self).watch(self)
-        return made
+            return _Compiled(self)
+        compiled = self._compiled
+        if compiled is None or not compiled.is_current():
+            compiled = self._compiled = _Compiled(self).watch(self)
+        return compiled
 
     @torch.no_grad()
-    def _make_terms(self) -> list[Product]:
-        shape, rows, halve = replace(self.shape, terms=1), self._rows(), self.levels == (0, 1)
-        channels, device = shape.in_channels * shape.groups, self.words.device
+    def _lay_out(self, lowered: LoweredLayer) -> list[BinaryConv]:
         floats = [t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()]
-        wide = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
-
-        # x + b >= 0 where x >= -b, exactly; {0, 1} activations are 1 above 0.5, which rounds to 0.
-        zero = torch.zeros(rows, channels, dtype=wide, device=device)
-        limit = zero if self.levels == (-1, 1) else torch.nextafter(zero + 0.5, zero + 1)
-        if self.inside and isinstance(self.pre, Shift):
-            limit = limit - self.pre.bias.to(wide)
-        thresholds, terms = lay_out_thresholds(limit, shape), []
-        for words, scales in zip(self.words, self.weight_scales().to(wide), strict=True):
-            columns = torch.zeros(6, rows, shape.out_channels, dtype=wide, device=device)
-            columns[0], columns[1], columns[4] = scales, 1.0, 1.0
-            for stage in self.fused.stages:
-                self._fold(stage, columns, wide)
-            tensors = words, count_filters(words, shape, halve), thresholds, lay_out_table(columns, shape)
-            fused = self.fused
-            terms.append(Product(Term(tensors, shape, self.geometry, halve, fused.low, fused.high, fused.shortcut)))
-        return terms
-
-    def _fold(self, stage: Stage, columns: Tensor, wide: torch.dtype) -> None:
-        part = getattr(self, stage)
-        if stage == "bias":
-            columns[2] += part.to(wide)
-        elif stage == "scale":
-            columns[1:3] *= part.scale.to(wide)
-        elif stage == "norm":
-            factor = torch.rsqrt(part.running_var.to(wide) + part.eps)
-            if part.weight is not None:
-                factor = factor * part.weight.to(wide)
-            columns[1:3] *= factor
-            columns[2] -= part.running_mean.to(wide) * factor
-            if part.bias is not None:
-                columns[2] += part.bias.to(wide)
-        elif isinstance(part, RPReLU):
-            columns[3], columns[4], columns[5] = (t.to(wide) for t in (part.shift_in, part.slope, part.shift_out))
-
-    # The forward
-
-    @property
-    def absorbs(self) -> bool:
-        """Whether the layer is one call of the operator, so that what stands around it can be folded into it."""
-        return self.shape.terms == 1 and self.inside and not self.fused.rest
-
-    def train(self, mode: bool = True) -> Any:
-        """Stay in eval mode: a packed layer has nothing to train, and its statistics are settled."""
-        return super().train(False)
-
-    def _run(
-        self, x: Tensor, norm: Tensor | None = None, row: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        """Apply the layer to ``(B, C_in, H, W)``; the rest is for layers that `absorbs` what is around them."""
-        source = x if self.inside else self._shifted(x)
-        if self.pad_codes is not None:
-            source = F.pad(source, self.pad_codes, mode=self.padding_mode)
-        made = self.made()
-        group = made.group()
-        y: Tensor | None = None
-        for product in made.terms:
-            term = self._apply_product(product, source, group, norm, row, residual)
-            y = term if y is None else y + term
-        assert y is not None
-        for stage in self.fused.rest:
-            y = self._tail(stage, y, x)
-        return y
-
-    def _apply_product(self, product: Product, x: Tensor, *given: Tensor | None) -> Tensor:
-        return product(x, *given)
-
-    def _shifted(self, x: Tensor) -> Tensor:
-        return x if self.pre is None else self.pre(x)
-
-    def _tail(self, stage: Stage, y: Tensor, x: Tensor) -> Tensor:
-        part = getattr(self, stage)
-        if stage == "bias":
-            return y + (part.view(-1, 1, 1) if self.kind == "conv2d" else part).to(y.dtype)
-        if stage == "scale":
-            out: Tensor = part(y, x if getattr(part, "of_input", False) else self._shifted(x))
-        elif stage == "shortcut":
-            out = part(y, x)
-        else:
-            out = part(y)
-        return out
+        acc_dtype = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
+        # x + b >= 0 exactly where x >= -b. {0, 1} activations are 1 above 0.5, which itself rounds to 0.
+        thresholds = torch.zeros(1, self.widths[0], dtype=acc_dtype, device=self.words.device)
+        unsigned = lowered.levels == (0, 1)
+        if unsigned:
+            thresholds = torch.nextafter(thresholds + 0.5, thresholds + 1)
+        if lowered.shift is not None:
+            thresholds = thresholds - lowered.shift.to(acc_dtype)
+        geometry = self.geometry if self.pad_codes is None else self.geometry._replace(pad=(0, 0, 0, 0))
+        shape = replace(self.shape, bases=1)
+        return [
+            BinaryConv.lay_out(
+                words, shape, geometry, thresholds, replace(lowered.transform, scale=scale), unsigned=unsigned
+            )
+            for words, scale in zip(self.words, self.weight_scales().to(acc_dtype), strict=True)
+        ]
 
 
-class PackedConv2d(_PackedLayer):
-    """A binary convolution for inference: bits in memory, xnor and population count on a CPU, tensor cores on CUDA.
+class PackedConv2d(_PackedLayer, AccumulatingConv):
+    """A binary convolution for inference, with bits in memory.
 
-    Made by `binarize.pack` from a `BinaryConv2d`; its state dict holds ``bits`` (dense, see the file format) and
-    ``scales`` in place of the latent weights.
+    CPUs compute it with xnor and population count, CUDA GPUs on tensor cores. `binarize.pack` makes it from a
+    `BinaryConv2d`. Its state dict holds ``bits`` (dense, see the file format) and ``scales`` in place of latent
+    weights.
 
     Args:
-        layer: The binary convolution; parts and parameters are taken over, not copied.
+        layer: The binary convolution; its parts and parameters are taken over, not copied.
 
     Shapes:
-        x: ``(B, C_in, H, W)`` float32, bfloat16 or float64, best in channels_last; output ``(B, C_out, H', W')``.
+        x: ``(B, C_in, H, W)`` float32, bfloat16 or float64, ideally channels_last; output ``(B, C_out, H', W')``.
 
     Raises:
-        BinarizeError: If the layer's activation does not say which two values it gives.
+        BinarizeError: If the layer's activation does not declare its two values.
     """
 
     kind: Literal["conv2d", "linear"] = "conv2d"
@@ -393,30 +226,47 @@ class PackedConv2d(_PackedLayer):
         self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
         self.padding, self.groups, self.padding_mode = layer.padding, layer.groups, layer.padding_mode
         self.declared_padding = layer.declared_padding
-        pad = layer.pad_codes or (layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0])
-        self.pad_codes = None if layer.padding_mode == "zeros" else pad
-        pad = (0, 0, 0, 0) if self.pad_codes is not None else pad
-        terms: Any = getattr(layer.weight_binarizer, "terms", 1)
-        shape = FilterShape(
-            layer.out_channels, layer.in_channels // layer.groups, layer.kernel_size, layer.groups, int(terms)
-        )
-        self._take(layer, shape, Geometry(layer.stride, pad, layer.dilation))
+        self.pad_codes = None if layer.padding_mode == "zeros" else layer.geometry.pad
+        self._take(layer)
 
     def forward(
-        self, x: Tensor, norm: Tensor | None = None, row: Tensor | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        input_norm: Tensor | None = None,
+        channel_bias: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Apply the layer.
+        """Apply the layer. All arguments but ``x`` are for layers that are `is_one_kernel`.
 
         Args:
             x: ``(B, C_in, H, W)``.
-            norm: ``(2, B, C_in)``: take silu(x * norm[0] + norm[1]) for x, if the layer `absorbs`.
-            row: ``(B, C_out)``: add it to every pixel, if the layer `absorbs`.
-            residual: ``(B, C_out, H', W')``: add it, if the layer `absorbs`.
+            input_norm: ``(2, B, C_in)``: use ``silu(x * input_norm[0] + input_norm[1])`` in place of x.
+            channel_bias: ``(B, C_out)``, added to every pixel.
+            residual: ``(B, C_out, H', W')``, added to the output.
         """
-        return self._run(x, norm, row, residual)
+        compiled = self.compiled()
+        lowered, source = compiled.lowered, x
+        if not lowered.fuses_pre:
+            source = self.shifted(x)
+        if self.pad_codes is not None:
+            source = F.pad(source, self.pad_codes, mode=self.padding_mode)
+        group = compiled.timestep_group()
+        y = binary_conv2d(source, compiled.convs[0], group, input_norm, channel_bias, residual)
+        for conv in compiled.convs[1:]:
+            y = y + binary_conv2d(source, conv, group)
+        return self.run_stages(lowered.rest, y, x) if lowered.rest else y
+
+    @property
+    def is_one_kernel(self) -> bool:
+        """Whether the layer is one call of the kernel, so that operations around it can be fused into it."""
+        return self.compiled().lowered.is_one_kernel
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """Return ``total + self(x)``, added while the output is written if the kernel can."""
+        return self(x, residual=total) if self.is_one_kernel else total + self(x)
 
     def extra_repr(self) -> str:
-        """Say what nn.Conv2d says, and the method."""
+        """Return what nn.Conv2d shows, and the method."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         return f"{text}, padding={self.padding}, groups={self.groups}, method={self.method.name!r}"
 
@@ -436,47 +286,37 @@ class PackedLinear(_PackedLayer):
     def __init__(self, layer: BinaryLinear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.pad_codes, self.padding_mode = None, "zeros"
-        terms: Any = getattr(layer.weight_binarizer, "terms", 1)
-        self._take(layer, FilterShape(layer.out_features, layer.in_features, (1, 1), 1, int(terms)), Geometry())
+        self._take(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
-        return self._run(x)
-
-    def _apply_product(self, product: Product, x: Tensor, *given: Tensor | None) -> Tensor:
-        """Take the tokens of a sample as the pixels of a picture; rows are what threads share out."""
+        """Apply the layer. The tokens of a sample are the pixels of an image whose rows the threads share."""
+        compiled = self.compiled()
+        source = x if compiled.lowered.fuses_pre else self.shifted(x)
         batch, tokens = x.shape[0], x.shape[1:-1].numel()
         width = next(w for w in (64, 32, 16, 8, 4, 2, 1) if tokens % w == 0)
-        pixels = x.reshape(batch, tokens // width, width, x.shape[-1]).permute(0, 3, 1, 2)
-        y = product(pixels, *given).permute(0, 2, 3, 1)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        pixels = source.reshape(batch, tokens // width, width, source.shape[-1]).permute(0, 3, 1, 2)
+        group = compiled.timestep_group()
+        y = binary_conv2d(pixels, compiled.convs[0], group)
+        for conv in compiled.convs[1:]:
+            y = y + binary_conv2d(pixels, conv, group)
+        y = y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+        return self.run_stages(compiled.lowered.rest, y, x)
 
     def extra_repr(self) -> str:
-        """Say what nn.Linear says, and the method."""
+        """Return what nn.Linear shows, and the method."""
         return f"{self.in_features}, {self.out_features}, method={self.method.name!r}"
 
 
-def levels_of(activation: nn.Module) -> tuple[int, int]:
-    """Return the two values that an activation binarizer gives.
-
-    Raises:
-        BinarizeError: If it does not say, or still computes in full precision, being delayed.
-    """
+def check_levels(activation: nn.Module) -> None:
+    """Raise BinarizeError unless an activation is binary now and declares its two values."""
     if isinstance(activation, Delayed) and not activation.progress.is_meta and not activation.active:
         raise BinarizeError(
-            "pack: activations are still full precision, since training has not come to where they become binary; call "
-            "binarize.training_step(model, 1.0) to make them binary."
+            "pack: activations are still full precision, since training has not reached the step from which they are "
+            "binary; call binarize.training_step(model, 1.0) to make them binary."
         )
-    levels = getattr(activation, "levels", None)
-    kinds = type(activation).__mro__
-    computes = next(i for i, kind in enumerate(kinds) if "forward" in vars(kind))
-    own = not kinds[computes].__module__.startswith("binarize.")
-    if own and "levels" not in vars(activation) and not any("levels" in vars(kind) for kind in kinds[: computes + 1]):
-        levels = None  # inherited from a class that computes something else
-    if levels not in ((-1, 1), (0, 1)):
+    if levels_of(activation) is None:
         raise BinarizeError(
-            f"pack: {type(activation).__name__} does not say which two values it gives; give it an attribute levels = "
-            f"(-1, 1) if it is sign(x), or (0, 1) if it is 1 for x > 0.5. Got {levels!r}."
+            f"pack: {type(activation).__name__} does not declare the two values that it returns; give it an attribute "
+            "levels = (-1, 1) if it is sign(x), or (0, 1) if it is 1 for x > 0.5. Got "
+            f"{getattr(activation, 'levels', None)!r}."
         )
-    return cast(tuple[int, int], levels)

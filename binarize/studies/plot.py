@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from binarize.errors import BinarizeError
-from binarize.studies.results import AblationResult, columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Quantity -> factor to the unit of its heading.
+    from binarize.studies.results import AblationResult
+
+# Attribute of `RunResult` -> factor to the unit of the panel's title.
 _PANELS = {"psnr": 1.0, "ssim": 1.0, "lpips": 1.0, "params": 1e-6, "ops": 1e-9, "sample_step_seconds": 1e3}
-_HEADINGS = {"psnr": "PSNR (dB)", "sample_step_seconds": "sampling step (ms)"}
+_TITLES = {"psnr": "PSNR (dB)", "sample_step_seconds": "sampling step (ms)"}
 
 
-def draw(result: AblationResult) -> Figure:
-    """Return a figure with one panel a quantity and a point a cell; a whisker is the deviation over the seeds.
+def draw(result: AblationResult, headings: Mapping[str, str]) -> Figure:
+    """Return a figure with one panel per metric and a point per cell; error bars are deviations over the seeds.
 
-    Args:
-        result: The study.
-
-    Raises:
-        BinarizeError: If matplotlib is missing.
+    ``headings`` are the titles of the panels by attribute of `RunResult`.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise BinarizeError("plots need matplotlib: pip install 'binarize-diffusion[plot]'") from error
-    named = {column.key: column for column in columns(result.lpips)}
-    cells = result.cells
+    cells, titles = result.cells, {**headings, **_TITLES}
     shown = [key for key in _PANELS if any(result.values(cell, key) for cell in cells)]
-    # No pyplot: it would keep the figure for the life of the process.
+    # A figure of pyplot would stay in memory for the life of the process.
     figure = Figure(figsize=(2.4 * len(shown) + 1.5, 0.32 * len(cells) + 1.6), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, key in zip(panels, shown, strict=True):
@@ -40,12 +37,12 @@ def draw(result: AblationResult) -> Figure:
         for row, cell in enumerate(cells):
             values = [value * factor for value in result.values(cell, key)]
             if values:
-                spread = stdev(values) if len(values) > 1 else None
-                panel.errorbar(fmean(values), row, xerr=spread, fmt="o", color="tab:blue", label="measured")
-            published = result.published(cell, named[key])
+                deviation = stdev(values) if len(values) > 1 else None
+                panel.errorbar(fmean(values), row, xerr=deviation, fmt="o", color="tab:blue", label="measured")
+            published = result.published(cell, key)
             if published is not None:
                 panel.plot(published * factor, row, "D", color="tab:orange", fillstyle="none", label="published")
-        panel.set_title(_HEADINGS.get(key, named[key].heading), fontsize=10)
+        panel.set_title(titles[key], fontsize=10)
         panel.set_yticks(range(len(cells)), cells)
         panel.grid(alpha=0.3)
         panel.margins(x=0.2)

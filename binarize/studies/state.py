@@ -1,4 +1,4 @@
-"""What the folder of one run of a study says: with what it was begun, how far it is, and what it measured."""
+"""One run of a study and the state of its folder: the recipe it started with, its progress and its results."""
 
 from __future__ import annotations
 
@@ -7,41 +7,24 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from binarize.errors import BinarizeError
-from binarize.imaging import write_atomic
+from binarize.evaluation import EvaluationReport
+from binarize.files import write_text_atomic
+from binarize.recipes import Recipe
+from binarize.studies.schema import Study
 from binarize.training.checkpoint import Checkpoints
-from binarize.training.resume import _flat, with_defaults
-
-if TYPE_CHECKING:
-    from binarize.evaluation import EvaluationReport
-    from binarize.recipes import Recipe, Study
+from binarize.training.resume import BOOKKEEPING, changes, with_defaults
 
 RUN = "run.json"
 RESULT = "result.json"
 FAILURE = "error.txt"
 
-# Keys that change neither the trained weights nor what is measured (sampling steps may; see `Trial.training_keys`).
-_FREE = {
-    "description", "published", "plugins", "output_dir", "dataloader_num_workers", "gradient_checkpointing",
-    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_data_dir",
-    "validation_lr_data_dir", "validation_steps", "num_validation_images", "num_inference_steps", "report_to",
-    "logging_steps", "residual_strength",
-}  # fmt: skip
 
-
-class Trial:
-    """One cell of a study with one seed.
-
-    Args:
-        cell: The cell's name.
-        seed: The seed.
-        recipe: The cell's recipe; seed, folder and resuming are set here.
-        study: The study.
-    """
+class StudyRun:
+    """One cell of a study with one seed, which sets the seed, output folder and resuming of the cell's recipe."""
 
     def __init__(self, cell: str, seed: int, recipe: Recipe, study: Study) -> None:
         self.cell, self.seed, self.study = cell, seed, study
@@ -58,10 +41,18 @@ class Trial:
         steps = self.study.evaluation.num_inference_steps
         return self.recipe.num_inference_steps if steps is None else steps
 
+    @property
+    def images(self) -> tuple[Path | None, Path | None]:
+        """The high- and low-resolution folders of the evaluation; None where there is none."""
+        settings, recipe = self.study.evaluation, self.recipe
+        if settings.data_dir is None:
+            return recipe.validation_data_dir, recipe.validation_lr_data_dir
+        return settings.data_dir, settings.lr_data_dir
+
     def training_keys(self) -> dict[str, Any]:
-        """Return what decides the trained weights."""
+        """Return everything that determines the trained weights."""
         dumped = self.recipe.model_dump(mode="json", by_alias=True)
-        keys = {key: value for key, value in dumped.items() if key not in _FREE}
+        keys = {key: value for key, value in dumped.items() if key not in BOOKKEEPING}
         if self.recipe.sampling_timesteps_share > 0:
             keys["num_inference_steps"] = self.recipe.num_inference_steps
         for name in ("train_data_dir", "train_lr_data_dir"):
@@ -70,93 +61,83 @@ class Trial:
         return keys
 
     def evaluation_keys(self) -> dict[str, Any]:
-        """Return what decides the figures of given weights."""
-        settings, recipe = self.study.evaluation, self.recipe
-        high, low = settings.data_dir, settings.lr_data_dir
-        if high is None:
-            high, low = recipe.validation_data_dir, recipe.validation_lr_data_dir
+        """Return everything that determines the results of given weights."""
+        settings, (high, low) = self.study.evaluation, self.images
         return {
             "data_dir": _absolute(high),
             "lr_data_dir": _absolute(low),
             "limit": settings.limit,
             "num_inference_steps": self.inference_steps,
-            "residual_strength": recipe.residual_strength,
+            "residual_strength": self.recipe.residual_strength,
             "tile": settings.tile,
             "lpips": settings.lpips,
         }
 
     def fingerprint(self) -> str:
-        """Return 64 hexadecimal digits that change when anything does that the figures depend on."""
+        """Return a SHA-256 of everything that determines the results."""
         text = json.dumps({"training": self.training_keys(), "evaluation": self.evaluation_keys()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def record_failure(self, text: str) -> None:
-        """Leave a traceback in the run's folder."""
+        """Write a traceback into the run's folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / FAILURE).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class TrialState:
-    """How far a run is.
+class RunState:
+    """The progress of a run.
 
     Attributes:
-        trial: The run.
-        changes: What of the recipe differs from the one that the folder was begun with.
-        checkpoint: Step of the newest checkpoint, 0 without one.
-        trained: Loss and seconds a step of the finished training, or None.
-        result: The figures, or None.
+        changes: Differences between its recipe and the one that the folder was started with.
+        checkpoint: Step of the newest checkpoint, or 0.
+        trained: Loss and seconds per step of the finished training, or None.
+        result: The results, or None.
     """
 
-    trial: Trial
+    run: StudyRun
     changes: tuple[str, ...] = ()
     checkpoint: int = 0
     trained: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
 
     @classmethod
-    def read(cls, trial: Trial) -> TrialState:
-        """Return what the run's folder says; a result or a training with another recipe does not count."""
-        begun, result = _load(trial.folder / RUN), _load(trial.folder / RESULT)
-        checkpoint = max(Checkpoints(trial.folder, None).list(), default=0)
-        if begun is None:
-            return cls(trial, checkpoint=checkpoint)
-        # Through JSON, as what was stored has been.
-        keys = json.loads(json.dumps(trial.training_keys()))
-        stored = {name: value for name, value in with_defaults(begun["training"]).items() if name in keys}
-        then, now = _flat({**stored, **begun["training"]}), _flat(keys)
-        changes = [
-            f"{key} was {then.get(key)!r}, is {now.get(key)!r}"
-            for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key)
-        ]
-        if changes:
-            return cls(trial, tuple(changes), checkpoint)
-        counts = result is not None and result["fingerprint"] == trial.fingerprint()
-        return cls(trial, (), checkpoint, begun["trained"], result if counts else None)
+    def read(cls, run: StudyRun) -> RunState:
+        """Read the state of the run's folder, ignoring training and results of another recipe."""
+        started, result = _load(run.folder / RUN), _load(run.folder / RESULT)
+        checkpoint = max(Checkpoints(run.folder, None).list(), default=0)
+        if started is None:
+            return cls(run, checkpoint=checkpoint)
+        keys = json.loads(json.dumps(run.training_keys()))  # lists instead of tuples, as in the file
+        stored = {name: value for name, value in with_defaults(started["training"]).items() if name in keys}
+        different = changes({**stored, **started["training"]}, keys)
+        if different:
+            return cls(run, tuple(different), checkpoint)
+        valid = result is not None and result["fingerprint"] == run.fingerprint()
+        return cls(run, (), checkpoint, started["trained"], result if valid else None)
 
     @classmethod
-    def begin(cls, trial: Trial) -> TrialState:
-        """Write down with what the run is begun, unless that was done before; the folder must not be another's."""
-        state = cls.read(trial)
-        trial.folder.mkdir(parents=True, exist_ok=True)
-        if not (trial.folder / RUN).exists():
+    def start(cls, run: StudyRun) -> RunState:
+        """Record the recipe that the run starts with, unless it is recorded; the folder must not be of another run."""
+        state = cls.read(run)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if not (run.folder / RUN).exists():
             state._write_run(None)
         return state
 
-    def after_training(self, *, loss: float | None, step_seconds: float | None) -> TrialState:
-        """Write down that the training is done."""
+    def after_training(self, *, loss: float | None, step_seconds: float | None) -> RunState:
+        """Record that training is done."""
         trained = {"loss": loss, "train_step_seconds": step_seconds}
         self._write_run(trained)
-        return replace(self, trained=trained, checkpoint=self.trial.recipe.max_train_steps)
+        return replace(self, trained=trained, checkpoint=self.run.recipe.max_train_steps)
 
-    def after_evaluation(self, report: EvaluationReport, step_seconds: float) -> TrialState:
-        """Write the result, with which the run is done."""
+    def after_evaluation(self, report: EvaluationReport, step_seconds: float) -> RunState:
+        """Record the results; the run is then done."""
         scores = report.mean.model
         result = {
-            "cell": self.trial.cell,
-            "seed": self.trial.seed,
-            "fingerprint": self.trial.fingerprint(),
+            "cell": self.run.cell,
+            "seed": self.run.seed,
+            "fingerprint": self.run.fingerprint(),
             "psnr": scores.psnr if math.isfinite(scores.psnr) else None,
             "ssim": scores.ssim,
             "lpips": scores.lpips,
@@ -165,20 +146,20 @@ class TrialState:
             **({} if self.trained is None else self.trained),
             "sample_step_seconds": step_seconds,
         }
-        _store(self.trial.folder / RESULT, result)
-        (self.trial.folder / FAILURE).unlink(missing_ok=True)
+        _store(self.run.folder / RESULT, result)
+        (self.run.folder / FAILURE).unlink(missing_ok=True)
         return replace(self, result=result)
 
-    def figure(self, name: str) -> float | None:
-        """Return one of the figures, such as ``"psnr"``; None for what was not measured."""
+    def value(self, name: str) -> float | None:
+        """Return one of the results, such as ``"psnr"``, or None if it was not measured."""
         return None if self.result is None else self.result[name]
 
     def done(self, lpips: str | None) -> bool:
-        """Say whether nothing is left to do; a result without LPIPS is not enough once LPIPS can be had."""
-        return self.result is not None and (lpips is None or self.figure("lpips") is not None)
+        """Whether nothing is left to do. A result without LPIPS is incomplete if LPIPS is available."""
+        return self.result is not None and (lpips is None or self.value("lpips") is not None)
 
     def describe(self) -> str:
-        """Return the state in a word or two."""
+        """Return the state in one or two words."""
         if self.result is not None:
             return "done"
         if self.changes:
@@ -188,11 +169,11 @@ class TrialState:
         return f"step {self.checkpoint}" if self.checkpoint else "to do"
 
     def _write_run(self, trained: dict[str, Any] | None) -> None:
-        _store(self.trial.folder / RUN, {"training": self.trial.training_keys(), "trained": trained})
+        _store(self.run.folder / RUN, {"training": self.run.training_keys(), "trained": trained})
 
 
 def folder_name(cell: str) -> str:
-    """Return a cell's name as the name of a folder on any system."""
+    """Return a folder name for a cell that is valid on any system."""
     plain = re.sub(r"[^A-Za-z0-9.+-]+", "_", cell).strip("_.")
     if plain and len(plain) <= 80:
         return plain
@@ -204,7 +185,7 @@ def _absolute(path: Path | None) -> str | None:
 
 
 def _plugin(plugin: str) -> str:
-    """Name a plugin; a file also by its content, which is what decides the method."""
+    """Return a plugin's name, for a file with a hash of its content, which defines the method."""
     path = Path(plugin)
     if not plugin.endswith(".py") or not path.is_file():
         return plugin
@@ -217,11 +198,8 @@ def _load(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise BinarizeError(
-            f"{path} is not as a study wrote it ({error}); remove it, and its run is repeated."
-        ) from error
+        raise BinarizeError(f"{path} is not a file of a study ({error}); remove it to repeat its run.") from error
 
 
 def _store(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(path, partial(Path.write_text, data=text, encoding="utf-8"), force=True)
+    write_text_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

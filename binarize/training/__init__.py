@@ -1,6 +1,6 @@
-"""Training: data, the loop, exact resume, and what is written on the way.
+"""Training: data, the training loop, exact resuming, and the files that a run writes.
 
-The loop brings diffusers and Accelerate with it, so it is imported when `train` is first asked for.
+The loop imports diffusers and Accelerate, which take seconds; it is imported on the first use of `train`.
 """
 
 from __future__ import annotations

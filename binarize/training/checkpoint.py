@@ -1,55 +1,23 @@
-"""Checkpoints that are either complete or not there."""
+"""Checkpoints that are either complete or absent."""
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 
-from binarize.errors import BinarizeError
-
-if TYPE_CHECKING:
-    from binarize.recipes import Recipe
+from binarize.errors import BinarizeError, one_line
+from binarize.files import replace_folder
+from binarize.recipes import Recipe
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "state.pt"
 RECIPE = "recipe.yaml"
-
-
-def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder so that ``target`` is at every instant the old one, absent for one rename, or the whole new one.
-
-    The files are written beside the target under a temporary name, flushed to the disk and renamed together. If
-    anything fails, Ctrl-C included, what was there before stays and the temporary folder goes.
-
-    Args:
-        target: The folder; its parent must exist.
-        write: Called with the temporary folder, which exists and is empty.
-    """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    aside = temporary.with_suffix(".old")
-    try:
-        temporary.mkdir()
-        write(temporary)
-        _flush(temporary)
-        if target.exists():
-            os.rename(target, aside)
-        os.rename(temporary, target)
-        _flush_entry(target.parent)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            os.rename(aside, target)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Checkpoints:
@@ -67,23 +35,24 @@ class Checkpoints:
         self.limit = limit
 
     def list(self) -> dict[int, Path]:
-        """Return the complete checkpoints: step -> folder, in rising order. Half-written ones have other names."""
+        """Return the complete checkpoints as step -> folder, in ascending order."""
         if not self.folder.is_dir():
             return {}
         named = {int(m[1]): path for path in self.folder.iterdir() if (m := _NAME.fullmatch(path.name))}
         return {step: named[step] for step in sorted(named) if (named[step] / STATE).is_file()}
 
     def save(self, step: int, state: dict[str, Any], recipe: str, best: int | None = None) -> Path:
-        """Write a checkpoint, then remove the oldest beyond the limit, and return its folder.
+        """Write a checkpoint, remove the oldest beyond the limit, and return the new folder.
 
         Args:
-            step: Optimiser steps done.
-            state: Tensors, numbers, texts, lists and dictionaries.
+            step: Number of optimiser steps done.
+            state: Tensors, numbers, strings, lists and dictionaries.
             recipe: The recipe as YAML.
-            best: A step whose checkpoint is kept beside the newest.
+            best: A step whose checkpoint is kept in addition to the newest.
 
         Raises:
-            BinarizeError: If it cannot be written, such as on a full disk; the previous ones are then as they were.
+            BinarizeError: If it cannot be written, for example because the disk is full. Earlier checkpoints are
+                unchanged.
         """
         target = self.folder / f"checkpoint-{step}"
 
@@ -91,33 +60,33 @@ class Checkpoints:
             torch.save(state, folder / STATE)
             (folder / RECIPE).write_text(recipe, encoding="utf-8")
 
-        before = [path for other, path in self.list().items() if other != step]
+        earlier = [path for other, path in self.list().items() if other != step]
         try:
             replace_folder(target, write)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a refused write into a RuntimeError
-            kept = f"the previous one, {before[-1]}, is intact" if before else "there is no earlier one"
+        except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
+            kept = f"the previous checkpoint, {earlier[-1]}, is intact" if earlier else "there is no earlier checkpoint"
             raise BinarizeError(
-                f"cannot write {target}: {' '.join(str(error).split())}; {kept}. "
-                "Make room and go on with resume_from_checkpoint=latest."
+                f"cannot write {target}: {one_line(error)}; {kept}. "
+                "Free disk space and continue with resume_from_checkpoint=latest."
             ) from error
         if self.limit is not None:
-            for path in before[: max(0, len(before) + 1 - self.limit)]:
+            for path in earlier[: max(0, len(earlier) + 1 - self.limit)]:
                 if path.name == f"checkpoint-{best}":
                     continue
-                # Renamed first, so that a removal cut short never leaves a damaged checkpoint under a valid name.
-                doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-                path.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                # Rename first, so that an interrupted removal never leaves a damaged checkpoint under a valid name.
+                removed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+                path.rename(removed)
+                shutil.rmtree(removed, ignore_errors=True)
         return target
 
     def find(self, which: str) -> Path | None:
-        """Return the folder of a checkpoint; None if the latest is asked for and there is none yet.
+        """Return the folder of a checkpoint; None for the latest if there is none yet.
 
         Args:
             which: ``"latest"``, a checkpoint's path, or its name in this run's folder.
 
         Raises:
-            BinarizeError: If the named one does not exist or is not a complete checkpoint.
+            BinarizeError: If the named checkpoint does not exist or is incomplete.
         """
         complete = self.list()
         if which == "latest":
@@ -131,8 +100,8 @@ class Checkpoints:
             "Use 'latest' for the newest."
         )
 
-    def tidy(self) -> None:
-        """Remove what killed runs left half-written or half-removed, and undo a replacement that was cut short."""
+    def clean_up(self) -> None:
+        """Remove the temporary files of killed runs, and undo an interrupted replacement."""
         for path in self.folder.glob(".*.old"):
             target = path.with_name(path.name[1:].rsplit(".", 2)[0])
             if not target.exists():
@@ -140,15 +109,12 @@ class Checkpoints:
         for pattern in (".*.tmp", ".*.old"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.rglob(".*.tmp.*"):  # files that were being replaced
+        for path in self.folder.rglob(".*.tmp.*"):  # single files
             path.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     """Return a checkpoint's state, on the CPU, and its recipe as YAML.
-
-    Args:
-        folder: The checkpoint.
 
     Raises:
         BinarizeError: If a file is missing or damaged.
@@ -156,23 +122,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     try:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         return state, (folder / RECIPE).read_text(encoding="utf-8")
-    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+    except Exception as error:  # torch.load raises many types for a damaged file
         raise BinarizeError(
-            f"cannot read the checkpoint {folder}: {' '.join(str(error).split())[:200]}; "
-            "remove it and resume from an earlier one."
+            f"cannot read the checkpoint {folder}: {one_line(error, 200)}; remove it and resume from an earlier one."
         ) from error
 
 
-def recipe_of(folder: Path, recipe: Recipe) -> Recipe:
-    """Return a recipe with the residual scale that a checkpoint's run measured, if it does not give one itself.
-
-    Args:
-        folder: The checkpoint.
-        recipe: What is to be run on from it.
-
-    Raises:
-        BinarizeError: If the checkpoint's recipe cannot be read.
-    """
+def with_saved_residual_scale(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe with the residual scale of a checkpoint's recipe, if it needs one and does not set it."""
     if recipe.target != "residual" or recipe.residual_scale is not None:
         return recipe
     try:
@@ -180,21 +137,3 @@ def recipe_of(folder: Path, recipe: Recipe) -> Recipe:
     except (OSError, yaml.YAMLError) as error:
         raise BinarizeError(f"cannot read {folder / RECIPE}: {error}.") from error
     return recipe.model_copy(update={"residual_scale": saved.get("residual_scale")})
-
-
-def _flush(folder: Path) -> None:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(root, name), "rb+") as file:
-                os.fsync(file.fileno())
-        _flush_entry(Path(root))
-
-
-def _flush_entry(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder to flush it
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

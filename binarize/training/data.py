@@ -1,7 +1,8 @@
-"""Random patches of picture pairs for training, where every item is a function of the seed and its index alone."""
+"""Random patches of image pairs for training. Each item is a function of the seed and its index alone."""
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -13,51 +14,50 @@ from binarize.errors import BinarizeError
 from binarize.imaging import ImagePairs, degrade, upscale_bicubic
 from binarize.imaging.pairs import raise_all
 
-# Both filters look at two low-resolution pixels on each side.
-_REACH = 2
-_ORDER, _PATCH = 0, 1
+RESIDUAL_PATCHES = 512
+"""Number of patches that `residual_std` measures."""
+_FILTER_RADIUS = 2  # of both resampling filters, in low-resolution pixels
+_ORDER_STREAM, _PATCH_STREAM = 0, 1
 
 
 class PairedPatches(Dataset[dict[str, Any]]):
-    """Random crops of high- and low-resolution pictures, flipped and turned.
+    """Random crops of high- and low-resolution images, flipped and rotated.
 
-    Item ``i`` depends on ``(seed, i)`` and the folder's content only, whichever process, worker or order asks for it: a
-    run resumes exactly by going on with the next index. Indices ``k * n`` to ``(k + 1) * n - 1``, n being the number of
-    pictures, go once through all of them, in an order of their own for each k.
+    Item ``i`` is a function of ``(seed, i)`` and the images alone, independent of processes, workers and access order,
+    so a run resumes exactly by continuing with the next index. With n images, indices ``k * n`` to
+    ``(k + 1) * n - 1`` use each image once, in a new random order for each k.
 
-    The low-resolution patch and the condition are crops of the whole picture's low-resolution version and of its
-    enlargement, bit for bit: the filters see the patch's real surroundings. A network therefore meets the same
-    condition in training as when it enlarges a picture; enlarging the patch alone would mirror its borders instead.
+    The low-resolution patch and the condition are crops of the whole low-resolution image and of its upscaled version,
+    bit for bit: the resampling filters see the real surroundings of the patch. A network therefore gets the same
+    condition in training as in sampling; upscaling the patch alone would mirror its borders instead.
 
     Each item is a dict:
 
-    - ``"hr"``: float32 (3, P, P) in [0, 1], P being ``patch_size``;
+    - ``"hr"``: float32 (3, P, P) in [0, 1], with P = ``patch_size``;
     - ``"lr"``: float32 (3, P / scale, P / scale) in [0, 1], 8-bit levels;
-    - ``"condition"``: float32 (3, P, P) in [0, 1], the enlargement of the low-resolution picture;
-    - ``"index"``: int, the index asked for;
-    - ``"name"``: str, the picture's file name without its suffix.
+    - ``"condition"``: float32 (3, P, P) in [0, 1], the upscaled low-resolution image;
+    - ``"index"`` and ``"name"``: the requested index, and the image's file name without suffix.
 
-    Pictures are decoded at construction, in the order of their names, until ``cache_bytes`` are full, and stay in
-    memory as 8-bit pixels; the rest are decoded each time. Workers that are forked share that memory.
+    Images are decoded at construction in the order of their names until ``cache_bytes`` are used, and kept in memory
+    as 8-bit pixels; the others are decoded on each access. Forked workers share this memory.
 
     Args:
-        hr_dir: Folder of high-resolution pictures.
-        lr_dir: Folder of low-resolution ones; by default they are made by :func:`~binarize.imaging.degrade`.
-            :class:`~binarize.imaging.ImagePairs` says how files are matched.
-        scale: Whole factor between the two.
+        hr_dir: Folder of high-resolution images.
+        lr_dir: Folder of low-resolution images; by default they are made by :func:`~binarize.imaging.degrade`.
+            :class:`~binarize.imaging.ImagePairs` documents how files are matched.
+        scale: Integer scale factor.
         patch_size: Side of the high-resolution patch in pixels, a multiple of ``scale``.
-        augment: Whether to draw one of the eight flips and quarter turns for each item.
+        augment: Apply a random flip and rotation (one of eight) to each item.
         seed: 0 to 2**64 - 1.
-        candidates: Positions drawn for each item, of which the one with most texture is taken: the largest mean
-            difference between neighbouring pixels of the high-resolution patch. Smooth patches teach little. 1, which
-            draws evenly, gives the same patches as it does without this option.
-        length: What ``len()`` gives; by default the number of pictures. Indices up to it are valid.
-        cache_bytes: Memory for decoded pictures.
+        candidates: Number of positions drawn per item. The position with the most texture is used: the largest mean
+            absolute difference between neighbouring pixels. With 1, positions are uniform.
+        length: The value of ``len()``; by default the number of images. Indices below it are valid.
+        cache_bytes: Memory for decoded images.
 
     Raises:
-        BinarizeError: If an option is out of range, or naming at once every picture that is broken, smaller than the
-            patch, without partner or of another size than its partner. Truncated pixels behind a sound header are found
-            here in the pictures that the cache holds, and when they are read in the others.
+        BinarizeError: If an option is out of range, or if images are broken, smaller than the patch, without a partner
+            or of a different size than their partner; all of them are named at once. Truncated files with a valid
+            header are found here only if the cache holds them, otherwise when they are read.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class PairedPatches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} is outside 0..{self.length - 1}")
-        which = self._picture_of(index)
-        draw = _draws(self.seed, _PATCH, index, 1 + 2 * self.candidates)
+        which = self._image_index(index)
+        draw = _draws(self.seed, _PATCH_STREAM, index, 1 + 2 * self.candidates)
         height, width = (side // self.scale for side in self.pairs.files[which].size)
         side = self.patch_size // self.scale
         hr, lr = self._cache[which] if which < len(self._cache) else self.pairs.read(which)
@@ -116,16 +116,37 @@ class PairedPatches(Dataset[dict[str, Any]]):
         name = self.pairs.files[which].hr.stem
         return {"hr": high, "lr": low, "condition": condition, "index": index, "name": name}
 
-    def _picture_of(self, index: int) -> int:
+    def _image_index(self, index: int) -> int:
         epoch, position = divmod(index, len(self.pairs))
-        # Ties have probability n**2 / 2**65; the stable sort settles them the same way everywhere.
-        order = np.argsort(_draws(self.seed, _ORDER, epoch, len(self.pairs)), kind="stable")
+        # A stable sort breaks ties (probability n**2 / 2**65) the same way on every machine.
+        order = np.argsort(_draws(self.seed, _ORDER_STREAM, epoch, len(self.pairs)), kind="stable")
         return int(order[position])
 
 
+def residual_std(patches: PairedPatches, count: int = RESIDUAL_PATCHES) -> float:
+    """Return the root mean square of (high-resolution - upscaled image) over the first ``count`` patches.
+
+    Residuals divided by it have unit variance, as the noise has. It is a function of the seed and the data.
+
+    Raises:
+        BinarizeError: If all images equal their upscaled versions.
+    """
+    squares = (
+        (patch["hr"].double() - patch["condition"].double()).square()
+        for patch in map(patches.__getitem__, range(count))
+    )
+    std = math.sqrt(sum(float(square.mean()) for square in squares) / count)
+    if std == 0:
+        raise BinarizeError(
+            "target: residual: the training images equal their upscaled versions, so there is nothing to learn; are "
+            "these high-resolution images?"
+        )
+    return std
+
+
 def _fill_cache(pairs: ImagePairs, budget: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    # Filled once and never exchanged: in a random order over more pictures than fit, replacing the oldest would throw
-    # each picture out just before its turn.
+    # The cache is filled once. With random access to more images than fit, evicting the oldest would evict each image
+    # shortly before its next use.
     cache: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     problems: list[str] = []
     for index, files in enumerate(pairs.files):
@@ -143,9 +164,9 @@ def _fill_cache(pairs: ImagePairs, budget: int) -> list[tuple[torch.Tensor, torc
 
 
 def _draws(seed: int, stream: int, counter: int, count: int) -> np.ndarray:
-    """Return ``count`` uint64 from a counter-based generator; NumPy keeps a bit generator's raw stream for good."""
+    """Return ``count`` uint64 of a counter-based generator, whose raw stream NumPy guarantees not to change."""
     key = np.array([seed, stream], dtype=np.uint64)
-    # The generator steps the first word of its counter; ours is the second.
+    # The generator increments the first word of its counter, so the item's number is the second.
     start = np.array([0, counter, 0, 0], dtype=np.uint64)
     return np.random.Philox(key=key, counter=start).random_raw(count)
 
@@ -158,30 +179,29 @@ def _below(draw: np.uint64, bound: int) -> int:
 def _cut(
     hr: torch.Tensor, lr: torch.Tensor | None, scale: int, top: int, left: int, side: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cut a patch at the low-resolution position ``top``, ``left``; returns hr, lr and condition in [0, 1]."""
+    """Return hr, lr and condition in [0, 1] of the patch at low-resolution position ``top``, ``left``."""
     height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
-    # What the enlargement needs around the patch, cut off where the picture ends, where both filters mirror.
-    rows = _around(top, side, _REACH, height)
-    columns = _around(left, side, _REACH, width)
+    # The patch with the pixels that upscaling reads around it. Both filters mirror at the borders of the image.
+    rows, columns = _around(top, side, _FILTER_RADIUS, height), _around(left, side, _FILTER_RADIUS, width)
     if lr is None:
-        more_rows = _around(top, side, 2 * _REACH, height)
-        more_columns = _around(left, side, 2 * _REACH, width)
-        context = degrade(_crop(hr, _scaled(more_rows, scale), _scaled(more_columns, scale)), scale)
-        context = _crop(context, _shifted(rows, more_rows.start), _shifted(columns, more_columns.start))
+        outer_rows = _around(top, side, 2 * _FILTER_RADIUS, height)
+        outer_columns = _around(left, side, 2 * _FILTER_RADIUS, width)
+        context = degrade(hr[..., _scaled(outer_rows, scale), _scaled(outer_columns, scale)], scale)
+        context = context[..., _shifted(rows, outer_rows.start), _shifted(columns, outer_columns.start)]
     else:
-        context = _crop(lr, rows, columns)
+        context = lr[..., rows, columns]
     context = context.float() / 255
-    inner = (slice(top - rows.start, top - rows.start + side), slice(left - columns.start, left - columns.start + side))
-    low = _crop(context, *inner)
-    condition = _crop(upscale_bicubic(context[None], scale)[0], *(_scaled(part, scale) for part in inner))
     patch = slice(top, top + side), slice(left, left + side)
-    high = _crop(hr, *(_scaled(part, scale) for part in patch)).float() / 255
-    return high, low, condition
+    inner = _shifted(patch[0], rows.start), _shifted(patch[1], columns.start)
+    condition = upscale_bicubic(context[None], scale)[0, :, _scaled(inner[0], scale), _scaled(inner[1], scale)]
+    high = hr[..., _scaled(patch[0], scale), _scaled(patch[1], scale)].float() / 255
+    return high, context[..., inner[0], inner[1]], condition
 
 
 def _texture(hr: torch.Tensor, scale: int, place: tuple[int, int], side: int) -> float:
     """Return the mean absolute difference between vertical and horizontal neighbours in a patch."""
-    patch = _crop(hr, *(_scaled(slice(start, start + side), scale) for start in place)).to(torch.int16)
+    rows, columns = (_scaled(slice(start, start + side), scale) for start in place)
+    patch = hr[..., rows, columns].to(torch.int16)
     return sum(float(patch.diff(dim=axis).abs().float().mean()) for axis in (-2, -1))
 
 
@@ -195,10 +215,6 @@ def _scaled(part: slice, scale: int) -> slice:
 
 def _shifted(part: slice, origin: int) -> slice:
     return slice(part.start - origin, part.stop - origin)
-
-
-def _crop(planes: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
-    return planes[..., rows, columns]
 
 
 def _turned(patch: torch.Tensor, turn: int) -> torch.Tensor:

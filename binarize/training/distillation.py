@@ -1,33 +1,31 @@
-"""Knowledge distillation: a trained network that tells the student what it would have predicted, and how."""
+"""Knowledge distillation: compare the predictions and block outputs of a student and a trained teacher."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
-
-if TYPE_CHECKING:
-    from binarize.recipes import DistillationSection
+from binarize.recipes import DistillationSection
 
 
 class Distillation:
-    """A teacher beside a student, and the outputs of their blocks of the same names.
+    """A student, its teacher, and the outputs of their blocks of the same names.
 
     Args:
-        section: The recipe's keys.
-        student: The network that learns, converted and not wrapped.
-        teacher: The trained one, on the student's device; it is set to evaluation and gets no gradients.
-        autocast: Makes the context that the teacher's forward runs in.
+        section: The recipe's section.
+        student: The converted network, without wrappers.
+        teacher: The trained network, on the student's device; it is put into evaluation mode and gets no gradients.
+        autocast: Returns the context manager for the teacher's forward pass.
 
     Raises:
-        BinarizeError: If features are compared and a pattern matches no block that both have.
+        BinarizeError: If features are compared and a pattern matches no block of both networks.
     """
 
     def __init__(
@@ -38,27 +36,27 @@ class Distillation:
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.section, self.teacher, self.autocast = section, teacher.eval().requires_grad_(False), autocast
-        self._listening = False
-        self._of_student: dict[str, Tensor] = {}
-        self._of_teacher: dict[str, Tensor] = {}
+        self._recording = False
+        self._student_outputs: dict[str, Tensor] = {}
+        self._teacher_outputs: dict[str, Tensor] = {}
         self.blocks = matching_blocks(section.blocks, student, teacher) if section.features else ()
         for name in self.blocks:
-            student.get_submodule(name).register_forward_hook(self._keep_in(self._of_student, name))
-            teacher.get_submodule(name).register_forward_hook(self._keep_in(self._of_teacher, name))
+            student.get_submodule(name).register_forward_hook(self._store_in(self._student_outputs, name))
+            teacher.get_submodule(name).register_forward_hook(self._store_in(self._teacher_outputs, name))
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While entered, the blocks' outputs are kept; not so when a backward recomputes them."""
-        self._listening = True
+    def recording(self) -> Iterator[None]:
+        """Record the outputs of the blocks inside this context, and not when a backward pass recomputes them."""
+        self._recording = True
         try:
             yield
         finally:
-            self._listening = False
-            self._of_student.clear()
-            self._of_teacher.clear()
+            self._recording = False
+            self._student_outputs.clear()
+            self._teacher_outputs.clear()
 
-    def teach(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run the teacher on what the student has just seen, inside of `listening`.
+    def compare(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the teacher on the input of the student's last forward pass, inside `recording`.
 
         Args:
             noisy: (B, 3, H, W).
@@ -67,60 +65,53 @@ class Distillation:
 
         Returns:
             The teacher's prediction, (B, 3, H, W), and the mean over the blocks of |f / |f| - g / |g||^2 for the
-            outputs f and g of student and teacher, (B,) within 0..4; None without features.
+            outputs f and g of student and teacher, (B,) in [0, 4]; None without features.
 
         Raises:
-            BinarizeError: If the outputs of two blocks differ in shape.
+            BinarizeError: If the outputs of a block differ in shape.
         """
         with torch.no_grad(), self.autocast():
             prediction = self.teacher(noisy, timesteps, condition).sample
         if not self.blocks:
             return prediction, None
-        distances = [self._distance(name) for name in self.blocks]
-        return prediction, torch.stack(distances).mean(dim=0)
+        return prediction, torch.stack([self._distance(name) for name in self.blocks]).mean(dim=0)
 
     def _distance(self, name: str) -> Tensor:
-        ours, theirs = self._of_student[name], self._of_teacher[name]
+        ours, theirs = self._student_outputs[name], self._teacher_outputs[name]
         if ours.shape != theirs.shape:
             raise BinarizeError(
                 f"distillation: the outputs of {name} are {tuple(ours.shape)} in the student and "
                 f"{tuple(theirs.shape)} in the teacher; leave the block out of distillation.blocks, or set features to "
-                "0 and compare the predictions alone."
+                "0 and compare only the predictions."
             )
-        precise = torch.promote_types(ours.dtype, torch.float32)
-        f, g = (F.normalize(features.flatten(1).to(precise), dim=1) for features in (ours, theirs))
+        dtype = torch.promote_types(ours.dtype, torch.float32)
+        f, g = (F.normalize(features.flatten(1).to(dtype), dim=1) for features in (ours, theirs))
         return (f - g).square().sum(dim=1)
 
-    def _keep_in(self, kept: dict[str, Tensor], name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if self._listening:
-                kept[name] = output
+    def _store_in(self, outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if self._recording:
+                outputs[name] = output
 
-        return keep
+        return hook
 
 
 def matching_blocks(patterns: tuple[str, ...], student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules that the patterns match in both networks, in the student's order.
+    """Return the names of the modules of both networks that match a pattern, in the student's order.
 
-    A star stands for one step of a name, so that ``middle.*`` is the blocks and not all that they are made of.
-
-    Raises:
-        BinarizeError: If a pattern matches no module that both have.
+    A star matches one part of a dotted name, so ``middle.*`` is the blocks and not the modules inside them.
     """
-    theirs = dict(teacher.named_modules())
-    found: list[str] = []
+    theirs = {name for name, _ in teacher.named_modules()}
+    names = [name for name, _ in student.named_modules() if name in theirs]
     for pattern in patterns:
-        names = [name for name, _ in student.named_modules() if name in theirs and _matches(pattern, name)]
-        if not names:
+        if not any(_matches(pattern, name) for name in names):
             raise BinarizeError(
                 f"distillation.blocks: the pattern {pattern!r} matches no module that student and teacher both have; "
                 "names look like encoder.0.blocks.0."
             )
-        found += names
-    order = {name: number for number, (name, _) in enumerate(student.named_modules())}
-    return tuple(sorted(set(found), key=order.__getitem__))
+    return tuple(name for name in names if any(_matches(pattern, name) for pattern in patterns))
 
 
 def _matches(pattern: str, name: str) -> bool:
-    steps, parts = pattern.split("."), name.split(".")
-    return len(steps) == len(parts) and all(map(fnmatch.fnmatchcase, parts, steps))
+    globs, parts = pattern.split("."), name.split(".")
+    return len(globs) == len(parts) and all(map(fnmatch.fnmatchcase, parts, globs))

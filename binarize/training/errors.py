@@ -1,4 +1,4 @@
-"""How a training run ends early."""
+"""Exceptions that end a training run early."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from binarize.errors import BinarizeError
 
 
 class DivergedError(BinarizeError):
-    """The loss became NaN or infinite; the weights were not updated with it."""
+    """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
 
 
 class TrainingInterrupted(Exception):
-    """A signal asked the run to stop, and it saved a checkpoint first.
+    """A signal stopped the run after a checkpoint was saved.
 
     Args:
         signum: The signal, SIGINT or SIGTERM.
-        checkpoint: The folder of the checkpoint that was saved.
+        checkpoint: The folder of the saved checkpoint.
     """
 
     def __init__(self, signum: int, checkpoint: Path) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(signum).name}; saved {checkpoint}. Go on with resume_from_checkpoint=latest."
+            f"stopped by {signal.Signals(signum).name}; saved {checkpoint}. Continue with "
+            "resume_from_checkpoint=latest."
         )
         self.signum = signum
         self.checkpoint = checkpoint

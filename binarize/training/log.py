@@ -1,4 +1,4 @@
-"""What a run tells of itself: a line every so many steps, the progress bar, and the trackers."""
+"""The log of a run: periodic entries, shown in the progress bar and sent to trackers."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torch import nn
-from tqdm.auto import tqdm
 
 from binarize.conversion.export import binary_layers
-from binarize.errors import BinarizeError
-from binarize.imaging import write_atomic
+from binarize.errors import BinarizeError, one_line
+from binarize.files import write_text_atomic
 from binarize.inspect import FlipTracker
+from binarize.progress import ProgressBar
+from binarize.recipes import Recipe
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from binarize.recipes import Recipe
-    from binarize.training.validation import Validation
+    from binarize.training.validation import ValidationResult
 
 
 @dataclass(frozen=True)
 class LogEntry:
-    """One line of the log.
+    """One entry of the log.
 
-    Args:
-        step: Optimiser steps done.
-        loss: Mean loss since the entry before.
+    Attributes:
+        step: Number of optimiser steps done.
+        loss: Mean loss since the previous entry.
         learning_rate: Of the last step.
-        samples_per_second: Since the entry before.
-        parts: Means of the unweighted terms that the loss is made of, where there are several.
-        flips: Share of the latent weights' signs that changed since the entry before; None without binary layers.
-        memory: Bytes at the peak: of the GPU's allocations, or of this process where there is no GPU; None where the
-            system does not say.
+        samples_per_second: Since the previous entry.
+        parts: Means of the unweighted terms of the loss, if there are several.
+        flips: Share of the latent weights whose sign changed since the previous entry; None without binary layers.
+        memory: Peak memory in bytes: GPU allocations, or the resident size of this process without a GPU; None if the
+            system does not report it.
     """
 
     step: int
@@ -51,51 +50,30 @@ class LogEntry:
 
 
 class Log:
-    """The log of one process; the main one shows it and feeds the trackers.
+    """The log of one process and of its unwrapped model; that of the main process feeds the trackers."""
 
-    Args:
-        recipe: Its ``logging_steps`` and ``report_to``.
-        accelerator: The processes.
-        model: Whose signs are followed, not wrapped.
-    """
-
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> None:
+    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         self.accelerator, self.model = accelerator, model
         self.entries: list[LogEntry] = []
         self._losses: list[Mapping[str, float]] = []
         self._since = time.perf_counter()
-        self._flips = self._follow()
+        self._flips = self._new_tracker()
 
     def add(self, losses: Mapping[str, float]) -> None:
-        """Note one step's losses: ``"loss"`` and the names of its parts."""
+        """Record the losses of one step: ``"loss"`` and the names of its parts."""
         self._losses.append(losses)
 
-    def write(self, bar: tqdm, step: int, rate: float, samples: int) -> None:
-        """Close an entry: means since the one before, to the bar and the trackers.
-
-        Args:
-            bar: The progress bar.
-            step: Optimiser steps done.
-            rate: The learning rate.
-            samples: Samples per step, of all processes.
-        """
+    def write(self, bar: ProgressBar, step: int, rate: float, samples: int) -> None:
+        """Write an entry with the means since the previous one; ``samples`` is the number per step of all processes."""
         now, count = time.perf_counter(), len(self._losses)
-        means = {name: sum(one[name] for one in self._losses) / count for name in self._losses[0]}
-        layers: dict[str, float] = {}
-        flips = None
-        if self._flips is not None:
-            flips = self._flips.update()
-            ratios = self._flips.result()
-            layers = {
-                f"flips/{name}": float(share) for name, share in zip(ratios.layers, ratios.since_last[-1], strict=True)
-            }
-            self._flips = self._follow()  # a fresh one, since it keeps all that it has seen
+        means = {name: sum(losses[name] for losses in self._losses) / count for name in self._losses[0]}
+        flips, flips_of_layers = self._count_flips()
         loss = means.pop("loss")
         speed = samples * count / (now - self._since)
         entry = LogEntry(step, loss, rate, speed, means, flips, peak_memory(self.accelerator.device))
         self.entries.append(entry)
         bar.set_postfix_str(_line(entry))
-        values = {"loss": loss, "learning_rate": rate, "samples_per_second": speed, **layers}
+        values = {"loss": loss, "learning_rate": rate, "samples_per_second": speed, **flips_of_layers}
         values |= {f"loss/{name}": value for name, value in means.items()}
         values |= {} if flips is None else {"flips": flips}
         values |= {} if entry.memory is None else {"memory_bytes": entry.memory}
@@ -103,35 +81,35 @@ class Log:
         self._losses = []
         self._since = time.perf_counter()
 
-    def pause(self, seconds: float) -> None:
-        """Leave out what was spent on other things than steps."""
+    def exclude(self, seconds: float) -> None:
+        """Exclude time that was not spent on training steps from the speed of the next entry."""
         self._since += seconds
 
-    def validated(self, step: int, psnr: float) -> None:
-        """Tell the trackers of a validation."""
+    def add_psnr(self, step: int, psnr: float) -> None:
+        """Send a validation's PSNR to the trackers."""
         self.accelerator.log({"validation/psnr": psnr}, step=step)
 
-    def picture(self, step: int, result: Validation) -> None:
-        """Show the trackers a picture; called in the main process."""
+    def add_image(self, step: int, result: ValidationResult) -> None:
+        """Send a validation image to the trackers; called in the main process."""
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({f"validation/{result.name}": result.pixels[None]}, step=step, **layout)
 
-    def _follow(self) -> FlipTracker | None:
+    def _new_tracker(self) -> FlipTracker | None:
         return FlipTracker(self.model) if any(True for _ in binary_layers(self.model)) else None
+
+    def _count_flips(self) -> tuple[float | None, dict[str, float]]:
+        if self._flips is None:
+            return None, {}
+        flips, ratios = self._flips.update(), self._flips.result()
+        self._flips = self._new_tracker()  # a tracker keeps its whole history
+        return flips, {
+            f"flips/{name}": float(share) for name, share in zip(ratios.layers, ratios.since_last[-1], strict=True)
+        }
 
 
 def start_tracker(recipe: Recipe, accelerator: Accelerator, step: int) -> None:
-    """Open the recipe's tracker, in the run's folder; a resumed run goes on with what it wrote before.
-
-    Args:
-        recipe: Its ``report_to`` and ``output_dir``, which exists.
-        accelerator: The processes.
-        step: Optimiser steps done.
-
-    Raises:
-        BinarizeError: If the tracker cannot start.
-    """
+    """Start the recipe's tracker in the run's folder, which exists; a resumed run continues its records."""
     if recipe.report_to is None:
         return
     folder = recipe.output_dir / recipe.report_to
@@ -140,33 +118,26 @@ def start_tracker(recipe: Recipe, accelerator: Accelerator, step: int) -> None:
             accelerator.init_trackers(folder.name, init_kwargs={"tensorboard": {"purge_step": step + 1}})
             return
         folder.mkdir(exist_ok=True)
-        options = {
-            "dir": str(recipe.output_dir),
-            "name": recipe.output_dir.name,
-            "id": _run_id(folder),
-            "resume": "allow",
-        }
-        accelerator.init_trackers("binarize", init_kwargs={"wandb": options})
-    except Exception as error:  # wandb raises its own kinds, for a missing login or network
-        text = " ".join(str(error).split())[:300]
+        options = {"dir": str(recipe.output_dir), "name": recipe.output_dir.name, "id": _run_id(folder)}
+        accelerator.init_trackers("binarize", init_kwargs={"wandb": {**options, "resume": "allow"}})
+    except Exception as error:  # wandb raises its own types, for a missing login or network
+        fix = "Set WANDB_MODE=offline to write to the run's folder only, or report_to=none."
         raise BinarizeError(
-            f"report_to: {recipe.report_to} cannot start: {text}. WANDB_MODE=offline writes to the run's folder alone; "
-            "report_to=none does without."
-            if recipe.report_to == "wandb"
-            else f"report_to: {recipe.report_to} cannot start: {text}."
+            f"report_to: {recipe.report_to} cannot start: {one_line(error, 300)}."
+            + (f" {fix}" if recipe.report_to == "wandb" else "")
         ) from error
 
 
 def _run_id(folder: Path) -> str:
-    """Return the name by which wandb knows the run, made once and kept in the run's folder."""
+    """Return the run's id at wandb, created once and kept in the run's folder."""
     file = folder / "run-id"
     if not file.is_file():
-        write_atomic(file, lambda temporary: temporary.write_text(secrets.token_hex(4), encoding="utf-8"), force=False)
+        write_text_atomic(file, secrets.token_hex(4), force=False)
     return file.read_text(encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the bytes at the peak: allocated on a GPU, else resident in this process; None on Windows."""
+    """Return the peak memory in bytes: GPU allocations, or this process's resident size; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

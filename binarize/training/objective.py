@@ -1,4 +1,4 @@
-"""What the network is asked to predict, and how far from it a prediction is."""
+"""The training loss: the prediction target, the distance from it, and the weighting of timesteps."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from binarize.errors import BinarizeError
 from binarize.models.target import diffused_of
+from binarize.recipes import Recipe
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    from binarize.recipes import Recipe
     from binarize.training.distillation import Distillation
 
 _CHARBONNIER_EPSILON = 1e-3
 
 
 class Losses(NamedTuple):
-    """What one forward pass costs.
+    """The losses of one forward pass.
 
     Attributes:
-        total: (B,), what is minimised.
-        parts: The unweighted terms where there are several, (B,) each.
+        total: (B,), to be minimised.
+        parts: The unweighted terms if there are several, (B,) each.
     """
 
     total: Tensor
@@ -33,23 +33,21 @@ class Losses(NamedTuple):
 
 
 class Objective:
-    """The loss of a recipe, as a function of a batch.
+    """The loss of a recipe as a function of a batch.
 
     Args:
-        recipe: Its loss, target and weighting; ``residual_scale`` must be set where residuals are diffused.
+        recipe: Its loss, target and weighting are used. ``residual_scale`` must be set if residuals are diffused.
         scheduler: The noise schedule.
-        distillation: What a teacher adds, or None.
+        distillation: The teacher, or None.
     """
 
     def __init__(self, recipe: Recipe, scheduler: DDIMScheduler, distillation: Distillation | None = None) -> None:
         self.recipe, self.scheduler, self.distillation = recipe, scheduler, distillation
 
     def __call__(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Losses:
-        """Return the losses of the samples of a batch.
+        """Return the losses of a batch for a model that is called as ``model(noisy, timesteps, condition).sample``.
 
-        Args:
-            model: Predicts from ``model(noisy, timesteps, condition).sample``.
-            batch: ``hr``, ``condition`` and ``noise``, (B, 3, H, W), and ``timestep``, (B,), on the model's device.
+        The batch has ``hr``, ``condition`` and ``noise``, (B, 3, H, W), and ``timestep``, (B,), on the model's device.
         """
         recipe, timesteps, condition = self.recipe, batch["timestep"], batch["condition"]
         clean = diffused_of(batch["hr"], condition, recipe.residual_scale)
@@ -59,20 +57,18 @@ class Objective:
         if recipe.snr_gamma is not None:
             weights = snr_weights(self.scheduler, timesteps, recipe.snr_gamma, recipe.loss)
 
-        def weighted(losses: Tensor) -> Tensor:
+        def distance(prediction: Tensor, target: Tensor) -> Tensor:
+            losses = sample_losses(recipe.loss, prediction, target)
             return losses if weights is None else losses * weights.to(losses.dtype)
 
         if self.distillation is None:
-            prediction = model(noisy, timesteps, condition).sample
-            return Losses(weighted(sample_losses(recipe.loss, prediction, target)), {})
+            return Losses(distance(model(noisy, timesteps, condition).sample, target), {})
         section = self.distillation.section
-        with self.distillation.listening():
+        with self.distillation.recording():
             prediction = model(noisy, timesteps, condition).sample
-            taught, features = self.distillation.teach(noisy, timesteps, condition)
-        task = weighted(sample_losses(recipe.loss, prediction, target))
-        output = weighted(sample_losses(recipe.loss, prediction, taught))
-        total = section.task * task + section.output * output
-        parts = {"task": task, "output": output}
+            teacher_prediction, features = self.distillation.compare(noisy, timesteps, condition)
+        parts = {"task": distance(prediction, target), "output": distance(prediction, teacher_prediction)}
+        total = section.task * parts["task"] + section.output * parts["output"]
         if features is not None:
             total = total + section.features * features
             parts["features"] = features
@@ -80,11 +76,11 @@ class Objective:
 
 
 def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what the network should predict, by the scheduler's ``prediction_type``.
+    """Return the training target for the scheduler's ``prediction_type``.
 
     Args:
         scheduler: The noise schedule, with cumulative products a_t.
-        clean: What is diffused, x_0: clean pictures (B, C, H, W) in [0, 1], or residuals of unit variance.
+        clean: x_0: clean images (B, C, H, W) in [0, 1], or residuals of unit variance.
         noise: Unit Gaussian noise of the same shape.
         timesteps: (B,), int64.
 
@@ -110,9 +106,9 @@ def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, ti
 def snr_weights(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float, loss: str) -> Tensor:
     """Return the Min-SNR weight of each sample (Hang et al. 2023, "Min-SNR Weighting Strategy").
 
-    With snr = a_t / (1 - a_t), an error of x_0 counts min(snr, gamma) times its square whatever the network predicts:
-    the squared error of "sample" is weighted by that, of "epsilon" by that over snr, of "v_prediction" by that over
-    snr + 1. The distances "l1" and "charbonnier" grow with the error instead of its square and take the root of it.
+    With snr = a_t / (1 - a_t), the squared error of x_0 is weighted by min(snr, gamma), whatever the network predicts:
+    the squared error of "sample" by that, of "epsilon" by that over snr, of "v_prediction" by that over snr + 1. The
+    losses "l1" and "charbonnier" are linear in the error and use the square root of the weight.
 
     Args:
         scheduler: The noise schedule.
@@ -131,18 +127,10 @@ def snr_weights(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float, loss:
 
 
 def sample_losses(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean distance of each sample.
+    """Return the loss of each sample, (B,), from two (B, C, H, W).
 
     With d = prediction - target, "l1" is |d|, "l2" is d^2 and "charbonnier" is sqrt(d^2 + 1e-6), each averaged over
     channels and pixels.
-
-    Args:
-        kind: "l1", "l2" or "charbonnier".
-        prediction: (B, C, H, W).
-        target: (B, C, H, W).
-
-    Returns:
-        (B,), in the dtype that the two have in common.
 
     Raises:
         BinarizeError: For any other kind.

@@ -1,75 +1,52 @@
-"""The optimiser and the course of its learning rate."""
+"""The optimiser and its learning-rate schedule."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from binarize import param_groups
+from binarize.conversion.export import param_groups
 from binarize.errors import BinarizeError, did_you_mean
-
-if TYPE_CHECKING:
-    from binarize.recipes import Recipe
+from binarize.recipes import Recipe
 
 _OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _TIMM = "timm/"
 
 
-class LearningRate(Protocol):
-    """What the loop asks of a learning-rate schedule; torch's own have it."""
+class TimmSchedule:
+    """Gives a schedule of timm the interface of torch's `LRScheduler`.
 
-    def step(self) -> None:
-        """Set the rate of the next optimiser step."""
-
-    def get_last_lr(self) -> list[Any]:
-        """Return the rate of each parameter group."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resume needs."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-
-
-class _TimmSchedule:
-    """timm's schedules are functions of the number of updates; this counts them."""
+    timm computes the rate of an update from its number and does not count updates. The number cannot be the step of
+    the loop, because a loss scaler skips updates.
+    """
 
     def __init__(self, schedule: Any) -> None:
         self.schedule, self.updates = schedule, 0
         schedule.step_update(0)
 
     def step(self) -> None:
-        self.updates += 1
-        self.schedule.step_update(self.updates)
+        """Set the rate of the next optimiser step."""
+        self.load_state_dict({"updates": self.updates + 1})
 
-    def get_last_lr(self) -> list[Any]:
-        return [group["lr"] for group in self.schedule.optimizer.param_groups]
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of updates."""
         return {"updates": self.updates}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue from a number of updates."""
         self.updates = state_dict["updates"]
         self.schedule.step_update(self.updates)
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
-    """Return the recipe's optimiser over the model's parameters, without weight decay where it would do harm.
-
-    Args:
-        recipe: Its optimiser, rate, decays and options.
-        model: What is trained.
-
-    Raises:
-        BinarizeError: If timm is not installed or has no such optimiser, if it needs second-order gradients, or if it
-            does not take an option.
-    """
+    """Return the recipe's optimiser, with weight decay only for the parameters that `param_groups` gives it."""
     groups = param_groups(model, weight_decay=recipe.adam_weight_decay)
     betas, options = (recipe.adam_beta1, recipe.adam_beta2), recipe.optimizer_options
     try:
@@ -77,9 +54,11 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
             return _timm_optimizer(recipe, groups, {"betas": betas, "eps": recipe.adam_epsilon, **options})
         make = _OPTIMIZERS[recipe.optimizer]
         return make(groups, **{"lr": recipe.learning_rate, "betas": betas, "eps": recipe.adam_epsilon, **options})
+    except BinarizeError:
+        raise
     except (TypeError, ValueError, AssertionError) as error:
         raise BinarizeError(
-            f"optimizer: {recipe.optimizer} cannot be made with optimizer_options {options}: {error}."
+            f"optimizer: {recipe.optimizer} cannot be built with optimizer_options {options}: {error}."
         ) from error
 
 
@@ -92,30 +71,22 @@ def _timm_optimizer(recipe: Recipe, groups: list[dict[str, Any]], options: dict[
     known = [str(one) for one in list_optimizers()]
     if plain not in known:
         raise BinarizeError(
-            f"optimizer: timm has none called {name!r}; it has {', '.join(known)}.{did_you_mean(plain, known)}"
+            f"optimizer: timm has no optimiser {name!r}; it has {', '.join(known)}.{did_you_mean(plain, known)}"
         )
     info = get_optimizer_info(plain)
     if info.second_order:
         raise BinarizeError(
-            f"optimizer: {recipe.optimizer} needs second-order gradients, which the loop does not take."
+            f"optimizer: {recipe.optimizer} needs second-order gradients, which the training loop does not compute."
         )
     if info.has_betas and info.num_betas != 2 and "betas" not in recipe.optimizer_options:
-        options.pop("betas")  # it has a number of its own, and defaults for them
-    # Groups of no parameters make some optimisers stumble.
+        options.pop("betas")  # the optimiser has defaults for another number of them
+    # Some optimisers fail on empty groups.
     filled = [group for group in groups if group["params"]]
     return create_optimizer_v2(filled, name, lr=recipe.learning_rate, **options)
 
 
-def build_lr_scheduler(recipe: Recipe, optimizer: Optimizer) -> LearningRate:
-    """Return the recipe's learning-rate schedule, to be stepped once per optimiser step.
-
-    Args:
-        recipe: Its schedule, warm-up and length.
-        optimizer: What it acts on.
-
-    Raises:
-        BinarizeError: If timm is needed and not installed, or does not take an option.
-    """
+def build_lr_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | TimmSchedule:
+    """Return the recipe's learning-rate schedule, to be stepped once per optimiser step."""
     if not recipe.lr_scheduler.startswith(_TIMM):
         return get_scheduler(
             recipe.lr_scheduler,
@@ -134,7 +105,7 @@ def build_lr_scheduler(recipe: Recipe, optimizer: Optimizer) -> LearningRate:
         "warmup_lr": 0.0,
         "noise_seed": recipe.seed,
         **recipe.lr_scheduler_options,
-        # One "epoch" of one update makes every length count optimiser steps.
+        # With one update per epoch, timm counts every length in optimiser steps.
         "step_on_epochs": False,
         "updates_per_epoch": 1,
     }
@@ -142,15 +113,15 @@ def build_lr_scheduler(recipe: Recipe, optimizer: Optimizer) -> LearningRate:
         schedule, _ = create_scheduler_v2(optimizer, recipe.lr_scheduler.removeprefix(_TIMM), **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise BinarizeError(
-            f"lr_scheduler: {recipe.lr_scheduler} cannot be made with lr_scheduler_options "
+            f"lr_scheduler: {recipe.lr_scheduler} cannot be built with lr_scheduler_options "
             f"{recipe.lr_scheduler_options}: {error}."
         ) from error
-    return _TimmSchedule(schedule)
+    return TimmSchedule(schedule)
 
 
 def _require_timm(key: str, value: str) -> None:
     if importlib.util.find_spec("timm") is None:
         raise BinarizeError(
-            f"{key}: {value} is timm's, which is not installed; pip install 'binarize-diffusion[train]', or choose "
+            f"{key}: {value} is in timm, which is not installed; pip install 'binarize-diffusion[train]', or choose "
             "another."
         )

@@ -1,4 +1,4 @@
-"""One process or many: setting Accelerate up, agreeing on what happened, and doing what one process does for all."""
+"""Set up Accelerate, and exchange results between processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,30 +15,25 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from torch import Tensor
 
 from binarize.errors import BinarizeError
-
-if TYPE_CHECKING:
-    from binarize.recipes import Recipe
+from binarize.recipes import Recipe
 
 T = TypeVar("T")
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-REQUIREMENT = "'binarize-diffusion[train]'"
+_PACKAGES = {"wandb": "wandb", "tensorboard": "'binarize-diffusion[train]'"}
 
 
 @contextmanager
 def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
-    """While entered, Accelerate is set up as the recipe says; torch's random state and TF32 switches are put back.
-
-    Args:
-        recipe: Its precision, accumulation, tracker and TF32 keys are used.
+    """Set Accelerate up as the recipe says, and restore torch's random state and TF32 flags at the end.
 
     Raises:
-        BinarizeError: If the tracker is not installed, the precision is not to be had on this machine, or the launcher
-            asks for sharded parameters.
+        BinarizeError: If the tracker is not installed, this machine does not support the precision, or the launcher
+            shards parameters.
     """
     if recipe.report_to is not None and importlib.util.find_spec(recipe.report_to) is None:
         raise BinarizeError(
-            f"report_to: {recipe.report_to} is not installed; pip install "
-            f"{'wandb' if recipe.report_to == 'wandb' else REQUIREMENT}, or set report_to=none."
+            f"report_to: {recipe.report_to} is not installed; pip install {_PACKAGES[recipe.report_to]}, or set "
+            "report_to=none."
         )
     embedded = PartialState._shared_state != {}
     _check_precision(recipe)
@@ -54,7 +49,12 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
-        _refuse_sharding(accelerator)
+        if accelerator.distributed_type in _SHARDED:
+            raise BinarizeError(
+                f"training cannot be launched with {accelerator.distributed_type.value}: it shards the parameters, "
+                "which checkpoints and averaged weights do not support. Use data parallelism: accelerate launch "
+                "--num_processes N, without --use_fsdp or --use_deepspeed."
+            )
         with torch.random.fork_rng(devices=cuda):
             torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
             torch.backends.cudnn.allow_tf32 = recipe.allow_tf32
@@ -64,39 +64,22 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
         for tracker in accelerator.trackers:
             tracker.finish()
         if not embedded:
-            # Accelerate keeps the precision for the life of the process, and a next run may have another.
+            # Accelerate keeps the precision for the life of the process, and the next run may need another one.
             accelerator.state.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _refuse_sharding(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type in _SHARDED:
-        raise BinarizeError(
-            f"training cannot be launched with {accelerator.distributed_type.value}: it shards the parameters, which "
-            "checkpoints and averaged weights here do not follow. Use data parallelism: accelerate launch "
-            "--num_processes N, without --use_fsdp or --use_deepspeed."
-        )
 
 
 def _check_precision(recipe: Recipe) -> None:
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "") in ("true", "1", "yes")
     if recipe.mixed_precision == "fp16" and on_cpu:
         raise BinarizeError(
-            "mixed_precision: fp16 needs a GPU: it overflows without a scaled loss, and CPUs compute it slowly; use "
+            "mixed_precision: fp16 needs a GPU: it overflows without loss scaling and is slow on CPUs; use "
             "mixed_precision=bf16 or no."
         )
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Return what ``work`` returns in the main process, in every process; the others wait.
-
-    Args:
-        accelerator: The processes.
-        work: Called in the main process alone; what it returns must be picklable.
-
-    Raises:
-        BinarizeError: If ``work`` raised one, in every process, so that none waits for one that has left.
-    """
+    """Call ``work`` in the main process, and return its picklable result, or raise its error, in every process."""
     if accelerator.num_processes == 1:
         return work()
     outcome: list[Any] = [None, None]
@@ -111,16 +94,10 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def agree(accelerator: Accelerator, losses: Mapping[str, Tensor], signum: int) -> tuple[dict[str, float], int]:
-    """Return what all processes have to know after a step, the same in each.
+def reduce_losses(accelerator: Accelerator, losses: Mapping[str, Tensor], signum: int) -> tuple[dict[str, float], int]:
+    """Return the mean losses over all processes, and the largest signal that any process received.
 
-    Args:
-        accelerator: The processes.
-        losses: (B,) each, this process's losses by the name "loss", and their parts.
-        signum: The signal that this process received, or 0.
-
-    Returns:
-        The means over the processes, and the largest signal that any received.
+    ``losses`` has this process's "loss" and its parts, (B,) each; ``signum`` is its signal, or 0.
     """
     total = losses["loss"].mean()
     row = torch.stack([*(part.mean().to(total.dtype) for part in losses.values()), torch.full_like(total, signum)])

@@ -1,7 +1,8 @@
-"""Whether a run may go on from a checkpoint: what of the recipe may have changed since, and what may not."""
+"""Check that a run may resume: which keys of the recipe may have changed since the checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +14,63 @@ from binarize.errors import BinarizeError
 from binarize.layers.schedule import Scheduled
 from binarize.recipes import Recipe, build_model
 
-# Keys that leave the mathematics alone, or that a move to another machine asks for. The batch is compared as a whole.
-_FREE = {
-    "description", "published", "plugins", "output_dir", "init_from", "compile", "distillation.teacher",
-    "train_data_dir", "train_lr_data_dir", "dataloader_num_workers", "train_batch_size",
-    "gradient_accumulation_steps", "gradient_checkpointing", "memory_mode", "mixed_precision", "allow_tf32",
+# Keys that do not change the trained weights. Sampling steps do if `sampling_timesteps_share` is positive.
+BOOKKEEPING = {
+    "description", "published", "plugins", "output_dir", "dataloader_num_workers", "gradient_checkpointing",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_data_dir",
-    "validation_lr_data_dir", "residual_strength",
-    "validation_steps", "num_validation_images", "num_inference_steps", "report_to", "logging_steps",
+    "validation_lr_data_dir", "validation_steps", "num_validation_images", "num_inference_steps", "report_to",
+    "logging_steps", "residual_strength",
+}  # fmt: skip
+# Keys that may change in addition when a run moves to another machine. The batch is compared as a whole.
+_RESUMABLE = BOOKKEEPING | {
+    "init_from", "compile", "distillation.teacher", "train_data_dir", "train_lr_data_dir", "train_batch_size",
+    "gradient_accumulation_steps", "memory_mode", "mixed_precision", "allow_tf32",
 }  # fmt: skip
 
 
 def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, checkpoint: Path) -> None:
-    """Refuse to go on from a checkpoint of a recipe that differs where it matters.
+    """Check that a checkpoint's recipe, as YAML, differs only in keys that do not change the result.
 
-    ``max_train_steps`` may change while neither the learning rate nor the network's stages depend on it.
-
-    Args:
-        recipe: The recipe now.
-        total: Samples per optimiser step now.
-        saved: The checkpoint's recipe as YAML.
-        saved_total: Samples per optimiser step then.
-        checkpoint: Its folder, for the error.
+    ``max_train_steps`` may change if neither the learning rate nor the network depends on it. The totals are samples
+    per optimiser step, now and in the checkpoint.
 
     Raises:
         BinarizeError: Listing every difference that matters.
     """
-    free = _FREE | (set() if _knows_the_end(recipe) else {"max_train_steps"})
+    free = _RESUMABLE | (set() if _depends_on_length(recipe) else {"max_train_steps"})
     if recipe.sampling_timesteps_share > 0:
         free = free - {"num_inference_steps"}
-    then, now = _flat(with_defaults(yaml.safe_load(saved))), _flat(yaml.safe_load(recipe.to_yaml()))
-    changed = [
-        f"  {key}: was {then.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(then.keys() | now.keys())
-        if key not in free and key.split(".")[0] not in free and then.get(key) != now.get(key)
-    ]
+    changed = changes(with_defaults(yaml.safe_load(saved)), yaml.safe_load(recipe.to_yaml()), free)
     if total != saved_total:
         changed.append(
-            f"  samples per optimiser step: were {saved_total}, are {total}; they are train_batch_size * "
+            f"samples per optimiser step: were {saved_total}, are {total}; they are train_batch_size * "
             "gradient_accumulation_steps * processes"
         )
     if changed:
-        opening = f"cannot resume from {checkpoint}: the recipe differs in what decides the result:"
+        opening = f"cannot resume from {checkpoint}: the recipe differs in keys that change the result:"
         closing = "Set these back, or start a new run in another output_dir."
-        raise BinarizeError("\n".join([opening, *changed, closing]))
+        raise BinarizeError("\n".join([opening, *(f"  {line}" for line in changed), closing]))
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """Return the differences of two nested mappings as ``"key: was x, is y"``, without ignored keys and sections."""
+    old, new = _flat(then), _flat(now)
+    return [
+        f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in ignored and key.split(".")[0] not in ignored and old.get(key) != new.get(key)
+    ]
 
 
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored recipe with the top-level keys that its release did not have yet, as they do nothing."""
+    """Return a stored recipe with the defaults of top-level keys that its version did not have."""
     fields = Recipe.model_fields.items()
     values = {name: f.get_default(call_default_factory=True) for name, f in fields if not f.is_required()}
     return {**TypeAdapter(Any).dump_python(values, mode="json"), **saved}
 
 
-def _knows_the_end(recipe: Recipe) -> bool:
-    """Say whether what a step does depends on how many there are: by learning rate, stages or a method's schedule."""
+def _depends_on_length(recipe: Recipe) -> bool:
+    """Whether a step depends on ``max_train_steps``: by the learning rate, stages or a method's schedule."""
     if not recipe.lr_scheduler.startswith("constant") or recipe.two_stage or recipe.progressive:
         return True
     with torch.device("meta"):
@@ -76,7 +79,7 @@ def _knows_the_end(recipe: Recipe) -> bool:
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict):
+    if not isinstance(data, Mapping):
         return {prefix: data}
     flat: dict[str, Any] = {}
     for key, value in data.items():

@@ -1,17 +1,15 @@
-"""Ctrl-C and SIGTERM as a request to stop at the end of the step."""
+"""Turn Ctrl-C and SIGTERM into a request to stop after the current step."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is remembered instead of killing; a second one acts as usual.
+    """A context in which the first SIGINT or SIGTERM is stored in `signum`; a second one has its usual effect.
 
     Outside the main thread, where Python allows no handlers, signals keep their usual effect.
     """
@@ -22,15 +20,13 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {signum: signal.signal(signum, self._remember) for signum in _SIGNALS}
+            self._previous = {s: signal.signal(s, self._store) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._restore()
 
-    def _remember(self, signum: int, frame: FrameType | None) -> None:
+    def _store(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
 

@@ -1,4 +1,4 @@
-"""The demonstration, with a tiny budget; and its report, which must say what the figures say."""
+"""The demonstration with a tiny budget, and its report, which must agree with the scores."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_case import run as run_cli
 from PIL import Image
 
-from binarize.demo import report as _demo_report
-from binarize.demo import run as demo
+from binarize.demo import report, run
 from binarize.errors import BinarizeError
 from binarize.evaluation import ImageScores, Scores
 from binarize.imaging import degrade
@@ -35,92 +35,93 @@ def scores(model: float, bicubic: float | None) -> ImageScores:
 
 
 @pytest.mark.parametrize(
-    ("model", "bicubic", "words"),
+    ("model", "bicubic", "text"),
     [
-        (30.0, 29.0, "**1.00 dB above bicubic enlargement**: 30.00 dB against 29.00 dB"),
-        (29.0, 30.5, "**1.50 dB below bicubic enlargement**: 29.00 dB against 30.50 dB"),
-        (30.02, 30.0, "**level with bicubic enlargement**: 30.02 dB against 30.00 dB"),
-        (29.98, 30.0, "**level with bicubic enlargement**"),
+        (30.0, 29.0, "**1.00 dB above bicubic upscaling**: 30.00 dB against 29.00 dB"),
+        (29.0, 30.5, "**1.50 dB below bicubic upscaling**: 29.00 dB against 30.50 dB"),
+        (30.02, 30.0, "**level with bicubic upscaling**: 30.02 dB against 30.00 dB"),
+        (29.98, 30.0, "**level with bicubic upscaling**"),
         (29.0, None, "The network reaches 29.00 dB."),
     ],
 )
-def test_the_verdict_is_the_arithmetic(model: float, bicubic: float | None, words: str) -> None:
-    assert words in _demo_report.verdict(scores(model, bicubic), 700)
+def test_the_verdict_agrees_with_the_scores(model: float, bicubic: float | None, text: str) -> None:
+    assert text in report.verdict(scores(model, bicubic), 700)
 
 
-def test_the_comparison_shows_the_pixels_that_it_was_given() -> None:
+def test_the_comparison_shows_the_given_pixels() -> None:
     rng = np.random.default_rng(0)
     large = [Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)) for _ in range(3)]
     low = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
     left, top, right, bottom = detail = (8, 4, 38, 34)
-    sheet = np.asarray(_demo_report.side_by_side(_demo_report.Comparison(low, *large, scores(30, 29)), detail))
+    sheet = np.asarray(report.side_by_side([low, *large], scores(30, 29), detail))
     repeated = Image.fromarray(np.asarray(low).repeat(2, 0).repeat(2, 1))
-    margin, zoom = _demo_report._MARGIN, _demo_report._ZOOM
-    width, height = zoom * (right - left), zoom * (bottom - top)
+    width, height = report.ZOOM * (right - left), report.ZOOM * (bottom - top)
     for index, panel in enumerate([repeated, *large]):
-        at = margin + index * (width + margin)
-        shown = sheet[margin : margin + height : zoom, at : at + width : zoom]
+        at = report.MARGIN + index * (width + report.MARGIN)
+        shown = sheet[report.MARGIN : report.MARGIN + height : report.ZOOM, at : at + width : report.ZOOM]
         assert np.array_equal(shown, np.asarray(panel)[top:bottom, left:right])
 
 
-def test_pictures_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_images_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def found(origin: str | None) -> Any:
         return lambda name: None if origin is None else SimpleNamespace(origin=origin)
 
     monkeypatch.setattr(importlib.util, "find_spec", found(None))
     with pytest.raises(BinarizeError, match=r"pip install 'binarize-diffusion\[eval\]'"):
-        demo.image_folder()
+        run.image_folder()
     monkeypatch.setattr(importlib.util, "find_spec", found(str(tmp_path / "__init__.py")))
-    with pytest.raises(BinarizeError, match=f"comes without {demo.TRAINING[0]}.*{demo.HELD_OUT}"):
-        demo.image_folder()
+    with pytest.raises(BinarizeError, match=f"this scikit-image lacks {run.TRAINING[0]}.*{run.HELD_OUT}"):
+        run.image_folder()
 
 
-def test_the_held_out_picture_is_not_trained_on(tmp_path: Path) -> None:
-    demo.prepare_images(demo.image_folder(), tmp_path, 2)
-    assert demo.HELD_OUT not in demo.TRAINING
+def test_the_held_out_image_is_not_trained_on(tmp_path: Path) -> None:
+    run.prepare_images(run.image_folder(), tmp_path, 2)
+    assert run.HELD_OUT not in run.TRAINING
     training = {path.stem for path in (tmp_path / "training").iterdir()}
-    assert training == {Path(name).stem for name in demo.TRAINING}
-    held_out = np.asarray(Image.open(tmp_path / "held-out" / demo.HELD_OUT))
+    assert training == {Path(name).stem for name in run.TRAINING}
+    held_out = np.asarray(Image.open(tmp_path / "held-out" / run.HELD_OUT))
     small = np.asarray(Image.open(tmp_path / "held-out-x2-small.png"))
     assert np.array_equal(small, degrade(held_out, 2))
-    width, height = demo.PART[2] - demo.PART[0], demo.PART[3] - demo.PART[1]
+    width, height = run.CROP[2] - run.CROP[0], run.CROP[3] - run.CROP[1]
     assert held_out.shape == (height, width, 3)
-    assert demo.DETAIL[2] <= width
-    assert demo.DETAIL[3] <= height
+    assert run.DETAIL[2] <= width
+    assert run.DETAIL[3] <= height
 
 
 @pytest.mark.slow
 def test_the_demonstration_from_start_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_cached_backbone", lambda: None)
-    said: list[str] = []
+    monkeypatch.setattr(run, "_cached_backbone", lambda: None)
+    lines: list[str] = []
     folder = tmp_path / "out"
-    result = demo.run_demo(folder, overrides=TINY, say=said.append, progress=False)
-
-    assert [line[:3] for line in said] == ["1/3", "2/3", "3/3"]
+    result = run.run_demo(folder, overrides=TINY, say=lines.append, progress=False)
+    assert [line[:3] for line in lines] == ["1/3", "2/3", "3/3"]
     mean = result.scores.mean
     assert mean.bicubic is not None
     assert mean.bicubic.psnr == pytest.approx(31.66, abs=0.01)
     text = result.report.read_text(encoding="utf-8")
-    assert _demo_report.verdict(mean, 2) in text
+    assert report.verdict(mean, 2) in text
     assert f"{mean.model.psnr:.2f}" in text
-    assert "LPIPS is left out" in text
-    with Image.open(result.enlarged) as enlarged, Image.open(folder / "pictures" / "held-out" / demo.HELD_OUT) as hr:
-        assert enlarged.size == hr.size
+    assert "LPIPS is omitted" in text
+    with Image.open(result.upscaled) as upscaled, Image.open(folder / "images" / "held-out" / run.HELD_OUT) as hr:
+        assert upscaled.size == hr.size
     with Image.open(result.comparison) as comparison:
-        assert comparison.size[0] > 4 * 2 * (demo.DETAIL[2] - demo.DETAIL[0])
+        assert comparison.size[0] > 4 * 2 * (run.DETAIL[2] - run.DETAIL[0])
     assert SuperResolutionPipeline.from_pretrained(result.model).scale == 2
     assert dataclasses.asdict(result)["folder"] == folder
 
     with pytest.raises(BinarizeError, match="holds a demonstration; choose another folder, or --force"):
-        demo.run_demo(folder, overrides=TINY, say=said.append, progress=False)
-    again = demo.run_demo(folder, overrides=TINY, force=True, say=said.append, progress=False)
-    assert again.scores.mean.model == mean.model
+        run.run_demo(folder, overrides=TINY, say=lines.append, progress=False)
+    command = run_cli("demo", *TINY, "--output", folder, "--force")  # the same again, with a log in plain lines
+    assert command.exit_code == 0, command.output
+    assert not set(command.output) & set("\r\x1b")
+    assert len(command.output.splitlines()) < 20
+    assert f"{mean.model.psnr:.2f}" in command.stdout
 
 
 @pytest.mark.slow
 def test_a_sixth_of_its_steps_are_above_bicubic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_cached_backbone", lambda: None)
-    mean = demo.run_demo(tmp_path, overrides=["max_train_steps=100"], say=lambda line: None, progress=False).scores.mean
+    monkeypatch.setattr(run, "_cached_backbone", lambda: None)
+    mean = run.run_demo(tmp_path, overrides=["max_train_steps=100"], say=lambda line: None, progress=False).scores.mean
     assert mean.bicubic is not None
     assert mean.model.psnr > mean.bicubic.psnr + 0.5
     assert mean.model.ssim > mean.bicubic.ssim

@@ -1,3 +1,5 @@
+"""Evaluation: PSNR, SSIM and LPIPS against formulas and published results, and reports."""
+
 from __future__ import annotations
 
 import csv
@@ -36,7 +38,7 @@ from binarize.imaging import ImagePairs, to_image, upscale_bicubic
 SHARED = Path(os.environ.get("BINARIZE_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 SET5 = SHARED / "data" / "Set5"
 BACKBONE = SHARED / "metrics" / "squeeze.backbone.pth"
-needs_set5 = pytest.mark.skipif(not SET5.is_dir(), reason="the Set5 pictures are not on this machine")
+needs_set5 = pytest.mark.skipif(not SET5.is_dir(), reason="the Set5 images are not on this machine")
 needs_backbone = pytest.mark.skipif(not BACKBONE.is_file(), reason="SqueezeNet's weights are not on this machine")
 
 
@@ -117,7 +119,7 @@ class TestQuality:
                 call()
 
 
-class TestPublishedFigures:
+class TestPublishedResults:
     @needs_set5
     @pytest.mark.parametrize(("scale", "decibels", "similarity"), [(2, 33.67, 0.9303), (4, 28.43, 0.8111)])
     def test_bicubic_on_set5(self, scale: int, decibels: float, similarity: float) -> None:
@@ -156,7 +158,7 @@ class TestLpips:
         torch.manual_seed(123)
         first, second = (torch.rand(10, 3, 100, 100) * 2 - 1 for _ in range(2))
         assert distance._model(first, second).mean().item() == pytest.approx(0.1008, abs=5e-5)
-        # The public entry takes 8-bit pixels, each picture alone.
+        # The public function takes one 8-bit image at a time.
         levels = [((batch + 1) * 127.5).round().byte() for batch in (first, second)]
         each = [distance(one, two) for one, two in zip(*levels, strict=True)]
         assert np.mean(each) == pytest.approx(0.1008, abs=2e-4)
@@ -216,29 +218,22 @@ class TestLpips:
         )
 
     def test_errors(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            BinarizeError, match=r"unknown LPIPS backbone 'squeze'; choose alex, .*Did you mean 'squeeze'"
-        ):
-            Lpips("squeze")
-        with pytest.raises(BinarizeError, match=r"none\.pth: no such LPIPS backbone file"):
-            Lpips("alex", backbone=tmp_path / "none.pth")
         (tmp_path / "text.pth").write_text("hello")
-        with pytest.raises(BinarizeError, match=r"text\.pth: is not a torch file of weights"):
-            Lpips("alex", backbone=tmp_path / "text.pth")
-        torch.save([1, 2], tmp_path / "list.pth")
-        with pytest.raises(BinarizeError, match=r"list\.pth: holds no state dict"):
-            Lpips("alex", backbone=tmp_path / "list.pth")
-        torch.save(self.backbone(), tmp_path / "squeeze.pth")
-        with pytest.raises(
-            BinarizeError, match=r"squeeze\.pth: is not the backbone of this LPIPS; it has no '2\.weight'"
-        ):
-            Lpips("vgg", backbone=tmp_path / "squeeze.pth")
         narrow = {key: value[:1] for key, value in self.backbone().items()}
-        torch.save(narrow, tmp_path / "narrow.pth")
-        with pytest.raises(BinarizeError, match="its weights have other shapes"):
-            Lpips("squeeze", backbone=tmp_path / "narrow.pth")
+        for name, content in (("list", [1, 2]), ("squeeze", self.backbone()), ("narrow", narrow)):
+            torch.save(content, tmp_path / f"{name}.pth")
+        for net, name, message in (
+            ("squeze", "none", r"unknown LPIPS backbone 'squeze'; choose alex, .*Did you mean 'squeeze'"),
+            ("alex", "none", r"none\.pth: no such LPIPS backbone file"),
+            ("alex", "text", r"text\.pth: is not a torch file of weights"),
+            ("alex", "list", r"list\.pth: holds no state dict"),
+            ("vgg", "squeeze", r"squeeze\.pth: is not the backbone of this LPIPS; it has no '2\.weight'"),
+            ("squeeze", "narrow", "its weights have other shapes"),
+        ):
+            with pytest.raises(BinarizeError, match=message):
+                Lpips(net, backbone=tmp_path / f"{name}.pth")
         distance = Lpips("squeeze", backbone=tmp_path / "squeeze.pth")
-        with pytest.raises(BinarizeError, match=r"LPIPS \(squeeze\): needs at least 17 pixels a side, got 40x16"):
+        with pytest.raises(BinarizeError, match=r"LPIPS \(squeeze\): needs at least 17 pixels per side, got 40x16"):
             distance(noise(16, 40), noise(16, 40))
         with pytest.raises(BinarizeError, match=r"one size, got \(3, 20, 20\) and \(3, 20, 21\)"):
             distance(noise(20, 20), noise(20, 21))
@@ -254,7 +249,7 @@ class TestEvaluate:
             return originals[np.array(lr).transpose(2, 0, 1).tobytes()]
 
         report = evaluate(perfect, folder, scale=4, lpips="squeeze", lpips_backbone=BACKBONE, progress=False)
-        assert [row.picture for row in report.rows] == ["p0", "p1"]
+        assert [row.image for row in report.rows] == ["p0", "p1"]
         assert report.border == 4
         mean = report.mean
         assert mean.model == Scores(math.inf, pytest.approx(1), 0)
@@ -302,9 +297,9 @@ class TestEvaluate:
         with pytest.raises(BinarizeError, match=message):
             evaluate(upscale, folder, scale=2, lpips=None, progress=False)
 
-    def test_bad_data_is_found_before_anything_is_enlarged(self, folder: Path) -> None:
+    def test_bad_data_is_found_before_upscaling(self, folder: Path) -> None:
         def never(lr: Image.Image) -> Image.Image:
-            raise AssertionError("enlarged something")
+            raise AssertionError("upscaled something")
 
         Image.new("RGB", (18, 13)).save(folder / "tiny.png")
         with pytest.raises(
@@ -355,7 +350,7 @@ class TestReport:
 
     def test_markdown(self, report: EvaluationReport) -> None:
         lines = report.to_markdown().splitlines()
-        assert lines[0] == "ours, x2: PSNR and SSIM on Y, 2 pixels shaved off each side."
+        assert lines[0] == "ours, x2: PSNR and SSIM on Y, 2 pixels cut off each side."
         assert lines[4] == r"| a\|b | 30.00 | 0.9000 | 0.1000 | 28.50 | 0.8000 | 0.3000 |"
         assert lines[6].startswith("| **mean** | **31.00** | **0.9250** |")
         assert lines[-1] == "Note: something is missing."
@@ -378,7 +373,7 @@ class TestReport:
         assert not paths[0].exists()
         report.save(target, force=True)
         assert len(list(target.iterdir())) == 3
-        with pytest.raises(BinarizeError, match=r"evaluation\.md: cannot be made a folder"):
+        with pytest.raises(BinarizeError, match=r"evaluation\.md: cannot create the folder"):
             report.save(paths[2])
 
 

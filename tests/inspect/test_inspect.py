@@ -1,8 +1,7 @@
-"""`binarize.inspect`: figures against what numpy counts by hand; the model is left as it was; plots are drawn."""
+"""Distributions, biases and plots; the model is not changed by any function of `binarize.inspect`."""
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_case import NETWORK
 from hypothesis import given
 from hypothesis import strategies as st
+from inspect_case import OneLayer, batch, network, signs
 from torch import Tensor, nn
 
-import binarize
 from binarize import inspect
 from binarize.errors import BinarizeError
-from binarize.inspect.flips import count_bits
-from binarize.inspect.values import Gathered
-from binarize.layers import BinaryConv2d, CSFusion, Shift
+from binarize.inspect.distribution import DistributionMeter
+from binarize.layers import CSFusion, Shift
 from binarize.models import SRUNet
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -35,169 +34,9 @@ def _close_figures() -> Any:
     pyplot.close("all")
 
 
-def network(method: Any = "bidiffsr", **options: Any) -> SRUNet:
-    unet = SRUNet(base_channels=8, channel_mults=(1, 2), norm_groups=4, res_blocks=1, dropout=0.0)
-    return binarize.convert(unet, method, **options)
-
-
-def batch(size: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(size, 3, 8, 8), torch.tensor([3, 1500] * (size // 2)), torch.rand(size, 3, 8, 8)
-
-
-class OneLayer(nn.Module):
-    """A single binary layer with a timestep that it does not use."""
-
-    def __init__(self, method: str, **options: Any) -> None:
-        super().__init__()
-        self.layer = BinaryConv2d(4, 4, 1, method=binarize.get_method(method, **options))
-
-    def forward(self, x: Tensor, timestep: Tensor | float = 0) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
-
-
-# Flips.
-
-
-@given(st.lists(st.integers(0, 255), min_size=1, max_size=50))
-def test_bits_are_counted_as_python_counts_them(words: list[int]) -> None:
-    assert int(count_bits(torch.tensor(words, dtype=torch.uint8))) == sum(word.bit_count() for word in words)
-
-
-def signs(model: nn.Module) -> dict[str, np.ndarray]:
-    return {
-        name: layer.weight.detach().numpy() >= 0
-        for name, layer in model.named_modules()
-        if isinstance(layer, BinaryConv2d)
-    }
-
-
-def test_flips_are_those_of_the_signs_since_the_last_update_and_since_the_start() -> None:
-    model = network()
-    tracker = inspect.FlipTracker(model)
-    history = [signs(model)]
-    returned = []
-    for step in (10, 20, 25):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.05 * torch.randn_like(parameter)
-        returned.append(tracker.update(step))
-        history.append(signs(model))
-    found = tracker.result()
-    assert found.layers == tuple(history[0])
-    assert found.steps.tolist() == [10, 20, 25]
-    for number, name in enumerate(found.layers):
-        assert found.weights[number] == history[0][name].size
-        for update in range(3):
-            now = history[update + 1][name]
-            assert found.since_last[update, number] == (now != history[update][name]).mean()
-            assert found.since_start[update, number] == (now != history[0][name]).mean()
-    every = [np.concatenate([one[name].ravel() for name in found.layers]) for one in history]
-    np.testing.assert_allclose(found.overall(), [(a != b).mean() for a, b in itertools.pairwise(every)])
-    np.testing.assert_allclose(found.overall("start"), [(every[0] != b).mean() for b in every[1:]])
-    np.testing.assert_allclose(returned, found.overall())
-    assert 0 < returned[0] < 0.5
-
-
-def test_a_snapshot_takes_one_bit_a_weight() -> None:
-    model = network()
-    tracker = inspect.FlipTracker(model)
-    weights = sum(one.size for one in signs(model).values())
-    held = sum(bits.numel() * bits.element_size() for bits in tracker._start)
-    assert weights / 8 <= held <= weights / 8 + len(tracker._start)
-
-
-def test_signs_are_those_that_the_forward_uses() -> None:
-    model = OneLayer("xnor")  # centres its weights, so that adding a constant over the inputs flips nothing
-    tracker = inspect.FlipTracker(model)
-    with torch.no_grad():
-        model.layer.weight += 0.2
-    assert tracker.update() == 0
-    both = OneLayer("binarydm")  # two signs a weight
-    assert inspect.FlipTracker(both).result().weights.tolist() == [2 * both.layer.weight.numel()]
-
-
-def test_flips_of_some_layers() -> None:
-    tracker = inspect.FlipTracker(network(), layers=["middle", "encoder.0.blocks.*"])
-    assert {name.split(".")[0] for name in tracker.result().layers} == {"middle", "encoder"}
-    assert tracker.result().since_last.shape == (0, len(tracker.result().layers))
-
-
-def test_what_flips_cannot_be_asked_for() -> None:
-    with pytest.raises(BinarizeError, match=r"this SRUNet has no binary layer; call binarize.convert"):
-        inspect.FlipTracker(SRUNet(base_channels=8, channel_mults=(1,), norm_groups=4, res_blocks=1))
-    model = network()
-    with pytest.raises(BinarizeError, match=r"the pattern 'midle\.\*' matches no binary layer; names look like enc"):
-        inspect.FlipTracker(model, "midle.*")
-    tracker = inspect.FlipTracker(model)
-    tracker.update(5)
-    with pytest.raises(BinarizeError, match=r"update: step 5 is not after the last one, 5"):
-        tracker.update(5)
-    with pytest.raises(BinarizeError, match=r"since must be 'last' or 'start'; got 'begin'"):
-        tracker.result().overall("begin")  # type: ignore[arg-type]
-
-
-# Saturation.
-
-
-@pytest.mark.parametrize(
-    ("method", "dead"),
-    [
-        ("bnn", lambda x: np.abs(x) > 1),
-        ("bidiffsr", lambda x: np.abs(x) >= 1),
-        ("dorefa", None),
-        ("recu", lambda x: np.abs(x) >= np.sqrt(x.var(axis=(1, 2, 3), ddof=1, keepdims=True) + 1e-5)),
-    ],
-)
-def test_saturated_is_what_has_no_gradient_through_the_sign(method: str, dead: Any) -> None:
-    options = {"groups": 1} if method == "bidiffsr" else {}
-    model = OneLayer(method, **options)
-    x = 1.5 * torch.randn(3, 4, 5, 5)
-    x[0, 0] = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
-    found = inspect.saturation(model, x)
-    if dead is None:
-        low, high = (0, 1) if model.layer.activation.__class__.__name__ == "UnitRound" else (-1, 1)
-        expected = ((x.numpy() < low) | (x.numpy() > high)).mean()
-    else:
-        expected = dead(x.double().numpy()).mean()
-    assert found.layers == ("layer",)
-    assert found.share[0] == pytest.approx(expected)
-    assert found.overall == pytest.approx(expected)
-    assert found.count[0] == x.numel()
-
-
-def test_the_shift_counts_and_several_forwards_add_up() -> None:
-    model = OneLayer("reactnet").eval()
-    pre = model.layer.pre
-    assert isinstance(pre, Shift)
-    with torch.no_grad():
-        pre.bias.fill_(3.0)
-    x = torch.zeros(1, 4, 2, 2)
-    assert inspect.saturation(model, {"x": x}).overall == 1
-    assert inspect.saturation(model, lambda: (model(x), model(x - 3))).overall == 0.5
-
-
-def test_saturation_under_inference_mode_and_of_chosen_layers() -> None:
-    model = network()
-    inputs = batch()
-
-    def run() -> None:
-        with torch.inference_mode():
-            model(*inputs)
-
-    some = inspect.saturation(model, run, layers="middle")
-    assert len(some.layers) == 4
-    every = inspect.saturation(model, inputs)
-    shares = dict(zip(every.layers, every.share, strict=True))
-    np.testing.assert_array_equal(some.share, [shares[name] for name in some.layers])
-
-
-# Distributions.
-
-
 @given(st.lists(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20), min_size=1, max_size=4))
 def test_moments_are_exact_and_values_are_a_sample(parts: list[list[float]]) -> None:
-    gathered = Gathered(samples=7)
+    gathered = DistributionMeter(samples=7)
     for part in parts:
         gathered.add(torch.tensor(part))
     gathered.add(torch.empty(0))
@@ -223,7 +62,7 @@ class Doubled(nn.Module):
         return y
 
 
-def test_inputs_are_told_apart_by_timestep_also_within_a_batch() -> None:
+def test_inputs_are_separated_by_timestep_within_a_batch_too() -> None:
     model = Doubled()
     x = torch.randn(2, 50)
 
@@ -250,8 +89,8 @@ def test_the_sampling_of_a_pipeline_is_followed() -> None:
     unet = network()
     pipe = SuperResolutionPipeline(unet, scale=2)
     pipe.set_progress_bar_config(disable=True)
-    picture = torch.rand(3, 4, 4)
-    found = inspect.activation_distribution(unet, "middle.0.conv1", lambda: pipe(picture, num_inference_steps=4))
+    image = torch.rand(3, 4, 4)
+    found = inspect.activation_distribution(unet, "middle.0.conv1", lambda: pipe(image, num_inference_steps=4))
     assert found.timesteps.tolist() == [0, 500, 1000, 1500]
     assert all(one.count == 16 * 4 * 4 for one in found.distributions)
     sampled = inspect.activation_distribution(unet, "middle.0.conv1", batch(), samples=10)
@@ -259,12 +98,8 @@ def test_the_sampling_of_a_pipeline_is_followed() -> None:
 
 
 def test_a_plain_network_has_distributions_too() -> None:
-    plain = SRUNet(base_channels=8, channel_mults=(1, 2), norm_groups=4, res_blocks=1)
-    found = inspect.activation_distribution(plain, "middle.1.conv2", batch())
+    found = inspect.activation_distribution(SRUNet(**NETWORK), "middle.1.conv2", batch())
     assert found.timesteps.tolist() == [3, 1500]
-
-
-# TaR.
 
 
 def test_the_biases_are_the_parameters_by_group() -> None:
@@ -288,7 +123,7 @@ def test_shifts_shared_over_time_are_one_group() -> None:
     assert [label.get_text() for label in found.plot().get_xticklabels()] == ["all"]
 
 
-def test_which_biases_cannot_be_shown() -> None:
+def test_biases_that_cannot_be_shown() -> None:
     with pytest.raises(BinarizeError, match=r"none of these binary layers has a shift.*bidiffsr \(TaR\), reactnet"):
         inspect.tar_biases(network("bnn"))
     found = inspect.tar_biases(network(overrides={"middle.1.*": {"groups": 2}}))
@@ -296,9 +131,6 @@ def test_which_biases_cannot_be_shown() -> None:
         found.plot()
     with pytest.raises(BinarizeError, match=r"no biases of a layer 'middle.0.conv3'.*Did you mean 'middle.0.conv"):
         found.plot(layer="middle.0.conv3")
-
-
-# Fusion.
 
 
 def fusions(model: nn.Module) -> list[str]:
@@ -327,8 +159,6 @@ def test_fusion_mixes_both_inputs_and_is_compared_with_their_sum() -> None:
     assert len(found.mixed) == 2
     assert sum(one.mean for one in found.mixed) == pytest.approx(found.hidden.mean + found.skip.mean, abs=1e-6)
 
-
-# What every function leaves behind, and refuses.
 
 RUNS = {
     "saturation": lambda model, run: inspect.saturation(model, run),
@@ -386,34 +216,28 @@ def test_modules_that_are_not_there_are_named_with_a_near_one() -> None:
         inspect.fusion_distributions(OneLayer("bnn"), "layer", batch())
 
 
-def test_what_has_no_timestep_or_no_activation_is_refused() -> None:
-    class Plain(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x
+class Plain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
+
+def test_models_without_a_timestep_or_an_activation_are_refused() -> None:
     with pytest.raises(BinarizeError, match=r"Plain has no timestep: .*a distribution over timesteps needs one"):
         inspect.activation_distribution(Plain(), "", torch.zeros(1))
-    with pytest.raises(BinarizeError, match=r"samples is how many values .* at least 1; got 0"):
+    with pytest.raises(BinarizeError, match=r"samples is the number of values .* at least 1; got 0"):
         inspect.activation_distribution(network(), "middle.0", batch(), samples=0)
-
-    class Folded(Doubled):
-        def forward(self, x: Tensor, timestep: Any) -> Tensor:
-            y: Tensor = self.inner(x.reshape(-1))
-            return y
-
-    with pytest.raises(BinarizeError, match=r"the input of 'inner' is \(6,\) while the batch has 2 timesteps"):
-        inspect.activation_distribution(Folded(), "inner", (torch.zeros(2, 3), torch.tensor([1, 2])))
-
-    class Silent(Doubled):
-        def forward(self, x: Tensor, timestep: Any) -> Tensor:
-            y: Tensor = self.inner(None)
-            return y
-
-    with pytest.raises(BinarizeError, match=r"'inner' is not called with a tensor"):
-        inspect.activation_distribution(Silent(), "inner", (torch.zeros(2, 3), 1))
-
-
-# Plots.
+    model = Doubled()
+    for timesteps, inner, message in (
+        (
+            torch.tensor([1, 2]),
+            lambda x: x.reshape(-1),
+            r"the input of 'inner' is \(6,\) while the batch has 2 timesteps",
+        ),
+        (1, lambda x: None, r"'inner' is not called with a tensor"),
+    ):
+        model.forward = lambda x, timestep, inner=inner: model.inner(inner(x))  # type: ignore[method-assign]
+        with pytest.raises(BinarizeError, match=message):
+            inspect.activation_distribution(model, "inner", (torch.zeros(2, 3), timesteps))
 
 
 def results() -> dict[str, Any]:
@@ -459,20 +283,11 @@ def test_plots_without_matplotlib_say_how_to_get_it(monkeypatch: pytest.MonkeyPa
         found.plot()
 
 
-def test_the_how_to_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / "howto" / "inspect.md").read_text(encoding="utf-8")
     exec(compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), "inspect.md", "exec"), {})
     assert (tmp_path / "fusion.png").is_file()
-
-
-def test_saturation_of_tokens_is_normalised_as_the_layer_normalises_them() -> None:
-    model = binarize.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), "recu", linear=True)
-    x = torch.randn(2, 5, 8)
-    result = inspect.saturation(model, x)
-    h = model[0](x)
-    normal = h / torch.sqrt(h.var(-1, keepdim=True) + 1e-5)
-    assert result.share[0] == pytest.approx((normal.abs() >= 1).float().mean().item())
 
 
 def test_class_labels_are_not_taken_for_timesteps() -> None:

@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels for a GPU that need not be there; test_triton.py runs it where nothing is interpreted."""
+"""Compile the CUDA kernels for a GPU that the machine may lack. test_cuda.py runs this outside Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from binarize.kernels import cuda as _triton
+from binarize.kernels import cuda
 
 BYTES, WORDS, ROWS, FLOATS = "*i8", "*i32", "*i64", "*fp32"
-PICTURES = ("*fp32", "*bf16", "*fp16")
+IMAGES = ("*fp32", "*bf16", "*fp16")
 READ = {"group": ROWS, "thresholds": FLOATS, "factors": FLOATS, "offsets": FLOATS}
-PRODUCT = {**READ, "codes": BYTES, "filters": WORDS, "table": FLOATS, "row_add": FLOATS, "low": "fp32", "high": "fp32"}
-FACTORS = dict.fromkeys(("means", "variances", "row", "weight", "bias", "factors", "offsets"), FLOATS) | {"eps": "fp32"}
+PRODUCT = {
+    **READ,
+    "codes": BYTES,
+    "filters": WORDS,
+    "table": FLOATS,
+    "channel_bias": FLOATS,
+    "low": "fp32",
+    "high": "fp32",
+}
+FACTORS = dict.fromkeys(("means", "variances", "channel_bias", "weight", "bias", "factors", "offsets"), FLOATS) | {
+    "eps": "fp32"
+}
 
 
 def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> None:
@@ -26,17 +36,17 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]
 
 
 def main(capability: int) -> None:
-    for picture in PICTURES:
+    for image in IMAGES:
         both: dict[str, Any] = {"GROUPED": True, "NORMED": True}
-        for signs, out in ((True, BYTES), (False, picture)):
-            constants = {**both, "SIGNS": signs, "HALVE": False, "PIXELS": 64, "CHANNELS": 32}
-            compile_kernel(_triton._input_kernel, {**READ, "x": picture, "out": out}, constants, capability)
-        last = {"SHORTCUT": 1, "CLAMPED": True, "ROW": True, "RESIDUAL": True}
+        for signs, out in ((True, BYTES), (False, image)):
+            constants = {**both, "SIGNS": signs, "UNSIGNED": False, "PIXELS": 64, "CHANNELS": 32}
+            compile_kernel(cuda._input_kernel, {**READ, "x": image, "out": out}, constants, capability)
+        last = {"SHORTCUT": 1, "CLAMPED": True, "BIASED": True, "RESIDUAL": True}
         constants = {**both, **last, "LANES": 16, "PIXELS": 64, "OUTS": 16, "STEP": 32}
-        types = {**PRODUCT, **dict.fromkeys(("x", "out", "residual"), picture)}
-        compile_kernel(_triton._product_kernel, types, constants, capability)
-    given = {"ROW": True, "WEIGHT": True, "BIAS": True, "CHANNELS": 32}
-    compile_kernel(_triton._factors_kernel, FACTORS, given, capability)
+        types = {**PRODUCT, **dict.fromkeys(("x", "out", "residual"), image)}
+        compile_kernel(cuda._product_kernel, types, constants, capability)
+    given = {"SHIFTED": True, "WEIGHT": True, "BIAS": True, "CHANNELS": 32}
+    compile_kernel(cuda._factors_kernel, FACTORS, given, capability)
 
 
 if __name__ == "__main__":

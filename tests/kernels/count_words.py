@@ -1,6 +1,6 @@
-"""Counts words with the kernels that numba makes for the processor it is told of, against plain torch.
+"""Compares word counts with plain torch on the processor that numba is configured for.
 
-A program, since numba reads what it is told when it is imported: see test_packed_products.py.
+It is a program, because numba reads its configuration when it is imported; see test_packed_conv.py.
 """
 
 import torch

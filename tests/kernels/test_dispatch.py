@@ -1,9 +1,7 @@
-"""Calls of packed operators that go past the dispatcher: the same results, and never where somebody would see them."""
+"""Calls of packed operators that skip the dispatcher: the same results, and never when something has to see them."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from typing import Any
 
@@ -11,15 +9,13 @@ import pytest
 import torch
 from packed_case import inputs, network
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import binarize
 from binarize.errors import BinarizeError
 from binarize.kernels import backends
-from binarize.kernels.norm import norm_silu
-from binarize.kernels.operator import goes_straight
-from binarize.kernels.ops import PREPARED_SIZES, packed_conv2d
+from binarize.kernels.cpu.conv import COMPILED_SIZES
+from binarize.kernels.ops import binary_conv2d, norm_silu, packed_conv2d, skips_dispatcher
 from binarize.layers import BinaryConv2d
 from binarize.packed import PackedConv2d
 
@@ -27,7 +23,7 @@ EITHER = ("numba", "torch")
 
 
 class Listener(TorchDispatchMode):
-    """Notes the operators that it sees."""
+    """Records the operators that it sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,64 +34,52 @@ class Listener(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class FunctionListener(TorchFunctionMode):
-    """Notes the functions that it sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def layer(channels: int = 16) -> PackedConv2d:
     return PackedConv2d(BinaryConv2d(channels, channels, 3, padding=1, method="reactnet").eval())
 
 
 @pytest.fixture
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is called by way of the dispatcher, as the packed convolution's own overload sees it."""
+    """The calls of the packed convolution that go through the dispatcher."""
     seen: list[str] = []
     overload = packed_conv2d.overload
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    def record(*args: Any, **kwargs: Any) -> Any:
         seen.append("packed_conv2d")
         return overload(*args, **kwargs)
 
-    monkeypatch.setattr(packed_conv2d, "overload", noting)
+    monkeypatch.setattr(packed_conv2d, "overload", record)
     return seen
 
 
 @pytest.fixture
-def prepared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Sizes, dtypes and threads that kernels are prepared for."""
-    from binarize.kernels.cpu import conv as _cpu
-    from binarize.kernels.cpu import threads as _threads
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The sizes, dtypes and thread counts that convolutions are compiled for."""
+    from binarize.kernels.cpu import conv as cpu_conv
+    from binarize.kernels.cpu import threads
 
     made: list[tuple[Any, ...]] = []
 
-    class Noting(_cpu.Prepared):
-        def __init__(self, size: Any, dtype: Any, *rest: Any) -> None:
-            made.append((tuple(size), dtype, _threads.workers()))
-            super().__init__(size, dtype, *rest)
+    class Recorded(cpu_conv.CompiledConv):
+        def __init__(self, conv: Any, size: Any, dtype: Any, has_norm: bool) -> None:
+            made.append((tuple(size), dtype, threads.count()))
+            super().__init__(conv, size, dtype, has_norm)
 
-    monkeypatch.setattr(_cpu, "Prepared", Noting)
+    monkeypatch.setattr(cpu_conv, "CompiledConv", Recorded)
     return made
 
 
-def test_an_ordinary_call_goes_straight_and_computes_the_same(dispatched: list[str]) -> None:
+def test_an_ordinary_call_skips_the_dispatcher_and_computes_the_same(dispatched: list[str]) -> None:
     convolution = layer()
     for dtype in (torch.float32, torch.bfloat16):
         for size in ((1, 16, 5, 6), (2, 16, 5, 6), (1, 16, 9, 4), (0, 16, 5, 6), (1, 16, 5, 6)):
             x = torch.randn(size).to(dtype)
             given = {
-                "norm": torch.rand(2, size[0], 16),
-                "row": torch.randn(size[0], 16),
+                "input_norm": torch.rand(2, size[0], 16),
+                "channel_bias": torch.randn(size[0], 16),
                 "residual": torch.randn(size).to(dtype),
             }
-            for names in ((), ("norm",), ("row", "residual"), ("norm", "row", "residual")):
+            for names in ((), ("input_norm",), ("channel_bias", "residual"), tuple(given)):
                 some = {name: given[name] for name in names}
                 dispatched.clear()
                 found = convolution(x, **some)
@@ -114,9 +98,6 @@ def test_a_mode_sees_the_operator(backend: Any) -> None:
         convolution(x)
         norm_silu(x, torch.rand(2, 1, 16))
     assert {"binarize.packed_conv2d.default", "binarize.norm_silu.default"} <= set(dispatch.seen)
-    with backends.use(backend), FunctionListener() as functions:
-        convolution(x)
-    assert "binarize.packed_conv2d.default" in functions.seen
 
 
 def test_a_profiler_sees_the_operator() -> None:
@@ -145,21 +126,21 @@ def test_what_traces_sees_the_operator(how: str) -> None:
             assert isinstance(convolution(mode.from_tensor(x)), FakeTensor)
 
 
-def test_only_plain_tensors_go_straight(dispatched: list[str]) -> None:
+def test_only_plain_tensors_skip_the_dispatcher(dispatched: list[str]) -> None:
     convolution, x = layer(), torch.randn(1, 16, 5, 5)
-    negated = torch.randn(1, 16, 5, 5, dtype=torch.complex64).conj().imag  # negated when it is read
-    for given, straight in ((x, True), (nn.Parameter(x, requires_grad=False), True), (negated, False)):
-        assert goes_straight(given) == straight
+    negated = torch.randn(1, 16, 5, 5, dtype=torch.complex64).conj().imag  # a view with its negative bit set
+    for given, skips in ((x, True), (nn.Parameter(x, requires_grad=False), True), (negated, False)):
+        assert skips_dispatcher(given) == skips
         dispatched.clear()
         found = convolution(given)
-        assert dispatched == ([] if straight else ["packed_conv2d"])
+        assert dispatched == ([] if skips else ["packed_conv2d"])
         assert torch.equal(found, convolution(given.detach().clone().resolve_neg()))
     for other in (x.to_mkldnn(), x.to_sparse(), x.to("meta"), x.as_subclass(Named)):
-        assert not goes_straight(other)
+        assert not skips_dispatcher(other)
 
 
 class Named(Tensor):
-    """A subclass, whatever it does."""
+    """A subclass of Tensor."""
 
 
 def test_a_layer_may_be_shared_with_another_process_between_calls() -> None:
@@ -172,12 +153,16 @@ def test_a_layer_may_be_shared_with_another_process_between_calls() -> None:
     assert taken
 
 
-def test_sizes_share_what_is_laid_out() -> None:
+def test_sizes_share_the_tensors_that_are_laid_out() -> None:
     convolution = PackedConv2d(BinaryConv2d(64, 64, 3, padding=1, method="reactnet").eval())
     convolution = convolution.to(memory_format=torch.channels_last)
     for size in (4, 5, 6):
         convolution(torch.randn(1, 64, size, 4))
-    kept = {run._tensors[0].data_ptr() for run in convolution.made().terms[0]._prepared.values()}
+    kept = {
+        run._tensors[0].data_ptr()
+        for run in convolution.compiled().convs[0].compiled.values()
+        if hasattr(run, "_tensors")
+    }
     assert len(kept) == 1
 
 
@@ -189,27 +174,11 @@ def test_symbolic_tracing_sees_the_operator() -> None:
     assert torch.equal(traced(x), convolution(x))
 
 
-def test_a_mode_that_is_on_while_binarize_is_imported_is_not_taken_for_none() -> None:
-    script = """
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-class Mode(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-with Mode():
-    from binarize.kernels.operator import goes_straight
-    inside = goes_straight(None)
-print(inside, goes_straight(torch.zeros(1)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
-
-
 def test_vmap_is_seen() -> None:
     seen = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(goes_straight(x))
+        seen.append(skips_dispatcher(x))
         return x
 
     torch.func.vmap(look)(torch.randn(3, 1, 16, 5, 5))
@@ -219,33 +188,33 @@ def test_vmap_is_seen() -> None:
 
 def test_a_gradient_is_asked_for_where_gradients_are_on() -> None:
     x = torch.randn(1, 16, 5, 5, requires_grad=True)
-    assert not goes_straight(x)
+    assert not skips_dispatcher(x)
     with torch.no_grad():
-        assert goes_straight(x)
+        assert skips_dispatcher(x)
     with torch.inference_mode():
-        assert goes_straight(torch.randn(3))
-    assert goes_straight(None, 3, [1, 2], x.detach())
+        assert skips_dispatcher(torch.randn(3))
+    assert skips_dispatcher(None, 3, [1, 2], x.detach())
 
 
-def test_what_does_not_fit_is_refused_after_a_call_that_did() -> None:
+def test_inputs_that_do_not_fit_raise_an_error_after_a_call_that_did_fit() -> None:
     convolution, x = layer(), torch.randn(2, 16, 5, 5)
     convolution(x, residual=x)
     with pytest.raises(BinarizeError, match="the residual must have the shape"):
         convolution(x, residual=x[:1])
-    with pytest.raises(BinarizeError, match="norm must have the shape"):
-        convolution(x, norm=torch.rand(2, 1, 16))
+    with pytest.raises(BinarizeError, match="input_norm must have the shape"):
+        convolution(x, input_norm=torch.rand(2, 1, 16))
     for wrong in (x[:, :8], torch.tensor(1.0)):
         with pytest.raises(BinarizeError, match=r"the input must have the shape \(any, 16, any, any\)"):
             convolution(wrong)
-    product = convolution.made().terms[0]
-    product(x, torch.zeros(2, dtype=torch.int64))
+    conv = convolution.compiled().convs[0]
+    binary_conv2d(x, conv, torch.zeros(2, dtype=torch.int64))
     for group in (torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)):
         with pytest.raises(BinarizeError, match=r"group must be int64 of shape \(2,\) or \(1,\)"):
-            product(x, group)
+            binary_conv2d(x, conv, group)
     assert torch.equal(convolution(x, residual=x), convolution(x) + x)
 
 
-def test_threads_and_backends_may_change_between_calls(prepared: list[tuple[Any, ...]]) -> None:
+def test_threads_and_backends_may_change_between_calls(compiled: list[tuple[Any, ...]]) -> None:
     convolution, x = layer(32), torch.randn(1, 32, 40, 40)
     threads = torch.get_num_threads()
     try:
@@ -257,26 +226,26 @@ def test_threads_and_backends_may_change_between_calls(prepared: list[tuple[Any,
                     found.append(convolution(x))
     finally:
         torch.set_num_threads(threads)
-    assert [threads for *_, threads in prepared] == [1, 2]  # and none for plain torch
+    assert [threads for *_, threads in compiled] == [1, 2]  # and none for plain torch
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-4)
     for other in found[2::2]:
         assert torch.equal(other, found[0])
 
 
-def test_kernels_are_prepared_once_for_a_size_and_kept_for_few(prepared: list[tuple[Any, ...]]) -> None:
+def test_a_convolution_is_compiled_once_per_size_and_keeps_few_sizes(compiled: list[tuple[Any, ...]]) -> None:
     convolution = layer()
     for size in (5, 6, 5, 6, 5):
         convolution(torch.randn(1, 16, size, 4))
     convolution(torch.randn(1, 16, 5, 4).bfloat16())
-    assert [(size[2], dtype) for size, dtype, _ in prepared] == [
+    assert [(size[2], dtype) for size, dtype, _ in compiled] == [
         (5, torch.float32),
         (6, torch.float32),
         (5, torch.bfloat16),
     ]
     for size in range(7, 40):
         convolution(torch.randn(1, 16, size, 4))
-    assert 0 < len(convolution.made().terms[0]._prepared) <= PREPARED_SIZES
+    assert 0 < len(convolution.compiled().convs[0].compiled) <= COMPILED_SIZES + 1  # and the tensors that sizes share
 
 
 def test_several_threads_call_one_layer_with_several_sizes() -> None:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.kernels import backends
+from binarize.kernels.binary_conv import BinaryConv, Geometry, OutputTransform, Shortcut
 from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits, to_dense
-from binarize.kernels.inputs import check_devices
-from binarize.kernels.norm import norm_factors, norm_silu, shuffle
-from binarize.kernels.ops import Geometry, packed_conv2d
-from binarize.kernels.winograd import wide_conv
+from binarize.kernels.checks import check_devices
+from binarize.kernels.ops import binary_conv2d, conv3x3, norm_factors, norm_silu, packed_conv2d, shuffle
 from binarize.layers import BinaryConv2d, BinaryLinear
 from binarize.layers.activations import ApproxSign
+from binarize.layers.scales import ReLU
 from binarize.methods import Method
 from binarize.packed import PackedConv2d, PackedLinear
 from binarize.timestep import TimestepContext
@@ -41,7 +41,7 @@ EITHER = ("numba", "torch")
 @given(problem=problems())
 def test_dot_products_equal_the_oracle_bit_for_bit(backend: Any, problem: Problem) -> None:
     with backends.use(backend):
-        found = packed_conv2d(problem.x, **problem.arguments)
+        found = binary_conv2d(problem.x, problem.conv, **problem.options)
     assert found.dtype == problem.x.dtype
     assert found.is_contiguous(memory_format=torch.channels_last)
     # Integers are exact in float32 and float64; bfloat16 rounds them once, to nearest even.
@@ -116,11 +116,11 @@ AWAY = st.sampled_from([-2.25, -1.25, -0.5, 0.5, 1.25, 2.25])
     shortcut=st.sampled_from([0, 1, 2]),
 )
 def test_the_kernel_and_plain_torch_do_the_same(problem, seed, normed, added, clamped, shortcut) -> None:
-    x, arguments = with_everything(problem, seed, normed, added, clamped, shortcut)
+    x, conv, options = with_everything(problem, seed, normed, added, clamped, shortcut)
     results = []
     for backend in EITHER:
         with backends.use(backend):
-            results.append(packed_conv2d(x, **arguments))
+            results.append(binary_conv2d(x, conv, **options))
     close = {"rtol": 1e-5, "atol": 1e-4} if x.dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 2e-2}
     torch.testing.assert_close(results[0], results[1], **close)
 
@@ -131,7 +131,7 @@ def test_a_shortcut_inside_the_operator_adds_the_input(shortcut: int) -> None:
     layer = BinaryConv2d(6, 6, 3, padding=1, method=method).eval()
     x = torch.randn(2, 6, 5, 5)
     packed = PackedConv2d(layer)
-    assert packed.fused.shortcut == shortcut
+    assert packed.compiled().convs[0].shortcut == Shortcut(shortcut)
     torch.testing.assert_close(packed(x), layer(x), rtol=1e-6, atol=1e-6)
 
 
@@ -232,7 +232,7 @@ def test_a_linear_layer_equals_the_oracle(tokens: list[int], sizes: tuple[int, i
 
 @given(
     shape=st.builds(
-        lambda out, per, kernel, groups, terms: FilterShape(out * groups, per, kernel, groups, terms),
+        lambda out, per, kernel, groups, bases: FilterShape(out * groups, per, kernel, groups, bases),
         st.integers(1, 35), st.integers(1, 70), st.tuples(st.integers(1, 3), st.integers(1, 3)), st.integers(1, 3),
         st.integers(1, 2),
     ),
@@ -240,9 +240,9 @@ def test_a_linear_layer_equals_the_oracle(tokens: list[int], sizes: tuple[int, i
 )  # fmt: skip
 def test_bits_survive_the_file_and_the_memory_layout(shape: FilterShape, seed: int) -> None:
     bits = np.random.default_rng(seed).integers(
-        0, 2, (shape.terms, shape.out_channels, shape.in_channels, *shape.kernel), dtype=np.uint8
+        0, 2, (shape.bases, shape.out_channels, shape.in_channels, *shape.kernel), dtype=np.uint8
     )
-    dense = np.packbits(bits.reshape(shape.terms, -1), axis=1)  # most significant bit first, zeros at the end
+    dense = np.packbits(bits.reshape(shape.bases, -1), axis=1)  # most significant bit first, zeros at the end
     words = from_dense(torch.from_numpy(dense), shape)
     assert words.dtype == torch.int32
     assert tuple(words.shape) == shape.memory
@@ -250,7 +250,7 @@ def test_bits_survive_the_file_and_the_memory_layout(shape: FilterShape, seed: i
     assert np.array_equal(to_bits(words, shape).numpy(), bits)
     assert np.array_equal(to_dense(words, shape).numpy(), dense)
     # A word holds 32 input channels of one tap, and 16 output channels stand side by side.
-    one = dataclasses.replace(shape, terms=1)
+    one = dataclasses.replace(shape, bases=1)
     out, channel, tap = shape.out_channels - 1, shape.in_channels - 1, shape.kernel[0] * shape.kernel[1] - 1
     per_group = shape.out_channels // shape.groups
     block = (shape.groups - 1) * shape.blocks + (per_group - 1) // 16
@@ -264,10 +264,10 @@ def test_norm_and_shuffle_equal_the_modules(backend: Any, dtype: torch.dtype) ->
     norm = nn.GroupNorm(4, 32)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    x, row = (3 * torch.randn(2, 32, 9, 7) + 1).to(dtype), torch.randn(2, 32)
+    x, bias = (3 * torch.randn(2, 32, 9, 7) + 1).to(dtype), torch.randn(2, 32)
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 3e-2}
     with torch.no_grad(), backends.use(backend):
-        for shift in (None, row):
+        for shift in (None, bias):
             factors = norm_factors(x, shift, 4, norm.weight, norm.bias, norm.eps)
             wide = x.float() if shift is None else x.float() + shift[:, :, None, None]
             torch.testing.assert_close(x.float() * factors[0][..., None, None] + factors[1][..., None, None],
@@ -287,11 +287,10 @@ def test_norm_and_shuffle_equal_the_modules(backend: Any, dtype: torch.dtype) ->
 
 def test_operators_keep_the_contract_of_torch_library() -> None:
     layer = PackedConv2d(BinaryConv2d(5, 6, 3, 2, 1, method="reactnet").eval())
-    words, counts, thresholds, table = layer.made().terms[0].term.tensors
-    x = torch.randn(2, 5, 7, 8)
+    conv, x = layer.compiled().convs[0], torch.randn(2, 5, 7, 8)
     arguments = [
-        x, words, counts, thresholds, table, None, [6, 5, 3, 3, 1, 2, 2, 1, 1, 1, 1, 1, 1],
-        False, -math.inf, math.inf, 0, torch.randn(2, 2, 5), torch.randn(2, 6), torch.randn(2, 6, 4, 4),
+        x, *conv.tensors, None, conv.sizes, False, -math.inf, math.inf, 0, torch.randn(2, 2, 5), torch.randn(2, 6),
+        torch.randn(2, 6, 4, 4),
     ]  # fmt: skip
     torch.library.opcheck(packed_conv2d.overload, arguments)
     torch.library.opcheck(packed_conv2d.overload, [x.bfloat16(), *arguments[1:11], None, None, None])
@@ -299,7 +298,7 @@ def test_operators_keep_the_contract_of_torch_library() -> None:
         norm_factors.overload, [torch.randn(2, 8, 3, 3), torch.randn(2, 8), 4, None, torch.randn(8), 1e-5]
     )
     wide = [torch.randn(2, 32, 4, 5), torch.randn(16, 32, 3, 3), torch.randn(16), None, torch.randn(2, 16, 4, 5)]
-    torch.library.opcheck(wide_conv.overload, wide)
+    torch.library.opcheck(conv3x3.overload, wide)
     torch.library.opcheck(norm_silu.overload, [torch.randn(2, 8, 3, 3), torch.randn(2, 2, 8)])
     torch.library.opcheck(shuffle.overload, [torch.randn(2, 32, 3, 3), torch.randn(2, 64, 3, 3)])
 
@@ -319,10 +318,14 @@ def test_empty_inputs_give_empty_outputs() -> None:
 
 
 REFUSING: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "norm_factors": (norm_factors, "x", {"row": None, "groups": 4, "weight": None, "bias": None, "eps": 1e-5}),
-    "norm_silu": (norm_silu, "x", {"norm": torch.randn(2, 2, 32)}),
+    "norm_factors": (norm_factors, "x", {"channel_bias": None, "groups": 4, "weight": None, "bias": None, "eps": 1e-5}),
+    "norm_silu": (norm_silu, "x", {"input_norm": torch.randn(2, 2, 32)}),
     "shuffle": (shuffle, "hidden", {"skip": torch.randn(2, 32, 4, 4)}),
-    "wide_conv": (wide_conv, "x", {"weight": torch.randn(16, 32, 3, 3), "bias": None, "norm": None, "residual": None}),
+    "conv3x3": (
+        conv3x3,
+        "x",
+        {"weight": torch.randn(16, 32, 3, 3), "bias": None, "input_norm": None, "residual": None},
+    ),
     "packed_conv2d": (PackedConv2d(BinaryConv2d(32, 6, 3, padding=1, method=Method()).eval()), "x", {}),
 }
 
@@ -345,19 +348,16 @@ def test_packed_operators_refuse_a_gradient(which: str, compiled: bool, named: b
         run(torch.randn(2, 32, 4, 4, requires_grad=True)).backward()
 
 
-ARGUMENTS = ([16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1], False, -math.inf, math.inf, 0, None, None, None)
-
-
 def test_a_group_may_lie_in_memory_in_any_way() -> None:
-    layer = PackedConv2d(BinaryConv2d(16, 16, 3, padding=1, method=Method()).eval())
-    words, counts, thresholds, table = layer.made().terms[0].term.tensors
-    thresholds, table = torch.randn(3, *thresholds.shape[1:]), torch.randn(3, *table.shape[1:])
+    conv = PackedConv2d(BinaryConv2d(16, 16, 3, padding=1, method=Method()).eval()).compiled().convs[0]
+    transform = OutputTransform(*torch.randn(3, 16), *torch.randn(3, 3, 16))
+    conv = BinaryConv.lay_out(conv.filters, conv.shape, conv.geometry, torch.randn(3, 16), transform)
     x = torch.randn(2, 16, 6, 7)
     for group in (torch.tensor([0, 2, 1, 2])[::2], torch.tensor([1]).expand(2)):
         found = []
         for backend in EITHER:
             with backends.use(backend):
-                found.append(packed_conv2d(x, words, counts, thresholds, table, group, *ARGUMENTS))
+                found.append(binary_conv2d(x, conv, group))
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
 
 
@@ -374,18 +374,20 @@ def test_packed_layers_refuse_what_does_not_fit_before_memory_is_read() -> None:
     with pytest.raises(BinarizeError, match=r"the input is on cpu and the layer on meta; .* x\.to\('meta'\)"):
         check_devices("packed convolution", torch.rand(1), None, torch.rand(1, device="meta"))
     with pytest.raises(BinarizeError, match="must have the shape"):
-        wide_conv(torch.rand(1, 16, 8, 8), torch.rand(16, 32, 3, 3), None, None, None)
+        conv3x3(torch.rand(1, 16, 8, 8), torch.rand(16, 32, 3, 3), None, None, None)
     for group in (torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.int32)):
-        with pytest.raises(BinarizeError, match=r"group must be int64 of shape \(2,\) or \(1,\); got torch.int"):
-            packed_conv2d(torch.rand(2, 16, 8, 8), *layer.made().terms[0].term.tensors, group, *ARGUMENTS)
+        with pytest.raises(
+            BinarizeError, match=r"timestep_group must be int64 of shape \(2,\) or \(1,\); got torch.int"
+        ):
+            binary_conv2d(torch.rand(2, 16, 8, 8), layer.compiled().convs[0], group)
     with pytest.raises(BinarizeError, match="GroupNorm: weight must have the shape"):
         norm_factors(torch.rand(1, 16, 8, 8), None, 4, torch.rand(8), None, 1e-5)
 
 
 @pytest.mark.parametrize("batch", [0, 2])
-def test_a_wide_convolution_equals_torchs_and_takes_nothing(batch: int) -> None:
+def test_a_3x3_convolution_equals_torchs_with_an_empty_batch_too(batch: int) -> None:
     x, weight, bias = torch.randn(batch, 16, 9, 7), torch.randn(32, 16, 3, 3), torch.randn(32)
-    found = wide_conv(x, weight, bias, None, None)
+    found = conv3x3(x, weight, bias, None, None)
     torch.testing.assert_close(found, nn.functional.conv2d(x, weight, bias, padding=1), rtol=1e-4, atol=1e-4)
 
 
@@ -404,7 +406,7 @@ def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
 
     def run() -> list[Tensor]:
         factors = norm_factors(x, None, 4, norm.weight, norm.bias, norm.eps)
-        return [factors, norm_silu(x, factors), wide_conv(x, weight, None, factors, None)]
+        return [factors, norm_silu(x, factors), conv3x3(x, weight, None, factors, None)]
 
     with torch.no_grad():
         expected = run()
@@ -427,8 +429,8 @@ def test_a_norm_of_zero_is_folded_as_zero() -> None:
             assert not packed(x).any()
 
 
-class Rooted(nn.ReLU):
-    """A function of one's own that inherits from one that the operator knows."""
+class Rooted(ReLU):
+    """A user's activation function that inherits from one that the kernel computes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clamp(min=0).sqrt()
@@ -445,10 +447,10 @@ def test_a_subclass_runs_as_what_it_is() -> None:
     layer = BinaryConv2d(8, 8, 3, padding=1, method=Method(weight="scaled_sign", post=lambda spec: Rooted())).eval()
     x = torch.randn(1, 8, 5, 5)
     packed = PackedConv2d(layer)
-    assert packed.fused.rest == ["post"]
+    assert packed.compiled().lowered.rest == ("post",)
     torch.testing.assert_close(packed(x), layer(x))
     layer.activation = Above()
-    with pytest.raises(BinarizeError, match="Above does not say which two values it gives"):
+    with pytest.raises(BinarizeError, match="Above does not declare the two values that it returns"):
         PackedConv2d(layer)
 
 

@@ -11,16 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import binarize
-from binarize.kernels import backends
-from binarize.kernels.cpu.threads import has_tiles
+from binarize.kernels.cpu.threads import has_amx
 from binarize.layers import BinaryConv2d
-from binarize.layers.winograd import conv3x3
+from binarize.layers.fused import conv3x3
 from binarize.methods import Method
 from binarize.models import SRUNet
 
-pytestmark = pytest.mark.skipif(
-    backends.kernels_for(torch.empty(0)) is None, reason="numba, whose kernels these are, is not installed"
-)
+winograd = pytest.importorskip("binarize.kernels.cpu.winograd")
 BOUNDS = {2: 2e-6, 4: 2e-5}
 
 
@@ -65,13 +62,11 @@ def assert_near(found: Tensor, value: Tensor, bound: float) -> None:
 def test_products_and_gradients_are_those_of_a_plain_convolution(
     tile: Literal[2, 4], case: Case, contiguous: bool
 ) -> None:
-    from binarize.kernels.cpu import winograd as _winograd
-
     weight = case.weight.contiguous() if contiguous else case.weight
     y, of_x, of_weight = expected(case)
-    assert_near(_winograd.wide_conv(case.x, weight, None, None, None, tile), y, BOUNDS[tile])
-    assert_near(_winograd.wide_conv(case.grad, weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile])
-    assert_near(_winograd.wide_conv_of_weight(case.x, case.grad, tile), of_weight, BOUNDS[tile])
+    assert_near(winograd.conv3x3(case.x, weight, None, None, None, tile), y, BOUNDS[tile])
+    assert_near(winograd.conv3x3(case.grad, weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile])
+    assert_near(winograd.weight_gradient(case.x, case.grad, tile), of_weight, BOUNDS[tile])
 
 
 @pytest.mark.parametrize("tile", [2, 4])
@@ -79,29 +74,23 @@ def test_products_and_gradients_are_those_of_a_plain_convolution(
 def test_filters_and_sums_that_leave_the_cache_are_the_same(
     tile: Literal[2, 4], together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from binarize.kernels.cpu import winograd as _winograd
-
     case, bias = drawn(2, (208, 192), (13, 18)), torch.randn(192)
-    assert 4 * (tile + 2) ** 2 * 208 * 192 > max(_winograd.SUMS_BYTES, _winograd.FILTER_BYTES)
-    monkeypatch.setattr(_winograd, "PLANES_BYTES", together)  # with 1, in as many parts as there can be
+    assert 4 * (tile + 2) ** 2 * 208 * 192 > max(winograd.SUMS_BYTES, winograd.FILTER_BYTES)
+    monkeypatch.setattr(winograd, "PLANES_BYTES", together)  # 1 makes as many parts as possible
     y, of_x, of_weight = expected(case)
     with_bias = y + bias.double().view(-1, 1, 1)
-    assert_near(_winograd.wide_conv(case.x, case.weight, bias, None, None, tile), with_bias, BOUNDS[tile])
-    assert_near(
-        _winograd.wide_conv(case.grad, case.weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile]
-    )
-    assert_near(_winograd.wide_conv_of_weight(case.x, case.grad, tile), of_weight, BOUNDS[tile])
+    assert_near(winograd.conv3x3(case.x, case.weight, bias, None, None, tile), with_bias, BOUNDS[tile])
+    assert_near(winograd.conv3x3(case.grad, case.weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile])
+    assert_near(winograd.weight_gradient(case.x, case.grad, tile), of_weight, BOUNDS[tile])
 
 
 @pytest.mark.parametrize("widths", [(64, 64), (208, 192)])
 def test_products_and_gradients_on_two_threads_are_the_same_each_time(widths: tuple[int, int]) -> None:
-    from binarize.kernels.cpu import winograd as _winograd
-
     case, before = drawn(3, widths, (31, 29)), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        first, *others = (_winograd.wide_conv_of_weight(case.x, case.grad, 2) for _ in range(20))
-        product, *products = (_winograd.wide_conv(case.x, case.weight, None, None, None, 2) for _ in range(5))
+        first, *others = (winograd.weight_gradient(case.x, case.grad, 2) for _ in range(20))
+        product, *products = (winograd.conv3x3(case.x, case.weight, None, None, None, 2) for _ in range(5))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(other, first) for other in others)
@@ -111,37 +100,31 @@ def test_products_and_gradients_on_two_threads_are_the_same_each_time(widths: tu
 
 @pytest.mark.parametrize("widths", [(32, 32), (208, 192)])
 def test_an_empty_batch_has_gradients_of_zero(widths: tuple[int, int]) -> None:
-    from binarize.kernels.cpu import winograd as _winograd
-
     x, grad = (torch.empty(0, width, 8, 8).contiguous(memory_format=torch.channels_last) for width in widths)
     weight = torch.randn(*widths[::-1], 3, 3)
-    assert _winograd.wide_conv(x, weight, None, None, None, 2).shape == grad.shape
-    assert torch.equal(_winograd.wide_conv_of_weight(x, grad, 2), torch.zeros(*widths[::-1], 3, 3))
+    assert winograd.conv3x3(x, weight, None, None, None, 2).shape == grad.shape
+    assert torch.equal(winograd.weight_gradient(x, grad, 2), torch.zeros(*widths[::-1], 3, 3))
 
 
-def test_products_and_gradients_inside_of_autocast_are_those_outside() -> None:
-    from binarize.kernels.cpu import winograd as _winograd
-
+def test_autocast_does_not_change_products_and_gradients() -> None:
     for widths in ((32, 32), (208, 192)):
         case = drawn(1, widths, (8, 9))
-        product = _winograd.wide_conv(case.x, case.weight, None, None, None, 2)
-        gradient = _winograd.wide_conv_of_weight(case.x, case.grad, 2)
+        product = winograd.conv3x3(case.x, case.weight, None, None, None, 2)
+        gradient = winograd.weight_gradient(case.x, case.grad, 2)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(_winograd.wide_conv(case.x, case.weight, None, None, None, 2), product)
-            assert torch.equal(_winograd.wide_conv_of_weight(case.x, case.grad, 2), gradient)
+            assert torch.equal(winograd.conv3x3(case.x, case.weight, None, None, None, 2), product)
+            assert torch.equal(winograd.weight_gradient(case.x, case.grad, 2), gradient)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are called from here on, in order."""
-    from binarize.kernels.cpu import winograd as _winograd
-
-    if not _winograd.TRAINS_WIDE:
-        pytest.skip("training goes through these kernels on processors with AVX-512 alone")
+    if not winograd.TRAINS:
+        pytest.skip("training uses these kernels only on processors with AVX-512")
     seen: list[str] = []
 
     def spied(name: str) -> Any:
-        function = getattr(_winograd, name)
+        function = getattr(winograd, name)
 
         def call(*args: Any, **options: Any) -> Tensor:
             seen.append(name)
@@ -150,12 +133,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("wide_conv", "wide_conv_of_weight"):
-        monkeypatch.setattr(_winograd, name, spied(name))
+    for name in ("conv3x3", "weight_gradient"):
+        monkeypatch.setattr(winograd, name, spied(name))
     return seen
 
 
-FORTH_AND_BACK = ["wide_conv", "wide_conv", "wide_conv_of_weight"]
+FORTH_AND_BACK = ["conv3x3", "conv3x3", "weight_gradient"]
 
 
 def gradients(run: Any, x: Tensor, module: nn.Module, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -177,7 +160,7 @@ def assert_same(found: dict[str, Tensor], value: dict[str, Tensor], bound: float
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_full_precision_convolution_learns_the_same(bias: bool, calls: list[str]) -> None:
+def test_a_full_precision_convolution_has_the_same_gradients(bias: bool, calls: list[str]) -> None:
     case = drawn(2, (32, 48), (9, 14))
     conv = nn.Conv2d(32, 48, 3, padding=1, bias=bias)
     y, found = gradients(lambda x: conv3x3(conv, x), case.x, conv, case.grad)
@@ -187,7 +170,7 @@ def test_a_full_precision_convolution_learns_the_same(bias: bool, calls: list[st
     assert_same(found, plain, 2e-6)
 
 
-@pytest.mark.skipif(has_tiles(), reason="processors with AMX multiply bfloat16 themselves")
+@pytest.mark.skipif(has_amx(), reason="processors with AMX multiply bfloat16 themselves")
 def test_under_autocast_it_rounds_as_bfloat16_does(calls: list[str]) -> None:
     case = drawn(2, (32, 48), (16, 14))
     conv = nn.Conv2d(32, 48, 3, padding=1)
@@ -205,7 +188,7 @@ def test_under_autocast_it_rounds_as_bfloat16_does(calls: list[str]) -> None:
     assert_same(found, plain, 2**-6)
 
 
-def test_a_module_that_someone_listens_to_is_called() -> None:
+def test_a_module_with_hooks_is_called() -> None:
     conv, heard = nn.Conv2d(32, 32, 3, padding=1), []
     conv.register_forward_hook(lambda module, args, out: heard.append(out))
     y = conv3x3(conv, torch.randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last))
@@ -219,21 +202,21 @@ def test_other_convolutions_stay_as_they_are(conv: nn.Conv2d) -> None:
     assert torch.equal(conv3x3(conv, x), conv(x))
 
 
-def test_a_binary_convolution_learns_the_same_as_its_chain_of_modules(calls: list[str]) -> None:
+def test_a_binary_convolution_has_the_gradients_of_its_chain_of_modules(calls: list[str]) -> None:
     case = drawn(2, (48, 48), (10, 11))
     layer = BinaryConv2d(48, 48, 3, padding=1, method=Method(shortcut=True))
     y, found = gradients(layer, case.x, layer, case.grad)
     assert calls == FORTH_AND_BACK[1:]
-    handle = layer.activation.register_forward_hook(lambda *_: None)  # which keeps the parts apart
+    handle = layer.activation.register_forward_hook(lambda *_: None)  # hooks disable the fused node
     chain_y, chain = gradients(layer, case.x, layer, case.grad)
     handle.remove()
     torch.testing.assert_close(y, chain_y, rtol=1e-6, atol=1e-6 * float(chain_y.abs().max()))
     assert_same(found, chain, 2e-6)
 
 
-def test_a_network_learns_the_same_with_and_without(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from binarize.kernels.cpu import winograd as _winograd
-
+def test_a_network_has_the_same_gradients_with_and_without_winograd(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     net = binarize.convert(SRUNet(base_channels=32, channel_mults=(1, 2), res_blocks=1), "bidiffsr").train()
     x, condition = torch.rand(2, 2, 3, 16, 16)
@@ -248,7 +231,7 @@ def test_a_network_learns_the_same_with_and_without(calls: list[str], monkeypatc
     y, found = run()
     assert len(calls) > 20
     calls.clear()
-    monkeypatch.setattr(_winograd, "TRAINS_WIDE", False)
+    monkeypatch.setattr(winograd, "TRAINS", False)
     plain_y, plain = run()
     assert not calls
     torch.testing.assert_close(y, plain_y, rtol=0, atol=1e-5)

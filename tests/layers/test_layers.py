@@ -48,9 +48,9 @@ from binarize.layers import (
     unit_round,
 )
 from binarize.layers.delayed import two_stage_weight
+from binarize.layers.scales import TokenBatchNorm
 from binarize.layers.schedule import ede_schedule, recu_schedule
 from binarize.layers.shortcut import pool_channels
-from binarize.layers.timestep_aware import TokenBatchNorm
 from binarize.methods import Method
 from binarize.timestep import TimestepContext, timestep_group
 

@@ -16,7 +16,7 @@ from binarize.errors import BinarizeError
 from binarize.kernels import backends
 from binarize.layers import BinaryConv2d
 from binarize.layers.activations import IdentitySign
-from binarize.layers.norm_silu import norm_silu
+from binarize.layers.fused import norm_silu
 from binarize.methods import Method
 from binarize.models import SRUNet
 from binarize.recipes import load_recipe

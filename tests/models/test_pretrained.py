@@ -78,7 +78,7 @@ def test_upscale_needs_nothing_but_an_image(models: Path, photo: Path, options: 
     with Image.open(photo.with_name(f"photo_x{scale}.png")) as large:
         assert large.size == (9 * scale, 6 * scale)
         assert np.array_equal(np.asarray(large), np.asarray(expected))
-    assert f"({'3 steps' if scale == 2 else '1 step'} " in result.stdout
+    assert f"({'3 steps' if scale == 2 else '1 step'} per image" in result.stdout
     again = run("upscale", photo, *options)
     assert again.exit_code == 1
     assert "already exists" in again.stderr

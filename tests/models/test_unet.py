@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 import binarize
 from binarize.errors import BinarizeError
 from binarize.models import SRUNet
-from binarize.models.unet import SelfAttention, SinusoidalTime
+from binarize.models.blocks import SelfAttention, SinusoidalTime
 from binarize.recipes import load_recipe
 
 TINY = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 8}

@@ -1,4 +1,4 @@
-"""The installed package: cheap to import, complete, typed; the repository: free of one machine's traces."""
+"""The installed package is cheap to import, complete and typed. The repository names no machine and no registry."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def modules_after(statement: str) -> set[str]:
+def packages_imported_by(statement: str) -> set[str]:
     script = f"import sys, json; {statement}; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return {name.partition(".")[0] for name in json.loads(done.stdout)}
 
 
-def test_importing_binarize_imports_nothing_heavy_that_torch_does_not() -> None:
-    brought = modules_after("import torch, binarize") - modules_after("import torch")
-    assert brought & HEAVY == set()
+def test_importing_binarize_imports_no_heavy_package_beyond_torch() -> None:
+    added = packages_imported_by("import torch, binarize") - packages_imported_by("import torch")
+    assert added & HEAVY == set()
 
 
-def test_version_is_the_one_in_pyproject(pyproject: dict[str, Any]) -> None:
+def test_version_matches_pyproject(pyproject: dict[str, Any]) -> None:
     assert binarize.__version__ == pyproject["project"]["version"]
     assert importlib.metadata.version("binarize-diffusion") == pyproject["project"]["version"]
 
@@ -57,13 +57,13 @@ def test_every_public_name_resolves_and_is_listed_once() -> None:
 
 
 def test_no_public_name_hides_a_module() -> None:
-    # `binarize/convert.py` with a function `convert` would leave one of the two out of the reference, and of reach.
+    # If `binarize/convert.py` defined `convert`, the name `binarize.convert` would mean either of them.
     modules = {module.name for module in pkgutil.iter_modules(binarize.__path__)}
     hidden = [name for name in binarize.__all__ if name in modules and not inspect.ismodule(getattr(binarize, name))]
     assert hidden == []
 
 
-def test_package_says_that_it_is_typed() -> None:
+def test_package_is_typed() -> None:
     assert importlib.resources.files("binarize").joinpath("py.typed").is_file()
 
 
@@ -73,7 +73,7 @@ def test_every_package_on_disk_is_installed(pyproject: dict[str, Any]) -> None:
         for init in (ROOT / folder).rglob("__init__.py"):
             inside = init.parent.relative_to(ROOT / folder)
             if package == "binarize" and inside.parts[:1] in {("models",), ("recipes",)}:
-                continue  # the links to the other two folders
+                continue  # symbolic links to the folders models and recipes
             found.add(".".join([package, *inside.parts]))
     assert sorted(pyproject["tool"]["setuptools"]["packages"]) == sorted(found)
 
@@ -92,35 +92,35 @@ def test_every_data_file_is_installed(pyproject: dict[str, Any]) -> None:
 
 
 def shipped_files(root: Path) -> list[Path]:
-    """Every file of the trained models in a tree, whatever it is called."""
+    """Return all files of the trained models below ``root``, except Python files."""
     files = (path for path in (root / "models" / "pretrained").rglob("*") if path.is_file())
     return [path for path in files if path.suffix not in (".py", ".pyc")]
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_file_of_the_trained_models(tmp_path: Path) -> None:
+def test_the_wheel_contains_every_file_of_the_trained_models(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
     for name in ("binarize", "models", "recipes"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    # Beside what is shipped, a folder with all that a saved pipeline has, so that this tests something in any case.
+    # Add the files of a saved pipeline, so that the test does not depend on the models in the repository.
     for name in ("README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"):
         path = tree / "models" / "pretrained" / "x64" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     (tree / "models" / "pretrained" / "x64" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
     program = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
-    made = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=tree, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    built = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=tree, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        held = {name: archive.read(name) for name in archive.namelist()}
+        contents = {name: archive.read(name) for name in archive.namelist()}
     assert len(shipped_files(tree)) >= 5
     for path in shipped_files(tree):
-        assert held["binarize/models/" + path.relative_to(tree / "models").as_posix()] == path.read_bytes()
-    assert "binarize/diagnosis/picture.png" in held
+        assert contents["binarize/models/" + path.relative_to(tree / "models").as_posix()] == path.read_bytes()
+    assert "binarize/diagnosis/picture.png" in contents
 
 
 def tracked_texts() -> list[tuple[str, str]]:
@@ -139,11 +139,11 @@ def tracked_texts() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("what", "pattern"),
     [
-        ("an absolute path of one machine", r"(?<![\w.~$})])/(?:work|root|tmp|opt|home)/"),
-        ("a package registry's address", r"\b(?:pypi|pythonhosted|npmjs|anaconda)\.(?:org|com)|download\.pytorch"),
+        ("an absolute path", r"(?<![\w.~$})])/(?:work|root|tmp|opt|home)/"),
+        ("the address of a package registry", r"\b(?:pypi|pythonhosted|npmjs|anaconda)\.(?:org|com)|download\.pytorch"),
     ],
 )
-def test_tracked_files_name_no(what: str, pattern: str) -> None:
+def test_tracked_files_do_not_contain(what: str, pattern: str) -> None:
     texts = tracked_texts()
     assert texts
     hits = [f"{name}: {match.group()}" for name, text in texts for match in re.finditer(pattern, text)]

@@ -1,3 +1,5 @@
+"""Training patches: crops, augmentation, order, cache and errors; and pairs of images."""
+
 from __future__ import annotations
 
 import os
@@ -11,7 +13,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from binarize.errors import BinarizeError
 from binarize.imaging import ImagePairs, degrade, upscale_bicubic
@@ -19,7 +20,7 @@ from binarize.training.data import PairedPatches
 
 SHARED = Path(os.environ.get("BINARIZE_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 SET5 = SHARED / "data" / "Set5"
-needs_set5 = pytest.mark.skipif(not SET5.is_dir(), reason="the Set5 pictures are not on this machine")
+needs_set5 = pytest.mark.skipif(not SET5.is_dir(), reason="the Set5 images are not on this machine")
 
 
 def write(path: Path, height: int, width: int, seed: int = 0, mode: str = "RGB") -> np.ndarray:
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def paired(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """LR pictures that no degradation gives, so that using the files is seen."""
+    """Low-resolution images that no degradation produces, to see that the files are used."""
     low = tmp_path_factory.mktemp("lr")
     for path in folder.iterdir():
         with Image.open(path) as image:
@@ -70,7 +71,7 @@ class TestPatches:
         scale=st.sampled_from([1, 2, 3, 4]),
         units=st.integers(1, 6),
     )
-    def test_patches_are_crops_of_the_whole_pictures(
+    def test_patches_are_crops_of_whole_images(
         self, folder: Path, index: int, seed: int, scale: int, units: int
     ) -> None:
         patches = PairedPatches(
@@ -117,7 +118,7 @@ class TestPatches:
         assert set(seen) == set(range(8))
         assert max(seen.values()) < 50  # 25 expected; five standard deviations
 
-    def test_each_pass_goes_once_through_all_pictures(self, folder: Path) -> None:
+    def test_each_epoch_uses_every_image_once(self, folder: Path) -> None:
         patches = PairedPatches(folder, scale=2, patch_size=8, length=100)
         names = [item["name"] for item in patches]
         passes = [tuple(names[start : start + 5]) for start in range(0, 100, 5)]
@@ -132,7 +133,7 @@ class TestPatches:
         assert set(rows) == {(0, 0), (2, 0), (4, 0)}
         assert min(rows.values()) > 140  # 200 expected; five standard deviations
 
-    def test_an_item_depends_on_seed_and_index_alone(self, folder: Path) -> None:
+    def test_an_item_is_a_function_of_seed_and_index(self, folder: Path) -> None:
         first = PairedPatches(folder, scale=2, patch_size=16, seed=7, length=30)
         second = PairedPatches(folder, scale=2, patch_size=16, seed=7, length=300, cache_bytes=4000)
         third = pickle.loads(pickle.dumps(first))
@@ -143,18 +144,8 @@ class TestPatches:
                 assert torch.equal(first[index][key], third[index][key])
         assert any(not torch.equal(first[index]["hr"], other[index]["hr"]) for index in range(3))
 
-    @pytest.mark.slow
-    def test_workers_change_nothing(self, folder: Path) -> None:
-        patches = PairedPatches(folder, scale=4, patch_size=16, length=24)
-        alone = list(DataLoader(patches, batch_size=4))
-        spread = list(DataLoader(patches, batch_size=4, num_workers=2, multiprocessing_context="spawn"))
-        for one, two in zip(alone, spread, strict=True):
-            assert one["name"] == two["name"]
-            for key in ("hr", "lr", "condition", "index"):
-                assert torch.equal(one[key], two[key])
-
     def test_the_order_of_the_stream_is_frozen(self, folder: Path) -> None:
-        # Resuming a run under another version of this package must go on with the same items.
+        # A run that resumes with another version of this package must get the same items.
         patches = PairedPatches(folder, scale=2, patch_size=8, seed=1, length=10)
         assert "".join(item["name"] for item in patches) == "p3p2p0p1p4p3p1p0p4p2"
 
@@ -241,7 +232,7 @@ class TestPairs:
         for name in ("good", "twice", "twicex2", "small", "text", "extra"):
             write(lr / f"{name}.png", 4, 5)
         write(lr / "wrongx2.png", 5, 5)
-        with pytest.raises(BinarizeError, match="6 pictures cannot be used") as caught:
+        with pytest.raises(BinarizeError, match="6 images cannot be used") as caught:
             ImagePairs(hr, lr, scale=2, min_side=6)
         message = str(caught.value)
         assert "\n" not in message
@@ -250,7 +241,7 @@ class TestPairs:
             f"{hr / 'twice.png'}: several low-resolution partners: twice.png, twicex2.png",
             f"{hr / 'wrong.png'} is 10x8 and {lr / 'wrongx2.png'} is 5x5; at scale 2 the latter must be 5x4",
             f"{hr / 'small.png'}: is 9x4 pixels, at least 6x6 are needed",
-            f"{hr / 'text.png'}: is not a picture that Pillow can read",
+            f"{hr / 'text.png'}: is not an image that Pillow can read",
             f"{lr / 'extra.png'}: no high-resolution partner",
         ):
             assert part in message
@@ -259,10 +250,10 @@ class TestPairs:
     def test_many_problems_are_cut_short(self, tmp_path: Path) -> None:
         for number in range(23):
             (tmp_path / f"{number:02}.png").touch()
-        with pytest.raises(BinarizeError, match=r"23 pictures cannot be used: .*19\.png: [^;]*; and 3 more$"):
+        with pytest.raises(BinarizeError, match=r"23 images cannot be used: .*19\.png: [^;]*; and 3 more$"):
             ImagePairs(tmp_path, scale=2)
 
-    def test_truncated_pictures_are_found_at_construction(self, tmp_path: Path) -> None:
+    def test_truncated_images_are_found_at_construction(self, tmp_path: Path) -> None:
         for name in ("a", "b", "c"):
             write(tmp_path / f"{name}.png", 64, 64)
         for name in ("a", "c"):
@@ -272,21 +263,21 @@ class TestPairs:
             lambda: PairedPatches(tmp_path, scale=2, patch_size=8),
             ImagePairs(tmp_path, scale=2).check,
         ):
-            with pytest.raises(BinarizeError, match=r"2 pictures cannot be used: .*a\.png.*c\.png"):
+            with pytest.raises(BinarizeError, match=r"2 images cannot be used: .*a\.png.*c\.png"):
                 make()
 
     def test_folders(self, tmp_path: Path, folder: Path) -> None:
         with pytest.raises(BinarizeError, match="no such folder"):
             ImagePairs(tmp_path / "missing", scale=2)
-        with pytest.raises(BinarizeError, match="holds no pictures"):
+        with pytest.raises(BinarizeError, match="holds no images"):
             ImagePairs(folder, tmp_path, scale=2)
 
 
 def test_candidates_choose_the_place_with_most_texture(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    picture = np.full((64, 64, 3), 128, np.uint8)
-    picture[32:, 32:] = random.integers(0, 256, (32, 32, 3))
-    Image.fromarray(picture).save(tmp_path / "half.png")
+    image = np.full((64, 64, 3), 128, np.uint8)
+    image[32:, 32:] = random.integers(0, 256, (32, 32, 3))
+    Image.fromarray(image).save(tmp_path / "half.png")
     options = {"scale": 2, "patch_size": 16, "augment": False, "length": 200}
 
     def texture(candidates: int) -> list[float]:
@@ -295,7 +286,7 @@ def test_candidates_choose_the_place_with_most_texture(tmp_path: Path) -> None:
 
     one, four = texture(1), texture(4)
     assert np.mean(four) > 1.5 * np.mean(one)
-    assert all(b >= a - 0.05 for a, b in zip(one, four, strict=True))  # the first place is always among them
+    assert all(b >= a - 0.05 for a, b in zip(one, four, strict=True))  # the first position is always a candidate
     assert texture(4) == four
     with pytest.raises(BinarizeError, match="candidates must be at least 1, got 0"):
         PairedPatches(tmp_path, candidates=0, **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What is predicted and how it is weighted: residuals, Min-SNR, and the condition's fine detail."""
+"""The training loss: targets, residuals, Min-SNR, timesteps, and the condition's fine detail."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from binarize.imaging import ImagePairs, degrade, read_image, upscale_bicubic
 from binarize.models import SRUNet, SuperResolutionPipeline
 from binarize.recipes import build_pipeline, build_scheduler, load_recipe
 from binarize.training import train
-from binarize.training.data import PairedPatches
+from binarize.training.data import PairedPatches, residual_std
 from binarize.training.objective import Objective, prediction_target, snr_weights
-from binarize.training.residual import residual_deviation
 from binarize.training.samples import BatchPlan, training_samples
 
 UNCLIPPED = ("target=residual", "scheduler.clip_sample=false")
@@ -39,7 +38,7 @@ def small(**options: Any) -> SRUNet:
 # Residuals.
 
 
-def test_the_residual_scale_is_the_standard_deviation_of_what_pictures_add_to_their_enlargement(tmp_path: Path) -> None:
+def test_the_residual_scale_is_the_standard_deviation_of_residuals(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     whole = []
     for number in range(3):
@@ -48,30 +47,30 @@ def test_the_residual_scale_is_the_standard_deviation_of_what_pictures_add_to_th
         small = degrade(levels, 2).astype(np.float32) / 255
         enlarged = upscale_bicubic(torch.from_numpy(small).permute(2, 0, 1)[None], 2)[0].permute(1, 2, 0).numpy()
         whole.append((levels / 255 - enlarged).ravel())
-    found = residual_deviation(PairedPatches(tmp_path, scale=2, patch_size=32, length=64), 64)
+    found = residual_std(PairedPatches(tmp_path, scale=2, patch_size=32, length=64), 64)
     assert found == pytest.approx(np.concatenate(whole).std(), rel=0.02)
 
 
-def test_pictures_without_detail_have_no_residual(tmp_path: Path) -> None:
+def test_images_without_detail_have_no_residual(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "flat.png")
-    with pytest.raises(BinarizeError, match=r"equal their enlargements, so that nothing is left to learn"):
-        residual_deviation(PairedPatches(tmp_path, scale=2, patch_size=16, length=8), 8)
+    with pytest.raises(BinarizeError, match=r"equal their upscaled versions, so there is nothing to learn"):
+        residual_std(PairedPatches(tmp_path, scale=2, patch_size=16, length=8), 8)
 
 
 class Oracle(torch.nn.Module):
-    """A network that knows the picture, and predicts what it is asked for from x_t exactly."""
+    """A network that knows the image and predicts exactly."""
 
     size_multiple = 1
 
-    def __init__(self, picture: torch.Tensor, kind: str, residual_scale: float, scheduler: Any) -> None:
+    def __init__(self, image: torch.Tensor, kind: str, residual_scale: float, scheduler: Any) -> None:
         super().__init__()
-        self.picture, self.kind, self.scale = picture, kind, residual_scale
+        self.image, self.kind, self.scale = image, kind, residual_scale
         self.alphas = scheduler.alphas_cumprod.double()
         self.dtype = torch.float64
         self.device = torch.device("cpu")
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> Any:
-        clean = (self.picture - condition) / self.scale
+        clean = (self.image - condition) / self.scale
         a = self.alphas[timestep]
         noise = (sample - a.sqrt() * clean) / (1 - a).sqrt()
         prediction = {"sample": clean, "epsilon": noise, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * clean}
@@ -79,20 +78,20 @@ class Oracle(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_perfect_network_of_residuals_gives_the_picture_back(kind: str, pictures: Path) -> None:
+def test_perfect_residuals_give_the_image(kind: str, pictures: Path) -> None:
     recipe = load_recipe("small_x2", [*UNCLIPPED, "residual_scale=0.04", f"scheduler.prediction_type={kind}"])
     scheduler = build_scheduler(recipe)
-    picture = read_image(sorted(pictures.iterdir())[0]).rgb.double()[None]
-    low = torch.nn.functional.interpolate(picture, scale_factor=0.5, mode="area")
-    oracle: Any = Oracle(picture, kind, 0.04, scheduler)
+    image = read_image(sorted(pictures.iterdir())[0]).rgb.double()[None]
+    low = torch.nn.functional.interpolate(image, scale_factor=0.5, mode="area")
+    oracle: Any = Oracle(image, kind, 0.04, scheduler)
     pipeline = SuperResolutionPipeline(oracle, scheduler, scale=2, residual_scale=0.04)
     pipeline.set_progress_bar_config(disable=True)
     out = pipeline(low, num_inference_steps=5, output_type="pt", generator=torch.Generator().manual_seed(0)).images
-    torch.testing.assert_close(out, picture, atol=1e-4, rtol=0)
+    torch.testing.assert_close(out, image, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_objective_asks_for_the_scaled_residual(kind: str) -> None:
+def test_the_objective_of_residuals(kind: str) -> None:
     recipe = load_recipe(
         "small_x2", [*UNCLIPPED, "residual_scale=0.05", f"scheduler.prediction_type={kind}", "loss=l2"]
     )
@@ -118,7 +117,7 @@ def test_the_objective_asks_for_the_scaled_residual(kind: str) -> None:
 def test_a_run_measures_the_scale_saves_it_with_the_model_and_resumes_with_it(recipe: Any, pictures: Path) -> None:
     options = (*UNCLIPPED, f"validation_data_dir={pictures}", "num_validation_images=1")
     whole = train(recipe(*options, out="whole"), progress=False)
-    measured = residual_deviation(PairedPatches(pictures, scale=2, patch_size=16, length=512))
+    measured = residual_std(PairedPatches(pictures, scale=2, patch_size=16, length=512))
     saved = yaml.safe_load((whole.output_dir / "recipe.yaml").read_text())
     assert saved["residual_scale"] == pytest.approx(measured, rel=1e-12)
     pipeline = SuperResolutionPipeline.from_pretrained(whole.model_dir)
@@ -130,18 +129,18 @@ def test_a_run_measures_the_scale_saves_it_with_the_model_and_resumes_with_it(re
     assert [e.loss for e in whole.history][3:] == [e.loss for e in resumed.history]
     with pytest.raises(BinarizeError, match=r"residual_scale: was 0\.\d+, is 0\.5"):
         train(recipe(*options, "residual_scale=0.5", "resume_from_checkpoint=latest", out="cut"), progress=False)
-    # What validation has measured is what the saved pipeline gives.
-    picture = sorted(pictures.iterdir())[0]
+    # The saved pipeline gives the image that validation measured.
+    image = sorted(pictures.iterdir())[0]
     pipeline.set_progress_bar_config(disable=True)
     pair = ImagePairs(pictures, scale=2)[0]
     out = pipeline(pair.lr, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    strip = read_image(whole.output_dir / "samples" / f"step-0000006-{picture.stem}.png").pixels()
+    strip = read_image(whole.output_dir / "samples" / f"step-0000006-{image.stem}.png").pixels()
     assert torch.equal((out[0] * 255).round().to(torch.uint8), strip[..., 32:64])
 
 
-def test_a_strength_multiplies_what_is_added_to_the_enlargement(tmp_path: Path) -> None:
+def test_the_strength_multiplies_residuals(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    image = torch.rand(1, 3, 12, 10) * 0.2 + 0.4  # far from where pictures are cut off
+    image = torch.rand(1, 3, 12, 10) * 0.2 + 0.4  # far from the values at which images are clipped
     noise = torch.randn(1, 3, 24, 20)
     unet, added = small().eval(), {}
     for strength in (1.0, 1.5):
@@ -155,7 +154,7 @@ def test_a_strength_multiplies_what_is_added_to_the_enlargement(tmp_path: Path) 
     torch.testing.assert_close(added[1.5], 1.5 * added[1.0], rtol=0, atol=1e-6)
 
 
-def test_strengths_that_mean_nothing_are_refused() -> None:
+def test_invalid_strengths() -> None:
     with pytest.raises(BinarizeError, match=r"residual_strength=0: .* a positive number"):
         SuperResolutionPipeline(small(), scale=2, residual_scale=0.1, residual_strength=0)
     with pytest.raises(BinarizeError, match=r"residual_strength=1\.5 without a residual_scale"):
@@ -176,8 +175,8 @@ def test_a_residual_network_without_its_scale_makes_no_pipeline() -> None:
         SuperResolutionPipeline(small(), scale=2, residual_scale=0)
 
 
-def test_clipping_that_would_cut_residuals_is_refused() -> None:
-    with pytest.raises(BinarizeError, match=r"target: got 'residual'; residuals .*range 1 would cut"):
+def test_invalid_residual_options() -> None:
+    with pytest.raises(BinarizeError, match=r"target: got 'residual'; residuals .*range 1; set it"):
         load_recipe("small_x2", ["target=residual"])
     assert load_recipe("small_x2", ["target=residual", "scheduler.clip_sample_range=8"]).target == "residual"
     with pytest.raises(BinarizeError, match=r"residual_scale: got 0\.1; has no effect while target is image"):
@@ -188,9 +187,7 @@ def test_clipping_that_would_cut_residuals_is_refused() -> None:
 
 
 @given(step=st.integers(1, 1999), gamma=st.floats(0.1, 20.0), seed=st.integers(0, 100))
-def test_min_snr_makes_the_three_predictions_count_an_error_of_the_picture_alike(
-    step: int, gamma: float, seed: int
-) -> None:
+def test_min_snr_weights_image_errors_equally_for_all_predictions(step: int, gamma: float, seed: int) -> None:
     random = np.random.default_rng(seed)
     clean, noise, error = (torch.from_numpy(random.standard_normal((1, 3, 4, 4))) for _ in range(3))
     timesteps = torch.tensor([step])
@@ -232,7 +229,7 @@ def test_min_snr_equals_the_formula_of_diffusers_training_scripts() -> None:
 def test_a_run_uses_the_weights(recipe: Any) -> None:
     plain = train(recipe("max_train_steps=1", "loss=l2", out="plain"), progress=False)
     weighted = train(recipe("max_train_steps=1", "loss=l2", "snr_gamma=1e-5", out="weighted"), progress=False)
-    # With so small a gamma every timestep is clipped: the picture's squared error counts a hundred-thousandth.
+    # This gamma clips every timestep, so the squared error of the image has the weight 1e-5.
     assert weighted.history[0].loss == pytest.approx(1e-5 * plain.history[0].loss, rel=1e-3)
 
 
@@ -247,7 +244,7 @@ def timesteps_of(recipe: Any, count: int) -> list[int]:
     return [samples[i]["timestep"] for i in range(count)]
 
 
-def test_a_share_of_the_samples_is_drawn_where_sampling_goes(recipe: Any) -> None:
+def test_a_share_of_timesteps_is_that_of_sampling(recipe: Any) -> None:
     found = timesteps_of(recipe(*FOUR_STEPS, "sampling_timesteps_share=0.6"), 500)
     anywhere = timesteps_of(recipe(*FOUR_STEPS), 500)
     visited = (24, 49, 74, 99)  # trailing: 100 - 1, and every 25th before it
@@ -257,7 +254,7 @@ def test_a_share_of_the_samples_is_drawn_where_sampling_goes(recipe: Any) -> Non
         assert found.count(timestep) / 500 == pytest.approx(expected, abs=4.5 * deviation)
     others = [(one, other) for one, other in zip(found, anywhere, strict=True) if one not in visited]
     assert len(others) > 150
-    assert all(one == other for one, other in others)  # the draw among all is the one of a run without the key
+    assert all(one == other for one, other in others)  # uniform draws are those of a run without the key
 
 
 def test_a_share_of_one_draws_nothing_else(recipe: Any) -> None:
@@ -272,11 +269,11 @@ def test_sampling_steps_may_change_in_a_run_unless_timesteps_depend_on_them(reci
         if share == "0":
             train(changed, progress=False)
             continue
-        with pytest.raises(BinarizeError, match=r"what decides the result:\n  num_inference_steps: was 2, is 3\n"):
+        with pytest.raises(BinarizeError, match=r"keys that change the result:\n  num_inference_steps: was 2, is 3\n"):
             train(changed, progress=False)
 
 
-def test_a_checkpoint_from_before_a_key_stands_for_its_default(recipe: Any) -> None:
+def test_missing_keys_of_old_checkpoints_have_defaults(recipe: Any) -> None:
     options = ("max_train_steps=2", "resume_from_checkpoint=latest")
     result = train(recipe(*options), progress=False)
     saved = result.checkpoint / "recipe.yaml"
@@ -307,7 +304,7 @@ def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
 
 
 @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, True, "30"])
-def test_a_factor_of_detail_is_a_positive_number(factor: Any) -> None:
+def test_invalid_detail_factors(factor: Any) -> None:
     with pytest.raises(BinarizeError, match="detail_factor multiplies the condition's fine detail, a positive number"):
         small(detail_factor=factor)
 
@@ -341,7 +338,7 @@ def test_detail_survives_rewiring_saving_and_the_pipeline(structure: tuple[str, 
     assert "conv_in" in str(binarize.summary(network))
 
 
-def test_a_recipe_with_detail_trains_validates_and_says_so_in_its_model(recipe: Any, pictures: Path) -> None:
+def test_a_recipe_with_detail_trains_and_validates(recipe: Any, pictures: Path) -> None:
     options = ("model.detail_factor=25", "max_train_steps=2", f"validation_data_dir={pictures}")
     result = train(recipe(*options, "num_validation_images=1"), progress=False)
     assert SuperResolutionPipeline.from_pretrained(result.model_dir).unet.config["detail_factor"] == 25

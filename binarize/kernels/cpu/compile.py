@@ -11,9 +11,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from numba import cfunc, types
+
+from binarize.kernels import bitpack
+from binarize.kernels.cpu import conv_worker, fields, norm_worker, popcount, simd, tile, winograd_simd, winograd_worker
+
+_SOURCES = (bitpack, fields, simd, popcount, tile, conv_worker, norm_worker, winograd_simd, winograd_worker)
+_WORKERS = {
+    "conv": conv_worker.conv_worker,
+    "moments": norm_worker.moments_worker,
+    "factors": norm_worker.factors_worker,
+    "silu": norm_worker.silu_worker,
+    "shuffle": norm_worker.shuffle_worker,
+    "winograd": winograd_worker.winograd_worker,
+    "winograd_filter": winograd_worker.filter_worker,
+    "winograd_tiles": winograd_worker.tile_worker,
+    "winograd_output": winograd_worker.output_worker,
+    "winograd_filter_gradient": winograd_worker.filter_gradient_worker,
+}
 _log = logging.getLogger("binarize")
 _lock = threading.Lock()
-_kept: list[Any] = []  # compiled code lives as long as its function object
+_alive: list[Any] = []  # compiled code lives as long as its function object
 
 
 def workers() -> dict[str, int]:
@@ -24,39 +42,31 @@ def workers() -> dict[str, int]:
 
 @cache
 def _compiled() -> dict[str, int]:
-    from binarize.kernels import bitpack as _layout
-    from binarize.kernels.cpu import conv_worker as _workers
-    from binarize.kernels.cpu import popcount as _tile
-    from binarize.kernels.cpu import simd as _vectors
-    from binarize.kernels.cpu import winograd_simd as _winograd_vectors
-    from binarize.kernels.cpu import winograd_worker as _winograd_workers
-
     started = time.perf_counter()
     _log.info("Loading the CPU kernels; the first run on a machine compiles them, which takes some twenty seconds.")
-    # Numba's cache looks at a function's own file alone, and would go on with what an earlier version of another said.
-    modules = (_layout, _vectors, _tile, _workers, _winograd_vectors, _winograd_workers)
-    sources = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
-    made = {}
-    for name, function in {**_workers.WORKERS, **_winograd_workers.WORKERS}.items():
-        function.__qualname__ = f"{function.__name__}_{sources[:16]}"
+    # Numba's cache looks only at a function's own file, and would keep using code that an older version of another
+    # made.
+    contents = b"".join(Path(str(module.__file__)).read_bytes() for module in _SOURCES)
+    digest = hashlib.sha256(contents).hexdigest()[:16]
+    addresses = {}
+    for name, function in _WORKERS.items():
+        function.__qualname__ = f"{function.__name__}_{digest}"
         worker = _compile(function)
-        _kept.append(worker)
-        made[name] = worker.address
+        _alive.append(worker)
+        addresses[name] = worker.address
     _log.info("CPU kernels ready after %.1f s.", time.perf_counter() - started)
-    return made
+    return addresses
 
 
 def _compile(function: Any) -> Any:
-    from numba import cfunc, types
-
     return cached(lambda cache: cfunc(types.void(types.int64), nopython=True, cache=cache)(function))
 
 
-def cached(compiled: Callable[[bool], Any]) -> Any:
-    """Return ``compiled(cache)``: code that numba keeps between runs, where it has a folder for it."""
+def cached(compile_with: Callable[[bool], Any]) -> Any:
+    """Return ``compile_with(cache)``, with numba's cache on disk where there is a folder for it."""
     try:
-        return compiled(True)
-    except RuntimeError as error:  # neither the package's folder nor the user's own can be written
+        return compile_with(True)
+    except RuntimeError as error:  # neither the package's folder nor the user's can be written
         if "cache" not in str(error):
             raise
-        return compiled(False)
+        return compile_with(False)

@@ -1,21 +1,18 @@
-"""The product of a packed convolution, and what follows it, for a tile of pixels and channels held in registers.
+"""Dot products of signs by counting the bits that differ, for a tile of pixels and channels held in registers.
 
-Signs that differ are counted, sixteen output channels at a time. A vector of 32-bit lanes has a population count of
-its own on some machines (VPOPCNTD). Elsewhere bytes are counted by table lookups; with AVX-512, words are added bit by
-bit first, in carry-save form (a Harley-Seal counter), so that one word in eight is counted.
+Sixteen output channels are counted at a time. Some processors count the bits of 32-bit lanes (VPOPCNTD). Elsewhere
+bytes are counted by table lookups; with AVX-512, words are first added bit by bit in carry-save form (a Harley-Seal
+counter), so that only one word in eight is counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from binarize.kernels.cpu.simd import (
-    FLOATS,
     I32,
     I64,
     INTS,
@@ -23,13 +20,9 @@ from binarize.kernels.cpu.simd import (
     call,
     constant,
     cpu_features,
-    lanes_below,
     load,
-    load_pixels,
     meet,
-    prefetch_line,
     splat,
-    store_pixels,
     when,
 )
 
@@ -42,7 +35,7 @@ VNNI = CARRY_SAVE and "+avx512vnni" in cpu_features()
 PIXELS, BLOCKS = (4, 1) if BYTEWISE else (4, 4)
 _I8 = ir.IntType(8)
 _SHORTS, _BYTES = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(_I8, 4 * LANES)
-_Values = list[ir.Value]
+Values = list[ir.Value]
 _LOW_NIBBLES = 0x0F0F0F0F
 
 
@@ -105,7 +98,7 @@ def _add_words(
     return total, _bits(b, _CARRY_OF_SUMS, unequal, total, kept)
 
 
-def _added(b: ir.IRBuilder, first: _Values, second: _Values) -> _Values:
+def _added(b: ir.IRBuilder, first: Values, second: Values) -> Values:
     return [b.add(x, y) for x, y in zip(first, second, strict=True)]
 
 
@@ -119,9 +112,9 @@ class Words(NamedTuple):
         count: Words of a pixel.
     """
 
-    pixels: _Values
+    pixels: Values
     offsets: ir.Value
-    blocks: _Values
+    blocks: Values
     count: ir.Value
 
     def pairs(self, b: ir.IRBuilder, j: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
@@ -131,7 +124,7 @@ class Words(NamedTuple):
         words = (splat(b, load(b, b.add(address, offset), I32)) for address in self.pixels)
         return [(word, f) for word in words for f in filters]
 
-    def differing(self, b: ir.IRBuilder, j: ir.Value) -> _Values:
+    def differing(self, b: ir.IRBuilder, j: ir.Value) -> Values:
         """Return the bits of word j that differ, pixel by pixel and block by block."""
         return [b.xor(word, f) for word, f in self.pairs(b, j)]
 
@@ -140,10 +133,10 @@ def _loop(
     b: ir.IRBuilder,
     start: ir.Value,
     stop: ir.Value,
-    kept: _Values,
+    kept: Values,
     step: int,
-    body: Callable[[ir.Value, _Values], _Values],
-) -> _Values:
+    body: Callable[[ir.Value, Values], Values],
+) -> Values:
     """Run ``kept = body(j, kept)`` for j from start to below stop, by step."""
     before, inside, done = b.block, b.append_basic_block("body"), b.append_basic_block("done")
     b.cbranch(b.icmp_signed("<", start, stop), inside, done)
@@ -164,15 +157,15 @@ def _end(b: ir.IRBuilder, start: ir.Value, size: int, stop: ir.Value) -> ir.Valu
     return b.select(b.icmp_signed("<", end, stop), end, stop)
 
 
-def _count_all(b: ir.IRBuilder, words: Words) -> _Values:
+def _count_all(b: ir.IRBuilder, words: Words) -> Values:
     """Return how many bits differ, counting every word."""
     zeros = [ir.Constant(INTS, None)] * (len(words.pixels) * len(words.blocks))
     count = _count_bytes if BYTEWISE else _count_lanes
 
-    def add_counts(j: ir.Value, sums: _Values) -> _Values:
+    def add_counts(j: ir.Value, sums: Values) -> Values:
         return _added(b, sums, [count(b, bits) for bits in words.differing(b, j)])
 
-    def add_chunk(j: ir.Value, sums: _Values) -> _Values:
+    def add_chunk(j: ir.Value, sums: Values) -> Values:
         # Bytes never carry into one another: 31 counts of at most 8 stay below 256.
         found = _loop(b, j, _end(b, j, 31, words.count), zeros, 1, add_counts)
         return _added(b, sums, [_sum_bytes(b, total) for total in found])
@@ -186,16 +179,16 @@ class _CarrySave:
     Args:
         b: The builder.
         words: What to count.
-        halve: Whether a differing bit takes 1 from a total, not 2.
+        unsigned: Whether a differing bit takes 1 from a total, not 2.
     """
 
-    def __init__(self, b: ir.IRBuilder, words: Words, halve: ir.Value) -> None:
+    def __init__(self, b: ir.IRBuilder, words: Words, unsigned: ir.Value) -> None:
         self.b, self.words, self.n = b, words, len(words.pixels) * len(words.blocks)
         self.per_bit, self.per_eight = (
-            splat(b, b.select(halve, I32(0x01010101 * (256 - n)), I32(0x01010101 * (256 - 2 * n)))) for n in (1, 8)
+            splat(b, b.select(unsigned, I32(0x01010101 * (256 - n)), I32(0x01010101 * (256 - 2 * n)))) for n in (1, 8)
         )
 
-    def carries(self, kept: list[_Values], place: int, j: ir.Value) -> _Values:
+    def carries(self, kept: list[Values], place: int, j: ir.Value) -> Values:
         """Add ``2**place`` words, from word j, to the bits kept of each lower place; return what they carry.
 
         The carries of place 0 are a word's differing bits themselves.
@@ -212,24 +205,24 @@ class _CarrySave:
         kept[place - 1] = [bits for bits, _ in found]
         return [carry for _, carry in found]
 
-    def first_seven(self) -> list[_Values]:
+    def first_seven(self) -> list[Values]:
         """Return ones, twos and fours of the first seven words."""
-        kept: list[_Values] = []
+        kept: list[Values] = []
         for place in range(3):
             kept.append(self.carries(kept, place, I64(2**place - 1)))
         return kept
 
-    def add_eight(self, j: ir.Value, held: _Values) -> _Values:
+    def add_eight(self, j: ir.Value, held: Values) -> Values:
         """Add eight words to ones, twos and fours, kept bit by bit, and to eights, counted in bytes."""
         kept = [held[i * self.n : (i + 1) * self.n] for i in range(3)]
         carried = self.carries(kept, 3, j)
         flat = [value for bits in kept for value in bits]
         return [*flat, *_added(self.b, held[3 * self.n :], [_count_bytes(self.b, c) for c in carried])]
 
-    def add_eights(self, whole: ir.Value) -> Callable[[ir.Value, _Values], _Values]:
+    def add_eights(self, whole: ir.Value) -> Callable[[ir.Value, Values], Values]:
         """Return what adds up to 31 times eight words, to the totals in the end."""
 
-        def body(j: ir.Value, held: _Values) -> _Values:
+        def body(j: ir.Value, held: Values) -> Values:
             bits, totals = held[: 3 * self.n], held[3 * self.n :]
             zeros = [ir.Constant(INTS, None)] * self.n
             found = _loop(self.b, j, _end(self.b, j, 31 * 8, whole), [*bits, *zeros], 8, self.add_eight)
@@ -238,7 +231,7 @@ class _CarrySave:
 
         return body
 
-    def add_to(self, totals: _Values) -> _Values:
+    def add_to(self, totals: Values) -> Values:
         """Return the totals plus what all differing bits add to them."""
         b, count = self.b, self.words.count
         whole = b.add(b.and_(b.sub(count, I64(7)), I64(-8)), I64(7))
@@ -257,10 +250,10 @@ class _CarrySave:
         small = _added(b, small, [_count_bytes(b, bits, 2) for bits in twos])
         return [_add_products(b, t, s, self.per_bit) for t, s in zip(totals, small, strict=True)]
 
-    def add_rest(self, place: int, j: ir.Value) -> Callable[[_Values], _Values]:
+    def add_rest(self, place: int, j: ir.Value) -> Callable[[Values], Values]:
         """Return what adds ``2**place`` words, at most four, to ones and twos, and what they carry to counts."""
 
-        def add(values: _Values) -> _Values:
+        def add(values: Values) -> Values:
             kept = [values[: self.n], values[self.n : 2 * self.n]]
             carried = [_count_bytes(self.b, c, 2**place) for c in self.carries(kept, place, j)]
             return [*kept[0], *kept[1], *_added(self.b, values[2 * self.n :], carried)]
@@ -268,18 +261,18 @@ class _CarrySave:
         return add
 
 
-def dots(b: ir.IRBuilder, words: Words, base: Callable[[], _Values], halve: ir.Value) -> _Values:
+def dots(b: ir.IRBuilder, words: Words, base: Callable[[], Values], unsigned: ir.Value) -> Values:
     """Return dot products, int32, of each pixel with each block, pixel by pixel.
 
     Args:
         b: The builder.
         words: What to multiply.
         base: Loads the dot products of no differing bits, when they are needed.
-        halve: Whether activations are {0, 1}, so that a differing bit takes 1 from a dot product, not 2.
+        unsigned: Whether activations are {0, 1}, so that a differing bit takes 1 from a dot product, not 2.
     """
 
-    def plainly() -> _Values:
-        shift = splat(b, b.zext(b.not_(halve), I32))
+    def plainly() -> Values:
+        shift = splat(b, b.zext(b.not_(unsigned), I32))
         counted = _count_all(b, words)
         return [b.sub(start, b.shl(total, shift)) for start, total in zip(base(), counted, strict=True)]
 
@@ -291,143 +284,7 @@ def dots(b: ir.IRBuilder, words: Words, base: Callable[[], _Values], halve: ir.V
     first = plainly(), b.block
     b.branch(after)
     b.position_at_end(many)
-    second = _CarrySave(b, words, halve).add_to(base()), b.block
+    second = _CarrySave(b, words, unsigned).add_to(base()), b.block
     b.branch(after)
     b.position_at_end(after)
     return meet(b, first, second)
-
-
-def chain(b: ir.IRBuilder, start: ir.Value, step: ir.Value, many: int) -> _Values:
-    """Return so many addresses, a step apart."""
-    found = [start]
-    while len(found) < many:
-        found.append(b.add(found[-1], step))
-    return found
-
-
-_ARGUMENTS = (
-    "x", "entries", "shortcut", "residual", "out", "ahead", "w", "bases", "table", "row", "count",
-    "offsets", "k", "w_step", "x_step", "s_step", "r_step", "o_step", "halve", "plain", "low", "high", "early",
-)  # fmt: skip
-
-
-def make_tile(pixels: int, blocks: int, bf16: bool, partial: bool = False) -> Any:
-    """Return the function of a tile: ``pixels`` x ``blocks`` x 16 outputs, of dot products and all that follows them.
-
-    The dot product (`dots`) times the scale, affine, shift, PReLU, shift, clamp, plus the shortcut (before the
-    activation where ``early``), plus ``row`` and ``residual``. Its arguments, addresses and steps being in bytes:
-
-    - x, entries, shortcut, residual, out: of the first pixel, its words; an int64, how far from ``bases`` its own dot
-      product of no differing bits is; what is added; where its outputs go. 0 where nothing is added.
-    - ahead: where outputs go that are written soon, of as many pixels.
-    - w, bases, table, row: of the first block, its filters; its dot products of no differing bits; 16 floats each of
-      scale, factor, offset, shift in, slope and shift out; what is added to every pixel, or 0. Blocks follow.
-    - count: channels of the last block, which ``partial`` builds the form for.
-    - offsets, k, w_step: `Words.offsets` and ``count``, and the step from block to block of filters.
-    - x_step, s_step, r_step, o_step: from pixel to pixel of words, shortcut, residual and output.
-    - halve: 1 for {0, 1} activations.
-    - plain, low, high: 1 to leave out affine and clamp; the clamp.
-    - early: 1 for a shortcut before the activation.
-    """
-
-    @intrinsic
-    def tile(  # type: ignore[no-untyped-def]
-        context, x, entries, shortcut, residual, out, ahead, w, bases, table, row, count, offsets, k, w_step, x_step,
-        s_step, r_step, o_step, halve, plain, low, high, early,
-    ):  # fmt: skip
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            _Tile(b, dict(zip(_ARGUMENTS, args, strict=True)), pixels, blocks, bf16, partial).build()
-            return context.get_dummy_value()
-
-        kinds = [types.float32 if name in ("low", "high") else types.int64 for name in _ARGUMENTS]
-        return types.void(*kinds), codegen
-
-    return tile
-
-
-class _Tile:
-    """Builds a tile's instructions."""
-
-    def __init__(
-        self, b: ir.IRBuilder, given: dict[str, ir.Value], pixels: int, blocks: int, bf16: bool, partial: bool
-    ) -> None:
-        self.b, self.given, self.pixels, self.blocks, self.bf16 = b, given, pixels, blocks, bf16
-        self.mask = lanes_below(b, given["count"]) if partial else None
-        self.size = 2 if bf16 else 4
-
-    def is_set(self, name: str) -> ir.Value:
-        return self.b.icmp_signed("!=", self.given[name], I64(0))
-
-    def along(self, name: str, step: str) -> _Values:
-        """Return an address for each pixel."""
-        return chain(self.b, self.given[name], self.given[step], self.pixels)
-
-    def build(self) -> None:
-        b, given = self.b, self.given
-        filters = chain(b, given["w"], given["w_step"], self.blocks)
-        self.fetch_next_outputs()
-        words = Words(self.along("x", "x_step"), given["offsets"], filters, given["k"])
-        found = dots(b, words, self.bases, self.is_set("halve"))
-        for r in range(self.blocks):
-            self.finish(r, found[r :: self.blocks])
-
-    def fetch_next_outputs(self) -> None:
-        """Have lines fetched that are written soon: a store does so first, and stores wait for one another."""
-        b = self.b
-        for address in self.along("ahead", "o_step"):
-            for line in range(0, self.blocks * LANES * self.size, 64):
-                prefetch_line(b, b.add(address, I64(line)), write=True)
-
-    def bases(self) -> _Values:
-        """Load the dot products of no differing bits, pixel by pixel and block by block."""
-        b, given = self.b, self.given
-        entries = [load(b, b.add(given["entries"], I64(8 * p)), I64, 8) for p in range(self.pixels)]
-        starts = [b.add(given["bases"], entry) for entry in entries]
-        return [load(b, b.add(start, I64(64 * r)), INTS) for start in starts for r in range(self.blocks)]
-
-    def finish(self, r: int, dot: _Values) -> None:
-        """Write the outputs of the pixels for block r."""
-        b, given, bf16 = self.b, self.given, self.bf16
-        mask = self.mask if r == self.blocks - 1 else None
-
-        def column(i: int) -> ir.Value:
-            return load(b, b.add(given["table"], I64(384 * r + 64 * i)), FLOATS)
-
-        def all_with(op: Callable[..., ir.Value], values: _Values, other: ir.Value) -> _Values:
-            return [op(value, other) for value in values]
-
-        def affine(values: _Values) -> _Values:
-            return all_with(b.fadd, all_with(b.fmul, values, column(1)), column(2))
-
-        def clamp(values: _Values) -> _Values:
-            for name, beyond in (("high", ">"), ("low", "<")):  # a NaN stays one
-                limit = splat(b, given[name])
-                values = [b.select(b.fcmp_ordered(beyond, value, limit), limit, value) for value in values]
-            return values
-
-        def plus_pixels(name: str, step: str) -> Callable[[_Values], _Values]:
-            def add(values: _Values) -> _Values:
-                addresses = all_with(b.add, self.along(name, step), I64(LANES * r * self.size))
-                more = [load_pixels(b, address, bf16, mask) for address in addresses]
-                return [b.fadd(value, m) for value, m in zip(values, more, strict=True)]
-
-            return add
-
-        def plus_row(values: _Values) -> _Values:
-            return all_with(b.fadd, values, load_pixels(b, b.add(given["row"], I64(4 * LANES * r)), False, mask))
-
-        more_to_do, is_early, has_shortcut = b.not_(self.is_set("plain")), self.is_set("early"), self.is_set("shortcut")
-        values = all_with(b.fmul, [b.sitofp(value, FLOATS) for value in dot], column(0))
-        values = when(b, more_to_do, values, affine)
-        values = when(b, b.and_(has_shortcut, is_early), values, plus_pixels("shortcut", "s_step"))
-        values = all_with(b.fadd, values, column(3))
-        positive = [b.fcmp_ordered(">", value, constant(0.0, FLOATS)) for value in values]
-        sloped = all_with(b.fmul, values, column(4))
-        values = [b.select(*choice) for choice in zip(positive, values, sloped, strict=True)]
-        values = all_with(b.fadd, values, column(5))
-        values = when(b, more_to_do, values, clamp)
-        values = when(b, b.and_(has_shortcut, b.not_(is_early)), values, plus_pixels("shortcut", "s_step"))
-        values = when(b, self.is_set("row"), values, plus_row)
-        values = when(b, self.is_set("residual"), values, plus_pixels("residual", "r_step"))
-        for value, address in zip(values, self.along("out", "o_step"), strict=True):
-            store_pixels(b, value, b.add(address, I64(LANES * r * self.size)), bf16, mask)

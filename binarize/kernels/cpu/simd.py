@@ -156,56 +156,104 @@ def meet(
     return found
 
 
-def make_signs(bf16: bool, partial: bool) -> Any:
-    """Return ``f(x, thresholds, count)``: 32 bits, bit i set where ``x[i] >= thresholds[i]``, and 0 from count on."""
+def chain(b: ir.IRBuilder, start: ir.Value, step: ir.Value, count: int) -> list[ir.Value]:
+    """Return ``count`` addresses, a step apart."""
+    addresses = [start]
+    while len(addresses) < count:
+        addresses.append(b.add(addresses[-1], step))
+    return addresses
 
-    @intrinsic
-    def signs(context, x, thresholds, count):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            x, thresholds, count = args
-            word = I32(0)
+
+def close_loop(
+    b: ir.IRBuilder,
+    loop: ir.Block,
+    done: ir.Block,
+    entry: ir.Block,
+    count: ir.Value,
+    index: ir.Value,
+    carried: tuple[list[ir.Value], list[ir.Value], list[ir.Value]],
+) -> None:
+    """End a loop of one block for ``index`` from 0 to ``count`` (at least 1), and continue in ``done``.
+
+    ``carried`` has the phi nodes of what the loop carries, their values before it, and their new values.
+    """
+    after = b.add(index, I64(1))
+    for phi, first, new in ((index, I64(0), after), *zip(*carried, strict=True)):
+        phi.add_incoming(first, entry)
+        phi.add_incoming(new, loop)
+    b.cbranch(b.icmp_signed("<", after, count), loop, done)
+    b.position_at_end(done)
+
+
+def by_dtype(b: ir.IRBuilder, bf16: ir.Value, build: Callable[[bool], ir.Value | None]) -> ir.Value | None:
+    """Append ``build(True)`` and ``build(False)``, one of which runs by the flag, and return the value of that one."""
+    with b.if_else(b.icmp_signed("!=", bf16, I64(0))) as (then, otherwise):
+        with then:
+            first, first_block = build(True), b.block
+        with otherwise:
+            second, second_block = build(False), b.block
+    if first is None or second is None:
+        return None
+    return meet(b, ([first], first_block), ([second], second_block))[0]
+
+
+def by_mask(b: ir.IRBuilder, count: ir.Value, lanes: int, build: Callable[[bool], ir.Value | None]) -> ir.Value | None:
+    """Append ``build(partial)`` for fewer than ``lanes`` channels and for all of them; see `by_dtype`."""
+    return by_dtype(b, b.zext(b.icmp_signed("<", count, I64(lanes)), I64), build)
+
+
+@intrinsic
+def signs(context, x, thresholds, count, bf16):  # type: ignore[no-untyped-def]
+    """Return a word: bit i is 1 where ``x[i] >= thresholds[i]``, and 0 from ``count`` (at most 32) on."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        x, thresholds, count, bf16 = args
+
+        def word(half_precision: bool, partial: bool) -> ir.Value:
+            bits = I32(0)
             for half in range(2):
-                address = b.add(x, I64(half * LANES * (2 if bf16 else 4)))
+                address = b.add(x, I64(half * LANES * (2 if half_precision else 4)))
                 mask = lanes_below(b, b.sub(count, I64(half * LANES))) if partial else None
-                values = load_pixels(b, address, bf16, mask)
+                values = load_pixels(b, address, half_precision, mask)
                 limits = load(b, b.add(thresholds, I64(64 * half)), FLOATS)
-                set_ = b.fcmp_ordered(">=", values, limits)
-                if mask is not None:
-                    set_ = b.and_(set_, mask)
-                bits = b.zext(b.bitcast(set_, _I16), I32)
-                word = bits if half == 0 else b.or_(word, b.shl(bits, I32(LANES)))
-            return word
+                above = b.fcmp_ordered(">=", values, limits)
+                above = above if mask is None else b.and_(above, mask)
+                lanes = b.zext(b.bitcast(above, _I16), I32)
+                bits = lanes if half == 0 else b.or_(bits, b.shl(lanes, I32(LANES)))
+            return bits
 
-        return types.int32(*[types.int64] * 3), codegen
+        return by_dtype(b, bf16, lambda half: by_mask(b, count, 2 * LANES, lambda partial: word(half, partial)))
 
-    return signs
+    return types.int32(*[types.int64] * 4), codegen
 
 
-def make_activate(bf16: bool, partial: bool) -> Any:
-    """Return ``f(x, factors, offsets, out, count)``: ``out = silu(x * factors + offsets)`` for 16 channels."""
+@intrinsic
+def affine_silu(context, x, factors, offsets, out, count, bf16):  # type: ignore[no-untyped-def]
+    """Write ``silu(x * factors + offsets)`` for ``count`` (at most 16) channels."""
 
-    @intrinsic
-    def activate(context, x, factors, offsets, out, count):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            x, factors, offsets, out, count = args
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        x, factors, offsets, out, count, bf16 = args
+
+        def activate(half_precision: bool, partial: bool) -> None:
             mask = lanes_below(b, count) if partial else None
             factor, offset = (load_pixels(b, a, False, mask) for a in (factors, offsets))
-            value = b.fadd(b.fmul(load_pixels(b, x, bf16, mask), factor), offset)
-            store_pixels(b, _silu(b, value), out, bf16, mask)
-            return context.get_dummy_value()
+            value = b.fadd(b.fmul(load_pixels(b, x, half_precision, mask), factor), offset)
+            store_pixels(b, _silu(b, value), out, half_precision, mask)
 
-        return types.void(*[types.int64] * 5), codegen
+        by_dtype(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: activate(half, partial)))
+        return context.get_dummy_value()
 
-    return activate
+    return types.void(*[types.int64] * 6), codegen
 
 
-def make_moments(bf16: bool, partial: bool) -> Any:
-    """Return ``f(x, step, pixels, sums, squares, count)``: add a row's sums and sums of squares of 16 channels."""
+@intrinsic
+def add_moments(context, x, step, pixels, sums, squares, count, bf16):  # type: ignore[no-untyped-def]
+    """Add the sums and the sums of squares of a row of pixels for ``count`` (at most 16) channels."""
 
-    @intrinsic
-    def moments(context, x, step, pixels, sums, squares, count):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            x, step, pixels, sums, squares, count = args
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        x, step, pixels, sums, squares, count, bf16 = args
+
+        def add(half_precision: bool, partial: bool) -> None:
             mask = lanes_below(b, count) if partial else None
             entry = b.block
             loop, done = b.append_basic_block("loop"), b.append_basic_block("done")
@@ -213,40 +261,36 @@ def make_moments(bf16: bool, partial: bool) -> Any:
             b.branch(loop)
             b.position_at_end(loop)
             i, total, square = b.phi(I64), b.phi(FLOATS), b.phi(FLOATS)
-            value = load_pixels(b, b.add(x, b.mul(i, step)), bf16, mask)
+            value = load_pixels(b, b.add(x, b.mul(i, step)), half_precision, mask)
             new_total, new_square = b.fadd(total, value), fma(b, value, value, square)
-            after = b.add(i, I64(1))
-            for phi, first, new in ((i, I64(0), after), (total, start[0], new_total), (square, start[1], new_square)):
-                phi.add_incoming(first, entry)
-                phi.add_incoming(new, loop)
-            b.cbranch(b.icmp_signed("<", after, pixels), loop, done)
-            b.position_at_end(done)
+            close_loop(b, loop, done, entry, pixels, i, ([total, square], start, [new_total, new_square]))
             store_pixels(b, new_total, sums, False, mask)
             store_pixels(b, new_square, squares, False, mask)
-            return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        by_dtype(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: add(half, partial)))
+        return context.get_dummy_value()
 
-    return moments
+    return types.void(*[types.int64] * 7), codegen
 
 
-def make_unzip(bf16: bool) -> Any:
-    """Return ``f(x, evens, odds)``: 32 channels to the 16 of even and the 16 of odd number."""
+@intrinsic
+def deinterleave(context, x, evens, odds, bf16):  # type: ignore[no-untyped-def]
+    """Write the 16 even and the 16 odd ones of 32 channels to two places."""
 
-    @intrinsic
-    def unzip(context, x, evens, odds):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            x, evens, odds = args
-            kind, size, align = (_HALVES, 2, 2) if bf16 else (FLOATS, 4, 4)
-            low, high = load(b, x, kind, align), load(b, b.add(x, I64(LANES * size)), kind, align)
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        x, evens, odds, bf16 = args
+
+        def deal(half_precision: bool) -> None:
+            kind, size = (_HALVES, 2) if half_precision else (FLOATS, 4)
+            low, high = load(b, x, kind, size), load(b, b.add(x, I64(LANES * size)), kind, size)
             for first, out in ((0, evens), (1, odds)):
                 lanes = ir.Constant(INTS, list(range(first, 2 * LANES, 2)))
-                store(b, b.shuffle_vector(low, high, lanes), out, align)
-            return context.get_dummy_value()
+                store(b, b.shuffle_vector(low, high, lanes), out, size)
 
-        return types.void(*[types.int64] * 3), codegen
+        by_dtype(b, bf16, deal)
+        return context.get_dummy_value()
 
-    return unzip
+    return types.void(*[types.int64] * 4), codegen
 
 
 @intrinsic

@@ -1,27 +1,30 @@
-"""Runs a compiled worker on several threads, on the OpenMP runtime that torch itself uses.
+"""Runs compiled code on several threads of the OpenMP runtime that torch itself uses.
 
-A second runtime in the process would cost milliseconds a call: each one's idle workers spin on the cores that the
-other one needs. So no threading layer of numba's is used. Where torch's runtime has no `GOMP_parallel` (GNU's, LLVM's
-and Intel's have it), plain threads take the tasks.
+A second runtime in the process would cost milliseconds per call, because its idle workers spin on the cores that
+torch's need; so no threading layer of numba's is used. GNU's, LLVM's and Intel's runtimes have `GOMP_parallel`.
+Without it, plain Python threads run the tasks. A forked child has lost the runtime's workers and uses one thread.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import count as counter
 from typing import Any
 
 import torch
 
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _forked = False
 
 
 def _after_fork() -> None:
     global _forked
-    _forked = True  # the runtime's workers stayed in the parent, and a call would wait for them for ever
+    _forked = True
     _executor.cache_clear()
 
 
@@ -51,22 +54,30 @@ def _function(worker: int) -> Any:
     return _WORKER(worker)
 
 
+def count() -> int:
+    """Return how many threads a call may use: torch's setting, or one in a forked child."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+@cache
+def has_amx() -> bool:
+    """Return whether the processor multiplies bfloat16 matrices in tiles (AMX), where torch's convolutions win."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 def run(worker: int, parameters: int, tasks: int, threads: int | None = None) -> None:
-    """Call a compiled ``void worker(parameters)`` on several threads, and wait for all.
+    """Call a compiled worker ``void(parameters)`` on several threads and wait for all of them.
 
     Args:
         worker: Address of the function; it takes tasks until none is left.
         parameters: Address of its parameters.
         tasks: How many tasks there are.
-        threads: On how many threads at most; as many as `workers` if None.
+        threads: Upper limit; None for `count`.
     """
     if tasks == 0:
         return
-    threads = min(threads or workers(), tasks)
-    if threads <= 1:
-        _function(worker)(parameters)
-        return
-    parallel = openmp()
+    threads = min(threads or count(), tasks)
+    parallel = openmp() if threads > 1 else None
     if parallel is not None:
         parallel(worker, parameters, threads, 0)
         return
@@ -77,12 +88,33 @@ def run(worker: int, parameters: int, tasks: int, threads: int | None = None) ->
         future.result()
 
 
-@cache
-def has_tiles() -> bool:
-    """Say whether the processor multiplies bfloat16 matrices in tiles (AMX), where torch's convolutions are fastest."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+def run_loop(loop: Callable[..., None], chunks: int, *args: Any) -> None:
+    """Call ``loop(start, stop, *args)`` so that the ranges cover ``chunks``, on up to `count` threads.
 
+    Args:
+        loop: A function compiled with ``nogil=True``.
+        chunks: How many pieces of work there are.
+        *args: Passed on.
+    """
+    parallel, threads = openmp(), min(count(), chunks)
+    if threads <= 1 or parallel is None:
+        loop(0, chunks, *args)
+        return
+    edges = [chunks * k // threads for k in range(threads + 1)]
+    turn = counter()
+    failures: list[BaseException] = []
 
-def workers() -> int:
-    """Return how many threads a call may use: torch's setting, and one in a forked child."""
-    return 1 if _forked else torch.get_num_threads()
+    def task(_: int | None) -> None:
+        # Every thread is called once, or one of them more often where the runtime has fewer.
+        for k in turn:
+            if k >= threads:
+                return
+            try:
+                loop(edges[k], edges[k + 1], *args)
+            except BaseException as error:
+                failures.append(error)
+
+    called = _TASK(task)
+    parallel(ctypes.cast(called, ctypes.c_void_p).value, 0, threads, 0)
+    if failures:
+        raise failures[0]

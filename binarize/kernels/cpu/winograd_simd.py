@@ -1,7 +1,8 @@
-"""Vector instructions of Winograd's algorithm for 3x3 convolutions, in LLVM's portable form as in `_vectors`."""
+"""Vector instructions of Winograd's algorithm for 3x3 convolutions (Lavin and Gray 2016)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -14,6 +15,9 @@ from binarize.kernels.cpu.simd import (
     I32,
     I64,
     LANES,
+    by_dtype,
+    chain,
+    close_loop,
     constant,
     fma,
     load,
@@ -25,93 +29,94 @@ from binarize.kernels.cpu.simd import (
     when,
 )
 
+Matrix = tuple[tuple[float, ...], ...]
+ROWS, MOST_BLOCKS = 4, 4  # register blocking of the products
 
-def make_matmul(rows: int, blocks: int) -> Any:
-    """Return ``f(x, x_step, w, w_step, k, out, out_step)``: ``rows`` x ``blocks`` x 16 sums of k products in registers.
 
-    ``out[p * out_step + 64 r + 4 lane] = sum_j x[p * x_step + 4 j] * w[r * w_step + 64 j + 4 lane]``, all float32.
+def iterate(b: ir.IRBuilder, start: ir.Value, step: ir.Value) -> Iterator[ir.Value]:
+    """Yield addresses, a step apart."""
+    while True:
+        yield start
+        start = b.add(start, step)
+
+
+def _by_blocks(b: ir.IRBuilder, blocks: ir.Value, build: Callable[[int], None]) -> None:
+    """Append ``build(n)`` for n from 1 to `MOST_BLOCKS` and run the one for ``blocks``."""
+    done = b.append_basic_block("blocks_done")
+    cases = b.switch(blocks, done)
+    for n in range(1, MOST_BLOCKS + 1):
+        start = b.append_basic_block(f"blocks_{n}")
+        cases.add_case(I64(n), start)
+        b.position_at_end(start)
+        build(n)
+        b.branch(done)
+    b.position_at_end(done)
+
+
+@intrinsic
+def matmul(context, x, x_step, w, w_step, k, out, out_step, blocks):  # type: ignore[no-untyped-def]
+    """Write `ROWS` x ``blocks`` x 16 sums of k products, held in registers; all float32.
+
+    ``out[p * out_step + 64 r + 4 lane] = sum_j x[p * x_step + 4 j] * w[r * w_step + 64 j + 4 lane]``
     """
 
-    @intrinsic
-    def matmul(context, x, x_step, w, w_step, k, out, out_step):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            x, x_step, w, w_step, count, out, out_step = args
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        x, x_step, w, w_step, count, out, out_step, blocks = args
+
+        def multiply(n: int) -> None:
             entry, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
-            row, block = [x], [w]
-            for _ in range(1, rows):
-                row.append(b.add(row[-1], x_step))
-            for _ in range(1, blocks):
-                block.append(b.add(block[-1], w_step))
+            rows, columns = chain(b, x, x_step, ROWS), chain(b, w, w_step, n)
             b.branch(loop)
             b.position_at_end(loop)
-            j = b.phi(I64)
-            sums = [b.phi(FLOATS) for _ in range(rows * blocks)]
-            filters = [load(b, b.add(a, b.shl(j, I64(6))), FLOATS) for a in block]
+            j, sums = b.phi(I64), [b.phi(FLOATS) for _ in range(ROWS * n)]
+            filters = [load(b, b.add(a, b.shl(j, I64(6))), FLOATS) for a in columns]
             new = []
-            for p, address in enumerate(row):
+            for p, address in enumerate(rows):
                 value = splat(b, load(b, b.add(address, b.shl(j, I64(2))), F32))
-                new += [fma(b, value, f, sums[p * blocks + r]) for r, f in enumerate(filters)]
-            after = b.add(j, I64(1))
-            for phi, first, last in (
-                (j, I64(0), after),
-                *((s, ir.Constant(FLOATS, None), n) for s, n in zip(sums, new, strict=True)),
-            ):
-                phi.add_incoming(first, entry)
-                phi.add_incoming(last, loop)
-            b.cbranch(b.icmp_signed("<", after, count), loop, done)
-            b.position_at_end(done)
-            for p in range(rows):
-                for r in range(blocks):
-                    store(b, new[p * blocks + r], b.add(b.add(out, b.mul(I64(p), out_step)), I64(64 * r)))
-            return context.get_dummy_value()
+                new += [fma(b, value, f, sums[p * n + r]) for r, f in enumerate(filters)]
+            zeros = [ir.Constant(FLOATS, None)] * len(sums)
+            close_loop(b, loop, done, entry, count, j, (sums, zeros, new))
+            for p, target in enumerate(chain(b, out, out_step, ROWS)):
+                for r in range(n):
+                    store(b, new[p * n + r], b.add(target, I64(64 * r)))
 
-        return types.void(*[types.int64] * 7), codegen
+        _by_blocks(b, blocks, multiply)
+        return context.get_dummy_value()
 
-    return matmul
+    return types.void(*[types.int64] * 8), codegen
 
 
-def make_outer(rows: int, blocks: int) -> Any:
-    """Return ``f(x, x_step, w, w_step, k, out, out_step)``: sums of outer products, added to what is there.
+@intrinsic
+def add_outer(context, x, x_step, w, w_step, k, out, out_step, blocks):  # type: ignore[no-untyped-def]
+    """Add `ROWS` x ``blocks`` x 16 sums of k outer products to ``out``; all float32.
 
-    ``out[p * out_step + 64 r + 4 lane] += sum_j x[4 p + j * x_step] * w[64 r + 4 lane + j * w_step]``, all float32.
+    ``out[p * out_step + 64 r + 4 lane] += sum_j x[4 p + j * x_step] * w[64 r + 4 lane + j * w_step]``
     """
 
-    @intrinsic
-    def outer(context, x, x_step, w, w_step, k, out, out_step):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            x, x_step, w, w_step, count, out, out_step = args
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        x, x_step, w, w_step, count, out, out_step, blocks = args
+
+        def multiply(n: int) -> None:
             entry, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
-            targets = [
-                b.add(b.add(out, b.mul(I64(p), out_step)), I64(64 * r)) for p in range(rows) for r in range(blocks)
-            ]
+            targets = [b.add(row, I64(64 * r)) for row in chain(b, out, out_step, ROWS) for r in range(n)]
             before = [load(b, target, FLOATS) for target in targets]
             b.branch(loop)
             b.position_at_end(loop)
-            left, here, there = b.phi(I64), b.phi(I64), b.phi(I64)
-            sums = [b.phi(FLOATS) for _ in targets]
-            lines = [load(b, b.add(there, I64(64 * r)), FLOATS) for r in range(blocks)]
+            j, sums = b.phi(I64), [b.phi(FLOATS) for _ in targets]
+            here, there = b.add(x, b.mul(j, x_step)), b.add(w, b.mul(j, w_step))
+            lines = [load(b, b.add(there, I64(64 * r)), FLOATS) for r in range(n)]
             new = []
-            for p in range(rows):
+            for p in range(ROWS):
                 value = splat(b, load(b, b.add(here, I64(4 * p)), F32))
-                new += [fma(b, value, line, sums[p * blocks + r]) for r, line in enumerate(lines)]
-            after = b.sub(left, I64(1))
-            for phi, first, last in (
-                (left, count, after),
-                (here, x, b.add(here, x_step)),
-                (there, w, b.add(there, w_step)),
-                *zip(sums, before, new, strict=True),
-            ):
-                phi.add_incoming(first, entry)
-                phi.add_incoming(last, loop)
-            b.cbranch(b.icmp_signed(">", after, I64(0)), loop, done)
-            b.position_at_end(done)
+                new += [fma(b, value, line, sums[p * n + r]) for r, line in enumerate(lines)]
+            close_loop(b, loop, done, entry, count, j, (sums, before, new))
             for value, target in zip(new, targets, strict=True):
                 store(b, value, target)
-            return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        _by_blocks(b, blocks, multiply)
+        return context.get_dummy_value()
 
-    return outer
+    return types.void(*[types.int64] * 8), codegen
 
 
 def _combine(b: ir.IRBuilder, values: list[ir.Value], factors: tuple[float, ...]) -> ir.Value:
@@ -129,9 +134,7 @@ def _combine(b: ir.IRBuilder, values: list[ir.Value], factors: tuple[float, ...]
     return total
 
 
-def _sandwich(
-    b: ir.IRBuilder, grid: list[list[ir.Value]], matrix: tuple[tuple[float, ...], ...]
-) -> list[list[ir.Value]]:
+def _sandwich(b: ir.IRBuilder, grid: list[list[ir.Value]], matrix: Matrix) -> list[list[ir.Value]]:
     """Return matrix @ grid @ matrix.T."""
     columns = [[_combine(b, [line[x] for line in grid], row) for row in matrix] for x in range(len(grid[0]))]
     return [[_combine(b, [column[y] for column in columns], row) for row in matrix] for y in range(len(matrix))]
@@ -140,9 +143,9 @@ def _sandwich(
 class Winograd(NamedTuple):
     """Matrices of F(m x m, 3 x 3): m x m outputs from patches of n x n, n = m + 2, by n^2 products."""
 
-    spread: tuple[tuple[float, ...], ...]  # B^T, of patches, (n, n)
-    filter: tuple[tuple[float, ...], ...]  # G, (n, 3)
-    gather: tuple[tuple[float, ...], ...]  # A^T, back to pixels, (m, n)
+    input: Matrix  # B^T, (n, n)
+    filter: Matrix  # G, (n, 3)
+    output: Matrix  # A^T, (m, n)
 
 
 # By m, from Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", sections 4.1 and 4.3.
@@ -174,121 +177,131 @@ WINOGRAD = {
 }
 
 
-def make_spread(bf16: bool, matrix: tuple[tuple[float, ...], ...]) -> Any:
-    """Return ``f(addresses, channel, out, step)``: matrix @ patch @ matrix.T of a square patch, for 16 channels.
+def transposed(matrix: Matrix) -> Matrix:
+    return tuple(zip(*matrix, strict=True))
 
-    ``addresses`` points to the addresses of the patch's pixels, ``channel`` is an offset in bytes from each; value i of
+
+def _by_size(b: ir.IRBuilder, m: ir.Value, build: Callable[[Winograd], None]) -> None:
+    """Append the code for both tile sizes and run the one for m x m outputs."""
+    by_dtype(b, b.and_(m, I64(4)), lambda four: build(WINOGRAD[4 if four else 2]))
+
+
+def _flat(grid: list[list[ir.Value]]) -> list[ir.Value]:
+    return [value for line in grid for value in line]
+
+
+def make_patch_transform(choose: Callable[[Winograd], Matrix]) -> Any:
+    """Return ``f(addresses, channel, out, step, m, bf16)``: matrix @ patch @ matrix.T for 16 channels of a patch.
+
+    ``addresses`` points to the addresses of the patch's pixels, ``channel`` is an offset in bytes from each. Value i of
     the transform goes to ``out + i * step``, float32.
     """
-    side = len(matrix[0])
 
     @intrinsic
-    def spread(context, addresses, channel, out, step):  # type: ignore[no-untyped-def]
+    def transform(context, addresses, channel, out, step, m, bf16):  # type: ignore[no-untyped-def]
         def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            addresses, channel, out, step = args
+            addresses, channel, out, step, m, bf16 = args
 
-            def pixel(i: int) -> ir.Value:
-                address = b.load(pointer(b, b.add(addresses, I64(8 * i)), I64))
-                return load_pixels(b, b.add(address, channel), bf16, None)
+            def apply(matrix: Matrix, half_precision: bool) -> None:
+                side = len(matrix[0])
+                places = [b.load(pointer(b, b.add(addresses, I64(8 * i)), I64)) for i in range(side * side)]
+                pixels = [load_pixels(b, b.add(place, channel), half_precision, None) for place in places]
+                grid = [pixels[side * y : side * (y + 1)] for y in range(side)]
+                for value, target in zip(_flat(_sandwich(b, grid, matrix)), iterate(b, out, step), strict=False):
+                    store(b, value, target)
 
-            grid = [[pixel(side * y + x) for x in range(side)] for y in range(side)]
-            for i, value in enumerate(v for line in _sandwich(b, grid, matrix) for v in line):
-                store(b, value, b.add(out, b.mul(I64(i), step)))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 4), codegen
-
-    return spread
-
-
-def make_spread_filters(matrix: tuple[tuple[float, ...], ...]) -> Any:
-    """Return ``f(w, lane, row, column, out, step)``: Winograd's transform of one input channel's 3x3 taps.
-
-    It is for 16 output channels, whose weights are ``lane`` apart.
-    """
-
-    @intrinsic
-    def spread_filters(context, w, lane, row, column, out, step):  # type: ignore[no-untyped-def]
-
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            w, lane, row, column, out, step = args
-
-            def tap(y: int, x: int) -> ir.Value:
-                start = b.add(w, b.add(b.mul(row, I64(y)), b.mul(column, I64(x))))
-                values = ir.Constant(FLOATS, ir.Undefined)
-                for i in range(LANES):
-                    value = load(b, b.add(start, b.mul(lane, I64(i))), F32)
-                    values = b.insert_element(values, value, I32(i))
-                return values
-
-            grid = [[tap(y, x) for x in range(3)] for y in range(3)]
-            for i, value in enumerate(v for line in _sandwich(b, grid, matrix) for v in line):
-                store(b, value, b.add(out, b.mul(I64(i), step)))
+            _by_size(b, m, lambda size: by_dtype(b, bf16, lambda half: apply(choose(size), half)))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 6), codegen
 
-    return spread_filters
+    return transform
 
 
-def make_collect(matrix: tuple[tuple[float, ...], ...]) -> Any:
-    """Return ``f(x, step, out, lane)``: the transpose of Winograd's transform of filters, for a gradient of weights.
+@intrinsic
+def filter_transform(context, w, lane, row, column, out, step, m):  # type: ignore[no-untyped-def]
+    """Transform one input channel's 3x3 taps for 16 output channels, whose weights are ``lane`` bytes apart."""
 
-    The n x n values at ``x + i * step``, of 16 output channels, become each one's 3x3 taps at ``out + i * lane``.
-    """
-    side = len(matrix)
-    transposed = tuple(zip(*matrix, strict=True))
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        w, lane, row, column, out, step, m = args
 
-    @intrinsic
-    def collect(context, x, step, out, lane):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            x, step, out, lane = args
-            values = [load(b, b.add(x, b.mul(I64(i), step)), FLOATS) for i in range(side * side)]
+        def tap(y: int, x: int) -> ir.Value:
+            start = b.add(w, b.add(b.mul(row, I64(y)), b.mul(column, I64(x))))
+            values = ir.Constant(FLOATS, ir.Undefined)
+            for i in range(LANES):
+                value = load(b, b.add(start, b.mul(lane, I64(i))), F32)
+                values = b.insert_element(values, value, I32(i))
+            return values
+
+        def apply(size: Winograd) -> None:
+            grid = [[tap(y, x) for x in range(3)] for y in range(3)]
+            for value, target in zip(_flat(_sandwich(b, grid, size.filter)), iterate(b, out, step), strict=False):
+                store(b, value, target)
+
+        _by_size(b, m, apply)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
+
+
+@intrinsic
+def filter_gradient(context, x, step, out, lane, m):  # type: ignore[no-untyped-def]
+    """Apply the transpose of `filter_transform`: n x n values at ``x + i * step`` to 3x3 taps at ``out + i * lane``."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        x, step, out, lane, m = args
+
+        def apply(size: Winograd) -> None:
+            side = len(size.filter)
+            values = [load(b, a, FLOATS) for a in chain(b, x, step, side * side)]
             grid = [values[side * y : side * (y + 1)] for y in range(side)]
-            for tap, value in enumerate(v for line in _sandwich(b, grid, transposed) for v in line):
-                for i in range(LANES):
-                    target = b.add(b.add(out, b.mul(I64(i), lane)), I64(4 * tap))
-                    store(b, b.extract_element(value, I32(i)), target)
-            return context.get_dummy_value()
+            lanes = chain(b, out, lane, LANES)
+            for tap, value in enumerate(_flat(_sandwich(b, grid, transposed(size.filter)))):
+                for i, target in enumerate(lanes):
+                    store(b, b.extract_element(value, I32(i)), b.add(target, I64(4 * tap)))
 
-        return types.void(*[types.int64] * 4), codegen
+        _by_size(b, m, apply)
+        return context.get_dummy_value()
 
-    return collect
+    return types.void(*[types.int64] * 5), codegen
 
 
-def make_gather(bf16: bool, matrix: tuple[tuple[float, ...], ...]) -> Any:
-    """Return ``f(x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns)``: Winograd's way back.
+@intrinsic
+def output_transform(context, x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns, m, bf16):  # type: ignore[no-untyped-def]
+    """Write m x m output pixels of 16 channels from the n x n values at ``x + i * step``.
 
-    The n x n values at ``x + i * step`` become m x m output pixels of 16 channels, plus bias and residual (null
-    addresses leave them out), of which ``rows`` x ``columns`` are inside the picture.
+    ``bias`` and ``residual`` are added unless null. ``rows`` x ``columns`` of the pixels lie inside the image.
     """
-    side = len(matrix[0])
 
-    @intrinsic
-    def gather(context, x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns = args
-            at = [[b.add(x, b.mul(I64(side * y + i), step)) for i in range(side)] for y in range(side)]
-            grid = [[load(b, address, FLOATS) for address in line] for line in at]
-            zero = ir.Constant(FLOATS, None)
-            biased = b.icmp_signed("!=", bias, I64(0))
-            (start,) = when(b, biased, [zero], lambda _: [load(b, bias, FLOATS)])
-            more = b.icmp_signed("!=", residual, I64(0))
-            for y, line in enumerate(_sandwich(b, grid, matrix)):
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns, m, bf16 = args
+
+        def write(size: Winograd, half_precision: bool) -> None:
+            side, zero = len(size.input), ir.Constant(FLOATS, None)
+            values = [load(b, a, FLOATS) for a in chain(b, x, step, side * side)]
+            grid = [values[side * y : side * (y + 1)] for y in range(side)]
+            (start,) = when(b, b.icmp_signed("!=", bias, I64(0)), [zero], lambda _: [load(b, bias, FLOATS)])
+            has_residual = b.icmp_signed("!=", residual, I64(0))
+            for y, line in enumerate(_sandwich(b, grid, size.output)):
                 for i, value in enumerate(line):
                     inside = b.and_(b.icmp_signed(">", rows, I64(y)), b.icmp_signed(">", columns, I64(i)))
                     with b.if_then(inside):
                         value = b.fadd(value, start)
-                        at = b.add(b.mul(r_row, I64(y)), b.mul(r_pixel, I64(i)))
+                        place = b.add(residual, b.add(b.mul(r_row, I64(y)), b.mul(r_pixel, I64(i))))
 
-                        def plus_residual(values: list[ir.Value], at: ir.Value = at) -> list[ir.Value]:
-                            return [b.fadd(values[0], load_pixels(b, b.add(residual, at), bf16, None))]
+                        def plus(values: list[ir.Value], place: ir.Value = place) -> list[ir.Value]:
+                            return [b.fadd(values[0], load_pixels(b, place, half_precision, None))]
 
-                        (value,) = when(b, more, [value], plus_residual)
-                        to = b.add(out, b.add(b.mul(row, I64(y)), b.mul(pixel, I64(i))))
-                        store_pixels(b, value, to, bf16, None)
-            return context.get_dummy_value()
+                        (value,) = when(b, has_residual, [value], plus)
+                        target = b.add(out, b.add(b.mul(row, I64(y)), b.mul(pixel, I64(i))))
+                        store_pixels(b, value, target, half_precision, None)
 
-        return types.void(*[types.int64] * 11), codegen
+        _by_size(b, m, lambda size: by_dtype(b, bf16, lambda half: write(size, half)))
+        return context.get_dummy_value()
 
-    return gather
+    return types.void(*[types.int64] * 13), codegen
+
+
+input_transform = make_patch_transform(lambda size: size.input)
+# The transpose of `output_transform`, for the gradient of the output.
+output_gradient = make_patch_transform(lambda size: transposed(size.output))

@@ -5,89 +5,36 @@ They are workers like those of `_workers`.
 
 from __future__ import annotations
 
-from enum import IntEnum, auto
-
 from numba import njit
 
-from binarize.kernels.cpu import winograd_simd as vectors
 from binarize.kernels.cpu.conv_worker import activate_row, clear, field
+from binarize.kernels.cpu.fields import Tiles, Winograd
 from binarize.kernels.cpu.simd import LANES, fetch_add, read_int64, write_int64
-
-
-class Wide(IntEnum):
-    """Fields of the parameters of a full-precision 3x3 convolution, and of the transform of its weights."""
-
-    WORKERS = 0
-    TASKS = auto()
-    COUNT = auto()
-    HALF = auto()
-    SCRATCH = auto()
-    SCRATCH_STEP = auto()
-    TILE = auto()  # m of m x m output tiles, 2 or 4
-    TILE_ROWS = auto()  # rows of output tiles of a task
-    TILES = auto()  # tiles multiplied together, a multiple of 4
-    HEIGHT = auto()
-    WIDTH = auto()
-    IN_CHANNELS = auto()
-    OUT_CHANNELS = auto()
-    X = auto()
-    X_BATCH = auto()
-    X_ROW = auto()
-    X_PIXEL = auto()
-    OUT = auto()
-    OUT_BATCH = auto()
-    OUT_ROW = auto()
-    OUT_PIXEL = auto()
-    RESIDUAL = auto()
-    RESIDUAL_BATCH = auto()
-    RESIDUAL_ROW = auto()
-    RESIDUAL_PIXEL = auto()
-    FILTERS = auto()  # float32, (n * n, C_out / 16, C_in, 16), or (n * n, C_in, C_out) where torch multiplies
-    FILTERS_OUT = auto()  # its steps in bytes, from one block of 16 output channels to the next
-    FILTERS_IN = auto()
-    FILTERS_STEP = auto()  # from one of the n * n to the next
-    BIAS = auto()
-    NORM_FACTORS = auto()
-    NORM_OFFSETS = auto()
-    WEIGHT = auto()  # of the plain convolution, float32
-    WEIGHT_OUT = auto()  # its strides in bytes
-    WEIGHT_IN = auto()
-    WEIGHT_ROW = auto()
-    WEIGHT_COLUMN = auto()
-
-
-_F2, _F4 = vectors.WINOGRAD[2], vectors.WINOGRAD[4]
-_spread2, _spread4, _spread4_bf16 = (
-    vectors.make_spread(half, f.spread) for half, f in ((False, _F2), (False, _F4), (True, _F4))
+from binarize.kernels.cpu.winograd_simd import (
+    add_outer,
+    filter_gradient,
+    filter_transform,
+    input_transform,
+    matmul,
+    output_gradient,
+    output_transform,
 )
-_gather2, _gather4, _gather4_bf16 = (
-    vectors.make_gather(half, f.gather) for half, f in ((False, _F2), (False, _F4), (True, _F4))
-)
-_spread_filters2, _spread_filters4 = (vectors.make_spread_filters(f.filter) for f in (_F2, _F4))
-_collect2, _collect4 = (vectors.make_collect(f.filter) for f in (_F2, _F4))
-# The gradient of `gather`, which takes pixels to products.
-_return2, _return4 = (vectors.make_spread(False, tuple(zip(*f.gather, strict=True))) for f in (_F2, _F4))
-_matmul4, _matmul3, _matmul2, _matmul1 = (vectors.make_matmul(4, n) for n in (4, 3, 2, 1))
-_outer4, _outer3, _outer2, _outer1 = (vectors.make_outer(4, n) for n in (4, 3, 2, 1))
 
 
-def filters_worker(p):  # type: ignore[no-untyped-def]
+def filter_worker(p):  # type: ignore[no-untyped-def]
     """Transform the 3x3 weights of one block of 16 output channels at a time."""
-    channels, step = field(p, Wide.IN_CHANNELS), field(p, Wide.FILTERS_STEP)
-    lane, row, column = field(p, Wide.WEIGHT_OUT), field(p, Wide.WEIGHT_ROW), field(p, Wide.WEIGHT_COLUMN)
+    channels, step = field(p, Winograd.IN_CHANNELS), field(p, Winograd.FILTERS_STEP)
+    lane, row, column = field(p, Winograd.WEIGHT_OUT), field(p, Winograd.WEIGHT_ROW), field(p, Winograd.WEIGHT_COLUMN)
     while True:
-        task = fetch_add(p + 8 * Wide.TASKS, 1)
-        if task >= field(p, Wide.COUNT):
+        task = fetch_add(p + 8 * Winograd.TASKS, 1)
+        if task >= field(p, Winograd.COUNT):
             break
-        w = field(p, Wide.WEIGHT) + task * LANES * lane
-        out = field(p, Wide.FILTERS) + task * field(p, Wide.FILTERS_OUT)
+        w = field(p, Winograd.WEIGHT) + task * LANES * lane
+        out = field(p, Winograd.FILTERS) + task * field(p, Winograd.FILTERS_OUT)
         for _ in range(channels):
-            if field(p, Wide.TILE) == 2:
-                _spread_filters2(w, lane, row, column, out, step)
-            else:
-                _spread_filters4(w, lane, row, column, out, step)
-            w += field(p, Wide.WEIGHT_IN)
-            out += field(p, Wide.FILTERS_IN)
+            filter_transform(w, lane, row, column, out, step, field(p, Winograd.TILE))
+            w += field(p, Winograd.WEIGHT_IN)
+            out += field(p, Winograd.FILTERS_IN)
 
 
 @njit
@@ -100,40 +47,33 @@ def _multiply_tiles(count, x, in_channels, w, out_channels, out):  # type: ignor
         filters = w + block * in_channels * 64
         for t in range(0, count, 4):
             source, target = x + t * in_channels * 4, out + (t * out_channels + block * LANES) * 4
-            if together == 4:
-                _matmul4(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
-            elif together == 3:
-                _matmul3(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
-            elif together == 2:
-                _matmul2(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
-            else:
-                _matmul1(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4)
+            matmul(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4, together)
         block += together
 
 
 @njit
 def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def]
     """One row of tiles; ``lines`` points to the addresses of its n input rows, 0 for one outside the picture."""
-    half = field(p, Wide.HALF) == 1
-    size = 2 if half else 4
-    m = field(p, Wide.TILE)
+    bf16 = field(p, Winograd.BF16)
+    size = 4 - 2 * bf16
+    m = field(p, Winograd.TILE)
     n = m + 2
-    height, width = field(p, Wide.HEIGHT), field(p, Wide.WIDTH)
-    channels, out_channels = field(p, Wide.IN_CHANNELS), field(p, Wide.OUT_CHANNELS)
-    pixel = channels * size if field(p, Wide.NORM_FACTORS) != 0 else field(p, Wide.X_PIXEL)
-    together = field(p, Wide.TILES)
+    height, width = field(p, Winograd.HEIGHT), field(p, Winograd.WIDTH)
+    channels, out_channels = field(p, Winograd.IN_CHANNELS), field(p, Winograd.OUT_CHANNELS)
+    pixel = channels * size if field(p, Winograd.NORM_FACTORS) != 0 else field(p, Winograd.X_PIXEL)
+    together = field(p, Winograd.TILES)
     addresses = scratch
     nothing = addresses + 320
-    spread = nothing + (channels * 4 + 63) // 64 * 64
+    patches = nothing + (channels * 4 + 63) // 64 * 64
     # A line more than needed, or all values of a patch would fall into one set of the first cache.
-    spread_step, product_step = together * channels * 4 + 64, together * out_channels * 4 + 64
-    products = spread + n * n * spread_step
-    filter_step = field(p, Wide.FILTERS_STEP)
-    out = field(p, Wide.OUT) + sample * field(p, Wide.OUT_BATCH) + m * tile_y * field(p, Wide.OUT_ROW)
-    residual = field(p, Wide.RESIDUAL)
+    patch_step, product_step = together * channels * 4 + 64, together * out_channels * 4 + 64
+    products = patches + n * n * patch_step
+    filter_step = field(p, Winograd.FILTERS_STEP)
+    out = field(p, Winograd.OUT) + sample * field(p, Winograd.OUT_BATCH) + m * tile_y * field(p, Winograd.OUT_ROW)
+    residual = field(p, Winograd.RESIDUAL)
     if residual != 0:
-        residual += sample * field(p, Wide.RESIDUAL_BATCH) + m * tile_y * field(p, Wide.RESIDUAL_ROW)
-    bias = field(p, Wide.BIAS)
+        residual += sample * field(p, Winograd.RESIDUAL_BATCH) + m * tile_y * field(p, Winograd.RESIDUAL_ROW)
+    bias = field(p, Winograd.BIAS)
     tiles = (width + m - 1) // m
     for first in range(0, tiles, together):
         here = min(together, tiles - first)
@@ -145,131 +85,70 @@ def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def
                     write_int64(at, line + x * pixel if line != 0 and 0 <= x < width else nothing)
                     at += 8
             for c in range(0, channels, LANES):
-                target = spread + (t * channels + c) * 4
-                if half:
-                    _spread4_bf16(addresses, c * size, target, spread_step)
-                elif m == 4:
-                    _spread4(addresses, c * size, target, spread_step)
-                else:
-                    _spread2(addresses, c * size, target, spread_step)
+                target = patches + (t * channels + c) * 4
+                input_transform(addresses, c * size, target, patch_step, m, bf16)
         rounded = (here + 3) // 4 * 4
         for i in range(n * n):
-            w = field(p, Wide.FILTERS) + i * filter_step
-            _multiply_tiles(rounded, spread + i * spread_step, channels, w, out_channels, products + i * product_step)
+            w = field(p, Winograd.FILTERS) + i * filter_step
+            _multiply_tiles(rounded, patches + i * patch_step, channels, w, out_channels, products + i * product_step)
         for t in range(here):
             x = m * (first + t)
             rows, columns = min(m, height - m * tile_y), min(m, width - x)
             for o in range(0, out_channels, LANES):
                 more = 0
                 if residual != 0:
-                    more = residual + x * field(p, Wide.RESIDUAL_PIXEL) + o * size
+                    more = residual + x * field(p, Winograd.RESIDUAL_PIXEL) + o * size
                 start = bias + 4 * o if bias != 0 else 0
                 source = products + (t * out_channels + o) * 4
-                target = out + x * field(p, Wide.OUT_PIXEL) + o * size
-                if half:
-                    _gather4_bf16(
-                        source, product_step, start, more, field(p, Wide.RESIDUAL_ROW),
-                        field(p, Wide.RESIDUAL_PIXEL), target, field(p, Wide.OUT_ROW), field(p, Wide.OUT_PIXEL),
-                        rows, columns,
-                    )  # fmt: skip
-                elif m == 4:
-                    _gather4(
-                        source, product_step, start, more, field(p, Wide.RESIDUAL_ROW),
-                        field(p, Wide.RESIDUAL_PIXEL), target, field(p, Wide.OUT_ROW), field(p, Wide.OUT_PIXEL),
-                        rows, columns,
-                    )  # fmt: skip
-                else:
-                    _gather2(
-                        source, product_step, start, more, field(p, Wide.RESIDUAL_ROW),
-                        field(p, Wide.RESIDUAL_PIXEL), target, field(p, Wide.OUT_ROW), field(p, Wide.OUT_PIXEL),
-                        rows, columns,
-                    )  # fmt: skip
+                target = out + x * field(p, Winograd.OUT_PIXEL) + o * size
+                output_transform(
+                    source, product_step, start, more, field(p, Winograd.RESIDUAL_ROW), field(p,
+                    Winograd.RESIDUAL_PIXEL), target, field(p, Winograd.OUT_ROW), field(p, Winograd.OUT_PIXEL), rows,
+                    columns, m, bf16,
+                )  # fmt: skip
 
 
-def wide_worker(p):  # type: ignore[no-untyped-def]
+def winograd_worker(p):  # type: ignore[no-untyped-def]
     """A full-precision 3x3 convolution by Winograd's algorithm, with what stands before and after it."""
-    half = field(p, Wide.HALF) == 1
-    size = 2 if half else 4
-    height, width, channels = field(p, Wide.HEIGHT), field(p, Wide.WIDTH), field(p, Wide.IN_CHANNELS)
-    me = fetch_add(p + 8 * Wide.WORKERS, 1)
-    scratch = field(p, Wide.SCRATCH) + me * field(p, Wide.SCRATCH_STEP)
+    bf16 = field(p, Winograd.BF16)
+    size = 4 - 2 * bf16
+    height, width, channels = field(p, Winograd.HEIGHT), field(p, Winograd.WIDTH), field(p, Winograd.IN_CHANNELS)
+    me = fetch_add(p + 8 * Winograd.WORKERS, 1)
+    scratch = field(p, Winograd.SCRATCH) + me * field(p, Winograd.SCRATCH_STEP)
     lines, activated = scratch, scratch + 64
-    normed = field(p, Wide.NORM_FACTORS) != 0
+    normed = field(p, Winograd.NORM_FACTORS) != 0
     row_size = width * channels * size
     rest = activated + (8 * row_size + 63) // 64 * 64 if normed else activated
     clear(rest + 320, channels)
-    m = field(p, Wide.TILE)
-    tile_rows, together = (height + m - 1) // m, field(p, Wide.TILE_ROWS)
+    m = field(p, Winograd.TILE)
+    tile_rows, together = (height + m - 1) // m, field(p, Winograd.TILE_ROWS)
     chunks = (tile_rows + together - 1) // together
     while True:
-        task = fetch_add(p + 8 * Wide.TASKS, 1)
-        if task >= field(p, Wide.COUNT):
+        task = fetch_add(p + 8 * Winograd.TASKS, 1)
+        if task >= field(p, Winograd.COUNT):
             break
         sample, first = task // chunks, task % chunks * together
-        x = field(p, Wide.X) + sample * field(p, Wide.X_BATCH)
-        factors = field(p, Wide.NORM_FACTORS) + sample * channels * 4
-        offsets = field(p, Wide.NORM_OFFSETS) + sample * channels * 4
+        x = field(p, Winograd.X) + sample * field(p, Winograd.X_BATCH)
+        factors = field(p, Winograd.NORM_FACTORS) + sample * channels * 4
+        offsets = field(p, Winograd.NORM_OFFSETS) + sample * channels * 4
         done = m * first - 1  # input rows before this one are activated
         for tile_y in range(first, min(first + together, tile_rows)):
             for i in range(m + 2):
                 y = m * tile_y - 1 + i
                 line = 0
                 if 0 <= y < height:
-                    line = x + y * field(p, Wide.X_ROW)
+                    line = x + y * field(p, Winograd.X_ROW)
                     if normed:
                         target = activated + y % 8 * row_size
                         if y >= done:
                             activate_row(
-                                line, field(p, Wide.X_PIXEL), width, channels, factors, offsets, target,
-                                channels * size, half,
+                                line, field(p, Winograd.X_PIXEL), width, channels, factors, offsets, target,
+                                channels * size, bf16,
                             )  # fmt: skip
                         line = target
                 write_int64(lines + 8 * i, line)
             done = m * tile_y + m + 1
             _tile_row(p, sample, tile_y, lines, rest)
-
-
-class Tiles(IntEnum):
-    """Fields of the parameters of Winograd's algorithm on all tiles at once: its transforms, and sums of products.
-
-    The products are summed for the gradient of a 3x3 convolution's weights; or torch multiplies the transforms.
-    """
-
-    WORKERS = 0
-    TASKS = auto()
-    COUNT = auto()
-    TILE = auto()  # m of m x m outputs
-    TILES = auto()  # how many are multiplied together, a group
-    GROUPS = auto()  # of tiles
-    TASK_GROUPS = auto()  # of a task
-    COUNT_TILES = auto()  # how many there are to do
-    ROWS = auto()  # rows of tiles of a picture
-    COLUMNS = auto()  # tiles of a row
-    HEIGHT = auto()
-    WIDTH = auto()
-    IN_CHANNELS = auto()
-    OUT_CHANNELS = auto()
-    X = auto()  # float32, as all
-    X_BATCH = auto()
-    X_ROW = auto()
-    X_PIXEL = auto()
-    GRAD = auto()  # null: transform the input alone
-    GRAD_BATCH = auto()
-    GRAD_ROW = auto()
-    GRAD_PIXEL = auto()
-    SUMS = auto()  # (tasks, n * n, C_in, C_out), zeros at first; null: leave the transforms, and multiply nothing
-    FIRST = auto()  # tiles before these, which are not asked for
-    OUT = auto()  # where `gather_worker` puts pixels, and `collect_worker` a dense gradient of weights
-    OUT_BATCH = auto()
-    OUT_ROW = auto()
-    OUT_PIXEL = auto()
-    BIAS = auto()
-    SPREAD = auto()  # where transforms of the input are left, n * n times (tiles, C_in)
-    SPREAD_STEP = auto()  # from one of the n * n to the next
-    RETURNED = auto()  # where those of the gradient are left, or where products are
-    RETURNED_STEP = auto()
-    SCRATCH = auto()
-    SCRATCH_STEP = auto()
 
 
 @njit
@@ -292,18 +171,11 @@ def _add_outer(count, x, in_channels, w, out_channels, out):  # type: ignore[no-
         filters = w + block * 64
         for i in range(0, in_channels, 4):
             target = out + i * w_step + block * 64
-            if together == 4:
-                _outer4(x + 4 * i, x_step, filters, w_step, count, target, w_step)
-            elif together == 3:
-                _outer3(x + 4 * i, x_step, filters, w_step, count, target, w_step)
-            elif together == 2:
-                _outer2(x + 4 * i, x_step, filters, w_step, count, target, w_step)
-            else:
-                _outer1(x + 4 * i, x_step, filters, w_step, count, target, w_step)
+            add_outer(x + 4 * i, x_step, filters, w_step, count, target, w_step, together)
         block += together
 
 
-def tiles_worker(p):  # type: ignore[no-untyped-def]
+def tile_worker(p):  # type: ignore[no-untyped-def]
     """Transform some tiles of the input and of the gradient at a time, and add up their products."""
     m, together = field(p, Tiles.TILE), field(p, Tiles.TILES)
     n = m + 2
@@ -314,10 +186,10 @@ def tiles_worker(p):  # type: ignore[no-untyped-def]
     keep = field(p, Tiles.SUMS) == 0
     addresses = field(p, Tiles.SCRATCH) + me * field(p, Tiles.SCRATCH_STEP)
     nothing = addresses + 320
-    spread = nothing + (max(channels, out_channels) * 4 + 63) // 64 * 64
+    patches = nothing + (max(channels, out_channels) * 4 + 63) // 64 * 64
     # A line more than needed, or all values of a patch would fall into one set of the first cache.
-    spread_step, return_step = together * channels * 4 + 64, together * out_channels * 4 + 64
-    returned = spread + n * n * spread_step
+    patch_step, product_step = together * channels * 4 + 64, together * out_channels * 4 + 64
+    products = patches + n * n * patch_step
     clear(nothing, max(channels, out_channels))
     while True:
         task = fetch_add(p + 8 * Tiles.TASKS, 1)
@@ -330,9 +202,9 @@ def tiles_worker(p):  # type: ignore[no-untyped-def]
             first = number * together
             here = min(together, field(p, Tiles.COUNT_TILES) - first)
             if keep:
-                spread, returned = field(p, Tiles.SPREAD) + first * channels * 4, field(p, Tiles.RETURNED)
-                returned += first * out_channels * 4
-                spread_step, return_step = field(p, Tiles.SPREAD_STEP), field(p, Tiles.RETURNED_STEP)
+                patches, products = field(p, Tiles.PATCHES) + first * channels * 4, field(p, Tiles.PRODUCTS)
+                products += first * out_channels * 4
+                patch_step, product_step = field(p, Tiles.PATCHES_STEP), field(p, Tiles.PRODUCTS_STEP)
             for t in range(here):
                 tile = field(p, Tiles.FIRST) + first + t
                 row, column = tile // columns, tile % columns
@@ -341,26 +213,20 @@ def tiles_worker(p):  # type: ignore[no-untyped-def]
                 step, pixel = field(p, Tiles.X_ROW), field(p, Tiles.X_PIXEL)
                 _point(x, step, pixel, height, width, top - 1, left - 1, n, addresses, nothing)
                 for c in range(0, channels, LANES):
-                    if m == 4:
-                        _spread4(addresses, c * 4, spread + (t * channels + c) * 4, spread_step)
-                    else:
-                        _spread2(addresses, c * 4, spread + (t * channels + c) * 4, spread_step)
+                    input_transform(addresses, c * 4, patches + (t * channels + c) * 4, patch_step, m, 0)
                 if field(p, Tiles.GRAD) == 0:
                     continue
                 grad = field(p, Tiles.GRAD) + sample * field(p, Tiles.GRAD_BATCH)
                 step, pixel = field(p, Tiles.GRAD_ROW), field(p, Tiles.GRAD_PIXEL)
                 _point(grad, step, pixel, height, width, top, left, m, addresses, nothing)
                 for c in range(0, out_channels, LANES):
-                    if m == 4:
-                        _return4(addresses, c * 4, returned + (t * out_channels + c) * 4, return_step)
-                    else:
-                        _return2(addresses, c * 4, returned + (t * out_channels + c) * 4, return_step)
+                    output_gradient(addresses, c * 4, products + (t * out_channels + c) * 4, product_step, m, 0)
             for i in range(0 if keep else n * n):
                 out = sums + i * channels * out_channels * 4
-                _add_outer(here, spread + i * spread_step, channels, returned + i * return_step, out_channels, out)
+                _add_outer(here, patches + i * patch_step, channels, products + i * product_step, out_channels, out)
 
 
-def collect_worker(p):  # type: ignore[no-untyped-def]
+def filter_gradient_worker(p):  # type: ignore[no-untyped-def]
     """Turn sums of products into the gradient of weights, 16 x 16 filters at a time."""
     channels, out_channels = field(p, Tiles.IN_CHANNELS), field(p, Tiles.OUT_CHANNELS)
     me = fetch_add(p + 8 * Tiles.WORKERS, 1)
@@ -372,10 +238,7 @@ def collect_worker(p):  # type: ignore[no-untyped-def]
         for first in range(0, channels, LANES):
             for c in range(LANES):
                 x = field(p, Tiles.SUMS) + ((first + c) * out_channels + task * LANES) * 4
-                if field(p, Tiles.TILE) == 2:
-                    _collect2(x, channels * out_channels * 4, buffer + 4 * 9 * c, size)
-                else:
-                    _collect4(x, channels * out_channels * 4, buffer + 4 * 9 * c, size)
+                filter_gradient(x, channels * out_channels * 4, buffer + 4 * 9 * c, size, field(p, Tiles.TILE))
             out = field(p, Tiles.OUT) + (task * LANES * channels + first) * 4 * 9
             for lane in range(LANES):
                 for i in range(0, size, 8):
@@ -383,7 +246,7 @@ def collect_worker(p):  # type: ignore[no-untyped-def]
                 out += channels * 4 * 9
 
 
-def gather_worker(p):  # type: ignore[no-untyped-def]
+def output_worker(p):  # type: ignore[no-untyped-def]
     """Take products of tiles back to pixels: the last step of a convolution whose products torch computed."""
     m, together = field(p, Tiles.TILE), field(p, Tiles.TILES)
     height, width = field(p, Tiles.HEIGHT), field(p, Tiles.WIDTH)
@@ -397,20 +260,8 @@ def gather_worker(p):  # type: ignore[no-untyped-def]
             row, column = (field(p, Tiles.FIRST) + t) // columns, (field(p, Tiles.FIRST) + t) % columns
             top, left = m * (row % rows), m * column
             out = field(p, Tiles.OUT) + row // rows * field(p, Tiles.OUT_BATCH) + top * row_step + left * pixel
-            x = field(p, Tiles.RETURNED) + t * field(p, Tiles.OUT_CHANNELS) * 4
+            x = field(p, Tiles.PRODUCTS) + t * field(p, Tiles.OUT_CHANNELS) * 4
             for o in range(0, 4 * field(p, Tiles.OUT_CHANNELS), 4 * LANES):
                 start = bias + o if bias != 0 else 0
-                step, inside = field(p, Tiles.RETURNED_STEP), (min(m, height - top), min(m, width - left))
-                if m == 4:
-                    _gather4(x + o, step, start, 0, 0, 0, out + o, row_step, pixel, inside[0], inside[1])
-                else:
-                    _gather2(x + o, step, start, 0, 0, 0, out + o, row_step, pixel, inside[0], inside[1])
-
-
-WORKERS = {
-    "filters": filters_worker,
-    "wide": wide_worker,
-    "tiles": tiles_worker,
-    "gather": gather_worker,
-    "collect": collect_worker,
-}
+                step, inside = field(p, Tiles.PRODUCTS_STEP), (min(m, height - top), min(m, width - left))
+                output_transform(x + o, step, start, 0, 0, 0, out + o, row_step, pixel, inside[0], inside[1], m, 0)

@@ -1,4 +1,4 @@
-"""`Study`: which runs an ablation compares, and what they are measured on."""
+"""`Study`: the runs that an ablation compares, and the images it measures them on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, ValidationInfo, field_validator
 
-from binarize.errors import BinarizeError, did_you_mean
+from binarize.errors import BinarizeError
 from binarize.recipes.errors import explain
-from binarize.recipes.load import _MERGED, _STUDIES, _SUFFIXES, _apply, _read, load_recipe
+from binarize.recipes.load import (
+    MERGED_SECTIONS,
+    STUDY_DIR,
+    YAML_SUFFIXES,
+    apply_override,
+    beside,
+    find_file,
+    load_recipe,
+    read_yaml,
+    replaces_method,
+)
 from binarize.recipes.schema import Recipe
 from binarize.recipes.sections import Section
 
-# What the study decides for every run.
+# Keys of a recipe that the study sets for every run.
 _RESERVED = {
     "seed": "the study's seeds decide it; write seeds: [0, 1]",
     "output_dir": "the study's output_dir holds a folder for each run",
@@ -29,8 +39,8 @@ _RESERVED = {
 class CellSection(Section):
     """One row of the table: a recipe with some keys changed."""
 
-    name: str = Field(min_length=1, description="What the row is called.")
-    base: str | None = Field(default=None, description="A recipe's name or YAML file; unset, the study's base.")
+    name: str = Field(min_length=1, description="Name of the row.")
+    base: str | None = Field(default=None, description="A recipe's name or YAML file; by default the study's base.")
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Keys of the recipe, nested as in a recipe or with dots (`method.groups: 2`)."
     )
@@ -38,25 +48,25 @@ class CellSection(Section):
     @field_validator("overrides")
     @classmethod
     def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_keys(value)
+        return _check_keys(value)
 
 
 class EvaluationSection(Section):
-    """What every run is measured on, and how."""
+    """The images that every run is measured on, and how."""
 
     data_dir: Path | None = Field(
-        default=None, description="Folder of high-resolution pictures; unset, the recipes' validation_data_dir."
+        default=None, description="Folder of high-resolution images; by default the recipes' validation_data_dir."
     )
     lr_data_dir: Path | None = Field(
         default=None,
-        description="Folder of their low-resolution twins; unset, these are made as MATLAB's imresize does.",
+        description="Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does.",
     )
     dataset: str | None = Field(
-        default=None, description="The pictures' name in tables; published figures of that name are shown beside."
+        default=None, description="Name of the images in tables; published results on that data set are shown beside."
     )
-    limit: PositiveInt | None = Field(default=None, description="Use the first so many pictures.")
-    num_inference_steps: PositiveInt | None = Field(default=None, description="Sampling steps; unset, the recipes'.")
-    tile: PositiveInt | None = Field(default=None, description="Side of the tiles that bound memory; unset: no tiles.")
+    limit: PositiveInt | None = Field(default=None, description="Use only this many images.")
+    num_inference_steps: PositiveInt | None = Field(default=None, description="Sampling steps; default: the recipes'.")
+    tile: PositiveInt | None = Field(default=None, description="Tile size, to bound memory; by default no tiles.")
     lpips: Literal["alex", "vgg", "squeeze"] | None = Field(
         default="alex", description="Backbone of LPIPS; null leaves it out."
     )
@@ -66,12 +76,12 @@ class EvaluationSection(Section):
     @classmethod
     def _needs_hr(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if value is not None and info.data.get("data_dir", ...) is None:
-            raise ValueError("needs data_dir, the folder of the high-resolution twins")
+            raise ValueError("needs data_dir, the folder of the matching high-resolution images")
         return value
 
 
 class Study(Section):
-    """An ablation: cells, a grid or their product, each trained with every seed and measured on the same pictures."""
+    """An ablation: cells, a grid or their product, each trained with every seed and measured on the same images."""
 
     description: str = Field(default="", description="One line for `binarize ablate --list`.")
     base: str | None = Field(default=None, description="The recipe that cells change; a cell may name its own.")
@@ -80,18 +90,18 @@ class Study(Section):
     grid: dict[str, tuple[Any, ...]] = Field(
         default_factory=dict,
         validate_default=True,
-        description="Key of the recipe -> values; every combination is a row, times the cells if there are any.",
+        description="Key of the recipe -> values. Each combination is a row; with cells, each combination and cell is.",
     )
     seeds: tuple[NonNegativeInt, ...] = Field(
-        default=(0,), description="Every cell is run once with each; means and spreads are shown."
+        default=(0,), description="Every cell is run once with each seed; the table shows mean and standard deviation."
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured.")
-    output_dir: Path = Field(description="Where everything is written; default runs/ablations/ and the study's name.")
+    output_dir: Path = Field(description="Output folder; by default runs/ablations/ and the study's name.")
 
     @field_validator("overrides")
     @classmethod
     def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_keys(value)
+        return _check_keys(value)
 
     @field_validator("cells")
     @classmethod
@@ -99,16 +109,16 @@ class Study(Section):
         names = [cell.name for cell in value]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"two cells are called {twice[0]!r}; give each a name of its own")
+            raise ValueError(f"two cells are called {twice[0]!r}; give each cell its own name")
         orphans = [cell.name for cell in value if cell.base is None]
         if orphans and info.data.get("base", ...) is None:
-            raise ValueError(f"{orphans[0]!r} has no base and the study has none either; name a recipe")
+            raise ValueError(f"{orphans[0]!r} has no base and neither has the study; name a recipe")
         return value
 
     @field_validator("grid")
     @classmethod
     def _has_rows(cls, value: dict[str, tuple[Any, ...]], info: ValidationInfo) -> dict[str, tuple[Any, ...]]:
-        check_keys(value)
+        _check_keys(value)
         empty = [key for key, values in value.items() if not values]
         if empty:
             raise ValueError(f"{empty[0]!r} has no values; give a list of at least one")
@@ -122,58 +132,55 @@ class Study(Section):
     @classmethod
     def _different(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if not value:
-            raise ValueError("there is none; give at least one, such as [0]")
+            raise ValueError("the list is empty; give at least one seed, such as [0]")
         if len(set(value)) != len(value):
             raise ValueError("a seed is given twice; the same seed gives the same run")
         return value
 
     def recipes(self, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
-        """Return each cell's recipe, by the cell's name; the seed and the folder are still the recipe's own.
+        """Return each cell's recipe by the cell's name; seed and output folder are not set yet.
 
         Args:
-            overrides: ``"key=value"`` texts for every cell, applied last.
+            overrides: ``"key=value"`` strings for every cell, applied last.
 
         Raises:
-            BinarizeError: Listing what is wrong with the recipes of all cells, or if two cells are the same run.
+            BinarizeError: If recipes have errors (those of all cells are listed), or if two cells are the same run.
         """
-        common = as_texts(self.overrides)
+        common = as_strings(self.overrides)
         found: dict[str, Recipe] = {}
-        wrong: dict[str, list[str]] = {}
+        errors: dict[str, list[str]] = {}
         for name, base, own in self._cells():
             if name in found:
                 raise BinarizeError(f"two cells of the study are called {name!r}; a value is twice in its grid.")
             try:
                 found[name] = load_recipe(base, [*common, *own, *overrides])
             except BinarizeError as error:
-                wrong.setdefault(str(error), []).append(name)
-        if wrong:
-            lines = [f"  {', '.join(names)}: {message}" for message, names in wrong.items()]
+                errors.setdefault(str(error), []).append(name)
+        if errors:
+            lines = [f"  {', '.join(names)}: {message}" for message, names in errors.items()]
             raise BinarizeError("\n".join(["some cells of the study have no valid recipe:", *lines]))
-        same: dict[str, str] = {}
+        first: dict[str, str] = {}
         for name, recipe in found.items():
-            text = recipe.model_copy(update={"description": "", "published": None, "output_dir": Path()}).to_yaml()
-            if text in same:
+            content = recipe.model_copy(update={"description": "", "published": None, "output_dir": Path()}).to_yaml()
+            if first.setdefault(content, name) != name:
                 raise BinarizeError(
-                    f"the cells {same[text]!r} and {name!r} are the same run; an override that is given to every cell "
-                    "may have undone their difference."
+                    f"the cells {first[content]!r} and {name!r} are the same run; an override that applies to every "
+                    "cell may have removed their difference."
                 )
-            same[text] = name
         return found
 
     def _cells(self) -> list[tuple[str, str, list[str]]]:
-        """Return name, base and overrides of every row."""
-        cells = [(cell.name, cell.base, as_texts(cell.overrides)) for cell in self.cells]
-        cells = cells if cells else [("", None, [])]
+        """Return the name, base and overrides of every row."""
+        cells = [(cell.name, cell.base, as_strings(cell.overrides)) for cell in self.cells] or [("", None, [])]
         points = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
         rows = []
         for (name, base, own), point in itertools.product(cells, points):
             label = ", ".join([*filter(None, [name]), *(f"{key}={_short(value)}" for key, value in point.items())])
-            rows.append((label, str(self.base if base is None else base), [*own, *as_texts(point)]))
+            rows.append((label, str(self.base if base is None else base), [*own, *as_strings(point)]))
         return rows
 
 
-def check_keys(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Refuse keys that the study decides; returns what it got."""
+def _check_keys(overrides: dict[str, Any]) -> dict[str, Any]:
     for key in overrides:
         reason = _RESERVED.get(key.partition(".")[0])
         if reason is not None:
@@ -181,16 +188,15 @@ def check_keys(overrides: dict[str, Any]) -> dict[str, Any]:
     return overrides
 
 
-def as_texts(overrides: Mapping[str, Any]) -> list[str]:
-    """Return overrides as the ``"key=value"`` texts of `load_recipe`; sections are changed key by key, as by a base."""
-    texts = []
+def as_strings(overrides: Mapping[str, Any]) -> list[str]:
+    """Return overrides as the ``"key=value"`` strings of `load_recipe`; sections merge as with a recipe's base."""
+    strings = []
     for key, value in overrides.items():
-        afresh = key == "method" and isinstance(value, Mapping) and "name" in value
-        if key in _MERGED and isinstance(value, Mapping) and not afresh:
-            texts += [f"{key}.{inner}={_json(below)}" for inner, below in value.items()]
+        if key in MERGED_SECTIONS and isinstance(value, Mapping) and not replaces_method(key, value):
+            strings += [f"{key}.{inner}={_json(below)}" for inner, below in value.items()]
         else:
-            texts.append(f"{key}={_json(value)}")
-    return texts
+            strings.append(f"{key}={_json(value)}")
+    return strings
 
 
 def _json(value: Any) -> str:
@@ -205,85 +211,70 @@ def _short(value: Any) -> str:
 
 
 def list_studies() -> dict[str, str]:
-    """Return the installed studies: name -> one-line description, the paper's first."""
-    return {name: str(_read(path, "study").get("description", "")) for name, path in _installed().items()}
+    """Return the installed studies as name -> one-line description, those of the paper first."""
+    return {name: str(read_yaml(path, "study").get("description", "")) for name, path in _installed().items()}
 
 
 def _installed() -> dict[str, Path]:
-    paths = sorted(_STUDIES.glob("*.yaml"), key=lambda path: (path.stem.startswith("small_"), path.stem))
+    paths = sorted(STUDY_DIR.glob("*.yaml"), key=lambda path: (path.stem.startswith("small_"), path.stem))
     return {path.stem: path for path in paths}
 
 
 def study_path(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the file of a study.
-
-    Args:
-        name_or_path: An installed study's name, or the path of a YAML file.
+    """Return the file of a study, given an installed study's name or the path of a YAML file.
 
     Raises:
         BinarizeError: If there is no such study or file.
     """
-    text = str(name_or_path)
-    if Path(text).suffix in _SUFFIXES:
-        if Path(text).is_file():
-            return Path(text)
-        raise BinarizeError(f"there is no study file {text!r}; `binarize ablate --list` lists the installed studies.")
-    installed = _installed()
-    if text in installed:
-        return installed[text]
-    raise BinarizeError(
-        f"unknown study {text!r}; installed: {', '.join(installed)}. A file of your own needs its .yaml ending."
-        + did_you_mean(text, installed)
-    )
+    return find_file("study", name_or_path, _installed(), "binarize ablate --list")
 
 
 def load_study(
     study: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> tuple[Study, list[str]]:
-    """Return a study, checked, and those overrides that are its recipes'.
+    """Return a validated study, and the overrides that apply to its recipes.
 
     Args:
         study: An installed study's name, the path of a YAML file, or the keys of a study, ``output_dir`` included.
-        overrides: ``"key=value"`` texts. A key of the study (``seeds``, ``output_dir``, ``evaluation.lpips``) changes
-            the study, any other the recipe of every cell.
+        overrides: ``"key=value"`` strings. A key of the study (``seeds``, ``output_dir``, ``evaluation.lpips``) changes
+            the study, any other key the recipe of every cell.
 
     Raises:
-        BinarizeError: If the study is unknown, is not YAML, or has errors; then all of them are listed, one a line.
+        BinarizeError: If the study is unknown, is not YAML, or has errors. All errors are listed, one per line.
     """
     if isinstance(study, Mapping):
         source, data = "given", dict(study)
     else:
         path = study_path(study)
-        source, data = str(study), _anchored(_read(path, "study"), path.parent)
+        source, data = str(study), _with_absolute_files(read_yaml(path, "study"), path.parent)
         data.setdefault("output_dir", f"runs/ablations/{path.stem}")
-    rest = []
+    of_recipes = []
     for override in overrides:
         key = override.partition("=")[0].strip().partition(".")[0]
         if key in ("seeds", "evaluation", "output_dir"):
-            _apply(data, override)
+            apply_override(data, override)
         elif key in _RESERVED:
             raise BinarizeError(f"the override {override!r} cannot be given to a study: {_RESERVED[key]}.")
         else:
-            rest.append(override)
+            of_recipes.append(override)
     try:
-        return Study.model_validate(data), rest
+        return Study.model_validate(data), of_recipes
     except ValidationError as error:
         raise BinarizeError(explain(error, source, "study", Study)) from None
 
 
-def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make bases and plugins that lie beside the study's file findable from anywhere."""
+def _with_absolute_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Resolve bases and plugins of a study and its cells relative to the study's file."""
 
-    def beside(section: Any) -> Any:
+    def resolve(section: Any) -> Any:
         if not isinstance(section, dict):
             return section
         base, overrides = section.get("base"), section.get("overrides")
-        if isinstance(base, str) and Path(base).suffix in _SUFFIXES:
+        if isinstance(base, str) and Path(base).suffix in YAML_SUFFIXES:
             section = {**section, "base": str(folder / base)}
         if isinstance(overrides, dict) and isinstance(overrides.get("plugins"), list):
-            plugins = [str(folder / p) if str(p).endswith(".py") else p for p in overrides["plugins"]]
-            section = {**section, "overrides": {**overrides, "plugins": plugins}}
+            section = {**section, "overrides": {**overrides, "plugins": beside(folder, overrides["plugins"])}}
         return section
 
     cells = data.get("cells")
-    return beside({**data, "cells": [beside(cell) for cell in cells]} if isinstance(cells, list) else data)
+    return resolve({**data, "cells": [resolve(cell) for cell in cells]} if isinstance(cells, list) else data)

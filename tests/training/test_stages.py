@@ -1,12 +1,12 @@
-"""Starting from a trained twin, becoming binary in stages, and learning from a teacher."""
+"""Training from a full-precision network, in stages, and with a teacher."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
-import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_case import TINY, assert_same, weights
+from training_case import RESUME, SMALLEST, TINY, assert_same, interrupt_at, weights
 
 import binarize
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d, Delayed, delayed, hard_sign, undelayed
 from binarize.methods import Method, list_methods
 from binarize.models import SRUNet, SuperResolutionPipeline
-from binarize.recipes import build_model, build_scheduler, load_recipe, settled
+from binarize.recipes import build_model, build_scheduler, load_recipe, remove_stages
 from binarize.training import TrainingInterrupted, load_checkpoint, train
 from binarize.training.distillation import Distillation
 from binarize.training.initial import initial_network, read_trained
@@ -68,7 +68,7 @@ def test_delayed_parts_are_a_plain_convolution_at_first_and_the_method_later() -
     torch.testing.assert_close(layer(x), mean * alpha * F.conv2d(signs, hard_sign(weight), padding=1))
 
 
-def test_a_delay_of_nothing_is_refused() -> None:
+def test_invalid_delays() -> None:
     with pytest.raises(BinarizeError, match=r"weight part 'delayed': there is nothing to delay; name a part"):
         BinaryConv2d(3, 3, 3, method=Method(weight={"name": "delayed", "part": None}))
     with pytest.raises(BinarizeError, match=r"DelayedWeight: until is a share of training, in \(0, 1\]; got 2"):
@@ -79,7 +79,7 @@ def test_a_delay_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("method", [name for name in list_methods() if name != "custom"])
-def test_every_method_is_itself_again_after_its_stages(method: str) -> None:
+def test_after_its_stages_every_method_is_as_without(method: str) -> None:
     options = (f"method={method}",)
     staged, plain = built(*options, *STAGES), built(*options)
     plain.load_state_dict(undelayed(staged))
@@ -90,7 +90,7 @@ def test_every_method_is_itself_again_after_its_stages(method: str) -> None:
         expected = plain(*arguments).sample
         assert torch.equal(staged(*arguments).sample, expected)
         recipe = load_recipe("small_x2", [*TINY, *options, *STAGES])
-        after = settled(recipe, staged)
+        after = remove_stages(recipe, staged)
         assert torch.equal(after(*arguments).sample, expected)
     assert not any(isinstance(module, Delayed) for module in after.modules())
     assert binarize.binary_state(after).keys() == binarize.binary_state(plain).keys()
@@ -125,22 +125,20 @@ def test_blocks_become_binary_one_after_another() -> None:
             assert bool((codes.abs() == 1).all()) == (progress >= max(turn, 0.4)), (name, progress)
 
 
-def test_a_pattern_of_no_block_is_refused() -> None:
+def test_invalid_stages() -> None:
     with pytest.raises(BinarizeError, match=r"progressive\.blocks: the pattern 'tail' matches no binary layer; names"):
         built("progressive={blocks: [tail]}")
     with pytest.raises(BinarizeError, match=r"two_stage: got 0\.5; has no effect while method is null"):
         load_recipe("small_x2", ["method=null", "two_stage=0.5"])
 
 
-def test_a_run_in_stages_resumes_across_them_and_leaves_a_plain_model(recipe: Any) -> None:
-    options = (*STAGES, "validation_steps=2")
-    whole = train(recipe(*options, out="whole"), progress=False)
-    train(recipe(*options, "max_train_steps=6", "checkpointing_steps=2", out="cut"), progress=False)
-    for step in (4, 6):
-        shutil.rmtree(recipe(out="cut").output_dir / f"checkpoint-{step}")
-    resumed = train(recipe(*options, "resume_from_checkpoint=latest", out="cut"), progress=False)
+def test_a_run_in_stages_resumes_and_saves_a_plain_model(recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
+    options = (*STAGES, "validation_steps=2", "checkpointing_steps=2")
+    whole = trained(*options)
+    cut(2, *options)
+    resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
     assert [entry.step for entry in resumed.history] == [3, 4, 5, 6]
-    assert_same(weights(whole.checkpoint), weights(resumed.checkpoint))
+    assert_same(whole.checkpoint, resumed.checkpoint)
 
     final = SuperResolutionPipeline.from_pretrained(whole.model_dir, pack=False).unet
     assert not any(isinstance(module, Delayed) for module in final.modules())
@@ -154,12 +152,7 @@ def test_a_run_in_stages_resumes_across_them_and_leaves_a_plain_model(recipe: An
         assert torch.equal(network.eval()(*arguments).sample, final.eval()(*arguments).sample)
 
 
-def test_a_model_saved_before_its_stages_are_over_goes_on_computing_as_it_did(
-    recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-
-    from test_training import interrupt_at
-
+def test_a_model_saved_between_stages_stays_as_it_is(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(3, monkeypatch, signal.SIGTERM)
     run = recipe(*STAGES, "validation_steps=2")
     with pytest.raises(TrainingInterrupted) as caught:
@@ -177,19 +170,8 @@ def test_a_model_saved_before_its_stages_are_over_goes_on_computing_as_it_did(
 # A trained twin.
 
 
-@pytest.fixture(scope="module")
-def twin(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A full-precision network, a little trained."""
-    folder = tmp_path_factory.mktemp("twin")
-    recipe = load_recipe(
-        "small_x2",
-        [*TINY, "method=null", "max_train_steps=4", f"train_data_dir={pictures}", f"output_dir={folder / 'run'}"],
-    )
-    return train(recipe, progress=False).output_dir
-
-
 @pytest.mark.parametrize("inside", ["", "model", "model/unet"])
-def test_a_binary_network_starts_from_its_twins_weights(inside: str, twin: Path) -> None:
+def test_a_binary_network_starts_from_full_precision_weights(inside: str, twin: Path) -> None:
     trained = SRUNet.from_pretrained(twin / "model" / "unet")
     recipe = load_recipe("small_x2", [*TINY, f"init_from={twin / inside}", "method=binarydm", "model.dropout=0.1"])
     network = initial_network(recipe, read_trained("init_from", twin / inside))
@@ -207,40 +189,39 @@ def test_a_binary_network_starts_from_its_twins_weights(inside: str, twin: Path)
     torch.testing.assert_close(found[0].detach(), expected.detach())
 
 
-def test_a_run_starts_from_its_twin_and_resumes_without_it(twin: Path, recipe: Any) -> None:
+def test_a_run_starts_from_a_trained_network_and_resumes_without_it(twin: Path, recipe: Any) -> None:
     options = (f"init_from={twin}", "learning_rate=1e-12", "lr_scheduler=constant")
-    begun = train(recipe(*options, "max_train_steps=1"), progress=False)
+    started = train(recipe(*options, "max_train_steps=1"), progress=False)
     latent = SRUNet.from_pretrained(twin / "model" / "unet").get_parameter("encoder.0.blocks.0.conv1.weight")
-    torch.testing.assert_close(weights(begun.checkpoint)["encoder.0.blocks.0.conv1.weight"], latent.detach())
-    resumed = recipe("init_from=gone", *options[1:], "max_train_steps=2", "resume_from_checkpoint=latest")
+    torch.testing.assert_close(weights(started.checkpoint)["encoder.0.blocks.0.conv1.weight"], latent.detach())
+    resumed = recipe("init_from=gone", *options[1:], "max_train_steps=2", RESUME)
     assert train(resumed, progress=False).steps == 2
 
 
-def test_a_run_starts_from_the_same_binary_network(recipe: Any) -> None:
-    first = train(recipe("max_train_steps=2", out="first"), progress=False)
-    second = recipe(f"init_from={first.output_dir}", "max_train_steps=1", "learning_rate=1e-12", out="second")
+def test_a_run_starts_from_the_same_binary_network(recipe: Any, trained: Any) -> None:
+    first = trained("max_train_steps=2")
+    second = recipe(f"init_from={first.output_dir}", "max_train_steps=1", "learning_rate=1e-12")
     one, other = weights(first.checkpoint), weights(train(second, progress=False).checkpoint)
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
 
 
-def test_another_network_is_no_twin(twin: Path, recipe: Any) -> None:
+def test_init_from_another_network_is_an_error(twin: Path, recipe: Any, trained: Any) -> None:
     with pytest.raises(BinarizeError, match=r"init_from: .* holds another network than .*:\n  base_channels: 8 t"):
         train(recipe(f"init_from={twin}", "model.base_channels=16"), progress=False)
     with pytest.raises(BinarizeError, match=r"init_from: .*nowhere: no such file or folder"):
         train(recipe("init_from=nowhere"), progress=False)
-    binary = train(recipe("max_train_steps=1", out="binary"), progress=False)
+    binary = trained("max_train_steps=2").output_dir
     with pytest.raises(BinarizeError, match=r"another network than the recipe's:\n  conversion: "):
-        train(recipe(f"init_from={binary.output_dir}", "method=reactnet", out="other"), progress=False)
+        train(recipe(f"init_from={binary}", "method=reactnet"), progress=False)
 
 
-def test_a_packed_network_cannot_be_trained_on(recipe: Any, tmp_path: Path) -> None:
-    first = train(recipe("max_train_steps=1", out="first"), progress=False)
-    unet = SRUNet.from_pretrained(first.model_dir / "unet")
+def test_a_packed_network_cannot_be_trained(recipe: Any, trained: Any, tmp_path: Path) -> None:
+    unet = SRUNet.from_pretrained(trained("max_train_steps=2").model_dir / "unet")
     binarize.pack(unet)
     unet.save_pretrained(tmp_path / "packed")
     with pytest.raises(BinarizeError, match=r"init_from: .*packed is packed, .* the model that it was packed from"):
-        train(recipe(f"init_from={tmp_path / 'packed'}", out="second"), progress=False)
+        train(recipe(f"init_from={tmp_path / 'packed'}"), progress=False)
 
 
 # A teacher.
@@ -259,7 +240,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {**pictures, "noise": torch.randn(2, 3, 16, 16), "timestep": torch.tensor([300, 1200])}
 
 
-def test_the_distilled_loss_is_the_written_sum(twin: Path) -> None:
+def test_the_distilled_loss_is_the_documented_sum(twin: Path) -> None:
     names = ["encoder.0.blocks.0", "middle.0", "middle.1"]
     section = "task: 0.5, output: 2, features: 3, blocks: [encoder.0.blocks.*, middle.*]"
     recipe, student, teacher, objective = lesson(twin, section)
@@ -292,7 +273,7 @@ def test_the_distilled_loss_is_the_written_sum(twin: Path) -> None:
     assert not teacher.training
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(twin: Path) -> None:
+def test_a_student_equal_to_its_teacher_has_no_distillation_loss(twin: Path) -> None:
     _, student, teacher, objective = lesson(twin, "features: 1", "method=null")
     student.load_state_dict(teacher.state_dict())
     parts = objective(student, batch()).parts
@@ -301,39 +282,35 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(twin: Path) 
     assert float(parts["task"].min()) > 0
 
 
-def test_a_distilled_run_logs_its_terms_and_resumes_exactly(twin: Path, recipe: Any) -> None:
+def test_a_distilled_run_resumes_exactly(twin: Path, recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
     options = (f"distillation={{teacher: {twin}, output: 0.5, features: 0.25}}",)
-    whole = train(recipe(*options, out="whole"), progress=False)
+    whole = trained(*options)
     for entry in whole.history:
-        terms = entry.parts
-        assert entry.loss == pytest.approx(terms["task"] + 0.5 * terms["output"] + 0.25 * terms["features"], rel=1e-5)
-    train(recipe(*options, "max_train_steps=3", out="cut"), progress=False)
-    resumed = train(recipe(*options, "resume_from_checkpoint=latest", out="cut"), progress=False)
-    assert_same(weights(whole.checkpoint), weights(resumed.checkpoint))
-    saving = train(recipe(*options, "gradient_checkpointing=true", out="saving"), progress=False)
-    assert_same(weights(whole.checkpoint), weights(saving.checkpoint))
+        parts = entry.parts
+        assert entry.loss == pytest.approx(parts["task"] + 0.5 * parts["output"] + 0.25 * parts["features"], rel=1e-5)
+    cut(3, *options)
+    resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
+    assert_same(whole.checkpoint, resumed.checkpoint)
+    assert_same(whole.checkpoint, trained(*options, "gradient_checkpointing=true").checkpoint)
 
 
 @pytest.mark.slow
-def test_a_compiled_student_learns_the_same_from_its_teacher(
-    twin: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = (f"distillation={{teacher: {twin}, features: 1}}", "max_train_steps=2")
-    plain = train(recipe(*options, out="plain"), progress=False)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    # Its code would serve the second network as well, without the hooks that compare features.
-    train(recipe("max_train_steps=1", "compile=true", out="alone"), progress=False)
+def test_a_compiled_student_learns_the_same(recipe: Any, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = trained(*SMALLEST, "method=null", "max_train_steps=1").output_dir
+    options = (*SMALLEST, f"distillation={{teacher: {teacher}, features: 1}}", "max_train_steps=2")
+    plain = trained(*options)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    # Without a reset, its code would also run the second network, without the hooks that record block outputs.
+    train(recipe(*SMALLEST, "max_train_steps=1", "compile=true", out="alone"), progress=False)
     compiled = train(recipe(*options, "compile=true", out="compiled"), progress=False)
     for one, other in zip(plain.history, compiled.history, strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-4)
         assert other.parts == pytest.approx(one.parts, rel=1e-4)
 
 
-def test_a_teacher_of_residuals_gives_its_unit(pictures: Path, recipe: Any) -> None:
+def test_a_teacher_of_residuals_gives_its_scale(recipe: Any, trained: Any) -> None:
     residuals = ("target=residual", "scheduler.clip_sample=false")
-    teacher = train(
-        recipe(*residuals, "residual_scale=0.07", "method=null", "max_train_steps=1", out="teacher"), progress=False
-    )
+    teacher = trained(*residuals, "residual_scale=0.07", "method=null", "max_train_steps=1")
     student = recipe(*residuals, f"distillation={{teacher: {teacher.output_dir}}}", "max_train_steps=1", out="student")
     result = train(student, progress=False)
     assert SuperResolutionPipeline.from_pretrained(result.model_dir).residual_scale == 0.07
@@ -341,7 +318,7 @@ def test_a_teacher_of_residuals_gives_its_unit(pictures: Path, recipe: Any) -> N
         train(recipe(f"distillation={{teacher: {teacher.output_dir}}}", out="pictures"), progress=False)
 
 
-def test_what_a_teacher_cannot_teach_is_refused(twin: Path, recipe: Any) -> None:
+def test_invalid_teachers(twin: Path, recipe: Any) -> None:
     with pytest.raises(BinarizeError, match=r"something else:\n  prediction_type: 'sample' there, 'epsilon' here"):
         train(recipe(f"distillation={{teacher: {twin}}}", "scheduler.prediction_type=epsilon"), progress=False)
     with pytest.raises(BinarizeError, match=r"distillation: .*nobody: no such file or folder"):

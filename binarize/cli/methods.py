@@ -1,0 +1,52 @@
+"""`binarize methods`: list the binarization methods and their options."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from binarize.tables import Table
+
+if TYPE_CHECKING:
+    from binarize.methods import Method
+
+
+def methods(name: Annotated[str | None, typer.Argument(help="A method, to see its options.")] = None) -> None:
+    """List the binarization methods and their options.
+
+    ```
+    binarize methods
+    binarize methods bidiffsr
+    ```
+    """
+    from binarize.methods import get_method, list_methods
+
+    if name is None:
+        rows = [[each, _first_line(get_method(each))] for each in list_methods()]
+        typer.echo(Table(["method", "description"], rows).to_text(header=False))
+        return
+    method = get_method(name)
+    described = _described_fields(type(method))
+    options = [
+        ["", f.name, repr(getattr(method, f.name)), described.get(f.name, "")] for f in dataclasses.fields(method)
+    ]
+    typer.echo(f"{name}: {_first_line(method)}\n")
+    typer.echo(Table(["", "option", "default", "description"], options).to_text(header=False))
+
+
+def _first_line(method: Method) -> str:
+    return (inspect.getdoc(type(method)) or "").partition("\n")[0]
+
+
+def _described_fields(cls: type[Method]) -> dict[str, str]:
+    """Return the descriptions of all options from the docstrings of a method and its bases."""
+    described: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        attributes = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.MULTILINE):
+            described[name] = " ".join(text.split())
+    return described

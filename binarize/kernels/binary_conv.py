@@ -1,0 +1,251 @@
+"""A binary convolution as plain data: what every backend computes, with no nn.Module in it.
+
+The layer's formula, for input x, timestep group g and a dot product of signs ``dot``::
+
+    h   = silu(x * input_norm[0] + input_norm[1])       if an input norm is given, else x
+    dot = conv(sign(h >= threshold_g), sign(weight))    an exact integer; padding contributes 0
+    y   = dot * scale * factor + offset                 + h if shortcut is FIRST
+    y   = clamp(PReLU_g(y + shift_in_g) + shift_out_g)  + h if shortcut is LAST
+    out = y + channel_bias + residual
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from binarize.kernels.bitpack import LANES, WORD, FilterShape, to_bits
+
+COEFFICIENTS = 6  # of an output channel: scale, factor, offset, shift_in, slope, shift_out
+
+
+class Shortcut(IntEnum):
+    """Where the layer's input is added."""
+
+    NONE = 0
+    LAST = 1  # after the activation and the clamp
+    FIRST = 2  # before the activation
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input. Padding is applied after the sign.
+
+    Attributes:
+        stride: (height, width).
+        pad: (left, right, top, bottom).
+        dilation: (height, width).
+    """
+
+    stride: tuple[int, int] = (1, 1)
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def output(self, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width of the output."""
+        left, right, top, bottom = self.pad
+        out_height = height + top + bottom - self.dilation[0] * (kernel[0] - 1) - 1
+        out_width = width + left + right - self.dilation[1] * (kernel[1] - 1) - 1
+        return out_height // self.stride[0] + 1, out_width // self.stride[1] + 1
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """(height, width) as torch.nn.functional.conv2d takes it, for padding that is the same on opposite sides."""
+        return self.pad[2], self.pad[0]
+
+    def keeps_size(self, kernel: tuple[int, int]) -> bool:
+        """Return whether the output has the height and width of the input, whatever they are."""
+        (left, right, top, bottom), (dh, dw) = self.pad, self.dilation
+        return self.stride == (1, 1) and (top + bottom, left + right) == (dh * (kernel[0] - 1), dw * (kernel[1] - 1))
+
+
+SAME_3X3 = Geometry(pad=(1, 1, 1, 1))  # of a 3x3 convolution with padding 1
+
+
+@dataclass(frozen=True)
+class OutputTransform:
+    """What follows the dot products of a binary convolution. None stands for a step that is left out.
+
+    Attributes:
+        scale: ``(C_out,)``, the scale of the weights. It is not merged with ``factor``: both round.
+        factor: ``(C_out,)``, of a BatchNorm or a channel scale.
+        offset: ``(C_out,)``, of a bias or a BatchNorm.
+        shift_in: ``(K, C_out)``, the RPReLU's first shift, one row per timestep group; as the next two.
+        slope: ``(K, C_out)``, the RPReLU's slope below 0.
+        shift_out: ``(K, C_out)``, the RPReLU's last shift.
+        low: Lower limit.
+        high: Upper limit.
+        shortcut: Where the layer's input is added.
+    """
+
+    scale: Tensor | None = None
+    factor: Tensor | None = None
+    offset: Tensor | None = None
+    shift_in: Tensor | None = None
+    slope: Tensor | None = None
+    shift_out: Tensor | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    shortcut: Shortcut = Shortcut.NONE
+
+    @property
+    def activates(self) -> bool:
+        """Whether the RPReLU, a clamp or a final shortcut is part of it already, so that no affine step may follow."""
+        return self.slope is not None or math.isfinite(self.low) or math.isfinite(self.high) or self.shortcut != 0
+
+    def then_affine(self, factor: Tensor | None = None, offset: Tensor | None = None) -> OutputTransform:
+        """Return this transform followed by ``y * factor + offset``, each ``(C_out,)`` or None."""
+        new_factor, new_offset = self.factor, self.offset
+        if factor is not None:
+            new_factor = factor if new_factor is None else new_factor * factor
+            new_offset = None if new_offset is None else new_offset * factor
+        if offset is not None:
+            new_offset = offset if new_offset is None else new_offset + offset
+        return replace(self, factor=new_factor, offset=new_offset)
+
+    def coefficients(self, groups: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the six coefficients of every output channel, ``(6, K, C_out)``."""
+        table = torch.zeros(COEFFICIENTS, groups, channels, dtype=dtype, device=device)
+        columns = (self.scale, self.factor, self.offset, self.shift_in, self.slope, self.shift_out)
+        for column, values, default in zip(table, columns, (1, 1, 0, 0, 1, 0), strict=True):
+            column.copy_(values.detach()) if values is not None else column.fill_(default)
+        return table
+
+
+@dataclass(frozen=True, eq=False)
+class BinaryConv:
+    """A binary convolution with one basis of weights, laid out for the kernels; made by `BinaryConv.lay_out`.
+
+    Attributes:
+        shape: Of the filters.
+        geometry: Of the convolution.
+        filters: ``(groups * blocks, kh * kw * words, 16)`` int32, see `binarize.kernels.bitpack`.
+        padding_correction: ``(1 + kh * kw, lanes)`` int32, from `padding_correction`.
+        thresholds: ``(K, groups * words * 32)``: a bit is 1 where the input is at least this; spare ones are infinite.
+        coefficients: ``(K, groups * blocks, 6, 16)``: scale, factor, offset, shift in, slope and shift out.
+        unsigned: Whether activations are {0, 1} rather than {-1, +1}.
+        low: Lower limit of the output, before a shortcut that comes last.
+        high: Upper limit.
+        shortcut: Where the input is added.
+        compiled: What a backend keeps per input size.
+    """
+
+    shape: FilterShape
+    geometry: Geometry
+    filters: Tensor
+    padding_correction: Tensor
+    thresholds: Tensor
+    coefficients: Tensor
+    unsigned: bool = False
+    low: float = -math.inf
+    high: float = math.inf
+    shortcut: Shortcut = Shortcut.NONE
+    compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def lay_out(
+        cls,
+        filters: Tensor,
+        shape: FilterShape,
+        geometry: Geometry,
+        thresholds: Tensor,
+        transform: OutputTransform,
+        *,
+        unsigned: bool = False,
+        correction: Tensor | None = None,
+    ) -> BinaryConv:
+        """Lay out the parameters of a convolution.
+
+        Args:
+            filters: Packed words of one basis, as in the attribute of that name.
+            shape: Of the filters, with one basis.
+            geometry: Of the convolution.
+            thresholds: ``(1 or K, C_in)`` in the dtype that the layer's arithmetic is done in.
+            transform: What follows the dot products, with 1 or K rows.
+            unsigned: Whether activations are {0, 1}.
+            correction: From `padding_correction`, where it is known.
+        """
+        rows = [len(t) for t in (thresholds, transform.shift_in, transform.slope, transform.shift_out) if t is not None]
+        groups, dtype, device = max(rows), thresholds.dtype, filters.device
+        table = transform.coefficients(groups, shape.out_channels, dtype, device)
+        return cls(
+            shape, geometry, filters,
+            padding_correction(filters, shape, unsigned) if correction is None else correction,
+            lay_out_thresholds(thresholds.expand(groups, -1), shape),
+            lay_out_coefficients(table, shape),
+            unsigned, transform.low, transform.high, transform.shortcut,
+        )  # fmt: skip
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tensors that the operator takes: filters, padding correction, thresholds and coefficients."""
+        return self.filters, self.padding_correction, self.thresholds, self.coefficients
+
+    @property
+    def sizes(self) -> list[int]:
+        """The integers that the operator takes: shape and geometry, for `BinaryConv.from_sizes`."""
+        shape, geometry = self.shape, self.geometry
+        return [
+            shape.out_channels, shape.in_channels, *shape.kernel, shape.groups,
+            *geometry.stride, *geometry.pad, *geometry.dilation,
+        ]  # fmt: skip
+
+    @staticmethod
+    def from_sizes(sizes: Sequence[int]) -> tuple[FilterShape, Geometry]:
+        """Return the shape and geometry that `sizes` was made from."""
+        out_channels, in_channels, kh, kw, groups, sh, sw, left, right, top, bottom, dh, dw = sizes
+        shape = FilterShape(out_channels, in_channels, (kh, kw), groups)
+        return shape, Geometry((sh, sw), (left, right, top, bottom), (dh, dw))
+
+
+def lay_out_coefficients(table: Tensor, shape: FilterShape) -> Tensor:
+    """Return ``(K, groups * blocks, 6, 16)`` of coefficients ``(6, K, C_out)``."""
+    group_out = shape.out_channels // shape.groups
+    by_group = F.pad(table.view(COEFFICIENTS, -1, shape.groups, group_out), (0, -group_out % LANES))
+    by_group[1, ..., group_out:] = 1  # the factor of a spare lane, so that kernels see at a glance whether all are 1
+    by_group = by_group.view(COEFFICIENTS, -1, shape.groups * shape.blocks, LANES)
+    return by_group.permute(1, 2, 0, 3).contiguous()
+
+
+def channel_coefficients(laid_out: Tensor, shape: FilterShape) -> Tensor:
+    """Return the inverse of `lay_out_coefficients`, ``(6, K, C_out)``."""
+    by_group = laid_out.view(-1, shape.groups, shape.blocks, COEFFICIENTS, LANES).permute(3, 0, 1, 2, 4)
+    by_group = by_group.reshape(COEFFICIENTS, -1, shape.groups, shape.blocks * LANES)
+    return by_group[..., : shape.out_channels // shape.groups].reshape(COEFFICIENTS, -1, shape.out_channels)
+
+
+def lay_out_thresholds(values: Tensor, shape: FilterShape) -> Tensor:
+    """Return thresholds ``(K, groups * words * 32)`` of values ``(K, C_in * groups)``."""
+    by_group = values.reshape(-1, shape.groups, shape.in_channels)
+    return F.pad(by_group, (0, -shape.in_channels % WORD), value=math.inf).flatten(1).contiguous()
+
+
+def padding_correction(filters: Tensor, shape: FilterShape, unsigned: bool) -> Tensor:
+    """Return what turns counts of differing bits into dot products, at borders as well.
+
+    A zero has no 1-bit code, so taps outside the input are read as -1 and corrected with the sum of the tap's weights.
+
+    Args:
+        filters: ``(groups * blocks, kh * kw * words, 16)`` int32.
+        shape: Of the filters, with one basis.
+        unsigned: Whether activations are {0, 1}.
+
+    Returns:
+        ``(1 + kh * kw, lanes)`` int32: the dot product of no differing bits, then every tap's sum of weights.
+    """
+    taps = shape.kernel[0] * shape.kernel[1]
+    if filters.is_meta:
+        return torch.empty(1 + taps, shape.lanes, dtype=torch.int32, device="meta")
+    signs = 2 * to_bits(filters.unsqueeze(0), shape)[0].to(torch.int32) - 1
+    sums = signs.view(shape.groups, -1, shape.in_channels, taps).sum(2, dtype=torch.int32).permute(2, 0, 1)
+    sums = F.pad(sums, (0, -sums.shape[2] % LANES)).reshape(taps, -1)
+    full = torch.full((1, sums.shape[1]), taps * shape.in_channels, dtype=torch.int32, device=sums.device)
+    if unsigned:  # sum a w = (sum s w + sum w) / 2 with a = (s + 1) / 2
+        full = (full + sums.sum(0, dtype=torch.int32)) // 2
+    return torch.cat([full, sums])

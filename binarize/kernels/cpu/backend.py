@@ -1,0 +1,7 @@
+"""The CPU backend: what the operators and the training step call."""
+
+from binarize.kernels.cpu import elementwise, norm_training, winograd
+from binarize.kernels.cpu.conv import run
+from binarize.kernels.cpu.norm import norm_factors, norm_silu, shuffle
+
+__all__ = ["elementwise", "norm_factors", "norm_silu", "norm_training", "run", "shuffle", "winograd"]

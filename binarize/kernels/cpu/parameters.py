@@ -1,0 +1,41 @@
+"""Blocks of int64 fields: the only argument of a compiled worker, with addresses, strides in bytes and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Fields = MutableSequence[int] | np.ndarray
+ALIGN = 64
+# The input of an output strip should stay in the second-level cache from packing until the shortcut reads it again,
+# beside the next strip's, which is prefetched.
+STRIP_BYTES = 100_000
+TASKS_PER_THREAD = 4
+
+
+def aligned(size: int) -> int:
+    """Return the size rounded up to whole cache lines."""
+    return -(-size // ALIGN) * ALIGN
+
+
+def set_image(p: Fields, field: int, x: Tensor) -> None:
+    """Set ``field`` and the next three: the address of ``x`` and its strides per sample, row and pixel."""
+    size, strides = x.element_size(), x.stride()
+    p[field], p[field + 1], p[field + 2], p[field + 3] = (
+        x.data_ptr(), strides[0] * size, strides[2] * size, strides[3] * size,
+    )  # fmt: skip
+
+
+def set_scratch(p: Fields, field: int, workers: int, size: int) -> Tensor:
+    """Set ``field`` and the next to ``size`` bytes of scratch memory per worker; it lives as long as the result."""
+    memory = torch.empty(workers * size + ALIGN, dtype=torch.uint8, device="cpu")
+    p[field], p[field + 1] = aligned(memory.data_ptr()), size
+    return memory
+
+
+def as_floats(values: Tensor) -> Tensor:
+    """Return parameters as kernels read them: dense float32."""
+    return values.float().contiguous()

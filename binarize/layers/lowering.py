@@ -1,0 +1,104 @@
+"""Lowering: from a layer's parts to the formula that a kernel computes.
+
+`lower` is the one place that decides which parts run inside a kernel. A part says so itself, by the methods of
+`binarize.layers.parts.LayerPart`; any other module runs as it is, before or after the kernel. Training
+(`BinaryConv2d.forward`) and packing (`binarize.packed.layers`) both use it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from binarize.kernels.binary_conv import OutputTransform, Shortcut
+from binarize.layers.parts import LayerPart, Site, runs_as_declared
+from binarize.layers.pipeline import PartPipeline, Stage
+from binarize.timestep import TimestepContext
+
+
+class LoweredLayer(NamedTuple):
+    """A layer's formula: what a kernel computes, and what is left to modules.
+
+    Attributes:
+        levels: The two values of the activation, (-1, 1) or (0, 1).
+        shift: ``(1 or K, C_in)``, added before the sign, or None.
+        fuses_pre: Whether the kernel reads the layer's own input, ``pre`` being absent or such a shift.
+        transform: What the kernel does after the product. The scale of the weights is not part of it yet.
+        stages: The stages that the transform stands for.
+        rest: The stages that run as modules afterwards.
+        context: Where the timestep group comes from, or None if nothing depends on it.
+        groups: K, the rows of timestep-aware parameters.
+    """
+
+    levels: tuple[int, int]
+    shift: Tensor | None
+    fuses_pre: bool
+    transform: OutputTransform
+    stages: tuple[Stage, ...]
+    rest: tuple[Stage, ...]
+    context: TimestepContext | None
+    groups: int
+
+    @property
+    def is_one_kernel(self) -> bool:
+        """Whether a kernel computes the whole layer."""
+        return self.fuses_pre and not self.rest
+
+    def timestep_group(self) -> Tensor | None:
+        """Return each sample's timestep group, ``(B,)`` or ``(1,)`` int64, or None if nothing depends on it."""
+        return None if self.context is None else self.context.group(self.groups)
+
+    def gather(self, rows: Tensor | None) -> Tensor | None:
+        """Return the rows ``(1 or B, C)`` of the running batch from ``(1 or K, C)``."""
+        group = None if rows is None or len(rows) == 1 else self.timestep_group()
+        if rows is None or group is None:
+            return rows
+        return F.embedding(group.to(rows.device), rows)
+
+
+def lower(layer: PartPipeline) -> LoweredLayer | None:
+    """Return the formula of a binary or packed layer, or None if its activation does not declare its two values."""
+    levels = levels_of(layer.activation)
+    if levels is None:
+        return None
+    lowered: list[LayerPart] = []
+    shift = None
+    if isinstance(layer.pre, LayerPart) and levels == (-1, 1) and runs_as_declared(layer.pre, "input_shift"):
+        shift = layer.pre.input_shift()
+        if shift is not None:
+            lowered.append(layer.pre)
+    fuses_pre = layer.pre is None or shift is not None
+    transform, present, done = OutputTransform(), layer.stages(), 0
+    for stage in present if layer.bases == 1 else ():  # several bases are added up before the first stage
+        site = Site(layer.keeps_shape() and fuses_pre, post_follows="post" in present[done + 1 :])
+        part = getattr(layer, stage)
+        after: OutputTransform | None = None
+        if stage == "bias":
+            after = transform.then_affine(offset=part)
+        elif isinstance(part, LayerPart) and runs_as_declared(part, "lower"):
+            after = part.lower(transform, site)
+            lowered.append(part)
+        if after is None:
+            break
+        transform, done = after, done + 1
+    timed = [part for part in lowered if part.groups > 1 and part.context is not None]
+    return LoweredLayer(
+        levels, shift, fuses_pre, transform, present[:done], present[done:],
+        timed[0].context if timed else None, timed[0].groups if timed else 1,
+    )  # fmt: skip
+
+
+def levels_of(activation: object) -> tuple[int, int] | None:
+    """Return the two values that an activation binarizer declares, (-1, 1) or (0, 1), or None."""
+    levels = getattr(activation, "levels", None)
+    if levels not in ((-1, 1), (0, 1)) or not runs_as_declared(activation, "levels", hooks=True):
+        return None
+    return levels
+
+
+def trains_as_one_node(transform: OutputTransform) -> bool:
+    """Return whether the autograd node of a binary convolution computes this transform: RPReLU and a last shortcut."""
+    affine = transform.factor is not None or transform.offset is not None
+    return not affine and transform.low == -transform.high == -float("inf") and transform.shortcut != Shortcut.FIRST

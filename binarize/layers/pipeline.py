@@ -1,0 +1,85 @@
+"""What binary and packed layers share: their parts, and the stages that follow the product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor, nn
+
+from binarize.kernels.binary_conv import Geometry
+from binarize.layers.parts import Scale
+
+if TYPE_CHECKING:
+    from binarize.layers.method import Method
+
+Stage = Literal["bias", "scale", "norm", "post", "shortcut"]
+
+
+class PartPipeline(nn.Module):
+    """``pre -> activation -> product with binary weights -> bias -> scale -> norm -> post``, with a shortcut around it.
+
+    The shortcut is added after ``post`` (BI-DiffSR, BBCU), or before it with ``post_after_shortcut`` (ReActNet,
+    IR-Net).
+
+    Attributes:
+        geometry: Of the convolution; a linear layer is a 1x1 convolution.
+        kernel: (kh, kw).
+        widths: Channels of the input and of the output.
+        bases: How many scaled binary weights are added up.
+        padding_mode: As in nn.Conv2d.
+    """
+
+    kind: Literal["conv2d", "linear"]
+    pre: nn.Module | None
+    activation: nn.Module
+    scale: nn.Module | None
+    norm: nn.Module | None
+    post: nn.Module | None
+    shortcut: nn.Module | None
+    bias: nn.Parameter | None
+    method: Method
+    had_bias: bool
+    post_after_shortcut: bool
+    geometry: Geometry
+    kernel: tuple[int, int]
+    widths: tuple[int, int]
+    bases: int
+    padding_mode: str = "zeros"
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Return the stages after the product that this layer has, in order."""
+        order: tuple[Stage, ...] = ("bias", "scale", "norm", "post", "shortcut")
+        if self.post_after_shortcut:
+            order = ("bias", "scale", "norm", "shortcut", "post")
+        return tuple(stage for stage in order if getattr(self, stage) is not None)
+
+    def keeps_shape(self) -> bool:
+        """Return whether the output has the shape of the input, and the input is not padded before the kernel."""
+        same_width = self.widths[0] == self.widths[1]
+        return same_width and self.padding_mode == "zeros" and self.geometry.keeps_size(self.kernel)
+
+    def shifted(self, x: Tensor) -> Tensor:
+        """Return what the activation binarizes."""
+        out: Tensor = x if self.pre is None else self.pre(x)
+        return out
+
+    def run_stages(self, stages: Iterable[Stage], y: Tensor, x: Tensor, shifted: Tensor | None = None) -> Tensor:
+        """Apply stages as modules.
+
+        Args:
+            stages: Their names, in order.
+            y: The product.
+            x: The layer's input.
+            shifted: What went into the activation; None computes it if a stage reads it.
+        """
+        for stage in stages:
+            part = getattr(self, stage)
+            if stage == "bias":
+                y = y + (part.view(-1, 1, 1) if self.kind == "conv2d" else part).to(y.dtype)
+            elif stage == "scale":
+                reads_input = isinstance(part, Scale) and part.of_input
+                y = part(y, x if reads_input else self.shifted(x) if shifted is None else shifted)
+            else:
+                y = part(y, x) if stage == "shortcut" else part(y)
+        return y

@@ -1,0 +1,201 @@
+"""Scales of the product, norms and plain activation functions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from binarize.errors import BinarizeError
+from binarize.kernels.binary_conv import OutputTransform
+from binarize.layers.parts import LayerPart, LayerSpec, Scale, Site, feature_dims, register_part
+
+
+class ChannelScale(Scale):
+    """y * o[C], or y * o[C] h[H] w[W] if the output's size is given; learnable, starting at 1 (XNOR-Net++).
+
+    A smaller output uses the leading entries of h and w, as BiBench does.
+
+    Args:
+        channels: C.
+        height: H of the largest output, or None for no such factor.
+        width: W of the largest output, or None for no such factor.
+        channel_dim: Which dimension holds the channels.
+    """
+
+    def __init__(
+        self, channels: int, height: int | None = None, width: int | None = None, channel_dim: int = 1
+    ) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.row_scale = nn.Parameter(torch.ones(height, 1)) if height is not None else None
+        self.column_scale = nn.Parameter(torch.ones(width)) if width is not None else None
+
+    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform | None:
+        """Append the channel factor, unless there are factors of rows and columns."""
+        channels_only = self.row_scale is None and self.column_scale is None
+        return transform.then_affine(factor=self.scale) if channels_only else None
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Scale the product ``y``; ``x`` is not used.
+
+        Raises:
+            BinarizeError: If ``y`` is larger than the size of the scale.
+        """
+        y = y * (self.scale.view(-1, 1, 1) if self.channel_dim == 1 else self.scale).to(y.dtype)
+        if self.row_scale is not None:
+            y = y * self._leading(self.row_scale, y.shape[-2], "high").to(y.dtype)
+        if self.column_scale is not None:
+            y = y * self._leading(self.column_scale, y.shape[-1], "wide").to(y.dtype)
+        return y
+
+    @staticmethod
+    def _leading(scale: Tensor, size: int, word: str) -> Tensor:
+        if size > scale.shape[0]:
+            raise BinarizeError(
+                f"an XNOR-Net++ scale was made for outputs up to {scale.shape[0]} pixels {word}; got {size}. "
+                "Give a larger size=(H, W), or none for the channel factor alone."
+            )
+        return scale[:size]
+
+
+class InputMeanScale(Scale):
+    """y * mean |x| of each sample, detached (BiBench's form of XNOR-Net).
+
+    Args:
+        channel_dim: 1 takes the mean over each sample, -1 over the last dimension, each token of a linear layer.
+    """
+
+    def __init__(self, channel_dim: int = 1) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Scale the product ``y`` by the mean magnitude of the input ``x`` before its sign, sample by sample."""
+        return y * x.detach().abs().mean(feature_dims(x, self.channel_dim), keepdim=True).to(y.dtype)
+
+
+class KMapScale(Scale):
+    """y * conv(mean_c |x|, k), one learnable k x k kernel, starting as a box filter (XNOR-Net's K map; BiDM learns it).
+
+    Args:
+        kernel_size: Of the binary convolution.
+        stride: Of the binary convolution.
+        padding: Of the binary convolution, (height, width).
+        dilation: Of the binary convolution.
+        pad: (left, right, top, bottom), instead of ``padding`` if opposite sides differ.
+        padding_mode: Of the binary convolution.
+        of_input: Compute the map from the layer's input (BiDM), not from the input of the sign, after shift or
+        BatchNorm.
+    """
+
+    def __init__(
+        self,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        pad: tuple[int, int, int, int] | None = None,
+        padding_mode: str = "zeros",
+        of_input: bool = False,
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.pad, self.pad_mode = pad, "constant" if padding_mode == "zeros" else padding_mode
+        self.of_input = of_input
+        self.weight = nn.Parameter(torch.full((1, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1])))
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Scale the product ``y`` ``(B, C_out, H', W')`` by the map of ``x`` ``(B, C_in, H, W)``."""
+        magnitude, padding = x.abs().mean(1, keepdim=True), self.padding
+        if self.pad is not None:
+            magnitude, padding = F.pad(magnitude, self.pad, self.pad_mode), (0, 0)
+        return y * F.conv2d(magnitude, self.weight.to(x.dtype), None, self.stride, padding, self.dilation)
+
+
+class _FoldedNorm(LayerPart):
+    """A BatchNorm that a kernel applies as factor and offset in evaluation mode."""
+
+    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform | None:
+        """Append the normalisation with the running statistics."""
+        norm = cast(nn.BatchNorm2d, self)
+        mean, variance = norm.running_mean, norm.running_var
+        if self.training or not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+            return None
+        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+        factor = torch.rsqrt(variance.to(dtype) + norm.eps)
+        factor = factor if norm.weight is None else factor * norm.weight.to(dtype)
+        offset = -mean.to(dtype) * factor
+        return transform.then_affine(factor, offset if norm.bias is None else offset + norm.bias.to(dtype))
+
+
+class BatchNorm2d(_FoldedNorm, nn.BatchNorm2d):
+    """BatchNorm2d as a part."""
+
+
+class TokenBatchNorm(_FoldedNorm, nn.BatchNorm1d):
+    """BatchNorm1d over the last dimension of ``(..., C)``, for linear layers."""
+
+    lower = _FoldedNorm.lower
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise every channel over all other dimensions."""
+        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+class Hardtanh(LayerPart, nn.Hardtanh):
+    """Hardtanh as a part."""
+
+    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform:
+        """Append the clamp."""
+        return replace(transform, low=float(self.min_val), high=float(self.max_val))
+
+
+class ReLU(LayerPart, nn.ReLU):
+    """ReLU as a part."""
+
+    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform:
+        """Append the clamp."""
+        return replace(transform, low=0.0, high=math.inf)
+
+
+def _batch_norm(channels: int, spec: LayerSpec) -> nn.Module:
+    return BatchNorm2d(channels) if spec.kind == "conv2d" else TokenBatchNorm(channels)
+
+
+register_part("pre", "batch_norm")(lambda spec: _batch_norm(spec.in_channels, spec))
+register_part("norm", "batch_norm")(lambda spec: _batch_norm(spec.out_channels, spec))
+register_part("post", "hardtanh")(lambda spec: Hardtanh())
+register_part("post", "relu")(lambda spec: ReLU())
+register_part("scale", "input_mean")(lambda spec: InputMeanScale(spec.channel_dim))
+
+
+class _TokenMap(Scale):
+    def __init__(self, of_input: bool) -> None:
+        super().__init__()
+        self.of_input = of_input
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return y * (x.abs().mean(-1, keepdim=True) * self.weight.to(x.dtype))
+
+
+@register_part("scale", "channel")
+def _channel_scale(spec: LayerSpec, height: int | None = None, width: int | None = None) -> nn.Module:
+    if spec.kind == "linear":  # tokens have no rows and columns
+        height = width = None
+    return ChannelScale(spec.out_channels, height, width, spec.channel_dim)
+
+
+@register_part("scale", "k_map")
+def _k_map(spec: LayerSpec, of_input: bool = False) -> nn.Module:
+    if spec.kind != "conv2d":
+        # A linear layer is a 1x1 convolution: its K map is mean |x|, times one learnable number.
+        return _TokenMap(of_input)
+    kernel = (spec.weight.shape[2], spec.weight.shape[3])
+    return KMapScale(kernel, spec.stride, spec.padding, spec.dilation, spec.pad, spec.padding_mode, of_input)

@@ -1,0 +1,182 @@
+"""The building blocks of SRUNet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from binarize.layers.fused import conv3x3, norm_silu
+from binarize.packed.blocks import PackableBlock, PackedBlock, fuse, norm_silu_conv
+
+
+class SinusoidalTime(nn.Module):
+    """sin and cos of t exp(-ln(1e4) k / (C / 2)), sines first: the released networks' encoding of integer timesteps.
+
+    Args:
+        channels: C, even.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Encode ``(B,)`` floating-point timesteps as ``(B, C)``."""
+        half = self.channels // 2
+        k = torch.arange(half, dtype=timesteps.dtype, device=timesteps.device) / half
+        angles = timesteps.unsqueeze(1) * torch.exp(-math.log(1e4) * k)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class SelfAttention(nn.Module):
+    """Single-head self-attention over all pixels, scores / sqrt(C), added to its input (SR3).
+
+    Args:
+        channels: C.
+        norm_groups: Of the GroupNorm before it.
+    """
+
+    def __init__(self, channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over ``(B, C, H, W)``; the shape stays."""
+        q, k, v = (part.flatten(2).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, dim=1))
+        y = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+        out: Tensor = self.out(y.transpose(1, 2).reshape(x.shape))
+        return x + out
+
+
+_SUBMODULES = ("fusion", "norm1", "conv1", "time", "norm2", "dropout", "conv2", "residual", "attention")
+
+
+class ResBlock(PackableBlock):
+    """GroupNorm -> Swish -> conv, + time, GroupNorm -> Swish -> dropout -> conv, + residual.
+
+    Args:
+        in_channels: Width of the input, that of the concatenation where there is a skip.
+        out_channels: C.
+        time_channels: Width of the time embedding.
+        norm_groups: Of both GroupNorms.
+        dropout: Probability before the second convolution.
+        fusion: Fuses the concatenation of hidden and skip to C channels, or None.
+        attention: Whether self-attention follows.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_channels: int,
+        norm_groups: int,
+        dropout: float,
+        fusion: nn.Module | None = None,
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        width = in_channels if fusion is None else out_channels
+        self.fusion = fusion
+        self.norm1 = nn.GroupNorm(norm_groups, width)
+        self.conv1 = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_channels, out_channels)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.residual = nn.Conv2d(width, out_channels, 1) if width != out_channels else nn.Identity()
+        self.attention = SelfAttention(out_channels, norm_groups) if attention else None
+
+    def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Map ``(B, C_in, H, W)``, the embedding ``(B, C_time)`` and an optional skip to ``(B, C, H, W)``."""
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
+        if self.fusion is not None:
+            x = self.fusion(x)
+        h = conv3x3(self.conv1, norm_silu(x, self.norm1))
+        h = conv3x3(self.conv2, norm_silu(h, self.norm2, self.dropout, channel_bias=self.time(F.silu(time))))
+        h = h + self.residual(x)
+        return h if self.attention is None else self.attention(h)
+
+    def packed_form(self) -> PackedResBlock:
+        """Return the block with the operations around its convolutions fused into them."""
+        return PackedResBlock(self)
+
+
+class PackedResBlock(PackedBlock):
+    """A ResBlock of a packed network; see `ResBlock` for its inputs.
+
+    Args:
+        block: The block whose submodules it takes over.
+    """
+
+    norm1: nn.GroupNorm
+    norm2: nn.GroupNorm
+    conv1: nn.Module
+    conv2: nn.Module
+    time: nn.Module
+    residual: nn.Module
+    fusion: nn.Module | None
+    attention: nn.Module | None
+
+    def __init__(self, block: ResBlock) -> None:
+        super().__init__()
+        for name in _SUBMODULES:
+            setattr(self, name, getattr(block, name))
+        self.train(block.training)
+
+    def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Map ``(B, C_in, H, W)``, the embedding ``(B, C_time)`` and an optional skip to ``(B, C, H, W)``."""
+        if skip is not None:
+            x = fuse(self.fusion, x, skip)
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        bias = self.time(F.silu(time))
+        h = norm_silu_conv(self.norm2, self.conv2, h, channel_bias=bias, residual=self.residual(x))
+        return h if self.attention is None else self.attention(h)
+
+    def unpacked_form(self) -> ResBlock:
+        """Return a ResBlock with this block's submodules."""
+        block = ResBlock.__new__(ResBlock)
+        nn.Module.__init__(block)
+        for name in _SUBMODULES:
+            setattr(block, name, getattr(self, name))
+        return block.train(self.training)
+
+
+class EncoderLevel(nn.Module):
+    """The ResBlocks of one resolution and the downsampler after them."""
+
+    blocks: nn.ModuleList
+    down: nn.Module | None
+
+    def __init__(self, blocks: Sequence[ResBlock], down: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.down = down
+
+
+class DecoderLevel(nn.Module):
+    """The fusing ResBlocks of one resolution and the upsampler after them."""
+
+    blocks: nn.ModuleList
+    up: nn.Module | None
+
+    def __init__(self, blocks: Sequence[ResBlock], up: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.up = up
+
+
+def fine_detail(image: Tensor, factor: float) -> Tensor:
+    """Return (image - its mean over 3x3 pixels) * factor; at borders the mean is over the pixels inside.
+
+    Args:
+        image: ``(B, C, H, W)``.
+        factor: Scales the differences, a few hundredths for images in [0, 1], to about one.
+    """
+    return (image - F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)) * factor

@@ -1,0 +1,223 @@
+"""Studies as YAML files: what they contain, and which mistakes are errors."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from studies_case import SHRINK, count
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.recipes import list_recipes
+from binarize.studies import EvaluationSection, list_studies, load_study, study_path
+from binarize.studies.ablation import ablate
+from binarize.studies.schema import as_strings
+
+FULL_PRECISION = ("SR3 (FP)", "full precision")  # what cells without a method are called
+
+
+@pytest.mark.parametrize("name", list_studies())
+def test_every_installed_study_is_valid_described_and_seeded_alike(name: str) -> None:
+    study, _ = load_study(name)
+    assert study.description
+    assert not study.description.endswith(".")
+    assert study.seeds == (0,)
+    assert study.output_dir == Path("runs/ablations") / name
+    recipes = study.recipes()
+    assert len(recipes) >= 3
+    assert all(recipe.method is not None for cell, recipe in recipes.items() if cell not in FULL_PRECISION)
+    if not name.startswith(("small_", "default_")):
+        assert all(recipe.published is not None for recipe in recipes.values())
+
+
+def test_studies_are_not_recipes() -> None:
+    assert not [name for name in list_recipes() if "ablations" in name or name in list_studies()]
+    assert {"table2_x2", "table2_x4", "breakdown", "fusion", "time_aware", "groups"} <= set(list_studies())
+    small = {name.removeprefix("small_") for name in list_studies() if name.startswith("small_")}
+    assert small == {"methods", "breakdown", "fusion", "time_aware", "groups"}
+
+
+def test_small_studies_change_what_the_papers_do() -> None:
+    def axes(name: str) -> list[tuple[str, str, Any]]:
+        rows = []
+        for recipe in load_study(name)[0].recipes().values():
+            method = recipe.method
+            spec = {} if method is None else binarize.get_method(method.spec)
+            parts = [getattr(spec, key, None) for key in ("name", "groups", "tar", "taa", "shortcut")]
+            rows.append((recipe.model.resampling, recipe.model.fusion, parts))
+        return rows
+
+    def effective(rows: list[tuple[str, str, Any]]) -> list[Any]:
+        # One group is one group, whatever TaR and TaA are called.
+        return [
+            (a, b, p[0], p[1] if p[2] or p[3] else 1, p[2] and p[1] > 1, p[3] and p[1] > 1, p[4]) for a, b, p in rows
+        ]
+
+    for full, small in (("breakdown", "small_breakdown"), ("fusion", "small_fusion"), ("groups", "small_groups")):
+        assert effective(axes(full)) == effective(axes(small)), full
+    by_parts = {tuple(one[3:6]) for one in effective(axes("small_time_aware"))}
+    assert by_parts == {tuple(one[3:6]) for one in effective(axes("time_aware"))}
+    assert [(*one[:2], one[2][0]) for one in axes("table2_x2")] == [
+        (*one[:2], one[2][0]) for one in axes("small_methods")
+    ]
+
+
+@pytest.mark.slow
+def test_networks_of_every_study_have_the_published_sizes() -> None:
+    for name in list_studies():
+        for cell, recipe in load_study(name)[0].recipes().items():
+            counted, published = count(recipe), recipe.published
+            assert not name.startswith("small_") or counted.params < 1e6, (name, cell)
+            if published is not None and published.params_m is not None:
+                assert counted.params / 1e6 == pytest.approx(published.params_m, abs=0.011), (name, cell)
+                assert counted.ops / 1e9 == pytest.approx(published.ops_g, abs=0.011), (name, cell)
+
+
+def test_a_file_finds_bases_beside_it_and_takes_its_own_name(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("base: demo\nlearning_rate: 5e-3\n", encoding="utf-8")
+    text = "base: base.yaml\ncells:\n- {name: a, overrides: {seed_free: 1}}\n"
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("{seed_free: 1}", "{learning_rate: 4e-3}") + "- {name: b}\n", encoding="utf-8")
+    study, rest = load_study(path, ["seeds=[3]", "model.base_channels=32", "evaluation.lpips=null", "output_dir=o"])
+    assert study.seeds == (3,)
+    assert study.evaluation.lpips is None
+    assert study.output_dir == Path("o")
+    assert rest == ["model.base_channels=32"]
+    recipes = study.recipes(rest)
+    assert {name: recipe.learning_rate for name, recipe in recipes.items()} == {"a": 4e-3, "b": 5e-3}
+    assert {recipe.model.base_channels for recipe in recipes.values()} == {32}
+
+
+def test_cells_times_a_grid() -> None:
+    study, _ = load_study(
+        {
+            "base": "small_x2",
+            "cells": [{"name": "a", "overrides": {"method": "bnn"}}, {"name": "b", "base": "sr3_x2"}],
+            "grid": {"learning_rate": [1e-3, 2e-3], "loss": ["l1", "l2"]},
+            "output_dir": "x",
+        }
+    )
+    recipes = study.recipes()
+    assert list(recipes)[:2] == ["a, learning_rate=0.001, loss=l1", "a, learning_rate=0.001, loss=l2"]
+    assert len(recipes) == 8
+    assert recipes["b, learning_rate=0.002, loss=l1"].method is None
+
+
+def test_overrides_are_joined_as_recipes_join_their_base() -> None:
+    assert as_strings({"model": {"fusion": "add"}, "method": {"name": "bnn"}, "seeded": [1, "é"]}) == [
+        'model.fusion="add"',
+        'method={"name": "bnn"}',
+        'seeded=[1, "é"]',
+    ]
+    assert as_strings({"method": {"groups": 2}, "method.tar": False}) == ["method.groups=2", "method.tar=false"]
+
+
+BASE = {"base": "small_x2", "output_dir": "x"}
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ({**BASE}, r"grid: there is nothing to run; give cells, a grid or both"),
+        ({"grid": {"seedling": [1]}, "output_dir": "x"}, r"grid: needs base, the recipe that it changes"),
+        ({**BASE, "grid": {"method": []}}, r"grid: 'method' has no values; give a list of at least one"),
+        ({**BASE, "grid": {"method": "bnn"}}, r"grid.method: got 'bnn'; must be a valid tuple"),
+        ({**BASE, "grid": {"seed": [1]}}, r"grid: 'seed' cannot be changed here: the study's seeds decide it"),
+        ({**BASE, "overrides": {"output_dir": "y"}}, r"overrides: 'output_dir' cannot be changed here"),
+        ({**BASE, "cells": [{"name": "a"}, {"name": "a"}]}, r"cells: two cells are called 'a'"),
+        ({"cells": [{"name": "a"}], "output_dir": "x"}, r"cells: 'a' has no base and neither has the study"),
+        (
+            {**BASE, "cells": [{"name": "a", "override": {}}]},
+            r"cells.0.override: unknown key. Did you mean 'overrides'",
+        ),
+        ({**BASE, "grid": {"scale": [2]}, "seeds": []}, r"seeds: the list is empty; give at least one"),
+        ({**BASE, "grid": {"scale": [2]}, "seeds": [1, 1]}, r"seeds: a seed is given twice"),
+        ({**BASE, "grid": {"scale": [2]}, "evaluation": {"lr_data_dir": "x"}}, r"lr_data_dir: got 'x'; needs data_dir"),
+        ({"base": "small_x2", "grid": {"scale": [2]}}, r"output_dir: missing"),
+        ({**BASE, "grid": {"scale": [2]}, "evaluations": {}}, r"evaluations: unknown key. Did you mean 'evaluation'"),
+    ],
+)
+def test_invalid_studies(study: dict[str, Any], message: str) -> None:
+    with pytest.raises(BinarizeError, match=message):
+        load_study(study)
+
+
+def test_every_mistake_of_a_study_is_listed_at_once() -> None:
+    with pytest.raises(BinarizeError) as caught:
+        load_study({**BASE, "seeds": [-1], "grids": {}, "cells": [{"overrides": {"base": "small_x2"}}]})
+    assert str(caught.value).splitlines() == [
+        "study 'given' has 4 errors:",
+        "  cells.0.name: missing; give it a value.",
+        "  cells.0.overrides: 'base' cannot be changed here: name the base beside the overrides.",
+        "  seeds.0: got -1; must be greater than or equal to 0.",
+        "  grids: unknown key. Did you mean 'grid'?",
+    ]
+
+
+def test_mistakes_of_cells_are_listed_at_once_each_with_its_cells() -> None:
+    cells = [{"name": name, "overrides": {"loss": loss}} for name, loss in (("a", "l3"), ("b", "l2"), ("c", "l3"))]
+    study, _ = load_study({**BASE, "cells": cells})
+    with pytest.raises(
+        BinarizeError, match=r"(?s)no valid recipe:\n  a, c: recipe 'small_x2' has 1 error:\n  loss: got 'l3'"
+    ):
+        study.recipes()
+    study, _ = load_study({**BASE, "grid": {"loss": ["l1", "l1"]}})
+    with pytest.raises(BinarizeError, match=r"two cells of the study are called 'loss=l1'"):
+        study.recipes()
+    study, _ = load_study({**BASE, "grid": {"loss": ["l1", "l2"]}})
+    with pytest.raises(BinarizeError, match=r"the cells 'loss=l1' and 'loss=l2' are the same run"):
+        study.recipes(["loss=l1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("small_method", r"unknown study 'small_method'; installed: breakdown, .*Did you mean 'small_methods'"),
+        ("nowhere.yaml", r"there is no study file 'nowhere.yaml'; `binarize ablate --list`"),
+    ],
+)
+def test_an_unknown_study_is_refused(name: str, message: str) -> None:
+    with pytest.raises(BinarizeError, match=message):
+        study_path(name)
+
+
+def test_overrides_that_a_study_decides_are_refused() -> None:
+    with pytest.raises(BinarizeError, match=r"'seed=1' cannot be given to a study: the study's seeds decide it"):
+        load_study("small_groups", ["seed=1"])
+    with pytest.raises(BinarizeError, match=r"resume_from_checkpoint=latest' cannot be given .* resumes by itself"):
+        load_study("small_groups", ["resume_from_checkpoint=latest"])
+
+
+# The how-to.
+
+PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "ablate.md").read_text(encoding="utf-8")
+
+
+def test_the_how_to_runs(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "held-out"):
+        shutil.copytree(pictures, folder)
+    quick = [*SHRINK, "lr_warmup_steps=0", "evaluation.num_inference_steps=1"]
+    monkeypatch.setattr(binarize, "ablate", lambda study, **options: ablate(study, quick, **options), raising=False)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+    exec(compile(code, "ablate.md", "exec"), {})
+    assert "| method.groups=5 |" in capsys.readouterr().out
+
+
+def test_the_how_tos_study_is_valid_and_its_table_complete(tmp_path: Path) -> None:
+    whole, cells = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(whole, encoding="utf-8")
+    study, _ = load_study(tmp_path / "mine.yaml")
+    assert next(iter(study.recipes())) == "method.groups=1, method.activation=approx_sign"
+    assert len(study.recipes()) == 4
+    (tmp_path / "cells.yaml").write_text(cells, encoding="utf-8")
+    assert list(load_study(tmp_path / "cells.yaml")[0].recipes()) == ["SR3", "ReActNet", "mine"]
+    keys = re.findall(r"^\| `(\w+)` \|", PAGE[PAGE.index("| key of `evaluation`") :], re.MULTILINE)
+    assert keys == list(EvaluationSection.model_fields)
+    assert set(re.findall(r"`([a-z]\w+)`", PAGE.partition("## Write")[0])) >= set(list_studies())

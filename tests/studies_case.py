@@ -1,0 +1,70 @@
+"""A study of two networks that take a second each, and the sizes of recipes' networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import binarize
+from binarize.conversion.summary import Summary
+from binarize.recipes import Recipe, build_model
+
+TINY: dict[str, Any] = {
+    "model": {"base_channels": 8, "channel_mults": [1], "norm_groups": 4},
+    "resolution": 16,
+    "train_batch_size": 2,
+    "max_train_steps": 4,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 0,
+    "checkpointing_steps": 2,
+    "validation_steps": 1000,
+    "logging_steps": 1,
+}
+
+SHRINK = [
+    "max_train_steps=1",
+    "model.channel_mults=[1]",
+    "model.base_channels=8",
+    "resolution=16",
+    "train_batch_size=1",
+]
+
+
+def make(pictures: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    study = {
+        "base": "small_x2",
+        "overrides": {**TINY, "train_data_dir": str(pictures)},
+        "grid": {"method": ["bnn", {"name": "bidiffsr", "groups": 2}]},
+        "evaluation": {"data_dir": str(pictures), "num_inference_steps": 2, "lpips": None},
+        "output_dir": str(out),
+    }
+    return {**study, **changes}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.parent.name != folder.name}
+
+
+def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr("binarize.training.loop.train", train)
+
+
+_COUNTED: dict[str, Summary] = {}
+
+
+def count(recipe: Recipe) -> Summary:
+    """Return the summary of a recipe's network; equal networks, of which the studies have many, are built once."""
+    dumped = recipe.model_dump(mode="json")
+    names = ("model", "scheduler", "method", "structure", "keep", "overrides", "linear")
+    key = json.dumps([dumped[name] for name in names])
+    if key not in _COUNTED:
+        with torch.device("meta"):
+            _COUNTED[key] = binarize.summary(build_model(recipe))
+    return _COUNTED[key]

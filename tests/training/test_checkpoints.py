@@ -1,0 +1,116 @@
+"""Checkpoints are complete or absent, the newest are kept, and failed writes change nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_case import weights
+
+from binarize.errors import BinarizeError
+from binarize.files import replace_folder
+from binarize.training import Checkpoints, load_checkpoint
+from binarize.training.checkpoint import STATE
+
+
+def state_of(step: int) -> dict[str, Any]:
+    return {"step": step, "model": {"w": torch.full((3,), float(step))}}
+
+
+def test_the_newest_are_kept_and_found(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, limit=2)
+    assert checkpoints.find("latest") is None
+    for step in (9, 10, 100):
+        checkpoints.save(step, state_of(step), "scale: 2\n")
+    assert list(checkpoints.list()) == [10, 100]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+    assert checkpoints.find("latest") == tmp_path / "checkpoint-100"
+    assert checkpoints.find("checkpoint-10") == checkpoints.find(str(tmp_path / "checkpoint-10"))
+    state, text = load_checkpoint(tmp_path / "checkpoint-100")
+    assert (state["step"], text) == (100, "scale: 2\n")
+    with pytest.raises(BinarizeError, match=r"'checkpoint-9' is not a complete checkpoint; .* has: checkpoint-10, "):
+        checkpoints.find("checkpoint-9")
+
+
+def test_all_are_kept_without_a_limit_and_a_second_write_replaces(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, limit=None)
+    for step in (1, 2, 3, 3):
+        checkpoints.save(step, {"step": step, "model": {"w": torch.tensor([float(len(checkpoints.list()))])}}, "")
+    assert list(checkpoints.list()) == [1, 2, 3]
+    assert weights(tmp_path / "checkpoint-3")["w"].item() == 3
+
+
+class Unwritable:
+    """Fails while it is written, as on a full disk."""
+
+    def __reduce__(self) -> Any:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_failed_write_leaves_the_previous_checkpoint_intact(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, limit=1)
+    checkpoints.save(1, state_of(1), "")
+    before = (tmp_path / "checkpoint-1" / STATE).read_bytes()
+    with pytest.raises(BinarizeError, match=r"cannot write .*checkpoint-2: .*No space left.*checkpoint-1, is intact"):
+        checkpoints.save(2, {**state_of(2), "x": Unwritable()}, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1"]
+    assert (tmp_path / "checkpoint-1" / STATE).read_bytes() == before
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_failure_at_any_call_keeps_the_folder(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "model"
+    replace_folder(target, lambda folder: (folder / "a").write_text("old"))
+    real = getattr(os, call)
+    calls = 0
+
+    def failing_at(number: int) -> Any:
+        def counted(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise OSError(5, "Input/output error")
+            return real(*arguments)
+
+        return counted
+
+    for number in range(1, 10):
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing_at(number))
+            try:
+                replace_folder(target, lambda folder: (folder / "a").write_text("new"))
+            except OSError:
+                assert (target / "a").read_text() in ("old", "new")
+                assert [path.name for path in tmp_path.iterdir()] == ["model"]
+            else:
+                break
+    assert 2 <= calls < number
+    assert (target / "a").read_text() == "new"
+
+
+def test_incomplete_folders_are_ignored_and_cleaned_up(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, limit=3)
+    checkpoints.save(5, state_of(5), "")
+    (tmp_path / ".checkpoint-9.abcd0123.tmp").mkdir()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / ".step-1.abcd0123.tmp.png").touch()
+    (tmp_path / "checkpoint-8").mkdir()  # without a state
+    assert list(checkpoints.list()) == [5]
+    # A run killed between the two renames of a replacement leaves this.
+    (tmp_path / "checkpoint-5").rename(tmp_path / ".checkpoint-5.abcd0123.old")
+    assert list(checkpoints.list()) == []
+    checkpoints.clean_up()
+    assert list(checkpoints.list()) == [5]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_damaged_checkpoint_is_an_error(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path, limit=None).save(1, state_of(1), "")
+    content = (folder / STATE).read_bytes()
+    (folder / STATE).write_bytes(content[: len(content) // 2])
+    with pytest.raises(BinarizeError, match=r"cannot read the checkpoint .*checkpoint-1: .*; remove it and resume"):
+        load_checkpoint(folder)

@@ -1,0 +1,378 @@
+"""Options of the loop: timm, torch.compile, precision, trackers, and the best model."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from training_case import RESUME, SMALLEST, assert_close, assert_same, interrupt_at, set_scores
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.inspect import FlipTracker
+from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.recipes import load_recipe
+from binarize.training import Checkpoints, TrainingInterrupted, load_checkpoint, train
+from binarize.training import log as training_log
+from binarize.training.optim import build_lr_scheduler, build_optimizer
+
+# timm.
+
+
+@pytest.fixture(scope="module")
+def unet() -> SRUNet:
+    return binarize.convert(SRUNet(base_channels=8, channel_mults=(1, 2), res_blocks=1, norm_groups=4), "bidiffsr")
+
+
+@pytest.mark.filterwarnings("ignore")  # some recommend other packages
+def test_every_optimiser_of_timm_can_be_built_or_is_an_error(unet: SRUNet) -> None:
+    timm_optim = pytest.importorskip("timm.optim")
+    built, refused = 0, []
+    for name in timm_optim.list_optimizers():
+        # The loop has no closures. timm lists optimisers of other packages only if they are installed.
+        try:
+            optimizer = build_optimizer(load_recipe("small_x2", [f"optimizer=timm/{name}", "learning_rate=1e-3"]), unet)
+        except BinarizeError:
+            refused.append(name)
+            continue
+        assert isinstance(optimizer, torch.optim.Optimizer), name
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(unet.parameters()))
+        built += 1
+    assert built > 20, refused
+
+
+def test_timms_lion_steps_by_its_formula() -> None:
+    pytest.importorskip("timm")
+    recipe = load_recipe("small_x2", ["optimizer=timm/lion", "learning_rate=1e-2", "adam_beta1=0.9", "adam_beta2=0.99"])
+    linear = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(recipe, linear)
+    before = {name: p.detach().clone() for name, p in linear.named_parameters()}
+    for p in linear.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, p in linear.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.detach(), before[name] - 1e-2 * p.grad.sign())  # momentum is 0 at first
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer=timm/lyon"], r"timm has no optimiser 'lyon'; it has .* Did you mean 'lion'"),
+        (
+            ["optimizer=adamw", "optimizer_options={speed: 3}"],
+            r"adamw cannot be built with optimizer_options \{'speed': 3\}: .*speed",
+        ),
+        (["optimizer=timm/adahessian"], r"timm/adahessian needs second-order gradients"),
+        (["optimizer=lion"], r"optimizer: got 'lion'; must be one of: adam, adamw, timm/NAME"),
+        (["lr_scheduler=timm/plateau"], r"lr_scheduler: got 'timm/plateau'; must be one of: constant, .*timm/cosi"),
+        (["lr_scheduler_options={min_lr: 0.1}"], r"lr_scheduler_options: needs one of timm's schedulers"),
+        (["lr_scheduler=timm/cosine", "lr_scheduler_options={low: 0.1}"], r"timm/cosine cannot be built with .*'low'"),
+    ],
+)
+def test_invalid_optimisers_and_schedules(overrides: list[str], message: str, unet: SRUNet) -> None:
+    pytest.importorskip("timm")
+
+    def build() -> None:
+        recipe = load_recipe("small_x2", overrides)
+        build_lr_scheduler(recipe, build_optimizer(recipe, unet))
+
+    with pytest.raises(BinarizeError, match=message):
+        build()
+
+
+def test_without_timm(unet: SRUNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("binarize.training.optim.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BinarizeError, match=r"optimizer: timm/lion is in timm, which is not installed; pip install"):
+        build_optimizer(load_recipe("small_x2", ["optimizer=timm/lion"]), unet)
+
+
+def rates(*overrides: str, steps: int = 20) -> list[float]:
+    recipe = load_recipe("small_x2", [f"max_train_steps={steps}", "learning_rate=1e-2", *overrides])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.learning_rate)
+    schedule = build_lr_scheduler(recipe, optimizer)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_schedules_are_the_documented_curves() -> None:
+    pytest.importorskip("timm")
+    steps = np.arange(20)
+    warm_up = 1e-2 * steps / 5
+    timms = rates("lr_scheduler=timm/cosine", "lr_warmup_steps=5", "lr_scheduler_options={min_lr: 1e-3}")
+    cosine = 1e-3 + 0.5 * (1e-2 - 1e-3) * (1 + np.cos(np.pi * steps / 20))
+    np.testing.assert_allclose(timms, np.where(steps < 5, warm_up, cosine), rtol=1e-9, atol=1e-12)
+    diffusers = rates("lr_scheduler=cosine", "lr_warmup_steps=5")
+    falling = 0.5 * 1e-2 * (1 + np.cos(np.pi * (steps - 5) / 15))
+    np.testing.assert_allclose(diffusers, np.where(steps < 5, warm_up, falling), rtol=1e-9, atol=1e-12)
+    options = "lr_scheduler_options={decay_epochs: 8, decay_rate: 0.5}"
+    stepped = rates("lr_scheduler=timm/step", "lr_warmup_steps=0", options)
+    np.testing.assert_allclose(stepped, 1e-2 * 0.5 ** (steps // 8))
+
+
+def test_a_run_with_timm_resumes_exactly(recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
+    pytest.importorskip("timm")
+    options = ("optimizer=timm/nadamw", "lr_scheduler=timm/cosine", "lr_warmup_steps=2")
+    cut(3, *options)
+    resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
+    assert len(resumed.history) == 3
+    assert_same(trained(*options).checkpoint, resumed.checkpoint)
+
+
+# torch.compile and precision.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_compiled_network_learns_the_same(accumulation: int, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (*SMALLEST, f"gradient_accumulation_steps={accumulation}")
+    plain = train(recipe(*options, "max_train_steps=3", out="plain"), progress=False)
+    # The loop's part is the same without a C++ compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compiled = train(recipe(*options, "max_train_steps=3", "compile=true", out="compiled"), progress=False)
+    assert_close(plain.checkpoint, compiled.checkpoint, atol=1e-4, rtol=1e-3)
+    SuperResolutionPipeline.from_pretrained(compiled.model_dir)
+    resumed = recipe(*options, "max_train_steps=4", RESUME, out="compiled")
+    assert train(resumed, progress=False).steps == 4
+
+
+@pytest.mark.slow
+def test_the_default_compiler_learns_the_same(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")  # without the C++ compiler's optimisations
+    options = (*SMALLEST, "method=bnn", "max_train_steps=2")
+    plain, compiled = trained(*options), trained(*options, "compile=true")
+    for one, other in zip(plain.history, compiled.history, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-3)
+
+
+def test_bf16_learns_on_a_cpu_and_keeps_full_precision_weights(trained: Any) -> None:
+    options = ("max_train_steps=12", "learning_rate=3e-3", "use_ema=true")
+    half = trained(*options, "mixed_precision=bf16")
+    plain = trained(*options)  # the next run in a process may have another precision
+    assert half.history[0].loss == pytest.approx(plain.history[0].loss, rel=0.05)
+    assert half.history[0].loss != plain.history[0].loss
+    assert np.mean([e.loss for e in half.history[-3:]]) < 0.9 * half.history[0].loss
+    state = load_checkpoint(half.checkpoint)[0]
+    for tensor in (*state["model"].values(), *state["ema"]["shadow_params"]):
+        assert tensor.dtype not in (torch.bfloat16, torch.float16)
+
+
+def test_fp16_needs_a_gpu(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(BinarizeError, match=r"mixed_precision: fp16 needs a GPU: .* mixed_precision=bf16 or no"):
+        train(recipe("mixed_precision=fp16"), progress=False)
+
+
+def test_a_launcher_that_shards_parameters_is_an_error(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+        with pytest.raises(BinarizeError, match=r"cannot be launched with FSDP: it shards .* Use data parallelism"):
+            train(recipe(), progress=False)
+    assert train(recipe("max_train_steps=1"), progress=False).steps == 1
+
+
+# The log.
+
+
+def test_the_log_has_flips_memory_and_speed(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second tracker sees the same signs as the run's own.
+    trackers: list[FlipTracker] = []
+
+    class Twin(FlipTracker):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__(model)
+            if not trackers:
+                trackers.append(FlipTracker(model))
+
+        def update(self, step: int | None = None) -> float:
+            trackers[0].update()
+            return super().update(step)
+
+    monkeypatch.setattr(training_log, "FlipTracker", Twin)
+    result = train(recipe("learning_rate=1e-2", "logging_steps=2"), progress=False)
+    assert [entry.step for entry in result.history] == [2, 4, 6]
+    expected = trackers[0].result().overall()
+    assert expected.max() > 0
+    assert [entry.flips for entry in result.history] == pytest.approx(expected.tolist())
+    for entry in result.history:
+        assert entry.memory is None or 2**26 < entry.memory < 2**40
+        assert entry.samples_per_second > 0
+
+
+def test_a_full_precision_network_has_no_flips(trained: Any) -> None:
+    assert trained("method=null", "max_train_steps=4").history[0].flips is None
+
+
+def test_tensorboard_gets_scalars_images_and_the_flips_of_each_layer(recipe: Any, pictures: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = ("report_to=tensorboard", f"validation_data_dir={pictures}", "num_validation_images=1")
+    result = train(recipe(*options, "learning_rate=1e-2", "max_train_steps=3"), progress=False)
+    events = accumulator.EventAccumulator(str(result.output_dir / "tensorboard"))
+    events.Reload()
+    for name, values in (("loss", [e.loss for e in result.history]), ("flips", [e.flips for e in result.history])):
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == pytest.approx(dict(zip((1, 2, 3), values, strict=True)))
+    assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-2)
+    assert events.Scalars("validation/psnr")[0].value == pytest.approx(result.validation[3], rel=1e-4)
+    assert events.Images("validation/p0")[0].width == 3 * 32
+    saved = SuperResolutionPipeline.from_pretrained(result.model_dir, pack=False).unet
+    layers = {f"flips/{name}" for name in FlipTracker(saved).result().layers}
+    assert {"memory_bytes", *layers} <= set(events.Tags()["scalars"])
+
+
+def test_wandb_gets_the_same_without_a_network(recipe: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged: list[tuple[int, dict[str, Any]]] = []
+    started: list[dict[str, Any]] = []
+    real_init = wandb.init
+
+    def init(**options: Any) -> Any:
+        run = real_init(**options)
+        started.append(options)
+        real_log = run.log
+
+        def log(values: dict[str, Any], step: int | None = None, **rest: Any) -> None:
+            logged.append((-1 if step is None else step, values))
+            real_log(values, step=step, **rest)
+
+        monkeypatch.setattr(run, "log", log)
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    options = ("report_to=wandb", f"validation_data_dir={pictures}", "num_validation_images=1")
+    result = train(recipe(*options, "max_train_steps=2"), progress=False)
+    scalars = {step: values["loss"] for step, values in logged if "loss" in values}
+    assert scalars == pytest.approx({entry.step: entry.loss for entry in result.history})
+    assert [values["validation/psnr"] for _, values in logged if "validation/psnr" in values] == [result.validation[2]]
+    shown = next(values["validation/p0"] for _, values in logged if "validation/p0" in values)
+    assert isinstance(shown[0], wandb.Image)
+    assert list((result.output_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    train(recipe(*options, "max_train_steps=3", RESUME), progress=False)
+    assert started[0]["id"] == started[1]["id"]
+
+
+def test_a_tracker_that_cannot_start_is_an_error(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Accelerator, *arguments: Any, **options: Any) -> None:
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    with pytest.raises(BinarizeError, match=r"report_to: tensorboard cannot start: disk on fire\."):
+        train(recipe("report_to=tensorboard"), progress=False)
+
+
+# The best model.
+
+
+@pytest.fixture
+def validated(pictures: Path) -> tuple[str, ...]:
+    """Overrides of a run that validates one image after every step."""
+    return f"validation_data_dir={pictures}", "num_validation_images=1", "validation_steps=1", "num_inference_steps=1"
+
+
+def test_the_best_model_is_kept(recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_scores([10.0, 30.0, 20.0, 25.0, 29.0, 28.0], monkeypatch)
+    options = ("checkpointing_steps=1", "checkpoints_total_limit=2", "use_ema=true", "ema_decay=0.5")
+    run = recipe(*validated, *options)
+    assert train(run, progress=False).best == (2, 30.0)
+    assert list(Checkpoints(run.output_dir, None).list()) == [2, 5, 6]
+    best = SuperResolutionPipeline.from_pretrained(run.output_dir / "best", pack=False)
+    averaged = load_checkpoint(run.output_dir / "checkpoint-2")[0]["ema"]["shadow_params"]
+    for parameter, expected in zip(best.unet.parameters(), averaged, strict=True):
+        assert torch.equal(parameter, expected)
+
+
+def test_unfinished_stages_are_not_the_best(
+    recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_scores([50.0, 40.0, 10.0, 20.0], monkeypatch)
+    run = recipe(*validated, "max_train_steps=4", "method=reactnet", "two_stage=0.6")
+    assert train(run, progress=False).best == (4, 20.0)
+    binarize.binary_state(SuperResolutionPipeline.from_pretrained(run.output_dir / "best", pack=False).unet)
+
+
+def test_another_folder_has_its_own_best(
+    recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_scores([40.0, 40.0, 15.0, 20.0], monkeypatch)
+    first = train(recipe(*validated, "max_train_steps=2"), progress=False)
+    there = recipe(*validated, "max_train_steps=3", f"resume_from_checkpoint={first.checkpoint}", out="there")
+    assert train(there, progress=False).best == (3, 20.0)
+    assert (there.output_dir / "best").is_dir()
+
+
+def test_resuming_remembers_the_best(recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_scores([40.0, 20.0, 20.0, 20.0, 41.0, 20.0], monkeypatch)
+    first = train(recipe(*validated, "max_train_steps=3"), progress=False)
+    assert first.best == (1, 40.0)
+    file = first.output_dir / "best" / "unet" / "diffusion_pytorch_model.safetensors"
+    kept = file.read_bytes()
+    assert train(recipe(*validated, "max_train_steps=4", RESUME), progress=False).best == (1, 40.0)
+    assert file.read_bytes() == kept
+    assert train(recipe(*validated, "max_train_steps=6", RESUME), progress=False).best == (5, 41.0)
+    assert file.read_bytes() != kept
+    train(recipe("max_train_steps=1"), force=True, progress=False)
+    assert not (first.output_dir / "best").exists()
+
+
+def test_a_skipped_validation_is_done(recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (*validated, "validation_steps=2", "max_train_steps=4")
+    whole = train(recipe(*options, out="whole"), progress=False)
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch, signal.SIGTERM)
+        with pytest.raises(TrainingInterrupted):
+            train(recipe(*options, out="cut"), progress=False)
+    resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
+    assert resumed.validation == whole.validation
+    assert resumed.best == whole.best
+    assert whole.best is not None
+    assert math.isfinite(whole.best[1])
+    index = json.loads((resumed.output_dir / "best" / "model_index.json").read_text())
+    assert index["_class_name"] == "SuperResolutionPipeline"
+
+
+APART = """
+import ctypes, torch
+from binarize.training import keep_large_blocks_apart
+
+class Info(ctypes.Structure):  # mallinfo2 of malloc.h
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+
+info = ctypes.CDLL(None).mallinfo2
+info.restype = Info
+print(keep_large_blocks_apart())
+for _ in range(3):
+    before = info().hblkhd
+    block = torch.empty(5 * 2**20, dtype=torch.uint8)
+    print(info().hblkhd - before >= 5 * 2**20)
+    del block
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize("user_set", [None, "33554432"])
+def test_large_blocks_come_from_mmap_unless_the_user_set_a_threshold(user_set: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_MMAP_THRESHOLD_"}
+    if user_set is not None:
+        environment["MALLOC_MMAP_THRESHOLD_"] = user_set
+    done = subprocess.run([sys.executable, "-c", APART], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [str(user_set is None)] * 4
