@@ -4,5 +4,5 @@ from binarize.deprecation import renamed
 
 _NEW = "binarize.kernels.backends:"
 __getattr__ = renamed(
-    __name__, {name: _NEW + name for name in ("BACKENDS", "Backend", "current", "kernels_for", "use")}
+    __name__, {name: _NEW + name for name in ("BACKENDS", "current", "kernels_for", "use")}
 )
