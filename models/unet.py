@@ -54,9 +54,6 @@ class SRUNet(ModelMixin, ConfigMixin):
             difference from its mean over 3x3 pixels times this number. The network computes it and inserts it between
             condition and sample, with as many channels as the condition has. None, as released, leaves it out.
         conversion: How the network is binarized, as recorded by `binarize.convert`; set when loading, not by hand.
-
-    Raises:
-        BinarizeError: If the options cannot be built together.
     """
 
     _supports_gradient_checkpointing = True
@@ -152,9 +149,6 @@ class SRUNet(ModelMixin, ConfigMixin):
 
         Returns:
             UNet2DOutput with ``sample`` ``(B, 3, H, W)``.
-
-        Raises:
-            BinarizeError: If shapes do not fit.
         """
         self._check_input(sample, condition)
         if not isinstance(timestep, Tensor):
@@ -228,9 +222,6 @@ class SRUNet(ModelMixin, ConfigMixin):
 
         A packed model's ``.safetensors`` file can be given by itself. Half precision in it becomes float32, unless
         ``dtype`` (``torch_dtype`` in older versions of diffusers) selects another dtype.
-
-        Raises:
-            BinarizeError: If weights and configuration do not belong together, or a packed file is broken.
         """
         packed = find_packed(pretrained_model_name_or_path, kwargs)
         if packed is not None:
@@ -281,11 +272,7 @@ class SRUNet(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save as diffusers does; a converted network keeps its method and options in config.json.
-
-        Raises:
-            BinarizeError: If the conversion uses a part that cannot be named in a file.
-        """
+        """Save as diffusers does; a converted network keeps its method and options in config.json."""
         check_saveable(self)
         if is_packed(self):
             if is_main_process:

@@ -24,27 +24,16 @@ MEMORY_MODES: tuple[Memory, ...] = ("exact", "compact")
 
 
 class BinaryConvOptions(NamedTuple):
-    """What defines a binary convolution in training, apart from tensors.
+    """What defines a binary convolution in training, apart from tensors."""
 
-    Attributes:
-        geometry: Its padding is the same on opposite sides.
-        groups: Of the convolution.
-        sign_zero: What sign(0) is.
-        surrogate: Gradient of the activation's sign.
-        clip_weight: Whether the gradient of a latent weight outside [-1, 1] is 0.
-        shortcut: Whether x is added to the output.
-        memory: "exact" keeps x; "compact" keeps one byte per element and computes the dot products again.
-        dtype: Of the product.
-    """
-
-    geometry: Geometry
-    groups: int
-    sign_zero: SignZero
-    surrogate: Surrogate
-    clip_weight: bool
-    shortcut: bool
-    memory: Memory
-    dtype: torch.dtype
+    geometry: Geometry  # its padding is the same on opposite sides
+    groups: int  # of the convolution
+    sign_zero: SignZero  # what sign(0) is
+    surrogate: Surrogate  # gradient of the activation's sign
+    clip_weight: bool  # whether the gradient of a latent weight outside [-1, 1] is 0
+    shortcut: bool  # whether x is added to the output
+    memory: Memory  # "exact" keeps x; "compact" keeps one byte per element and computes the dot products again
+    dtype: torch.dtype  # of the product
 
 
 class BinaryConvFunction(torch.autograd.Function):

@@ -39,9 +39,6 @@ def use(backend: Backend) -> Iterator[None]:
     Args:
         backend: "numba" (CPUs), "triton" (CUDA), or "auto", which selects by the tensors' device. Plain torch runs what
             the backend does not support. "torch" runs everything in plain torch.
-
-    Raises:
-        BinarizeError: If the backend is unknown or cannot be imported.
     """
     _check(backend, "use")
     if backend in _MODULES:

@@ -35,17 +35,11 @@ class Shortcut(IntEnum):
 
 
 class Geometry(NamedTuple):
-    """How a convolution moves over its input. Padding is applied after the sign.
+    """How a convolution moves over its input. Padding is applied after the sign."""
 
-    Attributes:
-        stride: (height, width).
-        pad: (left, right, top, bottom).
-        dilation: (height, width).
-    """
-
-    stride: tuple[int, int] = (1, 1)
-    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)  # (height, width)
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)  # (left, right, top, bottom)
+    dilation: tuple[int, int] = (1, 1)  # (height, width)
 
     def output(self, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
         """Return height and width of the output."""
@@ -70,29 +64,18 @@ SAME_3X3 = Geometry(pad=(1, 1, 1, 1))  # of a 3x3 convolution with padding 1
 
 @dataclass(frozen=True)
 class OutputTransform:
-    """What follows the dot products of a binary convolution. None stands for a step that is left out.
+    """What follows the dot products of a binary convolution. None stands for a step that is left out."""
 
-    Attributes:
-        scale: ``(C_out,)``, the scale of the weights. It is not merged with ``factor``: both round.
-        factor: ``(C_out,)``, of a BatchNorm or a channel scale.
-        offset: ``(C_out,)``, of a bias or a BatchNorm.
-        shift_in: ``(K, C_out)``, the RPReLU's first shift, one row per timestep group; as the next two.
-        slope: ``(K, C_out)``, the RPReLU's slope below 0.
-        shift_out: ``(K, C_out)``, the RPReLU's last shift.
-        low: Lower limit.
-        high: Upper limit.
-        shortcut: Where the layer's input is added.
-    """
-
-    scale: Tensor | None = None
-    factor: Tensor | None = None
-    offset: Tensor | None = None
+    scale: Tensor | None = None  # ``(C_out,)``, the scale of the weights. It is not merged with ``factor``: both round.
+    factor: Tensor | None = None  # ``(C_out,)``, of a BatchNorm or a channel scale
+    offset: Tensor | None = None  # ``(C_out,)``, of a bias or a BatchNorm
+    # ``(K, C_out)``, the RPReLU's first shift, one row per timestep group; as the next two
     shift_in: Tensor | None = None
-    slope: Tensor | None = None
-    shift_out: Tensor | None = None
-    low: float = -math.inf
-    high: float = math.inf
-    shortcut: Shortcut = Shortcut.NONE
+    slope: Tensor | None = None  # ``(K, C_out)``, the RPReLU's slope below 0
+    shift_out: Tensor | None = None  # ``(K, C_out)``, the RPReLU's last shift
+    low: float = -math.inf  # lower limit
+    high: float = math.inf  # upper limit
+    shortcut: Shortcut = Shortcut.NONE  # where the layer's input is added
 
     @property
     def activates(self) -> bool:
@@ -120,33 +103,20 @@ class OutputTransform:
 
 @dataclass(frozen=True, eq=False)
 class BinaryConv:
-    """A binary convolution with one basis of weights, laid out for the kernels; made by `BinaryConv.lay_out`.
+    """A binary convolution with one basis of weights, laid out for the kernels; made by `BinaryConv.lay_out`."""
 
-    Attributes:
-        shape: Of the filters.
-        geometry: Of the convolution.
-        filters: ``(groups * blocks, kh * kw * words, 16)`` int32, see `binarize.kernels.bitpack`.
-        padding_correction: ``(1 + kh * kw, lanes)`` int32, from `padding_correction`.
-        thresholds: ``(K, groups * words * 32)``: a bit is 1 where the input is at least this; spare ones are infinite.
-        coefficients: ``(K, groups * blocks, 6, 16)``: scale, factor, offset, shift in, slope and shift out.
-        unsigned: Whether activations are {0, 1} rather than {-1, +1}.
-        low: Lower limit of the output, before a shortcut that comes last.
-        high: Upper limit.
-        shortcut: Where the input is added.
-        compiled: What a backend keeps per input size.
-    """
-
-    shape: FilterShape
-    geometry: Geometry
-    filters: Tensor
-    padding_correction: Tensor
+    shape: FilterShape  # of the filters
+    geometry: Geometry  # of the convolution
+    filters: Tensor  # ``(groups * blocks, kh * kw * words, 16)`` int32, see `binarize.kernels.bitpack`
+    padding_correction: Tensor  # ``(1 + kh * kw, lanes)`` int32, from `padding_correction`
+    # ``(K, groups * words * 32)``: a bit is 1 where the input is at least this; spare ones are infinite
     thresholds: Tensor
-    coefficients: Tensor
-    unsigned: bool = False
-    low: float = -math.inf
-    high: float = math.inf
-    shortcut: Shortcut = Shortcut.NONE
-    compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
+    coefficients: Tensor  # ``(K, groups * blocks, 6, 16)``: scale, factor, offset, shift in, slope and shift out
+    unsigned: bool = False  # whether activations are {0, 1} rather than {-1, +1}
+    low: float = -math.inf  # lower limit of the output, before a shortcut that comes last
+    high: float = math.inf  # upper limit
+    shortcut: Shortcut = Shortcut.NONE  # where the input is added
+    compiled: dict[Any, Any] = field(default_factory=dict, repr=False)  # what a backend keeps per input size
 
     @classmethod
     def lay_out(

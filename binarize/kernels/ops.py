@@ -120,9 +120,6 @@ def binary_conv2d(
 
     Returns:
         ``(B, C_out, H', W')`` in x's dtype, channels_last.
-
-    Raises:
-        BinarizeError: If tensors are on different devices or have other shapes, or a gradient is required.
     """
     if skips_dispatcher(x, conv.filters, timestep_group, input_norm, channel_bias, residual):
         return _run(x, conv, timestep_group, input_norm, channel_bias, residual)

@@ -18,18 +18,13 @@ from torch import Tensor
 
 
 class BinaryWeight(NamedTuple):
-    """The result of a weight binarizer: ``w_hat = sum_k scales[k] * codes[k]``.
+    """The result of a weight binarizer: ``w_hat = sum_k scales[k] * codes[k]``."""
 
-    Attributes:
-        surrogate: Tensor of w's shape through whose autograd graph the gradient of ``w_hat`` reaches the latents. Its
-            values are not used.
-        codes: ``(n, *w.shape)`` in {-1, +1} (or 0 where sign(0) is 0), detached.
-        scales: ``(n, C_out)``, detached.
-    """
-
+    # tensor of w's shape through whose autograd graph the gradient of ``w_hat`` reaches the latents. Its values are
+    # not used.
     surrogate: Tensor
-    codes: Tensor
-    scales: Tensor
+    codes: Tensor  # ``(n, *w.shape)`` in {-1, +1} (or 0 where sign(0) is 0), detached
+    scales: Tensor  # ``(n, C_out)``, detached
 
 
 class _BinaryConv2d(torch.autograd.Function):

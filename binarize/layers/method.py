@@ -155,19 +155,11 @@ class Method:
         return self.groups > 1 and any(is_timestep_aware(kind, self.part(kind)) for kind in PART_KINDS)
 
     def replace(self, **options: Any) -> Method:
-        """Return the method with some options changed.
-
-        Raises:
-            BinarizeError: If an option is unknown.
-        """
+        """Return the method with some options changed."""
         return dataclasses.replace(self, **options)
 
     def to_config(self) -> dict[str, Any]:
-        """Return ``{"name": ..., **options that differ from the defaults}`` as plain JSON types.
-
-        Raises:
-            BinarizeError: If a part cannot be named, such as a lambda.
-        """
+        """Return ``{"name": ..., **options that differ from the defaults}`` as plain JSON types."""
         config: dict[str, Any] = {"name": self.name}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -201,9 +193,6 @@ def register_method(name: str, *, replace: bool = False) -> Callable[[M], M]:
     Args:
         name: The name for `binarize.convert` and recipes.
         replace: Allow ``name`` to be registered already.
-
-    Raises:
-        BinarizeError: If the name is taken, or the class is not a frozen dataclass derived from `Method`.
     """
 
     def add(cls: M) -> M:
@@ -232,9 +221,6 @@ def get_method(method: str | Method | Mapping[str, Any], **options: Any) -> Meth
     Args:
         method: A registered name, a `Method`, or ``{"name": ..., **options}`` as in a recipe.
         **options: Options that override the method's.
-
-    Raises:
-        BinarizeError: If the name or an option is unknown.
     """
     if isinstance(method, Method):
         return method.replace(**options) if options else method

@@ -46,29 +46,20 @@ follows:
 
 
 class Site(NamedTuple):
-    """Where a part stands in its layer.
+    """Where a part stands in its layer."""
 
-    Attributes:
-        adds_input: Whether an identity shortcut there adds the input that the kernel reads.
-        post_follows: Whether the activation function comes later.
-    """
-
-    adds_input: bool
-    post_follows: bool
+    adds_input: bool  # whether an identity shortcut there adds the input that the kernel reads
+    post_follows: bool  # whether the activation function comes later
 
 
 class LayerPart(nn.Module):
     """Base class of parts that a kernel can compute. Every method has a default that leaves the part a module.
 
     A part need not derive from it: any nn.Module runs as it is.
-
-    Attributes:
-        groups: K, the rows of its timestep-aware parameters.
-        context: Where the timestep group comes from, or None.
     """
 
-    groups: int = 1
-    context: TimestepContext | None = None
+    groups: int = 1  # K, the rows of its timestep-aware parameters
+    context: TimestepContext | None = None  # where the timestep group comes from, or None
 
     def input_shift(self) -> Tensor | None:
         """Return ``(1 or K, C_in)`` if a ``pre`` part only adds this to the input, else None."""
@@ -80,36 +71,26 @@ class LayerPart(nn.Module):
 
 
 class ActivationBinarizer(LayerPart):
-    """Base class of activation binarizers.
+    """Base class of activation binarizers."""
 
-    Attributes:
-        levels: The two values that it returns, (-1, 1) for sign(x) or (0, 1) for x > 0.5; None cannot be packed.
-        surrogate: Its gradient, if it is one that the training kernels know: "approx", "clip" or "identity".
-        sign_zero: What sign(0) is.
-    """
-
+    # the two values that it returns, (-1, 1) for sign(x) or (0, 1) for x > 0.5; None cannot be packed
     levels: tuple[int, int] | None = None
+    # its gradient, if it is one that the training kernels know: "approx", "clip" or "identity"
     surrogate: Surrogate | None = None
-    sign_zero: SignZero = "plus"
+    sign_zero: SignZero = "plus"  # what sign(0) is
 
 
 class WeightBinarizer(LayerPart):
-    """Base class of weight binarizers.
+    """Base class of weight binarizers."""
 
-    Attributes:
-        bases: How many scaled binary weights it returns.
-        stored_scales: Which scales a file needs: one per "filter", one per "tensor", or "none" where they are 1.
-        sign_zero: What sign(0) is.
-        is_plain_sign: Whether it returns sign(w) times the detached `weight_scale`, whose gradient reaches w unchanged,
-            or zeroed where |w| > 1 with ``clip``. The training kernels then compute it.
-        clip: See ``is_plain_sign``.
-    """
-
-    bases: int = 1
+    bases: int = 1  # how many scaled binary weights it returns
+    # which scales a file needs: one per "filter", one per "tensor", or "none" where they are 1
     stored_scales: StoredScales = "filter"
-    sign_zero: SignZero = "plus"
+    sign_zero: SignZero = "plus"  # what sign(0) is
+    # whether it returns sign(w) times the detached `weight_scale`, whose gradient reaches w unchanged, or zeroed
+    # where |w| > 1 with ``clip``. The training kernels then compute it.
     is_plain_sign: bool = False
-    clip: bool = True
+    clip: bool = True  # see ``is_plain_sign``
 
     def weight_scale(self, w: Tensor) -> Tensor | None:
         """Return the scales ``(C_out,)`` of the first basis, or None where they are 1."""
@@ -117,13 +98,9 @@ class WeightBinarizer(LayerPart):
 
 
 class Scale(LayerPart):
-    """Base class of scales of the product.
+    """Base class of scales of the product."""
 
-    Attributes:
-        of_input: Whether it is computed from the layer's own input, not from the input of the sign.
-    """
-
-    of_input: bool = False
+    of_input: bool = False  # whether it is computed from the layer's own input, not from the input of the sign
 
 
 def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
@@ -155,35 +132,22 @@ def levels_of(activation: object) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The layer that a part is built for, as its factory sees it.
+    """The layer that a part is built for, as its factory sees it."""
 
-    Attributes:
-        kind: "conv2d", whose tensors are (B, C, H, W), or "linear", whose tensors are (..., C).
-        in_channels: C_in.
-        out_channels: C_out.
-        weight: The latent weights, from which a part may initialise itself.
-        stride: Of the convolution, (1, 1) for linear layers.
-        padding: Zeros on each side of a convolution's input, (height, width).
-        pad: (left, right, top, bottom) if opposite sides differ or the padding mode is not zeros, else None.
-        padding_mode: As in nn.Conv2d.
-        dilation: Of the convolution.
-        groups: K, the number of timestep groups.
-        context: Where timestep-aware parts read the timestep, or None if the host has none.
-        sign_zero: What sign(0) is.
-    """
-
+    # "conv2d", whose tensors are (B, C, H, W), or "linear", whose tensors are (..., C)
     kind: Literal["conv2d", "linear"]
-    in_channels: int
-    out_channels: int
-    weight: Tensor
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
+    in_channels: int  # C_in
+    out_channels: int  # C_out
+    weight: Tensor  # the latent weights, from which a part may initialise itself
+    stride: tuple[int, int] = (1, 1)  # of the convolution, (1, 1) for linear layers
+    padding: tuple[int, int] = (0, 0)  # zeros on each side of a convolution's input, (height, width)
+    # (left, right, top, bottom) if opposite sides differ or the padding mode is not zeros, else None
     pad: tuple[int, int, int, int] | None = None
-    padding_mode: str = "zeros"
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    context: TimestepContext | None = None
-    sign_zero: SignZero = "plus"
+    padding_mode: str = "zeros"  # as in nn.Conv2d
+    dilation: tuple[int, int] = (1, 1)  # of the convolution
+    groups: int = 1  # K, the number of timestep groups
+    context: TimestepContext | None = None  # where timestep-aware parts read the timestep, or None if the host has none
+    sign_zero: SignZero = "plus"  # what sign(0) is
 
     @property
     def channel_dim(self) -> int:
@@ -211,9 +175,6 @@ def register_part(
         timestep_aware: Whether it reads ``spec.context`` if ``spec.groups`` is above 1. `binarize.convert` then
             attaches a timestep context to the model.
         replace: Allow replacing an existing name.
-
-    Raises:
-        BinarizeError: If the kind is unknown or the name is taken.
     """
     register = _registry(kind).register(name, replace=replace)
 
@@ -228,11 +189,7 @@ def register_part(
 
 
 def list_parts(kind: PartKind) -> list[str]:
-    """Return the names registered for one stage, sorted.
-
-    Raises:
-        BinarizeError: If the kind is unknown.
-    """
+    """Return the names registered for one stage, sorted."""
     return list(_registry(kind))
 
 
@@ -251,11 +208,7 @@ def is_timestep_aware(kind: PartKind, part: Part) -> bool:
 
 
 def build_part(kind: PartKind, part: Part, spec: LayerSpec) -> nn.Module | None:
-    """Build one stage of a layer.
-
-    Raises:
-        BinarizeError: If the name is unknown, an option does not fit, or the factory does not return a module.
-    """
+    """Build one stage of a layer."""
     if part is None:
         return None
     options: dict[str, Any] = {}
@@ -307,11 +260,7 @@ def named_by_a_file() -> Iterator[None]:
 
 
 def find_factory(kind: PartKind, name: str) -> Factory:
-    """Return a factory by its registered name or as ``"module:name"``.
-
-    Raises:
-        BinarizeError: If there is no such thing, or a file names a function or something that is not imported.
-    """
+    """Return a factory by its registered name or as ``"module:name"``."""
     if ":" not in name:
         return _registry(kind)[name]
     if _FROM_FILE.get():
@@ -341,11 +290,7 @@ def _imported_class(kind: PartKind, name: str) -> Factory:
 
 
 def part_to_config(kind: str, part: Part) -> Any:
-    """Return a part as JSON and YAML can hold it.
-
-    Raises:
-        BinarizeError: If the part is a lambda or another object that no import path reaches.
-    """
+    """Return a part as JSON and YAML can hold it."""
     if part is None or isinstance(part, str):
         return part
     if isinstance(part, Mapping):

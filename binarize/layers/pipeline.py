@@ -21,13 +21,6 @@ class PartPipeline(nn.Module):
 
     The shortcut is added after ``post`` (BI-DiffSR, BBCU), or before it with ``post_after_shortcut`` (ReActNet,
     IR-Net).
-
-    Attributes:
-        geometry: Of the convolution; a linear layer is a 1x1 convolution.
-        kernel: (kh, kw).
-        widths: Channels of the input and of the output.
-        bases: How many scaled binary weights are added up.
-        padding_mode: As in nn.Conv2d.
     """
 
     kind: Literal["conv2d", "linear"]
@@ -41,11 +34,11 @@ class PartPipeline(nn.Module):
     method: Method
     had_bias: bool
     post_after_shortcut: bool
-    geometry: Geometry
-    kernel: tuple[int, int]
-    widths: tuple[int, int]
-    bases: int
-    padding_mode: str = "zeros"
+    geometry: Geometry  # of the convolution; a linear layer is a 1x1 convolution
+    kernel: tuple[int, int]  # (kh, kw)
+    widths: tuple[int, int]  # channels of the input and of the output
+    bases: int  # how many scaled binary weights are added up
+    padding_mode: str = "zeros"  # as in nn.Conv2d
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the stages after the product that this layer has, in order."""

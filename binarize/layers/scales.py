@@ -42,11 +42,7 @@ class ChannelScale(Scale):
         return transform.then_affine(factor=self.scale) if channels_only else None
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Scale the product ``y``; ``x`` is not used.
-
-        Raises:
-            BinarizeError: If ``y`` is larger than the size of the scale.
-        """
+        """Scale the product ``y``; ``x`` is not used."""
         y = y * (self.scale.view(-1, 1, 1) if self.channel_dim == 1 else self.scale).to(y.dtype)
         if self.row_scale is not None:
             y = y * self._leading(self.row_scale, y.shape[-2], "high").to(y.dtype)

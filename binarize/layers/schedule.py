@@ -44,9 +44,6 @@ def training_step(model: nn.Module, progress: float) -> None:
     Args:
         model: A converted model.
         progress: Finished steps over all steps, in [0, 1].
-
-    Raises:
-        BinarizeError: If ``progress`` is outside [0, 1].
     """
     if not 0.0 <= progress <= 1.0:
         raise BinarizeError(f"progress is the share of finished training steps, in [0, 1]; got {progress!r}.")

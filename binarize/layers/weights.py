@@ -15,13 +15,7 @@ from binarize.errors import BinarizeError
 from binarize.kernels.product import BinaryWeight
 from binarize.kernels.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign
 from binarize.layers.parts import LayerSpec, StoredScales, WeightBinarizer, register_part
-from binarize.layers.schedule import (
-    Scheduled,
-    check_ede_range,
-    check_tau_range,
-    ede_schedule,
-    recu_schedule,
-)
+from binarize.layers.schedule import Scheduled, check_ede_range, check_tau_range, ede_schedule, recu_schedule
 
 _MOST_BASES = 16  # of fixed weights; a file could ask for any number
 

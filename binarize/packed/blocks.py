@@ -38,11 +38,7 @@ class PackedBlock(nn.Module):
 
 
 def norm_silu_conv(
-    norm: nn.GroupNorm,
-    conv: nn.Module,
-    x: Tensor,
-    channel_bias: Tensor | None = None,
-    residual: Tensor | None = None,
+    norm: nn.GroupNorm, conv: nn.Module, x: Tensor, channel_bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """Return ``conv(silu(norm(x + channel_bias))) + residual``.
 

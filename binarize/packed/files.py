@@ -45,9 +45,6 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
         path: The file; its folder is created.
         config: What describes the host and its conversion, fit for JSON.
         dtype: What full-precision tensors are stored as, or None for what they are.
-
-    Raises:
-        BinarizeError: If the dtype is not a floating-point one that the format has, or too small for a value.
     """
     from binarize.imaging import write_atomic
 
@@ -90,11 +87,7 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the configuration in a packed file.
-
-    Raises:
-        BinarizeError: If the file is no packed model or has another format version.
-    """
+    """Return the configuration in a packed file."""
     metadata = _metadata(path)
     try:
         config = json.loads(metadata.get(CONFIG, ""))
@@ -106,11 +99,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def count_tensors(path: Path) -> int:
-    """Return how many tensors a packed file holds.
-
-    Raises:
-        BinarizeError: As `read_config`.
-    """
+    """Return how many tensors a packed file holds."""
     _metadata(path)
     with safe_open(path, framework="pt") as file:
         return len(file.keys())
@@ -172,9 +161,6 @@ def read_packed(
         dtype: What full-precision tensors become, or None: what the file has, half precision as float32.
         unsaved: Returns the host's buffers that no state dict holds, by name; called once the file has been checked,
             and only if there are such buffers.
-
-    Raises:
-        BinarizeError: If the file is broken, of another version, or does not fit the model.
     """
     metadata = _metadata(path)
     expected = model.state_dict(keep_vars=True)

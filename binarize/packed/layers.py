@@ -212,9 +212,6 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
 
     Shapes:
         x: ``(B, C_in, H, W)`` float32, bfloat16 or float64, ideally channels_last; output ``(B, C_out, H', W')``.
-
-    Raises:
-        BinarizeError: If the layer's activation does not declare its two values.
     """
 
     kind: Literal["conv2d", "linear"] = "conv2d"

@@ -15,14 +15,7 @@ from binarize.kernels.checks import as_channels_last, check_inputs
 from binarize.kernels.cpu import threads
 from binarize.kernels.cpu.compile import workers
 from binarize.kernels.cpu.fields import Conv
-from binarize.kernels.cpu.parameters import (
-    STRIP_BYTES,
-    TASKS_PER_THREAD,
-    aligned,
-    as_floats,
-    set_image,
-    set_scratch,
-)
+from binarize.kernels.cpu.parameters import STRIP_BYTES, TASKS_PER_THREAD, aligned, as_floats, set_image, set_scratch
 
 COMPILED_SIZES = 8  # how many input sizes a layer keeps the parameters of
 

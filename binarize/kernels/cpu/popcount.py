@@ -12,19 +12,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from binarize.kernels.cpu.simd import (
-    I32,
-    I64,
-    INTS,
-    LANES,
-    call,
-    constant,
-    cpu_features,
-    load,
-    meet,
-    splat,
-    when,
-)
+from binarize.kernels.cpu.simd import I32, I64, INTS, LANES, call, constant, cpu_features, load, meet, splat, when
 
 # Counts are of bytes where no instruction counts 32-bit lanes.
 BYTEWISE = "+avx512vpopcntdq" not in cpu_features()
@@ -103,19 +91,12 @@ def _added(b: ir.IRBuilder, first: Values, second: Values) -> Values:
 
 
 class Words(NamedTuple):
-    """The words of a tile: addresses of its pixels and blocks of filters, and offsets of a pixel's words.
+    """The words of a tile: addresses of its pixels and blocks of filters, and offsets of a pixel's words."""
 
-    Attributes:
-        pixels: Addresses.
-        offsets: Address of an int32 for each word of a pixel: where it is, in bytes from the pixel.
-        blocks: Addresses; a block's words, of 16 output channels, are 64 bytes apart.
-        count: Words of a pixel.
-    """
-
-    pixels: Values
-    offsets: ir.Value
-    blocks: Values
-    count: ir.Value
+    pixels: Values  # addresses
+    offsets: ir.Value  # address of an int32 for each word of a pixel: where it is, in bytes from the pixel
+    blocks: Values  # addresses; a block's words, of 16 output channels, are 64 bytes apart
+    count: ir.Value  # words of a pixel
 
     def pairs(self, b: ir.IRBuilder, j: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
         """Return word j of each pixel with that of each block."""
