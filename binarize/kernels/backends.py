@@ -36,9 +36,8 @@ _chosen: ContextVar[str | None] = ContextVar("binarize_backend", default=None)
 def use(backend: Backend) -> Iterator[None]:
     """Run packed operators on one backend within the ``with`` block.
 
-    Args:
-        backend: "numba" (CPUs), "triton" (CUDA), or "auto", which selects by the tensors' device. Plain torch runs what
-            the backend does not support. "torch" runs everything in plain torch.
+    "numba" runs on CPUs, "triton" on CUDA, and "auto" selects by the tensors' device; plain torch runs what a backend
+    does not support. "torch" runs everything in plain torch.
     """
     _check(backend, "use")
     if backend in _MODULES:

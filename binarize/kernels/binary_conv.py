@@ -120,26 +120,13 @@ class BinaryConv:
 
     @classmethod
     def lay_out(
-        cls,
-        filters: Tensor,
-        shape: FilterShape,
-        geometry: Geometry,
-        thresholds: Tensor,
-        transform: OutputTransform,
-        *,
-        unsigned: bool = False,
-        correction: Tensor | None = None,
-    ) -> BinaryConv:
-        """Lay out the parameters of a convolution.
+        cls, filters: Tensor, shape: FilterShape, geometry: Geometry, thresholds: Tensor, transform: OutputTransform,
+        *, unsigned: bool = False, correction: Tensor | None = None,
+    ) -> BinaryConv:  # fmt: skip
+        """Lay out one basis of packed words for the kernels.
 
-        Args:
-            filters: Packed words of one basis, as in the attribute of that name.
-            shape: Of the filters, with one basis.
-            geometry: Of the convolution.
-            thresholds: ``(1 or K, C_in)`` in the dtype that the layer's arithmetic is done in.
-            transform: What follows the dot products, with 1 or K rows.
-            unsigned: Whether activations are {0, 1}.
-            correction: From `padding_correction`, where it is known.
+        ``thresholds`` are ``(1 or K, C_in)``, in the dtype of the layer's arithmetic; ``transform`` has 1 or K rows.
+        ``correction`` is from `padding_correction`, where it is known.
         """
         rows = [len(t) for t in (thresholds, transform.shift_in, transform.slope, transform.shift_out) if t is not None]
         groups, dtype, device = max(rows), thresholds.dtype, filters.device
@@ -197,17 +184,10 @@ def lay_out_thresholds(values: Tensor, shape: FilterShape) -> Tensor:
 
 
 def padding_correction(filters: Tensor, shape: FilterShape, unsigned: bool) -> Tensor:
-    """Return what turns counts of differing bits into dot products, at borders as well.
+    """Return what turns counts of differing bits into dot products, at borders as well, ``(1 + kh * kw, lanes)`` int32.
 
     A zero has no 1-bit code, so taps outside the input are read as -1 and corrected with the sum of the tap's weights.
-
-    Args:
-        filters: ``(groups * blocks, kh * kw * words, 16)`` int32.
-        shape: Of the filters, with one basis.
-        unsigned: Whether activations are {0, 1}.
-
-    Returns:
-        ``(1 + kh * kw, lanes)`` int32: the dot product of no differing bits, then every tap's sum of weights.
+    The first row is the dot product of no differing bits; the others are each tap's sum of weights.
     """
     taps = shape.kernel[0] * shape.kernel[1]
     if filters.is_meta:

@@ -250,25 +250,14 @@ class BinaryConv2d(_BinaryLayer):
         transform, rest = lowered.transform, lowered.rest
         if not (trains_as_one_node(transform) and not rest):
             transform, rest = type(transform)(), self.stages()
-        y: Tensor = BinaryConvFunction.apply(
-            source,
-            self.weight,
-            binarizer.weight_scale(self.weight),
-            lowered.gather(lowered.shift),
-            lowered.gather(transform.shift_in),
-            lowered.gather(transform.slope),
-            lowered.gather(transform.shift_out),
-            BinaryConvOptions(
-                geometry=self.geometry,
-                groups=self.groups,
-                sign_zero=activation.sign_zero,
-                surrogate=cast(Any, activation.surrogate),
-                clip_weight=binarizer.clip,
-                shortcut=transform.shortcut != 0,
-                memory=self.memory,
-                dtype=compute_dtype(x),
-            ),
-        )
+        surrogate = cast(Any, activation.surrogate)
+        options = BinaryConvOptions(
+            self.geometry, self.groups, activation.sign_zero, surrogate, binarizer.clip, transform.shortcut != 0,
+            self.memory, compute_dtype(x),
+        )  # fmt: skip
+        rows = map(lowered.gather, (lowered.shift, transform.shift_in, transform.slope, transform.shift_out))
+        scale = binarizer.weight_scale(self.weight)
+        y: Tensor = BinaryConvFunction.apply(options, source, self.weight, scale, *rows)
         return self.run_stages(rest, y, x, source)
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:

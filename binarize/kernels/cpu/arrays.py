@@ -104,9 +104,10 @@ def as_rows(rows: Tensor) -> Any:
     return rows.detach().to(torch.float32).contiguous().numpy()
 
 
-def pixels_per_row(x: Tensor, rows: int) -> int:
+def row_sizes(x: Tensor, rows: int) -> tuple[int, int]:
+    """Return the chunks of all pixels, and the pixels that share one of the rows."""
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return max(pixels // rows, 1)
+    return -(-pixels // CHUNK), max(pixels // rows, 1)
 
 
 def count_chunks(x: Tensor) -> int:

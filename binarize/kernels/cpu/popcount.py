@@ -24,6 +24,7 @@ PIXELS, BLOCKS = (4, 1) if BYTEWISE else (4, 4)
 _I8 = ir.IntType(8)
 _SHORTS, _BYTES = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(_I8, 4 * LANES)
 Values = list[ir.Value]
+Body = Callable[[ir.Value, Values], Values]  # of a loop: index and values to new values
 _LOW_NIBBLES = 0x0F0F0F0F
 
 
@@ -157,10 +158,7 @@ def _count_all(b: ir.IRBuilder, words: Words) -> Values:
 class _CarrySave:
     """Counts seven words or more: the first seven bit by bit, then eight at a time, then four, two and one.
 
-    Args:
-        b: The builder.
-        words: What to count.
-        unsigned: Whether a differing bit takes 1 from a total, not 2.
+    With ``unsigned`` a differing bit takes 1 from a total, not 2.
     """
 
     def __init__(self, b: ir.IRBuilder, words: Words, unsigned: ir.Value) -> None:
@@ -200,7 +198,7 @@ class _CarrySave:
         flat = [value for bits in kept for value in bits]
         return [*flat, *_added(self.b, held[3 * self.n :], [_count_bytes(self.b, c) for c in carried])]
 
-    def add_eights(self, whole: ir.Value) -> Callable[[ir.Value, Values], Values]:
+    def add_eights(self, whole: ir.Value) -> Body:
         """Return what adds up to 31 times eight words, to the totals in the end."""
 
         def body(j: ir.Value, held: Values) -> Values:
@@ -245,11 +243,8 @@ class _CarrySave:
 def dots(b: ir.IRBuilder, words: Words, base: Callable[[], Values], unsigned: ir.Value) -> Values:
     """Return dot products, int32, of each pixel with each block, pixel by pixel.
 
-    Args:
-        b: The builder.
-        words: What to multiply.
-        base: Loads the dot products of no differing bits, when they are needed.
-        unsigned: Whether activations are {0, 1}, so that a differing bit takes 1 from a dot product, not 2.
+    ``base`` loads the dot products of no differing bits, when they are needed. ``unsigned`` is set for {0, 1}
+    activations, where a differing bit takes 1 from a dot product, not 2.
     """
 
     def plainly() -> Values:
