@@ -27,6 +27,7 @@ from binarize.models.unet_config import DOWN, FUSIONS, UP, check_config, check_d
 from binarize.modules import align_tensors
 from binarize.packed.files import WEIGHTS, find_packed, read_config, read_packed
 
+_UNBUILDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -139,16 +140,13 @@ class SRUNet(ModelMixin, ConfigMixin):
     def forward(
         self, sample: Tensor, timestep: Tensor | float | int, condition: Tensor, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Predict the noise (or what the scheduler's prediction type says).
+        """Predict the noise (or what the scheduler's prediction type says), ``(B, 3, H, W)``.
 
         Args:
             sample: x_t, ``(B, 3, H, W)``, H and W multiples of `size_multiple`.
             timestep: Scalar or ``(B,)``, in steps of the training schedule; a batch may mix them.
             condition: The upscaled LR image, ``(B, 3, H, W)``, in the value range of the training images.
             return_dict: Return diffusers' UNet2DOutput rather than a tuple.
-
-        Returns:
-            UNet2DOutput with ``sample`` ``(B, 3, H, W)``.
         """
         self._check_input(sample, condition)
         if not isinstance(timestep, Tensor):
@@ -195,19 +193,14 @@ class SRUNet(ModelMixin, ConfigMixin):
         return out
 
     def _check_input(self, sample: Tensor, condition: Tensor) -> None:
+        shapes = f"got {tuple(sample.shape)} and {tuple(condition.shape)}."
         if sample.dim() != 4 or condition.dim() != 4 or sample.shape[0::2] != condition.shape[0::2]:
-            raise BinarizeError(
-                "SRUNet: sample and condition must be (B, 3, H, W) of equal size; "
-                f"got {tuple(sample.shape)} and {tuple(condition.shape)}."
-            )
+            raise BinarizeError(f"SRUNet: sample and condition must be (B, 3, H, W) of equal size; {shapes}")
         if sample.shape[3] != condition.shape[3]:
-            raise BinarizeError(
-                f"SRUNet: sample and condition differ in width: {tuple(sample.shape)} and {tuple(condition.shape)}."
-            )
+            raise BinarizeError(f"SRUNet: sample and condition must have the same width; {shapes}")
         if sample.shape[1] + condition.shape[1] != self._input_channels:
             raise BinarizeError(
-                f"SRUNet: expects {self._input_channels} channels in all; got {sample.shape[1]} of sample and "
-                f"{condition.shape[1]} of condition."
+                f"SRUNet: sample and condition must have {self._input_channels} channels in all; {shapes}"
             )
         multiple = self.size_multiple
         if sample.shape[2] % multiple or sample.shape[3] % multiple:
@@ -248,30 +241,16 @@ class SRUNet(ModelMixin, ConfigMixin):
                 model = cls.from_config(config)
         except BinarizeError:
             raise
-        except (
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            ImportError,
-            RuntimeError,
-        ) as error:
+        except _UNBUILDABLE as error:
             raise BinarizeError(f"{path}: its configuration builds no {cls.__name__}: {error}.") from error
         read_packed(model, path, dtype)
         return model
 
     def save_pretrained(  # diffusers' pipelines read these names from the signature
-        self,
-        save_directory: str | PathLike[str],
-        is_main_process: bool = True,
-        save_function: Callable[..., Any] | None = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
+        self, save_directory: str | PathLike[str], is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None, safe_serialization: bool = True, variant: str | None = None,
+        max_shard_size: int | str = "10GB", push_to_hub: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Save as diffusers does; a converted network keeps its method and options in config.json."""
         check_saveable(self)
         if is_packed(self):
@@ -280,12 +259,6 @@ class SRUNet(ModelMixin, ConfigMixin):
                 write_packed_folder(self, Path(save_directory), WEIGHTS, text, json.loads(text))
             return
         super().save_pretrained(
-            save_directory,
-            is_main_process=is_main_process,
-            save_function=save_function,
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            push_to_hub=push_to_hub,
+            save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size, push_to_hub,
             **kwargs,
-        )
+        )  # fmt: skip

@@ -8,7 +8,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.kernels.signs import SignZero
@@ -25,17 +25,13 @@ _OPTION, _ANY = "binarize.option", object()
 def option(default: Any, changes: Changes | Callable[[Any], Changes], *, when: Any = _ANY) -> Any:
     """Return a dataclass field for an option of a method that changes its parts.
 
-    ``changes`` maps a field to its new value. The key ``"weight.libra"`` applies only if the user has left or set
-    ``weight`` to the plain name "libra"; ``"weight"`` always applies. A mapping without a "name" sets options of the
-    part, anything else replaces it. Options apply in the order of their fields. Examples::
+    ``changes`` maps a field to its new value; it may be a function of the method. The key ``"weight.libra"`` applies
+    only if the user has left or set ``weight`` to the plain name "libra"; ``"weight"`` always applies. A mapping
+    without a "name" sets options of the part, anything else replaces it. Options apply in the order of their fields.
+    With ``when``, changes apply for that value of the option; by default, for every value but None. Examples::
 
         tar: bool = option(True, {"pre.tar": "shift"}, when=False)
         t_min: float = option(0.1, lambda method: {"weight.libra": {"t_min": method.t_min}})
-
-    Args:
-        default: The option's default.
-        changes: The changes, or a function from the method to them.
-        when: The value of the option for which the changes apply; by default, every value but None.
     """
     return dataclasses.field(default=default, metadata={_OPTION: (changes, when)})
 
@@ -131,8 +127,7 @@ class Method:
 
     def part(self, kind: PartKind) -> Part:
         """Return the part of one stage, with the method's options applied."""
-        part: Part = self._resolved[kind]
-        return part
+        return cast(Part, self._resolved[kind])
 
     def check_choice(self, name: str, *allowed: str) -> None:
         """Raise BinarizeError unless an option has one of the allowed values."""
@@ -190,19 +185,15 @@ M = TypeVar("M", bound=type[Method])
 def register_method(name: str, *, replace: bool = False) -> Callable[[M], M]:
     """Return a class decorator that registers a `Method` subclass (a frozen dataclass) under ``name``.
 
-    Args:
-        name: The name for `binarize.convert` and recipes.
-        replace: Allow ``name`` to be registered already.
+    The name is for `binarize.convert` and recipes. It may be registered already only with ``replace``.
     """
 
     def add(cls: M) -> M:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise BinarizeError(f"method {name!r} must be a class derived from binarize.methods.Method; got {cls!r}.")
         if "__dataclass_fields__" not in cls.__dict__ or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            raise BinarizeError(
-                f"method {name!r} must be a frozen dataclass; put @dataclass(frozen=True, kw_only=True) "
-                "below @register_method."
-            )
+            decorator = "@dataclass(frozen=True, kw_only=True)"
+            raise BinarizeError(f"method {name!r} must be a frozen dataclass; put {decorator} below @register_method.")
         METHODS.register(name, replace=replace)(cls)
         cls.name = name
         return cls
@@ -216,11 +207,9 @@ def list_methods() -> list[str]:
 
 
 def get_method(method: str | Method | Mapping[str, Any], **options: Any) -> Method:
-    """Return a method by name, instance or mapping.
+    """Return a method by registered name, as it is, or from ``{"name": ..., **options}`` as in a recipe.
 
-    Args:
-        method: A registered name, a `Method`, or ``{"name": ..., **options}`` as in a recipe.
-        **options: Options that override the method's.
+    ``options`` override the method's own.
     """
     if isinstance(method, Method):
         return method.replace(**options) if options else method
@@ -232,16 +221,13 @@ def get_method(method: str | Method | Mapping[str, Any], **options: Any) -> Meth
         return get_method(name, **merged)
     if not isinstance(method, str):
         raise BinarizeError(f"method must be a name, a Method or a mapping with a 'name'; got {method!r}.")
-    cls = METHODS[method]
-    return cls(**options)
+    return METHODS[method](**options)
 
 
 def _check_options(cls: type[Method], options: Mapping[str, Any]) -> None:
     own = inspect.get_annotations(cls)
     fields = [field.name for field in dataclasses.fields(cls)]
-    allowed = sorted(
-        fields, key=lambda name: (name not in own, name in PART_KINDS)
-    )  # stable: the method's own options first
+    allowed = sorted(fields, key=lambda name: (name not in own, name in PART_KINDS))  # the method's own options first
     for key in options:
         if key not in allowed:
             raise BinarizeError(

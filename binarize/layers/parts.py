@@ -111,9 +111,8 @@ def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
     """
     if not isinstance(part, nn.Module) or "forward" in vars(part):
         return False
-    if not hooks and any(
-        (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    ):
+    hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    if hooked and not hooks:
         return False
     if name in vars(part):
         return True
@@ -125,9 +124,8 @@ def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
 def levels_of(activation: object) -> tuple[int, int] | None:
     """Return the two values that an activation binarizer declares, (-1, 1) or (0, 1), or None."""
     levels = getattr(activation, "levels", None)
-    if levels not in ((-1, 1), (0, 1)) or not runs_as_declared(activation, "levels", hooks=True):
-        return None
-    return levels
+    declared = levels in ((-1, 1), (0, 1)) and runs_as_declared(activation, "levels", hooks=True)
+    return levels if declared else None
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,16 @@ class LayerSpec:
         return 1 if self.kind == "conv2d" else -1
 
 
+def with_sign_zero(part: type[nn.Module]) -> Factory:
+    """Return the factory of a part whose first argument is the layer's ``sign_zero``; the others are its options."""
+
+    def factory(spec: LayerSpec, **options: Any) -> nn.Module:
+        return part(spec.sign_zero, **options)
+
+    factory.__signature__ = inspect.signature(part)  # type: ignore[attr-defined]  # names the options
+    return factory
+
+
 def feature_dims(x: Tensor, channel_dim: int) -> tuple[int, ...]:
     """Return the dimensions of one sample of ``(B, C, ...)``, or of one token of ``(..., C)``."""
     return tuple(range(1, x.dim())) if channel_dim == 1 else (-1,)
@@ -169,12 +177,9 @@ def register_part(
 ) -> Callable[[Factory], Factory]:
     """Return a decorator that registers a factory ``f(spec, **options) -> nn.Module`` as a part.
 
-    Args:
-        kind: The stage it serves.
-        name: How methods and recipes refer to it.
-        timestep_aware: Whether it reads ``spec.context`` if ``spec.groups`` is above 1. `binarize.convert` then
-            attaches a timestep context to the model.
-        replace: Allow replacing an existing name.
+    ``name`` is how methods and recipes refer to it, and ``replace`` allows an existing name. A ``timestep_aware`` part
+    reads ``spec.context`` if ``spec.groups`` is above 1; `binarize.convert` then attaches a timestep context to the
+    model.
     """
     register = _registry(kind).register(name, replace=replace)
 

@@ -57,14 +57,13 @@ class PartPipeline(nn.Module):
         out: Tensor = x if self.pre is None else self.pre(x)
         return out
 
-    def run_stages(self, stages: Iterable[Stage], y: Tensor, x: Tensor, shifted: Tensor | None = None) -> Tensor:
-        """Apply stages as modules.
+    def clamp_latent_(self) -> None:
+        """Clamp the latent weights after an optimizer step, if the layer does so; see `binarize.training_step`."""
 
-        Args:
-            stages: Their names, in order.
-            y: The product.
-            x: The layer's input.
-            shifted: What went into the activation; None computes it if a stage reads it.
+    def run_stages(self, stages: Iterable[Stage], y: Tensor, x: Tensor, shifted: Tensor | None = None) -> Tensor:
+        """Apply stages as modules, in order, to the product ``y`` of a layer with input ``x``.
+
+        ``shifted`` is what went into the activation; None computes it if a stage reads it.
         """
         for stage in stages:
             part = getattr(self, stage)

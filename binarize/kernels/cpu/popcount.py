@@ -111,14 +111,7 @@ class Words(NamedTuple):
         return [b.xor(word, f) for word, f in self.pairs(b, j)]
 
 
-def _loop(
-    b: ir.IRBuilder,
-    start: ir.Value,
-    stop: ir.Value,
-    kept: Values,
-    step: int,
-    body: Callable[[ir.Value, Values], Values],
-) -> Values:
+def _loop(b: ir.IRBuilder, start: ir.Value, stop: ir.Value, kept: Values, step: int, body: Body) -> Values:
     """Run ``kept = body(j, kept)`` for j from start to below stop, by step."""
     before, inside, done = b.block, b.append_basic_block("body"), b.append_basic_block("done")
     b.cbranch(b.icmp_signed("<", start, stop), inside, done)
