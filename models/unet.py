@@ -193,15 +193,14 @@ class SRUNet(ModelMixin, ConfigMixin):
         return out
 
     def _check_input(self, sample: Tensor, condition: Tensor) -> None:
-        shapes = f"got {tuple(sample.shape)} and {tuple(condition.shape)}."
+        shapes = f"{tuple(sample.shape)} and {tuple(condition.shape)}."
         if sample.dim() != 4 or condition.dim() != 4 or sample.shape[0::2] != condition.shape[0::2]:
-            raise BinarizeError(f"SRUNet: sample and condition must be (B, 3, H, W) of equal size; {shapes}")
+            raise BinarizeError(f"SRUNet: sample and condition must be (B, 3, H, W) of equal size; got {shapes}")
         if sample.shape[3] != condition.shape[3]:
-            raise BinarizeError(f"SRUNet: sample and condition must have the same width; {shapes}")
+            raise BinarizeError(f"SRUNet: sample and condition differ in width: {shapes}")
         if sample.shape[1] + condition.shape[1] != self._input_channels:
-            raise BinarizeError(
-                f"SRUNet: sample and condition must have {self._input_channels} channels in all; {shapes}"
-            )
+            got = f"got {sample.shape[1]} of sample and {condition.shape[1]} of condition."
+            raise BinarizeError(f"SRUNet: expects {self._input_channels} channels in all; {got}")
         multiple = self.size_multiple
         if sample.shape[2] % multiple or sample.shape[3] % multiple:
             raise BinarizeError(

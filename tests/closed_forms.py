@@ -51,14 +51,14 @@ def ede_t(form: Form, progress: float) -> float:
 def activation(form: Form, x: Array, progress: float = 0.0, zero: str = "plus") -> tuple[Array, Vjp]:
     """Return the activation's values and its vector-Jacobian product; one sample per first index."""
     hat = sign(x, zero)
-    if form.activation == "ste":
-        return hat, lambda g: g * (np.abs(x) <= 1)
-    if form.activation == "identity":
-        return hat, lambda g: g
-    if form.activation == "approx":
-        return hat, lambda g: g * np.maximum(0, 2 - 2 * np.abs(x))
-    if form.activation == "ede":
-        return hat, lambda g: g * ede(x, ede_t(form, progress))
+    slopes: dict[str, Callable[[], Any]] = {
+        "ste": lambda: np.abs(x) <= 1,
+        "identity": lambda: 1,
+        "approx": lambda: np.maximum(0, 2 - 2 * np.abs(x)),
+        "ede": lambda: ede(x, ede_t(form, progress)),
+    }
+    if form.activation in slopes:
+        return hat, lambda g: g * slopes[form.activation]()
     if form.activation == "round":
         return np.where(x > 0.5, 1.0, 0.0), lambda g: g * ((x >= 0) & (x <= 1))
     if form.activation == "mean":  # values of magnitude mean |x|, whose own gradient is clipped
@@ -107,16 +107,13 @@ def weights(form: Form, parameters: dict[str, Array], progress: float = 0.0, zer
     def single(codes: Array, scales: Array, vjp: Vjp) -> Weights:
         return Weights(codes[None], scales[None], lambda g: {"weight": vjp(g)})
 
-    if form.weight == "sign":
-        return single(sign(w, zero), one, lambda g: g * clip)
-    if form.weight == "sign_identity":
-        return single(sign(w, zero), one, lambda g: g)
-    if form.weight == "scaled":
-        return single(sign(w, zero), np.abs(w).mean(axes), lambda g: g * clip)
+    mean = np.abs(w).mean(axes)
+    plain = {"sign": (one, clip), "sign_identity": (one, 1), "scaled": (mean, clip), "tensor": (mean.mean() * one, 1)}
+    if form.weight in plain:
+        scale, slope = plain[form.weight]
+        return single(sign(w, zero), scale, lambda g: g * slope)
     if form.weight == "real":
         return single(w, one, lambda g: g)
-    if form.weight == "tensor":
-        return single(sign(w, zero), np.abs(w).mean() * one, lambda g: g)
     if form.weight == "xnor":
         centred = np.clip(w - w.mean(1, keepdims=True), -1, 1)
         alpha = np.abs(centred).mean(axes)
@@ -149,7 +146,7 @@ def weights(form: Form, parameters: dict[str, Array], progress: float = 0.0, zer
 
 
 def taps(x: Array) -> list[tuple[int, int, Array]]:
-    """Every tap of a 3x3 kernel with the picture that it sees, zeros outside."""
+    """Every tap of a 3x3 kernel with the part of the image that it sees, zeros outside."""
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
     h, w = x.shape[2:]
     return [(i, j, padded[:, :, i : i + h, j : j + w]) for i in range(3) for j in range(3)]
@@ -191,24 +188,11 @@ def row_gradient(parameter: Array, group: Array, g: Array) -> Array:
 
 
 def layer(
-    form: Form,
-    p: dict[str, Array],
-    x: Array,
-    upstream: Callable[[Array], Array],
-    group: Array,
-    progress: float = 0.0,
-    zero: str = "plus",
+    form: Form, p: dict[str, Array], x: Array, upstream: Vjp, group: Array, progress: float = 0.0, zero: str = "plus"
 ) -> tuple[Array, dict[str, Array]]:
-    """Return the output and the gradients of ``x`` and of every parameter.
+    """Return the output and the gradients of ``x`` and of every parameter in ``p``.
 
-    Args:
-        form: What the layer computes.
-        p: The layer's parameters by name.
-        x: (B, C, H, W).
-        upstream: Gives the gradient of the output.
-        group: (B,), each sample's timestep group; parameters with a single row use that.
-        progress: How far training has come.
-        zero: What sign(0) is.
+    ``upstream`` gives the gradient of the output. ``group`` is (B,), each sample's timestep group.
     """
     back: list[Callable[[Any], Any]] = []
     grads: dict[str, Array] = {"x": np.zeros_like(x)}

@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from packed_case import SMALL, Problem, inputs, network, problems, with_everything
+from packed_case import CLOSE, SMALL, Problem, inputs, network, problems, with_everything
 from torch import Tensor, nn
 
 import binarize
@@ -69,24 +68,18 @@ def test_dot_products_equal_the_oracle_bit_for_bit(device: str, problem: Problem
     assert torch.equal(found.cpu(), torch.from_numpy(problem.expected).to(problem.x.dtype))
 
 
-@settings(max_examples=12)
-@given(
-    problem=problems(DTYPES),
-    seed=st.integers(0, 2**32),
-    normed=st.booleans(),
-    added=st.booleans(),
-    clamped=st.booleans(),
-    shortcut=st.sampled_from([0, 1, 2]),
-)
-def test_they_do_what_plain_torch_does(device, problem, seed, normed, added, clamped, shortcut) -> None:
-    x, conv, options = with_everything(problem, seed, normed, added, clamped, shortcut)
+def found_and_expected(x: Tensor, conv: BinaryConv, options: dict[str, Any], device: str) -> tuple[Tensor, Tensor]:
     with backends.use("triton"):
         there, given_there = moved(conv, options, device)
         found = binary_conv2d(x.to(device), there, **given_there).cpu()
     with backends.use("torch"):
-        expected = binary_conv2d(x, conv, **options)
-    close = {"rtol": 1e-5, "atol": 1e-4} if x.dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 2e-2}
-    torch.testing.assert_close(found, expected, **close)
+        return found, binary_conv2d(x, conv, **options)
+
+
+@settings(max_examples=12)
+@given(case=with_everything(DTYPES))
+def test_they_do_what_plain_torch_does(device: str, case: Any) -> None:
+    torch.testing.assert_close(*found_and_expected(*case, device), **CLOSE[case[0].dtype])
 
 
 @pytest.mark.parametrize(
@@ -94,26 +87,16 @@ def test_they_do_what_plain_torch_does(device, problem, seed, normed, added, cla
     [(1, torch.float32, 64), (2, torch.float32, 128), (1, torch.bfloat16, 128), (2, torch.float16, 64)],
 )
 def test_a_layer_with_everything_around_it(device, shortcut, dtype, tile, monkeypatch) -> None:
-    from binarize.kernels import cuda as _triton
-
-    monkeypatch.setattr(_triton, "FEW_TILES", 0 if tile == 128 else math.inf)
+    monkeypatch.setattr("binarize.kernels.cuda.FEW_TILES", 0 if tile == 128 else math.inf)
     shape, geometry = FilterShape(40, 20, (3, 3), 2), Geometry(pad=(1, 1, 1, 1))
     x = torch.randn(3, 40, 12, 13).to(dtype).contiguous(memory_format=torch.channels_last)
     words = from_bits(torch.randint(0, 2, (1, 40, 20, 3, 3), dtype=torch.uint8), shape)[0]
     affine, rprelu = torch.randn(3, 40), torch.randn(3, 2, 40)
     transform = OutputTransform(*affine, *rprelu, -3.0, 3.0, Shortcut(shortcut))
     conv = BinaryConv.lay_out(words, shape, geometry, torch.full((2, 40), 0.01), transform)
-    options = {
-        "timestep_group": torch.tensor([1, 0, 1]),
-        "input_norm": torch.randn(2, 3, 40),
-        "channel_bias": torch.randn(3, 40),
-        "residual": torch.randn(3, 40, 12, 13).to(dtype),
-    }
-    with backends.use("triton"):
-        there, given_there = moved(conv, options, device)
-        found = binary_conv2d(x.to(device), there, **given_there).cpu()
-    with backends.use("torch"):
-        expected = binary_conv2d(x, conv, **options)
+    options = {"timestep_group": torch.tensor([1, 0, 1]), "input_norm": torch.randn(2, 3, 40)}
+    options |= {"channel_bias": torch.randn(3, 40), "residual": torch.randn(3, 40, 12, 13).to(dtype)}
+    found, expected = found_and_expected(x, conv, options, device)
     # exp rounds differently here and there, which flips the signs of values near a threshold.
     difference = (found.float() - expected.float()).abs()
     assert difference.median() < {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from packed_case import inputs, network
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import binarize
 from binarize.errors import BinarizeError
 from binarize.kernels import backends
-from binarize.kernels.cpu.conv import COMPILED_SIZES
+from binarize.kernels.cpu import conv as cpu_conv
+from binarize.kernels.cpu import threads as cpu_threads
 from binarize.kernels.ops import binary_conv2d, norm_silu, packed_conv2d, skips_dispatcher
 from binarize.layers import BinaryConv2d
 from binarize.packed import PackedConv2d
@@ -55,14 +58,11 @@ def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The sizes, dtypes and thread counts that convolutions are compiled for."""
-    from binarize.kernels.cpu import conv as cpu_conv
-    from binarize.kernels.cpu import threads
-
     made: list[tuple[Any, ...]] = []
 
     class Recorded(cpu_conv.CompiledConv):
         def __init__(self, conv: Any, size: Any, dtype: Any, has_norm: bool) -> None:
-            made.append((tuple(size), dtype, threads.count()))
+            made.append((tuple(size), dtype, cpu_threads.count()))
             super().__init__(conv, size, dtype, has_norm)
 
     monkeypatch.setattr(cpu_conv, "CompiledConv", Recorded)
@@ -91,39 +91,33 @@ def test_an_ordinary_call_skips_the_dispatcher_and_computes_the_same(dispatched:
                 assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("backend", EITHER)
-def test_a_mode_sees_the_operator(backend: Any) -> None:
-    convolution, x = layer(), torch.randn(1, 16, 5, 5)
-    with backends.use(backend), Listener() as dispatch:
-        convolution(x)
-        norm_silu(x, torch.rand(2, 1, 16))
-    assert {"binarize.packed_conv2d.default", "binarize.norm_silu.default"} <= set(dispatch.seen)
-
-
-def test_a_profiler_sees_the_operator() -> None:
-    convolution, x = layer(), torch.randn(1, 16, 5, 5)
-    convolution(x)
-    for profiler in (torch.autograd.profiler.profile, torch.profiler.profile):
-        with profiler() as profile:
+def see(how: str, convolution: Any, x: Tensor) -> str:
+    """Return what a recorder of operators has seen of a call."""
+    if how in EITHER:
+        with backends.use(how), Listener() as listener:
             convolution(x)
-        assert "binarize::packed_conv2d" in [event.key for event in profile.key_averages()]
-
-
-@pytest.mark.parametrize("how", ["make_fx", "fake"])
-def test_what_traces_sees_the_operator(how: str) -> None:
-    convolution, x = layer(), torch.randn(1, 16, 5, 5)
-    convolution(x)
-    if how == "make_fx":
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        traced = make_fx(convolution)(x)
-        assert "torch.ops.binarize.packed_conv2d.default" in traced.code
-        assert torch.equal(traced(-x), convolution(-x))
-    else:
-        from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
+            norm_silu(x, torch.rand(2, 1, 16))
+        assert "binarize.norm_silu.default" in listener.seen
+        return str(listener.seen)
+    if how == "fake":
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert isinstance(convolution(mode.from_tensor(x)), FakeTensor)
+        return "packed_conv2d"
+    if how.endswith("profile"):
+        profiler = torch.profiler.profile() if how == "profile" else torch.autograd.profiler.profile()
+        with profiler as profile:
+            convolution(x)
+        return str([event.key for event in profile.key_averages()])
+    traced = make_fx(convolution)(x) if how == "make_fx" else torch.fx.symbolic_trace(convolution)
+    assert torch.equal(traced(-x), convolution(-x))
+    return str(traced.code)
+
+
+@pytest.mark.parametrize("how", [*EITHER, "profile", "autograd.profile", "make_fx", "symbolic_trace", "fake"])
+def test_whatever_records_operators_sees_them(how: str) -> None:
+    convolution, x = layer(), torch.randn(1, 16, 5, 5)
+    convolution(x)
+    assert "packed_conv2d" in see(how, convolution, x)
 
 
 def test_only_plain_tensors_skip_the_dispatcher(dispatched: list[str]) -> None:
@@ -158,35 +152,15 @@ def test_sizes_share_the_tensors_that_are_laid_out() -> None:
     convolution = convolution.to(memory_format=torch.channels_last)
     for size in (4, 5, 6):
         convolution(torch.randn(1, 64, size, 4))
-    kept = {
-        run._tensors[0].data_ptr()
-        for run in convolution.compiled().convs[0].compiled.values()
-        if hasattr(run, "_tensors")
-    }
-    assert len(kept) == 1
+    runs = convolution.compiled().convs[0].compiled.values()
+    assert len({run._tensors[0].data_ptr() for run in runs if hasattr(run, "_tensors")}) == 1
 
 
-def test_symbolic_tracing_sees_the_operator() -> None:
-    convolution, x = layer(), torch.randn(1, 16, 5, 5)
-    convolution(x)
-    traced = torch.fx.symbolic_trace(convolution)
-    assert "packed_conv2d" in traced.code
-    assert torch.equal(traced(x), convolution(x))
-
-
-def test_vmap_is_seen() -> None:
-    seen = []
-
-    def look(x: Tensor) -> Tensor:
-        seen.append(skips_dispatcher(x))
-        return x
-
-    torch.func.vmap(look)(torch.randn(3, 1, 16, 5, 5))
-    torch.func.vmap(look)(torch.randn(3, 2))
+def test_a_call_that_is_transformed_or_differentiated_is_dispatched() -> None:
+    seen: list[bool] = []
+    for x in (torch.randn(3, 1, 16, 5, 5), torch.randn(3, 2)):
+        torch.func.vmap(lambda x: (seen.append(skips_dispatcher(x)), x)[1])(x)
     assert seen == [False, False]
-
-
-def test_a_gradient_is_asked_for_where_gradients_are_on() -> None:
     x = torch.randn(1, 16, 5, 5, requires_grad=True)
     assert not skips_dispatcher(x)
     with torch.no_grad():
@@ -196,22 +170,26 @@ def test_a_gradient_is_asked_for_where_gradients_are_on() -> None:
     assert skips_dispatcher(None, 3, [1, 2], x.detach())
 
 
-def test_inputs_that_do_not_fit_raise_an_error_after_a_call_that_did_fit() -> None:
+@pytest.mark.parametrize("backend", EITHER)
+def test_inputs_that_do_not_fit_raise_an_error_after_a_call_that_did_fit(backend: Any) -> None:
     convolution, x = layer(), torch.randn(2, 16, 5, 5)
-    convolution(x, residual=x)
-    with pytest.raises(BinarizeError, match="the residual must have the shape"):
-        convolution(x, residual=x[:1])
-    with pytest.raises(BinarizeError, match="input_norm must have the shape"):
-        convolution(x, input_norm=torch.rand(2, 1, 16))
-    for wrong in (x[:, :8], torch.tensor(1.0)):
-        with pytest.raises(BinarizeError, match=r"the input must have the shape \(any, 16, any, any\)"):
-            convolution(wrong)
     conv = convolution.compiled().convs[0]
-    binary_conv2d(x, conv, torch.zeros(2, dtype=torch.int64))
-    for group in (torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)):
-        with pytest.raises(BinarizeError, match=r"group must be int64 of shape \(2,\) or \(1,\)"):
-            binary_conv2d(x, conv, group)
-    assert torch.equal(convolution(x, residual=x), convolution(x) + x)
+    zeros, input_shape = torch.zeros(2, dtype=torch.int64), r"the input must have the shape \(any, 16, any, any\)"
+    with backends.use(backend):
+        convolution(x, residual=x)
+        binary_conv2d(x, conv, zeros)
+        for call, message in (
+            (lambda: convolution(x, residual=x[:1]), "the residual must have the shape"),
+            (lambda: convolution(x, residual=x[..., :4]), "the residual must have the shape"),
+            (lambda: convolution(x, input_norm=torch.rand(2, 1, 16)), "input_norm must have the shape"),
+            (lambda: convolution(x[:, :8]), input_shape + r"; got \(2, 8, 5, 5\)"),
+            (lambda: convolution(torch.tensor(1.0)), input_shape),
+            (lambda: binary_conv2d(x, conv, zeros.int()), r"group must be int64 of shape \(2,\) or \(1,\); got torch"),
+            (lambda: binary_conv2d(x, conv, zeros.repeat(2)), r"group must be int64 of shape \(2,\) or \(1,\)"),
+        ):
+            with pytest.raises(BinarizeError, match=message):
+                call()
+        assert torch.equal(convolution(x, residual=x), convolution(x) + x)
 
 
 def test_threads_and_backends_may_change_between_calls(compiled: list[tuple[Any, ...]]) -> None:
@@ -229,8 +207,7 @@ def test_threads_and_backends_may_change_between_calls(compiled: list[tuple[Any,
     assert [threads for *_, threads in compiled] == [1, 2]  # and none for plain torch
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-4)
-    for other in found[2::2]:
-        assert torch.equal(other, found[0])
+    assert all(torch.equal(other, found[0]) for other in found[2::2])
 
 
 def test_a_convolution_is_compiled_once_per_size_and_keeps_few_sizes(compiled: list[tuple[Any, ...]]) -> None:
@@ -238,14 +215,13 @@ def test_a_convolution_is_compiled_once_per_size_and_keeps_few_sizes(compiled: l
     for size in (5, 6, 5, 6, 5):
         convolution(torch.randn(1, 16, size, 4))
     convolution(torch.randn(1, 16, 5, 4).bfloat16())
-    assert [(size[2], dtype) for size, dtype, _ in compiled] == [
-        (5, torch.float32),
-        (6, torch.float32),
-        (5, torch.bfloat16),
-    ]
+    expected = [(5, torch.float32), (6, torch.float32), (5, torch.bfloat16)]
+    assert [(size[2], dtype) for size, dtype, _ in compiled] == expected
     for size in range(7, 40):
         convolution(torch.randn(1, 16, size, 4))
-    assert 0 < len(convolution.compiled().convs[0].compiled) <= COMPILED_SIZES + 1  # and the tensors that sizes share
+    assert (
+        0 < len(convolution.compiled().convs[0].compiled) <= cpu_conv.COMPILED_SIZES + 1
+    )  # and the tensors that sizes share
 
 
 def test_several_threads_call_one_layer_with_several_sizes() -> None:
@@ -259,20 +235,16 @@ def test_several_threads_call_one_layer_with_several_sizes() -> None:
             if not torch.equal(convolution(x), expected):
                 wrong.append(turn)
 
-    workers = [threading.Thread(target=run, args=(i * 3,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(0, 12, 3)))
     assert wrong == []
 
 
 def test_a_whole_network_is_the_same_either_way() -> None:
-    model = binarize.pack(network().eval())
-    given = inputs()
+    model, given = binarize.pack(network().eval()), inputs()
     with torch.no_grad():
-        found = model(*given)
+        found = model(*given).sample
         with Listener() as listener:
-            expected = model(*given)
+            expected = model(*given).sample
     assert "binarize.packed_conv2d.default" in listener.seen
-    assert torch.equal(found.sample if hasattr(found, "sample") else found, getattr(expected, "sample", expected))
+    assert torch.equal(found, expected)
