@@ -62,21 +62,11 @@ class SRUNet(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self,
-        in_channels: int = 6,
-        out_channels: int = 3,
-        base_channels: int = 64,
-        channel_mults: tuple[int, ...] = (1, 2, 4, 8),
-        res_blocks: int = 2,
-        norm_groups: int = 16,
-        dropout: float = 0.2,
-        attention_levels: tuple[int, ...] = (),
-        resampling: str = "cp",
-        fusion: str = "cs",
-        num_train_timesteps: int = 2000,
-        detail_factor: float | None = None,
-        conversion: dict[str, Any] | None = None,
-    ) -> None:
+        self, in_channels: int = 6, out_channels: int = 3, base_channels: int = 64,
+        channel_mults: tuple[int, ...] = (1, 2, 4, 8), res_blocks: int = 2, norm_groups: int = 16,
+        dropout: float = 0.2, attention_levels: tuple[int, ...] = (), resampling: str = "cp", fusion: str = "cs",
+        num_train_timesteps: int = 2000, detail_factor: float | None = None, conversion: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_config(base_channels, channel_mults, res_blocks, norm_groups, attention_levels, resampling, fusion)
         check_detail(detail_factor, in_channels - out_channels)
@@ -94,12 +84,10 @@ class SRUNet(ModelMixin, ConfigMixin):
         width, skips = base, [base]
         self.encoder = nn.ModuleList()
         for level, mult in enumerate(channel_mults):
-            blocks = []
-            for _ in range(res_blocks):
-                blocks.append(block(width, base * mult, level))
-                width = base * mult
-                skips.append(width)
-            down = None
+            out = base * mult
+            blocks = [block(out if i else width, out, level) for i in range(res_blocks)]
+            width, down = out, None
+            skips += [width] * res_blocks
             if level < levels - 1:
                 down = DOWN[resampling](width)
                 width = down.out_channels  # type: ignore[assignment]
@@ -114,8 +102,7 @@ class SRUNet(ModelMixin, ConfigMixin):
         for level in reversed(range(levels)):
             blocks, out = [], base * channel_mults[level]
             for _ in range(res_blocks + 1):
-                skip = skips.pop()
-                make = FUSIONS[fusion]
+                skip, make = skips.pop(), FUSIONS[fusion]
                 fuse = None if make is None else make(width, skip, out)
                 blocks.append(block(width + skip, out, level, fuse))
                 width = out

@@ -107,8 +107,8 @@ def weights(form: Form, parameters: dict[str, Array], progress: float = 0.0, zer
     def single(codes: Array, scales: Array, vjp: Vjp) -> Weights:
         return Weights(codes[None], scales[None], lambda g: {"weight": vjp(g)})
 
-    mean = np.abs(w).mean(axes)
-    plain = {"sign": (one, clip), "sign_identity": (one, 1), "scaled": (mean, clip), "tensor": (mean.mean() * one, 1)}
+    filters, whole = np.abs(w).mean(axes), np.abs(w).mean() * one
+    plain = {"sign": (one, clip), "sign_identity": (one, 1), "scaled": (filters, clip), "tensor": (whole, 1)}
     if form.weight in plain:
         scale, slope = plain[form.weight]
         return single(sign(w, zero), scale, lambda g: g * slope)

@@ -59,7 +59,8 @@ def current() -> str:
 def kernels_for(x: Tensor) -> ModuleType | None:
     """Return the backend's module if it supports tensors like ``x``, or None for plain torch."""
     selected = current()
-    return _kernels_of(selected, selected == "triton" and _interprets(), x.device, x.dtype)
+    interprets = selected == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, as in tests
+    return _kernels_of(selected, interprets, x.device, x.dtype)
 
 
 @cache
@@ -79,11 +80,6 @@ def cpu_kernels(x: Tensor | None = None) -> ModuleType | None:
     if current() == "triton" or (x is not None and x.device.type != "cpu"):
         return None
     return kernels_for(torch.empty(0, dtype=torch.float32, device="cpu") if x is None else x)
-
-
-def _interprets() -> bool:
-    """Return whether Triton interprets its kernels on the CPU, as tests do."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _check(backend: str, where: str) -> None:

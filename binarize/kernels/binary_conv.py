@@ -11,6 +11,7 @@ The layer's formula, for input x, timestep group g and a dot product of signs ``
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -69,8 +70,7 @@ class OutputTransform:
     scale: Tensor | None = None  # ``(C_out,)``, the scale of the weights. It is not merged with ``factor``: both round.
     factor: Tensor | None = None  # ``(C_out,)``, of a BatchNorm or a channel scale
     offset: Tensor | None = None  # ``(C_out,)``, of a bias or a BatchNorm
-    # ``(K, C_out)``, the RPReLU's first shift, one row per timestep group; as the next two
-    shift_in: Tensor | None = None
+    shift_in: Tensor | None = None  # ``(K, C_out)``, the RPReLU's first shift, one row per timestep group
     slope: Tensor | None = None  # ``(K, C_out)``, the RPReLU's slope below 0
     shift_out: Tensor | None = None  # ``(K, C_out)``, the RPReLU's last shift
     low: float = -math.inf  # lower limit
@@ -147,11 +147,8 @@ class BinaryConv:
     @property
     def sizes(self) -> list[int]:
         """The integers that the operator takes: shape and geometry, for `BinaryConv.from_sizes`."""
-        shape, geometry = self.shape, self.geometry
-        return [
-            shape.out_channels, shape.in_channels, *shape.kernel, shape.groups,
-            *geometry.stride, *geometry.pad, *geometry.dilation,
-        ]  # fmt: skip
+        shape = self.shape
+        return [shape.out_channels, shape.in_channels, *shape.kernel, shape.groups, *itertools.chain(*self.geometry)]
 
     @staticmethod
     def from_sizes(sizes: Sequence[int]) -> tuple[FilterShape, Geometry]:

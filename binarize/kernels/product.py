@@ -20,9 +20,7 @@ from torch import Tensor
 class BinaryWeight(NamedTuple):
     """The result of a weight binarizer: ``w_hat = sum_k scales[k] * codes[k]``."""
 
-    # tensor of w's shape through whose autograd graph the gradient of ``w_hat`` reaches the latents. Its values are
-    # not used.
-    surrogate: Tensor
+    surrogate: Tensor  # of w's shape; its autograd graph takes the gradient of ``w_hat`` to w. Its values are not used.
     codes: Tensor  # ``(n, *w.shape)`` in {-1, +1} (or 0 where sign(0) is 0), detached
     scales: Tensor  # ``(n, C_out)``, detached
 

@@ -226,12 +226,8 @@ class BinaryConv2d(_BinaryLayer):
         """Say what nn.Conv2d says, and the method."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         text += f", padding={self.padding}"
-        if self.dilation != (1, 1):
-            text += f", dilation={self.dilation}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
-        if self.padding_mode != "zeros":
-            text += f", padding_mode={self.padding_mode!r}"
+        for name, usual in (("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+            text += "" if getattr(self, name) == usual else f", {name}={getattr(self, name)!r}"
         return f"{text}, method={self.method.name!r}"
 
 

@@ -24,8 +24,7 @@ class LoweredLayer(NamedTuple):
     levels: tuple[int, int]  # the two values of the activation, (-1, 1) or (0, 1)
     shift: Tensor | None  # ``(1 or K, C_in)``, added before the sign, or None
     fuses_pre: bool  # whether the kernel reads the layer's own input, ``pre`` being absent or such a shift
-    # what the kernel does after the product. The scale of the weights is not part of it yet.
-    transform: OutputTransform
+    transform: OutputTransform  # what the kernel does after the product, but for the scale of the weights
     stages: tuple[Stage, ...]  # the stages that the transform stands for
     rest: tuple[Stage, ...]  # the stages that run as modules afterwards
     context: TimestepContext | None  # where the timestep group comes from, or None if nothing depends on it

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -73,10 +74,8 @@ class LayerPart(nn.Module):
 class ActivationBinarizer(LayerPart):
     """Base class of activation binarizers."""
 
-    # the two values that it returns, (-1, 1) for sign(x) or (0, 1) for x > 0.5; None cannot be packed
-    levels: tuple[int, int] | None = None
-    # its gradient, if it is one that the training kernels know: "approx", "clip" or "identity"
-    surrogate: Surrogate | None = None
+    levels: tuple[int, int] | None = None  # (-1, 1) for sign(x) or (0, 1) for x > 0.5; None cannot be packed
+    surrogate: Surrogate | None = None  # its gradient, if the training kernels know it
     sign_zero: SignZero = "plus"  # what sign(0) is
 
 
@@ -84,8 +83,7 @@ class WeightBinarizer(LayerPart):
     """Base class of weight binarizers."""
 
     bases: int = 1  # how many scaled binary weights it returns
-    # which scales a file needs: one per "filter", one per "tensor", or "none" where they are 1
-    stored_scales: StoredScales = "filter"
+    stored_scales: StoredScales = "filter"  # in a file: one per "filter" or "tensor", or "none" where they are 1
     sign_zero: SignZero = "plus"  # what sign(0) is
     # whether it returns sign(w) times the detached `weight_scale`, whose gradient reaches w unchanged, or zeroed
     # where |w| > 1 with ``clip``. The training kernels then compute it.
@@ -132,15 +130,13 @@ def levels_of(activation: object) -> tuple[int, int] | None:
 class LayerSpec:
     """The layer that a part is built for, as its factory sees it."""
 
-    # "conv2d", whose tensors are (B, C, H, W), or "linear", whose tensors are (..., C)
-    kind: Literal["conv2d", "linear"]
+    kind: Literal["conv2d", "linear"]  # with tensors (B, C, H, W) or (..., C)
     in_channels: int  # C_in
     out_channels: int  # C_out
     weight: Tensor  # the latent weights, from which a part may initialise itself
     stride: tuple[int, int] = (1, 1)  # of the convolution, (1, 1) for linear layers
     padding: tuple[int, int] = (0, 0)  # zeros on each side of a convolution's input, (height, width)
-    # (left, right, top, bottom) if opposite sides differ or the padding mode is not zeros, else None
-    pad: tuple[int, int, int, int] | None = None
+    pad: tuple[int, int, int, int] | None = None  # (left, right, top, bottom), if not zeros and the same on both sides
     padding_mode: str = "zeros"  # as in nn.Conv2d
     dilation: tuple[int, int] = (1, 1)  # of the convolution
     groups: int = 1  # K, the number of timestep groups
@@ -185,9 +181,7 @@ def register_part(
 
     def add(factory: Factory) -> Factory:
         registered = register(factory)
-        _TIMESTEP_AWARE.discard((kind, name))
-        if timestep_aware:
-            _TIMESTEP_AWARE.add((kind, name))
+        (_TIMESTEP_AWARE.add if timestep_aware else _TIMESTEP_AWARE.discard)((kind, name))
         return registered
 
     return add
@@ -268,25 +262,16 @@ def find_factory(kind: PartKind, name: str) -> Factory:
     """Return a factory by its registered name or as ``"module:name"``."""
     if ":" not in name:
         return _registry(kind)[name]
-    if _FROM_FILE.get():
-        return _imported_class(kind, name)
-    module_name, _, attribute = name.partition(":")
+    (module_name, _, attribute), from_file = name.partition(":"), _FROM_FILE.get()
+    target: Any = None
     try:
-        target: Any = importlib.import_module(module_name)
-        for step in attribute.split("."):
-            target = getattr(target, step)
+        module = sys.modules.get(module_name) if from_file else importlib.import_module(module_name)
+        target = attrgetter(attribute)(module)
     except (ImportError, AttributeError) as error:
-        raise BinarizeError(f"{kind} part {name!r} cannot be imported: {error}.") from error
-    return target
-
-
-def _imported_class(kind: PartKind, name: str) -> Factory:
-    module_name, _, attribute = name.partition(":")
-    target: Any = sys.modules.get(module_name)
-    for step in attribute.split("."):
-        target = getattr(target, step, None)
-    if isinstance(target, type) and issubclass(target, nn.Module):
-        return target
+        if not from_file:
+            raise BinarizeError(f"{kind} part {name!r} cannot be imported: {error}.") from error
+    if not from_file or (isinstance(target, type) and issubclass(target, nn.Module)):
+        return cast(Factory, target)
     raise BinarizeError(
         f"the model's file names the {kind} part {name!r}, and a file may not have modules imported or functions "
         f"called. Import {module_name} first if that is a class of modules of yours; else give the part a name of its "

@@ -211,9 +211,7 @@ def test_a_backward_without_the_kernels_of_the_forward_gives_the_same(case: Case
     st.sampled_from([1, 2, 4]), st.integers(1, 6), st.tuples(st.integers(1, 2), st.integers(1, 7), st.integers(2, 9)),
     st.integers(0, 2**32),
 )  # fmt: skip
-def test_norm_and_silu_as_one_node_have_the_gradients_of_torchs(
-    groups: int, channels: int, size: Any, seed: int
-) -> None:
+def test_norm_and_silu_as_one_node_have_torchs_gradients(groups: int, channels: int, size: Any, seed: int) -> None:
     torch.manual_seed(seed)
     norm = nn.GroupNorm(groups, groups * channels)
     with torch.no_grad():

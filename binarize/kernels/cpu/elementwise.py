@@ -10,18 +10,8 @@ from torch import Tensor
 
 from binarize.kernels.binary_conv import BinaryConv, Geometry, OutputTransform, padding_correction
 from binarize.kernels.bitpack import FilterShape, from_bits
-from binarize.kernels.cpu import conv
-from binarize.kernels.cpu.arrays import (
-    CHUNK,
-    add_chunks,
-    as_array,
-    as_rows,
-    compiled,
-    count_chunks,
-    get,
-    put,
-    row_sizes,
-)
+from binarize.kernels.cpu import arrays, conv
+from binarize.kernels.cpu.arrays import CHUNK, as_array, as_rows, compiled, count_chunks, get, put, row_sizes
 from binarize.kernels.cpu.threads import run_loop
 from binarize.kernels.signs import SignZero
 
@@ -207,7 +197,7 @@ def activate_backward(
     sums = np.zeros((3, count_chunks(dot), dot.shape[1]), np.float32)
     sizes = count_chunks(dot), dot.shape[2] * dot.shape[3], row_sizes(dot, rows.shape[1])[1]
     run_loop(_activate_backward, *sizes, as_array(grad), as_array(dot), factors, rows, as_array(out), sums)
-    of_in, of_slope, of_out = add_chunks(sums, dot, rows.shape[1])
+    of_in, of_slope, of_out = arrays.add_chunks(sums, dot, rows.shape[1])
     return out, of_in, of_slope, of_out
 
 
@@ -222,7 +212,7 @@ def sign_backward(
     sizes = count_chunks(x), x.shape[2] * x.shape[3], row_sizes(x, len(rows))[1]
     inputs = as_array(grad), as_array(x), as_rows(rows), added, through is not None, kind
     run_loop(_sign_backward, *sizes, *inputs, as_array(out), sums)
-    return out, None if shift is None else add_chunks(sums, x, rows.shape[0])
+    return out, None if shift is None else arrays.add_chunks(sums, x, rows.shape[0])
 
 
 def _filters(weight: Tensor) -> Any:
