@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import binarize
-from binarize.kernels import binary_conv
+from binarize.kernels import backends, binary_conv
 from binarize.kernels.binary_conv import BinaryConv, Geometry, OutputTransform, Shortcut
 from binarize.kernels.bitpack import FilterShape, from_bits
 from binarize.models import SRUNet
@@ -25,6 +26,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CLOSE = {dtype: {"rtol": 1.6e-2, "atol": 2e-2} for dtype in (torch.bfloat16, torch.float16)}
 CLOSE[torch.float32] = {"rtol": 1e-5, "atol": 1e-4}
 MODES: dict[str, Any] = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def on_each(names: Any, call: Callable[[], Tensor]) -> list[Tensor]:
+    """Return what a call gives on each of some backends."""
+    results = []
+    for name in names:
+        with torch.no_grad(), backends.use(name):
+            results.append(call())
+    return results
 
 
 def dot_products(codes: Any, weight: Any, stride: Any, pad: Any, dilation: Any, groups: int) -> np.ndarray:

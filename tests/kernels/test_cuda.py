@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from packed_case import CLOSE, SMALL, Problem, inputs, network, problems, with_everything
+from packed_case import CLOSE, SMALL, Problem, inputs, network, on_each, problems, with_everything
 from torch import Tensor, nn
 
 import binarize
@@ -35,6 +35,7 @@ from binarize.packed import PackedConv2d, PackedLinear
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton, whose kernels these are, is not installed"
 )
+EITHER = ("triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -107,10 +108,7 @@ def test_what_is_not_a_number_stays_none_behind_a_clamp(device: str) -> None:
     layer = PackedConv2d(BinaryConv2d(32, 32, 1, method=Method(weight="sign", post="relu", shortcut=True)))
     x = torch.ones(1, 32, 2, 2, device=device)
     x[0, 3, 1, 1] = math.nan
-    results = []
-    for backend in ("triton", "torch"):
-        with torch.no_grad(), backends.use(backend):
-            results.append(layer.to(device)(x).isnan())
+    results = on_each(EITHER, lambda: layer.to(device)(x).isnan())
     assert torch.equal(*results)
     assert results[0].any()
 
@@ -131,14 +129,11 @@ def test_group_norm_and_silu_are_torchs_own(device: str, channels: int, groups: 
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_linear_layer_runs_on_tokens(device: str) -> None:
-    layer = PackedLinear(BinaryLinear(40, 24, method="bbcu")).to(device)
-    x = torch.randn(2, 6, 40, device=device)
-    with torch.no_grad():
-        with backends.use("triton"):
-            found = layer(x)
-        with backends.use("torch"):
-            torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+# A batch may be longer than an axis of a grid.
+@pytest.mark.parametrize("size", [(2, 6, 40), pytest.param((70_000, 40), marks=pytest.mark.gpu)])
+def test_a_linear_layer_runs_on_tokens(device: str, size: tuple[int, ...]) -> None:
+    layer, x = PackedLinear(BinaryLinear(40, 24, method="bbcu")).to(device), torch.randn(size, device=device)
+    torch.testing.assert_close(*on_each(EITHER, lambda: layer(x)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_network_is_the_one_that_was_packed(device: str) -> None:
@@ -193,16 +188,6 @@ def test_large_layers_equal_the_cpu(dtype: torch.dtype) -> None:
         found = layer.cuda()(x.cuda())
     close = {"rtol": 1e-5, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     torch.testing.assert_close(found.cpu().float(), expected, **close)
-
-
-@pytest.mark.gpu
-def test_a_batch_may_be_longer_than_an_axis_of_a_grid() -> None:
-    layer = PackedLinear(BinaryLinear(32, 16, method="bnn")).cuda()
-    x = torch.randn(70_000, 32, device="cuda")
-    with torch.no_grad():
-        found = layer(x)
-        with backends.use("torch"):
-            assert torch.equal(found, layer(x))
 
 
 @pytest.mark.gpu

@@ -11,19 +11,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import packed_files
 import pytest
 from packed_case import SMALL
-from packed_files import (
-    BITS,
-    CONFIG,
-    HOST_WEIGHTS,
-    WEIGHTS,
-    change_config,
-    change_header,
-    put_together,
-    refused,
-    take_apart,
-)
+from packed_files import BITS, CONFIG, HOST_WEIGHTS, WEIGHTS, change_config
 from torch import Tensor, nn
 
 import binarize
@@ -73,8 +64,8 @@ def entry(shape: list[int], dtype: str = "F32", offsets: tuple[int, int] | None 
     ],
 )
 def test_tensors_and_configuration_have_to_fit(folder: Path, change: Any, message: str) -> None:
-    change_header(folder / WEIGHTS, change)
-    refused(folder, message)
+    packed_files.change_header(folder / WEIGHTS, change)
+    packed_files.refused(folder, message)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +98,14 @@ def test_tensors_and_configuration_have_to_fit(folder: Path, change: Any, messag
 )  # fmt: skip
 def test_a_configuration_of_something_else_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     change_config(folder / WEIGHTS, lambda config: config.update(changes))
-    refused(folder, message)
+    packed_files.refused(folder, message)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
 @pytest.mark.parametrize("changes", [{"base_channels": 0}, {"norm_groups": 0}, {"num_train_timesteps": float("inf")}])
 def test_a_configuration_that_no_arithmetic_survives_is_refused(folder: Path, changes: dict[str, Any]) -> None:
     change_config(folder / WEIGHTS, lambda config: config.update(changes))
-    refused(folder, "does not hold a readable SRUNet|builds no SRUNet|SRUNet: ", everywhere=False)
+    packed_files.refused(folder, "does not hold a readable SRUNet|builds no SRUNet|SRUNet: ", everywhere=False)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +195,10 @@ def test_hostile_files_are_refused_within_little_memory(good: Path, good_host: P
         change_config(paths[-1], change)
     # A file of 8 TB, all but its first bytes a hole: its header is sound, and its tensor is not what is expected.
     paths.append(tmp_path / "hole.safetensors")
-    header, _ = take_apart(good / WEIGHTS)
+    header, _ = packed_files.take_apart(good / WEIGHTS)
     size = 2**43
     hole = {"__metadata__": header["__metadata__"], "conv_in.bias": entry([size], "U8", (0, size))}
-    put_together(paths[-1], hole, b"")
+    packed_files.put_together(paths[-1], hole, b"")
     try:
         os.truncate(paths[-1], paths[-1].stat().st_size + size)
     except OSError:  # a file system without such files

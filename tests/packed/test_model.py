@@ -25,7 +25,7 @@ from binarize.conversion.export import binary_layers, packed_layers
 from binarize.errors import BinarizeError
 from binarize.kernels import backends
 from binarize.kernels.cpu import threads as cpu_threads
-from binarize.kernels.ops import norm_factors, norm_silu
+from binarize.kernels.ops import norm_silu
 from binarize.layers import BinaryConv2d, delayed
 from binarize.layers.parts import levels_of
 from binarize.models import SRUNet
@@ -210,25 +210,6 @@ def test_export_and_compile_equal_eager(mode: str) -> None:
             expected = model(*arguments).sample
             torch.testing.assert_close(fast(*arguments).sample, expected, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(model(*given).sample, model(*moved).sample)
-
-
-def test_several_python_threads_get_what_one_gets() -> None:
-    layer = binarize.pack(network(**SMALL)).middle[0].conv1
-    norm = nn.GroupNorm(4, 32)
-    images = [torch.randn(2, 32, 12 + i, 20) for i in range(6)]
-
-    def run(x: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            factors = norm_factors(x, None, 4, norm.weight, norm.bias, norm.eps)
-            return [factors, norm_silu(x, factors), layer(x), layer(x, factors)]
-
-    with conversion_context(1300, layer):
-        alone = [run(x) for x in images]
-        with ThreadPoolExecutor(4) as pool:
-            for _ in range(10):
-                together = list(pool.map(run, images))
-                for found, expected in zip(together, alone, strict=True):
-                    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def conversion_context(timestep: int, layer: PackedConv2d) -> Any:
