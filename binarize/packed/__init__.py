@@ -1,4 +1,4 @@
-"""Real 1-bit inference: packed weights, kernels that compute with them, and a pure-torch oracle."""
+"""Inference with bits: packed layers and blocks, and the file format."""
 
 from __future__ import annotations
 

@@ -68,8 +68,11 @@ class _Compiled:
 
     def timestep_group(self) -> Tensor | None:
         """Return each sample's timestep group on the layer's device, or None."""
-        group = self.lowered.timestep_group()
-        return group if group is None or group.device == self._device else group.to(self._device)
+        lowered = self.lowered
+        if lowered.context is None:
+            return None
+        group = lowered.context.group(lowered.groups)
+        return group if group.device == self._device else group.to(self._device)
 
 
 class _PackedLayer(PartPipeline):
@@ -226,8 +229,10 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
         """
         compiled = self.compiled()
         lowered, source = compiled.lowered, x
-        if not lowered.fuses_pre:
-            source = self.shifted(x)
+        if not lowered.is_one_kernel:
+            if input_norm is not None or channel_bias is not None or residual is not None:
+                raise BinarizeError("PackedConv2d: this layer has parts outside the kernel, so it only takes x.")
+            source = source if lowered.fuses_pre else self.shifted(x)
         if self.pad_codes is not None:
             source = F.pad(source, self.pad_codes, mode=self.padding_mode)
         group = compiled.timestep_group()
@@ -239,7 +244,8 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
     @property
     def is_one_kernel(self) -> bool:
         """Whether the layer is one call of the kernel, so that operations around it can be fused into it."""
-        return self.compiled().lowered.is_one_kernel
+        compiled = self._compiled or self.compiled()
+        return compiled.lowered.is_one_kernel
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
         """Return ``total + self(x)``, added while the output is written if the kernel can."""

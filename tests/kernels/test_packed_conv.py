@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -353,18 +348,3 @@ def test_layers_made_in_inference_mode_run() -> None:
         layer = PackedConv2d(BinaryConv2d(8, 8, 3, padding=1, method=Method(post="rprelu")).eval())
         x = torch.randn(1, 8, 5, 5)
         assert torch.equal(layer(x), layer(x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("without", ["avx512vnni", "avx512"])
-def test_a_processor_with_fewer_instructions_counts_the_same(without: str, tmp_path: Path) -> None:
-    features = pytest.importorskip("binarize.kernels.cpu.simd").cpu_features()
-    if f"+{without}" not in features:
-        pytest.skip(f"this processor has no {without}, so the other tests run what is asked for here")
-    fewer = {"NUMBA_CPU_FEATURES": re.sub(rf"\+(?={without})", "-", features), "NUMBA_CACHE_DIR": str(tmp_path)}
-    given = {**os.environ, **fewer, "BINARIZE_BACKEND": "auto"}
-    script = Path(__file__).with_name("count_words.py")
-    done = subprocess.run([sys.executable, script], env=given, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"+{without}" not in done.stdout
-    assert "equal" in done.stdout

@@ -25,17 +25,21 @@ def run(
     channel_bias: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Apply a binary convolution; see `binarize.kernels.ops.binary_conv2d`."""
-    inputs = timestep_group, input_norm, channel_bias, residual
     # All that can be wrong with a call, or need other parameters.
-    key = (threads.count(), x.dtype, x.shape, *(None if t is None else (t.shape, t.dtype) for t in inputs))
+    key = (
+        threads.count(), x.dtype, x.shape,
+        timestep_group is None or (timestep_group.shape, timestep_group.dtype),
+        input_norm is None or input_norm.shape,
+        channel_bias is None or channel_bias.shape,
+        residual is None or residual.shape,
+    )  # fmt: skip
     compiled = conv.compiled.get(key)
     if compiled is None:
-        check_inputs(x, conv, *inputs)
+        check_inputs(x, conv, timestep_group, input_norm, channel_bias, residual)
         if len(conv.compiled) > COMPILED_SIZES:
             conv.compiled.clear()
         compiled = conv.compiled[key] = CompiledConv(conv, x.shape, x.dtype, input_norm is not None)
-    out: Tensor = compiled(x, *inputs)
-    return out
+    return compiled(x, timestep_group, input_norm, channel_bias, residual)
 
 
 class _Plan(NamedTuple):
