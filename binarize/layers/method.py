@@ -54,18 +54,14 @@ class Method:
     scale: Part = None  # multiplies the product, in addition to the weights' own scale
     norm: Part = None  # normalization after the product
     post: Part = None  # activation function after it
-    # added around the layer: True for "pool" (the identity if the shapes agree), a part, or None
-    shortcut: Part | bool = None
+    shortcut: Part | bool = None  # added around the layer; True for "pool", the identity if the shapes agree
     post_after_shortcut: bool = False  # apply ``post`` after the shortcut is added
     groups: int = 1  # K, the number of timestep groups of timestep-aware parts
     sign_zero: SignZero = "plus"  # value of sign(0): "plus" for +1, which fits one bit, or "zero"
-    # keep the full-precision bias of a layer that has one; otherwise it is dropped and reported
-    keep_bias: bool = False
+    keep_bias: bool = False  # keep a layer's full-precision bias; otherwise it is dropped and reported
     fold_bias: bool = False  # add the bias to the first shift of the RPReLU instead, which is exact
-    # clamp the latent weights to [-1, 1] after each optimizer step; None uses the method's default
-    clamps_latent: bool | None = None
-    # decoder levels (0 the finest) of a U-Net whose fusions and ResBlocks stay full precision; None uses the host's
-    # default
+    clamps_latent: bool | None = None  # clamp latent weights to [-1, 1] after each step; None is the method's default
+    # decoder levels (0 the finest) of a U-Net that stay full precision; None is the host's default
     fp_decoder_levels: tuple[int, ...] | None = ()
 
     def __new__(cls, *args: Any, **options: Any) -> Self:

@@ -98,11 +98,15 @@ class RPReLU(_TimestepAware):
             self.shift_in.add_(bias)
 
 
-def _with_groups(part: type[Shift] | type[RPReLU], spec: LayerSpec, channels: int) -> nn.Module:
-    return part(channels, spec.groups, spec.context, spec.channel_dim)
+@register_part("pre", "tar", timestep_aware=True)
+def _tar(spec: LayerSpec) -> nn.Module:
+    return Shift(spec.in_channels, spec.groups, spec.context, spec.channel_dim)
 
 
-register_part("pre", "shift")(lambda spec: Shift(spec.in_channels, channel_dim=spec.channel_dim))
-register_part("pre", "tar", timestep_aware=True)(lambda spec: _with_groups(Shift, spec, spec.in_channels))
-register_part("post", "rprelu")(lambda spec: RPReLU(spec.out_channels, channel_dim=spec.channel_dim))
-register_part("post", "taa", timestep_aware=True)(lambda spec: _with_groups(RPReLU, spec, spec.out_channels))
+@register_part("post", "taa", timestep_aware=True)
+def _taa(spec: LayerSpec) -> nn.Module:
+    return RPReLU(spec.out_channels, spec.groups, spec.context, spec.channel_dim)
+
+
+register_part("pre", "shift")(lambda spec: _tar(replace(spec, groups=1, context=None)))
+register_part("post", "rprelu")(lambda spec: _taa(replace(spec, groups=1, context=None)))

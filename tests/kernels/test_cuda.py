@@ -207,10 +207,8 @@ def test_export_and_compile_take_a_packed_network(mode: str) -> None:
     model = binarize.pack(network(**SMALL)).cuda()
     given = tuple(t.cuda() for t in inputs())
     with torch.no_grad():
-        if mode == "export":
-            fast: Any = torch.export.export(model, given).module()
-        else:
-            fast = torch.compile(model, fullgraph=True)
+        exported = mode == "export"
+        fast: Any = torch.export.export(model, given).module() if exported else torch.compile(model, fullgraph=True)
         expected = model(*given).sample
         difference = (fast(*given).sample - expected).abs() / expected.abs().mean()
     assert difference.mean() < 1e-2

@@ -22,6 +22,8 @@ from binarize.errors import BinarizeError
 from binarize.imaging import files as imaging_files
 from binarize.models import SRUNet
 
+LENGTHS = (2**63, 2**40, 200_000_000, 5)  # of a header
+
 
 def test_a_file_is_what_the_format_says(good: Path, tmp_path: Path) -> None:
     header, data = take_apart(good / WEIGHTS)
@@ -81,17 +83,12 @@ def test_flipped_bytes_of_the_header_give_one_kind_of_error_or_none(folder: Path
     assert failed > 30
 
 
-@pytest.mark.parametrize("kept", [0, 4, 8, 100, 5000, -1])
-def test_a_truncated_file_is_refused(folder: Path, kept: int) -> None:
-    path = folder / WEIGHTS
-    path.write_bytes(path.read_bytes()[:kept])
-    refused(folder, "cannot be read as a safetensors file")
-
-
-@pytest.mark.parametrize("size", [2**63, 2**40, 200_000_000, 5])
-def test_a_header_that_says_it_is_long_is_refused(folder: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("kept", "size"), [*((n, None) for n in (0, 4, 8, 100, 5000, -1)), *((None, n) for n in LENGTHS)]
+)
+def test_a_truncated_file_and_a_header_that_says_it_is_long_are_refused(folder: Path, kept: Any, size: Any) -> None:
     raw = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(struct.pack("<Q", size) + raw[8:])
+    (folder / WEIGHTS).write_bytes(raw[:kept] if size is None else struct.pack("<Q", size) + raw[8:])
     refused(folder, "cannot be read as a safetensors file")
 
 

@@ -27,10 +27,8 @@ def run(
     """Apply a binary convolution; see `binarize.kernels.ops.binary_conv2d`."""
     # All that can be wrong with a call, or need other parameters.
     key = (
-        threads.count(), x.dtype, x.shape,
-        timestep_group is None or (timestep_group.shape, timestep_group.dtype),
-        input_norm is None or input_norm.shape,
-        channel_bias is None or channel_bias.shape,
+        threads.count(), x.dtype, x.shape, timestep_group is None or (timestep_group.shape, timestep_group.dtype),
+        input_norm is None or input_norm.shape, channel_bias is None or channel_bias.shape,
         residual is None or residual.shape,
     )  # fmt: skip
     compiled = conv.compiled.get(key)

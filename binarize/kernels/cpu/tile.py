@@ -23,22 +23,17 @@ def make_tile(pixels: int) -> Any:
     """Return a function that computes a tile: ``pixels`` x ``blocks`` x 16 outputs and all that follows their products.
 
     The output is the dot product (`dots`) times the scale, affine, shift, PReLU, shift, clamp, plus the shortcut
-    (before the activation if ``early``), plus ``channel_bias`` and ``residual``. Arguments, addresses and steps in
-    bytes:
+    (before the activation if ``early``), plus ``channel_bias`` and ``residual``. Flags are 0 or 1, and ``plain`` leaves
+    out affine and clamp. The other arguments, addresses and steps in bytes, are:
 
     - x, entries, shortcut, residual, out: of the first pixel: its words; an int64, the distance from ``bases`` to its
-      dot product of no differing bits; what is added (0 for nothing); its outputs.
-    - ahead: where outputs are written soon, to prefetch.
+      dot product of no differing bits; what is added (0 for nothing); its outputs, which are prefetched from ``ahead``.
     - w, bases, table, channel_bias: of the first block: its filters; its dot products of no differing bits; 16 floats
       each of scale, factor, offset, shift in, slope and shift out; what is added to every pixel, or 0. Blocks follow.
     - count: channels of the last block; fewer than 16 only if there is one block.
     - offsets, k, w_step: `Words.offsets` and ``count``, and the step between blocks of filters.
     - x_step, s_step, r_step, o_step: between pixels of words, shortcut, residual and output.
-    - unsigned: 1 for {0, 1} activations.
-    - plain, low, high: 1 to leave out affine and clamp; the clamp.
-    - early: 1 for a shortcut before the activation.
     - blocks: how many blocks of 16 channels, at most `BLOCKS`, or one for a tile of a single pixel.
-    - bf16: 1 for bfloat16 images, 0 for float32.
     """
 
     @intrinsic
