@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_case import SMALL
 from torch import Tensor, nn
 from training_case import TINY
 
@@ -145,25 +147,18 @@ def kept(network: nn.Module, *arguments: Tensor) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def test_compact_memory_keeps_a_byte_for_four() -> None:
+def test_compact_memory_keeps_a_byte_for_four_and_gives_the_same_outputs() -> None:
     layer = BinaryConv2d(16, 16, 3, padding=1, method=Method(weight="scaled_sign", shortcut=True))
-    x = torch.randn(2, 16, 20, 20, requires_grad=True)
-    few = 1000  # scales
+    x, few = torch.randn(2, 16, 20, 20, requires_grad=True), 1000  # scales
     assert x.numel() * 4 <= kept(layer, x) < x.numel() * 4 + few
     layer.memory = "compact"
     assert x.numel() <= kept(layer, x) < x.numel() + few
-
-
-def test_a_compact_network_gives_the_same_outputs() -> None:
-    network = SRUNet(base_channels=16, channel_mults=(1, 2), res_blocks=1, norm_groups=4, num_train_timesteps=T)
-    binarize.convert(network, "bidiffsr")
+    network = binarize.convert(SRUNet(**SMALL, num_train_timesteps=T), "bidiffsr").eval()
     arguments = torch.randn(2, 3, 16, 16), torch.tensor([1, 50]), torch.rand(2, 3, 16, 16)
-    network.eval()
     exact = network(*arguments).sample, kept(network, *arguments)
     binarize.memory_mode(network, "compact")
-    compact = network(*arguments).sample, kept(network, *arguments)
-    assert torch.equal(exact[0], compact[0])
-    assert compact[1] < exact[1]
+    assert torch.equal(network(*arguments).sample, exact[0])
+    assert kept(network, *arguments) < exact[1]
 
 
 def test_unknown_modes_and_networks_without_binary_layers_are_refused() -> None:
@@ -174,15 +169,10 @@ def test_unknown_modes_and_networks_without_binary_layers_are_refused() -> None:
 
 
 def test_a_recipe_chooses_the_mode(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[str] = []
-
-    def watch(network: SRUNet, mode: Any) -> SRUNet:
-        chosen.append(mode)
-        return binarize.memory_mode(network, mode)
-
+    watch = Mock(wraps=binarize.memory_mode)
     monkeypatch.setattr("binarize.training.loop.memory_mode", watch)
     first = train(recipe("memory_mode=compact", "max_train_steps=2"), progress=False)
-    assert chosen == ["compact"]
+    assert [call.args[1] for call in watch.call_args_list] == ["compact"]
     # Not a part of what a run is: it may change on the way.
     again = recipe("max_train_steps=4", "resume_from_checkpoint=latest", f"output_dir={first.output_dir}")
     assert train(again, progress=False).steps == 4
