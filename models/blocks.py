@@ -14,11 +14,7 @@ from binarize.packed.blocks import PackableBlock, PackedBlock, fuse, norm_silu_c
 
 
 class SinusoidalTime(nn.Module):
-    """sin and cos of t exp(-ln(1e4) k / (C / 2)), sines first: the released networks' encoding of integer timesteps.
-
-    Args:
-        channels: C, even.
-    """
+    """sin and cos of t exp(-ln(1e4) k / (C / 2)), sines first: the released networks' encoding of integer timesteps."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -33,12 +29,7 @@ class SinusoidalTime(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Single-head self-attention over all pixels, scores / sqrt(C), added to its input (SR3).
-
-    Args:
-        channels: C.
-        norm_groups: Of the GroupNorm before it.
-    """
+    """Single-head self-attention over all pixels after a GroupNorm, scores / sqrt(C), added to its input (SR3)."""
 
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
@@ -54,32 +45,23 @@ class SelfAttention(nn.Module):
         return x + out
 
 
-_SUBMODULES = ("fusion", "norm1", "conv1", "time", "norm2", "dropout", "conv2", "residual", "attention")
+def _take_submodules(block: nn.Module, other: nn.Module) -> None:
+    for name in ("fusion", "norm1", "conv1", "time", "norm2", "dropout", "conv2", "residual", "attention"):
+        setattr(block, name, getattr(other, name))
+    block.train(other.training)
 
 
 class ResBlock(PackableBlock):
     """GroupNorm -> Swish -> conv, + time, GroupNorm -> Swish -> dropout -> conv, + residual.
 
-    Args:
-        in_channels: Width of the input, that of the concatenation where there is a skip.
-        out_channels: C.
-        time_channels: Width of the time embedding.
-        norm_groups: Of both GroupNorms.
-        dropout: Probability before the second convolution.
-        fusion: Fuses the concatenation of hidden and skip to C channels, or None.
-        attention: Whether self-attention follows.
+    ``in_channels`` is the width of the concatenation where there is a skip, which ``fusion`` maps to ``out_channels``
+    first if it is not None.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        time_channels: int,
-        norm_groups: int,
-        dropout: float,
-        fusion: nn.Module | None = None,
-        attention: bool = False,
-    ) -> None:
+        self, in_channels: int, out_channels: int, time_channels: int, norm_groups: int, dropout: float,
+        fusion: nn.Module | None = None, attention: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         width = in_channels if fusion is None else out_channels
         self.fusion = fusion
@@ -109,11 +91,7 @@ class ResBlock(PackableBlock):
 
 
 class PackedResBlock(PackedBlock):
-    """A ResBlock of a packed network; see `ResBlock` for its inputs.
-
-    Args:
-        block: The block whose submodules it takes over.
-    """
+    """A ResBlock of a packed network, with the same submodules; see `ResBlock` for its inputs."""
 
     norm1: nn.GroupNorm
     norm2: nn.GroupNorm
@@ -126,9 +104,7 @@ class PackedResBlock(PackedBlock):
 
     def __init__(self, block: ResBlock) -> None:
         super().__init__()
-        for name in _SUBMODULES:
-            setattr(self, name, getattr(block, name))
-        self.train(block.training)
+        _take_submodules(self, block)
 
     def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None) -> Tensor:
         """Map ``(B, C_in, H, W)``, the embedding ``(B, C_time)`` and an optional skip to ``(B, C, H, W)``."""
@@ -143,9 +119,8 @@ class PackedResBlock(PackedBlock):
         """Return a ResBlock with this block's submodules."""
         block = ResBlock.__new__(ResBlock)
         nn.Module.__init__(block)
-        for name in _SUBMODULES:
-            setattr(block, name, getattr(self, name))
-        return block.train(self.training)
+        _take_submodules(block, self)
+        return block
 
 
 class EncoderLevel(nn.Module):
@@ -175,8 +150,6 @@ class DecoderLevel(nn.Module):
 def fine_detail(image: Tensor, factor: float) -> Tensor:
     """Return (image - its mean over 3x3 pixels) * factor; at borders the mean is over the pixels inside.
 
-    Args:
-        image: ``(B, C, H, W)``.
-        factor: Scales the differences, a few hundredths for images in [0, 1], to about one.
+    The factor, a few hundredths for images in [0, 1], scales the differences to about one.
     """
     return (image - F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)) * factor

@@ -27,6 +27,7 @@ from binarize.models.unet_config import DOWN, FUSIONS, UP, check_config, check_d
 from binarize.modules import align_tensors
 from binarize.packed.files import WEIGHTS, find_packed, read_config, read_packed
 
+_UNBUILDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -54,9 +55,6 @@ class SRUNet(ModelMixin, ConfigMixin):
             difference from its mean over 3x3 pixels times this number. The network computes it and inserts it between
             condition and sample, with as many channels as the condition has. None, as released, leaves it out.
         conversion: How the network is binarized, as recorded by `binarize.convert`; set when loading, not by hand.
-
-    Raises:
-        BinarizeError: If the options cannot be built together.
     """
 
     _supports_gradient_checkpointing = True
@@ -64,21 +62,11 @@ class SRUNet(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self,
-        in_channels: int = 6,
-        out_channels: int = 3,
-        base_channels: int = 64,
-        channel_mults: tuple[int, ...] = (1, 2, 4, 8),
-        res_blocks: int = 2,
-        norm_groups: int = 16,
-        dropout: float = 0.2,
-        attention_levels: tuple[int, ...] = (),
-        resampling: str = "cp",
-        fusion: str = "cs",
-        num_train_timesteps: int = 2000,
-        detail_factor: float | None = None,
-        conversion: dict[str, Any] | None = None,
-    ) -> None:
+        self, in_channels: int = 6, out_channels: int = 3, base_channels: int = 64,
+        channel_mults: tuple[int, ...] = (1, 2, 4, 8), res_blocks: int = 2, norm_groups: int = 16,
+        dropout: float = 0.2, attention_levels: tuple[int, ...] = (), resampling: str = "cp", fusion: str = "cs",
+        num_train_timesteps: int = 2000, detail_factor: float | None = None, conversion: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_config(base_channels, channel_mults, res_blocks, norm_groups, attention_levels, resampling, fusion)
         check_detail(detail_factor, in_channels - out_channels)
@@ -96,12 +84,10 @@ class SRUNet(ModelMixin, ConfigMixin):
         width, skips = base, [base]
         self.encoder = nn.ModuleList()
         for level, mult in enumerate(channel_mults):
-            blocks = []
-            for _ in range(res_blocks):
-                blocks.append(block(width, base * mult, level))
-                width = base * mult
-                skips.append(width)
-            down = None
+            out = base * mult
+            blocks = [block(out if i else width, out, level) for i in range(res_blocks)]
+            width, down = out, None
+            skips += [width] * res_blocks
             if level < levels - 1:
                 down = DOWN[resampling](width)
                 width = down.out_channels  # type: ignore[assignment]
@@ -116,8 +102,7 @@ class SRUNet(ModelMixin, ConfigMixin):
         for level in reversed(range(levels)):
             blocks, out = [], base * channel_mults[level]
             for _ in range(res_blocks + 1):
-                skip = skips.pop()
-                make = FUSIONS[fusion]
+                skip, make = skips.pop(), FUSIONS[fusion]
                 fuse = None if make is None else make(width, skip, out)
                 blocks.append(block(width + skip, out, level, fuse))
                 width = out
@@ -142,19 +127,13 @@ class SRUNet(ModelMixin, ConfigMixin):
     def forward(
         self, sample: Tensor, timestep: Tensor | float | int, condition: Tensor, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Predict the noise (or what the scheduler's prediction type says).
+        """Predict the noise (or what the scheduler's prediction type says), ``(B, 3, H, W)``.
 
         Args:
             sample: x_t, ``(B, 3, H, W)``, H and W multiples of `size_multiple`.
             timestep: Scalar or ``(B,)``, in steps of the training schedule; a batch may mix them.
             condition: The upscaled LR image, ``(B, 3, H, W)``, in the value range of the training images.
             return_dict: Return diffusers' UNet2DOutput rather than a tuple.
-
-        Returns:
-            UNet2DOutput with ``sample`` ``(B, 3, H, W)``.
-
-        Raises:
-            BinarizeError: If shapes do not fit.
         """
         self._check_input(sample, condition)
         if not isinstance(timestep, Tensor):
@@ -201,20 +180,14 @@ class SRUNet(ModelMixin, ConfigMixin):
         return out
 
     def _check_input(self, sample: Tensor, condition: Tensor) -> None:
+        shapes = f"{tuple(sample.shape)} and {tuple(condition.shape)}."
         if sample.dim() != 4 or condition.dim() != 4 or sample.shape[0::2] != condition.shape[0::2]:
-            raise BinarizeError(
-                "SRUNet: sample and condition must be (B, 3, H, W) of equal size; "
-                f"got {tuple(sample.shape)} and {tuple(condition.shape)}."
-            )
+            raise BinarizeError(f"SRUNet: sample and condition must be (B, 3, H, W) of equal size; got {shapes}")
         if sample.shape[3] != condition.shape[3]:
-            raise BinarizeError(
-                f"SRUNet: sample and condition differ in width: {tuple(sample.shape)} and {tuple(condition.shape)}."
-            )
+            raise BinarizeError(f"SRUNet: sample and condition differ in width: {shapes}")
         if sample.shape[1] + condition.shape[1] != self._input_channels:
-            raise BinarizeError(
-                f"SRUNet: expects {self._input_channels} channels in all; got {sample.shape[1]} of sample and "
-                f"{condition.shape[1]} of condition."
-            )
+            got = f"got {sample.shape[1]} of sample and {condition.shape[1]} of condition."
+            raise BinarizeError(f"SRUNet: expects {self._input_channels} channels in all; {got}")
         multiple = self.size_multiple
         if sample.shape[2] % multiple or sample.shape[3] % multiple:
             raise BinarizeError(
@@ -228,9 +201,6 @@ class SRUNet(ModelMixin, ConfigMixin):
 
         A packed model's ``.safetensors`` file can be given by itself. Half precision in it becomes float32, unless
         ``dtype`` (``torch_dtype`` in older versions of diffusers) selects another dtype.
-
-        Raises:
-            BinarizeError: If weights and configuration do not belong together, or a packed file is broken.
         """
         packed = find_packed(pretrained_model_name_or_path, kwargs)
         if packed is not None:
@@ -257,35 +227,17 @@ class SRUNet(ModelMixin, ConfigMixin):
                 model = cls.from_config(config)
         except BinarizeError:
             raise
-        except (
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            ImportError,
-            RuntimeError,
-        ) as error:
+        except _UNBUILDABLE as error:
             raise BinarizeError(f"{path}: its configuration builds no {cls.__name__}: {error}.") from error
         read_packed(model, path, dtype)
         return model
 
     def save_pretrained(  # diffusers' pipelines read these names from the signature
-        self,
-        save_directory: str | PathLike[str],
-        is_main_process: bool = True,
-        save_function: Callable[..., Any] | None = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save as diffusers does; a converted network keeps its method and options in config.json.
-
-        Raises:
-            BinarizeError: If the conversion uses a part that cannot be named in a file.
-        """
+        self, save_directory: str | PathLike[str], is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None, safe_serialization: bool = True, variant: str | None = None,
+        max_shard_size: int | str = "10GB", push_to_hub: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Save as diffusers does; a converted network keeps its method and options in config.json."""
         check_saveable(self)
         if is_packed(self):
             if is_main_process:
@@ -293,12 +245,6 @@ class SRUNet(ModelMixin, ConfigMixin):
                 write_packed_folder(self, Path(save_directory), WEIGHTS, text, json.loads(text))
             return
         super().save_pretrained(
-            save_directory,
-            is_main_process=is_main_process,
-            save_function=save_function,
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            push_to_hub=push_to_hub,
+            save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size, push_to_hub,
             **kwargs,
-        )
+        )  # fmt: skip

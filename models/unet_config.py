@@ -9,28 +9,15 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from binarize.errors import BinarizeError, did_you_mean
-from binarize.layers import (
-    AddFusion,
-    ConcatFusion,
-    ConvDown,
-    ConvUp,
-    CPDown,
-    CPUp,
-    CSFusion,
-    PixelDown,
-    PixelUp,
-    SplitFusion,
-)
+from binarize.layers import structure
 
-DOWN: dict[str, Callable[[int], nn.Module]] = {"conv": ConvDown, "pixel": PixelDown, "cp": CPDown}
-UP: dict[str, Callable[[int], nn.Module]] = {"conv": ConvUp, "pixel": PixelUp, "cp": CPUp}
+Resampler = Callable[[int], nn.Module]
+DOWN: dict[str, Resampler] = {"conv": structure.ConvDown, "pixel": structure.PixelDown, "cp": structure.CPDown}
+UP: dict[str, Resampler] = {"conv": structure.ConvUp, "pixel": structure.PixelUp, "cp": structure.CPUp}
 FUSIONS: dict[str, Callable[[int, int, int], nn.Module] | None] = {
-    "wide": None,
-    "concat": ConcatFusion,
-    "add": AddFusion,
-    "split": SplitFusion,
-    "cs": CSFusion,
-}
+    "wide": None, "concat": structure.ConcatFusion, "add": structure.AddFusion, "split": structure.SplitFusion,
+    "cs": structure.CSFusion,
+}  # fmt: skip
 # A configuration with more would keep the constructor busy for hours.
 _MOST_LEVELS, _MOST_BLOCKS = 12, 64
 
@@ -52,52 +39,45 @@ def check_detail(factor: float | None, condition_channels: int) -> None:
 
 
 def check_config(
-    base_channels: int,
-    channel_mults: Sequence[int],
-    res_blocks: int,
-    norm_groups: int,
-    attention_levels: Sequence[int],
-    resampling: str,
-    fusion: str,
-) -> None:
+    base_channels: int, channel_mults: Sequence[int], res_blocks: int, norm_groups: int,
+    attention_levels: Sequence[int], resampling: str, fusion: str,
+) -> None:  # fmt: skip
     """Raise BinarizeError unless the options can be built together."""
     for key, value, allowed in (("resampling", resampling, DOWN), ("fusion", fusion, FUSIONS)):
         if value not in allowed:
             raise BinarizeError(
                 f"SRUNet: unknown {key} {value!r}; allowed: {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
             )
-    if len(channel_mults) > _MOST_LEVELS or res_blocks > _MOST_BLOCKS:
+    levels, mults = len(channel_mults), tuple(channel_mults)
+    if levels > _MOST_LEVELS or res_blocks > _MOST_BLOCKS:
         raise BinarizeError(
-            f"SRUNet: at most {_MOST_LEVELS} levels of {_MOST_BLOCKS} ResBlocks; got {len(channel_mults)} of "
-            f"{res_blocks}."
+            f"SRUNet: at most {_MOST_LEVELS} levels of {_MOST_BLOCKS} ResBlocks; got {levels} of {res_blocks}."
         )
-    if not channel_mults or any(mult < 1 for mult in channel_mults) or res_blocks < 1:
-        raise BinarizeError(
-            f"SRUNet: needs at least one level and one ResBlock; got channel_mults={tuple(channel_mults)}, "
-            f"res_blocks={res_blocks}."
-        )
+    if not mults or any(mult < 1 for mult in mults) or res_blocks < 1:
+        got = f"got channel_mults={mults}, res_blocks={res_blocks}."
+        raise BinarizeError(f"SRUNet: needs at least one level and one ResBlock; {got}")
     if base_channels < 1 or norm_groups < 1:
-        raise BinarizeError(
-            f"SRUNet: base_channels and norm_groups must be at least 1; got {base_channels} and {norm_groups}."
-        )
-    widths = [base_channels * mult for mult in channel_mults]
-    if base_channels % 2 or any(width % norm_groups for width in widths):
-        raise BinarizeError(
-            f"SRUNet: base_channels must be even and every level's width a multiple of norm_groups={norm_groups}; "
-            f"got widths {widths}."
-        )
-    if resampling == "conv" and fusion != "wide":
-        raise BinarizeError(
-            f"SRUNet: resampling='conv' goes with fusion='wide' only, since its skips differ in width; got {fusion!r}. "
-            "Use resampling='pixel' or 'cp'."
-        )
-    if resampling != "conv" and any(b != 2 * a for a, b in itertools.pairwise(widths)):
-        raise BinarizeError(
-            f"SRUNet: resampling={resampling!r} doubles the width at each level; got channel_mults="
-            f"{tuple(channel_mults)}. Use multipliers such as (1, 2, 4, 8), or resampling='conv'."
-        )
-    outside = [level for level in attention_levels if not 0 <= level < len(channel_mults)]
-    if outside:
-        raise BinarizeError(
-            f"SRUNet: attention_levels are indices from 0 (the finest) to {len(channel_mults) - 1}; got {outside}."
-        )
+        got = f"got {base_channels} and {norm_groups}."
+        raise BinarizeError(f"SRUNet: base_channels and norm_groups must be at least 1; {got}")
+    widths = [base_channels * mult for mult in mults]
+    outside = [level for level in attention_levels if not 0 <= level < levels]
+    for wrong, message in (
+        (
+            base_channels % 2 or any(width % norm_groups for width in widths),
+            f"base_channels must be even and every level's width a multiple of norm_groups={norm_groups}; "
+            f"got widths {widths}.",
+        ),
+        (
+            resampling == "conv" and fusion != "wide",
+            f"resampling='conv' goes with fusion='wide' only, since its skips differ in width; got {fusion!r}. "
+            "Use resampling='pixel' or 'cp'.",
+        ),
+        (
+            resampling != "conv" and any(b != 2 * a for a, b in itertools.pairwise(widths)),
+            f"resampling={resampling!r} doubles the width at each level; got channel_mults={mults}. Use multipliers "
+            "such as (1, 2, 4, 8), or resampling='conv'.",
+        ),
+        (outside, f"attention_levels are indices from 0 (the finest) to {levels - 1}; got {outside}."),
+    ):
+        if wrong:
+            raise BinarizeError(f"SRUNet: {message}")

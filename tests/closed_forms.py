@@ -1,17 +1,21 @@
-"""Binary layers written out in numpy, forward and backward by hand: what the methods are checked against.
+"""Binary layers written out by hand: what the methods are checked against.
 
-Nothing here uses the toolkit or automatic differentiation. A `Form` says what a method computes, taken from its paper
-and released code; `layer` evaluates a 3x3 convolution of that form (stride 1, one pixel of padding) and every gradient.
+Nothing here uses the toolkit. A `Form` says what a method computes, taken from its paper and released code. Gradients
+of activations and weights are written out in numpy; `layer` evaluates a 3x3 convolution of that form (stride 1, one
+pixel of padding) and every gradient, for which torch differentiates the ordinary steps between them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 Array = np.ndarray
 Vjp = Callable[[Array], Array]
@@ -51,14 +55,14 @@ def ede_t(form: Form, progress: float) -> float:
 def activation(form: Form, x: Array, progress: float = 0.0, zero: str = "plus") -> tuple[Array, Vjp]:
     """Return the activation's values and its vector-Jacobian product; one sample per first index."""
     hat = sign(x, zero)
-    if form.activation == "ste":
-        return hat, lambda g: g * (np.abs(x) <= 1)
-    if form.activation == "identity":
-        return hat, lambda g: g
-    if form.activation == "approx":
-        return hat, lambda g: g * np.maximum(0, 2 - 2 * np.abs(x))
-    if form.activation == "ede":
-        return hat, lambda g: g * ede(x, ede_t(form, progress))
+    slopes: dict[str, Callable[[], Any]] = {
+        "ste": lambda: np.abs(x) <= 1,
+        "identity": lambda: 1,
+        "approx": lambda: np.maximum(0, 2 - 2 * np.abs(x)),
+        "ede": lambda: ede(x, ede_t(form, progress)),
+    }
+    if form.activation in slopes:
+        return hat, lambda g: g * slopes[form.activation]()
     if form.activation == "round":
         return np.where(x > 0.5, 1.0, 0.0), lambda g: g * ((x >= 0) & (x <= 1))
     if form.activation == "mean":  # values of magnitude mean |x|, whose own gradient is clipped
@@ -107,16 +111,13 @@ def weights(form: Form, parameters: dict[str, Array], progress: float = 0.0, zer
     def single(codes: Array, scales: Array, vjp: Vjp) -> Weights:
         return Weights(codes[None], scales[None], lambda g: {"weight": vjp(g)})
 
-    if form.weight == "sign":
-        return single(sign(w, zero), one, lambda g: g * clip)
-    if form.weight == "sign_identity":
-        return single(sign(w, zero), one, lambda g: g)
-    if form.weight == "scaled":
-        return single(sign(w, zero), np.abs(w).mean(axes), lambda g: g * clip)
+    filters, whole = np.abs(w).mean(axes), np.abs(w).mean() * one
+    plain = {"sign": (one, clip), "sign_identity": (one, 1), "scaled": (filters, clip), "tensor": (whole, 1)}
+    if form.weight in plain:
+        scale, slope = plain[form.weight]
+        return single(sign(w, zero), scale, lambda g: g * slope)
     if form.weight == "real":
         return single(w, one, lambda g: g)
-    if form.weight == "tensor":
-        return single(sign(w, zero), np.abs(w).mean() * one, lambda g: g)
     if form.weight == "xnor":
         centred = np.clip(w - w.mean(1, keepdims=True), -1, 1)
         alpha = np.abs(centred).mean(axes)
@@ -148,167 +149,67 @@ def weights(form: Form, parameters: dict[str, Array], progress: float = 0.0, zer
     return Weights(np.stack([first, second]), np.stack([s1.ravel(), s2.ravel()]), vjp)
 
 
-def taps(x: Array) -> list[tuple[int, int, Array]]:
-    """Every tap of a 3x3 kernel with the picture that it sees, zeros outside."""
-    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
-    h, w = x.shape[2:]
-    return [(i, j, padded[:, :, i : i + h, j : j + w]) for i in range(3) for j in range(3)]
+class Known(torch.autograd.Function):
+    """Values whose vector-Jacobian product, one array for each input, is given."""
 
+    @staticmethod
+    def forward(ctx: Any, values: Array, vjp: Callable[[Array], Sequence[Array]], *inputs: Tensor) -> Tensor:
+        ctx.vjp = vjp
+        return torch.from_numpy(values)
 
-def convolve(x: Array, w: Array) -> Array:
-    return sum(np.einsum("bchw,oc->bohw", seen, w[:, :, i, j]) for i, j, seen in taps(x))
-
-
-def convolve_back(x: Array, w: Array, g: Array) -> tuple[Array, Array]:
-    gw, gx = np.zeros_like(w), np.zeros((x.shape[0], x.shape[1], x.shape[2] + 2, x.shape[3] + 2))
-    for i, j, seen in taps(x):
-        gw[:, :, i, j] = np.einsum("bohw,bchw->oc", g, seen)
-        gx[:, :, i : i + x.shape[2], j : j + x.shape[3]] += np.einsum("bohw,oc->bchw", g, w[:, :, i, j])
-    return gx[:, :, 1:-1, 1:-1], gw
-
-
-def batch_norm(x: Array, gamma: Array, beta: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
-    axes, n = (0, 2, 3), x.size // x.shape[1]
-    deviation = np.sqrt(x.var(axis=axes, keepdims=True) + 1e-5)
-    normal = (x - x.mean(axis=axes, keepdims=True)) / deviation
-    gamma = gamma.reshape(1, -1, 1, 1)
-
-    def vjp(g: Array) -> tuple[Array, Array, Array]:
-        mean, along = g.mean(axis=axes, keepdims=True), (g * normal).sum(axis=axes, keepdims=True) / n
-        return gamma / deviation * (g - mean - normal * along), (g * normal).sum(axis=axes), g.sum(axis=axes)
-
-    return normal * gamma + beta.reshape(1, -1, 1, 1), vjp
-
-
-def rows(parameter: Array, group: Array) -> Array:
-    return parameter[np.minimum(group, len(parameter) - 1)][:, :, None, None]
-
-
-def row_gradient(parameter: Array, group: Array, g: Array) -> Array:
-    out = np.zeros_like(parameter)
-    np.add.at(out, np.minimum(group, len(parameter) - 1), g.sum(axis=(2, 3)))
-    return out
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(torch.from_numpy(g) for g in ctx.vjp(grad.contiguous().numpy()))
 
 
 def layer(
-    form: Form,
-    p: dict[str, Array],
-    x: Array,
-    upstream: Callable[[Array], Array],
-    group: Array,
-    progress: float = 0.0,
-    zero: str = "plus",
+    form: Form, p: dict[str, Array], x: Array, upstream: Vjp, group: Array, progress: float = 0.0, zero: str = "plus"
 ) -> tuple[Array, dict[str, Array]]:
-    """Return the output and the gradients of ``x`` and of every parameter.
+    """Return the output and the gradients of ``x`` and of every parameter in ``p``.
 
-    Args:
-        form: What the layer computes.
-        p: The layer's parameters by name.
-        x: (B, C, H, W).
-        upstream: Gives the gradient of the output.
-        group: (B,), each sample's timestep group; parameters with a single row use that.
-        progress: How far training has come.
-        zero: What sign(0) is.
+    ``upstream`` gives the gradient of the output. ``group`` is (B,), each sample's timestep group.
     """
-    back: list[Callable[[Any], Any]] = []
-    grads: dict[str, Array] = {"x": np.zeros_like(x)}
+    t = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in {"x": x, **p}.items()}
+    image = t["x"]
 
-    shifted, pre_back = x, None
-    if form.pre == "shift":
-        shifted = x + rows(p["pre.bias"], group)
-    elif form.pre == "batch_norm":
-        shifted, pre_back = batch_norm(x, p["pre.weight"], p["pre.bias"])
-    codes, activation_back = activation(form, shifted, progress, zero)
-    w = weights(form, p, progress, zero)
-    y = sum(scale.reshape(1, -1, 1, 1) * convolve(codes, code) for scale, code in zip(w.scales, w.codes, strict=True))
-    w_hat = sum(scale.reshape(-1, 1, 1, 1) * code for scale, code in zip(w.scales, w.codes, strict=True))
+    def rows(name: str) -> Tensor:
+        return t[name][torch.from_numpy(np.minimum(group, len(p[name]) - 1))][:, :, None, None]
 
-    g_shifted = np.zeros_like(x)
+    def batch_norm(y: Tensor, part: str) -> Tensor:
+        return F.batch_norm(y, None, None, t[f"{part}.weight"], t[f"{part}.bias"], training=True, eps=1e-5)
 
-    def product_back(g: Array) -> None:
-        nonlocal g_shifted
-        g_codes, g_hat = convolve_back(codes, w_hat, g)
-        grads.update(w.vjp(g_hat))
-        g_shifted = g_shifted + activation_back(g_codes)
-
-    back.append(product_back)
-    if form.scale == "channel":
-        factors = {"scale.scale": p["scale.scale"].reshape(1, -1, 1, 1)}
-        if "scale.row_scale" in p:
-            factors["scale.row_scale"] = p["scale.row_scale"].reshape(-1, 1)[: x.shape[2]]
-            factors["scale.column_scale"] = p["scale.column_scale"][: x.shape[3]]
-        whole, product = math.prod(factors.values()), y
-
-        def scale_back(g: Array) -> Array:
-            for name, factor in factors.items():
-                moved = g * product * whole / factor
-                axes = {"scale.scale": (0, 2, 3), "scale.row_scale": (0, 1, 3), "scale.column_scale": (0, 1, 2)}[name]
-                flat = np.zeros(p[name].size)
-                flat[: moved.sum(axes).size] = moved.sum(axes)
-                grads[name] = flat.reshape(p[name].shape)
-            return g * whole
-
-        y = y * whole
-        back.append(scale_back)
-    elif form.scale == "k_map":
-        magnitude, kernel, plain = np.abs(x).mean(1, keepdims=True), p["scale.weight"], y
-        k_map = convolve(magnitude, kernel)
-
-        def map_back(g: Array) -> Array:
-            g_magnitude, grads["scale.weight"] = convolve_back(magnitude, kernel, (g * plain).sum(1, keepdims=True))
-            grads["x"] = grads["x"] + g_magnitude * np.sign(x) / x.shape[1]
-            return g * k_map
-
-        y = y * k_map
-        back.append(map_back)
-    if form.norm:
-        y, normal_back = batch_norm(y, p["norm.weight"], p["norm.bias"])
-
-        def norm_back(g: Array) -> Array:
-            g, grads["norm.weight"], grads["norm.bias"] = normal_back(g)
-            return g
-
-        back.append(norm_back)
-
-    def post(y: Array) -> Array:
+    def post(y: Tensor) -> Tensor:
         if form.post == "hardtanh":
-            back.append(lambda g, y=y: g * (np.abs(y) < 1))
-            return np.clip(y, -1, 1)
-        u, slope = y + rows(p["post.shift_in"], group), rows(p["post.slope"], group)
+            return F.hardtanh(y)
+        u = y + rows("post.shift_in")
+        return torch.where(u > 0, u, rows("post.slope") * u) + rows("post.shift_out")
 
-        def post_back(g: Array) -> Array:
-            grads["post.shift_out"] = row_gradient(p["post.shift_out"], group, g)
-            grads["post.slope"] = row_gradient(p["post.slope"], group, g * np.minimum(u, 0))
-            g = g * np.where(u > 0, 1, slope)
-            grads["post.shift_in"] = row_gradient(p["post.shift_in"], group, g)
-            return g
-
-        back.append(post_back)
-        return np.where(u > 0, u, slope * u) + rows(p["post.shift_out"], group)
-
+    shifted = image
+    if form.pre is not None:
+        shifted = image + rows("pre.bias") if form.pre == "shift" else batch_norm(image, "pre")
+    codes, code_vjp = activation(form, shifted.detach().numpy(), progress, zero)
+    w, learned = weights(form, p, progress, zero), [name for name in ("weight", "weight_binarizer.scale") if name in p]
+    w_hat = (w.scales[:, :, None, None, None] * w.codes).sum(0)
+    y = F.conv2d(
+        Known.apply(codes, lambda g: [code_vjp(g)], shifted),
+        Known.apply(w_hat, lambda g: [w.vjp(g)[name] for name in learned], *(t[name] for name in learned)),
+        padding=1,
+    )
+    if form.scale == "channel":
+        y = y * t["scale.scale"].view(-1, 1, 1)
+        if "scale.row_scale" in p:
+            y = y * t["scale.row_scale"].view(-1, 1)[: x.shape[2]] * t["scale.column_scale"][: x.shape[3]]
+    elif form.scale == "k_map":
+        y = y * F.conv2d(image.abs().mean(1, keepdim=True), t["scale.weight"], padding=1)
+    if form.norm:
+        y = batch_norm(y, "norm")
     if form.post and not form.post_last:
         y = post(y)
     if form.shortcut:
-        factor = p["shortcut.factor"] if form.shortcut != "identity" else np.array(1.0)
-        used = np.abs(factor) if form.shortcut == "magnitude" else factor
-
-        def shortcut_back(g: Array) -> Array:
-            grads["x"] = grads["x"] + g * used
-            if form.shortcut != "identity":
-                grads["shortcut.factor"] = (g * x).sum() * (np.sign(factor) if form.shortcut == "magnitude" else 1)
-            return g
-
-        y = y + used * x
-        back.append(shortcut_back)
+        factor = t["shortcut.factor"] if form.shortcut != "identity" else torch.ones(())
+        y = y + (factor.abs() if form.shortcut == "magnitude" else factor) * image
     if form.post and form.post_last:
         y = post(y)
-
-    g: Any = upstream(y)
-    for step in reversed(back):
-        g = step(g)
-    if form.pre == "shift":
-        grads["pre.bias"] = row_gradient(p["pre.bias"], group, g_shifted)
-    elif pre_back is not None:
-        g_shifted, grads["pre.weight"], grads["pre.bias"] = pre_back(g_shifted)
-    grads["x"] = grads["x"] + g_shifted
-    return y, grads
+    out = y.detach().numpy()
+    y.backward(torch.from_numpy(upstream(out)))
+    return out, {name: leaf.grad.numpy() for name, leaf in t.items() if leaf.grad is not None}

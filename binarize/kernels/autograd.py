@@ -24,27 +24,16 @@ MEMORY_MODES: tuple[Memory, ...] = ("exact", "compact")
 
 
 class BinaryConvOptions(NamedTuple):
-    """What defines a binary convolution in training, apart from tensors.
+    """What defines a binary convolution in training, apart from tensors."""
 
-    Attributes:
-        geometry: Its padding is the same on opposite sides.
-        groups: Of the convolution.
-        sign_zero: What sign(0) is.
-        surrogate: Gradient of the activation's sign.
-        clip_weight: Whether the gradient of a latent weight outside [-1, 1] is 0.
-        shortcut: Whether x is added to the output.
-        memory: "exact" keeps x; "compact" keeps one byte per element and computes the dot products again.
-        dtype: Of the product.
-    """
-
-    geometry: Geometry
-    groups: int
-    sign_zero: SignZero
-    surrogate: Surrogate
-    clip_weight: bool
-    shortcut: bool
-    memory: Memory
-    dtype: torch.dtype
+    geometry: Geometry  # its padding is the same on opposite sides
+    groups: int  # of the convolution
+    sign_zero: SignZero  # what sign(0) is
+    surrogate: Surrogate  # gradient of the activation's sign
+    clip_weight: bool  # whether the gradient of a latent weight outside [-1, 1] is 0
+    shortcut: bool  # whether x is added to the output
+    memory: Memory  # "exact" keeps x; "compact" keeps one byte per element and computes the dot products again
+    dtype: torch.dtype  # of the product
 
 
 class BinaryConvFunction(torch.autograd.Function):
@@ -52,30 +41,14 @@ class BinaryConvFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        shift_in: Tensor | None,
-        slope: Tensor | None,
-        shift_out: Tensor | None,
-        options: BinaryConvOptions,
+        ctx: Any, options: BinaryConvOptions, x: Tensor, weight: Tensor, scale: Tensor | None, *rows: Tensor | None
     ) -> Tensor:
-        """Return ``(B, C_out, H', W')``.
+        """Return ``(B, C_out, H', W')`` of ``x``, ``(B, C_in, H, W)``.
 
-        Args:
-            ctx: Autograd's.
-            x: ``(B, C_in, H, W)``.
-            weight: Latent weights.
-            scale: ``(C_out,)``, or None for 1.
-            shift: Rows ``(R, C_in)`` added before the sign, or None.
-            shift_in: Rows ``(R, C_out)`` of the RPReLU, or None for no RPReLU; as the next two.
-            slope: Rows.
-            shift_out: Rows.
-            options: The rest.
+        ``scale`` is ``(C_out,)``, or None for 1. ``rows`` are the shift before the sign, ``(R, C_in)``, and the
+        RPReLU's ``shift_in``, ``slope`` and ``shift_out``, ``(R, C_out)``; None leaves a step out.
         """
-        rprelu = None
+        (shift, shift_in, slope, shift_out), rprelu = rows, None
         if shift_in is not None and slope is not None and shift_out is not None:
             rprelu = RPReLURows(shift_in, slope, shift_out)
         out_dtype = torch.promote_types(options.dtype, x.dtype) if options.shortcut else options.dtype
@@ -126,7 +99,7 @@ class BinaryConvFunction(torch.autograd.Function):
         else:
             scaled = hard_sign(weight, options.sign_zero)
             scaled = scaled if scale is None else scaled.mul_(scale.view(-1, 1, 1, 1))
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[3], ctx.needs_input_grad[1]
+        needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[4], ctx.needs_input_grad[2]
         of_signs, of_weight = training.conv_backward(
             inner, signs.to(dtype), scaled.to(dtype), options.geometry, options.groups, needed,
             low_precision=options.dtype != dtype,
@@ -145,7 +118,7 @@ class BinaryConvFunction(torch.autograd.Function):
         gradients = (of_shift, of_in, of_slope, of_out)
         rows = (shift, shift_in, slope, shift_out)
         of_rows = (None if g is None else g.to(row.dtype) for g, row in zip(gradients, rows, strict=True))
-        return of_x, of_weight, None, *of_rows, None
+        return None, of_x, of_weight, None, *of_rows
 
 
 def _conv2d(x: Tensor, weight: Tensor, options: BinaryConvOptions) -> Tensor:
@@ -171,9 +144,8 @@ class CompiledNormSiLUFunction(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         x = x.contiguous(memory_format=torch.channels_last)  # a saved-tensor hook may return another layout
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        grads = ctx.kernels.norm_silu_backward(
-            grad, x, ctx.kernels.Moments(mean, rstd), weight, bias, ctx.dropout, ctx.groups
-        )
+        moments = ctx.kernels.Moments(mean, rstd)
+        grads = ctx.kernels.norm_silu_backward(grad, x, moments, weight, bias, ctx.dropout, ctx.groups)
         return *grads, None, None, None
 
 
@@ -198,9 +170,8 @@ class NormSiLUFunction(torch.autograd.Function):
         out = torch.native_group_norm(x, weight, bias, batch, channels, pixels, groups, ctx.eps)[0]
         inner = torch.ops.aten.silu_backward(grad, out)
         del out
-        grads = torch.ops.aten.native_group_norm_backward(
-            inner, x, mean, rstd, weight, *ctx.sizes, ctx.needs_input_grad[:3]
-        )
+        needed = ctx.needs_input_grad[:3]
+        grads = torch.ops.aten.native_group_norm_backward(inner, x, mean, rstd, weight, *ctx.sizes, needed)
         return *grads, None, None
 
 

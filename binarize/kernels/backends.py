@@ -36,12 +36,8 @@ _chosen: ContextVar[str | None] = ContextVar("binarize_backend", default=None)
 def use(backend: Backend) -> Iterator[None]:
     """Run packed operators on one backend within the ``with`` block.
 
-    Args:
-        backend: "numba" (CPUs), "triton" (CUDA), or "auto", which selects by the tensors' device. Plain torch runs what
-            the backend does not support. "torch" runs everything in plain torch.
-
-    Raises:
-        BinarizeError: If the backend is unknown or cannot be imported.
+    "numba" runs on CPUs, "triton" on CUDA, and "auto" selects by the tensors' device; plain torch runs what a backend
+    does not support. "torch" runs everything in plain torch.
     """
     _check(backend, "use")
     if backend in _MODULES:
@@ -63,7 +59,8 @@ def current() -> str:
 def kernels_for(x: Tensor) -> ModuleType | None:
     """Return the backend's module if it supports tensors like ``x``, or None for plain torch."""
     selected = current()
-    return _kernels_of(selected, selected == "triton" and _interprets(), x.device, x.dtype)
+    interprets = selected == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, as in tests
+    return _kernels_of(selected, interprets, x.device, x.dtype)
 
 
 @cache
@@ -83,11 +80,6 @@ def cpu_kernels(x: Tensor | None = None) -> ModuleType | None:
     if current() == "triton" or (x is not None and x.device.type != "cpu"):
         return None
     return kernels_for(torch.empty(0, dtype=torch.float32, device="cpu") if x is None else x)
-
-
-def _interprets() -> bool:
-    """Return whether Triton interprets its kernels on the CPU, as tests do."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _check(backend: str, where: str) -> None:

@@ -11,6 +11,7 @@ The layer's formula, for input x, timestep group g and a dot product of signs ``
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -35,17 +36,11 @@ class Shortcut(IntEnum):
 
 
 class Geometry(NamedTuple):
-    """How a convolution moves over its input. Padding is applied after the sign.
+    """How a convolution moves over its input. Padding is applied after the sign."""
 
-    Attributes:
-        stride: (height, width).
-        pad: (left, right, top, bottom).
-        dilation: (height, width).
-    """
-
-    stride: tuple[int, int] = (1, 1)
-    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)  # (height, width)
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)  # (left, right, top, bottom)
+    dilation: tuple[int, int] = (1, 1)  # (height, width)
 
     def output(self, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
         """Return height and width of the output."""
@@ -70,29 +65,17 @@ SAME_3X3 = Geometry(pad=(1, 1, 1, 1))  # of a 3x3 convolution with padding 1
 
 @dataclass(frozen=True)
 class OutputTransform:
-    """What follows the dot products of a binary convolution. None stands for a step that is left out.
+    """What follows the dot products of a binary convolution. None stands for a step that is left out."""
 
-    Attributes:
-        scale: ``(C_out,)``, the scale of the weights. It is not merged with ``factor``: both round.
-        factor: ``(C_out,)``, of a BatchNorm or a channel scale.
-        offset: ``(C_out,)``, of a bias or a BatchNorm.
-        shift_in: ``(K, C_out)``, the RPReLU's first shift, one row per timestep group; as the next two.
-        slope: ``(K, C_out)``, the RPReLU's slope below 0.
-        shift_out: ``(K, C_out)``, the RPReLU's last shift.
-        low: Lower limit.
-        high: Upper limit.
-        shortcut: Where the layer's input is added.
-    """
-
-    scale: Tensor | None = None
-    factor: Tensor | None = None
-    offset: Tensor | None = None
-    shift_in: Tensor | None = None
-    slope: Tensor | None = None
-    shift_out: Tensor | None = None
-    low: float = -math.inf
-    high: float = math.inf
-    shortcut: Shortcut = Shortcut.NONE
+    scale: Tensor | None = None  # ``(C_out,)``, the scale of the weights. It is not merged with ``factor``: both round.
+    factor: Tensor | None = None  # ``(C_out,)``, of a BatchNorm or a channel scale
+    offset: Tensor | None = None  # ``(C_out,)``, of a bias or a BatchNorm
+    shift_in: Tensor | None = None  # ``(K, C_out)``, the RPReLU's first shift, one row per timestep group
+    slope: Tensor | None = None  # ``(K, C_out)``, the RPReLU's slope below 0
+    shift_out: Tensor | None = None  # ``(K, C_out)``, the RPReLU's last shift
+    low: float = -math.inf  # lower limit
+    high: float = math.inf  # upper limit
+    shortcut: Shortcut = Shortcut.NONE  # where the layer's input is added
 
     @property
     def activates(self) -> bool:
@@ -120,56 +103,30 @@ class OutputTransform:
 
 @dataclass(frozen=True, eq=False)
 class BinaryConv:
-    """A binary convolution with one basis of weights, laid out for the kernels; made by `BinaryConv.lay_out`.
+    """A binary convolution with one basis of weights, laid out for the kernels; made by `BinaryConv.lay_out`."""
 
-    Attributes:
-        shape: Of the filters.
-        geometry: Of the convolution.
-        filters: ``(groups * blocks, kh * kw * words, 16)`` int32, see `binarize.kernels.bitpack`.
-        padding_correction: ``(1 + kh * kw, lanes)`` int32, from `padding_correction`.
-        thresholds: ``(K, groups * words * 32)``: a bit is 1 where the input is at least this; spare ones are infinite.
-        coefficients: ``(K, groups * blocks, 6, 16)``: scale, factor, offset, shift in, slope and shift out.
-        unsigned: Whether activations are {0, 1} rather than {-1, +1}.
-        low: Lower limit of the output, before a shortcut that comes last.
-        high: Upper limit.
-        shortcut: Where the input is added.
-        compiled: What a backend keeps per input size.
-    """
-
-    shape: FilterShape
-    geometry: Geometry
-    filters: Tensor
-    padding_correction: Tensor
+    shape: FilterShape  # of the filters
+    geometry: Geometry  # of the convolution
+    filters: Tensor  # ``(groups * blocks, kh * kw * words, 16)`` int32, see `binarize.kernels.bitpack`
+    padding_correction: Tensor  # ``(1 + kh * kw, lanes)`` int32, from `padding_correction`
+    # ``(K, groups * words * 32)``: a bit is 1 where the input is at least this; spare ones are infinite
     thresholds: Tensor
-    coefficients: Tensor
-    unsigned: bool = False
-    low: float = -math.inf
-    high: float = math.inf
-    shortcut: Shortcut = Shortcut.NONE
-    compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
+    coefficients: Tensor  # ``(K, groups * blocks, 6, 16)``: scale, factor, offset, shift in, slope and shift out
+    unsigned: bool = False  # whether activations are {0, 1} rather than {-1, +1}
+    low: float = -math.inf  # lower limit of the output, before a shortcut that comes last
+    high: float = math.inf  # upper limit
+    shortcut: Shortcut = Shortcut.NONE  # where the input is added
+    compiled: dict[Any, Any] = field(default_factory=dict, repr=False)  # what a backend keeps per input size
 
     @classmethod
     def lay_out(
-        cls,
-        filters: Tensor,
-        shape: FilterShape,
-        geometry: Geometry,
-        thresholds: Tensor,
-        transform: OutputTransform,
-        *,
-        unsigned: bool = False,
-        correction: Tensor | None = None,
-    ) -> BinaryConv:
-        """Lay out the parameters of a convolution.
+        cls, filters: Tensor, shape: FilterShape, geometry: Geometry, thresholds: Tensor, transform: OutputTransform,
+        *, unsigned: bool = False, correction: Tensor | None = None,
+    ) -> BinaryConv:  # fmt: skip
+        """Lay out one basis of packed words for the kernels.
 
-        Args:
-            filters: Packed words of one basis, as in the attribute of that name.
-            shape: Of the filters, with one basis.
-            geometry: Of the convolution.
-            thresholds: ``(1 or K, C_in)`` in the dtype that the layer's arithmetic is done in.
-            transform: What follows the dot products, with 1 or K rows.
-            unsigned: Whether activations are {0, 1}.
-            correction: From `padding_correction`, where it is known.
+        ``thresholds`` are ``(1 or K, C_in)``, in the dtype of the layer's arithmetic; ``transform`` has 1 or K rows.
+        ``correction`` is from `padding_correction`, where it is known.
         """
         rows = [len(t) for t in (thresholds, transform.shift_in, transform.slope, transform.shift_out) if t is not None]
         groups, dtype, device = max(rows), thresholds.dtype, filters.device
@@ -190,11 +147,8 @@ class BinaryConv:
     @property
     def sizes(self) -> list[int]:
         """The integers that the operator takes: shape and geometry, for `BinaryConv.from_sizes`."""
-        shape, geometry = self.shape, self.geometry
-        return [
-            shape.out_channels, shape.in_channels, *shape.kernel, shape.groups,
-            *geometry.stride, *geometry.pad, *geometry.dilation,
-        ]  # fmt: skip
+        shape = self.shape
+        return [shape.out_channels, shape.in_channels, *shape.kernel, shape.groups, *itertools.chain(*self.geometry)]
 
     @staticmethod
     def from_sizes(sizes: Sequence[int]) -> tuple[FilterShape, Geometry]:
@@ -227,17 +181,10 @@ def lay_out_thresholds(values: Tensor, shape: FilterShape) -> Tensor:
 
 
 def padding_correction(filters: Tensor, shape: FilterShape, unsigned: bool) -> Tensor:
-    """Return what turns counts of differing bits into dot products, at borders as well.
+    """Return what turns counts of differing bits into dot products, at borders as well, ``(1 + kh * kw, lanes)`` int32.
 
     A zero has no 1-bit code, so taps outside the input are read as -1 and corrected with the sum of the tap's weights.
-
-    Args:
-        filters: ``(groups * blocks, kh * kw * words, 16)`` int32.
-        shape: Of the filters, with one basis.
-        unsigned: Whether activations are {0, 1}.
-
-    Returns:
-        ``(1 + kh * kw, lanes)`` int32: the dot product of no differing bits, then every tap's sum of weights.
+    The first row is the dot product of no differing bits; the others are each tap's sum of weights.
     """
     taps = shape.kernel[0] * shape.kernel[1]
     if filters.is_meta:

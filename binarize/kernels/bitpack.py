@@ -23,21 +23,13 @@ WORD, LANES = 32, 16
 
 @dataclass(frozen=True)
 class FilterShape:
-    """The shape of a layer's filters.
+    """The shape of a layer's filters."""
 
-    Attributes:
-        out_channels: C_out.
-        in_channels: C_in of one group.
-        kernel: (kh, kw).
-        groups: Of the convolution.
-        bases: How many scaled binary filters add up.
-    """
-
-    out_channels: int
-    in_channels: int
-    kernel: tuple[int, int]
-    groups: int = 1
-    bases: int = 1
+    out_channels: int  # C_out
+    in_channels: int  # C_in of one group
+    kernel: tuple[int, int]  # (kh, kw)
+    groups: int = 1  # of the convolution
+    bases: int = 1  # how many scaled binary filters add up
 
     @property
     def weights(self) -> int:

@@ -36,20 +36,13 @@ def as_channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def check_inputs(
-    x: Tensor,
-    conv: BinaryConv,
-    timestep_group: Tensor | None,
-    input_norm: Tensor | None,
-    channel_bias: Tensor | None,
-    residual: Tensor | None,
-) -> None:
+def check_inputs(x: Tensor, conv: BinaryConv, *inputs: Tensor | None) -> None:
     """Raise BinarizeError unless the inputs of `binarize.kernels.ops.binary_conv2d` fit the convolution."""
-    what, shape = "packed convolution", conv.shape
-    check_devices(what, x, *conv.tensors, timestep_group, input_norm, channel_bias, residual)
+    what, shape, (group, input_norm, channel_bias, residual) = "packed convolution", conv.shape, inputs
+    check_devices(what, x, *conv.tensors, *inputs)
     channels = shape.in_channels * shape.groups
     check_shape(f"{what}: the input", x, (None, channels, None, None))
-    batch, group = x.shape[0], timestep_group
+    batch = x.shape[0]
     if group is not None and (group.dtype != torch.int64 or tuple(group.shape) not in ((1,), (batch,))):
         raise BinarizeError(
             f"{what}: timestep_group must be int64 of shape ({batch},) or (1,); got {group.dtype} of shape "

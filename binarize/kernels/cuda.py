@@ -201,14 +201,9 @@ def check(device: int) -> None:
 
 
 def run(
-    x: Tensor,
-    conv: BinaryConv,
-    *,
-    timestep_group: Tensor | None = None,
-    input_norm: Tensor | None = None,
-    channel_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, conv: BinaryConv, timestep_group: Tensor | None = None, input_norm: Tensor | None = None,
+    channel_bias: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Apply a binary convolution; see `binarize.kernels.ops.binary_conv2d`."""
     check_inputs(x, conv, timestep_group, input_norm, channel_bias, residual)
     x, shape, geometry = as_channels_last(x), conv.shape, conv.geometry
@@ -280,21 +275,8 @@ def norm_silu(x: Tensor, input_norm: Tensor) -> Tensor:
     factors, offsets = input_norm.float().contiguous().unbind()
     if out.numel():
         with _device(x):
-            _read(
-                x,
-                out,
-                x,
-                x,
-                factors,
-                offsets,
-                0,
-                x.shape[1],
-                0,
-                signs=False,
-                unsigned=False,
-                normed=True,
-                grouped=False,
-            )
+            flags = {"signs": False, "unsigned": False, "normed": True, "grouped": False}
+            _read(x, out, x, x, factors, offsets, 0, x.shape[1], 0, **flags)
     return out
 
 

@@ -18,8 +18,7 @@ from torch.utils import _python_dispatch
 
 from binarize.errors import BinarizeError
 from binarize.kernels import backends, reference
-from binarize.kernels.binary_conv import BinaryConv, Geometry, Shortcut
-from binarize.kernels.bitpack import FilterShape
+from binarize.kernels.binary_conv import BinaryConv, Shortcut
 from binarize.kernels.checks import check_devices, check_shape
 
 P = ParamSpec("P")
@@ -31,15 +30,8 @@ class Operator(Generic[P, R]):
     """A function that is also an operator of PyTorch, without a gradient.
 
     `torch.library.custom_op` checks gradients and aliases in Python at each call, which takes as long as the kernel of
-    a small layer; this registers the same with less.
-
-    Args:
-        function: What it computes, on any device; it returns new tensors.
-        fake: The same on meta tensors.
-        schema: Its arguments and results; None infers them from the annotations.
-
-    Attributes:
-        overload: The operator as the dispatcher knows it.
+    a small layer; this registers the same with less. ``function`` returns new tensors on any device, ``fake`` the same
+    on meta tensors, and ``schema`` is inferred from the annotations if it is None.
     """
 
     def __init__(self, function: Callable[P, R], fake: Callable[P, Any], schema: str | None = None) -> None:
@@ -72,12 +64,8 @@ def skips_dispatcher(*values: object) -> bool:
 
     Compilers, tracers, dispatch modes and the profiler have to see the call, so it then goes through the dispatcher.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _python_dispatch.is_in_torch_dispatch_mode()
-        or torch.autograd._profiler_enabled()
-    ):
+    in_mode = _python_dispatch.is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
+    if in_mode or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     grad = torch.is_grad_enabled()
     for value in values:
@@ -101,13 +89,9 @@ def _refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:
 
 
 def binary_conv2d(
-    x: Tensor,
-    conv: BinaryConv,
-    timestep_group: Tensor | None = None,
-    input_norm: Tensor | None = None,
-    channel_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, conv: BinaryConv, timestep_group: Tensor | None = None, input_norm: Tensor | None = None,
+    channel_bias: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Apply a binary convolution: signs, dot products and everything that follows; see `binarize.kernels.binary_conv`.
 
     Args:
@@ -116,13 +100,7 @@ def binary_conv2d(
         timestep_group: ``(B,)`` or ``(1,)`` int64, each sample's row of thresholds and coefficients; None for row 0.
         input_norm: ``(2, B, C_in)`` float32; the layer then reads ``silu(x * input_norm[0] + input_norm[1])``.
         channel_bias: ``(B, C_out)``, added to every pixel.
-        residual: ``(B, C_out, H', W')``, added to the output.
-
-    Returns:
-        ``(B, C_out, H', W')`` in x's dtype, channels_last.
-
-    Raises:
-        BinarizeError: If tensors are on different devices or have other shapes, or a gradient is required.
+        residual: ``(B, C_out, H', W')``, added to the output, which is channels_last in x's dtype.
     """
     if skips_dispatcher(x, conv.filters, timestep_group, input_norm, channel_bias, residual):
         return _run(x, conv, timestep_group, input_norm, channel_bias, residual)
@@ -132,19 +110,9 @@ def binary_conv2d(
     )  # fmt: skip
 
 
-def _run(
-    x: Tensor,
-    conv: BinaryConv,
-    timestep_group: Tensor | None,
-    input_norm: Tensor | None,
-    channel_bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def _run(x: Tensor, conv: BinaryConv, *inputs: Tensor | None) -> Tensor:
     kernels = backends.kernels_for(x)
-    run = reference.run if kernels is None else kernels.run
-    return run(
-        x, conv, timestep_group=timestep_group, input_norm=input_norm, channel_bias=channel_bias, residual=residual
-    )
+    return reference.run(x, conv, *inputs) if kernels is None else kernels.run(x, conv, *inputs)
 
 
 def _fake_conv(x, filters, correction, thresholds, coefficients, group, sizes, *rest):  # type: ignore[no-untyped-def]
@@ -164,30 +132,17 @@ _CONV_SCHEMA = (
 
 @operator(_fake_conv, _CONV_SCHEMA)
 def packed_conv2d(
-    x: Tensor,
-    filters: Tensor,
-    padding_correction: Tensor,
-    thresholds: Tensor,
-    coefficients: Tensor,
-    timestep_group: Tensor | None,
-    sizes: list[int],
-    unsigned: bool,
-    low: float,
-    high: float,
-    shortcut: int,
-    input_norm: Tensor | None,
-    channel_bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+    x: Tensor, filters: Tensor, padding_correction: Tensor, thresholds: Tensor, coefficients: Tensor,
+    timestep_group: Tensor | None, sizes: list[int], unsigned: bool, low: float, high: float, shortcut: int,
+    input_norm: Tensor | None, channel_bias: Tensor | None, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`binary_conv2d` with the convolution as a flat list of arguments, which is what the dispatcher takes."""
     tensors = filters, padding_correction, thresholds, coefficients
     conv = BinaryConv(*_shape_and_geometry(tuple(sizes)), *tensors, unsigned, low, high, Shortcut(shortcut))
     return _run(x, conv, timestep_group, input_norm, channel_bias, residual)
 
 
-@lru_cache(maxsize=512)
-def _shape_and_geometry(sizes: tuple[int, ...]) -> tuple[FilterShape, Geometry]:
-    return BinaryConv.from_sizes(sizes)
+_shape_and_geometry = lru_cache(maxsize=512)(BinaryConv.from_sizes)
 
 
 def _fake_factors(x, channel_bias, groups, weight, bias, eps):  # type: ignore[no-untyped-def]
@@ -199,20 +154,10 @@ def _fake_factors(x, channel_bias, groups, weight, bias, eps):  # type: ignore[n
 def norm_factors(
     x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Return the factors and offsets that GroupNorm of ``x + channel_bias`` multiplies and adds.
+    """Return what GroupNorm of ``x + channel_bias`` multiplies by and adds, ``(2, B, C)`` in float32 or float64.
 
-    The packed convolution, or `norm_silu` in front of a full-precision one, applies them while it reads x.
-
-    Args:
-        x: ``(B, C, H, W)``.
-        channel_bias: ``(B, C)``, added to every pixel before the norm, or None.
-        groups: Of the GroupNorm.
-        weight: ``(C,)`` of the GroupNorm.
-        bias: ``(C,)`` of the GroupNorm.
-        eps: Of the GroupNorm.
-
-    Returns:
-        ``(2, B, C)``: ``group_norm(x + channel_bias) = x * factors + offsets``. float32, or float64 for float64.
+    ``group_norm(x + channel_bias) = x * factors + offsets``, with ``channel_bias`` ``(B, C)`` added to every pixel. The
+    packed convolution, or `norm_silu` in front of a full-precision one, applies them while it reads x.
     """
     check_devices("GroupNorm", x, channel_bias, weight, bias)
     check_shape("GroupNorm: the input", x, (None, None, None, None))
@@ -225,12 +170,7 @@ def norm_factors(
 
 @operator(lambda x, input_norm: torch.empty_like(x, memory_format=torch.channels_last))
 def norm_silu(x: Tensor, input_norm: Tensor) -> Tensor:
-    """Return ``silu(x * input_norm[0] + input_norm[1])`` in x's dtype, channels_last.
-
-    Args:
-        x: ``(B, C, H, W)``.
-        input_norm: ``(2, B, C)``, from `norm_factors`.
-    """
+    """Return ``silu(x * input_norm[0] + input_norm[1])`` in x's dtype, channels_last; see `norm_factors`."""
     check_devices("SiLU", x, input_norm)
     check_shape("SiLU: input_norm", input_norm, (2, x.shape[0], x.shape[1]))
     kernels: Any = backends.kernels_for(x) or reference
@@ -247,20 +187,14 @@ def _fake_shuffle(hidden, skip):  # type: ignore[no-untyped-def]
 def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     """Return CS-Fusion's two mixtures: hidden's odd channels with skip's even ones, and hidden's even with skip's odd.
 
-    Args:
-        hidden: ``(B, h, H, W)``, h even.
-        skip: ``(B, s, H, W)``, s even.
-
-    Returns:
-        Twice ``(B, (h + s) / 2, H, W)``, channels_last.
+    ``hidden`` is ``(B, h, H, W)`` and ``skip`` ``(B, s, H, W)``, h and s even; each mixture ``(B, (h + s) / 2, H, W)``.
     """
     check_devices("CS-Fusion", hidden, skip)
     check_shape("CS-Fusion: the skip", skip, (hidden.shape[0], None, *hidden.shape[2:]))
     kernels: Any = backends.cpu_kernels(hidden)
     if kernels is None or hidden.shape[1] % 32 or skip.shape[1] % 32:
         return reference.shuffle(hidden, skip)
-    first, second = kernels.shuffle(hidden, skip)
-    return first, second
+    return kernels.shuffle(hidden, skip)
 
 
 def _fake_conv3x3(x, weight, bias, input_norm, residual):  # type: ignore[no-untyped-def]
@@ -276,17 +210,9 @@ def conv3x3(
     These convolutions take most of the time once the others are binary. CPUs run them with Winograd's algorithm,
     F(4x4, 3x3) (Lavin and Gray 2016): a quarter of the multiplications, at rounding errors of a few 1e-6 of the
     output's scale in float32. In bfloat16 the arithmetic inside is float32; on processors with AMX tiles PyTorch's own
-    bfloat16 convolution is faster and runs instead.
+    bfloat16 convolution is faster and runs instead. Both widths of ``weight`` must be multiples of 16.
 
-    Args:
-        x: ``(B, C_in, H, W)``.
-        weight: ``(C_out, C_in, 3, 3)`` in x's dtype, both widths multiples of 16.
-        bias: ``(C_out,)`` or None.
-        input_norm: ``(2, B, C_in)``, or None to convolve x itself.
-        residual: ``(B, C_out, H, W)`` to add, or None.
-
-    Returns:
-        ``(B, C_out, H, W)`` in x's dtype, channels_last.
+    ``input_norm`` is ``(2, B, C_in)``, or None to convolve x itself; ``residual`` ``(B, C_out, H, W)`` is added.
     """
     check_devices("convolution", x, weight, bias, input_norm, residual)
     check_shape("convolution: the input", x, (None, weight.shape[1], None, None))

@@ -18,41 +18,20 @@ from torch import Tensor
 
 
 class BinaryWeight(NamedTuple):
-    """The result of a weight binarizer: ``w_hat = sum_k scales[k] * codes[k]``.
+    """The result of a weight binarizer: ``w_hat = sum_k scales[k] * codes[k]``."""
 
-    Attributes:
-        surrogate: Tensor of w's shape through whose autograd graph the gradient of ``w_hat`` reaches the latents. Its
-            values are not used.
-        codes: ``(n, *w.shape)`` in {-1, +1} (or 0 where sign(0) is 0), detached.
-        scales: ``(n, C_out)``, detached.
-    """
-
-    surrogate: Tensor
-    codes: Tensor
-    scales: Tensor
+    surrogate: Tensor  # of w's shape; its autograd graph takes the gradient of ``w_hat`` to w. Its values are not used.
+    codes: Tensor  # ``(n, *w.shape)`` in {-1, +1} (or 0 where sign(0) is 0), detached
+    scales: Tensor  # ``(n, C_out)``, detached
 
 
 class _BinaryConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        surrogate: Tensor,
-        codes: Tensor,
-        scales: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, surrogate: Tensor, codes: Tensor, scales: Tensor, *geometry: Any) -> Tensor:
         ctx.save_for_backward(x, codes, scales)
-        ctx.geometry = stride, padding, dilation, groups
-        ctx.weight_dtype = surrogate.dtype
-        terms = (
-            F.conv2d(x, code, None, stride, padding, dilation, groups) * scale.view(-1, 1, 1)
-            for code, scale in zip(codes, scales, strict=True)
-        )
-        return reduce(add, terms)
+        ctx.geometry, ctx.weight_dtype = geometry, surrogate.dtype  # stride, padding, dilation and groups
+        pairs = zip(codes, scales, strict=True)
+        return reduce(add, (F.conv2d(x, code, None, *geometry) * scale.view(-1, 1, 1) for code, scale in pairs))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,25 +78,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def binary_conv2d(
-    x: Tensor,
-    weight: BinaryWeight,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-) -> Tensor:
+    x: Tensor, weight: BinaryWeight, stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1), groups: int = 1,
+) -> Tensor:  # fmt: skip
     """Convolve two-valued activations with binary weights and scale the result.
 
-    Args:
-        x: ``(B, C_in, H, W)``, values in {-1, +1} (or {0, 1}); border taps contribute 0.
-        weight: From a weight binarizer, codes ``(n, C_out, C_in / groups, kh, kw)``.
-        stride: As in torch.nn.functional.conv2d.
-        padding: Zeros on each side, in pixels (height, width).
-        dilation: As in torch.nn.functional.conv2d.
-        groups: As in torch.nn.functional.conv2d.
-
-    Returns:
-        ``(B, C_out, H', W')`` in x's dtype, or in the autocast dtype under autocast.
+    ``x`` is ``(B, C_in, H, W)``, in {-1, +1} or {0, 1}; ``weight`` has codes ``(n, C_out, C_in / groups, kh, kw)``.
+    Padding adds zeros, which contribute 0. The result has x's dtype, or the autocast dtype under autocast.
     """
     dtype = compute_dtype(x)
     codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)

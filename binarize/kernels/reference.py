@@ -14,14 +14,9 @@ from binarize.kernels.checks import check_inputs
 
 
 def run(
-    x: Tensor,
-    conv: BinaryConv,
-    *,
-    timestep_group: Tensor | None = None,
-    input_norm: Tensor | None = None,
-    channel_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, conv: BinaryConv, timestep_group: Tensor | None = None, input_norm: Tensor | None = None,
+    channel_bias: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Apply a binary convolution; see `binarize.kernels.ops.binary_conv2d`."""
     check_inputs(x, conv, timestep_group, input_norm, channel_bias, residual)
     shape = conv.shape

@@ -2,7 +2,8 @@
 
 Every function maps to {-1, +1} (or {0, 1} for DoReFa's activation); they differ only in the backward. ``zero`` is the
 value of sign(0): "plus" gives +1, so that every value fits one bit; "zero" gives torch.sign's 0, with which the
-checkpoints of the original repositories were trained.
+checkpoints of the original repositories were trained. For the backward, identity_sign saves nothing, approx_sign and
+ede_sign save x itself, and the others save one byte per element.
 """
 
 from __future__ import annotations
@@ -72,51 +73,33 @@ class _Masked(torch.autograd.Function):
 
 
 def clipped_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
-    """STE-clip: forward sign(x); backward g * 1{|x| <= 1} (Hubara et al. 2016, "Binarized Neural Networks", eq. 4).
-
-    Saves one byte per element for the backward.
-    """
+    """STE-clip: forward sign(x); backward g * 1{|x| <= 1} (Hubara et al. 2016, "Binarized Neural Networks", eq. 4)."""
     return _Sign.apply(x, "clip", zero)
 
 
 def approx_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
-    """ApproxSign: forward sign(x); backward g * max(0, 2 - 2|x|) (Liu et al. 2018, "Bi-Real Net", eq. 7).
-
-    Saves x itself for the backward, not a copy.
-    """
+    """ApproxSign: forward sign(x); backward g * max(0, 2 - 2|x|) (Liu et al. 2018, "Bi-Real Net", eq. 7)."""
     return _Sign.apply(x, "approx", zero)
 
 
 def identity_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
-    """Straight-through sign: forward sign(x); backward g. Saves nothing."""
+    """Straight-through sign: forward sign(x); backward g."""
     return _Sign.apply(x, "identity", zero)
 
 
 def ede_sign(x: Tensor, t: Tensor, k: Tensor, zero: SignZero = "plus") -> Tensor:
     """Error decay estimator: forward sign(x); backward g * k t (1 - tanh^2(t x)) (Qin et al. 2020, "IR-Net", eq. 11).
 
-    Args:
-        x: Any shape.
-        t: Scalar tensor, the steepness of the estimator.
-        k: Scalar tensor, max(1 / t, 1).
-        zero: What sign(0) is.
-
-    Saves x itself and the two scalars for the backward.
+    ``t``, the steepness of the estimator, and ``k``, max(1 / t, 1), are scalar tensors.
     """
     return _EDESign.apply(x, t, k, zero)
 
 
 def unit_round(x: Tensor) -> Tensor:
-    """DoReFa's 1-bit activation: forward round(clip(x, 0, 1)) in {0, 1}, ties to even; backward g * 1{0 <= x <= 1}.
-
-    Saves one byte per element for the backward.
-    """
+    """DoReFa's 1-bit activation: forward round(clip(x, 0, 1)) in {0, 1}, ties to even; backward g * 1{0 <= x <= 1}."""
     return _Masked.apply(x, True)
 
 
 def clipped_identity(x: Tensor) -> Tensor:
-    """Forward x; backward g * 1{|x| <= 1}: for a latent weight whose sign is taken elsewhere.
-
-    Saves one byte per element for the backward.
-    """
+    """Forward x; backward g * 1{|x| <= 1}: for a latent weight whose sign is taken elsewhere."""
     return _Masked.apply(x, False)

@@ -35,12 +35,9 @@ class RPReLURows(NamedTuple):
 
 def compiled(first: Tensor, *others: Tensor | None) -> Any:
     """Return the CPU backend if it runs and supports these tensors, else None."""
-    for tensor in (first, *others):
-        if tensor is not None and not (
-            tensor.device.type == "cpu"
-            and tensor.dtype in _COMPILED_DTYPES
-            and tensor.is_contiguous(memory_format=torch.channels_last)
-        ):
+    for t in (first, *others):
+        on_cpu = t is None or (t.device.type == "cpu" and t.dtype in _COMPILED_DTYPES)
+        if not on_cpu or (t is not None and not t.is_contiguous(memory_format=torch.channels_last)):
             return None
     return backends.cpu_kernels()
 
@@ -98,25 +95,13 @@ def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def conv_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
-    groups: int,
-    needed: tuple[bool, bool],
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, needed: tuple[bool, bool],
     low_precision: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of a convolution's input and weight, each if it is needed.
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of a convolution's input ``x`` and its weight, each if it is ``needed``.
 
-    Args:
-        grad: ``(B, C_out, H', W')``.
-        x: ``(B, C_in, H, W)``.
-        weight: ``(C_out, C_in / groups, kh, kw)``.
-        geometry: Of the convolution.
-        groups: Of the convolution.
-        needed: For the input, for the weight.
-        low_precision: Whether rounding errors of 1e-5 of the result are acceptable, since the arguments have larger
-        ones.
+    ``low_precision`` says that rounding errors of 1e-5 of the result are acceptable, since the arguments have larger
+    ones.
     """
     kernels = compiled(grad, x)
     if kernels is not None and grad.dtype == x.dtype == torch.float32 and (geometry, groups) == (SAME_3X3, 1):
@@ -142,15 +127,7 @@ def conv_backward(
 def activate(
     dot: Tensor, scale: Tensor | None, rprelu: RPReLURows | None, shortcut: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return ``RPReLU(scale * dot) + shortcut`` in ``dtype``; ``dot`` may be overwritten.
-
-    Args:
-        dot: ``(B, C, H, W)``.
-        scale: ``(C,)`` or None for 1.
-        rprelu: Its rows, or None for the identity.
-        shortcut: ``(B, C, H, W)``, or None for 0.
-        dtype: Of the result.
-    """
+    """Return ``RPReLU(scale * dot) + shortcut`` in ``dtype``, None leaving a step out; ``dot`` may be overwritten."""
     half_or_float = dtype in (torch.float32, torch.bfloat16)
     kernels = compiled(dot, shortcut) if rprelu is not None and half_or_float else None
     if kernels is not None:
@@ -173,12 +150,7 @@ def activate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradient of ``scale * dot`` in ``dtype``, and those of shift_in, slope and shift_out as rows.
 
-    Args:
-        grad: Gradient of the RPReLU's output, ``(B, C, H, W)``.
-        dot: ``(B, C, H, W)``.
-        scale: ``(C,)`` or None for 1.
-        rprelu: Its rows.
-        dtype: Of the first result.
+    ``grad`` is the gradient of the RPReLU's output, ``(B, C, H, W)``.
     """
     kernels = compiled(grad, dot) if dtype in (torch.float32, torch.bfloat16) else None
     if kernels is not None:
@@ -206,35 +178,22 @@ def sign_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``shortcut_grad + grad * surrogate'(x + shift)`` in ``dtype``, and the shift's gradient as rows.
 
-    Args:
-        grad: Gradient of the signs, of x's shape; it may be overwritten.
-        x: ``(B, C, H, W)``.
-        shift: Rows, or None.
-        shortcut_grad: Gradient that reaches x through the shortcut, or None.
-        surrogate: "approx" for max(0, 2 - 2|v|), "clip" for 1{|v| <= 1}, "identity" for 1.
-        dtype: Of the first result.
+    ``grad``, the gradient of the signs, may be overwritten; ``shortcut_grad`` reaches x through the shortcut. The
+    surrogate's slope is max(0, 2 - 2|v|) for "approx", 1{|v| <= 1} for "clip" and 1 for "identity".
     """
     kernels = compiled(grad, x, shortcut_grad) if dtype in (torch.float32, torch.bfloat16) else None
     if kernels is not None:
         return kernels.elementwise.sign_backward(grad, x, shift, shortcut_grad, surrogate, dtype)
     inner = grad.to(acc_dtype(dtype))
     if surrogate != "identity":
-        inner = inner.mul_(_slope_of(shifted(x, shift), surrogate))
+        distance = shifted(x, shift).abs()
+        inner = inner.mul_(distance <= 1 if surrogate == "clip" else distance.mul_(-2).add_(2).clamp_min_(0))
     of_shift = None if shift is None else _to_rows(inner, shift.shape[0])
     if shortcut_grad is not None:
         inner = inner.add_(shortcut_grad)
     return inner.to(dtype), of_shift
 
 
-def _slope_of(v: Tensor, surrogate: Surrogate) -> Tensor:
-    distance = v.abs()
-    if surrogate == "clip":
-        return distance <= 1
-    return distance.mul_(-2).add_(2).clamp_min_(0)
-
-
 def _to_rows(values: Tensor, rows: int) -> Tensor:
     """Sum ``(B, C, H, W)`` over pixels, and over samples if they share one row."""
-    if rows == 1:
-        return values.sum((0, 2, 3)).unsqueeze(0)
-    return values.sum((2, 3))
+    return values.sum((0, 2, 3)).unsqueeze(0) if rows == 1 else values.sum((2, 3))

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from binarize.kernels.signs import SignZero, approx_sign, clipped_sign, ede_sign, identity_sign, unit_round
-from binarize.layers.parts import ActivationBinarizer, LayerSpec, feature_dims, register_part
+from binarize.layers.parts import ActivationBinarizer, feature_dims, register_part, with_sign_zero
 from binarize.layers.schedule import Scheduled, check_ede_range, ede_schedule
 
 
 class _Sign(ActivationBinarizer):
     """Base class of the activations whose forward is sign(x)."""
+
+    levels = (-1, 1)
+    function: Any  # (x, sign_zero) -> signs
 
     def __init__(self, sign_zero: SignZero = "plus") -> None:
         super().__init__()
@@ -22,47 +25,33 @@ class _Sign(ActivationBinarizer):
     def extra_repr(self) -> str:
         return f"sign_zero={self.sign_zero!r}"
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to {-1, +1} of the same shape."""
+        return type(self).function(x, self.sign_zero)
+
 
 class ClippedSign(_Sign):
     """Forward sign(x); backward g * 1{|x| <= 1} (STE-clip; BNN, XNOR-Net)."""
 
-    levels = (-1, 1)
-    surrogate = "clip"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map any shape to {-1, +1} of the same shape."""
-        return clipped_sign(x, self.sign_zero)
+    surrogate, function = "clip", staticmethod(clipped_sign)
 
 
 class IdentitySign(_Sign):
     """Forward sign(x); backward g, the original straight-through estimator (Courbariaux et al. 2016)."""
 
-    levels = (-1, 1)
-    surrogate = "identity"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map any shape to {-1, +1} of the same shape."""
-        return identity_sign(x, self.sign_zero)
+    surrogate, function = "identity", staticmethod(identity_sign)
 
 
 class ApproxSign(_Sign):
     """Forward sign(x); backward g * max(0, 2 - 2|x|) (Bi-Real Net, ReActNet, BBCU, BI-DiffSR)."""
 
-    levels = (-1, 1)
-    surrogate = "approx"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map any shape to {-1, +1} of the same shape."""
-        return approx_sign(x, self.sign_zero)
+    surrogate, function = "approx", staticmethod(approx_sign)
 
 
 class EDESign(Scheduled, _Sign):
-    """Forward sign(x); backward g * k t (1 - tanh^2(t x)), t growing over training (IR-Net's error decay estimator).
+    """Forward sign(x); backward g * k t (1 - tanh^2(t x)), IR-Net's error decay estimator.
 
-    Args:
-        sign_zero: What sign(0) is.
-        t_min: t at progress 0.
-        t_max: t at progress 1.
+    t grows from ``t_min`` to ``t_max`` over training.
     """
 
     levels = (-1, 1)
@@ -95,11 +84,8 @@ class MeanClippedSign(_Sign):
 
     BiBench binarizes to x_hat = mean |x| sign(x) and passes on the gradient of x_hat without the factor. Here the
     product of +-1 is scaled afterwards, which multiplies the gradient by the factor, so this divides by it. A sample
-    that is zero everywhere has mean 0 and gets no gradient.
-
-    Args:
-        sign_zero: What sign(0) is.
-        channel_dim: 1 takes the mean over each sample, -1 over the last dimension, each token of a linear layer.
+    that is zero everywhere has mean 0 and gets no gradient. The mean is over each sample with ``channel_dim`` 1, and
+    over the last dimension, each token of a linear layer, with -1.
     """
 
     levels = (-1, 1)
@@ -128,11 +114,8 @@ class NormalizedApproxSign(_Sign):
     """ApproxSign of a / sqrt(var(a) + 1e-5), the (unbiased) variance over each sample's features (ReCU).
 
     The gradient flows through the variance too. The division changes no sign, only the surrogate gradient, so it is
-    skipped if no gradient is required.
-
-    Args:
-        sign_zero: What sign(0) is.
-        channel_dim: 1 takes the variance over each sample, -1 over the last dimension, each token of a linear layer.
+    skipped if no gradient is required. With ``channel_dim`` -1, the variance is over the last dimension, each token of
+    a linear layer.
     """
 
     levels = (-1, 1)
@@ -154,14 +137,10 @@ class NormalizedApproxSign(_Sign):
         return x / torch.sqrt(x.var(dims, correction=min(1, features - 1), keepdim=True) + 1e-5)
 
 
-register_part("activation", "ste")(lambda spec: ClippedSign(spec.sign_zero))
+register_part("activation", "ste")(with_sign_zero(ClippedSign))
 register_part("activation", "mean_ste")(lambda spec: MeanClippedSign(spec.sign_zero, spec.channel_dim))
-register_part("activation", "identity_ste")(lambda spec: IdentitySign(spec.sign_zero))
-register_part("activation", "approx_sign")(lambda spec: ApproxSign(spec.sign_zero))
+register_part("activation", "identity_ste")(with_sign_zero(IdentitySign))
+register_part("activation", "approx_sign")(with_sign_zero(ApproxSign))
+register_part("activation", "ede")(with_sign_zero(EDESign))
 register_part("activation", "unit_round")(lambda spec: UnitRound())
 register_part("activation", "recu")(lambda spec: NormalizedApproxSign(spec.sign_zero, spec.channel_dim))
-
-
-@register_part("activation", "ede")
-def _ede(spec: LayerSpec, t_min: float = 0.1, t_max: float = 10.0) -> nn.Module:
-    return EDESign(spec.sign_zero, t_min, t_max)

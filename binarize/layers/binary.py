@@ -17,18 +17,10 @@ from binarize.errors import BinarizeError
 from binarize.kernels.autograd import BinaryConvFunction, BinaryConvOptions, Memory
 from binarize.kernels.binary_conv import Geometry
 from binarize.kernels.product import BinaryWeight, binary_conv2d, binary_linear, compute_dtype
+from binarize.layers import parts as layer_parts
 from binarize.layers.lowering import LoweredLayer, lower, trains_as_one_node
 from binarize.layers.method import Method, get_method
-from binarize.layers.parts import (
-    PART_KINDS,
-    ActivationBinarizer,
-    LayerSpec,
-    PartKind,
-    StoredScales,
-    WeightBinarizer,
-    build_part,
-    runs_as_declared,
-)
+from binarize.layers.parts import ActivationBinarizer, LayerSpec, PartKind, WeightBinarizer, runs_as_declared
 from binarize.layers.pipeline import PartPipeline
 from binarize.layers.timestep_aware import RPReLU
 from binarize.timestep import TimestepContext
@@ -43,26 +35,18 @@ class _BinaryLayer(PartPipeline):
 
     weight: nn.Parameter
     weight_binarizer: nn.Module
-    stored_scales: StoredScales
+    stored_scales: layer_parts.StoredScales
 
     @classmethod
     def from_float(
-        cls: type[LayerT],
-        plain: Any,
-        method: Method | str,
-        context: TimestepContext | None = None,
-        *,
-        parts: Parts | None = None,
-        had_bias: bool | None = None,
-    ) -> LayerT:
-        """Return the binary form of a plain layer, in its mode.
+        cls: type[LayerT], plain: Any, method: Method | str, context: TimestepContext | None = None, *,
+        parts: Parts | None = None, had_bias: bool | None = None,
+    ) -> LayerT:  # fmt: skip
+        """Return the binary form of a plain layer, nn.Conv2d or nn.Linear, in its mode.
 
-        Args:
-            plain: nn.Conv2d or nn.Linear. Its weight becomes the latent weight, as the same Parameter.
-            method: A method's name or instance.
-            context: Where timestep-aware parts read the timestep.
-            parts: Existing modules to use instead of the method's parts, by stage; a bias is then kept as it is.
-            had_bias: Whether the layer before conversion had a bias, if ``parts`` are given.
+        The layer's weight becomes the latent weight, as the same Parameter. Timestep-aware parts read ``context``.
+        ``parts`` are existing modules to use instead of the method's, by stage; a bias is then kept as it is, and
+        ``had_bias`` says whether the layer before conversion had one.
         """
         layer = cls.__new__(cls)  # `__init__` would allocate weights
         nn.Module.__init__(layer)
@@ -70,20 +54,13 @@ class _BinaryLayer(PartPipeline):
         return layer.train(plain.training)
 
     def _build(
-        self,
-        plain: Any,
-        method: Method,
-        context: TimestepContext | None,
-        parts: Parts | None = None,
+        self, plain: Any, method: Method, context: TimestepContext | None, parts: Parts | None = None,
         had_bias: bool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         spec = self._take_geometry(plain, method, context)
-        self.weight = plain.weight
+        self.weight, keeps_bias = plain.weight, method.keep_bias or parts is not None
         if parts is None:
-            parts = {kind: self._built(kind, method, spec) for kind in PART_KINDS}
-            keeps_bias = method.keep_bias
-        else:
-            keeps_bias = True
+            parts = {kind: self._built(kind, method, spec) for kind in layer_parts.PART_KINDS}
         for kind, part in parts.items():
             self.add_module("weight_binarizer" if kind == "weight" else kind, part)
         self.method, self.post_after_shortcut, self.clamps_latent = method, method.post_after_shortcut, method.clamps
@@ -93,7 +70,10 @@ class _BinaryLayer(PartPipeline):
         self.bases, self.stored_scales = declared.bases, declared.stored_scales
         self.register_parameter("bias", None)
         if plain.bias is not None and keeps_bias:
-            self.bias = plain.bias if had_bias is not None else _copy(plain.bias)
+            bias = plain.bias
+            if had_bias is None:
+                bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+            self.bias = bias
         elif plain.bias is not None and method.fold_bias:
             stages = set(self.stages()) - {"shortcut", "post"}
             if not isinstance(self.post, RPReLU) or stages or self.post_after_shortcut:
@@ -105,7 +85,7 @@ class _BinaryLayer(PartPipeline):
             self.post.fold_bias_(plain.bias.detach())
 
     def _built(self, kind: PartKind, method: Method, spec: LayerSpec) -> nn.Module | None:
-        part = build_part(kind, method.part(kind), spec)
+        part = layer_parts.build_part(kind, method.part(kind), spec)
         if part is None:
             if kind in ("activation", "weight"):
                 raise BinarizeError(f"{method.name}: the {kind} binarizer cannot be None.")
@@ -144,47 +124,23 @@ class _BinaryLayer(PartPipeline):
         return plain.train(self.training)
 
 
-def _copy(bias: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-
-
 class BinaryConv2d(_BinaryLayer):
-    """A 2-D convolution with 1-bit weights and activations.
+    """A 2-D convolution with 1-bit weights and activations: ``(B, C_in, H, W)`` to ``(B, C_out, H', W')``.
 
-    Args:
-        in_channels: C_in.
-        out_channels: C_out.
-        kernel_size: Height and width of the kernel.
-        stride: As in nn.Conv2d.
-        padding: As in nn.Conv2d, "same" and "valid" included; applied after the sign.
-        dilation: As in nn.Conv2d.
-        groups: As in nn.Conv2d.
-        padding_mode: As in nn.Conv2d; modes other than "zeros" pad the signs, so that borders stay two-valued.
-        method: A method's name or instance; its parts make up the layer.
-        context: Where timestep-aware parts read the timestep.
-
-    Shapes:
-        x: ``(B, C_in, H, W)``; output ``(B, C_out, H', W')``.
+    Sizes are given as to nn.Conv2d, and padding is applied after the sign. A ``padding_mode`` other than "zeros" pads
+    the signs, so that borders stay two-valued. ``method`` is a method's name or instance, whose parts make up the
+    layer; timestep-aware parts read ``context``.
     """
 
     kind: Literal["conv2d", "linear"] = "conv2d"
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        padding_mode: PaddingMode = "zeros",
-        *,
-        method: Method | str = "bidiffsr",
-        context: TimestepContext | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1, groups: int = 1, padding_mode: PaddingMode = "zeros", *,
+        method: Method | str = "bidiffsr", context: TimestepContext | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False,
@@ -205,19 +161,9 @@ class BinaryConv2d(_BinaryLayer):
         symmetric = left == right and top == bottom
         self.pad_codes = None if symmetric and conv.padding_mode == "zeros" else self.geometry.pad
         return LayerSpec(
-            kind="conv2d",
-            in_channels=conv.in_channels,
-            out_channels=conv.out_channels,
-            weight=conv.weight,
-            stride=self.stride,
-            padding=self.padding,
-            pad=self.pad_codes,
-            padding_mode=conv.padding_mode,
-            dilation=self.dilation,
-            groups=method.groups,
-            context=context,
-            sign_zero=method.sign_zero,
-        )
+            "conv2d", *self.widths, conv.weight, self.stride, self.padding, self.pad_codes, self.padding_mode,
+            self.dilation, method.groups, context, method.sign_zero,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(B, C_in, H, W)``."""
@@ -250,25 +196,14 @@ class BinaryConv2d(_BinaryLayer):
         transform, rest = lowered.transform, lowered.rest
         if not (trains_as_one_node(transform) and not rest):
             transform, rest = type(transform)(), self.stages()
-        y: Tensor = BinaryConvFunction.apply(
-            source,
-            self.weight,
-            binarizer.weight_scale(self.weight),
-            lowered.gather(lowered.shift),
-            lowered.gather(transform.shift_in),
-            lowered.gather(transform.slope),
-            lowered.gather(transform.shift_out),
-            BinaryConvOptions(
-                geometry=self.geometry,
-                groups=self.groups,
-                sign_zero=activation.sign_zero,
-                surrogate=cast(Any, activation.surrogate),
-                clip_weight=binarizer.clip,
-                shortcut=transform.shortcut != 0,
-                memory=self.memory,
-                dtype=compute_dtype(x),
-            ),
-        )
+        surrogate = cast(Any, activation.surrogate)
+        options = BinaryConvOptions(
+            self.geometry, self.groups, activation.sign_zero, surrogate, binarizer.clip, transform.shortcut != 0,
+            self.memory, compute_dtype(x),
+        )  # fmt: skip
+        rows = map(lowered.gather, (lowered.shift, transform.shift_in, transform.slope, transform.shift_out))
+        scale = binarizer.weight_scale(self.weight)
+        y: Tensor = BinaryConvFunction.apply(options, source, self.weight, scale, *rows)
         return self.run_stages(rest, y, x, source)
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
@@ -291,40 +226,24 @@ class BinaryConv2d(_BinaryLayer):
         """Say what nn.Conv2d says, and the method."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         text += f", padding={self.padding}"
-        if self.dilation != (1, 1):
-            text += f", dilation={self.dilation}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
-        if self.padding_mode != "zeros":
-            text += f", padding_mode={self.padding_mode!r}"
+        for name, usual in (("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+            text += "" if getattr(self, name) == usual else f", {name}={getattr(self, name)!r}"
         return f"{text}, method={self.method.name!r}"
 
 
 class BinaryLinear(_BinaryLayer):
-    """A linear layer with 1-bit weights and activations.
+    """A linear layer with 1-bit weights and activations: ``(B, ..., C_in)`` to ``(B, ..., C_out)``.
 
-    Args:
-        in_features: C_in.
-        out_features: C_out.
-        method: A method's name or instance.
-        context: Where timestep-aware parts read the timestep.
-
-    Shapes:
-        x: ``(B, ..., C_in)``; output ``(B, ..., C_out)``.
+    ``method`` is a method's name or instance, whose parts make up the layer; timestep-aware parts read ``context``.
     """
 
     kind: Literal["conv2d", "linear"] = "linear"
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        method: Method | str = "bidiffsr",
-        context: TimestepContext | None = None,
-        device: torch.device | str | None = None,
+        self, in_features: int, out_features: int, *, method: Method | str = "bidiffsr",
+        context: TimestepContext | None = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
         self._build(linear, get_method(method), context)
@@ -332,15 +251,8 @@ class BinaryLinear(_BinaryLayer):
     def _take_geometry(self, linear: nn.Linear, method: Method, context: TimestepContext | None) -> LayerSpec:
         self.in_features, self.out_features = self.widths = linear.in_features, linear.out_features
         self.geometry, self.kernel = Geometry(), (1, 1)
-        return LayerSpec(
-            kind="linear",
-            in_channels=linear.in_features,
-            out_channels=linear.out_features,
-            weight=linear.weight,
-            groups=method.groups,
-            context=context,
-            sign_zero=method.sign_zero,
-        )
+        shared = {"groups": method.groups, "context": context, "sign_zero": method.sign_zero}
+        return LayerSpec("linear", *self.widths, linear.weight, **shared)  # type: ignore[arg-type]
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
         return binary_linear(codes, weight)

@@ -10,30 +10,17 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.kernels.product import BinaryWeight
 from binarize.kernels.signs import SignZero
-from binarize.layers.parts import (
-    ActivationBinarizer,
-    LayerSpec,
-    Part,
-    PartKind,
-    Scale,
-    WeightBinarizer,
-    build_part,
-    levels_of,
-    register_part,
-)
+from binarize.layers import parts
+from binarize.layers.parts import ActivationBinarizer, LayerSpec, Part, PartKind, Scale, WeightBinarizer, register_part
 from binarize.layers.schedule import Scheduled
 from binarize.layers.weights import ScaledSignWeight
 
 
 class Delayed(Scheduled):
-    """A part that is active once ``until`` of the training is done.
+    """A part that is active once ``until``, in (0, 1], of the training is done.
 
     The choice is made with torch.where, so that a compiled graph stays valid; until then, the part's own parameters get
     gradients of zero.
-
-    Args:
-        part: The part.
-        until: The progress from which it is active, in (0, 1].
     """
 
     def __init__(self, part: nn.Module, until: float) -> None:
@@ -58,7 +45,7 @@ class DelayedActivation(Delayed, ActivationBinarizer):
 
     def __init__(self, part: nn.Module, until: float) -> None:
         super().__init__(part, until)
-        self.levels = levels_of(part)
+        self.levels = parts.levels_of(part)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to the same shape."""
@@ -113,34 +100,24 @@ def _two_stage(spec: LayerSpec, switch: float = 0.5) -> nn.Module:
     return two_stage_weight(spec.sign_zero, switch)
 
 
-@register_part("activation", "delayed", timestep_aware=True)
-def _delayed_activation(spec: LayerSpec, part: Part = "ste", until: float = 0.5) -> nn.Module:
-    return DelayedActivation(_inner("activation", part, spec), until)
+def _register(kind: PartKind, delayed_class: type[Delayed], default: str) -> None:
+    @register_part(kind, "delayed", timestep_aware=True)
+    def build(spec: LayerSpec, part: Part = default, until: float = 0.5) -> nn.Module:
+        inner = parts.build_part(kind, part, spec)
+        if inner is None:
+            raise BinarizeError(f"{kind} part 'delayed': there is nothing to delay; name a part, such as part: NAME.")
+        return delayed_class(inner, until)
 
 
-@register_part("weight", "delayed", timestep_aware=True)
-def _delayed_weight(spec: LayerSpec, part: Part = "scaled_sign", until: float = 0.5) -> nn.Module:
-    return DelayedWeight(_inner("weight", part, spec), until)
-
-
-@register_part("scale", "delayed", timestep_aware=True)
-def _delayed_scale(spec: LayerSpec, part: Part = "channel", until: float = 0.5) -> nn.Module:
-    return DelayedScale(_inner("scale", part, spec), until)
-
-
-def _inner(kind: PartKind, part: Part, spec: LayerSpec) -> nn.Module:
-    built = build_part(kind, part, spec)
-    if built is None:
-        raise BinarizeError(f"{kind} part 'delayed': there is nothing to delay; name a part, such as part: NAME.")
-    return built
+_register("activation", DelayedActivation, "ste")
+_register("weight", DelayedWeight, "scaled_sign")
+_register("scale", DelayedScale, "channel")
 
 
 def undelayed(model: nn.Module, like: nn.Module | None = None) -> dict[str, Tensor]:
     """Return a model's state dict with the keys of the same model without delays.
 
-    Args:
-        model: The model.
-        like: The model without delays, if it has delayed parts of its own that stay; None removes all delays.
+    ``like`` is the model without delays, if it has delayed parts of its own that stay; None removes all delays.
     """
     kept = set() if like is None else {name for name, module in like.named_modules() if isinstance(module, Delayed)}
     state = dict(model.state_dict())

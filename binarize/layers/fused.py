@@ -21,14 +21,11 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 def is_conv3x3(module: nn.Module) -> bool:
     """Return whether `binarize.kernels.ops.conv3x3` computes a module: 3x3, padding 1, widths multiples of 16."""
-    return (
-        isinstance(module, nn.Conv2d)
-        and is_plain(module, nn.Conv2d)
-        and (module.kernel_size, module.stride, module.dilation, module.padding) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        and (module.padding_mode, module.groups) == ("zeros", 1)
-        and module.in_channels % LANES == 0
-        and module.out_channels % LANES == 0
-    )
+    if not isinstance(module, nn.Conv2d) or not is_plain(module, nn.Conv2d):
+        return False
+    geometry = module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode, module.groups
+    widths_fit = module.in_channels % LANES == module.out_channels % LANES == 0
+    return widths_fit and geometry == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros", 1)
 
 
 def _is_captured(x: Tensor) -> bool:
@@ -46,16 +43,8 @@ def norm_silu(
     """Return ``dropout(silu(norm(x + channel_bias)))``, keeping only the norm's input for the backward.
 
     As a chain of modules they keep three tensors and a mask. Without a gradient, on a CPU, the arithmetic is that of a
-    packed network bit for bit, since another rounding would flip signs further on.
-
-    Args:
-        x: ``(B, C, H, W)``.
-        norm: The GroupNorm; another class, or one with hooks, is called as a module.
-        dropout: The dropout, or None.
-        channel_bias: ``(B, C)``, added to every pixel, or None.
-
-    Returns:
-        ``(B, C, H, W)``.
+    packed network bit for bit, since another rounding would flip signs further on. A norm of another class than
+    nn.GroupNorm, or one with hooks, is called as a module. ``channel_bias`` is ``(B, C)``.
     """
     drops = dropout is not None and dropout.training and dropout.p > 0
     plain = is_plain(norm, nn.GroupNorm) and not _is_captured(x)
@@ -82,10 +71,6 @@ def conv3x3(conv: nn.Module, x: Tensor) -> Tensor:
 
     It computes a plain nn.Conv2d that `is_conv3x3`, with float32 weights, widths of at least 32 and channels_last
     images of at least 4x4; in bfloat16 unless the processor has AMX tiles. Any other module is called.
-
-    Args:
-        conv: Any module.
-        x: ``(B, C_in, H, W)``.
     """
     if torch.is_grad_enabled() and not _is_captured(x) and is_conv3x3(conv):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype

@@ -19,27 +19,16 @@ from binarize.timestep import TimestepContext
 
 
 class LoweredLayer(NamedTuple):
-    """A layer's formula: what a kernel computes, and what is left to modules.
+    """A layer's formula: what a kernel computes, and what is left to modules."""
 
-    Attributes:
-        levels: The two values of the activation, (-1, 1) or (0, 1).
-        shift: ``(1 or K, C_in)``, added before the sign, or None.
-        fuses_pre: Whether the kernel reads the layer's own input, ``pre`` being absent or such a shift.
-        transform: What the kernel does after the product. The scale of the weights is not part of it yet.
-        stages: The stages that the transform stands for.
-        rest: The stages that run as modules afterwards.
-        context: Where the timestep group comes from, or None if nothing depends on it.
-        groups: K, the rows of timestep-aware parameters.
-    """
-
-    levels: tuple[int, int]
-    shift: Tensor | None
-    fuses_pre: bool
-    transform: OutputTransform
-    stages: tuple[Stage, ...]
-    rest: tuple[Stage, ...]
-    context: TimestepContext | None
-    groups: int
+    levels: tuple[int, int]  # the two values of the activation, (-1, 1) or (0, 1)
+    shift: Tensor | None  # ``(1 or K, C_in)``, added before the sign, or None
+    fuses_pre: bool  # whether the kernel reads the layer's own input, ``pre`` being absent or such a shift
+    transform: OutputTransform  # what the kernel does after the product, but for the scale of the weights
+    stages: tuple[Stage, ...]  # the stages that the transform stands for
+    rest: tuple[Stage, ...]  # the stages that run as modules afterwards
+    context: TimestepContext | None  # where the timestep group comes from, or None if nothing depends on it
+    groups: int  # K, the rows of timestep-aware parameters
 
     @property
     def is_one_kernel(self) -> bool:

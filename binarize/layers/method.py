@@ -8,7 +8,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.kernels.signs import SignZero
@@ -25,17 +25,13 @@ _OPTION, _ANY = "binarize.option", object()
 def option(default: Any, changes: Changes | Callable[[Any], Changes], *, when: Any = _ANY) -> Any:
     """Return a dataclass field for an option of a method that changes its parts.
 
-    ``changes`` maps a field to its new value. The key ``"weight.libra"`` applies only if the user has left or set
-    ``weight`` to the plain name "libra"; ``"weight"`` always applies. A mapping without a "name" sets options of the
-    part, anything else replaces it. Options apply in the order of their fields. Examples::
+    ``changes`` maps a field to its new value; it may be a function of the method. The key ``"weight.libra"`` applies
+    only if the user has left or set ``weight`` to the plain name "libra"; ``"weight"`` always applies. A mapping
+    without a "name" sets options of the part, anything else replaces it. Options apply in the order of their fields.
+    With ``when``, changes apply for that value of the option; by default, for every value but None. Examples::
 
         tar: bool = option(True, {"pre.tar": "shift"}, when=False)
         t_min: float = option(0.1, lambda method: {"weight.libra": {"t_min": method.t_min}})
-
-    Args:
-        default: The option's default.
-        changes: The changes, or a function from the method to them.
-        when: The value of the option for which the changes apply; by default, every value but None.
     """
     return dataclasses.field(default=default, metadata={_OPTION: (changes, when)})
 
@@ -47,41 +43,25 @@ class Method:
     Every published method is a subclass with other defaults and options of its own. Any part can be replaced alone:
     ``reactnet(weight="libra")`` is ReActNet with IR-Net's weights. This class itself is the method "custom": signs with
     STE-clip and scaled sign weights, without other parts, to build on.
-
-    Attributes:
-        activation: Activation binarizer.
-        weight: Weight binarizer.
-        pre: Applied before the activation's sign, such as a shift or a BatchNorm.
-        scale: Multiplies the product, in addition to the weights' own scale.
-        norm: Normalization after the product.
-        post: Activation function after it.
-        shortcut: Added around the layer: True for "pool" (the identity if the shapes agree), a part, or None.
-        post_after_shortcut: Apply ``post`` after the shortcut is added.
-        groups: K, the number of timestep groups of timestep-aware parts.
-        sign_zero: Value of sign(0): "plus" for +1, which fits one bit, or "zero".
-        keep_bias: Keep the full-precision bias of a layer that has one; otherwise it is dropped and reported.
-        fold_bias: Add the bias to the first shift of the RPReLU instead, which is exact.
-        clamps_latent: Clamp the latent weights to [-1, 1] after each optimizer step; None uses the method's default.
-        fp_decoder_levels: Decoder levels (0 the finest) of a U-Net whose fusions and ResBlocks stay full precision;
-            None uses the host's default.
     """
 
     name: ClassVar[str] = "custom"
     default_structure: ClassVar[str] = "keep"
 
-    activation: Part = "ste"
-    weight: Part = "scaled_sign"
-    pre: Part = None
-    scale: Part = None
-    norm: Part = None
-    post: Part = None
-    shortcut: Part | bool = None
-    post_after_shortcut: bool = False
-    groups: int = 1
-    sign_zero: SignZero = "plus"
-    keep_bias: bool = False
-    fold_bias: bool = False
-    clamps_latent: bool | None = None
+    activation: Part = "ste"  # activation binarizer
+    weight: Part = "scaled_sign"  # weight binarizer
+    pre: Part = None  # applied before the activation's sign, such as a shift or a BatchNorm
+    scale: Part = None  # multiplies the product, in addition to the weights' own scale
+    norm: Part = None  # normalization after the product
+    post: Part = None  # activation function after it
+    shortcut: Part | bool = None  # added around the layer; True for "pool", the identity if the shapes agree
+    post_after_shortcut: bool = False  # apply ``post`` after the shortcut is added
+    groups: int = 1  # K, the number of timestep groups of timestep-aware parts
+    sign_zero: SignZero = "plus"  # value of sign(0): "plus" for +1, which fits one bit, or "zero"
+    keep_bias: bool = False  # keep a layer's full-precision bias; otherwise it is dropped and reported
+    fold_bias: bool = False  # add the bias to the first shift of the RPReLU instead, which is exact
+    clamps_latent: bool | None = None  # clamp latent weights to [-1, 1] after each step; None is the method's default
+    # decoder levels (0 the finest) of a U-Net that stay full precision; None is the host's default
     fp_decoder_levels: tuple[int, ...] | None = ()
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
@@ -131,8 +111,7 @@ class Method:
 
     def part(self, kind: PartKind) -> Part:
         """Return the part of one stage, with the method's options applied."""
-        part: Part = self._resolved[kind]
-        return part
+        return cast(Part, self._resolved[kind])
 
     def check_choice(self, name: str, *allowed: str) -> None:
         """Raise BinarizeError unless an option has one of the allowed values."""
@@ -155,19 +134,11 @@ class Method:
         return self.groups > 1 and any(is_timestep_aware(kind, self.part(kind)) for kind in PART_KINDS)
 
     def replace(self, **options: Any) -> Method:
-        """Return the method with some options changed.
-
-        Raises:
-            BinarizeError: If an option is unknown.
-        """
+        """Return the method with some options changed."""
         return dataclasses.replace(self, **options)
 
     def to_config(self) -> dict[str, Any]:
-        """Return ``{"name": ..., **options that differ from the defaults}`` as plain JSON types.
-
-        Raises:
-            BinarizeError: If a part cannot be named, such as a lambda.
-        """
+        """Return ``{"name": ..., **options that differ from the defaults}`` as plain JSON types."""
         config: dict[str, Any] = {"name": self.name}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -198,22 +169,15 @@ M = TypeVar("M", bound=type[Method])
 def register_method(name: str, *, replace: bool = False) -> Callable[[M], M]:
     """Return a class decorator that registers a `Method` subclass (a frozen dataclass) under ``name``.
 
-    Args:
-        name: The name for `binarize.convert` and recipes.
-        replace: Allow ``name`` to be registered already.
-
-    Raises:
-        BinarizeError: If the name is taken, or the class is not a frozen dataclass derived from `Method`.
+    The name is for `binarize.convert` and recipes. It may be registered already only with ``replace``.
     """
 
     def add(cls: M) -> M:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise BinarizeError(f"method {name!r} must be a class derived from binarize.methods.Method; got {cls!r}.")
         if "__dataclass_fields__" not in cls.__dict__ or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            raise BinarizeError(
-                f"method {name!r} must be a frozen dataclass; put @dataclass(frozen=True, kw_only=True) "
-                "below @register_method."
-            )
+            decorator = "@dataclass(frozen=True, kw_only=True)"
+            raise BinarizeError(f"method {name!r} must be a frozen dataclass; put {decorator} below @register_method.")
         METHODS.register(name, replace=replace)(cls)
         cls.name = name
         return cls
@@ -227,14 +191,9 @@ def list_methods() -> list[str]:
 
 
 def get_method(method: str | Method | Mapping[str, Any], **options: Any) -> Method:
-    """Return a method by name, instance or mapping.
+    """Return a method by registered name, as it is, or from ``{"name": ..., **options}`` as in a recipe.
 
-    Args:
-        method: A registered name, a `Method`, or ``{"name": ..., **options}`` as in a recipe.
-        **options: Options that override the method's.
-
-    Raises:
-        BinarizeError: If the name or an option is unknown.
+    ``options`` override the method's own.
     """
     if isinstance(method, Method):
         return method.replace(**options) if options else method
@@ -246,16 +205,13 @@ def get_method(method: str | Method | Mapping[str, Any], **options: Any) -> Meth
         return get_method(name, **merged)
     if not isinstance(method, str):
         raise BinarizeError(f"method must be a name, a Method or a mapping with a 'name'; got {method!r}.")
-    cls = METHODS[method]
-    return cls(**options)
+    return METHODS[method](**options)
 
 
 def _check_options(cls: type[Method], options: Mapping[str, Any]) -> None:
     own = inspect.get_annotations(cls)
     fields = [field.name for field in dataclasses.fields(cls)]
-    allowed = sorted(
-        fields, key=lambda name: (name not in own, name in PART_KINDS)
-    )  # stable: the method's own options first
+    allowed = sorted(fields, key=lambda name: (name not in own, name in PART_KINDS))  # the method's own options first
     for key in options:
         if key not in allowed:
             raise BinarizeError(

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -46,29 +47,20 @@ follows:
 
 
 class Site(NamedTuple):
-    """Where a part stands in its layer.
+    """Where a part stands in its layer."""
 
-    Attributes:
-        adds_input: Whether an identity shortcut there adds the input that the kernel reads.
-        post_follows: Whether the activation function comes later.
-    """
-
-    adds_input: bool
-    post_follows: bool
+    adds_input: bool  # whether an identity shortcut there adds the input that the kernel reads
+    post_follows: bool  # whether the activation function comes later
 
 
 class LayerPart(nn.Module):
     """Base class of parts that a kernel can compute. Every method has a default that leaves the part a module.
 
     A part need not derive from it: any nn.Module runs as it is.
-
-    Attributes:
-        groups: K, the rows of its timestep-aware parameters.
-        context: Where the timestep group comes from, or None.
     """
 
-    groups: int = 1
-    context: TimestepContext | None = None
+    groups: int = 1  # K, the rows of its timestep-aware parameters
+    context: TimestepContext | None = None  # where the timestep group comes from, or None
 
     def input_shift(self) -> Tensor | None:
         """Return ``(1 or K, C_in)`` if a ``pre`` part only adds this to the input, else None."""
@@ -80,36 +72,23 @@ class LayerPart(nn.Module):
 
 
 class ActivationBinarizer(LayerPart):
-    """Base class of activation binarizers.
+    """Base class of activation binarizers."""
 
-    Attributes:
-        levels: The two values that it returns, (-1, 1) for sign(x) or (0, 1) for x > 0.5; None cannot be packed.
-        surrogate: Its gradient, if it is one that the training kernels know: "approx", "clip" or "identity".
-        sign_zero: What sign(0) is.
-    """
-
-    levels: tuple[int, int] | None = None
-    surrogate: Surrogate | None = None
-    sign_zero: SignZero = "plus"
+    levels: tuple[int, int] | None = None  # (-1, 1) for sign(x) or (0, 1) for x > 0.5; None cannot be packed
+    surrogate: Surrogate | None = None  # its gradient, if the training kernels know it
+    sign_zero: SignZero = "plus"  # what sign(0) is
 
 
 class WeightBinarizer(LayerPart):
-    """Base class of weight binarizers.
+    """Base class of weight binarizers."""
 
-    Attributes:
-        bases: How many scaled binary weights it returns.
-        stored_scales: Which scales a file needs: one per "filter", one per "tensor", or "none" where they are 1.
-        sign_zero: What sign(0) is.
-        is_plain_sign: Whether it returns sign(w) times the detached `weight_scale`, whose gradient reaches w unchanged,
-            or zeroed where |w| > 1 with ``clip``. The training kernels then compute it.
-        clip: See ``is_plain_sign``.
-    """
-
-    bases: int = 1
-    stored_scales: StoredScales = "filter"
-    sign_zero: SignZero = "plus"
+    bases: int = 1  # how many scaled binary weights it returns
+    stored_scales: StoredScales = "filter"  # in a file: one per "filter" or "tensor", or "none" where they are 1
+    sign_zero: SignZero = "plus"  # what sign(0) is
+    # whether it returns sign(w) times the detached `weight_scale`, whose gradient reaches w unchanged, or zeroed
+    # where |w| > 1 with ``clip``. The training kernels then compute it.
     is_plain_sign: bool = False
-    clip: bool = True
+    clip: bool = True  # see ``is_plain_sign``
 
     def weight_scale(self, w: Tensor) -> Tensor | None:
         """Return the scales ``(C_out,)`` of the first basis, or None where they are 1."""
@@ -117,13 +96,9 @@ class WeightBinarizer(LayerPart):
 
 
 class Scale(LayerPart):
-    """Base class of scales of the product.
+    """Base class of scales of the product."""
 
-    Attributes:
-        of_input: Whether it is computed from the layer's own input, not from the input of the sign.
-    """
-
-    of_input: bool = False
+    of_input: bool = False  # whether it is computed from the layer's own input, not from the input of the sign
 
 
 def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
@@ -134,9 +109,8 @@ def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
     """
     if not isinstance(part, nn.Module) or "forward" in vars(part):
         return False
-    if not hooks and any(
-        (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    ):
+    hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    if hooked and not hooks:
         return False
     if name in vars(part):
         return True
@@ -148,47 +122,41 @@ def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
 def levels_of(activation: object) -> tuple[int, int] | None:
     """Return the two values that an activation binarizer declares, (-1, 1) or (0, 1), or None."""
     levels = getattr(activation, "levels", None)
-    if levels not in ((-1, 1), (0, 1)) or not runs_as_declared(activation, "levels", hooks=True):
-        return None
-    return levels
+    declared = levels in ((-1, 1), (0, 1)) and runs_as_declared(activation, "levels", hooks=True)
+    return levels if declared else None
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The layer that a part is built for, as its factory sees it.
+    """The layer that a part is built for, as its factory sees it."""
 
-    Attributes:
-        kind: "conv2d", whose tensors are (B, C, H, W), or "linear", whose tensors are (..., C).
-        in_channels: C_in.
-        out_channels: C_out.
-        weight: The latent weights, from which a part may initialise itself.
-        stride: Of the convolution, (1, 1) for linear layers.
-        padding: Zeros on each side of a convolution's input, (height, width).
-        pad: (left, right, top, bottom) if opposite sides differ or the padding mode is not zeros, else None.
-        padding_mode: As in nn.Conv2d.
-        dilation: Of the convolution.
-        groups: K, the number of timestep groups.
-        context: Where timestep-aware parts read the timestep, or None if the host has none.
-        sign_zero: What sign(0) is.
-    """
-
-    kind: Literal["conv2d", "linear"]
-    in_channels: int
-    out_channels: int
-    weight: Tensor
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    pad: tuple[int, int, int, int] | None = None
-    padding_mode: str = "zeros"
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    context: TimestepContext | None = None
-    sign_zero: SignZero = "plus"
+    kind: Literal["conv2d", "linear"]  # with tensors (B, C, H, W) or (..., C)
+    in_channels: int  # C_in
+    out_channels: int  # C_out
+    weight: Tensor  # the latent weights, from which a part may initialise itself
+    stride: tuple[int, int] = (1, 1)  # of the convolution, (1, 1) for linear layers
+    padding: tuple[int, int] = (0, 0)  # zeros on each side of a convolution's input, (height, width)
+    pad: tuple[int, int, int, int] | None = None  # (left, right, top, bottom), if not zeros and the same on both sides
+    padding_mode: str = "zeros"  # as in nn.Conv2d
+    dilation: tuple[int, int] = (1, 1)  # of the convolution
+    groups: int = 1  # K, the number of timestep groups
+    context: TimestepContext | None = None  # where timestep-aware parts read the timestep, or None if the host has none
+    sign_zero: SignZero = "plus"  # what sign(0) is
 
     @property
     def channel_dim(self) -> int:
         """The dimension of the channels: 1 for convolutions, -1 for linear layers."""
         return 1 if self.kind == "conv2d" else -1
+
+
+def with_sign_zero(part: type[nn.Module]) -> Factory:
+    """Return the factory of a part whose first argument is the layer's ``sign_zero``; the others are its options."""
+
+    def factory(spec: LayerSpec, **options: Any) -> nn.Module:
+        return part(spec.sign_zero, **options)
+
+    factory.__signature__ = inspect.signature(part)  # type: ignore[attr-defined]  # names the options
+    return factory
 
 
 def feature_dims(x: Tensor, channel_dim: int) -> tuple[int, ...]:
@@ -205,34 +173,22 @@ def register_part(
 ) -> Callable[[Factory], Factory]:
     """Return a decorator that registers a factory ``f(spec, **options) -> nn.Module`` as a part.
 
-    Args:
-        kind: The stage it serves.
-        name: How methods and recipes refer to it.
-        timestep_aware: Whether it reads ``spec.context`` if ``spec.groups`` is above 1. `binarize.convert` then
-            attaches a timestep context to the model.
-        replace: Allow replacing an existing name.
-
-    Raises:
-        BinarizeError: If the kind is unknown or the name is taken.
+    ``name`` is how methods and recipes refer to it, and ``replace`` allows an existing name. A ``timestep_aware`` part
+    reads ``spec.context`` if ``spec.groups`` is above 1; `binarize.convert` then attaches a timestep context to the
+    model.
     """
     register = _registry(kind).register(name, replace=replace)
 
     def add(factory: Factory) -> Factory:
         registered = register(factory)
-        _TIMESTEP_AWARE.discard((kind, name))
-        if timestep_aware:
-            _TIMESTEP_AWARE.add((kind, name))
+        (_TIMESTEP_AWARE.add if timestep_aware else _TIMESTEP_AWARE.discard)((kind, name))
         return registered
 
     return add
 
 
 def list_parts(kind: PartKind) -> list[str]:
-    """Return the names registered for one stage, sorted.
-
-    Raises:
-        BinarizeError: If the kind is unknown.
-    """
+    """Return the names registered for one stage, sorted."""
     return list(_registry(kind))
 
 
@@ -251,11 +207,7 @@ def is_timestep_aware(kind: PartKind, part: Part) -> bool:
 
 
 def build_part(kind: PartKind, part: Part, spec: LayerSpec) -> nn.Module | None:
-    """Build one stage of a layer.
-
-    Raises:
-        BinarizeError: If the name is unknown, an option does not fit, or the factory does not return a module.
-    """
+    """Build one stage of a layer."""
     if part is None:
         return None
     options: dict[str, Any] = {}
@@ -307,32 +259,19 @@ def named_by_a_file() -> Iterator[None]:
 
 
 def find_factory(kind: PartKind, name: str) -> Factory:
-    """Return a factory by its registered name or as ``"module:name"``.
-
-    Raises:
-        BinarizeError: If there is no such thing, or a file names a function or something that is not imported.
-    """
+    """Return a factory by its registered name or as ``"module:name"``."""
     if ":" not in name:
         return _registry(kind)[name]
-    if _FROM_FILE.get():
-        return _imported_class(kind, name)
-    module_name, _, attribute = name.partition(":")
+    (module_name, _, attribute), from_file = name.partition(":"), _FROM_FILE.get()
+    target: Any = None
     try:
-        target: Any = importlib.import_module(module_name)
-        for step in attribute.split("."):
-            target = getattr(target, step)
+        module = sys.modules.get(module_name) if from_file else importlib.import_module(module_name)
+        target = attrgetter(attribute)(module)
     except (ImportError, AttributeError) as error:
-        raise BinarizeError(f"{kind} part {name!r} cannot be imported: {error}.") from error
-    return target
-
-
-def _imported_class(kind: PartKind, name: str) -> Factory:
-    module_name, _, attribute = name.partition(":")
-    target: Any = sys.modules.get(module_name)
-    for step in attribute.split("."):
-        target = getattr(target, step, None)
-    if isinstance(target, type) and issubclass(target, nn.Module):
-        return target
+        if not from_file:
+            raise BinarizeError(f"{kind} part {name!r} cannot be imported: {error}.") from error
+    if not from_file or (isinstance(target, type) and issubclass(target, nn.Module)):
+        return cast(Factory, target)
     raise BinarizeError(
         f"the model's file names the {kind} part {name!r}, and a file may not have modules imported or functions "
         f"called. Import {module_name} first if that is a class of modules of yours; else give the part a name of its "
@@ -341,11 +280,7 @@ def _imported_class(kind: PartKind, name: str) -> Factory:
 
 
 def part_to_config(kind: str, part: Part) -> Any:
-    """Return a part as JSON and YAML can hold it.
-
-    Raises:
-        BinarizeError: If the part is a lambda or another object that no import path reaches.
-    """
+    """Return a part as JSON and YAML can hold it."""
     if part is None or isinstance(part, str):
         return part
     if isinstance(part, Mapping):

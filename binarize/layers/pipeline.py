@@ -21,13 +21,6 @@ class PartPipeline(nn.Module):
 
     The shortcut is added after ``post`` (BI-DiffSR, BBCU), or before it with ``post_after_shortcut`` (ReActNet,
     IR-Net).
-
-    Attributes:
-        geometry: Of the convolution; a linear layer is a 1x1 convolution.
-        kernel: (kh, kw).
-        widths: Channels of the input and of the output.
-        bases: How many scaled binary weights are added up.
-        padding_mode: As in nn.Conv2d.
     """
 
     kind: Literal["conv2d", "linear"]
@@ -41,11 +34,11 @@ class PartPipeline(nn.Module):
     method: Method
     had_bias: bool
     post_after_shortcut: bool
-    geometry: Geometry
-    kernel: tuple[int, int]
-    widths: tuple[int, int]
-    bases: int
-    padding_mode: str = "zeros"
+    geometry: Geometry  # of the convolution; a linear layer is a 1x1 convolution
+    kernel: tuple[int, int]  # (kh, kw)
+    widths: tuple[int, int]  # channels of the input and of the output
+    bases: int  # how many scaled binary weights are added up
+    padding_mode: str = "zeros"  # as in nn.Conv2d
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the stages after the product that this layer has, in order."""
@@ -64,14 +57,13 @@ class PartPipeline(nn.Module):
         out: Tensor = x if self.pre is None else self.pre(x)
         return out
 
-    def run_stages(self, stages: Iterable[Stage], y: Tensor, x: Tensor, shifted: Tensor | None = None) -> Tensor:
-        """Apply stages as modules.
+    def clamp_latent_(self) -> None:
+        """Clamp the latent weights after an optimizer step, if the layer does so; see `binarize.training_step`."""
 
-        Args:
-            stages: Their names, in order.
-            y: The product.
-            x: The layer's input.
-            shifted: What went into the activation; None computes it if a stage reads it.
+    def run_stages(self, stages: Iterable[Stage], y: Tensor, x: Tensor, shifted: Tensor | None = None) -> Tensor:
+        """Apply stages as modules, in order, to the product ``y`` of a layer with input ``x``.
+
+        ``shifted`` is what went into the activation; None computes it if a stage reads it.
         """
         for stage in stages:
             part = getattr(self, stage)

@@ -18,13 +18,8 @@ from binarize.layers.parts import LayerPart, LayerSpec, Scale, Site, feature_dim
 class ChannelScale(Scale):
     """y * o[C], or y * o[C] h[H] w[W] if the output's size is given; learnable, starting at 1 (XNOR-Net++).
 
-    A smaller output uses the leading entries of h and w, as BiBench does.
-
-    Args:
-        channels: C.
-        height: H of the largest output, or None for no such factor.
-        width: W of the largest output, or None for no such factor.
-        channel_dim: Which dimension holds the channels.
+    ``height`` and ``width`` are those of the largest output. A smaller one uses the leading entries of h and w, as
+    BiBench does. ``channel_dim`` is the dimension of the channels.
     """
 
     def __init__(
@@ -42,11 +37,7 @@ class ChannelScale(Scale):
         return transform.then_affine(factor=self.scale) if channels_only else None
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Scale the product ``y``; ``x`` is not used.
-
-        Raises:
-            BinarizeError: If ``y`` is larger than the size of the scale.
-        """
+        """Scale the product ``y``; ``x`` is not used."""
         y = y * (self.scale.view(-1, 1, 1) if self.channel_dim == 1 else self.scale).to(y.dtype)
         if self.row_scale is not None:
             y = y * self._leading(self.row_scale, y.shape[-2], "high").to(y.dtype)
@@ -65,45 +56,30 @@ class ChannelScale(Scale):
 
 
 class InputMeanScale(Scale):
-    """y * mean |x| of each sample, detached (BiBench's form of XNOR-Net).
-
-    Args:
-        channel_dim: 1 takes the mean over each sample, -1 over the last dimension, each token of a linear layer.
-    """
+    """y * mean |x|, detached, of each sample, or of each token with ``channel_dim`` -1 (BiBench's form of XNOR-Net)."""
 
     def __init__(self, channel_dim: int = 1) -> None:
         super().__init__()
         self.channel_dim = channel_dim
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Scale the product ``y`` by the mean magnitude of the input ``x`` before its sign, sample by sample."""
+        """Scale the product ``y`` by the mean magnitude of the input ``x`` before its sign."""
         return y * x.detach().abs().mean(feature_dims(x, self.channel_dim), keepdim=True).to(y.dtype)
 
 
 class KMapScale(Scale):
     """y * conv(mean_c |x|, k), one learnable k x k kernel, starting as a box filter (XNOR-Net's K map; BiDM learns it).
 
-    Args:
-        kernel_size: Of the binary convolution.
-        stride: Of the binary convolution.
-        padding: Of the binary convolution, (height, width).
-        dilation: Of the binary convolution.
-        pad: (left, right, top, bottom), instead of ``padding`` if opposite sides differ.
-        padding_mode: Of the binary convolution.
-        of_input: Compute the map from the layer's input (BiDM), not from the input of the sign, after shift or
-            BatchNorm.
+    The geometry is that of the binary convolution; ``pad`` (left, right, top, bottom) replaces ``padding`` if opposite
+    sides differ. ``of_input`` computes the map from the layer's input (BiDM), not from the input of the sign, after
+    shift or BatchNorm.
     """
 
     def __init__(
-        self,
-        kernel_size: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        pad: tuple[int, int, int, int] | None = None,
-        padding_mode: str = "zeros",
+        self, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+        dilation: tuple[int, int], pad: tuple[int, int, int, int] | None = None, padding_mode: str = "zeros",
         of_input: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.pad, self.pad_mode = pad, "constant" if padding_mode == "zeros" else padding_mode

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.layers.pipeline import PartPipeline
 
 
 class Scheduled(nn.Module):
-    """A module whose behavior depends on the training progress.
-
-    The progress, in [0, 1], is a buffer: it is saved with the model and moves with it.
-    """
+    """A module whose behavior depends on the training progress in [0, 1], a buffer that is saved with the model."""
 
     progress: Tensor
 
@@ -38,24 +36,16 @@ class Scheduled(nn.Module):
 def training_step(model: nn.Module, progress: float) -> None:
     """Update a converted model for the training progress; call it once after each optimizer step.
 
-    It updates IR-Net's error decay estimator, ReCU's tau and delayed parts, and clamps latent weights for methods that
-    do so (BNN). Other models stay as they are.
-
-    Args:
-        model: A converted model.
-        progress: Finished steps over all steps, in [0, 1].
-
-    Raises:
-        BinarizeError: If ``progress`` is outside [0, 1].
+    ``progress`` is the finished steps over all steps. It updates IR-Net's error decay estimator, ReCU's tau and delayed
+    parts, and clamps latent weights for methods that do so (BNN). Other models stay as they are.
     """
     if not 0.0 <= progress <= 1.0:
         raise BinarizeError(f"progress is the share of finished training steps, in [0, 1]; got {progress!r}.")
     for module in model.modules():
         if isinstance(module, Scheduled):
             module.set_progress(progress)
-        clamp = getattr(module, "clamp_latent_", None)
-        if clamp is not None:
-            clamp()
+        if isinstance(module, PartPipeline):
+            module.clamp_latent_()
 
 
 def ede_schedule(progress: Tensor, t_min: float, t_max: float) -> tuple[Tensor, Tensor]:

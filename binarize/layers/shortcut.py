@@ -18,13 +18,7 @@ from binarize.layers.parts import LayerPart, LayerSpec, Site, register_part
 
 
 def pool_channels(x: Tensor, channels: int, channel_dim: int = 1) -> Tensor:
-    """Average-pool (or repeat) the channels of ``x`` to ``channels``.
-
-    Args:
-        x: ``(B, C, H, W)`` with ``channel_dim`` 1, or ``(..., C)`` with -1.
-        channels: The width wanted.
-        channel_dim: Where the channels are.
-    """
+    """Average-pool (or repeat) the channels of ``(B, C, H, W)``, or of ``(..., C)`` with ``channel_dim`` -1."""
     width = x.shape[channel_dim]
     if width == channels:
         return x
@@ -34,12 +28,7 @@ def pool_channels(x: Tensor, channels: int, channel_dim: int = 1) -> Tensor:
 
 
 class PoolShortcut(LayerPart):
-    """Adds the input, average-pooled to the output's shape; a plain identity where shapes agree.
-
-    Args:
-        out_channels: Width of the layer's output.
-        channel_dim: Where the channels are.
-    """
+    """Adds the input, average-pooled to the output's shape; a plain identity where shapes agree."""
 
     def __init__(self, out_channels: int, channel_dim: int = 1) -> None:
         super().__init__()
@@ -61,11 +50,7 @@ class PoolShortcut(LayerPart):
 class ScaledShortcut(PoolShortcut):
     """Adds a learnable number times the input, average-pooled to the output's shape (BinaryDM and BiDM).
 
-    Args:
-        out_channels: Width of the layer's output.
-        channel_dim: Where the channels are.
-        start: What the number starts at.
-        magnitude: Multiply by its absolute value, as BinaryDM does.
+    The number starts at ``start``; with ``magnitude`` its absolute value multiplies, as in BinaryDM.
     """
 
     def __init__(self, out_channels: int, channel_dim: int = 1, start: float = 0.0, magnitude: bool = False) -> None:
@@ -80,12 +65,7 @@ class ScaledShortcut(PoolShortcut):
 
 
 class ProjectionShortcut(nn.Module):
-    """AvgPool -> full-precision 1x1 convolution -> BatchNorm where the shape changes (Bi-Real Net, section 3.3).
-
-    Args:
-        in_channels: Width of the layer's input.
-        out_channels: Width of the layer's output.
-    """
+    """AvgPool -> full-precision 1x1 convolution -> BatchNorm where the shape changes (Bi-Real Net, section 3.3)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

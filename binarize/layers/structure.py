@@ -8,7 +8,7 @@ BI-DiffSR, sections 3.2 and 3.3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,7 @@ class AccumulatingConv(nn.Module):
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
         """Return ``total + self(x)``."""
-        out: Tensor = total + self(x)
-        return out
+        return cast(Tensor, total + self(x))
 
 
 def sum_convs(convs: nn.ModuleList, parts: Sequence[Tensor]) -> Tensor:
@@ -39,12 +38,8 @@ def sum_convs(convs: nn.ModuleList, parts: Sequence[Tensor]) -> Tensor:
 class CPDown(nn.Module):
     """Channel-preserving downsampling: split the channels, one convolution each, sum, PixelUnshuffle(2).
 
-    Args:
-        channels: C, a multiple of ``splits``.
-        splits: s; the output has 4 C / s channels. 2 doubles the width, as published; 4 keeps it.
-
-    Shapes:
-        x: ``(B, C, H, W)`` with even H and W; output ``(B, 4 C / s, H / 2, W / 2)``.
+    ``(B, C, H, W)`` with even H and W becomes ``(B, 4 C / s, H / 2, W / 2)`` with s ``splits``, of which C is a
+    multiple: 2 double the width, as published; 4 keep it.
     """
 
     def __init__(self, channels: int, splits: int = 2) -> None:
@@ -63,12 +58,7 @@ class CPDown(nn.Module):
 class CPUp(nn.Module):
     """Channel-preserving upsampling: several convolutions of the same input, concatenated, PixelShuffle(2).
 
-    Args:
-        channels: C.
-        branches: m; the output has m C / 4 channels. 2 halves the width, as published; 4 keeps it.
-
-    Shapes:
-        x: ``(B, C, H, W)``; output ``(B, m C / 4, 2 H, 2 W)``.
+    ``(B, C, H, W)`` becomes ``(B, m C / 4, 2 H, 2 W)`` with m ``branches``: 2 halve the width, as published; 4 keep it.
     """
 
     def __init__(self, channels: int, branches: int = 2) -> None:
@@ -96,12 +86,8 @@ class _Shuffle(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         b, _, h, w = grads[0].shape
         channels_last = grads[0].is_contiguous(memory_format=torch.channels_last)
-        out = torch.empty(
-            (b, ctx.channels, h, w),
-            dtype=grads[0].dtype,
-            device=grads[0].device,
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-        )
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        out = torch.empty((b, ctx.channels, h, w), dtype=grads[0].dtype, device=grads[0].device, memory_format=layout)
         for (first, second), grad in zip(_opposite_parities(out, ctx.hidden), grads, strict=True):
             first.copy_(grad[:, : first.shape[1]])
             second.copy_(grad[:, first.shape[1] :])
@@ -116,21 +102,13 @@ def _opposite_parities(x: Tensor, hidden: int) -> tuple[tuple[Tensor, Tensor], t
 class CSFusion(nn.Module):
     """Channel-shuffle fusion of [hidden, skip]: mix both so that their distributions match, then convolve 1x1 and add.
 
-    With n = (h + s) / C groups:
+    The concatenation ``(B, h + s, H, W)`` becomes ``(B, C, H, W)``. With n = (h + s) / C groups:
 
     - n = 2, as published: f1 = [hidden odd channels, skip even], f2 = [hidden even, skip odd] (counted from 0), then
       conv1(f1) + conv2(f2). Equation 3 of the paper pairs equal parities; its code and every released checkpoint pair
       opposite ones, as this does.
     - another whole n: f_j is every n-th channel of the concatenation, starting at j.
     - otherwise one 1x1 convolution from h + s to C channels.
-
-    Args:
-        hidden_channels: h, the decoder's width.
-        skip_channels: s, the skip's width.
-        out_channels: C.
-
-    Shapes:
-        x: ``(B, h + s, H, W)``, the concatenation of hidden and skip; output ``(B, C, H, W)``.
     """
 
     def __init__(self, hidden_channels: int, skip_channels: int, out_channels: int) -> None:
@@ -159,11 +137,7 @@ class CSFusion(nn.Module):
 
 
 class AddFusion(nn.Module):
-    """hidden + skip, without parameters; different widths are pooled to the output's.
-
-    Shapes:
-        x: ``(B, h + s, H, W)``; output ``(B, C, H, W)``.
-    """
+    """hidden + skip, without parameters; different widths are pooled to the output's."""
 
     def __init__(self, hidden_channels: int, skip_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -176,11 +150,7 @@ class AddFusion(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """One 1x1 convolution from h + s to C channels.
-
-    Shapes:
-        x: ``(B, h + s, H, W)``; output ``(B, C, H, W)``.
-    """
+    """One 1x1 convolution of the concatenation ``(B, h + s, H, W)`` to C channels."""
 
     def __init__(self, hidden_channels: int, skip_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -188,82 +158,76 @@ class ConcatFusion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fuse the concatenation of hidden and skip."""
-        out: Tensor = self.conv(x)
-        return out
+        return cast(Tensor, self.conv(x))
 
 
 class SplitFusion(nn.Module):
-    """One 1x1 convolution on each of hidden and skip, added: CS-Fusion without the shuffle.
-
-    Shapes:
-        x: ``(B, h + s, H, W)``; output ``(B, C, H, W)``.
-    """
+    """One 1x1 convolution on each of hidden and skip, added: CS-Fusion without the shuffle."""
 
     def __init__(self, hidden_channels: int, skip_channels: int, out_channels: int) -> None:
         super().__init__()
         self.hidden_channels = hidden_channels
-        self.convs = nn.ModuleList(
-            [nn.Conv2d(hidden_channels, out_channels, 1), nn.Conv2d(skip_channels, out_channels, 1)]
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(width, out_channels, 1) for width in (hidden_channels, skip_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fuse the concatenation of hidden and skip."""
         return sum_convs(self.convs, [x[:, : self.hidden_channels], x[:, self.hidden_channels :]])
 
 
-class PixelDown(nn.Module):
+class _Resampler(nn.Module):
+    """One 3x3 convolution, before or after a change of the spatial size."""
+
+    def __init__(self, channels: int, width: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.conv = nn.Conv2d(channels, width, 3, stride, padding=1)
+
+
+def _even(name: str, channels: int) -> int:
+    if channels % 2:
+        raise BinarizeError(f"{name}: needs an even number of channels; got {channels}.")
+    return channels
+
+
+class PixelDown(_Resampler):
     """One convolution C -> C / 2, then PixelUnshuffle(2): (B, C, H, W) -> (B, 2 C, H / 2, W / 2)."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        if channels % 2:
-            raise BinarizeError(f"PixelDown: needs an even number of channels; got {channels}.")
-        self.out_channels = 2 * channels
-        self.conv = nn.Conv2d(channels, channels // 2, 3, padding=1)
+        super().__init__(_even("PixelDown", channels), channels // 2, 2 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the spatial size."""
         return F.pixel_unshuffle(self.conv(x), 2)
 
 
-class PixelUp(nn.Module):
+class PixelUp(_Resampler):
     """One convolution C -> 2 C, then PixelShuffle(2): (B, C, H, W) -> (B, C / 2, 2 H, 2 W)."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        if channels % 2:
-            raise BinarizeError(f"PixelUp: needs an even number of channels; got {channels}.")
-        self.out_channels = channels // 2
-        self.conv = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        super().__init__(_even("PixelUp", channels), 2 * channels, channels // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Double the spatial size."""
         return F.pixel_shuffle(self.conv(x), 2)
 
 
-class ConvDown(nn.Module):
+class ConvDown(_Resampler):
     """SR3's downsampling, a stride-2 convolution: (B, C, H, W) -> (B, C, H / 2, W / 2)."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.out_channels = channels
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        super().__init__(channels, channels, channels, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the spatial size."""
-        out: Tensor = self.conv(x)
-        return out
+        return cast(Tensor, self.conv(x))
 
 
-class ConvUp(nn.Module):
+class ConvUp(_Resampler):
     """SR3's upsampling, nearest neighbour then a convolution: (B, C, H, W) -> (B, C, 2 H, 2 W)."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.out_channels = channels
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        super().__init__(channels, channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Double the spatial size."""
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return out
+        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2, mode="nearest")))

@@ -20,7 +20,12 @@ from binarize.timestep import TimestepContext
 
 
 class _TimestepAware(LayerPart):
-    """Base class of parts with parameters of shape (K, C)."""
+    """Base class of parts with parameters of shape (K, C), for K timestep ``groups`` that ``context`` tells apart.
+
+    ``channel_dim`` is the dimension of the channels.
+    """
+
+    defaults: dict[str, float]  # the parameters, by name, and what they start at
 
     def __init__(
         self, channels: int, groups: int = 1, context: TimestepContext | None = None, channel_dim: int = 1
@@ -30,8 +35,9 @@ class _TimestepAware(LayerPart):
             raise BinarizeError(
                 f"{type(self).__name__} with {groups} timestep groups needs a TimestepContext; got None. Use groups=1."
             )
-        self.channels, self.groups, self.channel_dim = channels, groups, channel_dim
-        self.context = context
+        self.channels, self.groups, self.context, self.channel_dim = channels, groups, context, channel_dim
+        for name, start in self.defaults.items():
+            self.register_parameter(name, nn.Parameter(torch.full((groups, channels), start)))
 
     def gather(self, parameter: Tensor) -> Tensor:
         """Return the parameter's rows for the running batch, ``(B, C)`` or ``(1, C)``."""
@@ -51,20 +57,10 @@ class _TimestepAware(LayerPart):
 
 
 class Shift(_TimestepAware):
-    """x + b_g: ReActNet's RSign shift with one group, BI-DiffSR's TaR with K groups. Zero at the start.
+    """x + b_g: ReActNet's RSign shift with one group, BI-DiffSR's TaR with K groups. Zero at the start."""
 
-    Args:
-        channels: C.
-        groups: K, how many timestep groups.
-        context: Where the timestep group comes from; needed if K > 1.
-        channel_dim: Which dimension of the input holds the channels.
-    """
-
-    def __init__(
-        self, channels: int, groups: int = 1, context: TimestepContext | None = None, channel_dim: int = 1
-    ) -> None:
-        super().__init__(channels, groups, context, channel_dim)
-        self.bias = nn.Parameter(torch.zeros(groups, channels))
+    bias: nn.Parameter
+    defaults = {"bias": 0.0}
 
     def forward(self, x: Tensor) -> Tensor:
         """Shift ``(B, C, ...)`` (or ``(..., C)``) channel by channel; the shape stays."""
@@ -79,21 +75,12 @@ class RPReLU(_TimestepAware):
     """PReLU(x + b0) + b1 with a slope per channel: ReActNet's RPReLU, and BI-DiffSR's TaA with K groups.
 
     Shifts start at 0 and slopes at 0.25.
-
-    Args:
-        channels: C.
-        groups: K, how many timestep groups.
-        context: Where the timestep group comes from; needed if K > 1.
-        channel_dim: Which dimension of the input holds the channels.
     """
 
-    def __init__(
-        self, channels: int, groups: int = 1, context: TimestepContext | None = None, channel_dim: int = 1
-    ) -> None:
-        super().__init__(channels, groups, context, channel_dim)
-        self.shift_in = nn.Parameter(torch.zeros(groups, channels))
-        self.slope = nn.Parameter(torch.full((groups, channels), 0.25))
-        self.shift_out = nn.Parameter(torch.zeros(groups, channels))
+    shift_in: nn.Parameter
+    slope: nn.Parameter
+    shift_out: nn.Parameter
+    defaults = {"shift_in": 0.0, "slope": 0.25, "shift_out": 0.0}
 
     def forward(self, x: Tensor) -> Tensor:
         """Activate ``(B, C, ...)`` (or ``(..., C)``); the shape stays."""
@@ -111,11 +98,15 @@ class RPReLU(_TimestepAware):
             self.shift_in.add_(bias)
 
 
-def _with_groups(part: type[Shift] | type[RPReLU], spec: LayerSpec, channels: int) -> nn.Module:
-    return part(channels, spec.groups, spec.context, spec.channel_dim)
+@register_part("pre", "tar", timestep_aware=True)
+def _tar(spec: LayerSpec) -> nn.Module:
+    return Shift(spec.in_channels, spec.groups, spec.context, spec.channel_dim)
 
 
-register_part("pre", "shift")(lambda spec: Shift(spec.in_channels, channel_dim=spec.channel_dim))
-register_part("pre", "tar", timestep_aware=True)(lambda spec: _with_groups(Shift, spec, spec.in_channels))
-register_part("post", "rprelu")(lambda spec: RPReLU(spec.out_channels, channel_dim=spec.channel_dim))
-register_part("post", "taa", timestep_aware=True)(lambda spec: _with_groups(RPReLU, spec, spec.out_channels))
+@register_part("post", "taa", timestep_aware=True)
+def _taa(spec: LayerSpec) -> nn.Module:
+    return RPReLU(spec.out_channels, spec.groups, spec.context, spec.channel_dim)
+
+
+register_part("pre", "shift")(lambda spec: _tar(replace(spec, groups=1, context=None)))
+register_part("post", "rprelu")(lambda spec: _taa(replace(spec, groups=1, context=None)))

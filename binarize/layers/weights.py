@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.kernels.product import BinaryWeight
 from binarize.kernels.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign
-from binarize.layers.parts import LayerSpec, StoredScales, WeightBinarizer, register_part
-from binarize.layers.schedule import (
-    Scheduled,
-    check_ede_range,
-    check_tau_range,
-    ede_schedule,
-    recu_schedule,
-)
+from binarize.layers.parts import LayerSpec, StoredScales, WeightBinarizer, register_part, with_sign_zero
+from binarize.layers.schedule import Scheduled, check_ede_range, check_tau_range, ede_schedule, recu_schedule
 
 _MOST_BASES = 16  # of fixed weights; a file could ask for any number
 
@@ -49,12 +43,7 @@ class _WeightBinarizer(WeightBinarizer):
 
 
 class SignWeight(_WeightBinarizer):
-    """w_hat = sign(w), no scale (BNN).
-
-    Args:
-        sign_zero: What sign(0) is.
-        clip: Backward g * 1{|w| <= 1} (BiBench's form); otherwise the original identity.
-    """
+    """w_hat = sign(w), no scale (BNN); backward g * 1{|w| <= 1} with ``clip`` (BiBench's form), else g."""
 
     stored_scales = "none"
     is_plain_sign = True
@@ -107,14 +96,10 @@ class XnorWeight(_WeightBinarizer):
     """XNOR-Net: centre over the input channels, clamp to [-1, 1], w_hat = ||w||_1 / n * sign(w).
 
     The backward is that of the authors' released code, g * (alpha 1{|w| < 1} + 1/n) (1 - 1/C_in) on the centred
-    weights, with a further factor n under SGD, where n is the size of a filter. Their code writes the centred and
-    clamped weights back into the latents at each step. Here the latents are not written, which is equivalent while all
-    stay in [-1, 1]. Filters over a single channel (depthwise convolutions) are neither centred nor is their gradient
-    reduced by 1 - 1/C_in, since both would become zero.
-
-    Args:
-        sign_zero: What sign(0) is.
-        sgd: Multiply the gradient by n, as the authors do with SGD.
+    weights, where n is the size of a filter; ``sgd`` multiplies it by n, as the authors do with SGD. Their code writes
+    the centred and clamped weights back into the latents at each step. Here the latents are not written, which is
+    equivalent while all stay in [-1, 1]. Filters over a single channel (depthwise convolutions) are neither centred nor
+    is their gradient reduced by 1 - 1/C_in, since both would become zero.
     """
 
     def __init__(self, sign_zero: SignZero = "plus", sgd: bool = False) -> None:
@@ -143,14 +128,10 @@ class TensorScaledWeight(_WeightBinarizer):
 class LibraWeight(Scheduled, _WeightBinarizer):
     """IR-Net's Libra-PB: w~ = (w - mean) / std per filter, w_hat = s sign(w~), s = 2^round(log2 mean |w~|) detached.
 
-    The gradient flows through the error decay estimator and through mean and (unbiased) standard deviation. A filter of
-    equal weights, such as a zero-initialised one, has std 0: its w~ and scale are 0, so it adds nothing to the output.
-    Its gradient is computed with std = s = 1, so that it can be trained away from that state.
-
-    Args:
-        sign_zero: What sign(0) is.
-        t_min: The estimator's t at progress 0.
-        t_max: The estimator's t at progress 1.
+    The gradient flows through the error decay estimator, whose t goes from ``t_min`` to ``t_max`` over training, and
+    through mean and (unbiased) standard deviation. A filter of equal weights, such as a zero-initialised one, has std
+    0: its w~ and scale are 0, so it adds nothing to the output. Its gradient is computed with std = s = 1, so that it
+    can be trained away from that state.
     """
 
     def __init__(self, sign_zero: SignZero = "plus", t_min: float = 0.1, t_max: float = 10.0) -> None:
@@ -182,11 +163,6 @@ class RectifiedWeight(Scheduled, _WeightBinarizer):
     w1 = (w - mean_o) / (sqrt(var_o + 1e-5) / (2 sqrt 2)) per filter (unbiased variance), Q = -mean |w1| ln(2 - 2 tau)
     detached, the mean over the whole tensor. tau goes from ``tau_min`` to ``tau_max`` over training along the released
     code's exponential, tau_min + (tau_max - tau_min) (e^progress - 1) / (e - 1) (Xu et al. 2021).
-
-    Args:
-        sign_zero: What sign(0) is.
-        tau_min: tau at progress 0.
-        tau_max: tau at progress 1.
     """
 
     stored_scales = "none"
@@ -216,11 +192,8 @@ class TwoBasisWeight(_WeightBinarizer):
 
         dL/dw = g (s1 m1 + s2 m2 (1 - s1 m1)),  dL/ds1 = sum g sign(w) (1 - s2 m2),  dL/ds2 = sum g sign(r).
 
-    Scales start at the least-squares values: mean |w|, then the mean magnitude of the residual.
-
-    Args:
-        weight: The latent weights, from which the scales are initialised.
-        sign_zero: What sign(0) is.
+    Scales start at the least-squares values for the latent ``weight``: mean |w|, then the mean magnitude of the
+    residual.
     """
 
     bases = 2
@@ -248,14 +221,8 @@ class FixedWeight(_WeightBinarizer):
     The gradient of w is g * 1{|w| <= 1}, so the signs can still be trained. With ``learned`` scales it is
     s_1 g * 1{|w| <= 1}, and the gradient of s_k is sum g c_k, as for two-basis weights.
 
-    A new layer starts from least-squares values: s_k is the mean magnitude and c_k the sign of the residual of w after
-    the bases before it.
-
-    Args:
-        weight: The latent weights, from which scales and codes are initialised.
-        terms: How many scaled signs are added up (`bases`).
-        stored_scales: Which scales a file needs: one per "filter", one per "tensor", or "none" where they are 1.
-        learned: Whether scales are parameters.
+    A new layer starts from least-squares values for its latent ``weight``: s_k is the mean magnitude and c_k the sign
+    of the residual of w after the bases before it. ``terms`` says how many scaled signs are added up.
     """
 
     scales: Tensor
@@ -286,8 +253,7 @@ class FixedWeight(_WeightBinarizer):
 
     def forward(self, w: Tensor) -> BinaryWeight:
         """Binarize latent weights."""
-        held = self.scales.detach()
-        codes = hard_sign(w.detach(), "plus").unsqueeze(0)
+        held, codes = self.scales.detach(), hard_sign(w.detach(), "plus").unsqueeze(0)
         if self.codes is not None:
             codes = torch.cat([codes, self.codes.to(w.dtype)])
         if not self.learned:
@@ -302,29 +268,12 @@ class FixedWeight(_WeightBinarizer):
         return self.scales[0].detach()
 
 
-register_part("weight", "scaled_sign")(lambda spec: ScaledSignWeight(spec.sign_zero))
-register_part("weight", "tensor_scaled")(lambda spec: TensorScaledWeight(spec.sign_zero))
+for _name, _part in (
+    ("sign", SignWeight), ("scaled_sign", ScaledSignWeight), ("xnor", XnorWeight), ("libra", LibraWeight),
+    ("tensor_scaled", TensorScaledWeight), ("recu", RectifiedWeight),
+):  # fmt: skip
+    register_part("weight", _name)(with_sign_zero(_part))
 register_part("weight", "two_basis")(lambda spec: TwoBasisWeight(spec.weight.detach(), spec.sign_zero))
-
-
-@register_part("weight", "sign")
-def _sign(spec: LayerSpec, clip: bool = True) -> nn.Module:
-    return SignWeight(spec.sign_zero, clip)
-
-
-@register_part("weight", "xnor")
-def _xnor(spec: LayerSpec, sgd: bool = False) -> nn.Module:
-    return XnorWeight(spec.sign_zero, sgd)
-
-
-@register_part("weight", "libra")
-def _libra(spec: LayerSpec, t_min: float = 0.1, t_max: float = 10.0) -> nn.Module:
-    return LibraWeight(spec.sign_zero, t_min, t_max)
-
-
-@register_part("weight", "recu")
-def _recu(spec: LayerSpec, tau_min: float = 0.85, tau_max: float = 0.99) -> nn.Module:
-    return RectifiedWeight(spec.sign_zero, tau_min, tau_max)
 
 
 @register_part("weight", "fixed")

@@ -38,21 +38,9 @@ class PackedBlock(nn.Module):
 
 
 def norm_silu_conv(
-    norm: nn.GroupNorm,
-    conv: nn.Module,
-    x: Tensor,
-    channel_bias: Tensor | None = None,
-    residual: Tensor | None = None,
+    norm: nn.GroupNorm, conv: nn.Module, x: Tensor, channel_bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """Return ``conv(silu(norm(x + channel_bias))) + residual``.
-
-    Args:
-        norm: GroupNorm.
-        conv: A packed or any other convolution.
-        x: ``(B, C_in, H, W)``.
-        channel_bias: ``(B, C_in)`` or None.
-        residual: ``(B, C_out, H', W')`` or None.
-    """
+    """Return ``conv(silu(norm(x + channel_bias))) + residual``; the bias is ``(B, C_in)``."""
     factors = norm_factors(norm, x, channel_bias)
     if isinstance(conv, PackedConv2d) and conv.is_one_kernel:
         packed: Tensor = conv(x, factors, None, residual)

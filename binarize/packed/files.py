@@ -40,14 +40,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
     """Write the weights of a packed model; an earlier file is replaced in one step.
 
-    Args:
-        model: A packed model.
-        path: The file; its folder is created.
-        config: What describes the host and its conversion, fit for JSON.
-        dtype: What full-precision tensors are stored as, or None for what they are.
-
-    Raises:
-        BinarizeError: If the dtype is not a floating-point one that the format has, or too small for a value.
+    ``config`` describes the host and its conversion, fit for JSON. Full-precision tensors are stored as ``dtype``, or
+    as what they are if it is None.
     """
     from binarize.imaging import write_atomic
 
@@ -55,19 +49,16 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS.values())
         raise BinarizeError(f"a packed file stores full-precision tensors as {allowed}; got {dtype}.")
     config = {key: value for key, value in config.items() if key != "_name_or_path"}  # where it was loaded from
-    state, seen = {}, set()
-    held = model.state_dict(keep_vars=True)  # which gives a tied tensor as the same object under each of its names
-    for name, value in held.items():
-        if id(value) in seen:  # tied tensors are stored under their first name
-            continue
-        seen.add(id(value))
-        state[name] = _stored(name, value.detach(), dtype).cpu().contiguous()
+    # A tied tensor is the same object under each of its names, and is stored under the first.
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(value), (name, value))
+    state = {name: _stored(name, value.detach(), dtype).cpu().contiguous() for name, value in first.values()}
     plain = memoryview(serialize(state))
-    start = 8 + _header_size(plain[:8])
-    told = json.dumps(config)
-    digest = hashlib.sha256(told.encode())
+    start, text = 8 + _header_size(plain[:8]), json.dumps(config)
+    digest = hashlib.sha256(text.encode())
     digest.update(plain[start:])
-    metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: told, DIGEST: digest.hexdigest()}
+    metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: text, DIGEST: digest.hexdigest()}
     # The library writes metadata in an order of chance; a model's file should be the same each time.
     header = json.dumps({"__metadata__": metadata, **json.loads(bytes(plain[8:start]))}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -90,11 +81,7 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the configuration in a packed file.
-
-    Raises:
-        BinarizeError: If the file is no packed model or has another format version.
-    """
+    """Return the configuration in a packed file."""
     metadata = _metadata(path)
     try:
         config = json.loads(metadata.get(CONFIG, ""))
@@ -106,11 +93,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def count_tensors(path: Path) -> int:
-    """Return how many tensors a packed file holds.
-
-    Raises:
-        BinarizeError: As `read_config`.
-    """
+    """Return how many tensors a packed file holds."""
     _metadata(path)
     with safe_open(path, framework="pt") as file:
         return len(file.keys())
@@ -119,10 +102,7 @@ def count_tensors(path: Path) -> int:
 def find_packed(name: str | PathLike[str], options: Mapping[str, Any]) -> Path | None:
     """Return the packed file that ``from_pretrained(name, **options)`` means, or None if it is no packed model.
 
-    Args:
-        name: A file, a folder, or a repository on the Hugging Face hub.
-        options: diffusers' own: ``subfolder``, and for the hub ``revision``, ``cache_dir``, ``token``,
-            ``local_files_only`` and ``force_download``.
+    ``name`` is a file, a folder, or a repository on the Hugging Face hub; ``options`` are diffusers' own.
     """
     path, subfolder = Path(name), options.get("subfolder") or ""
     if path.is_file():  # diffusers loads no single files, so that reading it says what is wrong with it
@@ -159,22 +139,14 @@ def is_packed_file(path: Path) -> bool:
 
 
 def read_packed(
-    model: nn.Module,
-    path: Path,
-    dtype: torch.dtype | None = None,
+    model: nn.Module, path: Path, dtype: torch.dtype | None = None,
     unsaved: Callable[[], Mapping[str, Tensor]] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Give a packed model, built on the meta device, the weights of a file.
 
-    Args:
-        model: A packed model without weights.
-        path: What `write_packed` wrote.
-        dtype: What full-precision tensors become, or None: what the file has, half precision as float32.
-        unsaved: Returns the host's buffers that no state dict holds, by name; called once the file has been checked,
-            and only if there are such buffers.
-
-    Raises:
-        BinarizeError: If the file is broken, of another version, or does not fit the model.
+    Full-precision tensors become ``dtype``; None keeps what the file has, but half precision becomes float32.
+    ``unsaved`` returns the host's buffers that no state dict holds, by name; it is called once the file has been
+    checked, and only if there are such buffers.
     """
     metadata = _metadata(path)
     expected = model.state_dict(keep_vars=True)
@@ -224,16 +196,13 @@ def _check_fit(expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[tuple[
     wrong = []
     for name, (shape, dtype) in shapes.items():
         if name in expected:
-            floating = expected[name].is_floating_point()
-            same_kind = dtype in _FLOATS if floating else dtype == _code(expected[name].dtype)
-            if shape != tuple(expected[name].shape) or not same_kind:
-                wrong.append(
-                    f"{name} ({dtype} {shape} for {_code(expected[name].dtype)} {tuple(expected[name].shape)})"
-                )
+            tensor, wanted, code = expected[name], tuple(expected[name].shape), _code(expected[name].dtype)
+            if shape != wanted or not (dtype in _FLOATS if tensor.is_floating_point() else dtype == code):
+                wrong.append(f"{name} ({dtype} {shape} for {code} {wanted})")
     if missing or unexpected or wrong:
         kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape or dtype", wrong))
-        told = "; ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in kinds if found)
-        raise BinarizeError(f"{path}: its tensors do not fit its configuration: {told}.")
+        faults = "; ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in kinds if found)
+        raise BinarizeError(f"{path}: its tensors do not fit its configuration: {faults}.")
 
 
 def _tied(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -32,9 +32,7 @@ _version, _kind = attrgetter("_version"), attrgetter("dtype", "device")
 class _Compiled:
     """What a packed layer runs, and the tensors and modules that it was made from.
 
-    Attributes:
-        lowered: The layer's formula.
-        convs: A convolution per basis; their outputs are added up.
+    ``convs`` has a convolution per basis; their outputs are added up.
     """
 
     def __init__(self, layer: _PackedLayer) -> None:
@@ -195,29 +193,19 @@ class _PackedLayer(PartPipeline):
             thresholds = thresholds - lowered.shift.to(acc_dtype)
         geometry = self.geometry if self.pad_codes is None else self.geometry._replace(pad=(0, 0, 0, 0))
         shape = replace(self.shape, bases=1)
-        return [
-            BinaryConv.lay_out(
-                words, shape, geometry, thresholds, replace(lowered.transform, scale=scale), unsigned=unsigned
-            )
-            for words, scale in zip(self.words, self.weight_scales().to(acc_dtype), strict=True)
-        ]
+        convs = []
+        for words, scale in zip(self.words, self.weight_scales().to(acc_dtype), strict=True):
+            transform = replace(lowered.transform, scale=scale)
+            convs.append(BinaryConv.lay_out(words, shape, geometry, thresholds, transform, unsigned=unsigned))
+        return convs
 
 
 class PackedConv2d(_PackedLayer, AccumulatingConv):
-    """A binary convolution for inference, with bits in memory.
+    """A binary convolution for inference, with bits in memory: ``(B, C_in, H, W)`` to ``(B, C_out, H', W')``.
 
-    CPUs compute it with xnor and population count, CUDA GPUs on tensor cores. `binarize.pack` makes it from a
-    `BinaryConv2d`. Its state dict holds ``bits`` (dense, see the file format) and ``scales`` in place of latent
-    weights.
-
-    Args:
-        layer: The binary convolution; its parts and parameters are taken over, not copied.
-
-    Shapes:
-        x: ``(B, C_in, H, W)`` float32, bfloat16 or float64, ideally channels_last; output ``(B, C_out, H', W')``.
-
-    Raises:
-        BinarizeError: If the layer's activation does not declare its two values.
+    CPUs compute it with xnor and population count, CUDA GPUs on tensor cores; inputs are ideally channels_last.
+    `binarize.pack` makes it from a `BinaryConv2d`, whose parts and parameters are taken over, not copied. Its state
+    dict holds ``bits`` (dense, see the file format) and ``scales`` in place of latent weights.
     """
 
     kind: Literal["conv2d", "linear"] = "conv2d"
@@ -232,19 +220,12 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
         self._take(layer)
 
     def forward(
-        self,
-        x: Tensor,
-        input_norm: Tensor | None = None,
-        channel_bias: Tensor | None = None,
+        self, x: Tensor, input_norm: Tensor | None = None, channel_bias: Tensor | None = None,
         residual: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Apply the layer. All arguments but ``x`` are for layers that are `is_one_kernel`.
 
-        Args:
-            x: ``(B, C_in, H, W)``.
-            input_norm: ``(2, B, C_in)``: use ``silu(x * input_norm[0] + input_norm[1])`` in place of x.
-            channel_bias: ``(B, C_out)``, added to every pixel.
-            residual: ``(B, C_out, H', W')``, added to the output.
+        See `binarize.kernels.ops.binary_conv2d` for the arguments.
         """
         compiled = self.compiled()
         lowered, source = compiled.lowered, x
@@ -277,14 +258,7 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
 
 
 class PackedLinear(_PackedLayer):
-    """A binary linear layer for inference; see `PackedConv2d`.
-
-    Args:
-        layer: The binary linear layer.
-
-    Shapes:
-        x: ``(B, ..., C_in)``; output ``(B, ..., C_out)``.
-    """
+    """A binary linear layer for inference, ``(B, ..., C_in)`` to ``(B, ..., C_out)``; see `PackedConv2d`."""
 
     kind: Literal["conv2d", "linear"] = "linear"
 

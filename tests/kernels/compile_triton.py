@@ -14,18 +14,10 @@ from binarize.kernels import cuda
 BYTES, WORDS, ROWS, FLOATS = "*i8", "*i32", "*i64", "*fp32"
 IMAGES = ("*fp32", "*bf16", "*fp16")
 READ = {"group": ROWS, "thresholds": FLOATS, "factors": FLOATS, "offsets": FLOATS}
-PRODUCT = {
-    **READ,
-    "codes": BYTES,
-    "filters": WORDS,
-    "table": FLOATS,
-    "channel_bias": FLOATS,
-    "low": "fp32",
-    "high": "fp32",
-}
-FACTORS = dict.fromkeys(("means", "variances", "channel_bias", "weight", "bias", "factors", "offsets"), FLOATS) | {
-    "eps": "fp32"
-}
+PRODUCT = {**READ, "codes": BYTES, "filters": WORDS, "table": FLOATS, "channel_bias": FLOATS}
+PRODUCT |= {"low": "fp32", "high": "fp32"}
+FACTORS = dict.fromkeys(("means", "variances", "channel_bias", "weight", "bias", "factors", "offsets"), FLOATS)
+FACTORS["eps"] = "fp32"
 
 
 def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> None:

@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from packed_case import SMALL, Problem, inputs, network, problems, with_everything
+from packed_case import CLOSE, SMALL, Problem, inputs, network, on_each, problems, with_everything
 from torch import Tensor, nn
 
 import binarize
@@ -36,6 +35,7 @@ from binarize.packed import PackedConv2d, PackedLinear
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton, whose kernels these are, is not installed"
 )
+EITHER = ("triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,24 +69,18 @@ def test_dot_products_equal_the_oracle_bit_for_bit(device: str, problem: Problem
     assert torch.equal(found.cpu(), torch.from_numpy(problem.expected).to(problem.x.dtype))
 
 
-@settings(max_examples=12)
-@given(
-    problem=problems(DTYPES),
-    seed=st.integers(0, 2**32),
-    normed=st.booleans(),
-    added=st.booleans(),
-    clamped=st.booleans(),
-    shortcut=st.sampled_from([0, 1, 2]),
-)
-def test_they_do_what_plain_torch_does(device, problem, seed, normed, added, clamped, shortcut) -> None:
-    x, conv, options = with_everything(problem, seed, normed, added, clamped, shortcut)
+def found_and_expected(x: Tensor, conv: BinaryConv, options: dict[str, Any], device: str) -> tuple[Tensor, Tensor]:
     with backends.use("triton"):
         there, given_there = moved(conv, options, device)
         found = binary_conv2d(x.to(device), there, **given_there).cpu()
     with backends.use("torch"):
-        expected = binary_conv2d(x, conv, **options)
-    close = {"rtol": 1e-5, "atol": 1e-4} if x.dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 2e-2}
-    torch.testing.assert_close(found, expected, **close)
+        return found, binary_conv2d(x, conv, **options)
+
+
+@settings(max_examples=12)
+@given(case=with_everything(DTYPES))
+def test_they_do_what_plain_torch_does(device: str, case: Any) -> None:
+    torch.testing.assert_close(*found_and_expected(*case, device), **CLOSE[case[0].dtype])
 
 
 @pytest.mark.parametrize(
@@ -94,26 +88,16 @@ def test_they_do_what_plain_torch_does(device, problem, seed, normed, added, cla
     [(1, torch.float32, 64), (2, torch.float32, 128), (1, torch.bfloat16, 128), (2, torch.float16, 64)],
 )
 def test_a_layer_with_everything_around_it(device, shortcut, dtype, tile, monkeypatch) -> None:
-    from binarize.kernels import cuda as _triton
-
-    monkeypatch.setattr(_triton, "FEW_TILES", 0 if tile == 128 else math.inf)
+    monkeypatch.setattr("binarize.kernels.cuda.FEW_TILES", 0 if tile == 128 else math.inf)
     shape, geometry = FilterShape(40, 20, (3, 3), 2), Geometry(pad=(1, 1, 1, 1))
     x = torch.randn(3, 40, 12, 13).to(dtype).contiguous(memory_format=torch.channels_last)
     words = from_bits(torch.randint(0, 2, (1, 40, 20, 3, 3), dtype=torch.uint8), shape)[0]
     affine, rprelu = torch.randn(3, 40), torch.randn(3, 2, 40)
     transform = OutputTransform(*affine, *rprelu, -3.0, 3.0, Shortcut(shortcut))
     conv = BinaryConv.lay_out(words, shape, geometry, torch.full((2, 40), 0.01), transform)
-    options = {
-        "timestep_group": torch.tensor([1, 0, 1]),
-        "input_norm": torch.randn(2, 3, 40),
-        "channel_bias": torch.randn(3, 40),
-        "residual": torch.randn(3, 40, 12, 13).to(dtype),
-    }
-    with backends.use("triton"):
-        there, given_there = moved(conv, options, device)
-        found = binary_conv2d(x.to(device), there, **given_there).cpu()
-    with backends.use("torch"):
-        expected = binary_conv2d(x, conv, **options)
+    options = {"timestep_group": torch.tensor([1, 0, 1]), "input_norm": torch.randn(2, 3, 40)}
+    options |= {"channel_bias": torch.randn(3, 40), "residual": torch.randn(3, 40, 12, 13).to(dtype)}
+    found, expected = found_and_expected(x, conv, options, device)
     # exp rounds differently here and there, which flips the signs of values near a threshold.
     difference = (found.float() - expected.float()).abs()
     assert difference.median() < {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
@@ -124,10 +108,7 @@ def test_what_is_not_a_number_stays_none_behind_a_clamp(device: str) -> None:
     layer = PackedConv2d(BinaryConv2d(32, 32, 1, method=Method(weight="sign", post="relu", shortcut=True)))
     x = torch.ones(1, 32, 2, 2, device=device)
     x[0, 3, 1, 1] = math.nan
-    results = []
-    for backend in ("triton", "torch"):
-        with torch.no_grad(), backends.use(backend):
-            results.append(layer.to(device)(x).isnan())
+    results = on_each(EITHER, lambda: layer.to(device)(x).isnan())
     assert torch.equal(*results)
     assert results[0].any()
 
@@ -148,14 +129,11 @@ def test_group_norm_and_silu_are_torchs_own(device: str, channels: int, groups: 
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_linear_layer_runs_on_tokens(device: str) -> None:
-    layer = PackedLinear(BinaryLinear(40, 24, method="bbcu")).to(device)
-    x = torch.randn(2, 6, 40, device=device)
-    with torch.no_grad():
-        with backends.use("triton"):
-            found = layer(x)
-        with backends.use("torch"):
-            torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+# A batch may be longer than an axis of a grid.
+@pytest.mark.parametrize("size", [(2, 6, 40), pytest.param((70_000, 40), marks=pytest.mark.gpu)])
+def test_a_linear_layer_runs_on_tokens(device: str, size: tuple[int, ...]) -> None:
+    layer, x = PackedLinear(BinaryLinear(40, 24, method="bbcu")).to(device), torch.randn(size, device=device)
+    torch.testing.assert_close(*on_each(EITHER, lambda: layer(x)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_network_is_the_one_that_was_packed(device: str) -> None:
@@ -213,16 +191,6 @@ def test_large_layers_equal_the_cpu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_a_batch_may_be_longer_than_an_axis_of_a_grid() -> None:
-    layer = PackedLinear(BinaryLinear(32, 16, method="bnn")).cuda()
-    x = torch.randn(70_000, 32, device="cuda")
-    with torch.no_grad():
-        found = layer(x)
-        with backends.use("torch"):
-            assert torch.equal(found, layer(x))
-
-
-@pytest.mark.gpu
 def test_a_loaded_pipeline_keeps_its_bits_there(tmp_path: Path) -> None:
     SuperResolutionPipeline(network(**SMALL), scale=2).save_pretrained(tmp_path)
     pipe = SuperResolutionPipeline.from_pretrained(tmp_path).to("cuda")
@@ -239,10 +207,8 @@ def test_export_and_compile_take_a_packed_network(mode: str) -> None:
     model = binarize.pack(network(**SMALL)).cuda()
     given = tuple(t.cuda() for t in inputs())
     with torch.no_grad():
-        if mode == "export":
-            fast: Any = torch.export.export(model, given).module()
-        else:
-            fast = torch.compile(model, fullgraph=True)
+        exported = mode == "export"
+        fast: Any = torch.export.export(model, given).module() if exported else torch.compile(model, fullgraph=True)
         expected = model(*given).sample
         difference = (fast(*given).sample - expected).abs() / expected.abs().mean()
     assert difference.mean() < 1e-2

@@ -56,32 +56,29 @@ def assert_near(found: Tensor, value: Tensor, bound: float) -> None:
     torch.testing.assert_close(found.double(), value, rtol=0, atol=bound * float(value.abs().max()))
 
 
+def check(case: Case, tile: Literal[2, 4], bias: Tensor | None = None) -> None:
+    y, of_x, of_weight = expected(case)
+    y = y if bias is None else y + bias.double().view(-1, 1, 1)
+    assert_near(winograd.conv3x3(case.x, case.weight, bias, None, None, tile), y, BOUNDS[tile])
+    assert_near(winograd.conv3x3(case.grad, case.weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile])
+    assert_near(winograd.weight_gradient(case.x, case.grad, tile), of_weight, BOUNDS[tile])
+
+
 @pytest.mark.parametrize("tile", [2, 4])
 @settings(max_examples=25)
 @given(case=cases(), contiguous=st.booleans())
 def test_products_and_gradients_are_those_of_a_plain_convolution(
     tile: Literal[2, 4], case: Case, contiguous: bool
 ) -> None:
-    weight = case.weight.contiguous() if contiguous else case.weight
-    y, of_x, of_weight = expected(case)
-    assert_near(winograd.conv3x3(case.x, weight, None, None, None, tile), y, BOUNDS[tile])
-    assert_near(winograd.conv3x3(case.grad, weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile])
-    assert_near(winograd.weight_gradient(case.x, case.grad, tile), of_weight, BOUNDS[tile])
+    check(case._replace(weight=case.weight.contiguous()) if contiguous else case, tile)
 
 
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("together", [1, 24_000_000])
-def test_filters_and_sums_that_leave_the_cache_are_the_same(
-    tile: Literal[2, 4], together: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case, bias = drawn(2, (208, 192), (13, 18)), torch.randn(192)
+def test_filters_and_sums_that_leave_the_cache_are_the_same(tile: Any, together: int, monkeypatch: Any) -> None:
     assert 4 * (tile + 2) ** 2 * 208 * 192 > max(winograd.SUMS_BYTES, winograd.FILTER_BYTES)
     monkeypatch.setattr(winograd, "PLANES_BYTES", together)  # 1 makes as many parts as possible
-    y, of_x, of_weight = expected(case)
-    with_bias = y + bias.double().view(-1, 1, 1)
-    assert_near(winograd.conv3x3(case.x, case.weight, bias, None, None, tile), with_bias, BOUNDS[tile])
-    assert_near(winograd.conv3x3(case.grad, case.weight, None, None, None, tile, transposed=True), of_x, BOUNDS[tile])
-    assert_near(winograd.weight_gradient(case.x, case.grad, tile), of_weight, BOUNDS[tile])
+    check(drawn(2, (208, 192), (13, 18)), tile, torch.randn(192))
 
 
 @pytest.mark.parametrize("widths", [(64, 64), (208, 192)])
@@ -123,18 +120,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         pytest.skip("training uses these kernels only on processors with AVX-512")
     seen: list[str] = []
 
-    def spied(name: str) -> Any:
+    for name in ("conv3x3", "weight_gradient"):
         function = getattr(winograd, name)
 
-        def call(*args: Any, **options: Any) -> Tensor:
+        def spy(*args: Any, function: Any = function, name: str = name, **options: Any) -> Any:
             seen.append(name)
-            result: Tensor = function(*args, **options)
-            return result
+            return function(*args, **options)
 
-        return call
-
-    for name in ("conv3x3", "weight_gradient"):
-        monkeypatch.setattr(winograd, name, spied(name))
+        monkeypatch.setattr(winograd, name, spy)
     return seen
 
 
@@ -147,10 +140,8 @@ def gradients(run: Any, x: Tensor, module: nn.Module, grad: Tensor) -> tuple[Ten
     y = run(x)
     y.backward(grad.to(y.dtype))
     assert x.grad is not None
-    return y.detach(), {
-        "x": x.grad,
-        **{name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None},
-    }
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return y.detach(), {"x": x.grad, **found}
 
 
 def assert_same(found: dict[str, Tensor], value: dict[str, Tensor], bound: float) -> None:
@@ -214,9 +205,7 @@ def test_a_binary_convolution_has_the_gradients_of_its_chain_of_modules(calls: l
     assert_same(found, chain, 2e-6)
 
 
-def test_a_network_has_the_same_gradients_with_and_without_winograd(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_has_the_same_gradients_with_and_without_winograd(calls: list[str], monkeypatch: Any) -> None:
     torch.manual_seed(0)
     net = binarize.convert(SRUNet(base_channels=32, channel_mults=(1, 2), res_blocks=1), "bidiffsr").train()
     x, condition = torch.rand(2, 2, 3, 16, 16)

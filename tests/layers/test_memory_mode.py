@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_case import SMALL
 from torch import Tensor, nn
 from training_case import TINY
 
@@ -45,14 +47,9 @@ def cases(draw: st.DrawFn) -> Case:
     kernel, stride = draw(st.sampled_from([1, 3])), draw(st.integers(1, 2))
     same = draw(st.booleans())
     out = groups * (channels if same else draw(st.integers(1, 20)))
-    method = Method(
-        activation=draw(st.sampled_from(["approx_sign", "ste", "identity_ste"])),
-        weight=draw(st.sampled_from(["scaled_sign", "sign"])),
-        pre=draw(st.sampled_from([None, "tar"])),
-        post=draw(st.sampled_from([None, "taa"])),
-        shortcut=draw(st.booleans()),
-        groups=4,
-    )
+    choices = {"activation": ["approx_sign", "ste", "identity_ste"], "weight": ["scaled_sign", "sign"]}
+    choices |= {"pre": [None, "tar"], "post": [None, "taa"], "shortcut": [False, True]}
+    method = Method(groups=4, **{name: draw(st.sampled_from(values)) for name, values in choices.items()})
     torch.manual_seed(draw(st.integers(0, 2**32)))
     conv = nn.Conv2d(groups * channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
     context = TimestepContext(T)
@@ -65,21 +62,22 @@ def cases(draw: st.DrawFn) -> Case:
         return Case(layer, context, x, torch.randn_like(layer(x)))
 
 
-def gradients(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a layer's output and the gradients of its input and its parameters."""
+def gradients(case: Case, forward: Any = "auto", backward: Any = "auto") -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a layer's output and the gradients of its input and its parameters, by backends."""
     layer, context, x, grad = case
     x = x.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
     layer.zero_grad()
-    with context.using(STEPS):
+    with context.using(STEPS), backends.use(forward):
         y = layer(x)
-    y.backward(grad.to(y.dtype))
+    with backends.use(backward):
+        y.backward(grad.to(y.dtype))
     assert x.grad is not None
     found = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     return y.detach(), {"x": x.grad, **found}
 
 
 def chained(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same through the modules one by one, which a layer with a listener on its activation runs."""
+    """The same through the modules one by one, which a layer with a hook on its activation runs."""
     handle = case.layer.activation.register_forward_hook(lambda *_: None)
     try:
         return gradients(case)
@@ -87,21 +85,23 @@ def chained(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
         handle.remove()
 
 
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-5, factor: float = 1) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        atol = factor * bound * float(value.abs().max())
+        torch.testing.assert_close(found[name], value, rtol=bound, atol=atol, msg=name)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @settings(max_examples=25)
 @given(case=cases())
-def test_exact_gradients_are_the_chains(
-    case: Case, backend: Literal["numba", "torch"], dtype: Any, bound: float
-) -> None:
+def test_exact_gradients_are_the_chains(case: Case, backend: str, dtype: torch.dtype, bound: float) -> None:
     case = case.to(dtype)
-    with backends.use(backend):
-        y, found = gradients(case)
+    y, found = gradients(case, backend, backend)
     expected_y, expected = chained(case)
     torch.testing.assert_close(y, expected_y, rtol=bound, atol=bound * float(expected_y.abs().max()))
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=bound, atol=8 * bound * float(value.abs().max()), msg=name)
+    assert_same(found, expected, bound, 8)
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
@@ -109,16 +109,14 @@ def test_exact_gradients_are_the_chains(
 @given(case=cases())
 def test_compact_memory_changes_the_inputs_gradient_alone_and_by_no_more_than_a_step(case: Case, backend: Any) -> None:
     layer = case.layer
-    with backends.use(backend):
-        layer.memory = "exact"
-        y, exact = gradients(case)
-        layer.memory = "compact"
-        other_y, compact = gradients(case)
+    layer.memory = "exact"
+    y, exact = gradients(case, backend, backend)
+    layer.memory = "compact"
+    other_y, compact = gradients(case, backend, backend)
     assert torch.equal(y, other_y)
     of_shift = {name for name in exact if name.startswith("pre.")}
-    for name in exact.keys() - {"x"} - of_shift:
-        size = float(exact[name].abs().max())
-        torch.testing.assert_close(compact[name], exact[name], rtol=1e-6, atol=1e-6 * size, msg=name)
+    others = exact.keys() - {"x"} - of_shift
+    assert_same({name: compact[name] for name in others}, {name: exact[name] for name in others}, 1e-6)
     # What reaches the sign: the gradient of x where the surrogate lets everything through, less the shortcut's.
     through: Tensor | float = 0.0
     if layer.shortcut is not None:
@@ -149,25 +147,18 @@ def kept(network: nn.Module, *arguments: Tensor) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def test_compact_memory_keeps_a_byte_for_four() -> None:
+def test_compact_memory_keeps_a_byte_for_four_and_gives_the_same_outputs() -> None:
     layer = BinaryConv2d(16, 16, 3, padding=1, method=Method(weight="scaled_sign", shortcut=True))
-    x = torch.randn(2, 16, 20, 20, requires_grad=True)
-    few = 1000  # scales
+    x, few = torch.randn(2, 16, 20, 20, requires_grad=True), 1000  # scales
     assert x.numel() * 4 <= kept(layer, x) < x.numel() * 4 + few
     layer.memory = "compact"
     assert x.numel() <= kept(layer, x) < x.numel() + few
-
-
-def test_a_compact_network_gives_the_same_outputs() -> None:
-    network = SRUNet(base_channels=16, channel_mults=(1, 2), res_blocks=1, norm_groups=4, num_train_timesteps=T)
-    binarize.convert(network, "bidiffsr")
+    network = binarize.convert(SRUNet(**SMALL, num_train_timesteps=T), "bidiffsr").eval()
     arguments = torch.randn(2, 3, 16, 16), torch.tensor([1, 50]), torch.rand(2, 3, 16, 16)
-    network.eval()
     exact = network(*arguments).sample, kept(network, *arguments)
     binarize.memory_mode(network, "compact")
-    compact = network(*arguments).sample, kept(network, *arguments)
-    assert torch.equal(exact[0], compact[0])
-    assert compact[1] < exact[1]
+    assert torch.equal(network(*arguments).sample, exact[0])
+    assert kept(network, *arguments) < exact[1]
 
 
 def test_unknown_modes_and_networks_without_binary_layers_are_refused() -> None:
@@ -178,15 +169,10 @@ def test_unknown_modes_and_networks_without_binary_layers_are_refused() -> None:
 
 
 def test_a_recipe_chooses_the_mode(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[str] = []
-
-    def watch(network: SRUNet, mode: Any) -> SRUNet:
-        chosen.append(mode)
-        return binarize.memory_mode(network, mode)
-
+    watch = Mock(wraps=binarize.memory_mode)
     monkeypatch.setattr("binarize.training.loop.memory_mode", watch)
     first = train(recipe("memory_mode=compact", "max_train_steps=2"), progress=False)
-    assert chosen == ["compact"]
+    assert [call.args[1] for call in watch.call_args_list] == ["compact"]
     # Not a part of what a run is: it may change on the way.
     again = recipe("max_train_steps=4", "resume_from_checkpoint=latest", f"output_dir={first.output_dir}")
     assert train(again, progress=False).steps == 4
@@ -201,38 +187,21 @@ def test_learned_fixed_scales_learn() -> None:
     case = Case(layer, TimestepContext(T), torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6))
     found, expected = gradients(case)[1], chained(case)[1]
     assert "weight_binarizer.scales" in found
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=name)
+    assert_same(found, expected)
 
 
 @settings(max_examples=15)
 @given(case=cases())
 def test_a_backward_without_the_kernels_of_the_forward_gives_the_same(case: Case) -> None:
-    expected = gradients(case)[1]
-    x = case.x.clone().contiguous(memory_format=torch.channels_last).requires_grad_()
-    case.layer.zero_grad()
-    with backends.use("numba"), case.context.using(STEPS):
-        y = case.layer(x)
-    with backends.use("torch"):
-        y.backward(case.grad)
-    assert x.grad is not None
-    found = {"x": x.grad, **{name: p.grad for name, p in case.layer.named_parameters() if p.grad is not None}}
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
+    assert_same(gradients(case, "numba", "torch")[1], gradients(case)[1])
 
 
 @settings(max_examples=25)
 @given(
-    groups=st.sampled_from([1, 2, 4]),
-    channels=st.integers(1, 6),
-    size=st.tuples(st.integers(1, 2), st.integers(1, 7), st.integers(2, 9)),
-    seed=st.integers(0, 2**32),
-)
-def test_norm_and_silu_as_one_node_have_the_gradients_of_torchs(
-    groups: int, channels: int, size: Any, seed: int
-) -> None:
+    st.sampled_from([1, 2, 4]), st.integers(1, 6), st.tuples(st.integers(1, 2), st.integers(1, 7), st.integers(2, 9)),
+    st.integers(0, 2**32),
+)  # fmt: skip
+def test_norm_and_silu_as_one_node_have_torchs_gradients(groups: int, channels: int, size: Any, seed: int) -> None:
     torch.manual_seed(seed)
     norm = nn.GroupNorm(groups, groups * channels)
     with torch.no_grad():

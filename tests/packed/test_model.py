@@ -17,6 +17,7 @@ import torch
 from hosts_zoo import HOSTS, ZooHost, output_of, unet2d_condition
 from packed_case import SMALL, inputs, network, scatter
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 import binarize
@@ -24,8 +25,8 @@ from binarize.conversion.export import binary_layers, packed_layers
 from binarize.errors import BinarizeError
 from binarize.kernels import backends
 from binarize.kernels.cpu import threads as cpu_threads
-from binarize.kernels.ops import norm_factors, norm_silu
-from binarize.layers import BinaryConv2d
+from binarize.kernels.ops import norm_silu
+from binarize.layers import BinaryConv2d, delayed
 from binarize.layers.parts import levels_of
 from binarize.models import SRUNet
 from binarize.packed import PackedConv2d
@@ -55,28 +56,13 @@ def signs_of(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def compare(model: SRUNet, size: int, draws: int) -> tuple[float, float]:
-    """Return the mean difference over the output's scale, and the share of signs that differ, over many inputs."""
-    packed = binarize.pack(copy.deepcopy(model))
-    difference = scale = flipped = counted = 0.0
-    with torch.no_grad():
-        for _ in range(draws):
-            given = inputs(size)
-            with signs_of(model) as plain:
-                expected = model(*given).sample
-            with signs_of(packed) as bits:
-                found = packed(*given).sample
-            difference += (found - expected).abs().mean().item()
-            scale += expected.abs().mean().item()
-            assert plain.keys() == bits.keys() == {name for name, _ in packed_layers(packed)}
-            flipped += sum(int((plain[name] != bits[name]).sum()) for name in plain)
-            counted += sum(signs.numel() for signs in plain.values())
-    return difference / scale, flipped / counted
+SIZES = [pytest.param(SMALL, id="small"), pytest.param({}, marks=pytest.mark.slow, id="released")]
 
 
-def exactly_equal(model: SRUNet, size: int) -> None:
-    model = model.double()
-    given = inputs(size, dtype=torch.float64)
+@pytest.mark.parametrize("options", [*SIZES, *({**SMALL, "resampling": name} for name in ("pixel", "conv"))])
+def test_a_network_computes_the_same(options: dict[str, Any]) -> None:
+    fusion = "wide" if options.get("resampling") == "conv" else "cs"
+    model, given = network(**options, fusion=fusion).double(), inputs(16, dtype=torch.float64)
     with torch.no_grad():
         expected = model(*given).sample
         found = binarize.pack(model)(*given).sample
@@ -85,31 +71,22 @@ def exactly_equal(model: SRUNet, size: int) -> None:
     assert (found - other).abs().mean() > 1e-3  # each sample has its own timestep
 
 
-# What is computed
-
-
-@pytest.mark.parametrize("resampling", ["cp", "pixel", "conv"])
-def test_a_small_network_computes_the_same(resampling: str) -> None:
-    fusion = "wide" if resampling == "conv" else "cs"
-    exactly_equal(network(**SMALL, resampling=resampling, fusion=fusion), 16)
-
-
-def test_a_small_network_in_float32_flips_hardly_a_sign() -> None:
-    difference, flipped = compare(network(**SMALL), 16, draws=20)
-    assert difference < 1e-4
-    assert flipped < 1e-6
-
-
-@pytest.mark.slow
-def test_the_released_network_computes_the_same() -> None:
-    exactly_equal(network(), 16)
-
-
-@pytest.mark.slow
-def test_the_released_network_in_float32_flips_hardly_a_sign() -> None:
-    difference, flipped = compare(network(), 16, draws=20)
-    assert difference < 1e-4
-    assert flipped < 1e-6
+@pytest.mark.parametrize("options", SIZES)
+def test_a_network_in_float32_flips_hardly_a_sign(options: dict[str, Any]) -> None:
+    model = network(**options)
+    packed = binarize.pack(copy.deepcopy(model))
+    difference = scale = flipped = counted = 0.0
+    for _ in range(20):
+        given = inputs(16)
+        with torch.no_grad(), signs_of(model) as plain, signs_of(packed) as bits:
+            expected, found = model(*given).sample, packed(*given).sample
+        difference += (found - expected).abs().mean().item()
+        scale += expected.abs().mean().item()
+        assert plain.keys() == bits.keys() == {name for name, _ in packed_layers(packed)}
+        flipped += sum(int((plain[name] != bits[name]).sum()) for name in plain)
+        counted += sum(signs.numel() for signs in plain.values())
+    assert difference < 1e-4 * scale
+    assert flipped < 1e-6 * counted
 
 
 def test_bfloat16_is_close_to_float32() -> None:
@@ -131,11 +108,10 @@ def test_bfloat16_is_close_to_float32() -> None:
 def test_other_hosts_are_packed_saved_and_loaded(name: str, tmp_path: Path) -> None:
     host: ZooHost = HOSTS[name]
     pytest.importorskip(host.library)
-    model = host.build()
     method = "bidiffsr" if host.timed else "reactnet"
-    model = scatter(binarize.convert(model, method, **host.options)).eval()
+    model = scatter(binarize.convert(host.build(), method, **host.options)).eval()
     given = host.inputs(3)
-    wide = as_double(given)
+    wide = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, given)
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
         expected = output_of(exact, wide)
@@ -148,13 +124,6 @@ def test_other_hosts_are_packed_saved_and_loaded(name: str, tmp_path: Path) -> N
         assert binarize.is_packed(loaded)
         assert torch.equal(output_of(loaded, given), packed)
         torch.testing.assert_close(output_of(binarize.unpack(loaded.double()), wide), expected, rtol=1e-5, atol=1e-5)
-
-
-def as_double(given: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def wide(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return tuple(wide(v) for v in given[0]), {k: wide(v) for k, v in given[1].items()}
 
 
 class Offset(nn.Module):
@@ -196,9 +165,6 @@ def test_a_diffusers_host_with_unsaved_buffers_is_saved_and_loaded(tmp_path: Pat
     assert torch.equal(output_of(loaded, given), output_of(model, given))
 
 
-# What it weighs
-
-
 def size_of(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
@@ -220,9 +186,6 @@ def test_the_released_network_is_small_in_memory_and_on_disk(tmp_path: Path) -> 
     assert size_of(tables) <= 3.1e6
 
 
-# Where it runs
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["export", "aot_eager", "inductor"])
 def test_export_and_compile_equal_eager(mode: str) -> None:
@@ -239,25 +202,6 @@ def test_export_and_compile_equal_eager(mode: str) -> None:
             expected = model(*arguments).sample
             torch.testing.assert_close(fast(*arguments).sample, expected, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(model(*given).sample, model(*moved).sample)
-
-
-def test_several_python_threads_get_what_one_gets() -> None:
-    layer = binarize.pack(network(**SMALL)).middle[0].conv1
-    norm = nn.GroupNorm(4, 32)
-    pictures = [torch.randn(2, 32, 12 + i, 20) for i in range(6)]
-
-    def run(x: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            factors = norm_factors(x, None, 4, norm.weight, norm.bias, norm.eps)
-            return [factors, norm_silu(x, factors), layer(x), layer(x, factors)]
-
-    with conversion_context(1300, layer):
-        alone = [run(x) for x in pictures]
-        with ThreadPoolExecutor(4) as pool:
-            for _ in range(10):
-                together = list(pool.map(run, pictures))
-                for found, expected in zip(together, alone, strict=True):
-                    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def conversion_context(timestep: int, layer: PackedConv2d) -> Any:
@@ -288,8 +232,8 @@ def test_it_runs_in_a_forked_worker_after_the_parent_ran_it_on_threads(threads: 
     given = inputs()
     with torch.no_grad():
         expected = model(*given).sample
-    loader = DataLoader(Predicted(model, given), batch_size=None, num_workers=2, multiprocessing_context="fork",
-                        timeout=30)  # fmt: skip
+    workers = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 30}
+    loader = DataLoader(Predicted(model, given), batch_size=None, **workers)
     for _ in range(2):
         found = list(loader)
         assert len(found) == 3
@@ -315,20 +259,16 @@ def test_the_thread_count_is_that_of_torch(runtime: str, threads: Any, monkeypat
 
     def through_openmp(worker: int, parameters: int, count: int, flags: int) -> None:
         used.append(count)
-        assert parallel is not None
-        parallel(worker, parameters, count, flags)
+        parallel(worker, parameters, count, flags)  # type: ignore[misc]
 
     def through_executor(count: int) -> ThreadPoolExecutor:
         used.append(count)
         return executor(count)
 
-    if runtime == "openmp":
-        if parallel is None:
-            pytest.skip("torch's runtime has no GOMP_parallel")
-        monkeypatch.setattr(cpu_threads, "openmp", lambda: through_openmp)
-    else:
-        monkeypatch.setattr(cpu_threads, "openmp", lambda: None)
-        monkeypatch.setattr(cpu_threads, "_executor", through_executor)
+    if runtime == "openmp" and parallel is None:
+        pytest.skip("torch's runtime has no GOMP_parallel")
+    monkeypatch.setattr(cpu_threads, "openmp", lambda: through_openmp if runtime == "openmp" else None)
+    monkeypatch.setattr(cpu_threads, "_executor", through_executor)
     outputs = []
     with torch.no_grad(), backends.use("numba"), conversion_context(3, layer):
         for count in (1, 2, 3):
@@ -341,7 +281,7 @@ def test_the_thread_count_is_that_of_torch(runtime: str, threads: Any, monkeypat
 
 FIRST_RUN = """
 import logging, sys, torch, binarize
-from binarize.layers import BinaryConv2d
+from binarize.layers import BinaryConv2d, delayed
 from binarize.packed import PackedConv2d
 from binarize.kernels import backends
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(name)s: %(message)s")
@@ -370,19 +310,13 @@ def test_compiled_kernels_are_kept_and_loading_them_is_logged(tmp_path: Path) ->
     assert seconds[1] < seconds[0] / 3
 
 
-# What cannot be packed
-
-
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
         (lambda: SRUNet(**SMALL), "is not converted"),
         (lambda: binarize.pack(network(**SMALL)), "is packed already"),
         (lambda: network({"name": "reactnet", "two_stage": 0.5}, **SMALL), "weights are still full precision"),
-        (
-            lambda: network({"name": "bbcu", "activation": {"name": "delayed", "part": "ste", "until": 0.5}}, **SMALL),
-            "activations are still full precision",
-        ),
+        (lambda: network({"name": "bbcu", "activation": delayed("ste", 0.5)}, **SMALL), "activations are still full"),
         (lambda: silent(network("bbcu", **SMALL)), "does not declare the two values"),
     ],
 )

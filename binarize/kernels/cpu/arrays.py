@@ -7,6 +7,7 @@ computed in float32. Sums over pixels are float32 over `CHUNK` pixels, and float
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _compiled_set(array: Any, i: Any, c: Any, value: Any) -> Any:
 def compiled(function: Any) -> Any:
     """Compile a loop ``f(start, stop, ...)``; its cached code is dropped when this file changes."""
     function.__qualname__ = f"{function.__name__}_{_DIGEST}"
-    return cached(lambda cache: njit(cache=cache, nogil=True, boundscheck=False, error_model="numpy")(function))
+    return cached(partial(njit, nogil=True, boundscheck=False, error_model="numpy"), function)
 
 
 def as_array(x: Tensor) -> Any:
@@ -104,9 +105,10 @@ def as_rows(rows: Tensor) -> Any:
     return rows.detach().to(torch.float32).contiguous().numpy()
 
 
-def pixels_per_row(x: Tensor, rows: int) -> int:
+def row_sizes(x: Tensor, rows: int) -> tuple[int, int]:
+    """Return the chunks of all pixels, and the pixels that share one of the rows."""
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return max(pixels // rows, 1)
+    return -(-pixels // CHUNK), max(pixels // rows, 1)
 
 
 def count_chunks(x: Tensor) -> int:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +44,23 @@ def workers() -> dict[str, int]:
 def _compiled() -> dict[str, int]:
     started = time.perf_counter()
     _log.info("Loading the CPU kernels; the first run on a machine compiles them, which takes some twenty seconds.")
-    # Numba's cache looks only at a function's own file, and would keep using code that an older version of another
-    # made.
+    # Numba's cache looks only at a function's own file, and would keep code that an older version of another made.
     contents = b"".join(Path(str(module.__file__)).read_bytes() for module in _SOURCES)
     digest = hashlib.sha256(contents).hexdigest()[:16]
     addresses = {}
     for name, function in _WORKERS.items():
         function.__qualname__ = f"{function.__name__}_{digest}"
-        worker = _compile(function)
-        _alive.append(worker)
-        addresses[name] = worker.address
+        _alive.append(cached(partial(cfunc, types.void(types.int64), nopython=True), function))
+        addresses[name] = _alive[-1].address
     _log.info("CPU kernels ready after %.1f s.", time.perf_counter() - started)
     return addresses
 
 
-def _compile(function: Any) -> Any:
-    return cached(lambda cache: cfunc(types.void(types.int64), nopython=True, cache=cache)(function))
-
-
-def cached(compile_with: Callable[[bool], Any]) -> Any:
-    """Return ``compile_with(cache)``, with numba's cache on disk where there is a folder for it."""
+def cached(decorator: Callable[..., Any], function: Any) -> Any:
+    """Return ``decorator(cache=True)(function)``, without numba's cache on disk where there is no folder for it."""
     try:
-        return compile_with(True)
+        return decorator(cache=True)(function)
     except RuntimeError as error:  # neither the package's folder nor the user's can be written
         if "cache" not in str(error):
             raise
-        return compile_with(False)
+        return decorator(cache=False)(function)

@@ -15,34 +15,20 @@ from binarize.kernels.checks import as_channels_last, check_inputs
 from binarize.kernels.cpu import threads
 from binarize.kernels.cpu.compile import workers
 from binarize.kernels.cpu.fields import Conv
-from binarize.kernels.cpu.parameters import (
-    STRIP_BYTES,
-    TASKS_PER_THREAD,
-    aligned,
-    as_floats,
-    set_image,
-    set_scratch,
-)
+from binarize.kernels.cpu.parameters import STRIP_BYTES, TASKS_PER_THREAD, aligned, as_floats, set_image, set_scratch
 
 COMPILED_SIZES = 8  # how many input sizes a layer keeps the parameters of
 
 
 def run(
-    x: Tensor,
-    conv: BinaryConv,
-    *,
-    timestep_group: Tensor | None = None,
-    input_norm: Tensor | None = None,
-    channel_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, conv: BinaryConv, timestep_group: Tensor | None = None, input_norm: Tensor | None = None,
+    channel_bias: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Apply a binary convolution; see `binarize.kernels.ops.binary_conv2d`."""
     # All that can be wrong with a call, or need other parameters.
     key = (
-        threads.count(), x.dtype, x.shape,
-        timestep_group is None or (timestep_group.shape, timestep_group.dtype),
-        input_norm is None or input_norm.shape,
-        channel_bias is None or channel_bias.shape,
+        threads.count(), x.dtype, x.shape, timestep_group is None or (timestep_group.shape, timestep_group.dtype),
+        input_norm is None or input_norm.shape, channel_bias is None or channel_bias.shape,
         residual is None or residual.shape,
     )  # fmt: skip
     compiled = conv.compiled.get(key)
@@ -65,35 +51,20 @@ class _Plan(NamedTuple):
 
 
 class CompiledConv:
-    """A binary convolution for inputs of one size and dtype: all parameters that its calls share.
-
-    Args:
-        conv: The convolution.
-        size: ``(B, C_in, H, W)`` of the inputs.
-        dtype: Of the inputs, float32 or bfloat16.
-        has_norm: Whether calls pass an ``input_norm``.
-    """
+    """A binary convolution for inputs of one ``size`` ``(B, C_in, H, W)`` and dtype: all that its calls share."""
 
     def __init__(self, conv: BinaryConv, size: tuple[int, ...], dtype: torch.dtype, has_norm: bool) -> None:
-        count = threads.count()
-        plan = _plan(
-            size[0], size[2], size[3], conv.shape, conv.geometry, conv.unsigned, dtype.itemsize, has_norm, count,
-            conv.low, conv.high, conv.shortcut,
-        )  # fmt: skip
+        count, limits = threads.count(), (conv.low, conv.high)
+        input_size = size[0], size[2], size[3], dtype.itemsize
+        plan = _plan(input_size, conv.shape, conv.geometry, conv.unsigned, has_norm, count, limits, conv.shortcut)
         self._plan, self._threads, self._worker = plan, min(count, plan.tasks), workers()["conv"]
-        self._size, self._dtype, self._lanes = (
-            (size[0], conv.shape.out_channels, plan.height, plan.width), dtype, conv.shape.lanes,
-        )  # fmt: skip
-        self._tensors = _dense_tensors(conv)
+        self._size = size[0], conv.shape.out_channels, plan.height, plan.width
+        self._dtype, self._lanes, self._tensors = dtype, conv.shape.lanes, _dense_tensors(conv)
 
     def __call__(
-        self,
-        x: Tensor,
-        timestep_group: Tensor | None,
-        input_norm: Tensor | None,
-        channel_bias: Tensor | None,
+        self, x: Tensor, timestep_group: Tensor | None, input_norm: Tensor | None, channel_bias: Tensor | None,
         residual: Tensor | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Apply the convolution."""
         batch = self._size[0]
         out = torch.empty(self._size, dtype=self._dtype, device="cpu", memory_format=torch.channels_last)
@@ -137,20 +108,10 @@ def _dense_tensors(conv: BinaryConv) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=512)
 def _plan(
-    batch: int,
-    height: int,
-    width: int,
-    shape: FilterShape,
-    geometry: Geometry,
-    unsigned: bool,
-    size: int,
-    has_norm: bool,
-    threads: int,
-    low: float,
-    high: float,
-    shortcut: Shortcut,
-) -> _Plan:
-    kh, kw = shape.kernel
+    input_size: tuple[int, int, int, int], shape: FilterShape, geometry: Geometry, unsigned: bool, has_norm: bool,
+    threads: int, limits: tuple[float, float], shortcut: Shortcut,
+) -> _Plan:  # fmt: skip
+    (batch, height, width, size), (kh, kw) = input_size, shape.kernel
     out_height, out_width = geometry.output(height, width, shape.kernel)
     left, right, top, _ = geometry.pad
     channels = shape.groups * shape.in_channels
@@ -179,7 +140,7 @@ def _plan(
         Conv.DILATION_H: geometry.dilation[0], Conv.DILATION_W: geometry.dilation[1],
         Conv.BORDERS: borders, Conv.INNER_FIRST: first, Conv.INNER_LAST: last, Conv.UNSIGNED: int(unsigned),
         Conv.SHORTCUT: int(shortcut != Shortcut.NONE), Conv.EARLY: int(shortcut == Shortcut.FIRST),
-        Conv.LIMITS: array("q", array("f", [low, high]).tobytes())[0],
+        Conv.LIMITS: array("q", array("f", limits).tobytes())[0],
     }  # fmt: skip
     p = array("q", bytes(8 * len(Conv)))
     for field, value in values.items():

@@ -10,20 +10,10 @@ import numpy as np
 from numba import njit, types
 
 from binarize.kernels.bitpack import WORD
+from binarize.kernels.cpu import simd
 from binarize.kernels.cpu.fields import Conv
 from binarize.kernels.cpu.popcount import BLOCKS, PIXELS
-from binarize.kernels.cpu.simd import (
-    LANES,
-    affine_silu,
-    fetch_add,
-    prefetch,
-    read_float32,
-    read_int32,
-    read_int64,
-    signs,
-    write_int32,
-    write_int64,
-)
+from binarize.kernels.cpu.simd import LANES, fetch_add, read_float32, read_int32, read_int64, write_int32, write_int64
 from binarize.kernels.cpu.tile import make_tile
 
 
@@ -53,7 +43,7 @@ def _tile_row(x, entries, shortcut, residual, out, blocks, pixels, bf16, togethe
         # Not beyond the row, which may be another worker's.
         soon = out + PIXELS_AHEAD * o_step if at + PIXELS_AHEAD + PIXELS <= pixels else out
         for _ in range(lines):
-            prefetch(ahead)
+            simd.prefetch(ahead)
             ahead += 64
         _tile(x, entries, shortcut, residual, out, soon, *blocks, count, *fixed, together, bf16)
         x, entries, out = x + PIXELS * x_step, entries + 8 * PIXELS, out + PIXELS * o_step
@@ -82,7 +72,7 @@ def activate_row(x, x_step, width, channels, factors, offsets, out, out_step, bf
     for _ in range(width):
         for c in range(0, channels, LANES):
             count = min(LANES, channels - c)
-            affine_silu(x + c * size, factors + 4 * c, offsets + 4 * c, out + c * size, count, bf16)
+            simd.affine_silu(x + c * size, factors + 4 * c, offsets + 4 * c, out + c * size, count, bf16)
         x += x_step
         out += out_step
 
@@ -95,7 +85,7 @@ def _sign_row(x, x_step, width, groups, channels, words, thresholds, out, bf16):
         for g in range(groups):
             start, limits = x + g * channels * size, thresholds + g * words * 128
             for c in range(0, channels, WORD):
-                write_int32(out, signs(start + c * size, limits + 4 * c, min(WORD, channels - c), bf16))
+                write_int32(out, simd.signs(start + c * size, limits + 4 * c, min(WORD, channels - c), bf16))
                 out += 4
         x += x_step
 

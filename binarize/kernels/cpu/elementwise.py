@@ -10,18 +10,8 @@ from torch import Tensor
 
 from binarize.kernels.binary_conv import BinaryConv, Geometry, OutputTransform, padding_correction
 from binarize.kernels.bitpack import FilterShape, from_bits
-from binarize.kernels.cpu import conv
-from binarize.kernels.cpu.arrays import (
-    CHUNK,
-    add_chunks,
-    as_array,
-    as_rows,
-    compiled,
-    count_chunks,
-    get,
-    pixels_per_row,
-    put,
-)
+from binarize.kernels.cpu import arrays, conv
+from binarize.kernels.cpu.arrays import CHUNK, as_array, as_rows, compiled, count_chunks, get, put, row_sizes
 from binarize.kernels.cpu.threads import run_loop
 from binarize.kernels.signs import SignZero
 
@@ -172,8 +162,7 @@ def signs(x: Tensor, shift: Tensor | None, zero: SignZero, dtype: torch.dtype) -
     shift = x.new_zeros(1, x.shape[1]) if shift is None else shift
     out = torch.empty_like(x, dtype=dtype)
     zero_sign = np.float32(1 if zero == "plus" else 0)
-    chunks = -(-x.numel() // x.shape[1] // CHUNK)
-    run_loop(_signs, chunks, pixels_per_row(x, shift.shape[0]), as_array(x), as_rows(shift), zero_sign, as_array(out))
+    run_loop(_signs, *row_sizes(x, len(shift)), as_array(x), as_rows(shift), zero_sign, as_array(out))
     return out
 
 
@@ -181,8 +170,7 @@ def encode(x: Tensor, shift: Tensor | None) -> Tensor:
     """See `binarize.kernels.training.encode`."""
     shift = x.new_zeros(1, x.shape[1]) if shift is None else shift
     out = torch.empty_like(x, dtype=torch.uint8)
-    chunks = -(-x.numel() // x.shape[1] // CHUNK)
-    run_loop(_encode, chunks, pixels_per_row(x, shift.shape[0]), as_array(x), as_rows(shift), as_array(out))
+    run_loop(_encode, *row_sizes(x, len(shift)), as_array(x), as_rows(shift), as_array(out))
     return out
 
 
@@ -195,9 +183,8 @@ def activate(dot: Tensor, scale: Tensor | None, rprelu: Any, shortcut: Tensor | 
     out = torch.empty_like(dot, dtype=dtype)
     rows, factors = as_rows(torch.stack(list(rprelu))), _scale(scale, dot.shape[1])
     added = as_array(out if shortcut is None else shortcut)
-    chunks = -(-dot.numel() // dot.shape[1] // CHUNK)
-    per_row = pixels_per_row(dot, rows.shape[1])
-    run_loop(_activate, chunks, per_row, as_array(dot), factors, rows, added, shortcut is not None, as_array(out))
+    inputs = as_array(dot), factors, rows, added, shortcut is not None
+    run_loop(_activate, *row_sizes(dot, rows.shape[1]), *inputs, as_array(out))
     return out
 
 
@@ -208,11 +195,9 @@ def activate_backward(
     out = torch.empty_like(grad, dtype=dtype)
     rows, factors = as_rows(torch.stack(list(rprelu))), _scale(scale, dot.shape[1])
     sums = np.zeros((3, count_chunks(dot), dot.shape[1]), np.float32)
-    sizes = dot.shape[2] * dot.shape[3], pixels_per_row(dot, rows.shape[1])
-    run_loop(
-        _activate_backward, count_chunks(dot), *sizes, as_array(grad), as_array(dot), factors, rows, as_array(out), sums
-    )
-    of_in, of_slope, of_out = add_chunks(sums, dot, rows.shape[1])
+    sizes = count_chunks(dot), dot.shape[2] * dot.shape[3], row_sizes(dot, rows.shape[1])[1]
+    run_loop(_activate_backward, *sizes, as_array(grad), as_array(dot), factors, rows, as_array(out), sums)
+    of_in, of_slope, of_out = arrays.add_chunks(sums, dot, rows.shape[1])
     return out, of_in, of_slope, of_out
 
 
@@ -223,21 +208,11 @@ def sign_backward(
     out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
     rows = torch.zeros(1, x.shape[1], dtype=torch.float32) if shift is None else shift
     sums = np.zeros((count_chunks(x), x.shape[1]), np.float32)
-    run_loop(
-        _sign_backward,
-        count_chunks(x),
-        x.shape[2] * x.shape[3],
-        pixels_per_row(x, rows.shape[0]),
-        as_array(grad),
-        as_array(x),
-        as_rows(rows),
-        as_array(out if through is None else through),
-        through is not None,
-        _SURROGATES[surrogate],
-        as_array(out),
-        sums,
-    )
-    return out, None if shift is None else add_chunks(sums, x, rows.shape[0])
+    added, kind = as_array(out if through is None else through), _SURROGATES[surrogate]
+    sizes = count_chunks(x), x.shape[2] * x.shape[3], row_sizes(x, len(rows))[1]
+    inputs = as_array(grad), as_array(x), as_rows(rows), added, through is not None, kind
+    run_loop(_sign_backward, *sizes, *inputs, as_array(out), sums)
+    return out, None if shift is None else arrays.add_chunks(sums, x, rows.shape[0])
 
 
 def _filters(weight: Tensor) -> Any:
@@ -271,20 +246,14 @@ def binary_conv(
 ) -> Tensor:
     """Return ``transform(conv(sign(x + shift), sign(weight)))`` in x's dtype, computed by counting bits.
 
-    Args:
-        x: ``(B, C_in, H, W)``.
-        weight: From `pack`.
-        shift: Rows ``(R, C_in)``, R being 1 or B, or None.
-        geometry: Of the convolution.
-        transform: Follows the dot products, with rows in place of timestep groups; None for nothing.
+    ``shift`` is ``(1 or B, C_in)`` or None. The transform's rows stand in place of timestep groups.
     """
     thresholds = torch.zeros(1, x.shape[1], dtype=torch.float32) if shift is None else -shift.detach().float()
     transform = OutputTransform() if transform is None else transform
-    layer = BinaryConv.lay_out(
-        weight.filters, weight.shape, geometry, thresholds, transform, correction=weight.correction
-    )
+    filters, correction, shape = weight
+    layer = BinaryConv.lay_out(filters, shape, geometry, thresholds, transform, correction=correction)
     rows = len(layer.thresholds)
-    return conv.run(x, layer, timestep_group=torch.arange(rows) if rows > 1 else None)
+    return conv.run(x, layer, torch.arange(rows) if rows > 1 else None)
 
 
 def scaled_codes(weight: Tensor, scale: Tensor | None) -> Tensor:

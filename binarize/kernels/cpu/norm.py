@@ -52,8 +52,7 @@ def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     outs = [torch.empty(size, dtype=hidden.dtype, memory_format=torch.channels_last) for _ in range(2)]
     p = np.zeros(len(Shuffle), np.int64)
     p[Shuffle.COUNT], p[Shuffle.BF16] = batch * height, int(hidden.dtype == torch.bfloat16)
-    p[Shuffle.HEIGHT], p[Shuffle.WIDTH] = height, width
-    p[Shuffle.HIDDEN_CHANNELS], p[Shuffle.SKIP_CHANNELS] = hidden.shape[1], skip.shape[1]
+    p[Shuffle.HEIGHT : Shuffle.HIDDEN] = height, width, hidden.shape[1], skip.shape[1]
     set_image(p, Shuffle.HIDDEN, hidden)
     set_image(p, Shuffle.SKIP, skip)
     p[Shuffle.FIRST], p[Shuffle.SECOND] = (out.data_ptr() for out in outs)

@@ -13,7 +13,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from binarize.kernels.cpu.arrays import CHUNK, as_array, as_float, compiled, count_chunks, get, put
+from binarize.kernels.cpu.arrays import CHUNK, as_array, as_float, compiled, count_chunks, get, put, row_sizes
 from binarize.kernels.cpu.threads import run_loop
 
 
@@ -141,16 +141,12 @@ class Moments(NamedTuple):
     rstd: Tensor
 
 
-def _pixels(x: Tensor) -> int:
-    return x.shape[2] * x.shape[3]
-
-
 def moments(x: Tensor, groups: int, eps: float) -> Moments:
     """Return mean and 1 / standard deviation of each sample's groups."""
     b, channels = x.shape[:2]
     sums = np.zeros((2, count_chunks(x), channels), np.float32)
-    run_loop(_moments, count_chunks(x), _pixels(x), as_array(x), sums)
-    total, squares = torch.from_numpy(sums).view(2, b, -1, channels).sum(2, dtype=torch.float64) / _pixels(x)
+    run_loop(_moments, count_chunks(x), x.shape[2:].numel(), as_array(x), sums)
+    total, squares = torch.from_numpy(sums).view(2, b, -1, channels).sum(2, dtype=torch.float64) / x.shape[2:].numel()
     mean = total + x[:, :, 0, 0].double()
     spread = squares - total.square()
     of_group = mean.view(b, groups, -1).mean(2, keepdim=True)
@@ -168,8 +164,8 @@ def _factors(moments: Moments, weight: Tensor, bias: Tensor) -> Any:
 def norm_silu(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, dropout: Dropout) -> Tensor:
     """Return dropout(silu(norm(x))) in x's dtype."""
     out = torch.empty_like(x)
-    chunks = -(-x.numel() // x.shape[1] // CHUNK)
-    run_loop(_norm_silu, chunks, _pixels(x), as_array(x), _factors(moments, weight, bias), *dropout, as_array(out))
+    sizes = row_sizes(x, x.shape[0])
+    run_loop(_norm_silu, *sizes, as_array(x), _factors(moments, weight, bias), *dropout, as_array(out))
     return out
 
 
@@ -182,16 +178,13 @@ def norm_silu_backward(
     sums = np.zeros((2, count_chunks(x), channels), np.float32)
     whiten = torch.stack([moments.rstd, moments.mean]).float().numpy()
     sources = as_array(grad), as_array(x), _factors(moments, weight, bias), whiten
-    run_loop(_norm_silu_inner, count_chunks(x), _pixels(x), *sources, *dropout, as_array(out), sums)
+    run_loop(_norm_silu_inner, count_chunks(x), x.shape[2:].numel(), *sources, *dropout, as_array(out), sums)
     of_bias, of_weight = torch.from_numpy(sums).view(2, b, -1, channels).sum(2, dtype=torch.float64)
     scaled = torch.stack([of_bias, of_weight]) * weight.detach().double()
-    first, second = scaled.view(2, b, groups, -1).mean(3, keepdim=True).expand(
-        -1, -1, -1, channels // groups
-    ) / _pixels(x)
-    first, second = first.reshape(b, channels), second.reshape(b, channels)
+    means = scaled.view(2, b, groups, -1).mean(3, keepdim=True) / x.shape[2:].numel()
+    first, second = means.expand(-1, -1, -1, channels // groups).reshape(2, b, channels)
     of_x = -moments.rstd.square() * second
     constant = -moments.rstd * first - of_x * moments.mean
     terms = torch.stack([moments.rstd * weight.detach().double(), of_x, constant]).float().numpy()
-    chunks = -(-x.numel() // channels // CHUNK)
-    run_loop(_norm_outer, chunks, _pixels(x), as_array(x), terms, as_array(out))
+    run_loop(_norm_outer, *row_sizes(x, b), as_array(x), terms, as_array(out))
     return out, of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)

@@ -6,17 +6,10 @@ import numpy as np
 from numba import njit, types
 
 from binarize.kernels.bitpack import WORD
+from binarize.kernels.cpu import simd
 from binarize.kernels.cpu.conv_worker import activate_row, field
 from binarize.kernels.cpu.fields import Norm, Shuffle
-from binarize.kernels.cpu.simd import (
-    LANES,
-    add_moments,
-    deinterleave,
-    fetch_add,
-    read_float32,
-    read_float64,
-    write_float32,
-)
+from binarize.kernels.cpu.simd import LANES, fetch_add, read_float32, write_float32
 
 
 @njit
@@ -24,7 +17,7 @@ def _moments_row(x, step, width, channels, sums, squares, bf16):  # type: ignore
     size = 4 - 2 * bf16
     for c in range(0, channels, LANES):
         count = min(LANES, channels - c)
-        add_moments(x + c * size, step, width, sums + 4 * c, squares + 4 * c, count, bf16)
+        simd.add_moments(x + c * size, step, width, sums + 4 * c, squares + 4 * c, count, bf16)
 
 
 def moments_worker(p):  # type: ignore[no-untyped-def]
@@ -65,7 +58,7 @@ def factors_worker(p):  # type: ignore[no-untyped-def]
                 mean += total / pixels + shift
                 square += squares / pixels + 2 * shift * total / pixels + shift * shift
             mean, square = mean / width, square / width
-            scale = 1.0 / np.sqrt(max(square - mean * mean, 0.0) + read_float64(eps))
+            scale = 1.0 / np.sqrt(max(square - mean * mean, 0.0) + simd.read_float64(eps))
             for c in range(g * width, (g + 1) * width):
                 factor = scale * types.float64(read_float32(weight + 4 * c)) if weight != 0 else scale
                 offset = -mean * factor
@@ -99,7 +92,7 @@ def silu_worker(p):  # type: ignore[no-untyped-def]
 def _deal_pixel(x, channels, evens, odds, bf16):  # type: ignore[no-untyped-def]
     size = 4 - 2 * bf16
     for c in range(0, channels, WORD):
-        deinterleave(x + c * size, evens + c // 2 * size, odds + c // 2 * size, bf16)
+        simd.deinterleave(x + c * size, evens + c // 2 * size, odds + c // 2 * size, bf16)
 
 
 def shuffle_worker(p):  # type: ignore[no-untyped-def]

@@ -12,19 +12,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from binarize.kernels.cpu.simd import (
-    I32,
-    I64,
-    INTS,
-    LANES,
-    call,
-    constant,
-    cpu_features,
-    load,
-    meet,
-    splat,
-    when,
-)
+from binarize.kernels.cpu.simd import I32, I64, INTS, LANES, call, constant, cpu_features, load, meet, splat, when
 
 # Counts are of bytes where no instruction counts 32-bit lanes.
 BYTEWISE = "+avx512vpopcntdq" not in cpu_features()
@@ -36,6 +24,7 @@ PIXELS, BLOCKS = (4, 1) if BYTEWISE else (4, 4)
 _I8 = ir.IntType(8)
 _SHORTS, _BYTES = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(_I8, 4 * LANES)
 Values = list[ir.Value]
+Body = Callable[[ir.Value, Values], Values]  # of a loop: index and values to new values
 _LOW_NIBBLES = 0x0F0F0F0F
 
 
@@ -103,19 +92,12 @@ def _added(b: ir.IRBuilder, first: Values, second: Values) -> Values:
 
 
 class Words(NamedTuple):
-    """The words of a tile: addresses of its pixels and blocks of filters, and offsets of a pixel's words.
+    """The words of a tile: addresses of its pixels and blocks of filters, and offsets of a pixel's words."""
 
-    Attributes:
-        pixels: Addresses.
-        offsets: Address of an int32 for each word of a pixel: where it is, in bytes from the pixel.
-        blocks: Addresses; a block's words, of 16 output channels, are 64 bytes apart.
-        count: Words of a pixel.
-    """
-
-    pixels: Values
-    offsets: ir.Value
-    blocks: Values
-    count: ir.Value
+    pixels: Values  # addresses
+    offsets: ir.Value  # address of an int32 for each word of a pixel: where it is, in bytes from the pixel
+    blocks: Values  # addresses; a block's words, of 16 output channels, are 64 bytes apart
+    count: ir.Value  # words of a pixel
 
     def pairs(self, b: ir.IRBuilder, j: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
         """Return word j of each pixel with that of each block."""
@@ -129,14 +111,7 @@ class Words(NamedTuple):
         return [b.xor(word, f) for word, f in self.pairs(b, j)]
 
 
-def _loop(
-    b: ir.IRBuilder,
-    start: ir.Value,
-    stop: ir.Value,
-    kept: Values,
-    step: int,
-    body: Callable[[ir.Value, Values], Values],
-) -> Values:
+def _loop(b: ir.IRBuilder, start: ir.Value, stop: ir.Value, kept: Values, step: int, body: Body) -> Values:
     """Run ``kept = body(j, kept)`` for j from start to below stop, by step."""
     before, inside, done = b.block, b.append_basic_block("body"), b.append_basic_block("done")
     b.cbranch(b.icmp_signed("<", start, stop), inside, done)
@@ -176,10 +151,7 @@ def _count_all(b: ir.IRBuilder, words: Words) -> Values:
 class _CarrySave:
     """Counts seven words or more: the first seven bit by bit, then eight at a time, then four, two and one.
 
-    Args:
-        b: The builder.
-        words: What to count.
-        unsigned: Whether a differing bit takes 1 from a total, not 2.
+    With ``unsigned`` a differing bit takes 1 from a total, not 2.
     """
 
     def __init__(self, b: ir.IRBuilder, words: Words, unsigned: ir.Value) -> None:
@@ -219,7 +191,7 @@ class _CarrySave:
         flat = [value for bits in kept for value in bits]
         return [*flat, *_added(self.b, held[3 * self.n :], [_count_bytes(self.b, c) for c in carried])]
 
-    def add_eights(self, whole: ir.Value) -> Callable[[ir.Value, Values], Values]:
+    def add_eights(self, whole: ir.Value) -> Body:
         """Return what adds up to 31 times eight words, to the totals in the end."""
 
         def body(j: ir.Value, held: Values) -> Values:
@@ -264,11 +236,8 @@ class _CarrySave:
 def dots(b: ir.IRBuilder, words: Words, base: Callable[[], Values], unsigned: ir.Value) -> Values:
     """Return dot products, int32, of each pixel with each block, pixel by pixel.
 
-    Args:
-        b: The builder.
-        words: What to multiply.
-        base: Loads the dot products of no differing bits, when they are needed.
-        unsigned: Whether activations are {0, 1}, so that a differing bit takes 1 from a dot product, not 2.
+    ``base`` loads the dot products of no differing bits, when they are needed. ``unsigned`` is set for {0, 1}
+    activations, where a differing bit takes 1 from a dot product, not 2.
     """
 
     def plainly() -> Values:

@@ -165,14 +165,9 @@ def chain(b: ir.IRBuilder, start: ir.Value, step: ir.Value, count: int) -> list[
 
 
 def close_loop(
-    b: ir.IRBuilder,
-    loop: ir.Block,
-    done: ir.Block,
-    entry: ir.Block,
-    count: ir.Value,
-    index: ir.Value,
+    b: ir.IRBuilder, loop: ir.Block, done: ir.Block, entry: ir.Block, count: ir.Value, index: ir.Value,
     carried: tuple[list[ir.Value], list[ir.Value], list[ir.Value]],
-) -> None:
+) -> None:  # fmt: skip
     """End a loop of one block for ``index`` from 0 to ``count`` (at least 1), and continue in ``done``.
 
     ``carried`` has the phi nodes of what the loop carries, their values before it, and their new values.

@@ -68,11 +68,8 @@ def has_amx() -> bool:
 def run(worker: int, parameters: int, tasks: int, threads: int | None = None) -> None:
     """Call a compiled worker ``void(parameters)`` on several threads and wait for all of them.
 
-    Args:
-        worker: Address of the function; it takes tasks until none is left.
-        parameters: Address of its parameters.
-        tasks: How many tasks there are.
-        threads: Upper limit; None for `count`.
+    ``worker`` and ``parameters`` are addresses. The worker takes tasks until none is left. ``threads`` is an upper
+    limit; None stands for `count`.
     """
     if tasks == 0:
         return
@@ -89,13 +86,7 @@ def run(worker: int, parameters: int, tasks: int, threads: int | None = None) ->
 
 
 def run_loop(loop: Callable[..., None], chunks: int, *args: Any) -> None:
-    """Call ``loop(start, stop, *args)`` so that the ranges cover ``chunks``, on up to `count` threads.
-
-    Args:
-        loop: A function compiled with ``nogil=True``.
-        chunks: How many pieces of work there are.
-        *args: Passed on.
-    """
+    """Call ``loop(start, stop, *args)``, compiled with ``nogil=True``, so that the ranges cover ``chunks``."""
     parallel, threads = openmp(), min(count(), chunks)
     if threads <= 1 or parallel is None:
         loop(0, chunks, *args)

@@ -9,23 +9,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from binarize.kernels.cpu import simd
 from binarize.kernels.cpu.popcount import BLOCKS, Values, Words, dots
-from binarize.kernels.cpu.simd import (
-    FLOATS,
-    I64,
-    INTS,
-    LANES,
-    by_dtype,
-    chain,
-    constant,
-    lanes_below,
-    load,
-    load_pixels,
-    prefetch_line,
-    splat,
-    store_pixels,
-    when,
-)
+from binarize.kernels.cpu.simd import FLOATS, I64, INTS, LANES, chain, load, splat, when
 
 _ARGUMENTS = (
     "x", "entries", "shortcut", "residual", "out", "ahead", "w", "bases", "table", "channel_bias", "count",
@@ -37,22 +23,17 @@ def make_tile(pixels: int) -> Any:
     """Return a function that computes a tile: ``pixels`` x ``blocks`` x 16 outputs and all that follows their products.
 
     The output is the dot product (`dots`) times the scale, affine, shift, PReLU, shift, clamp, plus the shortcut
-    (before the activation if ``early``), plus ``channel_bias`` and ``residual``. Arguments, addresses and steps in
-    bytes:
+    (before the activation if ``early``), plus ``channel_bias`` and ``residual``. Flags are 0 or 1, and ``plain`` leaves
+    out affine and clamp. The other arguments, addresses and steps in bytes, are:
 
     - x, entries, shortcut, residual, out: of the first pixel: its words; an int64, the distance from ``bases`` to its
-      dot product of no differing bits; what is added (0 for nothing); its outputs.
-    - ahead: where outputs are written soon, to prefetch.
+      dot product of no differing bits; what is added (0 for nothing); its outputs, which are prefetched from ``ahead``.
     - w, bases, table, channel_bias: of the first block: its filters; its dot products of no differing bits; 16 floats
       each of scale, factor, offset, shift in, slope and shift out; what is added to every pixel, or 0. Blocks follow.
     - count: channels of the last block; fewer than 16 only if there is one block.
     - offsets, k, w_step: `Words.offsets` and ``count``, and the step between blocks of filters.
     - x_step, s_step, r_step, o_step: between pixels of words, shortcut, residual and output.
-    - unsigned: 1 for {0, 1} activations.
-    - plain, low, high: 1 to leave out affine and clamp; the clamp.
-    - early: 1 for a shortcut before the activation.
     - blocks: how many blocks of 16 channels, at most `BLOCKS`, or one for a tile of a single pixel.
-    - bf16: 1 for bfloat16 images, 0 for float32.
     """
 
     @intrinsic
@@ -79,7 +60,7 @@ def make_tile(pixels: int) -> Any:
                     b.branch(done)
                 b.position_at_end(done)
 
-            by_dtype(b, bf16, build)
+            simd.by_dtype(b, bf16, build)
             return context.get_dummy_value()
 
         kinds = [types.float32 if name in ("low", "high") else types.int64 for name in _ARGUMENTS]
@@ -95,7 +76,7 @@ class _Tile:
         self, b: ir.IRBuilder, given: dict[str, ir.Value], pixels: int, blocks: int, bf16: bool, partial: bool
     ) -> None:
         self.b, self.given, self.pixels, self.blocks, self.bf16 = b, given, pixels, blocks, bf16
-        self.mask = lanes_below(b, given["count"]) if partial else None
+        self.mask = simd.lanes_below(b, given["count"]) if partial else None
         self.size = 2 if bf16 else 4
 
     def is_set(self, name: str) -> ir.Value:
@@ -119,7 +100,7 @@ class _Tile:
         b = self.b
         for address in self.along("ahead", "o_step"):
             for line in range(0, self.blocks * LANES * self.size, 64):
-                prefetch_line(b, b.add(address, I64(line)), write=True)
+                simd.prefetch_line(b, b.add(address, I64(line)), write=True)
 
     def bases(self) -> Values:
         """Load the dot products of no differing bits, pixel by pixel and block by block."""
@@ -151,22 +132,21 @@ class _Tile:
         def plus_pixels(name: str, step: str) -> Callable[[Values], Values]:
             def add(values: Values) -> Values:
                 addresses = all_with(b.add, self.along(name, step), I64(LANES * r * self.size))
-                more = [load_pixels(b, address, bf16, mask) for address in addresses]
+                more = [simd.load_pixels(b, address, bf16, mask) for address in addresses]
                 return [b.fadd(value, m) for value, m in zip(values, more, strict=True)]
 
             return add
 
         def plus_channel_bias(values: Values) -> Values:
-            return all_with(
-                b.fadd, values, load_pixels(b, b.add(given["channel_bias"], I64(4 * LANES * r)), False, mask)
-            )
+            bias = simd.load_pixels(b, b.add(given["channel_bias"], I64(4 * LANES * r)), False, mask)
+            return all_with(b.fadd, values, bias)
 
         more_to_do, is_early, has_shortcut = b.not_(self.is_set("plain")), self.is_set("early"), self.is_set("shortcut")
         values = all_with(b.fmul, [b.sitofp(value, FLOATS) for value in dot], column(0))
         values = when(b, more_to_do, values, affine)
         values = when(b, b.and_(has_shortcut, is_early), values, plus_pixels("shortcut", "s_step"))
         values = all_with(b.fadd, values, column(3))
-        positive = [b.fcmp_ordered(">", value, constant(0.0, FLOATS)) for value in values]
+        positive = [b.fcmp_ordered(">", value, simd.constant(0.0, FLOATS)) for value in values]
         sloped = all_with(b.fmul, values, column(4))
         values = [b.select(*choice) for choice in zip(positive, values, sloped, strict=True)]
         values = all_with(b.fadd, values, column(5))
@@ -175,4 +155,4 @@ class _Tile:
         values = when(b, self.is_set("channel_bias"), values, plus_channel_bias)
         values = when(b, self.is_set("residual"), values, plus_pixels("residual", "r_step"))
         for value, address in zip(values, self.along("out", "o_step"), strict=True):
-            store_pixels(b, value, b.add(address, I64(LANES * r * self.size)), bf16, mask)
+            simd.store_pixels(b, value, b.add(address, I64(LANES * r * self.size)), bf16, mask)

@@ -52,14 +52,9 @@ def tile_size(x: Tensor, low_precision: bool) -> Literal[2, 4]:
 
 
 def conv3x3(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_norm: Tensor | None,
-    residual: Tensor | None,
-    tile: Literal[2, 4] = 4,
-    transposed: bool = False,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, input_norm: Tensor | None, residual: Tensor | None,
+    tile: Literal[2, 4] = 4, transposed: bool = False,
+) -> Tensor:  # fmt: skip
     """Return a 3x3 convolution with padding 1, widths being multiples of 16; see `binarize.kernels.ops.conv3x3`.
 
     Tiles of 2 x 2 outputs (float32 only) round no more than a direct convolution does; tiles of 4 x 4 are faster.
@@ -121,19 +116,11 @@ def conv3x3(
 
 
 def weight_gradient(x: Tensor, grad: Tensor, tile: Literal[2, 4]) -> Tensor:
-    """Return the gradient of a 3x3 convolution's weights (padding 1).
+    """Return the gradient of a 3x3 convolution's weights (padding 1), ``(C_out, C_in, 3, 3)``.
 
     The forward's transforms are linear. The input goes through the input transform and the output's gradient through
     the transposed output transform; their products for each of the n^2 values, summed over tiles, go through the
-    transposed filter transform.
-
-    Args:
-        x: The convolution's input, ``(B, C_in, H, W)`` float32, C_in a multiple of 16.
-        grad: Gradient of its output, ``(B, C_out, H, W)`` float32, C_out a multiple of 16.
-        tile: m of m x m outputs.
-
-    Returns:
-        ``(C_out, C_in, 3, 3)`` float32.
+    transposed filter transform. All tensors are float32, and both widths multiples of 16.
     """
     x, grad = as_channels_last(x), as_channels_last(grad)
     p, tiles = _tiles(x, tile)

@@ -9,25 +9,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from binarize.kernels.cpu.simd import (
-    F32,
-    FLOATS,
-    I32,
-    I64,
-    LANES,
-    by_dtype,
-    chain,
-    close_loop,
-    constant,
-    fma,
-    load,
-    load_pixels,
-    pointer,
-    splat,
-    store,
-    store_pixels,
-    when,
-)
+from binarize.kernels.cpu import simd
+from binarize.kernels.cpu.simd import F32, FLOATS, I32, I64, LANES, chain, fma, load, store, when
 
 Matrix = tuple[tuple[float, ...], ...]
 ROWS, MOST_BLOCKS = 4, 4  # register blocking of the products
@@ -72,10 +55,10 @@ def matmul(context, x, x_step, w, w_step, k, out, out_step, blocks):  # type: ig
             filters = [load(b, b.add(a, b.shl(j, I64(6))), FLOATS) for a in columns]
             new = []
             for p, address in enumerate(rows):
-                value = splat(b, load(b, b.add(address, b.shl(j, I64(2))), F32))
+                value = simd.splat(b, load(b, b.add(address, b.shl(j, I64(2))), F32))
                 new += [fma(b, value, f, sums[p * n + r]) for r, f in enumerate(filters)]
             zeros = [ir.Constant(FLOATS, None)] * len(sums)
-            close_loop(b, loop, done, entry, count, j, (sums, zeros, new))
+            simd.close_loop(b, loop, done, entry, count, j, (sums, zeros, new))
             for p, target in enumerate(chain(b, out, out_step, ROWS)):
                 for r in range(n):
                     store(b, new[p * n + r], b.add(target, I64(64 * r)))
@@ -107,9 +90,9 @@ def add_outer(context, x, x_step, w, w_step, k, out, out_step, blocks):  # type:
             lines = [load(b, b.add(there, I64(64 * r)), FLOATS) for r in range(n)]
             new = []
             for p in range(ROWS):
-                value = splat(b, load(b, b.add(here, I64(4 * p)), F32))
+                value = simd.splat(b, load(b, b.add(here, I64(4 * p)), F32))
                 new += [fma(b, value, line, sums[p * n + r]) for r, line in enumerate(lines)]
-            close_loop(b, loop, done, entry, count, j, (sums, before, new))
+            simd.close_loop(b, loop, done, entry, count, j, (sums, before, new))
             for value, target in zip(new, targets, strict=True):
                 store(b, value, target)
 
@@ -126,11 +109,11 @@ def _combine(b: ir.IRBuilder, values: list[ir.Value], factors: tuple[float, ...]
         if factor == 0:
             continue
         if total is None:
-            total = value if factor == 1 else b.fmul(value, constant(float(factor), FLOATS))
+            total = value if factor == 1 else b.fmul(value, simd.constant(float(factor), FLOATS))
         elif factor in (1, -1):
             total = b.fadd(total, value) if factor == 1 else b.fsub(total, value)
         else:
-            total = fma(b, value, constant(float(factor), FLOATS), total)
+            total = fma(b, value, simd.constant(float(factor), FLOATS), total)
     return total
 
 
@@ -157,24 +140,16 @@ WINOGRAD = {
     ),
     4: Winograd(
         (
-            (4, 0, -5, 0, 1, 0),
-            (0, -4, -4, 1, 1, 0),
-            (0, 4, -4, -1, 1, 0),
-            (0, -2, -1, 2, 1, 0),
-            (0, 2, -1, -2, 1, 0),
-            (0, 4, 0, -5, 0, 1),
+            (4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
+            (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1),
         ),
         (
-            (1 / 4, 0, 0),
-            (-1 / 6, -1 / 6, -1 / 6),
-            (-1 / 6, 1 / 6, -1 / 6),
-            (1 / 24, 1 / 12, 1 / 6),
-            (1 / 24, -1 / 12, 1 / 6),
-            (0, 0, 1),
+            (1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
+            (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1),
         ),
         ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
     ),
-}
+}  # fmt: skip
 
 
 def transposed(matrix: Matrix) -> Matrix:
@@ -183,7 +158,7 @@ def transposed(matrix: Matrix) -> Matrix:
 
 def _by_size(b: ir.IRBuilder, m: ir.Value, build: Callable[[Winograd], None]) -> None:
     """Append the code for both tile sizes and run the one for m x m outputs."""
-    by_dtype(b, b.and_(m, I64(4)), lambda four: build(WINOGRAD[4 if four else 2]))
+    simd.by_dtype(b, b.and_(m, I64(4)), lambda four: build(WINOGRAD[4 if four else 2]))
 
 
 def _flat(grid: list[list[ir.Value]]) -> list[ir.Value]:
@@ -204,13 +179,13 @@ def make_patch_transform(choose: Callable[[Winograd], Matrix]) -> Any:
 
             def apply(matrix: Matrix, half_precision: bool) -> None:
                 side = len(matrix[0])
-                places = [b.load(pointer(b, b.add(addresses, I64(8 * i)), I64)) for i in range(side * side)]
-                pixels = [load_pixels(b, b.add(place, channel), half_precision, None) for place in places]
+                places = [b.load(simd.pointer(b, b.add(addresses, I64(8 * i)), I64)) for i in range(side * side)]
+                pixels = [simd.load_pixels(b, b.add(place, channel), half_precision, None) for place in places]
                 grid = [pixels[side * y : side * (y + 1)] for y in range(side)]
                 for value, target in zip(_flat(_sandwich(b, grid, matrix)), iterate(b, out, step), strict=False):
                     store(b, value, target)
 
-            _by_size(b, m, lambda size: by_dtype(b, bf16, lambda half: apply(choose(size), half)))
+            _by_size(b, m, lambda size: simd.by_dtype(b, bf16, lambda half: apply(choose(size), half)))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 6), codegen
@@ -290,13 +265,13 @@ def output_transform(context, x, step, bias, residual, r_row, r_pixel, out, row,
                         place = b.add(residual, b.add(b.mul(r_row, I64(y)), b.mul(r_pixel, I64(i))))
 
                         def plus(values: list[ir.Value], place: ir.Value = place) -> list[ir.Value]:
-                            return [b.fadd(values[0], load_pixels(b, place, half_precision, None))]
+                            return [b.fadd(values[0], simd.load_pixels(b, place, half_precision, None))]
 
                         (value,) = when(b, has_residual, [value], plus)
                         target = b.add(out, b.add(b.mul(row, I64(y)), b.mul(pixel, I64(i))))
-                        store_pixels(b, value, target, half_precision, None)
+                        simd.store_pixels(b, value, target, half_precision, None)
 
-        _by_size(b, m, lambda size: by_dtype(b, bf16, lambda half: write(size, half)))
+        _by_size(b, m, lambda size: simd.by_dtype(b, bf16, lambda half: write(size, half)))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 13), codegen

@@ -7,18 +7,11 @@ from __future__ import annotations
 
 from numba import njit
 
+from binarize.kernels.cpu import winograd_simd
 from binarize.kernels.cpu.conv_worker import activate_row, clear, field
 from binarize.kernels.cpu.fields import Tiles, Winograd
 from binarize.kernels.cpu.simd import LANES, fetch_add, read_int64, write_int64
-from binarize.kernels.cpu.winograd_simd import (
-    add_outer,
-    filter_gradient,
-    filter_transform,
-    input_transform,
-    matmul,
-    output_gradient,
-    output_transform,
-)
+from binarize.kernels.cpu.winograd_simd import filter_gradient, matmul, output_gradient, output_transform
 
 
 def filter_worker(p):  # type: ignore[no-untyped-def]
@@ -32,7 +25,7 @@ def filter_worker(p):  # type: ignore[no-untyped-def]
         w = field(p, Winograd.WEIGHT) + task * LANES * lane
         out = field(p, Winograd.FILTERS) + task * field(p, Winograd.FILTERS_OUT)
         for _ in range(channels):
-            filter_transform(w, lane, row, column, out, step, field(p, Winograd.TILE))
+            winograd_simd.filter_transform(w, lane, row, column, out, step, field(p, Winograd.TILE))
             w += field(p, Winograd.WEIGHT_IN)
             out += field(p, Winograd.FILTERS_IN)
 
@@ -86,7 +79,7 @@ def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def
                     at += 8
             for c in range(0, channels, LANES):
                 target = patches + (t * channels + c) * 4
-                input_transform(addresses, c * size, target, patch_step, m, bf16)
+                winograd_simd.input_transform(addresses, c * size, target, patch_step, m, bf16)
         rounded = (here + 3) // 4 * 4
         for i in range(n * n):
             w = field(p, Winograd.FILTERS) + i * filter_step
@@ -171,7 +164,7 @@ def _add_outer(count, x, in_channels, w, out_channels, out):  # type: ignore[no-
         filters = w + block * 64
         for i in range(0, in_channels, 4):
             target = out + i * w_step + block * 64
-            add_outer(x + 4 * i, x_step, filters, w_step, count, target, w_step, together)
+            winograd_simd.add_outer(x + 4 * i, x_step, filters, w_step, count, target, w_step, together)
         block += together
 
 
@@ -213,7 +206,7 @@ def tile_worker(p):  # type: ignore[no-untyped-def]
                 step, pixel = field(p, Tiles.X_ROW), field(p, Tiles.X_PIXEL)
                 _point(x, step, pixel, height, width, top - 1, left - 1, n, addresses, nothing)
                 for c in range(0, channels, LANES):
-                    input_transform(addresses, c * 4, patches + (t * channels + c) * 4, patch_step, m, 0)
+                    winograd_simd.input_transform(addresses, c * 4, patches + (t * channels + c) * 4, patch_step, m, 0)
                 if field(p, Tiles.GRAD) == 0:
                     continue
                 grad = field(p, Tiles.GRAD) + sample * field(p, Tiles.GRAD_BATCH)
