@@ -11,9 +11,7 @@ from typing import Any
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """Return a module's ``__getattr__`` that resolves old names.
 
-    Args:
-        module: The module's ``__name__``.
-        names: Old name to the new one, ``"name"`` in the same module or ``"package.module:name"`` in another.
+    ``names`` maps each to the new one, ``"name"`` in the same module or ``"package.module:name"`` in another.
     """
 
     def __getattr__(name: str) -> Any:

@@ -50,9 +50,6 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
         dtype: Dtype of a packed model's full-precision tensors in the file, such as torch.float16; by default the
             dtype that they have. `load` returns half precision as float32.
 
-    Returns:
-        The folder.
-
     Raises:
         BinarizeError: If the model is not converted, a part of its method cannot be named in a file, or a dtype is
             given for a model that is not packed or is too small for one of its values.

@@ -16,9 +16,6 @@ def default_model(scale: int = 2) -> Path:
 
     Args:
         scale: The upscaling factor.
-
-    Raises:
-        BinarizeError: If the package has no model of that scale; the message lists the scales that it has.
     """
     folder = FOLDER / f"x{scale}"
     if not (folder / _INDEX).is_file():

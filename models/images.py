@@ -24,11 +24,7 @@ _ALLOWED = (
 
 
 def as_images(image: Any) -> list[DecodedImage]:
-    """Return the pipeline's input as a list of images, in order; floating-point input keeps its precision.
-
-    Raises:
-        BinarizeError: If it is none of the types that ``SuperResolutionPipeline.__call__`` lists.
-    """
+    """Return the pipeline's input as a list of images, in order; floating-point input keeps its precision."""
     if isinstance(image, list | tuple):
         if not image:
             raise BinarizeError("image is an empty list; pass at least one image.")

@@ -73,11 +73,6 @@ class SuperResolutionPipeline(DiffusionPipeline):
         num_inference_steps: Default number of denoising steps, saved with the pipeline; None for the published 50. At
             most the scheduler's number of training timesteps.
 
-    Raises:
-        BinarizeError: If an argument is out of range, ``residual_strength`` is not 1 without a ``residual_scale``, the
-            scheduler does not predict noise over discrete timesteps, or the network was trained with another number of
-            them.
-
     Example:
         ```python
         pipe = SuperResolutionPipeline(SRUNet(), scale=4)

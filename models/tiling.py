@@ -101,10 +101,6 @@ def tile_grid(
         overlap: Least number of pixels that neighboring tiles share; by default 32, or a quarter of the tile if that is
             less.
         multiple: Divisor of sizes and starts.
-
-    Raises:
-        BinarizeError: If ``tile`` is no whole number of at least 1, or ``overlap`` is no whole number from 0 to
-            ``tile - 1``, or is given without a tile.
     """
     if tile is None:
         if overlap is not None:

@@ -1,7 +1,5 @@
 """Tiny networks of every family that `binarize.convert` supports, and helpers of their tests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Every registered method and variant, and the form that its paper and released code give its layers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -22,14 +22,7 @@ _CONVOLUTION = nn.modules.conv._ConvNd
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one layer.
-
-    Attributes:
-        names: All paths of the layer in the model; it can have several.
-        layer: The convolution or linear layer.
-        method: The method that makes it binary, or None if it stays full precision.
-        reason: Why it stays full precision.
-    """
+    """The method of one layer, which can have several names, or None and the reason for full precision."""
 
     names: tuple[str, ...]
     layer: nn.Module
@@ -39,13 +32,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Selection:
-    """The checked arguments ``keep``, ``overrides`` and ``linear`` of `binarize.convert`.
-
-    Attributes:
-        keep: Glob pattern to the reason that the report gives.
-        overrides: Glob pattern to method, or to None for full precision.
-        linear: True, False or glob patterns.
-    """
+    """The checked arguments of `binarize.convert`; ``keep`` maps a pattern to the reason that the report gives."""
 
     keep: dict[str, str]
     overrides: dict[str, Method | None]
@@ -53,11 +40,7 @@ class Selection:
 
     @classmethod
     def of(cls, model: nn.Module, method: Method, keep: Any, overrides: Any, linear: Any) -> Selection:
-        """Check the arguments.
-
-        Raises:
-            BinarizeError: If one has the wrong type, or a predicate selects no module.
-        """
+        """Check the arguments."""
         if keep is not None and not (isinstance(keep, Sequence) or callable(keep)):
             raise BinarizeError(f"keep must be a sequence of glob patterns; got {keep!r}.")
         if not isinstance(linear, bool | Sequence):
@@ -98,14 +81,7 @@ def _override(pattern: str, value: Any, method: Method) -> Method | None:
 def select(model: nn.Module, method: Method, selection: Selection, defaults: Mapping[str, str]) -> list[Decision]:
     """Return a decision for every convolution and linear layer, in the model's order.
 
-    Args:
-        model: The model, with the structure that it will have.
-        method: The method of layers without an override.
-        selection: What the user asks for.
-        defaults: Names of modules that stay full precision by default, to the reason; they count for all layers below.
-
-    Raises:
-        BinarizeError: If a pattern matches nothing, or no layer would become binary.
+    ``defaults`` maps modules that stay full precision by default, with all layers below them, to the reason.
     """
     layers: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -39,7 +39,7 @@ class DiffusersUNetHost(Host):
 
     def num_train_timesteps(self, model: nn.Module) -> int | None:
         """Return T if the configuration has it, which is the case for learned time embeddings."""
-        steps = _config(model).get("num_train_timesteps")
+        steps = cast(Any, model).config.get("num_train_timesteps")
         return None if steps is None else int(steps)
 
     def has_structure(self, model: nn.Module) -> bool:
@@ -57,7 +57,7 @@ class DiffusersUNetHost(Host):
     def notes(self, model: nn.Module, structure: str) -> list[str]:
         """Return remarks on the form that the structure pass gives the model, and on blocks that it does not change."""
         notes = []
-        if _config(model).get("time_embedding_type") == "fourier":
+        if cast(Any, model).config.get("time_embedding_type") == "fourier":
             notes.append("the host takes noise levels (fourier embedding), while timestep groups count schedule steps")
         if structure != "cp_cs" or self.rewired(model):
             return notes
@@ -72,11 +72,7 @@ class DiffusersUNetHost(Host):
         return notes
 
     def rewire(self, model: nn.Module) -> list[Edit]:
-        """Return the replacements by CP-Down, CP-Up and CS-Fusion; layers that keep their shape stay the same objects.
-
-        Raises:
-            BinarizeError: If no block can be rewired.
-        """
+        """Return the replacements by CP-Down, CP-Up and CS-Fusion."""
         if not self.has_structure(model):
             kinds = sorted({type(block).__name__ for block in _blocks(model)})
             raise BinarizeError(
@@ -87,7 +83,7 @@ class DiffusersUNetHost(Host):
 
     def decoder_levels(self, model: nn.Module) -> list[str]:
         """Return the resnet blocks of each up block, the finest first."""
-        return [f"up_blocks.{i}.resnets" for i in reversed(range(len(_config(model)["block_out_channels"])))]
+        return [f"up_blocks.{i}.resnets" for i in reversed(range(len(cast(Any, model).config["block_out_channels"])))]
 
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Keep first and last convolution, embeddings of time and class, and attention, but not feed-forward layers."""
@@ -119,10 +115,6 @@ class UNet2DConditionModelHost(DiffusersUNetHost):
     class_name = "UNet2DConditionModel"
 
 
-def _config(model: Any) -> dict[str, Any]:
-    return dict(model.config)
-
-
 def _blocks(model: Any) -> list[Any]:
     return [*model.down_blocks, *model.up_blocks]
 
@@ -135,8 +127,7 @@ def _resamplers(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
         for i, block in enumerate(getattr(model, f"{side}_blocks")):
             for j, module in enumerate(getattr(block, f"{side}samplers", None) or ()):
                 path = f"{side}_blocks.{i}.{side}samplers.{j}"
-                reason = _obstacle(module, kind)
-                if reason is None:
+                if (reason := _obstacle(module, kind)) is None:
                     found[path] = module
                 else:
                     obstacles[path] = reason

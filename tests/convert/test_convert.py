@@ -1,7 +1,5 @@
 """The conversion pass on SRUNet: what it replaces, what it refuses, and that whole networks agree in float64."""
 
-from __future__ import annotations
-
 import copy
 import json
 

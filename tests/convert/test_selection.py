@@ -1,7 +1,5 @@
 """Which layers `convert` replaces, and that the geometry of a replaced convolution is kept exactly."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Saving and loading converted models, and what is refused."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Accounting: the published rows, and closed forms of the counting rules."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Every family of host under every method: what is converted, what keeps its shape, what is refused."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Hosts and methods that a user registers, and the how-to pages about them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

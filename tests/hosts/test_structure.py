@@ -1,7 +1,5 @@
 """The structure pass: CP-Down, CP-Up and CS-Fusion in diffusers' U-Nets."""
 
-from __future__ import annotations
-
 import copy
 import re
 from pathlib import Path

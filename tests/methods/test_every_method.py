@@ -1,7 +1,5 @@
 """Every registered method through one list of tests; a new method gets all of them for free."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

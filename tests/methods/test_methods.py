@@ -1,7 +1,5 @@
 """Methods as a user composes them: any part replaced alone, options in words, names in a registry."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """The page on methods of one's own: its files are written, its snippets run, its numbers true."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

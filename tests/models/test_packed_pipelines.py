@@ -1,7 +1,5 @@
 """Pipelines that pack their network while they load."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

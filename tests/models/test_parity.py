@@ -4,8 +4,6 @@ The fixture holds what the released code computes with those (random) weights: o
 sample.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

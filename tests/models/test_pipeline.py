@@ -1,7 +1,5 @@
 """The pipeline: schedulers, sizes, randomness, and its life as a diffusers pipeline."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Inputs and outputs of the pipeline: types, modes, transparency, and arguments that are refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The models that come with the package: how they are found, and that each one there is whole."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

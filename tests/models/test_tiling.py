@@ -1,7 +1,5 @@
 """Tiles: how they cover an image, how they are blended, and what they save."""
 
-from __future__ import annotations
-
 import math
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """SRUNet: every structure, against shapes, diffusers' own time embedding and published sizes."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
