@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 
-TIMESTEP_NAMES = tuple("timestep timesteps t time time_step time_steps noise_level noise_labels sigma".split())
+_NAMES = "timestep timesteps t time time_step time_steps noise_level noise_labels sigma"
+TIMESTEP_NAMES = tuple(_NAMES.split())
 
 
 def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
@@ -140,7 +141,17 @@ class _CheckpointWithTimestep:
             with self.context.using(timesteps):
                 return block(*inputs)
 
-        return self.function(run, *args)
+        return self.function(_Callable(run), *args)  # diffusers' own function calls `module.__call__`
+
+
+class _Callable:
+    """Wraps a function so that both ``f(x)`` and ``f.__call__(x)`` are plain bound calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 def timestep_argument(model: nn.Module) -> tuple[str, int] | None:

@@ -78,13 +78,9 @@ def _from_tensor(values: Tensor, shape: Sequence[int]) -> DecodedImage:
 
 
 def to_output(source: DecodedImage, rgb: Tensor, alpha: Tensor | None, output_type: str) -> Any:
-    """Return one upscaled image in the requested type, with alpha as the fourth channel of "np" and "pt".
+    """Return one upscaled image, (3, H, W) and (1, H, W) in [0, 1], as "pil", "np" or "pt".
 
-    Args:
-        source: The image that was upscaled; Pillow's result has its mode (grayscale, 16-bit).
-        rgb: (3, H, W) in [0, 1].
-        alpha: (1, H, W) in [0, 1], or None.
-        output_type: "pil", "np" or "pt".
+    Pillow's result has the mode of ``source``; the others have alpha as the fourth channel.
     """
     if output_type == "pil":
         return source.with_pixels(rgb, alpha).to_pil()

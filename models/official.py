@@ -49,10 +49,8 @@ def load_official(path: str | PathLike[str], *, sign_zero: str = "zero", **offic
     """
     for key in official_config_names:
         if key not in OFFICIAL_CONFIG:
-            raise BinarizeError(
-                f"load_official: unknown configuration name {key!r}; names: {', '.join(OFFICIAL_CONFIG)}."
-                + did_you_mean(key, OFFICIAL_CONFIG)
-            )
+            names, hint = ", ".join(OFFICIAL_CONFIG), did_you_mean(key, OFFICIAL_CONFIG)
+            raise BinarizeError(f"load_official: unknown configuration name {key!r}; names: {names}.{hint}")
     state = _read(path)
     config = {**OFFICIAL_CONFIG, **official_config_names}
     model = official_network(config, sign_zero=sign_zero)
@@ -67,9 +65,7 @@ def load_official(path: str | PathLike[str], *, sign_zero: str = "zero", **offic
     unexpected += sorted(set(mapped) - set(expected))
     if missing or unexpected or wrong:
         raise BinarizeError(_mismatch(path, missing, unexpected, wrong))
-    dtype = next(iter(mapped.values())).dtype
-    model.to(dtype)
-    model.load_state_dict(mapped)
+    model.to(next(iter(mapped.values())).dtype).load_state_dict(mapped)
     return model.eval()
 
 
@@ -82,9 +78,7 @@ def official_network(config: dict[str, Any], *, sign_zero: str = "zero") -> SRUN
         level = math.log2(size / resolution) if resolution > 0 else -1.0
         if level < 0 or level != int(level) or level >= levels:
             allowed = [size // 2**i for i in range(levels)]
-            raise BinarizeError(
-                f"load_official: {key} holds {resolution}; with image_size {size} it may hold {allowed}."
-            )
+            raise BinarizeError(f"load_official: {key} holds {resolution}; with image_size {size}, use {allowed}.")
         return int(level)
 
     model = SRUNet(
@@ -112,9 +106,8 @@ def _read(path: str | PathLike[str]) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise BinarizeError(
-            f"load_official: {path} is not a readable torch checkpoint ({type(error).__name__})."
-        ) from error
+        kind = type(error).__name__
+        raise BinarizeError(f"load_official: {path} is not a readable torch checkpoint ({kind}).") from error
     state = loaded.get("params") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
         keys = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__

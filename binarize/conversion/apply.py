@@ -51,8 +51,7 @@ def write_packed_folder(
 ) -> None:
     """Write a packed model's weights, and then its ``config.json``: the larger file first, which may not fit.
 
-    ``weights`` is the name of the weights' file, ``text`` the content of ``config.json`` and ``config`` the same content
-    as the weights' file stores it.
+    ``weights`` names its file. ``text`` is the content of ``config.json``; the weights' file stores ``config``.
     """
     write_packed(model, folder / weights, config, dtype)
     write_text_atomic(folder / CONFIG, text)
