@@ -30,12 +30,10 @@ class DiffusersUNetHost(Host):
     output keeps its shape, and fusions have the widths of their inputs.
     """
 
-    class_name: str
-
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         """Return True for diffusers' class of that name, and for classes derived from it."""
-        return any(c.__name__ == cls.class_name and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
+        return any(c.__name__ == cls.name and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
 
     def num_train_timesteps(self, model: nn.Module) -> int | None:
         """Return T if the configuration has it, which is the case for learned time embeddings."""
@@ -105,14 +103,10 @@ class DiffusersUNetHost(Host):
 class UNet2DModelHost(DiffusersUNetHost):
     """diffusers' unconditional U-Net (DDPM, DDIM, ADM-like configurations)."""
 
-    class_name = "UNet2DModel"
-
 
 @register_host("UNet2DConditionModel")
 class UNet2DConditionModelHost(DiffusersUNetHost):
     """diffusers' U-Net with cross-attention (Stable Diffusion)."""
-
-    class_name = "UNet2DConditionModel"
 
 
 def _blocks(model: Any) -> list[Any]:
