@@ -8,8 +8,6 @@ import pytest
 import torch
 
 import binarize
-from binarize.layers.method import METHODS
-from binarize.layers.parts import _PARTS, _TIMESTEP_AWARE
 from binarize.models import SRUNet
 from binarize.recipes import validate
 
@@ -18,18 +16,12 @@ BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILIN
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def folder(registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A working folder from which modules can be imported, and which leaves no module and no name behind."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     modules = set(sys.modules)
-    registries = [METHODS, *_PARTS.values()]
-    items, aware = [dict(registry._items) for registry in registries], set(_TIMESTEP_AWARE)
     yield tmp_path
-    for registry, before in zip(registries, items, strict=True):
-        registry._items = before
-    _TIMESTEP_AWARE.clear()
-    _TIMESTEP_AWARE.update(aware)
     for name in set(sys.modules) - modules:
         if name in ("my_method", "soft_method") or name.startswith("binarize_plugin_"):
             del sys.modules[name]
