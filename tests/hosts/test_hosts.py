@@ -27,8 +27,6 @@ import binarize
 from binarize import BinarizeError
 from binarize.layers import BinaryConv2d, BinaryLinear
 
-UNET2D = ("ddpm_cifar", "unet2d_attention", "unet2d_odd_widths", "unet2d_resnet_sampling", "stable_diffusion")
-TIMED = [name for name, host in HOSTS.items() if host.timed]
 UNTIMED = [name for name, host in HOSTS.items() if not host.timed]
 
 
@@ -48,16 +46,12 @@ def test_every_method_on_every_host(name: str, method: str) -> None:
     after, out = recorded(model, host.inputs(2))
     assert out.shape == before[""]
     (out - 1).square().mean().backward()
-    for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        assert parameter.grad.isfinite().all(), parameter_name
+    bad = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not bad
 
     # Complete: every convolution and linear layer has one row that says what became of it.
-    layers = {
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.modules.conv._ConvNd | nn.Linear | BinaryConv2d | BinaryLinear)
-    }
+    kinds = nn.modules.conv._ConvNd | nn.Linear | BinaryConv2d | BinaryLinear
+    layers = {n for n, m in model.named_modules() if isinstance(m, kinds)}
     report = binarize.report(model)
     inside_binary = {n for n in layers if any(n.startswith(f"{row.name}.") for row in report.replaced)}
     rows = [row.name for row in report.rows if row.action != "new"]
@@ -70,11 +64,9 @@ def test_every_method_on_every_host(name: str, method: str) -> None:
     attention = [n for n, m in model.named_modules() if "Attention" in type(m).__name__ or n.endswith("attentions")]
     for layer_name, layer in model.named_modules():
         if isinstance(layer, BinaryConv2d):
-            codes = state[layer_name].codes
-            assert codes is not None
-            assert codes.dtype == torch.int8
+            codes: Any = state[layer_name].codes
+            assert (codes.dtype, codes.shape[1:]) == (torch.int8, layer.weight.shape)
             assert bool((codes.abs() == 1).all())
-            assert codes.shape[1:] == layer.weight.shape
             binary += layer.weight.numel()
             eligible += layer.weight.numel()
         elif isinstance(layer, nn.Conv2d) and layer_name not in inside_binary:
@@ -84,18 +76,13 @@ def test_every_method_on_every_host(name: str, method: str) -> None:
 
     # Under `keep`, and in the contract form, every block gives what it gave.
     if binarize.get_method(method).default_structure == "keep" or host.form in (None, "contract"):
-        modules = dict(model.named_modules())
-        for block, shape in before.items():
-            if block in modules and is_block(modules[block]):
-                assert after[block] == shape, block
+        blocks = {n for n, m in model.named_modules() if is_block(m)} & before.keys()
+        assert {block: after[block] for block in blocks} == {block: before[block] for block in blocks}
 
 
 def _kept_by_method(method: str, host: str, layer: str) -> bool:
     """Say whether BI-DiffSR keeps a layer of SRUNet: the two finest decoder levels, which are all of this one's."""
     return method == "bidiffsr" and host == "srunet" and re.match(r"decoder\.\d+\.blocks", layer) is not None
-
-
-# Timesteps
 
 
 @pytest.mark.parametrize("name", ["ddpm_cifar", "unet2d_attention", "stable_diffusion", "adm", "sr3"])
@@ -121,10 +108,9 @@ def test_a_mixed_batch_equals_its_samples_and_a_deepcopy_is_independent(name: st
         for parameter in twin.parameters():
             parameter.normal_()
         assert not torch.equal(output_of(twin, inputs), together)
-        torch.testing.assert_close(output_of(model, inputs), together, rtol=0, atol=0)
+        assert torch.equal(output_of(model, inputs), together)
     contexts = [{id(m.context) for m in each.modules() if getattr(m, "context", None)} for each in (model, twin)]
-    assert len(contexts[0]) == len(contexts[1]) == 1
-    assert contexts[0] != contexts[1]
+    assert len(contexts[0] | contexts[1]) == 2
 
 
 def test_projected_class_labels_are_not_taken_for_timesteps() -> None:
@@ -152,21 +138,15 @@ def test_hosts_without_timesteps_say_so(name: str) -> None:
 def test_training_timesteps_come_from_the_argument_the_config_or_are_assumed() -> None:
     assumed = binarize.plan(unet2d((8, 16)), "bidiffsr")
     assert "num_train_timesteps was not given and the host has none: 1000 assumed" in assumed.notes
-    model = binarize.convert(unet2d((8, 16)), "bidiffsr", num_train_timesteps=400)
-    context = model.get_submodule("mid_block.resnets.0.conv1.pre").context
-    assert context.num_train_timesteps == 400
-    learned = unet2d((8, 16), time_embedding_type="learned", num_train_timesteps=50)
-    binarize.convert(learned, "bidiffsr")
-    assert learned.get_submodule("mid_block.resnets.0.conv1.pre").context.num_train_timesteps == 50
-    assert output_of(learned, ((torch.randn(2, 3, 16, 16), torch.tensor([1, 49])), {})).isfinite().all()
-    learned = unet2d((8, 16), time_embedding_type="learned", num_train_timesteps=50)
+    learned = {"time_embedding_type": "learned", "num_train_timesteps": 50}
+    for settings, options, expected in (({}, {"num_train_timesteps": 400}, 400), (learned, {}, 50)):
+        model = binarize.convert(unet2d((8, 16), **settings), "bidiffsr", **options)
+        assert model.get_submodule("mid_block.resnets.0.conv1.pre").context.num_train_timesteps == expected
+        assert output_of(model, ((torch.randn(2, 3, 16, 16), torch.tensor([1, 49])), {})).isfinite().all()
     with pytest.raises(BinarizeError, match="num_train_timesteps=1000, but the model's configuration says 50"):
-        binarize.plan(learned, "bidiffsr", num_train_timesteps=1000)
+        binarize.plan(unet2d((8, 16), **learned), "bidiffsr", num_train_timesteps=1000)
     noise_levels = binarize.plan(unet2d((8, 16), time_embedding_type="fourier"), "bidiffsr")
     assert any("the host takes noise levels" in note for note in noise_levels.notes)
-
-
-# Whole-model properties
 
 
 @pytest.mark.parametrize("name", ["ddpm_cifar", "unet2d_attention", "stable_diffusion"])
@@ -193,14 +173,12 @@ def test_checkpointing_gives_the_same_gradients_with_two_forwards_before_one_bac
 
 def test_compiled_equals_eager_in_one_graph() -> None:
     host, model = built("unet2d_attention")
-    model.double().eval()
-    binarize.convert(model, "bidiffsr", **host.options)
-    inputs = host.inputs(3)
-    inputs = (inputs[0][0].double(), inputs[0][1]), {}
+    binarize.convert(model.double().eval(), "bidiffsr", **host.options)
+    (image, timesteps), _ = host.inputs(3)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        eager = output_of(model, inputs)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        torch.testing.assert_close(output_of(compiled, inputs), eager, rtol=0, atol=1e-10)  # type: ignore[arg-type]
+        results = [run(image.double(), timesteps).sample for run in (model, compiled)]
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +190,7 @@ def test_compiled_equals_eager_in_one_graph() -> None:
         ("bidiffsr", {"num_train_timesteps": 0}, "must be a whole number of at least 1"),
     ],
 )
-@pytest.mark.parametrize("name", ["ddpm_cifar", "unet2d_attention", "stable_diffusion"])
+@pytest.mark.parametrize("name", ["ddpm_cifar", "stable_diffusion"])
 def test_a_failed_convert_leaves_the_host_untouched(
     name: str, method: str, options: dict[str, Any], message: str
 ) -> None:
@@ -237,9 +215,6 @@ def test_plan_changes_neither_model_nor_random_state(name: str, method: str) -> 
     assert state_of(model) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert planned == binarize.report(binarize.convert(model, method, **options))
-
-
-# What stays full precision
 
 
 @pytest.mark.parametrize("name", ["unet2d_attention", "stable_diffusion"])
@@ -271,8 +246,7 @@ def test_fp_decoder_levels_keep_fusions_and_resnet_blocks() -> None:
 
 
 def test_attention_converts_where_a_pattern_names_it() -> None:
-    model = unet2d_condition()
-    binarize.convert(model, "bidiffsr", linear=["*.attn2.to_?"], overrides={"*proj_in": {}})
+    model = binarize.convert(unet2d_condition(), "bidiffsr", linear=["*.attn2.to_?"], overrides={"*proj_in": {}})
     names = {row.name for row in binarize.report(model).replaced}
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k" in names
     assert isinstance(model.get_submodule("down_blocks.0.attentions.0.proj_in"), BinaryConv2d)
@@ -283,9 +257,6 @@ def test_attention_converts_where_a_pattern_names_it() -> None:
 def test_a_rectifier_before_the_sign_is_noted() -> None:
     assert any("every sign is +1" in note for note in binarize.plan(HOSTS["resnet18"].build(), "bnn").notes)
     assert not binarize.plan(HOSTS["adm"].build(), "bnn").notes
-
-
-# Learning
 
 
 def _stripes(batch: int, generator: torch.Generator) -> Tensor:
@@ -336,5 +307,4 @@ def test_better_methods_learn_better() -> None:
             binarize.training_step(model, (step + 1) / 80)
             history.append(loss.item())
         losses[method] = sum(history[-16:]) / 16
-    assert losses["reactnet"] < 0.9 * losses["bnn"]
-    assert losses["bidiffsr"] < 0.9 * losses["bnn"]
+    assert max(losses["reactnet"], losses["bidiffsr"]) < 0.9 * losses["bnn"]

@@ -40,8 +40,7 @@ def test_the_structure_pass_puts_the_blocks_in(name: str) -> None:
     assert any(note.startswith(f"{host.form} form") for note in report.notes)
     assert all(f"{host.form} form" in row.detail for row in report.new)
     if host.form == "published":
-        splits = {len(modules[n].convs) for n in resamplers}
-        assert splits == {2}
+        assert {len(modules[n].convs) for n in resamplers} == {2}
         assert {modules[f"{n}.fusion"].form for n in fused} == {"published"}
         # Every binary convolution keeps its width, which is the point of the structure.
         binary = [m for m in model.modules() if isinstance(m, BinaryConv2d)]
@@ -76,15 +75,8 @@ def test_the_fused_resnet_is_a_fusion_and_a_resnet() -> None:
     model = unet2d((8, 16), dropout=0.0, resnet_time_scale_shift="scale_shift", act_fn="gelu", norm_eps=1e-3)
     binarize.revert(binarize.convert(model, "bidiffsr"))
     fused: Any = model.get_submodule("up_blocks.1.resnets.0")
-    plain = ResnetBlock2D(
-        in_channels=8,
-        out_channels=8,
-        temb_channels=32,
-        groups=4,
-        eps=1e-3,
-        non_linearity="gelu",
-        time_embedding_norm="scale_shift",
-    )
+    options: Any = {"temb_channels": 32, "groups": 4, "eps": 1e-3, "non_linearity": "gelu"}
+    plain = ResnetBlock2D(in_channels=8, out_channels=8, time_embedding_norm="scale_shift", **options)
     plain.load_state_dict({n: p for n, p in fused.state_dict().items() if not n.startswith("fusion.")})
     hidden, skip, emb = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6), torch.randn(2, 32)
     one, two = fused.fusion.convs
@@ -93,7 +85,7 @@ def test_the_fused_resnet_is_a_fusion_and_a_resnet() -> None:
 
 
 @pytest.mark.parametrize("widths", [(8, 16, 32), (8, 12, 20)])
-@pytest.mark.parametrize("size", [(10, 12), (11, 7), (9, 16)])
+@pytest.mark.parametrize("size", [(10, 12), (11, 7)])
 def test_sizes_that_do_not_halve_come_out_as_from_the_host(widths: tuple[int, ...], size: tuple[int, int]) -> None:
     """UNet2DConditionModel passes ``upsample_size`` for those."""
     inputs = (torch.randn(2, 4, *size), torch.tensor([3, 700])), {"encoder_hidden_states": torch.randn(2, 5, 8)}
@@ -108,15 +100,11 @@ def test_sizes_that_do_not_halve_come_out_as_from_the_host(widths: tuple[int, ..
         assert [after[n][2:] for n in resampled] == [before[n][2:] for n in resampled]
 
 
-def test_resnet_resamplers_are_left_with_a_note() -> None:
+def test_resamplers_that_no_cp_block_replaces_are_left_with_a_note() -> None:
     report = binarize.plan(HOSTS["unet2d_resnet_sampling"].build(), "bidiffsr")
     assert any("down_blocks.0.downsamplers.0 keeps its structure" in note for note in report.notes)
     assert {row.type for row in report.new} == {"CSFusion"}
-
-
-def test_widths_that_no_cp_block_takes_are_left_with_a_note() -> None:
-    model = unet2d((6, 18), norm_num_groups=2, attention_head_dim=2)
-    report = binarize.plan(model, "bidiffsr")
+    report = binarize.plan(unet2d((6, 18), norm_num_groups=2, attention_head_dim=2), "bidiffsr")
     assert any("6 to 6 channels; CP blocks need the same multiple of 4" in note for note in report.notes)
     assert "down_blocks.0.downsamplers.0.conv" in {row.name for row in report.replaced}
 

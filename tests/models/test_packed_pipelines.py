@@ -73,7 +73,7 @@ def test_saving_after_latent_weights_were_dropped_warns(
     binarize.unpack(pipe.unet)
     pipe._packed_in_memory, pipe._latents_lost = False, True  # as after a move to a GPU
     pipe.save_pretrained(tmp_path / "copy")
-    assert "gets the signs of its weights alone" in caplog.text
+    assert "contains only the signs of its weights" in caplog.text
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
