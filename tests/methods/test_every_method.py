@@ -58,15 +58,6 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@every_case
-def test_binary_state_is_two_valued(case):
-    model = tiny(case.method)
-    binarize.training_step(model, 1.0)
-    state = binarize.binary_state(model)
-    assert state
-    assert all(set(layer.codes.unique().tolist()) == {-1, 1} for layer in state.values())
-
-
 @every_method
 def test_mixed_timesteps_equal_samples_one_by_one(method):
     model = tiny(method).double().eval()
@@ -152,15 +143,6 @@ def test_training_lowers_the_loss(method):
     assert np.mean(losses[-4:]) < 0.5 * losses[0], losses
 
 
-@every_method
-def test_a_foreign_host_is_saved_and_loaded(method, tmp_path: Path):
-    model = small(method)
-    binarize.training_step(model, 0.37)
-    loaded = binarize.load(binarize.save(model, tmp_path), model=Small())
-    x, t = torch.randn(2, 3, 6, 6), torch.tensor([3, 90])
-    assert torch.equal(loaded(x, t), model.eval()(x, t))
-
-
 def assert_compiled_equals_eager(model: nn.Module, backend: str) -> None:
     torch._dynamo.reset()
     twin = copy.deepcopy(model.double())
@@ -229,13 +211,6 @@ def test_what_needs_no_gradient_saves_none(method):
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         model(*batch(dtype=torch.float32))
     assert saved == []
-
-
-@every_case
-def test_the_configuration_survives_json(case):
-    text = json.dumps(case.method.to_config())
-    assert get_method(json.loads(text)) == case.method
-    assert case.method.replace() == case.method
 
 
 @functools.cache

@@ -1,10 +1,7 @@
 """Tiles: how they cover an image, how they are blended, and what they save."""
 
 import math
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,43 +129,3 @@ def test_the_network_never_sees_more_than_the_tile():
     unet = local()
     run(pipeline(unet), pixels(61, 90), tile=37, overlap=8, num_inference_steps=2)
     assert {tuple(x.shape) for sample, _, condition in unet.seen for x in (sample, condition)} == {(1, 3, 32, 32)}
-
-
-_PEAK = """
-import re, sys, torch
-from pathlib import Path
-from torch import nn
-sys.path.insert(0, {tests!r})
-from pipeline_case import Local
-from binarize.models.pipeline import SuperResolutionPipeline
-
-class Wide(Local):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(6, 128, 1), nn.Conv2d(128, 3, 1)
-
-torch.set_num_threads(1)
-pipe = SuperResolutionPipeline(Wide(), scale=2)
-pipe.set_progress_bar_config(disable=True)
-pipe.unet.seen = type("Forgets", (), {{"append": lambda self, item: None}})()
-
-def peak():  # in KiB; unlike ru_maxrss it does not begin at the peak of the process that started this one
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-
-pipe(torch.rand(3, 64, 64), 1)
-peaks = [peak()]
-for tile in (128, None):
-    pipe(torch.rand(3, 256, 256), 1, tile=tile)
-    peaks.append(peak())
-print(peaks[1] - peaks[0], peaks[2] - peaks[0])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory as Linux gives it")
-def test_peak_memory_follows_the_tile():
-    code = _PEAK.format(tests=str(Path(__file__).parents[1]))
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    tiled, whole = (int(kib) / 1024 for kib in run.stdout.split())
-    # A hidden layer of the whole image has 128 x 512 x 512 float32 values, 128 MiB; one of a tile has 8 MiB.
-    assert tiled < 64 < 128 < whole
