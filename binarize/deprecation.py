@@ -1,7 +1,5 @@
 """Old public names, which keep working with a DeprecationWarning."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The toolkit's exception, and helpers for its messages."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

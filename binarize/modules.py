@@ -1,7 +1,5 @@
 """Modules of any network: find them by name pattern, replace them, copy their structure and their tensors."""
 
-from __future__ import annotations
-
 import copy
 import fnmatch
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A registry of named objects: methods, their parts and hosts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 

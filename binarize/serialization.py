@@ -4,8 +4,6 @@ A folder holds ``config.json``, which says what the host is and how it was conve
 has all of that in diffusers' own format; `save` and `load` do the same for hosts of other libraries.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -191,10 +189,8 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise BinarizeError(f"load: {folder} has no {CONFIG}; give a folder that binarize.save wrote.")
-    try:
+    with _errors(f"{folder / CONFIG} is not valid JSON"):  # RecursionError is a RuntimeError
         config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise BinarizeError(f"load: {folder / CONFIG} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise BinarizeError(f"load: {folder / CONFIG} must hold a JSON object; got {type(config).__name__}.")
     return config

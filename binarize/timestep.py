@@ -5,8 +5,6 @@ layers of a model share one `TimestepContext`: a forward pre-hook stores the tim
 clears it. The hooks are bound methods, so that a deepcopy of the model gets a context of its own.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

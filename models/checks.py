@@ -1,7 +1,5 @@
 """Checks of the pipeline's arguments."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from numbers import Integral

@@ -1,7 +1,5 @@
 """The trained models that come with the package."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from binarize.errors import BinarizeError

@@ -1,7 +1,5 @@
 """Conversion between the pipeline's images and those of Pillow, numpy and torch, alone, in lists or in batches."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -40,9 +38,7 @@ def as_images(image: Any) -> list[DecodedImage]:
     if isinstance(image, Tensor) and image.ndim in (3, 4):
         values = image.detach() if image.is_floating_point() else torch.from_numpy(_scaled(image.cpu().numpy()))
         return [_from_tensor(item, image.shape) for item in (values if image.ndim == 4 else values[None])]
-    given = type(image).__name__
-    if isinstance(image, np.ndarray | Tensor):
-        given += f" of shape {tuple(image.shape)}"
+    given = type(image).__name__ + (f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else "")
     is_path = isinstance(image, str | os.PathLike)
     hint = " Open a file with binarize.imaging.read_image(path)." if is_path else ""
     raise BinarizeError(f"image must not be of type {given}; allowed: {_ALLOWED}.{hint}")

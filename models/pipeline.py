@@ -315,11 +315,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
 def _chunks(sources: list[DecodedImage], batch_size: int) -> list[list[int]]:
     """Group the images' indices, in order, into chunks of one size and at most ``batch_size`` images."""
-    chunks: list[list[int]] = []
-    for _, run in groupby(range(len(sources)), key=lambda i: sources[i].rgb.shape):
-        same = list(run)
-        chunks += [same[first : first + batch_size] for first in range(0, len(same), batch_size)]
-    return chunks
+    runs = [list(run) for _, run in groupby(range(len(sources)), key=lambda i: sources[i].rgb.shape)]
+    return [run[first : first + batch_size] for run in runs for first in range(0, len(run), batch_size)]
 
 
 @contextmanager

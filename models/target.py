@@ -1,7 +1,5 @@
 """The quantity that a network diffuses: images, or scaled residuals to the upscaled low-resolution image."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

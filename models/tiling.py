@@ -3,8 +3,6 @@
 With tiles, memory depends on the tile's size, not the image's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

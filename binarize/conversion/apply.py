@@ -1,7 +1,5 @@
 """Repeat a recorded conversion, and write a packed model as a folder: what saving and loading need of a network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`binarize.convert`: check, rewire the structure, swap the layers, attach the timestep context; and the way back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, TypeVar, cast
@@ -68,7 +66,7 @@ def convert(
     host = find_host(model)
     structure = _resolve_structure(model, method, host, structure)
     with ExitStack() as undo:
-        _restore_config_on_error(model, undo)
+        _restore_config(model, undo)
         notes = host.notes(model, structure)
         edits = host.rewire(model) if structure == "cp_cs" and not host.rewired(model) else []
         original = {id(module) for module in model.modules()}
@@ -137,18 +135,15 @@ def _check_model(model: nn.Module) -> None:
 
 def _wrapper(module: nn.Module) -> str | None:
     """Return the name of what stands between a module and its weights, or None."""
-    cls = type(module)
-    if cls.__name__ in _WRAPPERS:
-        return f"{cls.__name__}, which must come after the conversion"
-    if parametrize.is_parametrized(module):
-        return "torch.nn.utils.parametrize"
-    if any(base.__name__ == "BaseTunerLayer" for base in cls.__mro__):
-        return "a PEFT adapter"
-    if cls.__module__.startswith(("torch.ao.nn", "torchao")):
-        return cls.__module__
-    if any(hasattr(hook, "name") and hasattr(hook, "dim") for hook in module._forward_pre_hooks.values()):
-        return "torch.nn.utils.weight_norm or spectral_norm"
-    return None
+    cls, hooks = type(module), module._forward_pre_hooks.values()
+    found = {
+        f"{cls.__name__}, which must come after the conversion": cls.__name__ in _WRAPPERS,
+        "torch.nn.utils.parametrize": parametrize.is_parametrized(module),
+        "a PEFT adapter": any(base.__name__ == "BaseTunerLayer" for base in cls.__mro__),
+        cls.__module__: cls.__module__.startswith(("torch.ao.nn", "torchao")),
+        "torch.nn.utils.weight_norm or spectral_norm": any(hasattr(h, "name") and hasattr(h, "dim") for h in hooks),
+    }
+    return next((name for name, wrapped in found.items() if wrapped), None)
 
 
 def _resolve_structure(model: nn.Module, method: Method, host: Host, structure: str) -> str:
@@ -159,7 +154,7 @@ def _resolve_structure(model: nn.Module, method: Method, host: Host, structure: 
     return structure
 
 
-def _restore_config_on_error(model: Any, undo: ExitStack) -> None:
+def _restore_config(model: Any, undo: ExitStack) -> None:
     if hasattr(model, "config") and hasattr(model, "register_to_config"):
         before = dict(model.config)
         undo.callback(lambda: dict(model.config) == before or model.register_to_config(**before))

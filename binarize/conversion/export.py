@@ -1,7 +1,5 @@
 """Read the binary layers of a model: their weights as bits or codes, and parameter groups for an optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

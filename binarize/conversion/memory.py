@@ -1,7 +1,5 @@
 """How much a converted model's layers keep for the backward."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 from torch import nn

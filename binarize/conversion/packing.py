@@ -1,7 +1,5 @@
 """binarize.pack: latent weights out, bits in; and binarize.unpack, the way back."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any, TypeVar, cast
 

@@ -1,7 +1,5 @@
 """The record of its conversion that a converted model carries, and what can be asked of it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

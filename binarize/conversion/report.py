@@ -1,7 +1,5 @@
 """The report of a conversion: one row for each convolution, linear layer and new block, with the reason."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass

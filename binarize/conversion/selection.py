@@ -88,15 +88,15 @@ def select(model: nn.Module, method: Method, selection: Selection, defaults: Map
         if name and isinstance(module, _CONVOLUTION | nn.Linear):
             layers.setdefault(id(module), (module, []))[1].append(name)
     _check_patterns(selection, list(layers.values()))
-    decisions = []
-    for layer, names in layers.values():
-        chosen, reason = _decide(names, layer, method, selection, defaults)
-        decisions.append(Decision(tuple(names), layer, chosen, reason))
+    decisions = [
+        Decision(tuple(names), layer, *_decide(names, layer, method, selection, defaults))
+        for layer, names in layers.values()
+    ]
     if all(decision.method is None for decision in decisions):
-        reasons = sorted({decision.reason for decision in decisions})
+        reasons = "; ".join(sorted({decision.reason for decision in decisions}))
         raise BinarizeError(
             f"{method.name} would replace nothing in this {type(model).__name__}: "
-            f"{'; '.join(reasons) or 'it has no convolution or linear layer'}. "
+            f"{reasons or 'it has no convolution or linear layer'}. "
             "Loosen keep, or pass linear=True for networks of linear layers."
         )
     return decisions
@@ -126,26 +126,22 @@ def _decide(
     for pattern, reason in selection.keep.items():
         if _any_matches(pattern, names):
             return None, reason
-    unsupported = _unsupported(layer)
-    overrides = [pattern for pattern in selection.overrides if _any_matches(pattern, names)]
-    if overrides and selection.overrides[overrides[-1]] is None:
-        return None, f"overrides[{overrides[-1]!r}] is None"
-    if unsupported:
+    override = next((pattern for pattern in reversed(selection.overrides) if _any_matches(pattern, names)), None)
+    if override is not None and selection.overrides[override] is None:
+        return None, f"overrides[{override!r}] is None"
+    if unsupported := _unsupported(layer):
         return None, unsupported
-    if overrides:
-        return selection.overrides[overrides[-1]], ""
-    linear = selection.linear
-    is_linear = isinstance(layer, nn.Linear)
+    if override is not None:
+        return selection.overrides[override], ""
+    linear, is_linear = selection.linear, isinstance(layer, nn.Linear)
     if is_linear and not isinstance(linear, bool) and any(_any_matches(pattern, names) for pattern in linear):
         return method, ""
-    default = next((defaults[prefix] for name in names for prefix in prefixes(name) if prefix in defaults), None)
-    if default is not None:
-        return None, default
-    if is_linear and any(_TIME_PATH.search(name) for name in names):
-        return None, "time or class embedding"
-    if is_linear and linear is not True:
-        return None, "linear layer (convert with linear=True or patterns)"
-    return method, ""
+    reason = next((defaults[prefix] for name in names for prefix in prefixes(name) if prefix in defaults), "")
+    if is_linear and not reason and any(_TIME_PATH.search(name) for name in names):
+        reason = "time or class embedding"
+    elif is_linear and not reason and linear is not True:
+        reason = "linear layer (convert with linear=True or patterns)"
+    return None if reason else method, reason
 
 
 def _unsupported(layer: nn.Module) -> str | None:

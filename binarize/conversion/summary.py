@@ -10,8 +10,6 @@ These rules reproduce the figures of BI-DiffSR's Table 2. A copy of the network 
 computing anything, and every operation that reaches PyTorch's dispatcher is counted.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -206,10 +204,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], descri
         except BinarizeError:
             raise
         except Exception as error:
-            raise BinarizeError(
-                f"summary: {type(model).__name__} cannot run on {described}: {type(error).__name__}: {error}. "
-                "Pass example_inputs that its forward accepts."
-            ) from error
+            problem = f"{type(model).__name__} cannot run on {described}: {type(error).__name__}: {error}"
+            raise BinarizeError(f"summary: {problem}. Pass example_inputs that its forward accepts.") from error
     return counts
 
 
@@ -238,12 +234,10 @@ class _Counter(TorchDispatchMode):
 
 
 def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(given, Tensor):
-        return (given,), {}
     if isinstance(given, Mapping):
         return (), dict(given)
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return tuple(given), {}
+    if isinstance(given, Tensor | list | tuple):
+        return (given,) if isinstance(given, Tensor) else tuple(given), {}
     kind = type(given).__name__
     raise BinarizeError(f"summary: example_inputs must be a tensor, a tuple of arguments or a dict; got {kind}.")
 
@@ -256,7 +250,7 @@ def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 def default_inputs(model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
     """Return meta tensors of the size at which the model's family is usually counted, batch 1."""
     config = getattr(model, "config", None)
-    get = config.get if isinstance(config, Mapping) else lambda key, default=None: default
+    get = (config if isinstance(config, Mapping) else {}).get
     names = {c.__name__ for c in type(model).__mro__}
     with torch.device("meta"):
         timestep = torch.zeros(1, dtype=torch.long)
@@ -266,11 +260,10 @@ def default_inputs(model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
             condition = torch.empty(1, get("in_channels", 6) - channels, size, size)
             return torch.empty(1, channels, size, size), timestep, condition
         if "UNet2DModel" in names or "UNet2DConditionModel" in names:
-            size = get("sample_size") or 64
-            sides = (size, size) if isinstance(size, int) else size
+            sides, width = get("sample_size") or 64, get("cross_attention_dim", 1280)
+            sides = (sides, sides) if isinstance(sides, int) else sides
             given = {"sample": torch.empty(1, get("in_channels", 3), *sides), "timestep": timestep}
             if "UNet2DConditionModel" in names:
-                width = get("cross_attention_dim", 1280)
                 given["encoder_hidden_states"] = torch.empty(1, 77, width if isinstance(width, int) else width[-1])
             return given
         return (torch.empty(1, 3, 224, 224),)

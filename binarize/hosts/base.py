@@ -1,7 +1,5 @@
 """Hosts: families of networks whose structure is known. Adding one is one class with `register_host`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

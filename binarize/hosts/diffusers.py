@@ -1,7 +1,5 @@
 """diffusers' UNet2DModel and UNet2DConditionModel as hosts; importing this module does not import diffusers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """CP-Down, CP-Up and CS-Fusion with the interfaces of diffusers' U-Net blocks. This module imports diffusers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """SRUNet as a host."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any, cast
 
