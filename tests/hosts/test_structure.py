@@ -1,6 +1,5 @@
 """The structure pass: CP-Down, CP-Up and CS-Fusion in diffusers' U-Nets."""
 
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -51,22 +50,12 @@ def test_the_structure_pass_puts_the_blocks_in(name: str) -> None:
         assert {n: after[n] for n in blocks} == {n: before[n] for n in blocks}
 
     # What kept its name and shape kept its weights, as the same Parameter; the report marks what did not.
-    now = {n: p for n, p in model.named_parameters() if n in plain and plain[n].shape == p.shape}
     fresh = {row.name for row in report.rows if row.detail.endswith("freshly initialized")}
-    for parameter_name, parameter in now.items():
-        layer = parameter_name.rpartition(".")[0]
-        if not re.search(r"norm1$", layer):
-            assert (parameter is plain[parameter_name]) == (layer not in fresh), parameter_name
+    for parameter_name, parameter in model.named_parameters():
+        layer, before_it = parameter_name.rpartition(".")[0], plain.get(parameter_name)
+        if before_it is not None and before_it.shape == parameter.shape and not layer.endswith("norm1"):
+            assert (parameter is before_it) == (layer not in fresh), parameter_name
     assert fresh >= {f"{n}.fusion.convs.0" for n in fused}
-
-
-def test_a_carried_layer_computes_what_it_did() -> None:
-    """Undo the binarizer of a rewired host: its resnet blocks of unchanged shape agree with the host's."""
-    model = unet2d((8, 12))
-    block = copy.deepcopy(model.get_submodule("down_blocks.1.resnets.0"))
-    binarize.revert(binarize.convert(model, "bidiffsr", keep="down_blocks.1.*"))
-    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 32)
-    assert torch.equal(model.get_submodule("down_blocks.1.resnets.0")(x, emb), block(x, emb))
 
 
 def test_the_fused_resnet_is_a_fusion_and_a_resnet() -> None:
@@ -143,7 +132,7 @@ def test_new_blocks_follow_the_host(dtype: torch.dtype) -> None:
 
 
 def test_a_reverted_host_converts_again_and_reloads(tmp_path: Path) -> None:
-    for name in ("ddpm_cifar", "unet2d_attention", "stable_diffusion"):
+    for name in ("ddpm_cifar", "stable_diffusion"):
         host, model = built(name)
         model.eval()
         binarize.revert(binarize.convert(model, "bidiffsr"))

@@ -72,12 +72,8 @@ def test_eta_reaches_ddim_and_is_refused_elsewhere():
         run(pipe, image, eta=0.5)
 
 
-def test_the_default_scheduler_is_the_released_one():
-    released = diffusers.DDIMScheduler(**BETAS)
-    assert default_scheduler().config == released.config == pipeline().scheduler.config
-
-
 def test_a_scheduler_that_does_not_fit_is_refused_at_once_and_when_swapped():
+    assert default_scheduler().config == pipeline().scheduler.config == diffusers.DDIMScheduler(**BETAS).config
     message = "trained with 1000 timesteps, but DDIMScheduler has num_train_timesteps=2000"
     with pytest.raises(BinarizeError, match=message):
         pipeline(local(num_train_timesteps=1000))
@@ -90,7 +86,7 @@ def test_a_scheduler_that_does_not_fit_is_refused_at_once_and_when_swapped():
 
 
 @settings(max_examples=40, deadline=None)
-@given(height=st.integers(1, 40), width=st.integers(1, 40), scale=st.sampled_from([2, 3, 4]))
+@given(height=st.integers(1, 40), width=st.integers(1, 40), scale=st.integers(1, 4))
 def test_any_size_is_padded_by_reflection_or_by_its_edge_and_cropped_back(height, width, scale):
     unet, image = local(), pixels(height, width)
     images = run(pipeline(unet, scale=scale), image, num_inference_steps=1)
@@ -122,12 +118,6 @@ def test_a_network_that_names_no_multiple_gets_multiples_of_eight():
     assert unet.seen[0][0].shape == (1, 3, 8, 16)
 
 
-def test_scale_one_restores_an_image_of_its_own_size():
-    unet, image = local(), pixels(8, 8)
-    assert run(pipeline(unet, scale=1), image).shape == (1, 3, 8, 8)
-    torch.testing.assert_close(unet.seen[0][2][0].movedim(0, -1).numpy(), image, rtol=0, atol=1e-12)
-
-
 def test_latents_are_what_the_generator_would_have_drawn():
     pipe, image = pipeline(), pixels(5, 7)
     noise = torch.randn(1, 3, 10, 14, generator=seeded(), dtype=torch.float64)
@@ -148,14 +138,9 @@ def test_a_list_with_generators_equals_its_images_one_by_one(scheduler, batch_si
     for i, image in enumerate(images):
         alone = run(pipe, image, generator=seeded(i))[0]
         torch.testing.assert_close(together[i], alone, rtol=0, atol=0 if batch_size == 1 else 1e-12)
-
-
-def test_a_list_with_one_generator_equals_successive_calls():
-    pipe = pipeline(scheduler=diffusers.DDPMScheduler(**BETAS))
-    images = [pixels(3, 5), pixels(4, 4, seed=1)]
-    generator = seeded()
-    apart = [run(pipe, image, generator=generator)[0] for image in images]
-    assert all(map(torch.equal, run(pipe, images), apart))
+    if batch_size == 1:
+        successive = [run(pipe, image, generator=generator)[0] for generator in [seeded()] for image in images]
+        assert all(map(torch.equal, run(pipe, images), successive))
 
 
 def test_batch_size_counts_tiles_too():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_case import NETWORK, run
+from cli_case import NETWORK, fails, succeeds
 from PIL import Image
 from pipeline_case import pipeline
 
@@ -39,18 +39,11 @@ def photo(tmp_path: Path) -> Path:
     return tmp_path / "photo.png"
 
 
-def test_models_are_found_by_their_scale(models: Path) -> None:
-    assert default_model() == default_model(2) == models / "x2"
-    assert default_model(4) == models / "x4"
-    assert SuperResolutionPipeline.from_pretrained(default_model(4)).scale == 4
-
-
 def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path, photo: Path) -> None:
+    assert default_model() == default_model(2) == models / "x2"
     with pytest.raises(binarize.BinarizeError, match=r"no model for scale 3 .*; scales with one: 2, 4\."):
         default_model(3)
-    result = run("upscale", photo, "--scale", "3")
-    assert result.exit_code == 1
-    assert "scales with one: 2, 4" in result.stderr
+    assert "scales with one: 2, 4" in fails("upscale", photo, "--scale", "3")
     (models / "x4" / "model_index.json").unlink()
     with pytest.raises(binarize.BinarizeError, match=r"scales with one: 2\."):
         default_model(4)
@@ -61,19 +54,16 @@ def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path
 
 @pytest.mark.parametrize(("options", "scale"), [([], 2), (["--scale", "4"], 4)])
 def test_upscale_needs_nothing_but_an_image(models: Path, photo: Path, options: list[str], scale: int) -> None:
-    result = run("upscale", photo, *options)
-    assert result.exit_code == 0, result.output
+    said = succeeds("upscale", photo, *options)
     pipe = SuperResolutionPipeline.from_pretrained(default_model(scale))
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(Image.open(photo), generator=torch.Generator().manual_seed(0)).images[0]
     with Image.open(photo.with_name(f"photo_x{scale}.png")) as large:
         assert large.size == (9 * scale, 6 * scale)
         assert np.array_equal(np.asarray(large), np.asarray(expected))
-    assert f"({'3 steps' if scale == 2 else '1 step'} per image" in result.stdout
-    again = run("upscale", photo, *options)
-    assert again.exit_code == 1
-    assert "already exists" in again.stderr
-    assert run("upscale", photo, *options, "--force").exit_code == 0
+    assert f"({'3 steps' if scale == 2 else '1 step'} per image" in said
+    assert "already exists" in fails("upscale", photo, *options)
+    succeeds("upscale", photo, *options, "--force")
 
 
 @pytest.mark.parametrize(("saved", "given", "taken"), [(3, None, 3), (3, 5, 5), (None, 2, 2), (None, None, 50)])
@@ -99,17 +89,16 @@ def test_a_number_of_steps_that_no_call_could_take_is_refused(steps: Any) -> Non
 
 
 def test_a_recipe_hands_its_steps_on() -> None:
-    recipe = load_recipe("small_x2", ["num_inference_steps=6"])
-    assert build_pipeline(recipe, SRUNet(**NETWORK)).num_inference_steps == 6
-    few = load_recipe("small_x2", ["num_inference_steps=6", "scheduler.num_train_timesteps=4"])
-    assert build_pipeline(few, SRUNet(**NETWORK, num_train_timesteps=4)).num_inference_steps == 4
+    for timesteps, steps in ((2000, 6), (4, 4)):
+        recipe = load_recipe("small_x2", ["num_inference_steps=6", f"scheduler.num_train_timesteps={timesteps}"])
+        unet = SRUNet(**NETWORK, num_train_timesteps=timesteps)
+        assert build_pipeline(recipe, unet).num_inference_steps == steps
 
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
     folder = default_model(scale)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"x{scale}" in card
+    assert f"x{scale}" in (folder / "README.md").read_text(encoding="utf-8")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     assert (index["scale"], type(index["num_inference_steps"])) == (scale, int)
     assert not Path(index.get("_name_or_path") or "").is_absolute()
