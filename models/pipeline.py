@@ -40,11 +40,7 @@ _DEFAULT_STEPS = 50  # for pipelines without `num_inference_steps`: as in the pu
 
 
 def default_scheduler() -> DDIMScheduler:
-    """Return DDIM with the settings of the released super-resolution networks.
-
-    2000 training timesteps, beta linear from 1e-6 to 1e-2, noise prediction. Predicted images are clipped to [-1, 1]
-    although they have values in [0, 1].
-    """
+    """Return DDIM as in the released networks. It clips predicted images to [-1, 1], though they are in [0, 1]."""
     return DDIMScheduler(num_train_timesteps=2000, beta_start=1e-6, beta_end=1e-2, beta_schedule="linear")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -100,8 +101,8 @@ def _timm(name: str, **options: Any) -> nn.Module:
     return model
 
 
-CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
-VIT = {"img_size": SIZE, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 3}
+convnext = partial(_timm, "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+vit = partial(_timm, "vit_tiny_patch16_224", img_size=SIZE, patch_size=4, depth=2, embed_dim=24, num_heads=3)
 HOSTS: dict[str, ZooHost] = {
     "srunet": ZooHost(srunet, lambda batch: ((_image(batch), _timesteps(batch), _image(batch)), {}), form="published"),
     "ddpm_cifar": ZooHost(lambda: unet2d((8, 16, 16), (1,)), _timed, form="contract"),
@@ -114,17 +115,8 @@ HOSTS: dict[str, ZooHost] = {
     "adm": ZooHost(ADMUNet, _labelled, kept=("input_blocks.0.0", "out.2")),
     "sr3": ZooHost(SR3UNet, _timed, kept=("downs.0", "final_conv")),
     "resnet18": ZooHost(resnet18, _classified(32), timed=False, kept=("conv1",), library="torchvision"),
-    "convnext": ZooHost(
-        lambda: _timm("convnext_atto", **CONVNEXT), _classified(32), False, ("stem.0",), library="timm"
-    ),
-    "vit": ZooHost(
-        lambda: _timm("vit_tiny_patch16_224", **VIT),
-        _classified(SIZE),
-        False,
-        ("patch_embed.proj",),
-        {"linear": True},
-        library="timm",
-    ),
+    "convnext": ZooHost(convnext, _classified(32), False, ("stem.0",), library="timm"),
+    "vit": ZooHost(vit, _classified(SIZE), False, ("patch_embed.proj",), {"linear": True}, library="timm"),
 }
 
 
@@ -137,9 +129,8 @@ def output_of(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) 
 
 def built(name: str) -> tuple[ZooHost, nn.Module]:
     """Return a host of the zoo and a new network, or skip the test if its library is not installed."""
-    host = HOSTS[name]
-    pytest.importorskip(host.library)
-    return host, host.build()
+    pytest.importorskip(HOSTS[name].library)
+    return HOSTS[name], HOSTS[name].build()
 
 
 def method_for(name: str, host: ZooHost) -> str | Mapping[str, Any]:
@@ -153,15 +144,12 @@ def recorded(model: nn.Module, inputs: Inputs) -> tuple[dict[str, tuple[int, ...
     """Run a host and return the shape of every module's output by name ("" for the model's own), and its output."""
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
-            if isinstance(out, Tensor):
-                shapes[name] = tuple(out.shape)
+    def record(name: str, module: nn.Module, args: Any, out: Any) -> None:
+        out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+        if isinstance(out, Tensor):
+            shapes[name] = tuple(out.shape)
 
-        return hook
-
-    handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_hook(partial(record, name)) for name, module in model.named_modules()]
     out = output_of(model, inputs)
     for handle in handles:
         handle.remove()

@@ -34,17 +34,13 @@ class BinaryLayerState:
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryConv2d | BinaryLinear]]:
-    """Yield the name and module of each binary layer."""
-    for name, module in model.named_modules():
-        if isinstance(module, BinaryConv2d | BinaryLinear):
-            yield name, module
+    """Iterate over the name and module of each binary layer."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, BinaryConv2d | BinaryLinear))
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedConv2d | PackedLinear]]:
-    """Yield the name and module of each packed layer."""
-    for name, module in model.named_modules():
-        if isinstance(module, PackedConv2d | PackedLinear):
-            yield name, module
+    """Iterate over the name and module of each packed layer."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, PackedConv2d | PackedLinear))
 
 
 def binary_state(model: nn.Module, *, packed: bool = False) -> dict[str, BinaryLayerState]:

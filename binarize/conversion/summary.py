@@ -61,8 +61,7 @@ class Summary:
     """Parameters, operations and bytes of a network.
 
     Attributes:
-        params: Parameters, a binary weight as 1/32.
-        raw_params: Parameters as stored for training.
+        params: Parameters, a binary weight as 1/32; ``raw_params`` counts them as stored for training.
         ops: Operations, a binary MAC as 1/64.
         macs_by_bits: Multiply-accumulates by bit width, {1: ..., 32: ...}.
         bytes: Bytes on disk when packed.

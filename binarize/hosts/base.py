@@ -22,10 +22,7 @@ class Edit:
 
 
 class Host:
-    """A family of networks. The base class serves any nn.Module; each method has a default that fits all networks.
-
-    Subclass it and register the subclass with `register_host` to support another family.
-    """
+    """A family of networks. The base class serves any nn.Module; each method has a default that fits all networks."""
 
     name = "any module"
 

@@ -91,12 +91,9 @@ def constant_width(resnet: ResnetBlock2D, fused: tuple[int, int] | None = None) 
 def cp_resampler(old: Any, parts: int) -> CPDownsample2D | CPUpsample2D:
     """Return CP-Down for a Downsample2D, CP-Up for an Upsample2D, with ``parts`` splits or branches."""
     weight = (old.conv if hasattr(old, "conv") else old.Conv2d_0).weight
-    new: CPDownsample2D | CPUpsample2D
+    down = type(old).__name__ == "Downsample2D"
     with torch.device(weight.device):
-        if type(old).__name__ == "Downsample2D":
-            new = CPDownsample2D(old.channels, parts, round_up=old.padding != 0)
-        else:
-            new = CPUpsample2D(old.channels, parts)
+        new = CPDownsample2D(old.channels, parts, old.padding != 0) if down else CPUpsample2D(old.channels, parts)
     return new.to(dtype=weight.dtype).train(old.training)
 
 

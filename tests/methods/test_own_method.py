@@ -52,7 +52,7 @@ def test_every_block_of_the_page_runs_in_order(folder: Path):
     assert binarize.summary(unet, (x[:1], 3, x[:1])).macs_by_bits[1] > 0
 
 
-def test_a_name_that_no_file_registered_is_said_to_be_unknown(folder: Path):
+def test_a_method_that_no_file_registers_is_unknown(folder: Path):
     (folder / "mine.yaml").write_text("base: bidiffsr_x2\nmethod: mine\n")
     with pytest.raises(binarize.BinarizeError, match="unknown method 'mine'; registered: bbcu, "):
         binarize.build("mine.yaml")
