@@ -42,11 +42,11 @@ def check_scales(scale: Any, residual_scale: Any, residual_strength: Any) -> Non
             f"residual_scale={residual_scale!r}: pass the standard deviation that residuals were divided by in "
             "training, a positive number, or None for a network that predicts images."
         )
-    if not _is_positive(residual_strength) or (residual_strength != 1 and residual_scale is None):
-        raise BinarizeError(
-            f"residual_strength={residual_strength!r} with residual_scale={residual_scale!r}: the factor of predicted "
-            "residuals must be a positive number, and 1 for a network that predicts images (residual_scale=None)."
-        )
+    if not _is_positive(residual_strength):
+        raise BinarizeError(f"residual_strength={residual_strength!r}: pass a positive number; 1 changes nothing.")
+    if residual_strength != 1 and residual_scale is None:
+        fix = "leave it at 1 for a network that predicts images"
+        raise BinarizeError(f"residual_strength={residual_strength!r} without a residual_scale: {fix}.")
 
 
 def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
