@@ -1,6 +1,6 @@
 """Tiny networks of every family that `binarize.convert` supports, and helpers of their tests."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 from foreign_networks import ADMUNet, SR3UNet
 from torch import Tensor, nn
 
-import binarize
 from binarize.layers import BinaryConv2d, BinaryLinear
 
 SIZE = 16
@@ -131,13 +130,6 @@ def built(name: str) -> tuple[ZooHost, nn.Module]:
     """Return a host of the zoo and a new network, or skip the test if its library is not installed."""
     pytest.importorskip(HOSTS[name].library)
     return HOSTS[name], HOSTS[name].build()
-
-
-def method_for(name: str, host: ZooHost) -> str | Mapping[str, Any]:
-    """Return the method, with a single timestep group for hosts without timesteps."""
-    if host.timed or not binarize.get_method(name).needs_timestep:
-        return name
-    return {"name": name, "groups": 1}
 
 
 def recorded(model: nn.Module, inputs: Inputs) -> tuple[dict[str, tuple[int, ...]], Tensor]:

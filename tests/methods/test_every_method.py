@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +273,6 @@ def test_unpacked_weights_are_the_signs_of_the_latents(case):
 def replica(rank: int, folder: str, methods: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    differences = {}
     for method in methods:
         torch.manual_seed(0)
         model = small(method).double().eval()  # batch norms would see half the batch in training mode
@@ -288,16 +286,11 @@ def replica(rank: int, folder: str, methods: list[str]) -> None:
             parallel(x[half], t[half]).square().mean().backward()
         found = gradients(model)
         relative = [(found[n] - g).abs().max() / g.abs().max().clamp_min(1) for n, g in whole.items()]
-        differences[method] = max(relative).item()
+        assert max(relative) < 1e-12, method
         assert found.keys() == whole.keys() == dict(model.named_parameters()).keys()
-    Path(folder, f"{rank}.json").write_text(json.dumps(differences))
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_the_whole_batch(tmp_path: Path):
-    mp.spawn(replica, (str(tmp_path), METHODS), nprocs=2)
-    for rank in range(2):
-        differences = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert sorted(differences) == sorted(METHODS)
-        assert all(value < 1e-12 for value in differences.values()), differences
+    mp.spawn(replica, (str(tmp_path), METHODS), nprocs=2)  # raises what a process raises

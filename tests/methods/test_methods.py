@@ -15,19 +15,8 @@ import torch
 from torch import nn
 
 import binarize
+from binarize import layers
 from binarize.errors import BinarizeError
-from binarize.layers import (
-    BinaryConv2d,
-    BinaryLinear,
-    DelayedWeight,
-    EDESign,
-    KMapScale,
-    LayerSpec,
-    LibraWeight,
-    RPReLU,
-    list_parts,
-    register_part,
-)
 from binarize.layers.parts import PART_KINDS
 from binarize.methods import Method, bidiffsr, get_method, list_methods, reactnet, register_method
 from binarize.timestep import TimestepContext
@@ -38,35 +27,35 @@ def without_addresses(value: object) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
-def layer(method: Any, channels: int = 4, out: int = 4) -> BinaryConv2d:
+def layer(method: Any, channels: int = 4, out: int = 4) -> layers.BinaryConv2d:
     context = TimestepContext(100)
     context.set(50)
-    return BinaryConv2d(channels, out, 3, padding=1, method=method, context=context)
+    return layers.BinaryConv2d(channels, out, 3, padding=1, method=method, context=context)
 
 
 def tiny() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3))
 
 
-def factory(spec: LayerSpec) -> nn.Module:
+def factory(spec: layers.LayerSpec) -> nn.Module:
     return nn.Softplus()
 
 
 class Factories:
     @staticmethod
-    def clip(spec: LayerSpec, limit: float = 2.0) -> nn.Module:
+    def clip(spec: layers.LayerSpec, limit: float = 2.0) -> nn.Module:
         return nn.Hardtanh(-limit, limit)
 
 
 @pytest.mark.parametrize(
     ("options", "attribute", "expected"),
     [
-        ({"weight": "libra"}, "weight_binarizer", LibraWeight),
-        ({"weight": {"name": "two_stage", "switch": 0.2}}, "weight_binarizer", DelayedWeight),
-        ({"activation": "ede"}, "activation", EDESign),
+        ({"weight": "libra"}, "weight_binarizer", layers.LibraWeight),
+        ({"weight": {"name": "two_stage", "switch": 0.2}}, "weight_binarizer", layers.DelayedWeight),
+        ({"activation": "ede"}, "activation", layers.EDESign),
         ({"pre": None}, "pre", type(None)),
         ({"pre": "batch_norm"}, "pre", nn.BatchNorm2d),
-        ({"scale": "k_map"}, "scale", KMapScale),
+        ({"scale": "k_map"}, "scale", layers.KMapScale),
         ({"norm": None}, "norm", type(None)),
         ({"post": None}, "post", type(None)),
         ({"post": "relu"}, "post", nn.ReLU),
@@ -99,11 +88,11 @@ def test_the_order_of_post_and_shortcut_is_an_option():
 @pytest.mark.parametrize("kind", ["conv2d", "linear"])
 @pytest.mark.parametrize("stage", PART_KINDS)
 def test_every_registered_part_serves_convolutions_and_linear_layers(kind, stage):
-    for name in list_parts(stage):
+    for name in layers.list_parts(stage):
         context = TimestepContext(100)
         options: Any = {"method": Method(groups=3, **{stage: name}), "context": context}
         conv = kind == "conv2d"
-        made: Any = BinaryConv2d(4, 6, 3, 2, 1, **options) if conv else BinaryLinear(4, 6, **options)
+        made: Any = layers.BinaryConv2d(4, 6, 3, 2, 1, **options) if conv else layers.BinaryLinear(4, 6, **options)
         x = torch.randn((2, 4, 6, 6) if conv else (2, 5, 4))
         with context.using(torch.tensor([1, 99])):
             y = made(x.requires_grad_())
@@ -126,17 +115,17 @@ def test_components_of_the_flagship_switch():
 
 
 def test_a_timestep_aware_part_of_your_own_gets_the_context(registries):
-    @register_part("post", "my_taa", timestep_aware=True)
-    def my_taa(spec: LayerSpec) -> nn.Module:
-        return RPReLU(spec.out_channels, spec.groups, spec.context)
+    @layers.register_part("post", "my_taa", timestep_aware=True)
+    def my_taa(spec: layers.LayerSpec) -> nn.Module:
+        return layers.RPReLU(spec.out_channels, spec.groups, spec.context)
 
-    register_part("post", "my_relu")(lambda spec: nn.ReLU())
+    layers.register_part("post", "my_relu")(lambda spec: nn.ReLU())
     for post in ("my_taa", my_taa, {"name": "my_taa"}):
         assert reactnet(groups=3, post=post).needs_timestep
     assert not reactnet(groups=3, post="my_relu").needs_timestep
     assert not reactnet(post="my_taa").needs_timestep
     assert layer(reactnet(groups=3, post="my_taa")).post.groups == 3
-    register_part("post", "my_taa", replace=True)(lambda spec: nn.ReLU())
+    layers.register_part("post", "my_taa", replace=True)(lambda spec: nn.ReLU())
     assert not reactnet(groups=3, post="my_taa").needs_timestep
 
 
@@ -219,7 +208,7 @@ def test_options_change_the_parts_that_they_name():
 def test_the_old_name_of_the_two_stage_weight_warns():
     with pytest.warns(DeprecationWarning, match="TwoStageWeight is now binarize.layers.delayed.two_stage_weight"):
         made = binarize.layers.TwoStageWeight(switch=0.2)
-    assert isinstance(made, DelayedWeight)
+    assert isinstance(made, layers.DelayedWeight)
     assert list(made.state_dict()) == ["progress"]
 
 
@@ -300,10 +289,10 @@ def test_only_frozen_dataclasses_are_registered(registries):
 
 def test_parts_are_registered_by_kind(registries):
     with pytest.raises(BinarizeError, match=r"unknown kind of part 'wieght'; kinds: .*Did you mean 'weight'\?"):
-        register_part("wieght", "x")
+        layers.register_part("wieght", "x")
     with pytest.raises(BinarizeError, match="unknown kind of part 'layer'"):
-        list_parts("layer")
+        layers.list_parts("layer")
     with pytest.raises(BinarizeError, match="post part 'relu' is already registered"):
-        register_part("post", "relu")(factory)
-    register_part("post", "relu", replace=True)(factory)
+        layers.register_part("post", "relu")(factory)
+    layers.register_part("post", "relu", replace=True)(factory)
     assert isinstance(layer(reactnet(post="relu")).post, nn.Softplus)
