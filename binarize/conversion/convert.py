@@ -136,14 +136,14 @@ def _check_model(model: nn.Module) -> None:
 def _wrapper(module: nn.Module) -> str | None:
     """Return the name of what stands between a module and its weights, or None."""
     cls, hooks = type(module), module._forward_pre_hooks.values()
-    found = {
-        f"{cls.__name__}, which must come after the conversion": cls.__name__ in _WRAPPERS,
-        "torch.nn.utils.parametrize": parametrize.is_parametrized(module),
-        "a PEFT adapter": any(base.__name__ == "BaseTunerLayer" for base in cls.__mro__),
-        cls.__module__: cls.__module__.startswith(("torch.ao.nn", "torchao")),
-        "torch.nn.utils.weight_norm or spectral_norm": any(hasattr(h, "name") and hasattr(h, "dim") for h in hooks),
-    }
-    return next((name for name, wrapped in found.items() if wrapped), None)
+    found = (
+        (cls.__name__ in _WRAPPERS, f"{cls.__name__}, which must come after the conversion"),
+        (parametrize.is_parametrized(module), "torch.nn.utils.parametrize"),
+        (any(base.__name__ == "BaseTunerLayer" for base in cls.__mro__), "a PEFT adapter"),
+        (cls.__module__.startswith(("torch.ao.nn", "torchao")), cls.__module__),
+        (any(hasattr(h, "name") and hasattr(h, "dim") for h in hooks), "torch.nn.utils.weight_norm or spectral_norm"),
+    )
+    return next((name for wrapped, name in found if wrapped), None)
 
 
 def _resolve_structure(model: nn.Module, method: Method, host: Host, structure: str) -> str:

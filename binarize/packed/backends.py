@@ -3,6 +3,4 @@
 from binarize.deprecation import renamed
 
 _NEW = "binarize.kernels.backends:"
-__getattr__ = renamed(
-    __name__, {name: _NEW + name for name in ("BACKENDS", "current", "kernels_for", "use")}
-)
+__getattr__ = renamed(__name__, {name: _NEW + name for name in ("BACKENDS", "current", "kernels_for", "use")})
