@@ -89,8 +89,8 @@ def test_linear_attention_and_tokens():
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
-            self.first, self.hidden, self.last = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+            self.first, self.attention = nn.Linear(16, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+            self.hidden, self.last = nn.Linear(16, 32), nn.Linear(32, 16)
 
         def forward(self, x):
             x = self.first(x)
