@@ -41,49 +41,12 @@ _LAZY = {
     "save": "binarize.serialization",
 }
 
-__all__ = [
-    "BinarizeError",
-    "ConversionReport",
-    "Method",
-    "Summary",
-    "ablate",
-    "binary_state",
-    "build",
-    "checkpoint_context",
-    "convert",
-    "diagnosis",
-    "doctor",
-    "evaluation",
-    "get_method",
-    "hosts",
-    "imaging",
-    "inspect",
-    "is_packed",
-    "layers",
-    "list_hosts",
-    "list_methods",
-    "list_parts",
-    "load",
-    "memory_mode",
-    "methods",
-    "models",
-    "pack",
-    "packed",
-    "param_groups",
-    "plan",
-    "recipes",
-    "register_host",
-    "register_method",
-    "register_part",
-    "report",
-    "revert",
-    "save",
-    "summary",
-    "timesteps",
-    "training",
-    "training_step",
-    "unpack",
-]
+__all__ = ["BinarizeError", "ConversionReport", "Summary", "convert", "plan", "report", "revert", "summary"]
+__all__ += ["ablate", "binary_state", "build", "doctor", "is_packed", "load", "pack", "save", "unpack"]
+__all__ += ["checkpoint_context", "memory_mode", "param_groups", "timesteps", "training_step"]
+__all__ += ["Method", "get_method", "list_methods", "list_parts", "register_method", "register_part"]
+__all__ += ["hosts", "layers", "list_hosts", "methods", "packed", "register_host"]
+__all__ += ["diagnosis", "evaluation", "imaging", "inspect", "models", "recipes", "training"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,5 @@
 """Old public names, which keep working with a DeprecationWarning."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,9 +9,7 @@ from typing import Any
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """Return a module's ``__getattr__`` that resolves old names.
 
-    Args:
-        module: The module's ``__name__``.
-        names: Old name to the new one, ``"name"`` in the same module or ``"package.module:name"`` in another.
+    ``names`` maps each to the new one, ``"name"`` in the same module or ``"package.module:name"`` in another.
     """
 
     def __getattr__(name: str) -> Any:

@@ -1,7 +1,5 @@
 """The toolkit's exception, and helpers for its messages."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 
@@ -15,11 +13,9 @@ class BinarizeError(ValueError):
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the option nearest to ``name``, or an empty string if none is similar."""
-    near = difflib.get_close_matches(name.lower(), {o.lower(): o for o in options}, n=1, cutoff=0.6)
-    if not near:
-        return ""
-    exact = next(o for o in options if o.lower() == near[0])
-    return f" Did you mean {exact!r}?"
+    exact = {option.lower(): option for option in options}
+    near = difflib.get_close_matches(name.lower(), exact, n=1)
+    return f" Did you mean {exact[near[0]]!r}?" if near else ""
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:

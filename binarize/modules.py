@@ -1,13 +1,10 @@
 """Modules of any network: find them by name pattern, replace them, copy their structure and their tensors."""
 
-from __future__ import annotations
-
 import copy
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -28,11 +25,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """Replace submodules in place, under all their names.
-
-    Args:
-        model: The network.
-        new: The ``id`` of an old module to its replacement.
+    """Replace submodules in place, under all their names; ``new`` maps the ``id`` of an old module to its replacement.
 
     Returns:
         The name and the old module of each replacement; ``model.set_submodule(name, old)`` undoes it.
@@ -51,11 +44,7 @@ def refuse_lazy(model: nn.Module) -> None:
 
 
 def meta_copy(model: ModelT) -> ModelT:
-    """Return a copy of a model whose parameters and buffers are on the meta device, where they take no memory.
-
-    Raises:
-        BinarizeError: If a lazy layer has no weights yet.
-    """
+    """Return a copy of a model whose parameters and buffers are on the meta device, where they take no memory."""
     refuse_lazy(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -76,8 +65,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def align_tensors(model: ModelT) -> ModelT:
     """Copy the parameters and buffers of a model out of memory-mapped files, see `aligned`; return the model."""
-    tensors: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
-    with torch.no_grad():
-        for tensor in tensors:
-            tensor.data = aligned(tensor.data)
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    for tensor in tensors:
+        tensor.data = aligned(tensor.data)
     return model

@@ -1,7 +1,5 @@
 """A registry of named objects: methods, their parts and hosts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -11,26 +9,14 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A mapping from name to object whose errors list the registered names and suggest the nearest one.
-
-    Args:
-        kind: The kind of the objects for error messages ("method", "weight part", ...).
-    """
+    """A mapping from name to object whose errors name the ``kind`` of object and suggest the nearest name."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._items: dict[str, T] = {}
 
     def register(self, name: str, *, replace: bool = False) -> Callable[[T], T]:
-        """Return a decorator that registers an object under ``name``.
-
-        Args:
-            name: The public name, as in recipes.
-            replace: Allow ``name`` to be registered already.
-
-        Raises:
-            BinarizeError: If the name is taken and ``replace`` is false.
-        """
+        """Return a decorator that registers an object under ``name``, or ``replace`` the registered one."""
 
         def add(item: T) -> T:
             if name in self._items and not replace:
@@ -60,6 +46,3 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._items))
-
-    def __len__(self) -> int:
-        return len(self._items)

@@ -4,12 +4,10 @@ A folder holds ``config.json``, which says what the host is and how it was conve
 has all of that in diffusers' own format; `save` and `load` do the same for hosts of other libraries.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -32,14 +30,14 @@ from binarize.packed.files import count_tensors, read_config, read_packed
 
 WEIGHTS = "model.safetensors"
 
-# Exceptions that constructors raise for a configuration with unexpected values.
-_UNEXPECTED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError)
+# Exceptions of readers, and of constructors for a configuration with unexpected values.
+_UNEXPECTED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, OSError)
 # Networks have one to three modules per tensor: layers, their parts, and the containers around them.
 _MODULES_PER_TENSOR = 10
 
 
 def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
-    """Save a converted or packed model so that `load` can rebuild it.
+    """Save a converted or packed model so that `load` can rebuild it, and return the folder.
 
     Files of an earlier save in the same folder are replaced atomically.
 
@@ -49,9 +47,6 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
         folder: The folder; it is created.
         dtype: Dtype of a packed model's full-precision tensors in the file, such as torch.float16; by default the
             dtype that they have. `load` returns half precision as float32.
-
-    Returns:
-        The folder.
 
     Raises:
         BinarizeError: If the model is not converted, a part of its method cannot be named in a file, or a dtype is
@@ -64,35 +59,29 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise BinarizeError(f"save: {folder} is a file; give a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, SRUNet):
-        if record.packed:
-            text = model.to_json_string()
-            write_packed_folder(model, folder, SRUNET_WEIGHTS, text, json.loads(text), dtype)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            model.save_pretrained(folder)
-        return folder
-    described = {"binarize_format": 1, "host": _describe_host(model), "conversion": config}
-    text = json.dumps(described, indent=2) + "\n"
-    if record.packed:
-        write_packed_folder(model, folder, WEIGHTS, text, described, dtype)
+        name, text = SRUNET_WEIGHTS, model.to_json_string()
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        described = {"binarize_format": 1, "host": _describe_host(model), "conversion": config}
+        name, text = WEIGHTS, json.dumps(described, indent=2) + "\n"
+    if record.packed:
+        write_packed_folder(model, folder, name, text, json.loads(text), dtype)
+    elif isinstance(model, SRUNet):
+        model.save_pretrained(folder)
+    else:
         write_atomic(folder / WEIGHTS, lambda path: save_model(model, str(path)), force=True)
         write_text_atomic(folder / CONFIG, text)
     return folder
 
 
 def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """Rebuild a model that `save` (or ``SRUNet.save_pretrained``) wrote.
+    """Rebuild a model that `save` (or ``SRUNet.save_pretrained``) wrote, with its weights and in eval mode.
 
     Args:
         folder: The folder, or a packed model's ``model.safetensors`` alone.
         model: An unconverted instance of the host, needed for hosts that are neither SRUNet nor diffusers models; it
             is converted in place and returned.
-
-    Returns:
-        The converted model in eval mode, with its weights.
 
     Raises:
         BinarizeError: If files are missing or broken, or do not fit the host.
@@ -105,22 +94,18 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     if config.get("_class_name") == "SRUNet":
         if model is not None:
             raise BinarizeError(f"load: {folder} holds an SRUNet, which is rebuilt from its files; leave model out.")
-        try:
+        with _errors(f"{folder} does not hold a readable SRUNet"):
             return cast(nn.Module, SRUNet.from_pretrained(folder))
-        except BinarizeError:
-            raise
-        except (OSError, *_UNEXPECTED, SafetensorError) as error:
-            raise BinarizeError(f"load: {folder} does not hold a readable SRUNet: {one_line(error)}") from error
     if config.get("binarize_format") != 1:
-        raise BinarizeError(
-            f"load: {where} has binarize_format {config.get('binarize_format')!r}; this version reads 1."
-        )
+        version = config.get("binarize_format")
+        raise BinarizeError(f"load: {where} has binarize_format {version!r}; this version reads 1.")
     missing = [key for key in ("host", "conversion") if not isinstance(config.get(key), dict)]
     if missing:
         raise BinarizeError(f"load: {where} has no {' and no '.join(missing)}; it is not what save wrote.")
     if "packed" in config["conversion"]:
         return _load_packed(config, weights, model)
-    state = _read_weights(weights)
+    with _errors(f"{weights} cannot be read"):
+        state = load_file(weights)
     host = _build_host(config["host"], folder) if model is None else model
     twin = meta_copy(host)  # finds a mismatch before the caller's instance is changed
     with _building(where), torch.device("meta"):
@@ -155,14 +140,18 @@ def _load_packed(config: Mapping[str, Any], path: Path, model: nn.Module | None)
 
 
 @contextmanager
-def _building(path: Path) -> Iterator[None]:
-    """Turn any exception of a constructor into a BinarizeError about the configuration."""
+def _errors(problem: str) -> Iterator[None]:
+    """Turn any exception of a constructor or a reader into a BinarizeError that begins with the problem."""
     try:
         yield
     except BinarizeError:
         raise
-    except _UNEXPECTED as error:
-        raise BinarizeError(f"load: {path}: its configuration builds no network: {one_line(error)}") from error
+    except (*_UNEXPECTED, SafetensorError) as error:
+        raise BinarizeError(f"load: {problem}: {one_line(error)}") from error
+
+
+def _building(path: Path) -> AbstractContextManager[None]:
+    return _errors(f"{path}: its configuration builds no network")
 
 
 @contextmanager
@@ -183,13 +172,6 @@ def _at_most(modules: int, path: Path) -> Iterator[None]:
         handle.remove()
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BinarizeError(f"load: {path} cannot be read: {one_line(error)}") from error
-
-
 def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Raise BinarizeError unless a state dict fits the model; tied tensors are stored under one of their names."""
     expected = model.state_dict(keep_vars=True)
@@ -199,19 +181,16 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     missing = [aliases[0] for aliases in names.values() if not any(name in state for name in aliases)]
     unexpected = [name for name in state if name not in expected]
     wrong = [name for name in state if name in expected and state[name].shape != expected[name].shape]
-    if missing or unexpected or wrong:
-        kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        problems = "; ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in kinds if found)
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+    if problems := "; ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in kinds if found):
         raise BinarizeError(f"load: {path} does not fit the host: {problems}.")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise BinarizeError(f"load: {folder} has no {CONFIG}; give a folder that binarize.save wrote.")
-    try:
+    with _errors(f"{folder / CONFIG} is not valid JSON"):  # RecursionError is a RuntimeError
         config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise BinarizeError(f"load: {folder / CONFIG} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise BinarizeError(f"load: {folder / CONFIG} must hold a JSON object; got {type(config).__name__}.")
     return config

@@ -5,8 +5,6 @@ layers of a model share one `TimestepContext`: a forward pre-hook stores the tim
 clears it. The hooks are bound methods, so that a deepcopy of the model gets a context of its own.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,10 +41,7 @@ def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> 
 class TimestepContext:
     """The timestep of the running forward pass, shared by a model's timestep-aware layers.
 
-    A model can be used by one thread at a time, because threads that share a model share its context.
-
-    Args:
-        num_train_timesteps: T, the number of timesteps of the training schedule.
+    Threads that share a model share its context, so only one of them can run it at a time.
     """
 
     def __init__(self, num_train_timesteps: int) -> None:
@@ -64,16 +59,12 @@ class TimestepContext:
         self._timesteps, self._groups = None, {}
 
     def group(self, groups: int) -> Tensor:
-        """Return the group of each sample, ``(B,)`` or ``(1,)`` int64, for K = ``groups``.
-
-        Raises:
-            BinarizeError: If no forward of the converted model is running.
-        """
+        """Return the group of each sample, ``(B,)`` or ``(1,)`` int64, for K = ``groups``."""
         if self._timesteps is None:
             raise BinarizeError(
-                "a timestep-aware layer ran outside a forward of its model, so its timestep is unknown; call the "
-                "converted model itself, or wrap the call in `with binarize.timesteps(model, t):`. In a "
-                "torch.utils.checkpoint call of your own, pass context_fn=binarize.checkpoint_context(model)."
+                "a timestep-aware layer ran outside a forward of its model; call the converted model itself, or wrap "
+                "the call in `with binarize.timesteps(model, t):`. In a torch.utils.checkpoint call of your own, pass "
+                "context_fn=binarize.checkpoint_context(model)."
             )
         if groups not in self._groups:
             self._groups[groups] = timestep_group(self._timesteps, groups, self.num_train_timesteps)
@@ -94,29 +85,22 @@ class TimestepContext:
         """Return the two context managers of torch.utils.checkpoint's ``context_fn``: forward and recomputation."""
         return nullcontext(), self.using(self._timesteps)
 
-    def attach(self, model: nn.Module) -> str:
-        """Add hooks to ``model`` that read the timestep, and return a description of where they read it.
-
-        Raises:
-            BinarizeError: If the model has neither a ``time_proj`` module nor a timestep argument.
-        """
+    def attach(self, model: nn.Module) -> None:
+        """Add hooks to ``model`` that read the timestep."""
         time_proj = getattr(model, "time_proj", None)
         if isinstance(time_proj, nn.Module):
             model.register_forward_pre_hook(self._start)
             time_proj.register_forward_pre_hook(self._read_projection)
-            where = "time_proj's input"
         else:
             found = timestep_argument(model)
             if found is None:
                 raise BinarizeError(no_timestep_message(model))
             self._argument = found
             model.register_forward_pre_hook(self._read_argument, with_kwargs=True)
-            where = f"forward's argument {found[0]!r}"
         model.register_forward_hook(self._forget, always_call=True)
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.register_forward_pre_hook(self._guard_checkpointing)
-        return where
 
     def _start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.clear()
@@ -146,8 +130,7 @@ class _CheckpointWithTimestep:
     """A checkpoint function whose recomputation uses the timesteps of its forward pass."""
 
     def __init__(self, context: TimestepContext, function: Callable[..., Any]) -> None:
-        self.context = context
-        self.function = function
+        self.context, self.function = context, function
 
     def __call__(self, block: Callable[..., Any], *args: Any) -> Any:
         timesteps = self.context._timesteps
@@ -156,8 +139,7 @@ class _CheckpointWithTimestep:
             with self.context.using(timesteps):
                 return block(*inputs)
 
-        # diffusers' own function calls `module.__call__`.
-        return self.function(_Callable(run), *args)
+        return self.function(_Callable(run), *args)  # diffusers' own function calls `module.__call__`
 
 
 class _Callable:
@@ -172,10 +154,8 @@ class _Callable:
 
 def timestep_argument(model: nn.Module) -> tuple[str, int] | None:
     """Return the name and position of the argument of ``model.forward`` that is the timestep, if there is one."""
-    for position, name in enumerate(inspect.signature(model.forward).parameters):
-        if name in TIMESTEP_NAMES:
-            return name, position
-    return None
+    parameters = enumerate(inspect.signature(model.forward).parameters)
+    return next(((name, position) for position, name in parameters if name in TIMESTEP_NAMES), None)
 
 
 def has_timestep(model: nn.Module) -> bool:
@@ -199,12 +179,8 @@ def detach_contexts(model: nn.Module) -> None:
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), TimestepContext):
                     del hooks[key]
-                    for extra in (
-                        module._forward_pre_hooks_with_kwargs,
-                        module._forward_hooks_with_kwargs,
-                        module._forward_hooks_always_called,
-                    ):
-                        extra.pop(key, None)
+                    for kind in ("pre_hooks_with_kwargs", "hooks_with_kwargs", "hooks_always_called"):
+                        getattr(module, f"_forward_{kind}").pop(key, None)
         function = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(function, _CheckpointWithTimestep):
             module._gradient_checkpointing_func = function.function  # type: ignore[assignment]

@@ -5,11 +5,5 @@ from binarize.models.official import OFFICIAL_CONFIG, load_official
 from binarize.models.pipeline import SuperResolutionPipeline, default_scheduler
 from binarize.models.unet import SRUNet
 
-__all__ = [
-    "OFFICIAL_CONFIG",
-    "SRUNet",
-    "SuperResolutionPipeline",
-    "default_model",
-    "default_scheduler",
-    "load_official",
-]
+__all__ = ["OFFICIAL_CONFIG", "SRUNet", "SuperResolutionPipeline"]
+__all__ += ["default_model", "default_scheduler", "load_official"]

@@ -1,7 +1,5 @@
 """Checks of the pipeline's arguments."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from numbers import Integral
@@ -17,12 +15,7 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 class OtherTimestepsError(BinarizeError):
-    """The scheduler's number of training timesteps is not the network's.
-
-    Attributes:
-        trained: The network's number.
-        scheduled: The scheduler's, or None if its configuration has none.
-    """
+    """The scheduler's number of training timesteps, which can be None, is not the network's."""
 
     def __init__(self, message: str, trained: int, scheduled: int | None) -> None:
         super().__init__(message)
@@ -42,24 +35,18 @@ def check_scales(scale: Any, residual_scale: Any, residual_strength: Any) -> Non
     """Raise BinarizeError unless the scale is an integer of at least 1 and the residual's numbers fit together."""
     if not is_whole(scale):
         raise BinarizeError(
-            f"scale={scale!r}: a pipeline needs the whole number, 1 or more, by which its network upscales; "
-            "pass the one it was trained for, such as scale=4."
+            f"scale={scale!r}: a pipeline needs the whole number, 1 or more, by which it upscales, as in scale=4."
         )
     if residual_scale is not None and not _is_positive(residual_scale):
         raise BinarizeError(
-            f"residual_scale={residual_scale!r}: it is the standard deviation that residuals were divided by, a "
-            "positive number, or None for a network that was trained on images."
+            f"residual_scale={residual_scale!r}: pass the standard deviation that residuals were divided by in "
+            "training, a positive number, or None for a network that predicts images."
         )
     if not _is_positive(residual_strength):
-        raise BinarizeError(
-            f"residual_strength={residual_strength!r}: it multiplies predicted residuals and must be a positive "
-            "number; 1 leaves them unchanged."
-        )
+        raise BinarizeError(f"residual_strength={residual_strength!r}: pass a positive number; 1 changes nothing.")
     if residual_strength != 1 and residual_scale is None:
-        raise BinarizeError(
-            f"residual_strength={residual_strength!r} without a residual_scale: the network predicts images, which are "
-            "not multiplied; leave it at 1."
-        )
+        fix = "leave it at 1 for a network that predicts images"
+        raise BinarizeError(f"residual_strength={residual_strength!r} without a residual_scale: {fix}.")
 
 
 def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
@@ -67,54 +54,43 @@ def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
     kind = type(scheduler).__name__
     if not all(hasattr(scheduler, name) for name in ("scale_model_input", "init_noise_sigma", "step")):
         raise BinarizeError(
-            f"{kind} is no scheduler for noise prediction over discrete timesteps; allowed: those of diffusers with "
-            "step, scale_model_input and init_noise_sigma, such as DDIMScheduler, DPMSolverMultistepScheduler or "
-            "EulerDiscreteScheduler."
+            f"{kind} is no scheduler for noise prediction over discrete timesteps; use one of diffusers' with step, "
+            "scale_model_input and init_noise_sigma, such as DDIMScheduler or DPMSolverMultistepScheduler."
         )
     trained = getattr(getattr(unet, "config", None), "num_train_timesteps", None)
     scheduled = getattr(scheduler.config, "num_train_timesteps", None)
     if trained is not None and trained != scheduled:
-        raise OtherTimestepsError(
+        message = (
             f"the network was trained with {trained} timesteps, but {kind} has num_train_timesteps={scheduled}; make "
             f"the scheduler with num_train_timesteps={trained} and the betas of the training, for instance by "
-            f"{kind}.from_config(pipe.scheduler.config).",
-            trained,
-            scheduled,
+            f"{kind}.from_config(pipe.scheduler.config)."
         )
+        raise OtherTimestepsError(message, trained, scheduled)
 
 
 def check_numbers(scheduler: Any, num_inference_steps: Any, batch_size: Any, eta: float) -> None:
     """Raise BinarizeError if a number is out of range, or the scheduler would ignore eta."""
-    most = scheduler.config.num_train_timesteps
-    if not is_whole(num_inference_steps) or num_inference_steps > most:
-        raise BinarizeError(
-            f"num_inference_steps={num_inference_steps!r}; allowed: a whole number from 1 to the scheduler's "
-            f"{most} training timesteps."
-        )
-    if not is_whole(batch_size):
-        raise BinarizeError(f"batch_size={batch_size!r}; allowed: a whole number of at least 1.")
-    if eta != 0 and "eta" not in step_parameters(scheduler):
-        raise BinarizeError(
-            f"eta={eta!r}: {type(scheduler).__name__} takes no eta; leave it at 0, or use DDIMScheduler."
-        )
-    if not 0 <= eta <= 1:
-        raise BinarizeError(f"eta={eta!r}; allowed: from 0, deterministic, to 1, as much noise as DDPM.")
+    most, kind = scheduler.config.num_train_timesteps, type(scheduler).__name__
+    steps, size = num_inference_steps, batch_size
+    steps_allowed = f"a whole number from 1 to the scheduler's {most} training timesteps"
+    for valid, message in (
+        (is_whole(steps) and steps <= most, f"num_inference_steps={steps!r}; allowed: {steps_allowed}."),
+        (is_whole(size), f"batch_size={size!r}; allowed: a whole number of at least 1."),
+        (eta == 0 or "eta" in step_parameters(scheduler), f"eta={eta!r}: {kind} takes no eta; leave it at 0."),
+        (0 <= eta <= 1, f"eta={eta!r}; allowed: from 0, deterministic, to 1, as much noise as DDPM."),
+    ):
+        if not valid:
+            raise BinarizeError(message)
 
 
-def check_output_type(output_type: object) -> None:
-    """Raise BinarizeError unless the output type is "pil", "np" or "pt"."""
+def check_output(output_type: object, callback_inputs: Sequence[str], allowed_inputs: Sequence[str]) -> None:
+    """Raise BinarizeError if an output type is unknown, or a callback asks for tensors that it cannot have."""
     if output_type not in OUTPUT_TYPES:
-        options = ", ".join(repr(option) for option in OUTPUT_TYPES)
-        raise BinarizeError(
-            f"unknown output_type {output_type!r}; options: {options}.{did_you_mean(str(output_type), OUTPUT_TYPES)}"
-        )
-
-
-def check_callback_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
-    """Raise BinarizeError if a callback asks for tensors that it cannot have."""
-    unknown = [name for name in names if name not in allowed]
-    if unknown:
-        raise BinarizeError(f"callback_on_step_end_tensor_inputs has {unknown}; allowed: {list(allowed)}.")
+        options = ", ".join(map(repr, OUTPUT_TYPES))
+        hint = did_you_mean(str(output_type), OUTPUT_TYPES)
+        raise BinarizeError(f"unknown output_type {output_type!r}; options: {options}.{hint}")
+    if unknown := [name for name in callback_inputs if name not in allowed_inputs]:
+        raise BinarizeError(f"callback_on_step_end_tensor_inputs has {unknown}; allowed: {list(allowed_inputs)}.")
 
 
 def generator_per_image(generator: Any, sources: Sequence[DecodedImage]) -> list[Any]:

@@ -1,7 +1,5 @@
 """The trained models that come with the package."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from binarize.errors import BinarizeError
@@ -12,22 +10,13 @@ _INDEX = "model_index.json"
 
 
 def default_model(scale: int = 2) -> Path:
-    """Return the folder of the trained model that comes with the package, for ``from_pretrained``.
-
-    Args:
-        scale: The upscaling factor.
-
-    Raises:
-        BinarizeError: If the package has no model of that scale; the message lists the scales that it has.
-    """
+    """Return the folder of the trained model that comes with the package for a scale, for ``from_pretrained``."""
     folder = FOLDER / f"x{scale}"
     if not (folder / _INDEX).is_file():
         shipped = ", ".join(map(str, shipped_scales()))
         allowed = f"scales with one: {shipped}" if shipped else "this installation has none at all"
-        raise BinarizeError(
-            f"no model for scale {scale} comes with binarize; {allowed}. Name a model of your own, or train one with "
-            "`binarize train`."
-        )
+        fix = "Name a model of your own, or train one with `binarize train`."
+        raise BinarizeError(f"no model for scale {scale} comes with binarize; {allowed}. {fix}")
     return folder
 
 

@@ -1,7 +1,5 @@
 """Conversion between the pipeline's images and those of Pillow, numpy and torch, alone, in lists or in batches."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +22,7 @@ _ALLOWED = (
 
 
 def as_images(image: Any) -> list[DecodedImage]:
-    """Return the pipeline's input as a list of images, in order; floating-point input keeps its precision.
-
-    Raises:
-        BinarizeError: If it is none of the types that ``SuperResolutionPipeline.__call__`` lists.
-    """
+    """Return the pipeline's input as a list of images, in order; floating-point input keeps its precision."""
     if isinstance(image, list | tuple):
         if not image:
             raise BinarizeError("image is an empty list; pass at least one image.")
@@ -44,9 +38,7 @@ def as_images(image: Any) -> list[DecodedImage]:
     if isinstance(image, Tensor) and image.ndim in (3, 4):
         values = image.detach() if image.is_floating_point() else torch.from_numpy(_scaled(image.cpu().numpy()))
         return [_from_tensor(item, image.shape) for item in (values if image.ndim == 4 else values[None])]
-    given = type(image).__name__
-    if isinstance(image, np.ndarray | Tensor):
-        given += f" of shape {tuple(image.shape)}"
+    given = type(image).__name__ + (f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else "")
     is_path = isinstance(image, str | os.PathLike)
     hint = " Open a file with binarize.imaging.read_image(path)." if is_path else ""
     raise BinarizeError(f"image must not be of type {given}; allowed: {_ALLOWED}.{hint}")
@@ -82,13 +74,9 @@ def _from_tensor(values: Tensor, shape: Sequence[int]) -> DecodedImage:
 
 
 def to_output(source: DecodedImage, rgb: Tensor, alpha: Tensor | None, output_type: str) -> Any:
-    """Return one upscaled image in the requested type, with alpha as the fourth channel of "np" and "pt".
+    """Return one upscaled image, (3, H, W) and (1, H, W) in [0, 1], as "pil", "np" or "pt".
 
-    Args:
-        source: The image that was upscaled; Pillow's result has its mode (grayscale, 16-bit).
-        rgb: (3, H, W) in [0, 1].
-        alpha: (1, H, W) in [0, 1], or None.
-        output_type: "pil", "np" or "pt".
+    Pillow's result has the mode of ``source``; the others have alpha as the fourth channel.
     """
     if output_type == "pil":
         return source.with_pixels(rgb, alpha).to_pil()

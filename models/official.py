@@ -1,8 +1,5 @@
 """Load the checkpoints that the authors of BI-DiffSR released."""
 
-from __future__ import annotations
-
-import math
 import re
 from os import PathLike
 from pathlib import Path
@@ -34,25 +31,20 @@ OFFICIAL_CONFIG: dict[str, Any] = {
 
 
 def load_official(path: str | PathLike[str], *, sign_zero: str = "zero", **official_config_names: Any) -> SRUNet:
-    """Read a released BI-DiffSR checkpoint, a torch file ``{"params": state_dict}``.
+    """Read a released BI-DiffSR checkpoint into a converted SRUNet in eval mode and the file's dtype.
 
     Args:
-        path: The ``.pth`` file. It is read with ``weights_only=True``, which runs no code from the file.
+        path: A torch file ``{"params": state_dict}``, read with ``weights_only=True``: it runs no code from the file.
         sign_zero: Value of sign(0): "zero", as in the released training code, or "plus".
         **official_config_names: Differences from the released configuration, in the names of `OFFICIAL_CONFIG`.
-
-    Returns:
-        The converted SRUNet in eval mode, float32 (or the file's dtype).
 
     Raises:
         BinarizeError: If the file cannot be read, a name is unknown, or keys or shapes do not fit.
     """
     for key in official_config_names:
         if key not in OFFICIAL_CONFIG:
-            raise BinarizeError(
-                f"load_official: unknown configuration name {key!r}; names: {', '.join(OFFICIAL_CONFIG)}."
-                + did_you_mean(key, OFFICIAL_CONFIG)
-            )
+            names, hint = ", ".join(OFFICIAL_CONFIG), did_you_mean(key, OFFICIAL_CONFIG)
+            raise BinarizeError(f"load_official: unknown configuration name {key!r}; names: {names}.{hint}")
     state = _read(path)
     config = {**OFFICIAL_CONFIG, **official_config_names}
     model = official_network(config, sign_zero=sign_zero)
@@ -67,25 +59,20 @@ def load_official(path: str | PathLike[str], *, sign_zero: str = "zero", **offic
     unexpected += sorted(set(mapped) - set(expected))
     if missing or unexpected or wrong:
         raise BinarizeError(_mismatch(path, missing, unexpected, wrong))
-    dtype = next(iter(mapped.values())).dtype
-    model.to(dtype)
-    model.load_state_dict(mapped)
+    model.to(next(iter(mapped.values())).dtype).load_state_dict(mapped)
     return model.eval()
 
 
 def official_network(config: dict[str, Any], *, sign_zero: str = "zero") -> SRUNet:
     """Return the untrained, converted network of a configuration in the released code's names."""
     size = config["image_size"]
-    levels = len(config["channel_mults"])
+    allowed = [size // 2**level for level in range(len(config["channel_mults"]))]
 
-    def level_of(resolution: int, key: str) -> int:
-        level = math.log2(size / resolution) if resolution > 0 else -1.0
-        if level < 0 or level != int(level) or level >= levels:
-            allowed = [size // 2**i for i in range(levels)]
-            raise BinarizeError(
-                f"load_official: {key} holds {resolution}; with image_size {size} it may hold {allowed}."
-            )
-        return int(level)
+    def levels(key: str) -> tuple[int, ...]:
+        for resolution in config[key]:
+            if resolution not in allowed:
+                raise BinarizeError(f"load_official: {key} holds {resolution}; with image_size {size}, use {allowed}.")
+        return tuple(sorted(map(allowed.index, config[key])))
 
     model = SRUNet(
         in_channels=config["in_channel"],
@@ -95,12 +82,12 @@ def official_network(config: dict[str, Any], *, sign_zero: str = "zero") -> SRUN
         res_blocks=config["res_blocks"],
         norm_groups=config["norm_groups"],
         dropout=config["dropout"],
-        attention_levels=tuple(sorted(level_of(r, "attn_res") for r in config["attn_res"])),
+        attention_levels=levels("attn_res"),
         num_train_timesteps=config["total_step"],
     )
     method = BiDiffSR(
         groups=config["dynamic_group"],
-        fp_decoder_levels=tuple(sorted(level_of(r, "fp_res") for r in config["fp_res"])),
+        fp_decoder_levels=levels("fp_res"),
         sign_zero=sign_zero,  # type: ignore[arg-type]
     )
     return convert(model, method)
@@ -112,9 +99,8 @@ def _read(path: str | PathLike[str]) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise BinarizeError(
-            f"load_official: {path} is not a readable torch checkpoint ({type(error).__name__})."
-        ) from error
+        kind = type(error).__name__
+        raise BinarizeError(f"load_official: {path} is not a readable torch checkpoint ({kind}).") from error
     state = loaded.get("params") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
         keys = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__
@@ -126,20 +112,15 @@ def _mismatch(path: str | PathLike[str], missing: list[str], unexpected: list[st
     parts = [f"load_official: {path} does not fit the configuration."]
     for label, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
         if keys:
-            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-            parts.append(f"{len(keys)} {label}: {', '.join(keys[:4])}{more}.")
+            parts.append(f"{len(keys)} {label}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}.")
     parts.append("Pass the configuration the checkpoint was trained with (inner_channel, channel_mults, fp_res, ...).")
     return " ".join(parts)
 
 
 def _prefixes(model: SRUNet) -> dict[str, str]:
     """Return the official path of each module, whose lists are flat, to the path in SRUNet."""
-    paths = {
-        "timestep_level_mlp.1": "time_mlp.0",
-        "timestep_level_mlp.3": "time_mlp.2",
-        "final_conv.block.0": "norm_out",
-        "final_conv.block.3": "conv_out",
-    }
+    paths = {"timestep_level_mlp.1": "time_mlp.0", "timestep_level_mlp.3": "time_mlp.2"}
+    paths |= {"final_conv.block.0": "norm_out", "final_conv.block.3": "conv_out"}
     downs, ups = ["conv_in"], list[str]()
     for level, encoder in enumerate(model.encoder):
         downs += [f"encoder.{level}.blocks.{number}" for number in range(len(encoder.blocks))]  # type: ignore[arg-type]

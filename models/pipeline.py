@@ -25,10 +25,9 @@ from binarize.conversion.packing import is_packed, pack_if_possible, unpack
 from binarize.imaging import DecodedImage, upscale_bicubic
 from binarize.kernels.backends import kernels_for
 from binarize.models import checks
-from binarize.models.canvas import pad_image, pad_noise
 from binarize.models.images import as_images, to_batch, to_output
 from binarize.models.target import image_of
-from binarize.models.tiling import TileGrid, tile_grid
+from binarize.models.tiling import TileGrid, pad_image, pad_noise, tile_grid
 
 _log = logging.getLogger("binarize")
 ImageInput = (
@@ -36,18 +35,12 @@ ImageInput = (
 )
 StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str, Any]]
 
-# For networks without a `size_multiple`: the released networks have four levels.
-_DEFAULT_MULTIPLE = 8
-# For pipelines without `num_inference_steps`: the published results' number of denoising steps.
-_DEFAULT_STEPS = 50
+_DEFAULT_MULTIPLE = 8  # for networks without a `size_multiple`: the released networks have four levels
+_DEFAULT_STEPS = 50  # for pipelines without `num_inference_steps`: as in the published results
 
 
 def default_scheduler() -> DDIMScheduler:
-    """Return DDIM with the settings of the released super-resolution networks.
-
-    2000 training timesteps, beta linear from 1e-6 to 1e-2, noise prediction. Predicted images are clipped to [-1, 1]
-    although they have values in [0, 1].
-    """
+    """Return DDIM as in the released networks. It clips predicted images to [-1, 1], though they are in [0, 1]."""
     return DDIMScheduler(num_train_timesteps=2000, beta_start=1e-6, beta_end=1e-2, beta_schedule="linear")
 
 
@@ -72,11 +65,6 @@ class SuperResolutionPipeline(DiffusionPipeline):
             to 1.5 restores some of it, at a small loss of PSNR.
         num_inference_steps: Default number of denoising steps, saved with the pipeline; None for the published 50. At
             most the scheduler's number of training timesteps.
-
-    Raises:
-        BinarizeError: If an argument is out of range, ``residual_strength`` is not 1 without a ``residual_scale``, the
-            scheduler does not predict noise over discrete timesteps, or the network was trained with another number of
-            them.
 
     Example:
         ```python
@@ -141,11 +129,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> SuperResolutionPipeline:
         """Move as diffusers does."""
         super().to(*args, **kwargs)
-        if (
-            self._packed_in_memory
-            and self.unet.device.type != "cpu"
-            and kernels_for(next(self.unet.parameters())) is None
-        ):
+        moved = self._packed_in_memory and self.unet.device.type != "cpu"
+        if moved and kernels_for(next(self.unet.parameters())) is None:
             unpack(self.unet)
             self._packed_in_memory, self._latents_lost = False, True
         return self
@@ -173,8 +158,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
     @property
     def residual_factor(self) -> float | None:
         """residual_scale * residual_strength, the factor of predicted residuals, or None."""
-        scale = self.residual_scale
-        return None if scale is None else scale * self.config["residual_strength"]
+        return None if self.residual_scale is None else self.residual_scale * self.config["residual_strength"]
 
     @property
     def num_inference_steps(self) -> int:
@@ -237,10 +221,6 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
         Returns:
             ``ImagePipelineOutput`` with ``.images``, or a tuple with the images.
-
-        Raises:
-            BinarizeError: If an argument is not valid, or the scheduler was replaced by one that does not fit the
-                network.
         """
         sources = as_images(image)
         num_inference_steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -248,8 +228,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         checks.check_scheduler(self.unet, self.scheduler)
         checks.check_numbers(self.scheduler, num_inference_steps, batch_size, eta)
-        checks.check_output_type(output_type)
-        checks.check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        checks.check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         generators = checks.generator_per_image(generator, sources)
         noises = checks.latents_per_image(latents, sources, self.scale)
         chunks = _chunks(sources, 1 if tile is not None else batch_size)
@@ -262,11 +241,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
         results: list[Any] = []
         with _evaluating(self.unet), self.progress_bar(total=len(chunks) * len(self.scheduler.timesteps)) as bar:
             for chunk, grid in zip(chunks, grids, strict=True):
-                chunk_generators = [generators[i] for i in chunk]
-                options = {
-                    "eta": eta,
-                    "generator": chunk_generators if isinstance(generator, list | tuple) else generator,
-                }
+                own = [generators[i] for i in chunk] if isinstance(generator, list | tuple) else generator
+                options = {"eta": eta, "generator": own}
                 condition = self._condition([sources[i] for i in chunk])
                 samples = self._sample(
                     noise=torch.cat([self._noise(noises[i], generators[i], condition) for i in chunk]),
@@ -280,7 +256,9 @@ class SuperResolutionPipeline(DiffusionPipeline):
                     advance=bar.update,
                 )
                 for i, rgb in zip(chunk, samples, strict=True):
-                    results.append(to_output(sources[i], rgb, self._alpha(sources[i], rgb), output_type))
+                    alpha = sources[i].alpha
+                    alpha = None if alpha is None else upscale_bicubic(alpha.to(rgb), self.scale)
+                    results.append(to_output(sources[i], rgb, alpha, output_type))
         self.maybe_free_model_hooks()
         images = to_batch(results, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -319,14 +297,10 @@ class SuperResolutionPipeline(DiffusionPipeline):
         # x_t keeps the precision of the sums over steps and tiles, whatever the network's dtype.
         return self.unet(sample.to(dtype), timestep, condition.to(dtype)).sample.to(sample.dtype)
 
-    def _to_compute(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
-
     def _condition(self, sources: list[DecodedImage]) -> Tensor:
-        return upscale_bicubic(torch.stack([self._to_compute(source.rgb) for source in sources]), self.scale)
-
-    def _alpha(self, source: DecodedImage, rgb: Tensor) -> Tensor | None:
-        return None if source.alpha is None else upscale_bicubic(source.alpha.to(rgb), self.scale)
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        rgb = torch.stack([source.rgb.to(self._execution_device, dtype) for source in sources])
+        return upscale_bicubic(rgb, self.scale)
 
     def _noise(self, given: Tensor | None, generator: torch.Generator | None, condition: Tensor) -> Tensor:
         if given is not None:
@@ -337,11 +311,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
 def _chunks(sources: list[DecodedImage], batch_size: int) -> list[list[int]]:
     """Group the images' indices, in order, into chunks of one size and at most ``batch_size`` images."""
-    chunks: list[list[int]] = []
-    for _, run in groupby(range(len(sources)), key=lambda i: sources[i].rgb.shape):
-        same = list(run)
-        chunks += [same[first : first + batch_size] for first in range(0, len(same), batch_size)]
-    return chunks
+    runs = [list(run) for _, run in groupby(range(len(sources)), key=lambda i: sources[i].rgb.shape)]
+    return [run[first : first + batch_size] for run in runs for first in range(0, len(run), batch_size)]
 
 
 @contextmanager

@@ -1,13 +1,16 @@
-"""Overlapping tiles whose predictions are blended, so that memory depends on the tile's size, not the image's."""
+"""Padding to the network's size multiple, and overlapping tiles whose predictions are blended.
 
-from __future__ import annotations
+With tiles, memory depends on the tile's size, not the image's.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from binarize.errors import BinarizeError
@@ -15,16 +18,12 @@ from binarize.models.checks import is_whole
 
 DEFAULT_OVERLAP = 32
 """Default overlap in pixels, unless a quarter of the tile is less."""
+_PADDING_SEED = 0
 
 
 @dataclass(frozen=True)
 class Span:
-    """The position of one tile along one axis.
-
-    Attributes:
-        start: First pixel of the tile, a multiple of the network's size multiple.
-        weights: (length,) float64, the blending weight of this tile at each of its pixels.
-    """
+    """One tile along one axis: its first pixel, and the blending weight of each of its pixels, (length,) float64."""
 
     start: int
     weights: Tensor
@@ -37,12 +36,7 @@ class Span:
 
 @dataclass(frozen=True)
 class TileGrid:
-    """The tiles of a padded image; all of them have the same size.
-
-    Attributes:
-        rows: The tiles' positions from top to bottom.
-        columns: The tiles' positions from left to right.
-    """
+    """The tiles of a padded image, all of the same size."""
 
     rows: tuple[Span, ...]
     columns: tuple[Span, ...]
@@ -69,19 +63,45 @@ class TileGrid:
         """
         if len(self) == 1:
             return predict(*images)
-        batch, _, height, width = images[0].shape
+        batch = len(images[0])
         tiles = list(product(self.rows, self.columns))
-        out: Tensor | None = None
+        out: Any = None
         for first in range(0, len(tiles), batch_size):
             group = tiles[first : first + batch_size]
             cuts = (torch.cat([image[..., row.pixels, column.pixels] for row, column in group]) for image in images)
             prediction = predict(*cuts)
-            if out is None:
-                out = prediction.new_zeros((batch, prediction.shape[1], height, width))
+            out = prediction.new_zeros((batch, prediction.shape[1], *self.shape)) if out is None else out
             for (row, column), piece in zip(group, prediction.split(batch), strict=True):
                 out[..., row.pixels, column.pixels] += piece * torch.outer(row.weights, column.weights).to(piece)
-        assert out is not None  # a grid has at least one tile
         return out
+
+
+def pad_image(image: Tensor, height: int, width: int) -> Tensor:
+    """Extend images at the bottom and the right by reflection, or by repeating the edge if a side is too short."""
+    down, right = height - image.shape[-2], width - image.shape[-1]
+    if down:  # a reflection leaves out the edge itself, so it has one pixel less than the side
+        image = F.pad(image, (0, 0, 0, down), mode="reflect" if down < image.shape[-2] else "replicate")
+    if right:
+        image = F.pad(image, (0, right, 0, 0), mode="reflect" if right < image.shape[-1] else "replicate")
+    return image
+
+
+def pad_noise(noise: Tensor, height: int, width: int) -> Tensor:
+    """Extend noise at the bottom and the right by white noise that is the same in every call.
+
+    A denoiser would treat the structure of reflected or repeated noise as image content. The padding depends on the
+    arguments alone, so that a call with ``latents`` is deterministic without a generator.
+    """
+    batch, channels, inner_height, inner_width = noise.shape
+    generator = torch.Generator().manual_seed(_PADDING_SEED)
+    for axis, shape in (
+        (-1, (1, channels, inner_height, width - inner_width)),
+        (-2, (1, channels, height - inner_height, width)),
+    ):
+        if shape[axis]:
+            extra = torch.randn(shape, generator=generator, dtype=torch.float32).to(noise).expand(batch, -1, -1, -1)
+            noise = torch.cat([noise, extra], dim=axis)
+    return noise
 
 
 def tile_grid(
@@ -98,27 +118,20 @@ def tile_grid(
         height: Height of the image in pixels, before padding.
         width: Width of the image in pixels, before padding.
         tile: Side of a tile in pixels; ``None`` for one tile over the whole image.
-        overlap: Least number of pixels that neighboring tiles share; by default 32, or a quarter of the tile if that is
-            less.
+        overlap: Least number of shared pixels; by default 32, or a quarter of the tile if that is less.
         multiple: Divisor of sizes and starts.
-
-    Raises:
-        BinarizeError: If ``tile`` is no whole number of at least 1, or ``overlap`` is no whole number from 0 to
-            ``tile - 1``, or is given without a tile.
     """
     if tile is None:
         if overlap is not None:
             raise BinarizeError(f"overlap={overlap} has no meaning without tiles; pass tile=SIDE as well, or drop it.")
         return TileGrid(_cover(height, height, 0, multiple), _cover(width, width, 0, multiple))
     if not is_whole(tile):
-        raise BinarizeError(
-            f"tile={tile!r}: the side of a tile is a whole number of output pixels, at least 1; pass None for no tiles."
-        )
+        raise BinarizeError(f"tile={tile!r}: pass a whole number of output pixels, at least 1; pass None for no tiles.")
     if overlap is None:
         overlap = min(DEFAULT_OVERLAP, tile // 4)
     if not is_whole(overlap, least=0) or overlap >= tile:
         raise BinarizeError(
-            f"overlap={overlap!r} with tile={tile}: the overlap is a whole number of output pixels from 0 to tile - 1 "
+            f"overlap={overlap!r} with tile={tile}: pass a whole number of output pixels from 0 to tile - 1 "
             f"({tile - 1} here); a quarter of the tile is plenty."
         )
     return TileGrid(_cover(height, tile, overlap, multiple), _cover(width, tile, overlap, multiple))
@@ -138,11 +151,8 @@ def _cover(length: int, tile: int, overlap: int, multiple: int) -> tuple[Span, .
 
 def _weighted(starts: Sequence[int], size: int) -> tuple[Span, ...]:
     """Give each tile its window, divided by the sum of all windows at a pixel: a partition of unity."""
-    windows = []
-    for start, before, after in zip(starts, [None, *starts], [*starts[1:], None], strict=False):
-        shared_before = 0 if before is None else before + size - start
-        shared_after = 0 if after is None else start + size - after
-        windows.append(_window(size, shared_before, shared_after))
+    shared = [0, *(before + size - after for before, after in pairwise(starts)), 0]
+    windows = [_window(size, *sides) for sides in pairwise(shared)]
     total = torch.zeros(starts[-1] + size, dtype=torch.float64)
     for start, window in zip(starts, windows, strict=True):
         total[start : start + size] += window

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,22 @@ def recipe(pictures: Path, tmp_path: Path) -> Any:
         return load_recipe("small_x2", [*TINY, *where, *overrides])
 
     return make
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Let a test register methods, parts and hosts, and remove them afterwards."""
+    from binarize.hosts.base import HOSTS
+    from binarize.layers.method import METHODS
+    from binarize.layers.parts import _PARTS, _TIMESTEP_AWARE
+
+    registries: list[Any] = [HOSTS, METHODS, *_PARTS.values()]
+    before, aware = [dict(registry._items) for registry in registries], set(_TIMESTEP_AWARE)
+    yield
+    for registry, items in zip(registries, before, strict=True):
+        registry._items = items
+    _TIMESTEP_AWARE.clear()
+    _TIMESTEP_AWARE.update(aware)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,9 +1,8 @@
 """Tiny networks of every family that `binarize.convert` supports, and helpers of their tests."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,93 +10,69 @@ import torch
 from foreign_networks import ADMUNet, SR3UNet
 from torch import Tensor, nn
 
-import binarize
 from binarize.layers import BinaryConv2d, BinaryLinear
 
 SIZE = 16
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class ZooHost:
-    """One family.
-
-    Attributes:
-        build: Returns the network.
-        inputs: Returns positional and keyword arguments of its forward for a batch size.
-        timed: True if its forward takes a timestep.
-        kept: Convolutions that stay full precision by default, besides those of attention.
-        options: Further arguments of `convert`.
-        form: The form that the structure pass gives it: "published", "contract", or None if it cannot be rewired.
-        library: The library that must be installed.
-    """
+    """One family, by a function that builds its network and one that makes inputs of a batch size."""
 
     build: Callable[[], nn.Module]
-    inputs: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
-    timed: bool = True
-    kept: tuple[str, ...] = ("conv_in", "conv_out")
-    options: dict[str, Any] = field(default_factory=dict)
-    form: str | None = None
+    inputs: Callable[[int], Inputs]
+    timed: bool = True  # its forward takes a timestep
+    kept: tuple[str, ...] = ("conv_in", "conv_out")  # full precision by default, besides attention
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of `convert`
+    form: str | None = None  # that the structure pass gives it, or None if it cannot be rewired
     library: str = "torch"
-
-
-def _timesteps(batch: int) -> Tensor:
-    return torch.linspace(3, 990, batch).long()
 
 
 def _image(batch: int, channels: int = 3, size: int = SIZE) -> Tensor:
     return torch.randn(batch, channels, size, size)
 
 
-def _timed(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _timesteps(batch: int) -> Tensor:
+    return torch.linspace(3, 990, batch).long()
+
+
+def _timed(batch: int) -> Inputs:
     return (_image(batch), _timesteps(batch)), {}
 
 
-def _labelled(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _labelled(batch: int) -> Inputs:
     return (_image(batch), _timesteps(batch)), {"y": torch.arange(batch) % 3}
 
 
-def _conditioned(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _conditioned(batch: int) -> Inputs:
     return (_image(batch, 4), _timesteps(batch)), {"encoder_hidden_states": torch.randn(batch, 5, 8)}
 
 
-def _classified(size: int) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]:
+def _classified(size: int) -> Callable[[int], Inputs]:
     return lambda batch: ((_image(batch, size=size),), {})
+
+
+def _unet(name: str, widths: tuple[int, ...], down: list[str], **options: Any) -> nn.Module:
+    import diffusers
+
+    up = [block.replace("Down", "Up") for block in reversed(down)]
+    settings: dict[str, Any] = {"sample_size": SIZE, "block_out_channels": widths, "layers_per_block": 1}
+    settings |= {"norm_num_groups": 4, "attention_head_dim": 4, "down_block_types": down, "up_block_types": up}
+    model: nn.Module = getattr(diffusers, name)(**{**settings, **options})
+    return model
 
 
 def unet2d(widths: tuple[int, ...], attention: tuple[int, ...] = (), **options: Any) -> nn.Module:
     """Return a UNet2DModel; ``attention`` lists the levels that have it."""
-    from diffusers import UNet2DModel
-
-    down = tuple("AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(len(widths)))
-    up = tuple("AttnUpBlock2D" if i in attention else "UpBlock2D" for i in reversed(range(len(widths))))
-    settings: dict[str, Any] = {
-        "sample_size": SIZE,
-        "block_out_channels": widths,
-        "down_block_types": down,
-        "up_block_types": up,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 4,
-    }
-    return UNet2DModel(**{**settings, **options})
+    down = ["AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(len(widths))]
+    return _unet("UNet2DModel", widths, down, **options)
 
 
 def unet2d_condition(widths: tuple[int, ...] = (8, 16), **options: Any) -> nn.Module:
     """Return a UNet2DConditionModel with Stable Diffusion's blocks: cross-attention everywhere but in the coarsest."""
-    from diffusers import UNet2DConditionModel
-
-    plain = len(widths) - 1
-    settings: dict[str, Any] = {
-        "sample_size": SIZE,
-        "block_out_channels": widths,
-        "down_block_types": ("CrossAttnDownBlock2D",) * plain + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * plain,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 4,
-        "cross_attention_dim": 8,
-    }
-    return UNet2DConditionModel(**{**settings, **options})
+    down = [*["CrossAttnDownBlock2D"] * (len(widths) - 1), "DownBlock2D"]
+    return _unet("UNet2DConditionModel", widths, down, **{"cross_attention_dim": 8, **options})
 
 
 def srunet() -> nn.Module:
@@ -117,24 +92,16 @@ def resnet18() -> nn.Module:
     return model
 
 
-def convnext() -> nn.Module:
-    """Return timm's ConvNeXt-Atto, made narrower and shallower."""
+def _timm(name: str, **options: Any) -> nn.Module:
+    """Return timm's network, made narrower and shallower by the options."""
     import timm
 
-    options: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
-    model: nn.Module = timm.create_model("convnext_atto", pretrained=False, num_classes=5, **options)
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=5, **options)
     return model
 
 
-def vit() -> nn.Module:
-    """Return timm's ViT-Tiny, made narrower and shallower."""
-    import timm
-
-    options: dict[str, Any] = {"img_size": SIZE, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 3}
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=5, **options)
-    return model
-
-
+convnext = partial(_timm, "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+vit = partial(_timm, "vit_tiny_patch16_224", img_size=SIZE, patch_size=4, depth=2, embed_dim=24, num_heads=3)
 HOSTS: dict[str, ZooHost] = {
     "srunet": ZooHost(srunet, lambda batch: ((_image(batch), _timesteps(batch), _image(batch)), {}), form="published"),
     "ddpm_cifar": ZooHost(lambda: unet2d((8, 16, 16), (1,)), _timed, form="contract"),
@@ -147,10 +114,8 @@ HOSTS: dict[str, ZooHost] = {
     "adm": ZooHost(ADMUNet, _labelled, kept=("input_blocks.0.0", "out.2")),
     "sr3": ZooHost(SR3UNet, _timed, kept=("downs.0", "final_conv")),
     "resnet18": ZooHost(resnet18, _classified(32), timed=False, kept=("conv1",), library="torchvision"),
-    "convnext": ZooHost(convnext, _classified(32), timed=False, kept=("stem.0",), library="timm"),
-    "vit": ZooHost(
-        vit, _classified(SIZE), timed=False, kept=("patch_embed.proj",), options={"linear": True}, library="timm"
-    ),
+    "convnext": ZooHost(convnext, _classified(32), False, ("stem.0",), library="timm"),
+    "vit": ZooHost(vit, _classified(SIZE), False, ("patch_embed.proj",), {"linear": True}, library="timm"),
 }
 
 
@@ -161,36 +126,22 @@ def output_of(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) 
     return result
 
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
 def built(name: str) -> tuple[ZooHost, nn.Module]:
     """Return a host of the zoo and a new network, or skip the test if its library is not installed."""
-    host = HOSTS[name]
-    pytest.importorskip(host.library)
-    return host, host.build()
-
-
-def method_for(name: str, host: ZooHost) -> str | Mapping[str, Any]:
-    """Return the method, with a single timestep group for hosts without timesteps."""
-    if host.timed or not binarize.get_method(name).needs_timestep:
-        return name
-    return {"name": name, "groups": 1}
+    pytest.importorskip(HOSTS[name].library)
+    return HOSTS[name], HOSTS[name].build()
 
 
 def recorded(model: nn.Module, inputs: Inputs) -> tuple[dict[str, tuple[int, ...]], Tensor]:
     """Run a host and return the shape of every module's output by name ("" for the model's own), and its output."""
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
-            if isinstance(out, Tensor):
-                shapes[name] = tuple(out.shape)
+    def record(name: str, module: nn.Module, args: Any, out: Any) -> None:
+        out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+        if isinstance(out, Tensor):
+            shapes[name] = tuple(out.shape)
 
-        return hook
-
-    handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_hook(partial(record, name)) for name, module in model.named_modules()]
     out = output_of(model, inputs)
     for handle in handles:
         handle.remove()

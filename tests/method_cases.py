@@ -1,7 +1,5 @@
 """Every registered method and variant, and the form that its paper and released code give its layers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +11,7 @@ from binarize.methods import Method, get_method
 
 @dataclass(frozen=True)
 class Case:
-    """A method with options.
-
-    Attributes:
-        name: The method's.
-        form: What its layers compute.
-        options: Options of the method.
-        first: What they compute before ``switch`` of the training is done, where that differs.
-        switch: When ``form`` takes over from ``first``.
-    """
+    """A method with options, and what its layers compute: ``first`` until ``switch`` of the training, then ``form``."""
 
     name: str
     form: Form
@@ -42,6 +32,8 @@ class Case:
 
 REACTNET = {"pre": "shift", "norm": True, "post": "rprelu", "shortcut": "identity", "post_last": True}
 BIDIFFSR = Form("approx", "scaled", pre="shift", post="rprelu", shortcut="identity")
+TWO_STAGE = [Form("approx", weight, **REACTNET) for weight in ("real", "scaled")]
+TAU = {"tau_min": 0.6, "tau_max": 0.9}
 IRNET = {"norm": True, "post": "hardtanh", "shortcut": "identity", "post_last": True}
 
 DEFAULTS = [
@@ -70,18 +62,8 @@ VARIANTS = [
     Case("dorefa", Form("ste", "scaled", norm=True), {"variant": "bibench"}),
     Case("bireal", Form("approx", "scaled", norm=True, shortcut="identity"), {"shortcut": True}),
     Case("irnet", Form("ede", "libra", options=(("t_min", 1e-3),), **IRNET), {"t_min": 1e-3}),
-    Case(
-        "reactnet",
-        Form("approx", "scaled", **REACTNET),
-        {"two_stage": 0.5},
-        first=Form("approx", "real", **REACTNET),
-        switch=0.5,
-    ),
-    Case(
-        "recu",
-        Form("recu", "recu", scale="channel", options=(("tau_min", 0.6), ("tau_max", 0.9)), **IRNET),
-        {"tau_min": 0.6, "tau_max": 0.9},
-    ),
+    Case("reactnet", TWO_STAGE[1], {"two_stage": 0.5}, first=TWO_STAGE[0], switch=0.5),
+    Case("recu", Form("recu", "recu", scale="channel", options=tuple(TAU.items()), **IRNET), TAU),
     Case("bidiffsr", BIDIFFSR, {"groups": 2}),
     Case("bidiffsr", BIDIFFSR, {"tar": False}),
     Case("bidiffsr", BIDIFFSR, {"taa": False}),

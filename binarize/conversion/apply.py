@@ -1,7 +1,5 @@
 """Repeat a recorded conversion, and write a packed model as a folder: what saving and loading need of a network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,7 @@ _KEYS = {"method", "structure", "keep", "overrides", "linear", "num_train_timest
 
 
 def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Convert ``model`` as a recorded conversion says, and pack it if the record says so.
-
-    Raises:
-        BinarizeError: If the record comes from a newer version or names something that is not registered.
-    """
+    """Convert ``model`` as a recorded conversion says, and pack it if the record says so."""
     options = dict(config)
     packed, version = options.pop("packed", None), options.pop("format", None)
     if packed not in (None, PACKED_FORMAT):
@@ -55,13 +49,7 @@ def write_packed_folder(
 ) -> None:
     """Write a packed model's weights, and then its ``config.json``: the larger file first, which may not fit.
 
-    Args:
-        model: A packed model.
-        folder: The folder; it is created.
-        weights: Name of the weights' file.
-        text: Content of ``config.json``.
-        config: The same content as the weights' file stores it.
-        dtype: Dtype of the full-precision tensors in the file, or None to store them as they are.
+    ``weights`` names its file. ``text`` is the content of ``config.json``; the weights' file stores ``config``.
     """
     write_packed(model, folder / weights, config, dtype)
     write_text_atomic(folder / CONFIG, text)

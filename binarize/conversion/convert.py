@@ -1,8 +1,6 @@
 """`binarize.convert`: check, rewire the structure, swap the layers, attach the timestep context; and the way back."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -55,9 +53,6 @@ def convert(
         linear: Convert linear layers too: True for all but time embeddings, attention and the last, or patterns.
         num_train_timesteps: T of the noise schedule, for hosts whose configuration does not have it; 1000 if not given.
 
-    Returns:
-        The same object.
-
     Raises:
         BinarizeError: If the method, an option or a pattern does not fit, a pattern matches nothing, nothing would be
             replaced, or the model is already converted.
@@ -71,7 +66,7 @@ def convert(
     host = find_host(model)
     structure = _resolve_structure(model, method, host, structure)
     with ExitStack() as undo:
-        _restore_config_on_error(model, undo)
+        _restore_config(model, undo)
         notes = host.notes(model, structure)
         edits = host.rewire(model) if structure == "cp_cs" and not host.rewired(model) else []
         original = {id(module) for module in model.modules()}
@@ -86,11 +81,10 @@ def convert(
         binary = {id(d.layer): _binary_layer(d.layer, d.method, context) for d in decisions if d.method is not None}
         for name, old in replace_modules(model, binary):
             undo.callback(model.set_submodule, name, old)
-        rows = [*_structure_rows(edits, original), *(_row(decision, original) for decision in decisions)]
-        report = ConversionReport(method.name, host.name, host.structure(model), tuple(rows), tuple(notes))
-        record = Conversion(
-            method, structure, list(selection.keep), selection.overrides, selection.linear, steps, report, context
-        )
+        rows = (*_structure_rows(edits, original), *(_row(decision, original) for decision in decisions))
+        report = ConversionReport(method.name, host.name, host.structure(model), rows, tuple(notes))
+        chosen = list(selection.keep), selection.overrides, selection.linear
+        record = Conversion(method, structure, *chosen, steps, report, context)
         if context is not None:
             context.attach(model)
         undo.pop_all()  # the conversion has succeeded
@@ -100,16 +94,7 @@ def convert(
 
 
 def plan(model: nn.Module, method: MethodLike, **options: Any) -> ConversionReport:
-    """Return the report that `convert` would give, without changing the model.
-
-    Args:
-        model: The model, not converted.
-        method: As for `convert`.
-        **options: As for `convert`.
-
-    Raises:
-        BinarizeError: As `convert` would.
-    """
+    """Return the report that `convert` would give for the same arguments, without changing the model."""
     twin = meta_copy(model)
     with torch.device("meta"):
         convert(twin, method, **options)
@@ -122,15 +107,6 @@ def revert(model: ModelT) -> ModelT:
     The weights are the same Parameter objects. Shifts, activations, norms and shortcuts of the binary layers are gone;
     a layer that had a bias gets it back if the method kept it, else a bias of zero. A rewired diffusers host keeps
     blocks that its own class cannot rebuild: keep its state dict, or convert it again and use `binarize.save`.
-
-    Args:
-        model: A converted model.
-
-    Returns:
-        The same object, which can be converted again.
-
-    Raises:
-        BinarizeError: If the model is not converted, or packed.
     """
     if conversion(model).packed:
         raise BinarizeError("revert: this model is packed, so its latent weights are gone; revert the unpacked model.")
@@ -147,34 +123,27 @@ def _check_model(model: nn.Module) -> None:
         raise BinarizeError(f"convert needs an nn.Module; got {type(model).__name__}. For a pipeline, pass its unet.")
     refuse_lazy(model)
     if is_converted(model):
-        raise BinarizeError(
-            f"this {type(model).__name__} is already converted, by method {conversion(model).method.name!r}; "
-            "call binarize.revert(model) first."
-        )
+        by = conversion(model).method.name
+        raise BinarizeError(f"this {type(model).__name__} is already converted, by method {by!r}; call revert first.")
     for name, module in model.named_modules():
         if isinstance(module, BinaryConv2d | BinaryLinear) or is_converted(module):
             raise BinarizeError(f"{name!r} is already binary; convert the whole network once.")
-        wrapper = _wrapper(module)
-        if wrapper:
-            raise BinarizeError(
-                f"{name or type(model).__name__!r} is wrapped by {wrapper}; remove or merge that before converting."
-            )
+        if wrapper := _wrapper(module):
+            name = name or type(model).__name__
+            raise BinarizeError(f"{name!r} is wrapped by {wrapper}; remove or merge that before converting.")
 
 
 def _wrapper(module: nn.Module) -> str | None:
-    """Return what stands between a module and its weights, or None."""
-    cls = type(module)
-    if cls.__name__ in _WRAPPERS:
-        return f"{cls.__name__}, which must come after the conversion"
-    if parametrize.is_parametrized(module):
-        return "torch.nn.utils.parametrize"
-    if any(base.__name__ == "BaseTunerLayer" for base in cls.__mro__):
-        return "a PEFT adapter"
-    if cls.__module__.startswith(("torch.ao.nn", "torchao")):
-        return cls.__module__
-    if any(hasattr(hook, "name") and hasattr(hook, "dim") for hook in module._forward_pre_hooks.values()):
-        return "torch.nn.utils.weight_norm or spectral_norm"
-    return None
+    """Return the name of what stands between a module and its weights, or None."""
+    cls, hooks = type(module), module._forward_pre_hooks.values()
+    found = (
+        (cls.__name__ in _WRAPPERS, f"{cls.__name__}, which must come after the conversion"),
+        (parametrize.is_parametrized(module), "torch.nn.utils.parametrize"),
+        (any(base.__name__ == "BaseTunerLayer" for base in cls.__mro__), "a PEFT adapter"),
+        (cls.__module__.startswith(("torch.ao.nn", "torchao")), cls.__module__),
+        (any(hasattr(h, "name") and hasattr(h, "dim") for h in hooks), "torch.nn.utils.weight_norm or spectral_norm"),
+    )
+    return next((name for wrapped, name in found if wrapped), None)
 
 
 def _resolve_structure(model: nn.Module, method: Method, host: Host, structure: str) -> str:
@@ -185,7 +154,7 @@ def _resolve_structure(model: nn.Module, method: Method, host: Host, structure: 
     return structure
 
 
-def _restore_config_on_error(model: Any, undo: ExitStack) -> None:
+def _restore_config(model: Any, undo: ExitStack) -> None:
     if hasattr(model, "config") and hasattr(model, "register_to_config"):
         before = dict(model.config)
         undo.callback(lambda: dict(model.config) == before or model.register_to_config(**before))
@@ -196,9 +165,7 @@ def _timestep_context(
 ) -> tuple[TimestepContext | None, int | None]:
     own = host.num_train_timesteps(model)
     if given is not None and own is not None and given != own:
-        raise BinarizeError(
-            f"num_train_timesteps={given}, but the model's configuration says {own}; leave the argument out."
-        )
+        raise BinarizeError(f"num_train_timesteps={given}, but the model's configuration says {own}; leave it out.")
     steps = own if own is not None else given
     if not any(decision.method is not None and decision.method.needs_timestep for decision in decisions):
         return None, steps
@@ -217,14 +184,12 @@ def _binary_layer(layer: nn.Module, method: Method, context: TimestepContext | N
         return BinaryLinear.from_float(cast(nn.Linear, layer), method, context)
 
 
-def _structure_rows(edits: Sequence[Edit], original: set[int]) -> list[ReportRow]:
-    rows = []
+def _structure_rows(edits: Sequence[Edit], original: set[int]) -> Iterator[ReportRow]:
     for edit in edits:
         for name, module in edit.module.named_modules(prefix=edit.path):
             if id(module) not in original and isinstance(module, CPDown | CPUp | CSFusion):
                 fusion = f", {module.form} fusion" if isinstance(module, CSFusion) else ""
-                rows.append(ReportRow(name, type(module).__name__, "new", f"{edit.note}{fusion}"))
-    return rows
+                yield ReportRow(name, type(module).__name__, "new", f"{edit.note}{fusion}")
 
 
 def _row(decision: Decision, original: set[int]) -> ReportRow:

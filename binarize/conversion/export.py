@@ -1,7 +1,5 @@
 """Read the binary layers of a model: their weights as bits or codes, and parameter groups for an optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,57 +34,41 @@ class BinaryLayerState:
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryConv2d | BinaryLinear]]:
-    """Yield the name and module of each binary layer."""
-    for name, module in model.named_modules():
-        if isinstance(module, BinaryConv2d | BinaryLinear):
-            yield name, module
+    """Iterate over the name and module of each binary layer."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, BinaryConv2d | BinaryLinear))
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedConv2d | PackedLinear]]:
-    """Yield the name and module of each packed layer."""
-    for name, module in model.named_modules():
-        if isinstance(module, PackedConv2d | PackedLinear):
-            yield name, module
+    """Iterate over the name and module of each packed layer."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, PackedConv2d | PackedLinear))
 
 
 def binary_state(model: nn.Module, *, packed: bool = False) -> dict[str, BinaryLayerState]:
-    """Return the +-1 weights and scales of every binary layer.
-
-    Args:
-        model: A converted model.
-        packed: Return bits instead of int8 codes.
-
-    Raises:
-        BinarizeError: If the model has no binary layer, or one still has full-precision weights (the first stage of a
-            two-stage training).
-    """
-    state = {}
-
-    def add(name: str, codes: Tensor, scales: Tensor) -> None:
-        bits = pack_bits(codes) if packed else None
-        zeros = int((codes == 0).sum())
-        state[name] = BinaryLayerState(None if packed else codes, bits, scales, tuple(codes.shape[1:]), zeros)
-
+    """Return the +-1 weights and scales of every binary layer, as int8 codes, or with ``packed`` as bits."""
+    weights = {}
     for name, layer in binary_layers(model):
         weight = layer.binary_weight()
         check_binary(name, weight)
-        add(name, weight.codes.to(torch.int8), weight.scales)
+        weights[name] = weight.codes.to(torch.int8), weight.scales
     for name, held in packed_layers(model):
-        add(name, held.codes(), held.weight_scales().clone())
-    if not state:
-        raise BinarizeError(
-            f"this {type(model).__name__} has no binary layer; call binarize.convert(model, method) first."
-        )
+        weights[name] = held.codes(), held.weight_scales().clone()
+    if not weights:
+        raise BinarizeError(f"this {type(model).__name__} has no binary layer; call binarize.convert first.")
+    state = {}
+    for name, (codes, scales) in weights.items():
+        held_codes, bits = (None, pack_bits(codes)) if packed else (codes, None)
+        zeros = int((codes == 0).sum())
+        state[name] = BinaryLayerState(held_codes, bits, scales, tuple(codes.shape[1:]), zeros)
     return state
 
 
 def check_binary(name: str, weight: BinaryWeight) -> None:
-    """Raise BinarizeError if a layer's weights are full precision, in the first stage of a two-stage training."""
+    """Raise BinarizeError if a layer is in the first stage of a two-stage training."""
     codes = weight.codes
     if not codes.is_meta and bool(((codes.abs() != 1) & (codes != 0)).any()):
         raise BinarizeError(
-            f"{name}: its weights are still full precision, in the first stage of a two-stage training; call "
-            "binarize.training_step(model, 1.0) to make them binary."
+            f"{name}: its weights are still full precision, in the first stage of a two-stage training; "
+            "binarize.training_step(model, 1.0) makes them binary."
         )
 
 
@@ -118,11 +100,9 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
             "param_groups: this model is packed and has nothing to train; train the unpacked model, or call "
             "binarize.unpack(model), which gives +-1 latent weights and fixed scales."
         )
-    decays: set[int] = set()
     latent = {id(layer.weight) for _, layer in binary_layers(model)}
-    for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and id(module.weight) not in latent:
-            decays.add(id(module.weight))
+    layers = (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd | nn.Linear))
+    decays = {id(layer.weight) for layer in layers} - latent
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if id(p) in decays], "weight_decay": weight_decay},

@@ -1,7 +1,5 @@
 """How much a converted model's layers keep for the backward."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 from torch import nn
@@ -26,26 +24,13 @@ def memory_mode(model: ModelT, mode: Memory) -> ModelT:
     It concerns convolutions whose activation is ApproxSign, STE-clip or the identity, whose weights are (scaled) signs
     and where sign(0) is +1; other binary layers do what they do. A model can be switched at any time; the mode is not
     saved with it.
-
-    Args:
-        model: A converted model.
-        mode: "exact" or "compact".
-
-    Returns:
-        The same model.
-
-    Raises:
-        BinarizeError: If the mode is unknown or the model has no binary convolution.
     """
     if mode not in MEMORY_MODES:
-        raise BinarizeError(
-            f"memory_mode: unknown mode {mode!r}; modes: {', '.join(MEMORY_MODES)}.{did_you_mean(mode, MEMORY_MODES)}"
-        )
+        modes = ", ".join(MEMORY_MODES)
+        raise BinarizeError(f"memory_mode: unknown mode {mode!r}; modes: {modes}.{did_you_mean(mode, MEMORY_MODES)}")
     layers = [layer for _, layer in binary_layers(model) if isinstance(layer, BinaryConv2d)]
     if not layers:
-        raise BinarizeError(
-            f"memory_mode: this {type(model).__name__} has no binary convolution; call binarize.convert first."
-        )
+        raise BinarizeError(f"memory_mode: {type(model).__name__} has no binary convolution; call convert first.")
     for layer in layers:
         layer.memory = mode
     return model

@@ -1,7 +1,5 @@
 """binarize.pack: latent weights out, bits in; and binarize.unpack, the way back."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any, TypeVar, cast
 
@@ -30,12 +28,6 @@ def pack(model: ModelT) -> ModelT:
     ``save_pretrained``) then writes 1 bit for a binary weight. Everything is checked first: a call that fails leaves
     the model as it was. Activations that are exactly 0 count as +1, also where ``sign_zero="zero"`` gave them 0.
 
-    Args:
-        model: A converted model.
-
-    Returns:
-        The same object.
-
     Raises:
         BinarizeError: If the model is not converted or already packed, a layer still has full-precision weights (the
             first stage of a two-stage training) or activations, or an own activation does not say its two levels.
@@ -46,13 +38,10 @@ def pack(model: ModelT) -> ModelT:
     for name, layer in binary_layers(model):
         check_binary(name, layer.binary_weight())
         check_levels(layer.activation)
-    made: dict[int, nn.Module] = {}
-    for _, layer in binary_layers(model):
-        made[id(layer)] = PackedConv2d(layer) if isinstance(layer, BinaryConv2d) else PackedLinear(layer)
-    replace_modules(model, made)
-    replace_modules(
-        model, {id(block): block.packed_form() for block in model.modules() if isinstance(block, PackableBlock)}
-    )
+    layers = [layer for _, layer in binary_layers(model)]
+    made = [PackedConv2d(x) if isinstance(x, BinaryConv2d) else PackedLinear(x) for x in layers]
+    replace_modules(model, dict(zip(map(id, layers), made, strict=True)))
+    replace_modules(model, {id(b): b.packed_form() for b in model.modules() if isinstance(b, PackableBlock)})
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dim() == 4 and not parameter.is_meta:
@@ -63,11 +52,9 @@ def pack(model: ModelT) -> ModelT:
 
 
 def pack_if_possible(model: nn.Module, like: torch.Tensor | None = None) -> bool:
-    """Pack a model for speed alone, if it is binary and can be packed; say whether it is packed.
+    """Pack any model if it is binary and there are kernels for it; return whether it is packed.
 
-    Args:
-        model: Any model.
-        like: It is packed if there are kernels for such a tensor, which is where it is going; None: for its parameters.
+    ``like`` is a tensor with the device and dtype for which kernels are needed; None for those of the parameters.
     """
     if is_packed(model):
         return True
@@ -88,15 +75,6 @@ def unpack(model: ModelT) -> ModelT:
     Latent weights are +-1 and scales are what they were, fixed (`binarize.layers.FixedWeight`), so the model computes
     what it did before it was packed. It can be saved, packed, inspected and trained again, its scales excepted; the
     magnitudes of the latents that were packed are gone.
-
-    Args:
-        model: A packed model.
-
-    Returns:
-        The same object.
-
-    Raises:
-        BinarizeError: If the model is not packed.
     """
     record = conversion(model)
     if not record.packed:
@@ -119,9 +97,7 @@ def unpack(model: ModelT) -> ModelT:
 def unpack_layers(model: nn.Module) -> None:
     """Replace the packed layers in any module by binary ones, in place; a record of the conversion stays as it is."""
     replace_modules(model, {id(layer): _unpacked(layer) for _, layer in packed_layers(model)})
-    replace_modules(
-        model, {id(block): block.unpacked_form() for block in model.modules() if isinstance(block, PackedBlock)}
-    )
+    replace_modules(model, {id(b): b.unpacked_form() for b in model.modules() if isinstance(b, PackedBlock)})
 
 
 def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear:
@@ -133,10 +109,9 @@ def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear
         if weight.codes is not None:
             weight.codes.copy_(codes[1:])
     parts: dict[PartKind, nn.Module | None] = {**layer.parts(), "weight": weight}
-    for module in (part for part in parts.values() if part is not None):
-        for inner in module.modules():
-            if isinstance(inner, ActivationBinarizer):
-                inner.sign_zero = "plus"
+    for inner in nn.ModuleList(part for part in parts.values() if part is not None).modules():
+        if isinstance(inner, ActivationBinarizer):
+            inner.sign_zero = "plus"
     plain: nn.Module
     if isinstance(layer, PackedConv2d):
         plain = nn.Conv2d(
@@ -151,11 +126,7 @@ def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear
 
 
 def _fixed_options(layer: PackedConv2d | PackedLinear) -> dict[str, Any]:
-    return {
-        "terms": layer.shape.bases,
-        "stored_scales": layer.stored_scales,
-        "learned": layer.learned_scales,
-    }
+    return {"terms": layer.shape.bases, "stored_scales": layer.stored_scales, "learned": layer.learned_scales}
 
 
 def _fixed_method(layer: PackedConv2d | PackedLinear) -> Method:
@@ -163,5 +134,5 @@ def _fixed_method(layer: PackedConv2d | PackedLinear) -> Method:
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Say whether a model has packed layers."""
+    """Return True if a model has packed layers."""
     return any(True for _ in packed_layers(model))

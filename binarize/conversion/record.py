@@ -1,7 +1,5 @@
 """The record of its conversion that a converted model carries, and what can be asked of it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,19 +20,7 @@ FORMAT = 1
 
 @dataclass
 class Conversion:
-    """What `convert` did to a model.
-
-    Attributes:
-        method: The method.
-        structure: "keep" or "cp_cs".
-        keep: Patterns of the layers that the user kept. A predicate is stored as the names that it selected.
-        overrides: Pattern to method, or to None for full precision.
-        linear: The ``linear`` argument of `convert`.
-        num_train_timesteps: T, or None if no layer needs the timestep.
-        report: The report.
-        context: The timestep context, or None.
-        packed: Whether `binarize.pack` has replaced the latent weights by bits.
-    """
+    """The resolved arguments of `convert` and its results; a predicate in ``keep`` becomes the names it selected."""
 
     method: Method
     structure: str
@@ -47,11 +33,7 @@ class Conversion:
     packed: bool = False
 
     def to_config(self) -> dict[str, Any]:
-        """Return the arguments with which `convert` repeats this conversion, as plain JSON types.
-
-        Raises:
-            BinarizeError: If a part of the method cannot be named in a file.
-        """
+        """Return the arguments with which `convert` repeats this conversion, as plain JSON types."""
         config = {
             "format": FORMAT,
             "method": self.method.to_config(),
@@ -65,15 +47,9 @@ class Conversion:
 
 
 def conversion(model: nn.Module) -> Conversion:
-    """Return the record of a model's conversion.
-
-    Raises:
-        BinarizeError: If the model is not converted.
-    """
+    """Return the record of a model's conversion."""
     if not is_converted(model):
-        raise BinarizeError(
-            f"this {type(model).__name__} is not converted; call binarize.convert(model, method) first."
-        )
+        raise BinarizeError(f"this {type(model).__name__} is not converted; call binarize.convert first.")
     return cast(Conversion, getattr(model, RECORD))
 
 
@@ -94,24 +70,12 @@ def record_config(model: nn.Module, record: Conversion | None) -> None:
 
 
 def report(model: nn.Module) -> ConversionReport:
-    """Return what the conversion did to each module, and why.
-
-    Raises:
-        BinarizeError: If the model is not converted.
-    """
+    """Return what the conversion did to each module, and why."""
     return conversion(model).report
 
 
 def timesteps(model: nn.Module, timestep: Tensor | float | int) -> AbstractContextManager[None]:
-    """Return a context manager that sets the timestep, so that parts of a converted model can run on their own.
-
-    Args:
-        model: A converted model.
-        timestep: Scalar or ``(B,)``.
-
-    Raises:
-        BinarizeError: If the model is not converted.
-    """
+    """Return a context manager that sets the timestep, ``(B,)`` or scalar, so that parts of a model can run alone."""
     context = conversion(model).context
     return nullcontext() if context is None else context.using(timestep)
 
@@ -123,9 +87,6 @@ def checkpoint_context(
 
     The backward pass recomputes activations after the forward pass has cleared the timestep; this restores it. Models
     whose checkpointing is enabled through diffusers do not need it.
-
-    Raises:
-        BinarizeError: If the model is not converted.
     """
     context = conversion(model).context
     if context is None:

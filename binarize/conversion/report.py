@@ -1,7 +1,5 @@
 """The report of a conversion: one row for each convolution, linear layer and new block, with the reason."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -14,14 +12,9 @@ Action = Literal["binary", "kept", "new"]
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One module.
+    """One module: its path, class and weight shape, what was done to it, how or why, and its number of weights.
 
-    Attributes:
-        name: Its path in the model.
-        type: Its class, and the shape of its weight if it has one.
-        action: "binary" (replaced by a binary layer), "kept" (full precision) or "new" (created by the structure pass).
-        detail: The method and options of a binary layer, or the reason.
-        weights: Number of weights.
+    ``action`` is "binary" (replaced), "kept" (full precision) or "new" (created by the structure pass).
     """
 
     name: str
@@ -33,15 +26,7 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every module that a conversion examined.
-
-    Attributes:
-        method: Name of the method.
-        host: Name of the host.
-        structure: The structure that the model has now.
-        rows: One `ReportRow` per module.
-        notes: Remarks on the whole model.
-    """
+    """Every module that a conversion examined, and remarks on the whole model; str() gives a table for a terminal."""
 
     method: str
     host: str

@@ -22,14 +22,7 @@ _CONVOLUTION = nn.modules.conv._ConvNd
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one layer.
-
-    Attributes:
-        names: All paths of the layer in the model; it can have several.
-        layer: The convolution or linear layer.
-        method: The method that makes it binary, or None if it stays full precision.
-        reason: Why it stays full precision.
-    """
+    """The method of one layer, which can have several names, or None and the reason for full precision."""
 
     names: tuple[str, ...]
     layer: nn.Module
@@ -39,13 +32,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Selection:
-    """The checked arguments ``keep``, ``overrides`` and ``linear`` of `binarize.convert`.
-
-    Attributes:
-        keep: Glob pattern to the reason that the report gives.
-        overrides: Glob pattern to method, or to None for full precision.
-        linear: True, False or glob patterns.
-    """
+    """The checked arguments of `binarize.convert`; ``keep`` maps a pattern to the reason that the report gives."""
 
     keep: dict[str, str]
     overrides: dict[str, Method | None]
@@ -53,11 +40,7 @@ class Selection:
 
     @classmethod
     def of(cls, model: nn.Module, method: Method, keep: Any, overrides: Any, linear: Any) -> Selection:
-        """Check the arguments.
-
-        Raises:
-            BinarizeError: If one has the wrong type, or a predicate selects no module.
-        """
+        """Check the arguments."""
         if keep is not None and not (isinstance(keep, Sequence) or callable(keep)):
             raise BinarizeError(f"keep must be a sequence of glob patterns; got {keep!r}.")
         if not isinstance(linear, bool | Sequence):
@@ -98,29 +81,22 @@ def _override(pattern: str, value: Any, method: Method) -> Method | None:
 def select(model: nn.Module, method: Method, selection: Selection, defaults: Mapping[str, str]) -> list[Decision]:
     """Return a decision for every convolution and linear layer, in the model's order.
 
-    Args:
-        model: The model, with the structure that it will have.
-        method: The method of layers without an override.
-        selection: What the user asks for.
-        defaults: Names of modules that stay full precision by default, to the reason; they count for all layers below.
-
-    Raises:
-        BinarizeError: If a pattern matches nothing, or no layer would become binary.
+    ``defaults`` maps modules that stay full precision by default, with all layers below them, to the reason.
     """
     layers: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name and isinstance(module, _CONVOLUTION | nn.Linear):
             layers.setdefault(id(module), (module, []))[1].append(name)
     _check_patterns(selection, list(layers.values()))
-    decisions = []
-    for layer, names in layers.values():
-        chosen, reason = _decide(names, layer, method, selection, defaults)
-        decisions.append(Decision(tuple(names), layer, chosen, reason))
+    decisions = [
+        Decision(tuple(names), layer, *_decide(names, layer, method, selection, defaults))
+        for layer, names in layers.values()
+    ]
     if all(decision.method is None for decision in decisions):
-        reasons = sorted({decision.reason for decision in decisions})
+        reasons = "; ".join(sorted({decision.reason for decision in decisions}))
         raise BinarizeError(
             f"{method.name} would replace nothing in this {type(model).__name__}: "
-            f"{'; '.join(reasons) or 'it has no convolution or linear layer'}. "
+            f"{reasons or 'it has no convolution or linear layer'}. "
             "Loosen keep, or pass linear=True for networks of linear layers."
         )
     return decisions
@@ -150,26 +126,22 @@ def _decide(
     for pattern, reason in selection.keep.items():
         if _any_matches(pattern, names):
             return None, reason
-    unsupported = _unsupported(layer)
-    overrides = [pattern for pattern in selection.overrides if _any_matches(pattern, names)]
-    if overrides and selection.overrides[overrides[-1]] is None:
-        return None, f"overrides[{overrides[-1]!r}] is None"
-    if unsupported:
+    override = next((pattern for pattern in reversed(selection.overrides) if _any_matches(pattern, names)), None)
+    if override is not None and selection.overrides[override] is None:
+        return None, f"overrides[{override!r}] is None"
+    if unsupported := _unsupported(layer):
         return None, unsupported
-    if overrides:
-        return selection.overrides[overrides[-1]], ""
-    linear = selection.linear
-    is_linear = isinstance(layer, nn.Linear)
+    if override is not None:
+        return selection.overrides[override], ""
+    linear, is_linear = selection.linear, isinstance(layer, nn.Linear)
     if is_linear and not isinstance(linear, bool) and any(_any_matches(pattern, names) for pattern in linear):
         return method, ""
-    default = next((defaults[prefix] for name in names for prefix in prefixes(name) if prefix in defaults), None)
-    if default is not None:
-        return None, default
-    if is_linear and any(_TIME_PATH.search(name) for name in names):
-        return None, "time or class embedding"
-    if is_linear and linear is not True:
-        return None, "linear layer (convert with linear=True or patterns)"
-    return method, ""
+    reason = next((defaults[prefix] for name in names for prefix in prefixes(name) if prefix in defaults), "")
+    if is_linear and not reason and any(_TIME_PATH.search(name) for name in names):
+        reason = "time or class embedding"
+    elif is_linear and not reason and linear is not True:
+        reason = "linear layer (convert with linear=True or patterns)"
+    return None if reason else method, reason
 
 
 def _unsupported(layer: nn.Module) -> str | None:

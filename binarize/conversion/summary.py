@@ -10,8 +10,6 @@ These rules reproduce the figures of BI-DiffSR's Table 2. A copy of the network 
 computing anything, and every operation that reaches PyTorch's dispatcher is counted.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -39,18 +37,12 @@ _BINARY = BinaryConv2d | BinaryLinear
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One module that has parameters or computes.
+    """One module that has parameters or computes, with figures as in `Summary`.
 
     Attributes:
-        name: Its path in the model.
-        type: Its class.
         bits: 1 for a binary layer, else 32.
         output: Shape of its last output, or () if it did not run.
-        raw_params: Parameters as stored for training.
-        params: Parameters with a binary weight as 1/32 for each of its bits (two in two-basis weights).
-        macs: Multiply-accumulates by bit width.
-        ops: Operations with a binary MAC as 1/64.
-        bytes: Bytes on disk when packed.
+        params: Parameters, a binary weight as 1/32 for each of its bits (two in two-basis weights).
     """
 
     name: str
@@ -69,8 +61,7 @@ class Summary:
     """Parameters, operations and bytes of a network.
 
     Attributes:
-        params: Parameters, a binary weight as 1/32.
-        raw_params: Parameters as stored for training.
+        params: Parameters, a binary weight as 1/32; ``raw_params`` counts them as stored for training.
         ops: Operations, a binary MAC as 1/64.
         macs_by_bits: Multiply-accumulates by bit width, {1: ..., 32: ...}.
         bytes: Bytes on disk when packed.
@@ -103,33 +94,14 @@ class Summary:
         return json.dumps(asdict(self), indent=2)
 
     def _table(self) -> Table:
-        return Table(
-            [
-                Column("module"),
-                Column("type"),
-                Column("output", lambda shape: "x".join(map(str, shape)), "left"),
-                Column("bits"),
-                Column("raw params", ","),
-                Column("params", ",.1f"),
-                Column("MACs (M)", ",.3f"),
-                Column("OPs (M)", ",.3f"),
-                Column("bytes", ","),
-            ],
-            [
-                (
-                    r.name,
-                    r.type,
-                    r.output,
-                    r.bits,
-                    r.raw_params,
-                    r.params,
-                    sum(r.macs.values()) / 1e6,
-                    r.ops / 1e6,
-                    r.bytes,
-                )
-                for r in self.rows
-            ],
-        )
+        output = Column("output", lambda shape: "x".join(map(str, shape)), "left")
+        formats = {"raw params": ",", "params": ",.1f", "MACs (M)": ",.3f", "OPs (M)": ",.3f", "bytes": ","}
+        columns = [*map(Column, ("module", "type")), output, Column("bits"), *map(Column, formats, formats.values())]
+        rows = []
+        for r in self.rows:
+            macs, ops = sum(r.macs.values()) / 1e6, r.ops / 1e6
+            rows.append((r.name, r.type, r.output, r.bits, r.raw_params, r.params, macs, ops, r.bytes))
+        return Table(columns, rows)
 
     def _totals(self) -> str:
         macs = ", ".join(f"{count / 1e9:.4f} G at {bits} bit" for bits, count in sorted(self.macs_by_bits.items()))
@@ -143,8 +115,6 @@ class Summary:
 
 @dataclass
 class _Count:
-    """The operations of one module: MACs by bit width, and others."""
-
     macs: Counter[int] = field(default_factory=Counter)
     other: int = 0
     output: tuple[int, ...] = ()
@@ -158,9 +128,6 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         example_inputs: Inputs of the forward: a tensor, a tuple of arguments or a dict of keyword arguments. By
             default, SRUNet is run at 3x256x256, batch 1, diffusers' U-Nets at their configured size, and any other
             network on one 3x224x224 image.
-
-    Raises:
-        BinarizeError: If the network cannot run on the inputs.
     """
     args, kwargs = _arguments(default_inputs(model) if example_inputs is None else example_inputs)
     described = _describe(args, kwargs)
@@ -176,15 +143,10 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     rows = [_row(name, twin.get_submodule(name), count, seen) for name, count in counts.items()]
     rows = [row for row in rows if row.raw_params or row.ops]
     macs = sum((Counter(row.macs) for row in rows), Counter[int]())
-    return Summary(
-        params=sum(row.params for row in rows),
-        raw_params=sum(row.raw_params for row in rows),
-        ops=sum(row.ops for row in rows),
-        macs_by_bits=dict(macs),
-        bytes=sum(row.bytes for row in rows),
-        rows=tuple(rows),
-        input=described,
-    )
+    totals: dict[str, Any] = {
+        key: sum(getattr(r, key) for r in rows) for key in ("params", "raw_params", "ops", "bytes")
+    }
+    return Summary(**totals, macs_by_bits=dict(macs), rows=tuple(rows), input=described)
 
 
 def _row(name: str, module: nn.Module, count: _Count, seen: set[int]) -> SummaryRow:
@@ -198,8 +160,7 @@ def _row(name: str, module: nn.Module, count: _Count, seen: set[int]) -> Summary
         packed = {id(t) for t in (module.weight, *binarizer.parameters(), *binarizer.buffers())}
         weights = sum(p.numel() for p in owned if p is module.weight)
         bases = module.bases
-        stored = {"filter": module.weight.shape[0], "tensor": 1, "none": 0}
-        scales = stored[module.stored_scales]
+        scales = {"filter": module.weight.shape[0], "tensor": 1, "none": 0}[module.stored_scales]
         size = bases * (math.ceil(module.weight.numel() / 8) + 4 * scales)
     size += 4 * sum(p.numel() for p in owned if id(p) not in packed)
     size += sum(b.nbytes for b in module.buffers(recurse=binary) if id(b) not in packed)
@@ -242,10 +203,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], descri
         except BinarizeError:
             raise
         except Exception as error:
-            raise BinarizeError(
-                f"summary: {type(model).__name__} cannot run on {described}: {type(error).__name__}: {error}. "
-                "Pass example_inputs that its forward accepts."
-            ) from error
+            problem = f"{type(model).__name__} cannot run on {described}: {type(error).__name__}: {error}"
+            raise BinarizeError(f"summary: {problem}. Pass example_inputs that its forward accepts.") from error
     return counts
 
 
@@ -274,15 +233,12 @@ class _Counter(TorchDispatchMode):
 
 
 def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(given, Tensor):
-        return (given,), {}
     if isinstance(given, Mapping):
         return (), dict(given)
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return tuple(given), {}
-    raise BinarizeError(
-        f"summary: example_inputs must be a tensor, a tuple of arguments or a dict; got {type(given).__name__}."
-    )
+    if isinstance(given, Tensor | list | tuple):
+        return (given,) if isinstance(given, Tensor) else tuple(given), {}
+    kind = type(given).__name__
+    raise BinarizeError(f"summary: example_inputs must be a tensor, a tuple of arguments or a dict; got {kind}.")
 
 
 def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -293,7 +249,7 @@ def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 def default_inputs(model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
     """Return meta tensors of the size at which the model's family is usually counted, batch 1."""
     config = getattr(model, "config", None)
-    get = config.get if isinstance(config, Mapping) else lambda key, default=None: default
+    get = (config if isinstance(config, Mapping) else {}).get
     names = {c.__name__ for c in type(model).__mro__}
     with torch.device("meta"):
         timestep = torch.zeros(1, dtype=torch.long)
@@ -303,11 +259,10 @@ def default_inputs(model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
             condition = torch.empty(1, get("in_channels", 6) - channels, size, size)
             return torch.empty(1, channels, size, size), timestep, condition
         if "UNet2DModel" in names or "UNet2DConditionModel" in names:
-            size = get("sample_size") or 64
-            sides = (size, size) if isinstance(size, int) else size
+            sides, width = get("sample_size") or 64, get("cross_attention_dim", 1280)
+            sides = (sides, sides) if isinstance(sides, int) else sides
             given = {"sample": torch.empty(1, get("in_channels", 3), *sides), "timestep": timestep}
             if "UNet2DConditionModel" in names:
-                width = get("cross_attention_dim", 1280)
                 given["encoder_hidden_states"] = torch.empty(1, 77, width if isinstance(width, int) else width[-1])
             return given
         return (torch.empty(1, 3, 224, 224),)

@@ -4,14 +4,5 @@ from binarize.hosts.base import Edit, Host, find_host, list_hosts, register_host
 from binarize.hosts.diffusers import DiffusersUNetHost, UNet2DConditionModelHost, UNet2DModelHost
 from binarize.hosts.srunet import SRUNetHost
 
-__all__ = [
-    "DiffusersUNetHost",
-    "Edit",
-    "Host",
-    "SRUNetHost",
-    "UNet2DConditionModelHost",
-    "UNet2DModelHost",
-    "find_host",
-    "list_hosts",
-    "register_host",
-]
+__all__ = ["Edit", "Host", "find_host", "list_hosts", "register_host"]
+__all__ += ["DiffusersUNetHost", "SRUNetHost", "UNet2DConditionModelHost", "UNet2DModelHost"]

@@ -1,7 +1,5 @@
 """Hosts: families of networks whose structure is known. Adding one is one class with `register_host`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +14,7 @@ from binarize.registry import Registry
 
 @dataclass(frozen=True)
 class Edit:
-    """One replacement that rewires a host.
-
-    Attributes:
-        path: Full name of the replaced module.
-        module: The new module.
-        note: The report's remark.
-    """
+    """One replacement that rewires a host: the path of the replaced module, the new one, and the report's remark."""
 
     path: str
     module: nn.Module
@@ -30,10 +22,7 @@ class Edit:
 
 
 class Host:
-    """A family of networks. The base class serves any nn.Module; each method has a default that fits all networks.
-
-    Subclass it and register the subclass with `register_host` to support another family.
-    """
+    """A family of networks. The base class serves any nn.Module; each method has a default that fits all networks."""
 
     name = "any module"
 
@@ -72,12 +61,7 @@ class Host:
         return "its own"
 
     def notes(self, model: nn.Module, structure: str) -> list[str]:
-        """Return the report's remarks on the whole model, before anything is changed.
-
-        Args:
-            model: The model.
-            structure: "keep" or "cp_cs", the structure that the conversion will give.
-        """
+        """Return the report's remarks on a model that the conversion will give the ``structure`` "keep" or "cp_cs"."""
         rectifiers = sum(isinstance(module, nn.ReLU) for module in model.modules())
         if not rectifiers:
             return []
@@ -93,13 +77,7 @@ class Host:
     def full_precision_levels(self, model: nn.Module, method: Method, default: tuple[int, ...] = ()) -> dict[str, str]:
         """Return the decoder levels that ``method.fp_decoder_levels`` keeps, in the form of `full_precision`.
 
-        Args:
-            model: The model.
-            method: The method.
-            default: Levels to keep if the method leaves them to the host; levels that the model lacks are ignored.
-
-        Raises:
-            BinarizeError: If the method names a level that the model does not have.
+        ``default`` are the levels to keep if the method does not set them; those that the model lacks are ignored.
         """
         levels, chosen = self.decoder_levels(model), method.fp_decoder_levels
         if chosen is None:
@@ -117,13 +95,9 @@ class Host:
         kept = self.full_precision_levels(model, method)
         convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
         weighted = [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)]
-        if convolutions:
-            kept[convolutions[0]] = "first convolution"
-        elif weighted:
-            kept[weighted[0]] = "first layer"
         if weighted:
-            last = weighted[-1]
-            kept.setdefault(last, "last convolution" if last in convolutions else "last layer")
+            kept[(convolutions or weighted)[0]] = "first convolution" if convolutions else "first layer"
+            kept.setdefault(weighted[-1], "last convolution" if weighted[-1] in convolutions else "last layer")
         for name, module in model.named_modules():
             if _ATTENTION_CLASS.search(type(module).__name__) or _ATTENTION_PATH.search(name):
                 kept.setdefault(name, "attention projection")
@@ -138,14 +112,9 @@ H = TypeVar("H", bound=type[Host])
 
 
 def register_host(name: str, *, replace: bool = False) -> Callable[[H], H]:
-    """Return a class decorator that registers a `Host` subclass. Hosts registered later are tried first.
+    """Return a class decorator that registers a `Host` subclass under a name. Hosts registered later are tried first.
 
-    Args:
-        name: The family's name in reports and errors.
-        replace: Allow ``name`` to be registered already.
-
-    Raises:
-        BinarizeError: If the name is taken or the class is not a `Host`.
+    ``replace`` allows the name to be registered already.
     """
 
     def add(cls: H) -> H:
@@ -165,7 +134,4 @@ def list_hosts() -> list[str]:
 
 def find_host(model: nn.Module) -> Host:
     """Return the host of a model: of those that match, the one registered last, else the generic one."""
-    for cls in HOSTS.newest_first():
-        if cls.matches(model):
-            return cls()
-    return Host()
+    return next((cls for cls in HOSTS.newest_first() if cls.matches(model)), Host)()

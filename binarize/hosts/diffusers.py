@@ -1,10 +1,8 @@
 """diffusers' UNet2DModel and UNet2DConditionModel as hosts; importing this module does not import diffusers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -30,16 +28,14 @@ class DiffusersUNetHost(Host):
     output keeps its shape, and fusions have the widths of their inputs.
     """
 
-    class_name: str
-
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         """Return True for diffusers' class of that name, and for classes derived from it."""
-        return any(c.__name__ == cls.class_name and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
+        return any(c.__name__ == cls.name and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
 
     def num_train_timesteps(self, model: nn.Module) -> int | None:
         """Return T if the configuration has it, which is the case for learned time embeddings."""
-        steps = _config(model).get("num_train_timesteps")
+        steps = cast(Any, model).config.get("num_train_timesteps")
         return None if steps is None else int(steps)
 
     def has_structure(self, model: nn.Module) -> bool:
@@ -57,7 +53,7 @@ class DiffusersUNetHost(Host):
     def notes(self, model: nn.Module, structure: str) -> list[str]:
         """Return remarks on the form that the structure pass gives the model, and on blocks that it does not change."""
         notes = []
-        if _config(model).get("time_embedding_type") == "fourier":
+        if cast(Any, model).config.get("time_embedding_type") == "fourier":
             notes.append("the host takes noise levels (fourier embedding), while timestep groups count schedule steps")
         if structure != "cp_cs" or self.rewired(model):
             return notes
@@ -72,11 +68,7 @@ class DiffusersUNetHost(Host):
         return notes
 
     def rewire(self, model: nn.Module) -> list[Edit]:
-        """Return the replacements by CP-Down, CP-Up and CS-Fusion; layers that keep their shape stay the same objects.
-
-        Raises:
-            BinarizeError: If no block can be rewired.
-        """
+        """Return the replacements by CP-Down, CP-Up and CS-Fusion."""
         if not self.has_structure(model):
             kinds = sorted({type(block).__name__ for block in _blocks(model)})
             raise BinarizeError(
@@ -87,7 +79,7 @@ class DiffusersUNetHost(Host):
 
     def decoder_levels(self, model: nn.Module) -> list[str]:
         """Return the resnet blocks of each up block, the finest first."""
-        return [f"up_blocks.{i}.resnets" for i in reversed(range(len(_config(model)["block_out_channels"])))]
+        return [f"up_blocks.{i}.resnets" for i in reversed(range(len(cast(Any, model).config["block_out_channels"])))]
 
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Keep first and last convolution, embeddings of time and class, and attention, but not feed-forward layers."""
@@ -109,18 +101,10 @@ class DiffusersUNetHost(Host):
 class UNet2DModelHost(DiffusersUNetHost):
     """diffusers' unconditional U-Net (DDPM, DDIM, ADM-like configurations)."""
 
-    class_name = "UNet2DModel"
-
 
 @register_host("UNet2DConditionModel")
 class UNet2DConditionModelHost(DiffusersUNetHost):
     """diffusers' U-Net with cross-attention (Stable Diffusion)."""
-
-    class_name = "UNet2DConditionModel"
-
-
-def _config(model: Any) -> dict[str, Any]:
-    return dict(model.config)
 
 
 def _blocks(model: Any) -> list[Any]:
@@ -135,8 +119,7 @@ def _resamplers(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
         for i, block in enumerate(getattr(model, f"{side}_blocks")):
             for j, module in enumerate(getattr(block, f"{side}samplers", None) or ()):
                 path = f"{side}_blocks.{i}.{side}samplers.{j}"
-                reason = _obstacle(module, kind)
-                if reason is None:
+                if (reason := _obstacle(module, kind)) is None:
                     found[path] = module
                 else:
                     obstacles[path] = reason

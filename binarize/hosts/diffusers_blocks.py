@@ -1,7 +1,5 @@
 """CP-Down, CP-Up and CS-Fusion with the interfaces of diffusers' U-Net blocks. This module imports diffusers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -13,20 +11,14 @@ from binarize.layers import CPDown, CPUp, CSFusion
 
 
 class CPDownsample2D(CPDown):
-    """CP-Down in place of diffusers' Downsample2D.
+    """CP-Down in place of diffusers' Downsample2D; 2 ``splits`` double the width, 4 keep it.
 
     Half of an odd size is rounded as in the replaced convolution: up if that padded both sides, else down.
-
-    Args:
-        channels: C.
-        splits: 2 doubles the width, 4 keeps it.
-        round_up: Round half of an odd size up.
     """
 
     def __init__(self, channels: int, splits: int, round_up: bool = True) -> None:
         super().__init__(channels, splits)
-        self.channels = channels
-        self.round_up = round_up
+        self.channels, self.round_up = channels, round_up
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Map ``(B, C, H, W)`` to ``(B, 4 C / splits, H / 2, W / 2)``; Downsample2D's other arguments are ignored."""
@@ -38,12 +30,7 @@ class CPDownsample2D(CPDown):
 
 
 class CPUpsample2D(CPUp):
-    """CP-Up in place of diffusers' Upsample2D.
-
-    Args:
-        channels: C.
-        branches: 2 halves the width, 4 keeps it.
-    """
+    """CP-Up in place of diffusers' Upsample2D; 2 ``branches`` halve the width, 4 keep it."""
 
     def __init__(self, channels: int, branches: int) -> None:
         super().__init__(channels, branches)
@@ -60,14 +47,7 @@ class CPUpsample2D(CPUp):
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    """CS-Fusion of the concatenated [hidden, skip], then a resnet block of constant width.
-
-    It replaces a resnet block of diffusers' up blocks, which takes the concatenation.
-
-    Args:
-        fusion: From hidden + skip channels to C.
-        **options: Arguments of the constant-width ResnetBlock2D.
-    """
+    """CS-Fusion of the concatenated [hidden, skip], then a ResnetBlock2D of constant width with ``options``."""
 
     def __init__(self, fusion: CSFusion, **options: Any) -> None:
         super().__init__(**options)
@@ -83,11 +63,7 @@ def constant_width(resnet: ResnetBlock2D, fused: tuple[int, int] | None = None) 
     """Return a resnet block from C to C channels, where C is the output width of ``resnet``, which is not changed.
 
     Submodules that keep their name and shape are the same objects. norm1 and conv1 are new if the width differs, and
-    there is no 1x1 shortcut.
-
-    Args:
-        resnet: The original block.
-        fused: Widths (h, s) of hidden and skip for a CS-Fusion in front, or None.
+    there is no 1x1 shortcut. ``fused`` are the widths (h, s) of hidden and skip for a CS-Fusion in front.
     """
     width, weight = resnet.out_channels, resnet.conv2.weight
     old, last = resnet.norm1, resnet.norm2
@@ -115,12 +91,9 @@ def constant_width(resnet: ResnetBlock2D, fused: tuple[int, int] | None = None) 
 def cp_resampler(old: Any, parts: int) -> CPDownsample2D | CPUpsample2D:
     """Return CP-Down for a Downsample2D, CP-Up for an Upsample2D, with ``parts`` splits or branches."""
     weight = (old.conv if hasattr(old, "conv") else old.Conv2d_0).weight
-    new: CPDownsample2D | CPUpsample2D
+    down = type(old).__name__ == "Downsample2D"
     with torch.device(weight.device):
-        if type(old).__name__ == "Downsample2D":
-            new = CPDownsample2D(old.channels, parts, round_up=old.padding != 0)
-        else:
-            new = CPUpsample2D(old.channels, parts)
+        new = CPDownsample2D(old.channels, parts, old.padding != 0) if down else CPUpsample2D(old.channels, parts)
     return new.to(dtype=weight.dtype).train(old.training)
 
 

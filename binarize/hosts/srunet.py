@@ -1,7 +1,5 @@
 """SRUNet as a host."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any, cast
 
@@ -70,9 +68,8 @@ class SRUNetHost(Host):
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Keep first and last convolution, attention, and by default BI-DiffSR's two finest decoder levels."""
         kept = {"conv_in": "first convolution", "conv_out": "last convolution", "time_mlp": "time embedding"}
-        for name, module in model.named_modules():
-            if type(module).__name__ == "SelfAttention":
-                kept[name] = "attention projection"
+        attention = [name for name, module in model.named_modules() if type(module).__name__ == "SelfAttention"]
+        kept |= dict.fromkeys(attention, "attention projection")
         return kept | self.full_precision_levels(model, method, default=(0, 1))
 
 

@@ -17,33 +17,7 @@ from binarize.methods._xnorpp import XNORPlusPlus
 bbcu, bidiffsr, bidm, binarydm, bireal, bnn = BBCU, BiDiffSR, BiDM, BinaryDM, BiReal, BNN
 dorefa, irnet, reactnet, recu, xnor, xnorpp = DoReFa, IRNet, ReActNet, ReCU, XNOR, XNORPlusPlus
 
-__all__ = [
-    "BBCU",
-    "BNN",
-    "XNOR",
-    "BiDM",
-    "BiDiffSR",
-    "BiReal",
-    "BinaryDM",
-    "DoReFa",
-    "IRNet",
-    "Method",
-    "ReActNet",
-    "ReCU",
-    "XNORPlusPlus",
-    "bbcu",
-    "bidiffsr",
-    "bidm",
-    "binarydm",
-    "bireal",
-    "bnn",
-    "dorefa",
-    "get_method",
-    "irnet",
-    "list_methods",
-    "reactnet",
-    "recu",
-    "register_method",
-    "xnor",
-    "xnorpp",
-]
+__all__ = ["Method", "get_method", "list_methods", "register_method"]
+__all__ += ["BBCU", "BNN", "XNOR", "BiDM", "BiDiffSR", "BiReal", "BinaryDM", "DoReFa", "IRNet", "ReActNet", "ReCU"]
+__all__ += ["XNORPlusPlus", "bbcu", "bidiffsr", "bidm", "binarydm", "bireal", "bnn", "dorefa", "irnet", "reactnet"]
+__all__ += ["recu", "xnor", "xnorpp"]

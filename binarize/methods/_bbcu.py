@@ -1,7 +1,5 @@
 """BBCU: Xia et al. 2023, "Basic Binary Convolution Unit for Binarized Image Restoration Network" (ICLR)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from binarize.layers.method import Method, register_method

@@ -1,7 +1,5 @@
 """BI-DiffSR: Chen et al. 2024, "Binarized Diffusion Model for Image Super-Resolution" (NeurIPS)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """BiDM: Zheng et al. 2024, "BiDM: Pushing the Limit of Quantization for Diffusion Models"; its convolution."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from binarize.layers.method import Method, option, register_method

@@ -1,7 +1,5 @@
 """BinaryDM: Zheng et al. 2024, "BinaryDM: Towards Accurate Binarization of Diffusion Model"; its two-basis weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from binarize.layers.method import Method, option, register_method

@@ -1,7 +1,5 @@
 """Bi-Real Net: Liu et al. 2018, "Bi-Real Net: Enhancing the Performance of 1-bit CNNs"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from binarize.layers.method import Method, register_method

@@ -1,7 +1,5 @@
 """BNN: Hubara et al. 2016, "Binarized Neural Networks"; BiBench's form: Qin et al. 2023."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """DoReFa-Net with 1-bit weights and activations: Zhou et al. 2016."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """IR-Net: Qin et al. 2020, "Forward and Backward Information Retention for Accurate Binary Neural Networks"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from binarize.layers.method import Method, option, register_method

@@ -1,7 +1,5 @@
 """ReActNet: Liu et al. 2020, "Towards Precise Binary Neural Network with Generalized Activation Functions"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from binarize.errors import BinarizeError

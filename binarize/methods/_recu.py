@@ -1,7 +1,5 @@
 """ReCU: Xu et al. 2021, "ReCU: Reviving the Dead Weights in Binary Neural Networks"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from binarize.layers.method import Method, option, register_method

@@ -1,7 +1,5 @@
 """XNOR-Net++: Bulat and Tzimiropoulos 2019, "XNOR-Net++: Improved Binary Neural Networks"."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from binarize.errors import BinarizeError

@@ -1,12 +1,10 @@
 """Saving and loading converted models, and what is refused."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from hosts_zoo import unet2d
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -35,35 +33,19 @@ def test_srunet_round_trips_with_method_structure_and_selection(tmp_path):
     model.save_pretrained(tmp_path)
     again = SRUNet.from_pretrained(tmp_path)
     assert torch.equal(outputs(again), outputs(model))
-    assert [(r.name, r.action) for r in binarize.report(again).rows if r.action != "new"] == [
-        (r.name, r.action) for r in binarize.report(model).rows if r.action != "new"
-    ]
+    first, second = ([(r.name, r.action) for r in binarize.report(m).rows if r.action != "new"] for m in (again, model))
+    assert first == second
     assert torch.equal(outputs(binarize.load(tmp_path)), outputs(model))
-    assert json.loads((tmp_path / "config.json").read_text())["conversion"]["method"] == {
-        "name": "bidiffsr",
-        "groups": 3,
-    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["conversion"]["method"] == {"name": "bidiffsr", "groups": 3}
 
 
-def test_a_half_precision_model_keeps_its_dtype(tmp_path):
-    model = binarize.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 3, 3)), "bbcu")
-    binarize.save(model.bfloat16(), tmp_path)
-    fresh = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 3, 3))
-    again = binarize.load(tmp_path, model=fresh)
-    assert again is fresh
-    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+def small_host(width: int = 8) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Conv2d(width, 3, 3))
 
 
 def test_a_diffusers_host_is_rebuilt(tmp_path):
-    host = UNet2DModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    model = binarize.convert(host, "bidiffsr").eval()
+    model = binarize.convert(unet2d((8, 16)), "bidiffsr").eval()
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
     binarize.save(model, tmp_path / "deep" / "folder")
     again = binarize.load(tmp_path / "deep" / "folder")
@@ -71,39 +53,37 @@ def test_a_diffusers_host_is_rebuilt(tmp_path):
         assert torch.equal(again(x, t).sample, model(x, t).sample)
 
 
-def test_broken_folders_are_refused(tmp_path):
-    with pytest.raises(BinarizeError, match=r"has no config\.json"):
-        binarize.load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(BinarizeError, match="is not valid JSON"):
-        binarize.load(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(BinarizeError, match="must hold a JSON object"):
-        binarize.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"binarize_format": 1}')
-    with pytest.raises(BinarizeError, match="has no host and no conversion"):
-        binarize.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"_class_name": "SRUNet"}')
-    with pytest.raises(BinarizeError, match="is rebuilt from its files; leave model out"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"has no config\.json"),
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"binarize_format": 1}', "has no host and no conversion"),
+        ('{"binarize_format": 9}', "binarize_format 9; this version reads 1"),
+        ('{"_class_name": "SRUNet"}', "is rebuilt from its files; leave model out"),
+    ],
+)
+def test_broken_folders_are_refused(tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(BinarizeError, match=message):
         binarize.load(tmp_path, model=small_host())
-    (tmp_path / "config.json").write_text('{"binarize_format": 9}')
-    with pytest.raises(BinarizeError, match="binarize_format 9; this version reads 1"):
-        binarize.load(tmp_path)
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(BinarizeError, match="is not converted"):
         binarize.save(nn.Conv2d(3, 3, 1), tmp_path)
+    (tmp_path / "file").touch()
     with pytest.raises(BinarizeError, match="is a file; give a folder"):
-        binarize.save(binarize.convert(SRUNet(**TINY), "bidiffsr"), tmp_path / "config.json")
-
-
-def small_host() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 3, 3))
+        binarize.save(binarize.convert(SRUNet(**TINY), "bidiffsr"), tmp_path / "file")
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     binarize.save(binarize.convert(small_host(), "bbcu"), tmp_path)
     with pytest.raises(BinarizeError, match=r"pass an unconverted instance: binarize\.load\(folder, model=\.\.\.\)"):
         binarize.load(tmp_path)
-    other = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 3, 3))
+    other = small_host(16)
     with pytest.raises(BinarizeError, match=r"does not fit the host: 8 of another shape, such as 0\.bias"):
         binarize.load(tmp_path, model=other)
     assert type(other[1]) is nn.Conv2d  # as it was
@@ -111,6 +91,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(BinarizeError, match=r"model\.safetensors cannot be read"):
         binarize.load(tmp_path, model=small_host())
+    SRUNet(**TINY).save_pretrained(tmp_path / "unet")
+    weights = next((tmp_path / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BinarizeError, match="does not hold a readable SRUNet"):
+        binarize.load(tmp_path / "unet")
 
 
 def test_weights_that_are_missing_or_extra_are_refused(tmp_path):
@@ -125,23 +110,6 @@ def test_weights_that_are_missing_or_extra_are_refused(tmp_path):
     for read in (binarize.load, SRUNet.from_pretrained):
         with pytest.raises(BinarizeError, match="1 missing keys, 1 unexpected keys, such as"):
             read(tmp_path / "unet")
-
-
-def test_each_tensor_keeps_its_dtype(tmp_path):
-    model = binarize.convert(nn.Sequential(*small_host(), nn.GroupNorm(1, 3)), "bbcu", overrides={"2": {}}).bfloat16()
-    model[3].float()
-    binarize.save(model, tmp_path)
-    again = binarize.load(tmp_path, model=nn.Sequential(*small_host(), nn.GroupNorm(1, 3)))
-    assert again[3].weight.dtype == torch.float32
-    assert again[1].weight.dtype == torch.bfloat16
-
-
-def test_a_truncated_srunet_is_refused(tmp_path):
-    SRUNet(**TINY).save_pretrained(tmp_path)
-    weights = next(tmp_path.glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(BinarizeError, match="does not hold a readable SRUNet"):
-        binarize.load(tmp_path)
 
 
 def test_a_conversion_that_no_file_can_name_is_refused_before_writing(tmp_path):
@@ -165,6 +133,14 @@ def test_a_conversion_that_no_file_can_name_is_refused_before_writing(tmp_path):
 def test_records_of_other_versions_are_refused(conversion, message):
     with pytest.raises(BinarizeError, match=message):
         SRUNet(**TINY, conversion=conversion)
+
+
+def test_each_tensor_keeps_its_dtype(tmp_path):
+    model = binarize.convert(small_host(), "bbcu").bfloat16()
+    model[2].float()
+    fresh = small_host()
+    assert binarize.load(binarize.save(model, tmp_path), model=fresh) is fresh
+    assert [layer.weight.dtype for layer in fresh] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("packed", [False, True])

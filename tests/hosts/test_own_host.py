@@ -1,16 +1,10 @@
 """Hosts and methods that a user registers, and the how-to pages about them."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hosts_zoo import HOSTS, output_of, unet2d
 from torch import Tensor, nn
 
 import binarize
@@ -19,21 +13,10 @@ from binarize.hosts import Edit, Host
 from binarize.layers import CPDown
 from binarize.methods import Method
 
-
-@pytest.fixture
-def registries() -> Iterator[None]:
-    """Let a test register what it likes."""
-    from binarize.hosts.base import HOSTS as hosts
-    from binarize.layers.method import METHODS as methods
-
-    saved = dict(hosts._items), dict(methods._items)
-    yield
-    hosts._items, methods._items = saved
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 class HalvingNet(nn.Module):
-    """A network whose structure no built-in host knows."""
-
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Conv2d(3, 8, 3, padding=1)
@@ -46,7 +29,6 @@ class HalvingNet(nn.Module):
         return out
 
 
-@pytest.mark.usefixtures("registries")
 def test_a_host_of_ones_own() -> None:
     @binarize.register_host("halving")
     class HalvingHost(Host):
@@ -64,18 +46,15 @@ def test_a_host_of_ones_own() -> None:
             return [Edit("body", CPDown(8), "replaces the strided convolution")]
 
         def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
-            return {**super().full_precision(model, method), "precious": "asked for by its authors"}
+            return {**super().full_precision(model, method), "precious": "kept by its authors"}
 
     assert "halving" in binarize.list_hosts()
     model = HalvingNet()
     binarize.convert(model, "bidiffsr")
     report = binarize.report(model)
     assert (report.host, [row.name for row in report.new]) == ("halving", ["body"])
-    assert {row.name: row.detail for row in report.kept} == {
-        "head": "first convolution",
-        "precious": "asked for by its authors",
-        "tail": "last convolution",
-    }
+    kept = {row.name: row.detail for row in report.kept}
+    assert kept == {"head": "first convolution", "precious": "kept by its authors", "tail": "last convolution"}
     assert model.body.convs[0].pre.context.num_train_timesteps == 300  # type: ignore[union-attr, index]
     assert model(torch.randn(2, 3, 8, 8), torch.tensor([1, 299])).shape == (2, 3, 4, 4)
     with pytest.raises(BinarizeError, match="host 'halving' is already registered"):
@@ -84,23 +63,7 @@ def test_a_host_of_ones_own() -> None:
         binarize.register_host("nonsense")(HalvingNet)  # type: ignore[type-var]
 
 
-@pytest.mark.usefixtures("registries")
-def test_a_method_of_ones_own_on_a_host() -> None:
-    @binarize.register_method("mine")
-    @dataclass(frozen=True, kw_only=True)
-    class Mine(Method):
-        weight: Any = "libra"
-        pre: Any = "shift"
-        shortcut: Any = True
-
-    model = unet2d((8, 16))
-    binarize.convert(model, {"name": "mine", "groups": 2}, structure="cp_cs")
-    assert {row.detail.split(",")[0] for row in binarize.report(model).replaced} == {"mine"}
-    assert output_of(model, HOSTS["ddpm_cifar"].inputs(2)).isfinite().all()
-
-
 @pytest.mark.parametrize("page", ["convert", "hosts"])
-@pytest.mark.usefixtures("registries")
 def test_the_how_to_runs_as_it_stands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in ("timm", "torchvision"):
         pytest.importorskip(library)

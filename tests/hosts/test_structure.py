@@ -1,8 +1,5 @@
 """The structure pass: CP-Down, CP-Up and CS-Fusion in diffusers' U-Nets."""
 
-from __future__ import annotations
-
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -42,8 +39,7 @@ def test_the_structure_pass_puts_the_blocks_in(name: str) -> None:
     assert any(note.startswith(f"{host.form} form") for note in report.notes)
     assert all(f"{host.form} form" in row.detail for row in report.new)
     if host.form == "published":
-        splits = {len(modules[n].convs) for n in resamplers}
-        assert splits == {2}
+        assert {len(modules[n].convs) for n in resamplers} == {2}
         assert {modules[f"{n}.fusion"].form for n in fused} == {"published"}
         # Every binary convolution keeps its width, which is the point of the structure.
         binary = [m for m in model.modules() if isinstance(m, BinaryConv2d)]
@@ -54,22 +50,12 @@ def test_the_structure_pass_puts_the_blocks_in(name: str) -> None:
         assert {n: after[n] for n in blocks} == {n: before[n] for n in blocks}
 
     # What kept its name and shape kept its weights, as the same Parameter; the report marks what did not.
-    now = {n: p for n, p in model.named_parameters() if n in plain and plain[n].shape == p.shape}
     fresh = {row.name for row in report.rows if row.detail.endswith("freshly initialized")}
-    for parameter_name, parameter in now.items():
-        layer = parameter_name.rpartition(".")[0]
-        if not re.search(r"norm1$", layer):
-            assert (parameter is plain[parameter_name]) == (layer not in fresh), parameter_name
+    for parameter_name, parameter in model.named_parameters():
+        layer, before_it = parameter_name.rpartition(".")[0], plain.get(parameter_name)
+        if before_it is not None and before_it.shape == parameter.shape and not layer.endswith("norm1"):
+            assert (parameter is before_it) == (layer not in fresh), parameter_name
     assert fresh >= {f"{n}.fusion.convs.0" for n in fused}
-
-
-def test_a_carried_layer_computes_what_it_did() -> None:
-    """Undo the binarizer of a rewired host: its resnet blocks of unchanged shape agree with the host's."""
-    model = unet2d((8, 12))
-    block = copy.deepcopy(model.get_submodule("down_blocks.1.resnets.0"))
-    binarize.revert(binarize.convert(model, "bidiffsr", keep="down_blocks.1.*"))
-    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 32)
-    assert torch.equal(model.get_submodule("down_blocks.1.resnets.0")(x, emb), block(x, emb))
 
 
 def test_the_fused_resnet_is_a_fusion_and_a_resnet() -> None:
@@ -78,15 +64,8 @@ def test_the_fused_resnet_is_a_fusion_and_a_resnet() -> None:
     model = unet2d((8, 16), dropout=0.0, resnet_time_scale_shift="scale_shift", act_fn="gelu", norm_eps=1e-3)
     binarize.revert(binarize.convert(model, "bidiffsr"))
     fused: Any = model.get_submodule("up_blocks.1.resnets.0")
-    plain = ResnetBlock2D(
-        in_channels=8,
-        out_channels=8,
-        temb_channels=32,
-        groups=4,
-        eps=1e-3,
-        non_linearity="gelu",
-        time_embedding_norm="scale_shift",
-    )
+    options: Any = {"temb_channels": 32, "groups": 4, "eps": 1e-3, "non_linearity": "gelu"}
+    plain = ResnetBlock2D(in_channels=8, out_channels=8, time_embedding_norm="scale_shift", **options)
     plain.load_state_dict({n: p for n, p in fused.state_dict().items() if not n.startswith("fusion.")})
     hidden, skip, emb = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6), torch.randn(2, 32)
     one, two = fused.fusion.convs
@@ -95,7 +74,7 @@ def test_the_fused_resnet_is_a_fusion_and_a_resnet() -> None:
 
 
 @pytest.mark.parametrize("widths", [(8, 16, 32), (8, 12, 20)])
-@pytest.mark.parametrize("size", [(10, 12), (11, 7), (9, 16)])
+@pytest.mark.parametrize("size", [(10, 12), (11, 7)])
 def test_sizes_that_do_not_halve_come_out_as_from_the_host(widths: tuple[int, ...], size: tuple[int, int]) -> None:
     """UNet2DConditionModel passes ``upsample_size`` for those."""
     inputs = (torch.randn(2, 4, *size), torch.tensor([3, 700])), {"encoder_hidden_states": torch.randn(2, 5, 8)}
@@ -110,15 +89,11 @@ def test_sizes_that_do_not_halve_come_out_as_from_the_host(widths: tuple[int, ..
         assert [after[n][2:] for n in resampled] == [before[n][2:] for n in resampled]
 
 
-def test_resnet_resamplers_are_left_with_a_note() -> None:
+def test_resamplers_that_no_cp_block_replaces_are_left_with_a_note() -> None:
     report = binarize.plan(HOSTS["unet2d_resnet_sampling"].build(), "bidiffsr")
     assert any("down_blocks.0.downsamplers.0 keeps its structure" in note for note in report.notes)
     assert {row.type for row in report.new} == {"CSFusion"}
-
-
-def test_widths_that_no_cp_block_takes_are_left_with_a_note() -> None:
-    model = unet2d((6, 18), norm_num_groups=2, attention_head_dim=2)
-    report = binarize.plan(model, "bidiffsr")
+    report = binarize.plan(unet2d((6, 18), norm_num_groups=2, attention_head_dim=2), "bidiffsr")
     assert any("6 to 6 channels; CP blocks need the same multiple of 4" in note for note in report.notes)
     assert "down_blocks.0.downsamplers.0.conv" in {row.name for row in report.replaced}
 
@@ -157,7 +132,7 @@ def test_new_blocks_follow_the_host(dtype: torch.dtype) -> None:
 
 
 def test_a_reverted_host_converts_again_and_reloads(tmp_path: Path) -> None:
-    for name in ("ddpm_cifar", "unet2d_attention", "stable_diffusion"):
+    for name in ("ddpm_cifar", "stable_diffusion"):
         host, model = built(name)
         model.eval()
         binarize.revert(binarize.convert(model, "bidiffsr"))

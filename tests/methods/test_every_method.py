@@ -1,10 +1,7 @@
 """Every registered method through one list of tests; a new method gets all of them for free."""
 
-from __future__ import annotations
-
 import copy
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +26,18 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def tiny(method: Any) -> SRUNet:
-    """A converted network whose shifts, slopes and scales have values that matter."""
-    shape: dict[str, Any] = {"base_channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
-    model = binarize.convert(SRUNet(**shape, dropout=0.0, num_train_timesteps=T), method)
+def converted(model: nn.Module, method: Any) -> Any:
+    """Convert a network, and give its shifts, slopes and scales values that matter."""
+    binarize.convert(model, method, num_train_timesteps=T)
     for parameter in model.parameters():
         if parameter.dim() <= 2:
             parameter.data += 0.2 * torch.randn_like(parameter)
     return model
+
+
+def tiny(method: Any) -> SRUNet:
+    shape: dict[str, Any] = {"base_channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
+    return converted(SRUNet(**shape, dropout=0.0, num_train_timesteps=T), method)
 
 
 def batch(size: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,22 +54,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        try:
-            torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=tolerance)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
-
-
-@every_case
-def test_binary_state_is_two_valued(case):
-    model = tiny(case.method)
-    binarize.training_step(model, 1.0)
-    state = binarize.binary_state(model)
-    assert state
-    assert all(set(layer.codes.unique().tolist()) == {-1, 1} for layer in state.values())
-
-
-# -- networks ----------------------------------------------------------------------------------------------------------
+        torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
 @every_method
@@ -90,18 +76,17 @@ def test_a_deepcopy_is_independent(method):
     with torch.no_grad():
         before = model(x, t, condition).sample
         twin = copy.deepcopy(model)
-        torch.testing.assert_close(twin(x, t, condition).sample, before, rtol=0, atol=0)
+        assert torch.equal(twin(x, t, condition).sample, before)
         for parameter in twin.parameters():
             parameter.normal_()
         binarize.training_step(twin, 1.0)
         assert not torch.allclose(twin(x, t, condition).sample, before)
         with binarize.timesteps(twin, 99):
-            torch.testing.assert_close(model(x, t, condition).sample, before, rtol=0, atol=0)
-    own, copied = conversion(model).context, conversion(twin).context
-    assert (own is None) == (copied is None) == (not get_method(method).needs_timestep)
-    assert own is None or own is not copied
-    contexts = {id(m.context) for m in twin.modules() if getattr(m, "context", None) is not None}
-    assert contexts == (set() if copied is None else {id(copied)})
+            assert torch.equal(model(x, t, condition).sample, before)
+    contexts = [{m.context for m in each.modules() if getattr(m, "context", None)} for each in (model, twin)]
+    assert [{conversion(each).context} - {None} for each in (model, twin)] == contexts
+    assert contexts[0].isdisjoint(contexts[1])
+    assert len(contexts[0]) == get_method(method).needs_timestep
 
 
 @every_case
@@ -115,13 +100,11 @@ def test_saved_and_loaded_with_its_state(case, tmp_path: Path):
     assert conversion(loaded).method == case.method
     results = []
     for network in (model.eval(), loaded):
-        assert not network.training
         out = network(x, t, condition).sample
-        out.square().mean().backward()  # what training has come to shows in the gradients
+        out.square().mean().backward()  # gradients depend on the training's progress
         results.append({"out": out.detach(), **gradients(network)})
     assert_equal(results[1], results[0], 0)
-    progresses = {b.item() for name, b in loaded.named_buffers() if name.endswith(".progress")}
-    assert progresses <= {torch.tensor(0.37).item()}
+    assert all(b == torch.tensor(0.37) for name, b in loaded.named_buffers() if name.endswith(".progress"))
 
 
 class Small(nn.Module):
@@ -137,11 +120,7 @@ class Small(nn.Module):
 
 
 def small(method: Any) -> Small:
-    model = binarize.convert(Small(), method, num_train_timesteps=T)
-    for parameter in model.parameters():
-        if parameter.dim() <= 2:
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    return model
+    return converted(Small(), method)
 
 
 @every_method
@@ -159,15 +138,6 @@ def test_training_lowers_the_loss(method):
         binarize.training_step(model, (step + 1) / 40)
         losses.append(loss.item())
     assert np.mean(losses[-4:]) < 0.5 * losses[0], losses
-
-
-@every_method
-def test_a_foreign_host_is_saved_and_loaded(method, tmp_path: Path):
-    model = small(method)
-    binarize.training_step(model, 0.37)
-    loaded = binarize.load(binarize.save(model, tmp_path), model=Small())
-    x, t = torch.randn(2, 3, 6, 6), torch.tensor([3, 90])
-    torch.testing.assert_close(loaded(x, t), model.eval()(x, t), rtol=0, atol=0)
 
 
 def assert_compiled_equals_eager(model: nn.Module, backend: str) -> None:
@@ -206,8 +176,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(method):
     model = tiny(method).double()
     x, t, condition = batch()
     results = []
-    for checkpointing in (False, True):
-        (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
+    for switch in (model.disable_gradient_checkpointing, model.enable_gradient_checkpointing):
+        switch()
         first = model(x, t, condition).sample
         second = model(x + 0.1, t.flip(0), condition).sample  # before the first one's backward
         (first.square().mean() + second.abs().mean()).backward()
@@ -219,9 +189,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method):
 def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients(method):
     model = tiny(method)
     x, t, condition = batch(dtype=torch.float32)
-    dtypes = []
     layers = [made for _, made in binary_layers(model)]
-    layers[0].register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(x, t, condition).sample.float().square().mean()
     loss.backward()
@@ -242,19 +210,8 @@ def test_what_needs_no_gradient_saves_none(method):
     assert saved == []
 
 
-@every_case
-def test_the_configuration_survives_json(case):
-    text = json.dumps(case.method.to_config())
-    assert get_method(json.loads(text)) == case.method
-    assert case.method.replace() == case.method
-
-
-# -- packed ------------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _trained(name: str) -> SRUNet:
-    torch.manual_seed(0)
     model = scatter(tiny(next(case for case in CASES if str(case) == name).method))
     binarize.training_step(model, 1.0)
     return model.eval()
@@ -313,13 +270,9 @@ def test_unpacked_weights_are_the_signs_of_the_latents(case):
     torch.testing.assert_close(predict(binarize.pack(unpacked), torch.float64), before, rtol=1e-10, atol=1e-10)
 
 
-# -- two processes -----------------------------------------------------------------------------------------------------
-
-
 def replica(rank: int, folder: str, methods: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    differences = {}
     for method in methods:
         torch.manual_seed(0)
         model = small(method).double().eval()  # batch norms would see half the batch in training mode
@@ -333,16 +286,11 @@ def replica(rank: int, folder: str, methods: list[str]) -> None:
             parallel(x[half], t[half]).square().mean().backward()
         found = gradients(model)
         relative = [(found[n] - g).abs().max() / g.abs().max().clamp_min(1) for n, g in whole.items()]
-        differences[method] = max(relative).item()
+        assert max(relative) < 1e-12, method
         assert found.keys() == whole.keys() == dict(model.named_parameters()).keys()
-    Path(folder, f"{rank}.json").write_text(json.dumps(differences))
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_the_whole_batch(tmp_path: Path):
-    mp.spawn(replica, (str(tmp_path), METHODS), nprocs=2)
-    for rank in range(2):
-        differences = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert sorted(differences) == sorted(METHODS)
-        assert all(value < 1e-12 for value in differences.values()), differences
+    mp.spawn(replica, (str(tmp_path), METHODS), nprocs=2)  # raises what a process raises

@@ -1,7 +1,5 @@
 """Values and gradients of every method's parts and layers, against closed forms in numpy."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

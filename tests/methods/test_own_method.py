@@ -1,7 +1,5 @@
 """The page on methods of one's own: its files are written, its snippets run, its numbers true."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path
@@ -10,8 +8,6 @@ import pytest
 import torch
 
 import binarize
-from binarize.layers.method import METHODS
-from binarize.layers.parts import _PARTS, _TIMESTEP_AWARE
 from binarize.models import SRUNet
 from binarize.recipes import validate
 
@@ -20,18 +16,12 @@ BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILIN
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def folder(registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A working folder from which modules can be imported, and which leaves no module and no name behind."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     modules = set(sys.modules)
-    registries = [METHODS, *_PARTS.values()]
-    items, aware = [dict(registry._items) for registry in registries], set(_TIMESTEP_AWARE)
     yield tmp_path
-    for registry, before in zip(registries, items, strict=True):
-        registry._items = before
-    _TIMESTEP_AWARE.clear()
-    _TIMESTEP_AWARE.update(aware)
     for name in set(sys.modules) - modules:
         if name in ("my_method", "soft_method") or name.startswith("binarize_plugin_"):
             del sys.modules[name]
@@ -62,7 +52,7 @@ def test_every_block_of_the_page_runs_in_order(folder: Path):
     assert binarize.summary(unet, (x[:1], 3, x[:1])).macs_by_bits[1] > 0
 
 
-def test_a_name_that_no_file_registered_is_said_to_be_unknown(folder: Path):
+def test_a_method_that_no_file_registers_is_unknown(folder: Path):
     (folder / "mine.yaml").write_text("base: bidiffsr_x2\nmethod: mine\n")
     with pytest.raises(binarize.BinarizeError, match="unknown method 'mine'; registered: bbcu, "):
         binarize.build("mine.yaml")

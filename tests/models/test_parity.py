@@ -4,15 +4,12 @@ The fixture holds what the released code computes with those (random) weights: o
 sample.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from safetensors.torch import load_file, safe_open
 
 import binarize
@@ -84,38 +81,23 @@ def test_loss_and_every_gradient(model, reference, metadata):
         assert not parameters[name].grad[unselected].any(), name
 
 
-def test_ddim_sample(model, reference):
-    scheduler = DDIMScheduler(num_train_timesteps=2000, beta_start=1e-6, beta_end=1e-2, beta_schedule="linear")
-    scheduler.set_timesteps(10)
-    x = reference["x_t"]
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(model(x, t, reference["lr"]).sample, t, x).prev_sample
-    # diffusers computes its alphas as a float32 cumulative product, whose rounding depends on the CPU.
-    torch.testing.assert_close(x, reference["ddim10"], rtol=0, atol=1e-6)
-
-
 def test_the_default_mode_differs_from_parity_only_where_a_sign_is_zero(metadata, reference):
     plus = load_official(CHECKPOINT, sign_zero="plus", **metadata["config"]).double()
     zero = load_official(CHECKPOINT, **metadata["config"]).double()
-    assert {row.detail for row in binarize.report(plus).replaced} == {
-        row.detail for row in binarize.report(zero).replaced
-    }
+    assert binarize.report(plus).replaced == binarize.report(zero).replaced
     with torch.no_grad():  # no sign of the fixture is exactly zero
         a, b = (m(reference["x_t"], 1000, reference["lr"]).sample for m in (plus, zero))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    layer = next(m for m in zero.modules() if isinstance(m, binarize.layers.BinaryConv2d))
-    assert layer.activation(torch.zeros(1)).item() == 0.0
-    layer = next(m for m in plus.modules() if isinstance(m, binarize.layers.BinaryConv2d))
-    assert layer.activation(torch.zeros(1)).item() == 1.0
+    for network, expected in ((plus, 1.0), (zero, 0.0)):
+        layer = next(m for m in network.modules() if isinstance(m, binarize.layers.BinaryConv2d))
+        assert layer.activation(torch.zeros(1)).item() == expected
 
 
 def test_round_trip_keeps_parity_mode_and_weights(model, reference, tmp_path):
     model.float().save_pretrained(tmp_path)
     again = SRUNet.from_pretrained(tmp_path)
     assert binarize.conversion.record.conversion(again).method.sign_zero == "zero"
-    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
+    torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +108,7 @@ def test_round_trip_keeps_parity_mode_and_weights(model, reference, tmp_path):
         ({"channel_mults": [1, 2, 4, 8]}, "missing"),
         ({"fp_res": []}, "missing"),
         ({"dynamic_group": 3}, "timestep groups"),
-        ({"fp_res": [100]}, r"fp_res holds 100; with image_size 32 it may hold \[32, 16, 8\]"),
+        ({"fp_res": [100]}, r"fp_res holds 100; with image_size 32, use \[32, 16, 8\]"),
         ({"inner_chanel": 32}, "unknown configuration name 'inner_chanel'.*Did you mean 'inner_channel'"),
     ],
 )
@@ -142,7 +124,6 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     broken.write_bytes(CHECKPOINT.read_bytes()[:5000])
     with pytest.raises(BinarizeError, match="not a readable torch checkpoint"):
         load_official(broken)
-    other = tmp_path / "other.pth"
-    torch.save({"state_dict": {"a": torch.zeros(1)}}, other)
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, broken)
     with pytest.raises(BinarizeError, match=r"must hold \{'params': state_dict\}; it holds state_dict"):
-        load_official(other)
+        load_official(broken)

@@ -1,9 +1,6 @@
 """The pipeline: schedulers, sizes, randomness, and its life as a diffusers pipeline."""
 
-from __future__ import annotations
-
 import json
-import math
 import re
 import subprocess
 import sys
@@ -28,34 +25,11 @@ from binarize.imaging import upscale_bicubic
 from binarize.models import SRUNet, load_official
 from binarize.models.pipeline import SuperResolutionPipeline, default_scheduler
 
-# Some of diffusers' schedulers call numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
-# ---- sampling
-
-
-def test_ddim_equals_its_closed_form():
-    unet, image = local(), pixels(6, 9)
-    noise = torch.randn(1, 3, 12, 18, generator=seeded(3), dtype=torch.float64)
-    given = run(pipeline(unet), image, latents=noise, num_inference_steps=4)[0]
-
-    alpha_bar = np.cumprod(1 - np.linspace(1e-6, 1e-2, 2000))
-    upscaled = upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], 2)
-    # Beyond the image, the canvas starts from noise of its own, which another test is about.
-    condition = torch.from_numpy(np.pad(upscaled.numpy(), [(0, 0), (0, 0), (0, 4), (0, 6)], mode="reflect"))
-    x = unet.seen[0][0].clone()
-    torch.testing.assert_close(x[..., :12, :18], noise, rtol=0, atol=0)
-    for t in (1500, 1000, 500, 0):
-        with torch.no_grad():
-            epsilon = unet(x, t, condition).sample
-        now, before = alpha_bar[t], alpha_bar[t - 500] if t >= 500 else 1.0
-        clean = ((x - math.sqrt(1 - now) * epsilon) / math.sqrt(now)).clamp(-1, 1)
-        x = math.sqrt(before) * clean + math.sqrt(1 - before) * epsilon
-    # diffusers keeps its alphas in float32
-    torch.testing.assert_close(given, x[0, :, :12, :18].clamp(0, 1), rtol=0, atol=1e-4)
+def upscaled(image: np.ndarray, scale: int = 2) -> Tensor:
+    return upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], scale)
 
 
 SCHEDULERS = {
@@ -72,14 +46,13 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_runs_as_in_a_plain_diffusers_loop(name):
-    kind, options = SCHEDULERS[name]
+@pytest.mark.parametrize(("kind", "options"), SCHEDULERS.values(), ids=SCHEDULERS)
+def test_every_scheduler_runs_as_in_a_plain_diffusers_loop(kind, options):
     unet, image = local(), pixels(8, 8)
     given = run(pipeline(unet, scheduler=kind(**BETAS, **options)), image, num_inference_steps=6)
 
     scheduler, generator = kind(**BETAS, **options), seeded()
-    condition = upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], 2)
+    condition = upscaled(image)
     scheduler.set_timesteps(6)
     x = torch.randn(1, 3, 16, 16, generator=generator, dtype=torch.float64) * scheduler.init_noise_sigma
     takes_generator = "generator" in kind.step.__code__.co_varnames
@@ -99,12 +72,8 @@ def test_eta_reaches_ddim_and_is_refused_elsewhere():
         run(pipe, image, eta=0.5)
 
 
-def test_the_default_scheduler_is_the_released_one():
-    released = diffusers.DDIMScheduler(**BETAS)
-    assert default_scheduler().config == released.config == pipeline().scheduler.config
-
-
-def test_a_scheduler_of_other_timesteps_is_refused_at_once_and_when_swapped():
+def test_a_scheduler_that_does_not_fit_is_refused_at_once_and_when_swapped():
+    assert default_scheduler().config == pipeline().scheduler.config == diffusers.DDIMScheduler(**BETAS).config
     message = "trained with 1000 timesteps, but DDIMScheduler has num_train_timesteps=2000"
     with pytest.raises(BinarizeError, match=message):
         pipeline(local(num_train_timesteps=1000))
@@ -112,24 +81,18 @@ def test_a_scheduler_of_other_timesteps_is_refused_at_once_and_when_swapped():
     pipe.scheduler = default_scheduler()
     with pytest.raises(BinarizeError, match=message):
         run(pipe, pixels(2, 2))
-
-
-def test_a_scheduler_of_another_kind_is_refused():
     with pytest.raises(BinarizeError, match="FlowMatchEulerDiscreteScheduler is no scheduler for noise prediction"):
         pipeline(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=2000))
 
 
-# ---- sizes
-
-
 @settings(max_examples=40, deadline=None)
-@given(height=st.integers(1, 40), width=st.integers(1, 40), scale=st.sampled_from([2, 3, 4]))
+@given(height=st.integers(1, 40), width=st.integers(1, 40), scale=st.integers(1, 4))
 def test_any_size_is_padded_by_reflection_or_by_its_edge_and_cropped_back(height, width, scale):
     unet, image = local(), pixels(height, width)
     images = run(pipeline(unet, scale=scale), image, num_inference_steps=1)
     assert images.shape == (1, 3, height * scale, width * scale)
     assert images.isfinite().all()
-    expected = upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], scale).numpy()
+    expected = upscaled(image, scale).numpy()
     for axis in (2, 3):
         side = expected.shape[axis]
         pad = [(0, -side % 8) if a == axis else (0, 0) for a in range(4)]
@@ -145,8 +108,7 @@ def test_padding_noise_is_white_and_the_same_in_every_call():
     assert not torch.equal(one[..., :36, :36], other[..., :36, :36])
     assert torch.equal(one[..., 36:], other[..., 36:])
     rim = torch.cat([one[..., 36:].flatten(), one[..., 36:, :36].flatten()])
-    assert abs(rim.mean()) < 0.1
-    assert abs(rim.std() - 1) < 0.1
+    assert max(abs(rim.mean()), abs(rim.std() - 1)) < 0.1
 
 
 def test_a_network_that_names_no_multiple_gets_multiples_of_eight():
@@ -154,15 +116,6 @@ def test_a_network_that_names_no_multiple_gets_multiples_of_eight():
     unet.__class__ = type("Silent", (Local,), {"size_multiple": property(lambda self: self.missing)})
     run(pipeline(unet), pixels(2, 5), num_inference_steps=1)
     assert unet.seen[0][0].shape == (1, 3, 8, 16)
-
-
-def test_scale_one_restores_an_image_of_its_own_size():
-    unet, image = local(), pixels(8, 8)
-    assert run(pipeline(unet, scale=1), image).shape == (1, 3, 8, 8)
-    torch.testing.assert_close(unet.seen[0][2][0].movedim(0, -1).numpy(), image, rtol=0, atol=1e-12)
-
-
-# ---- randomness
 
 
 def test_latents_are_what_the_generator_would_have_drawn():
@@ -179,26 +132,15 @@ def test_latents_are_what_the_generator_would_have_drawn():
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_a_list_with_generators_equals_its_images_one_by_one(scheduler, batch_size):
     pipe = pipeline(scheduler=scheduler(**BETAS))
-    images = [
-        pixels(4, 6, seed=0),
-        pixels(4, 6, seed=1),
-        pixels(3, 3, seed=2),
-        pixels(4, 6, seed=3),
-    ]
+    images = [pixels(*size, seed=seed) for seed, size in enumerate([(4, 6), (4, 6), (3, 3), (4, 6)])]
     together = run(pipe, images, generator=[seeded(i) for i in range(4)], batch_size=batch_size)
     assert [tuple(t.shape) for t in together] == [(3, 8, 12), (3, 8, 12), (3, 6, 6), (3, 8, 12)]
     for i, image in enumerate(images):
         alone = run(pipe, image, generator=seeded(i))[0]
         torch.testing.assert_close(together[i], alone, rtol=0, atol=0 if batch_size == 1 else 1e-12)
-
-
-def test_a_list_with_one_generator_equals_successive_calls():
-    pipe = pipeline(scheduler=diffusers.DDPMScheduler(**BETAS))
-    images = [pixels(3, 5), pixels(4, 4, seed=1)]
-    generator = seeded()
-    apart = [run(pipe, image, generator=generator)[0] for image in images]
-    for one, other in zip(run(pipe, images), apart, strict=True):
-        assert torch.equal(one, other)
+    if batch_size == 1:
+        successive = [run(pipe, image, generator=generator)[0] for generator in [seeded()] for image in images]
+        assert all(map(torch.equal, run(pipe, images), successive))
 
 
 def test_batch_size_counts_tiles_too():
@@ -211,19 +153,17 @@ def test_batch_size_counts_tiles_too():
     torch.testing.assert_close(one, four, rtol=0, atol=1e-12)
 
 
-# ---- as a diffusers pipeline
-
-
 def test_modes_are_restored_even_after_an_error():
     unet = local(drop=0.9)
     unet.train()
     unet.first.eval()
     pipe, image = pipeline(unet), pixels(4, 4)
+    modes = [part.training for part in unet.modules()]
     assert torch.equal(run(pipe, image), run(pipe, image))
-    assert [part.training for part in (unet, unet.first, unet.second, unet.dropout)] == [True, False, True, True]
+    assert [part.training for part in unet.modules()] == modes
     with pytest.raises(ZeroDivisionError):
         run(pipe, image, callback_on_step_end=lambda *_: 1 / 0)
-    assert [part.training for part in (unet, unet.first, unet.second, unet.dropout)] == [True, False, True, True]
+    assert [part.training for part in unet.modules()] == modes
     assert not run(pipe, image).requires_grad
 
 
@@ -235,10 +175,8 @@ def test_a_callback_sees_each_step_and_may_replace_the_sample():
         seen.append((step, int(timestep), *(tuple(t.shape) for t in tensors.values())))
         return {"latents": torch.full_like(tensors["latents"], 0.25)} if step == 1 else None
 
-    inputs = ["latents", "condition"]
-    large = run(
-        pipe, image, num_inference_steps=2, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=inputs
-    )
+    options = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "condition"]}
+    large = run(pipe, image, num_inference_steps=2, **options)
     assert seen == [(0, 1000, (1, 3, 8, 16), (1, 3, 8, 16)), (1, 0, (1, 3, 8, 16), (1, 3, 8, 16))]
     assert (large == 0.25).all()
 
@@ -249,7 +187,7 @@ def test_a_callback_sees_each_step_and_may_replace_the_sample():
             return {"latents": tensors["condition"]}
 
     large = run(pipe, image, callback_on_step_end=Last())
-    torch.testing.assert_close(large, upscale_bicubic(torch.from_numpy(image).permute(2, 0, 1)[None], 2))
+    torch.testing.assert_close(large, upscaled(image))
 
 
 def test_progress_counts_the_steps_of_every_image(capsys):
@@ -283,24 +221,10 @@ def test_a_saved_pipeline_comes_back_whole(tmp_path):
     assert (swapped.scale, type(swapped.scheduler)) == (2, diffusers.DDIMScheduler)
 
 
-# ---- with the real network
-
-
-@pytest.fixture
-def srunet() -> SRUNet:
-    return SRUNet(base_channels=16, channel_mults=(1, 2), res_blocks=1, norm_groups=8).double()
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 3)])
-@pytest.mark.parametrize("tile", [None, 4])
-def test_srunet_takes_any_size_and_tiles(srunet, size, tile):
-    large = run(pipeline(srunet, scale=3), pixels(*size), tile=tile)
-    assert large.shape == (1, 3, 3 * size[0], 3 * size[1])
-    assert large.isfinite().all()
-
-
-def test_a_converted_network_comes_back_with_its_pipeline_in_a_fresh_process(srunet, tmp_path):
+def test_a_converted_network_comes_back_with_its_pipeline_in_a_fresh_process(tmp_path):
+    srunet = SRUNet(base_channels=16, channel_mults=(1, 2), res_blocks=1, norm_groups=8).double()
     binarize.convert(srunet, "bidiffsr")
+    assert run(pipeline(srunet, scale=3), pixels(1, 9)).shape == (1, 3, 3, 27)
     pipe, image = pipeline(srunet), np.full((4, 6, 3), 0.5)
     pipe.save_pretrained(tmp_path / "model")
     np.save(tmp_path / "expected.npy", run(pipe, image, num_inference_steps=1, tile=8).numpy())
@@ -315,13 +239,11 @@ def test_a_converted_network_comes_back_with_its_pipeline_in_a_fresh_process(sru
 
 
 def test_the_released_sample_comes_out_of_the_pipeline():
-    fixture = FIXTURES / "small.safetensors"
-    with safe_open(fixture, "pt") as file:
+    with safe_open(FIXTURES / "small.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
         x, condition, expected = (file.get_tensor(name) for name in ("x_t", "lr", "ddim10"))
     unet = load_official(FIXTURES / "small.pth", **config).double()
-    # The upscaled image is given as it is: scale 1.
-    given = run(pipeline(unet, scale=1), condition, latents=x, num_inference_steps=10)
+    given = run(pipeline(unet, scale=1), condition, latents=x, num_inference_steps=10)  # upscaled already
     # diffusers computes its alphas as a float32 cumulative product, whose rounding depends on the CPU.
     torch.testing.assert_close(given, expected.clamp(0, 1), rtol=0, atol=1e-6)
 

@@ -1,7 +1,5 @@
 """The models that come with the package: how they are found, and that each one there is whole."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -10,18 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_case import NETWORK, fails, succeeds
 from PIL import Image
-from typer.testing import CliRunner
+from pipeline_case import pipeline
 
 import binarize
-from binarize.cli import app
 from binarize.models import SRUNet, SuperResolutionPipeline, default_model
 from binarize.models import default as _pretrained
 from binarize.models.pipeline import default_scheduler
 from binarize.recipes import build_pipeline, load_recipe
-
-NETWORK: dict[str, Any] = {"base_channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
-SHIPPED = _pretrained.shipped_scales()
 
 
 @pytest.fixture
@@ -44,22 +39,11 @@ def photo(tmp_path: Path) -> Path:
     return tmp_path / "photo.png"
 
 
-def run(*args: str | Path) -> Any:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def test_models_are_found_by_their_scale(models: Path) -> None:
-    assert default_model() == default_model(2) == models / "x2"
-    assert default_model(4) == models / "x4"
-    assert SuperResolutionPipeline.from_pretrained(default_model(4)).scale == 4
-
-
 def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path, photo: Path) -> None:
+    assert default_model() == default_model(2) == models / "x2"
     with pytest.raises(binarize.BinarizeError, match=r"no model for scale 3 .*; scales with one: 2, 4\."):
         default_model(3)
-    result = run("upscale", photo, "--scale", "3")
-    assert result.exit_code == 1
-    assert "scales with one: 2, 4" in result.stderr
+    assert "scales with one: 2, 4" in fails("upscale", photo, "--scale", "3")
     (models / "x4" / "model_index.json").unlink()
     with pytest.raises(binarize.BinarizeError, match=r"scales with one: 2\."):
         default_model(4)
@@ -70,39 +54,23 @@ def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path
 
 @pytest.mark.parametrize(("options", "scale"), [([], 2), (["--scale", "4"], 4)])
 def test_upscale_needs_nothing_but_an_image(models: Path, photo: Path, options: list[str], scale: int) -> None:
-    result = run("upscale", photo, *options)
-    assert result.exit_code == 0, result.output
+    said = succeeds("upscale", photo, *options)
     pipe = SuperResolutionPipeline.from_pretrained(default_model(scale))
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(Image.open(photo), generator=torch.Generator().manual_seed(0)).images[0]
     with Image.open(photo.with_name(f"photo_x{scale}.png")) as large:
         assert large.size == (9 * scale, 6 * scale)
         assert np.array_equal(np.asarray(large), np.asarray(expected))
-    assert f"({'3 steps' if scale == 2 else '1 step'} per image" in result.stdout
-    again = run("upscale", photo, *options)
-    assert again.exit_code == 1
-    assert "already exists" in again.stderr
-    assert run("upscale", photo, *options, "--force").exit_code == 0
-
-
-# The number of steps that a pipeline says
-
-
-class Counting(SRUNet):
-    calls = 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return super().forward(*args, **kwargs)
+    assert f"({'3 steps' if scale == 2 else '1 step'} per image" in said
+    assert "already exists" in fails("upscale", photo, *options)
+    succeeds("upscale", photo, *options, "--force")
 
 
 @pytest.mark.parametrize(("saved", "given", "taken"), [(3, None, 3), (3, 5, 5), (None, 2, 2), (None, None, 50)])
 def test_a_call_takes_the_steps_that_the_pipeline_says(saved: int | None, given: int | None, taken: int) -> None:
-    unet = Counting(**NETWORK)
-    pipe = SuperResolutionPipeline(unet, scale=1, num_inference_steps=saved)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline(scale=1, num_inference_steps=saved)
     pipe(torch.rand(1, 3, 2, 2), num_inference_steps=given)
-    assert unet.calls == taken
+    assert len(pipe.unet.seen) == taken
 
 
 def test_the_number_of_steps_is_saved_and_old_pipelines_have_none(tmp_path: Path) -> None:
@@ -121,28 +89,18 @@ def test_a_number_of_steps_that_no_call_could_take_is_refused(steps: Any) -> Non
 
 
 def test_a_recipe_hands_its_steps_on() -> None:
-    assert (
-        build_pipeline(load_recipe("small_x2", ["num_inference_steps=6"]), SRUNet(**NETWORK)).num_inference_steps == 6
-    )
-    few = load_recipe("small_x2", ["num_inference_steps=6", "scheduler.num_train_timesteps=4"])
-    assert build_pipeline(few, SRUNet(**NETWORK, num_train_timesteps=4)).num_inference_steps == 4
+    for timesteps, steps in ((2000, 6), (4, 4)):
+        recipe = load_recipe("small_x2", ["num_inference_steps=6", f"scheduler.num_train_timesteps={timesteps}"])
+        unet = SRUNet(**NETWORK, num_train_timesteps=timesteps)
+        assert build_pipeline(recipe, unet).num_inference_steps == steps
 
 
-# What is really shipped
-
-
-def test_both_scales_are_shipped() -> None:
-    assert list(SHIPPED) == [2, 4]
-
-
-@pytest.mark.parametrize("scale", SHIPPED)
+@pytest.mark.parametrize("scale", [2, 4])
 def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
     folder = default_model(scale)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"x{scale}" in card
+    assert f"x{scale}" in (folder / "README.md").read_text(encoding="utf-8")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    assert index["scale"] == scale
-    assert isinstance(index["num_inference_steps"], int)
+    assert (index["scale"], type(index["num_inference_steps"])) == (scale, int)
     assert not Path(index.get("_name_or_path") or "").is_absolute()
     pipe = SuperResolutionPipeline.from_pretrained(folder)
     assert binarize.is_packed(pipe.unet)
@@ -150,7 +108,7 @@ def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", SHIPPED)
+@pytest.mark.parametrize("scale", [2, 4])
 def test_a_shipped_model_is_healthy(scale: int) -> None:
     from binarize.diagnosis import doctor
 

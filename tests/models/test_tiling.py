@@ -1,12 +1,7 @@
 """Tiles: how they cover an image, how they are blended, and what they save."""
 
-from __future__ import annotations
-
 import math
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,10 +45,8 @@ def test_tiles_cover_the_canvas_and_their_weights_add_up_to_one(height, width, t
 def test_the_outer_quarter_of_an_overlap_has_no_weight_and_the_image_edge_has_all():
     first, second = tile_grid(8, 48, tile=32, overlap=16, multiple=8).columns
     assert (first.start, second.start) == (0, 16)
-    assert (first.weights[:16] == 1).all()
-    assert (first.weights[-4:] == 0).all()
-    assert (second.weights[:4] == 0).all()
-    assert (second.weights[16:] == 1).all()
+    assert torch.cat([first.weights[:16], second.weights[16:]]).eq(1).all()
+    assert torch.cat([first.weights[-4:], second.weights[:4]]).eq(0).all()
     assert (first.weights[16:].diff() <= 0).all()
 
 
@@ -105,7 +98,7 @@ def test_a_local_network_gives_with_tiles_what_it_gives_without(height, width, t
 
 
 class Tilewise(Local):
-    """Predicts the noise of a clean image that hangs on the mean of the whole input, as GroupNorm would have it."""
+    """Predicts the noise of a clean image that depends on the mean of the whole input, as with GroupNorm."""
 
     def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor) -> UNet2DOutput:
         alpha_bar = default_scheduler().alphas_cumprod[timestep].to(sample)
@@ -113,67 +106,19 @@ class Tilewise(Local):
         return UNet2DOutput(sample=(sample - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt())
 
 
-def test_tiles_leave_no_seam_where_a_prediction_hangs_on_the_whole_tile():
+def test_tiles_leave_no_seam_where_a_prediction_depends_on_the_whole_tile():
     ramp = np.linspace(0.1, 0.9, 64)[None, :, None].repeat(64, 0).repeat(3, 2)
     pipe = pipeline(Tilewise().double())
 
-    def steps(overlap: int) -> tuple[float, float]:
+    def largest_step(overlap: int) -> float:
         columns = run(pipe, ramp, tile=64, overlap=overlap, num_inference_steps=5)[0, 0].mean(0)
-        grid = tile_grid(128, 128, tile=64, overlap=overlap, multiple=8)
-        borders = [b - 1 for s in grid.columns for b in (s.pixels.start, s.pixels.stop) if 0 < b < 128]
-        jumps = columns.diff().abs()
-        elsewhere = [i for i in range(8, 119) if all(abs(i - b) > 4 for b in borders)]
-        return jumps[borders].max().item(), jumps[elsewhere].max().item()
+        return columns[8:120].diff().abs().max().item()
 
-    border, elsewhere = steps(overlap=32)
-    assert border <= elsewhere
-    assert elsewhere < 0.02
-    border, elsewhere = steps(overlap=0)  # the same measure sees the step of 0.2 * 0.4 that blending takes away
-    assert border > 0.08 > 5 * elsewhere
+    # Without an overlap there is the step of 0.2 * 0.4 that blending takes away.
+    assert largest_step(overlap=32) < 0.02 < 0.08 < largest_step(overlap=0)
 
 
 def test_the_network_never_sees_more_than_the_tile():
     unet = local()
     run(pipeline(unet), pixels(61, 90), tile=37, overlap=8, num_inference_steps=2)
-    assert {tuple(sample.shape) for sample, _, _ in unet.seen} == {(1, 3, 32, 32)}
-    assert {tuple(condition.shape) for _, _, condition in unet.seen} == {(1, 3, 32, 32)}
-
-
-_PEAK = """
-import re, sys, torch
-from pathlib import Path
-from torch import nn
-sys.path.insert(0, {tests!r})
-from pipeline_case import Local
-from binarize.models.pipeline import SuperResolutionPipeline
-
-class Wide(Local):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(6, 128, 1), nn.Conv2d(128, 3, 1)
-
-torch.set_num_threads(1)
-pipe = SuperResolutionPipeline(Wide(), scale=2)
-pipe.set_progress_bar_config(disable=True)
-pipe.unet.seen = type("Forgets", (), {{"append": lambda self, item: None}})()
-
-def peak():  # in KiB; unlike ru_maxrss it does not begin at the peak of the process that started this one
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-
-pipe(torch.rand(3, 64, 64), 1)
-peaks = [peak()]
-for tile in (128, None):
-    pipe(torch.rand(3, 256, 256), 1, tile=tile)
-    peaks.append(peak())
-print(peaks[1] - peaks[0], peaks[2] - peaks[0])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory as Linux gives it")
-def test_peak_memory_follows_the_tile():
-    code = _PEAK.format(tests=str(Path(__file__).parents[1]))
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    tiled, whole = (int(kib) / 1024 for kib in run.stdout.split())
-    # A hidden layer of the whole image has 128 x 512 x 512 float32 values, 128 MiB; one of a tile has 8 MiB.
-    assert tiled < 64 < 128 < whole
+    assert {tuple(x.shape) for sample, _, condition in unet.seen for x in (sample, condition)} == {(1, 3, 32, 32)}
