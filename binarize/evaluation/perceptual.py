@@ -16,11 +16,7 @@ import torch
 from binarize.errors import BinarizeError, did_you_mean
 
 # Backbone -> torchvision's weights, and the smallest side that its pooling layers accept.
-_NETS = {
-    "alex": ("AlexNet_Weights", 31),
-    "vgg": ("VGG16_Weights", 16),
-    "squeeze": ("SqueezeNet1_1_Weights", 17),
-}
+_NETS = {"alex": ("AlexNet_Weights", 31), "vgg": ("VGG16_Weights", 16), "squeeze": ("SqueezeNet1_1_Weights", 17)}
 _PROBE_SECONDS = 5.0
 
 
@@ -46,11 +42,7 @@ class Lpips:
     """
 
     def __init__(
-        self,
-        net: str = "alex",
-        *,
-        backbone: str | os.PathLike[str] | None = None,
-        device: torch.device | str = "cpu",
+        self, net: str = "alex", *, backbone: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu"
     ) -> None:
         if net not in _NETS:
             raise BinarizeError(f"unknown LPIPS backbone {net!r}; choose {', '.join(_NETS)}.{did_you_mean(net, _NETS)}")

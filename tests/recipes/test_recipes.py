@@ -14,14 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from binarize.errors import BinarizeError
-from binarize.recipes import (
-    Recipe,
-    build_scheduler,
-    copy_recipe,
-    list_recipes,
-    load_recipe,
-    recipe_path,
-)
+from binarize.recipes import Recipe, build_scheduler, copy_recipe, list_recipes, load_recipe, recipe_path
 from binarize.recipes.yaml_text import parse_yaml, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]

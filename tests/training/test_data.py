@@ -259,10 +259,7 @@ class TestPairs:
         for name in ("a", "c"):
             path = tmp_path / f"{name}.png"
             path.write_bytes(path.read_bytes()[:5000])
-        for make in (
-            lambda: PairedPatches(tmp_path, scale=2, patch_size=8),
-            ImagePairs(tmp_path, scale=2).check,
-        ):
+        for make in (lambda: PairedPatches(tmp_path, scale=2, patch_size=8), ImagePairs(tmp_path, scale=2).check):
             with pytest.raises(BinarizeError, match=r"2 images cannot be used: .*a\.png.*c\.png"):
                 make()
 
