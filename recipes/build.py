@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 
 
 def import_plugins(plugins: Sequence[str]) -> None:
-    """Import a recipe's plugins (dotted names or .py files), once per process, so that their methods exist.
-
-    Raises:
-        BinarizeError: If a plugin does not exist or raises while it is imported.
-    """
+    """Import a recipe's plugins (dotted names or .py files), once per process, so that their methods exist."""
     for plugin in plugins:
         try:
             if plugin.endswith(".py"):
@@ -71,9 +67,6 @@ def build(recipe: str | os.PathLike[str] | Recipe, *overrides: str) -> SRUNet:
     Args:
         recipe: An installed recipe's name, the path of a YAML file, or a loaded `binarize.recipes.Recipe`.
         *overrides: ``"key=value"`` strings that change the recipe, such as ``"method.groups=2"``.
-
-    Raises:
-        BinarizeError: If the recipe does not exist or is not valid, or if overrides are given with a loaded recipe.
     """
     if isinstance(recipe, Recipe) and overrides:
         raise BinarizeError(f"build: a loaded recipe takes no overrides; got {overrides}. Give them to load_recipe.")
@@ -88,9 +81,6 @@ def build_model(recipe: Recipe, network: SRUNet | None = None) -> SRUNet:
     Args:
         recipe: The recipe.
         network: A full-precision network to convert in place, such as a trained one; by default a new network.
-
-    Raises:
-        BinarizeError: If a plugin cannot be imported, the network cannot be built, or it cannot be converted.
     """
     from binarize.models import SRUNet
 
@@ -131,9 +121,6 @@ def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
         recipe: Its noise schedule, scale, target and sampling steps are used. If residuals are diffused,
             ``residual_scale`` must be set, as it is in the ``recipe.yaml`` of a run.
         unet: The network.
-
-    Raises:
-        BinarizeError: If ``residual_scale`` is needed and not set.
     """
     from binarize.models import SuperResolutionPipeline
 

@@ -34,11 +34,7 @@ def list_recipes() -> dict[str, str]:
 
 
 def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the file of a recipe, given an installed recipe's name or the path of a YAML file.
-
-    Raises:
-        BinarizeError: If there is no such recipe or file.
-    """
+    """Return the file of a recipe, given an installed recipe's name or the path of a YAML file."""
     return find_file("recipe", name_or_path, _installed(), "binarize recipes ls")
 
 
@@ -88,9 +84,6 @@ def copy_recipe(name: str, dest: str | os.PathLike[str], *, force: bool = False)
         name: An installed recipe's name, or the path of a YAML file.
         dest: The new file, or an existing folder.
         force: Overwrite an existing file.
-
-    Raises:
-        BinarizeError: If there is no such recipe, the file exists, or it cannot be written.
     """
     source, target = recipe_path(name), Path(dest)
     if target.is_dir():

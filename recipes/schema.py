@@ -39,65 +39,49 @@ class Recipe(Section):
 
     description: str = Field(default="", description="One line for `binarize recipes ls`.")
     published: PublishedSection | None = Field(default=None, description="The published row that this reproduces.")
-    plugins: tuple[str, ...] = Field(
-        default=(), description="Modules or .py files imported before the model is built, to register methods."
-    )
+    plugins: tuple[str, ...] = ()
+    """Modules or .py files imported before the model is built, to register methods."""
 
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="The noise schedule.")
     scale: int = Field(ge=2, description="Upscaling factor of each side.")
     model: ModelSection = Field(default_factory=ModelSection, validate_default=True, description="The network.")
-    method: MethodSection | None = Field(
-        default=None,
-        description="The binarization method: a name, `{name: ..., option: ...}`, or null (no conversion).",
-    )
-    structure: Literal["auto", "keep", "cp_cs"] = Field(
-        default="auto",
-        description="keep: the network's own structure; cp_cs: CP-Down, CP-Up, CS-Fusion; auto: the method's choice.",
-    )
+    method: MethodSection | None = None
+    """The binarization method: a name, `{name: ..., option: ...}`, or null (no conversion)."""
+    structure: Literal["auto", "keep", "cp_cs"] = "auto"
+    """keep: the network's own structure; cp_cs: CP-Down, CP-Up, CS-Fusion; auto: the method's choice."""
     keep: tuple[str, ...] | None = Field(default=None, description="Globs of modules that stay full precision.")
     overrides: dict[str, Any] | None = Field(default=None, description="Glob of modules -> their method or options.")
-    linear: bool | tuple[str, ...] = Field(
-        default=False, description="Binarize linear layers too: true, or globs of module names."
-    )
+    linear: bool | tuple[str, ...] = False
+    """Binarize linear layers too: true, or globs of module names."""
 
-    two_stage: float | None = Field(
-        default=None, gt=0, lt=1, description="Share of the steps with full-precision weights and binary activations."
-    )
-    progressive: ProgressiveSection | None = Field(
-        default=None, description="Blocks that become binary one after another: `{blocks: [globs], until: share}`."
-    )
-    init_from: Path | None = Field(
-        default=None,
-        description="Trained model to start from: a full-precision network, which is converted, or the same network.",
-    )
+    two_stage: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the steps with full-precision weights and binary activations."""
+    progressive: ProgressiveSection | None = None
+    """Blocks that become binary one after another: `{blocks: [globs], until: share}`."""
+    init_from: Path | None = None
+    """Trained model to start from: a full-precision network, which is converted, or the same network."""
 
     train_data_dir: Path | None = Field(default=None, description="Folder of high-resolution training images.")
-    train_lr_data_dir: Path | None = Field(
-        default=None,
-        description="Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does.",
-    )
-    resolution: PositiveInt = Field(
-        default=128, validate_default=True, description="Side of a training patch in high-resolution pixels."
-    )
+    train_lr_data_dir: Path | None = None
+    """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
+    resolution: PositiveInt = Field(default=128, validate_default=True)
+    """Side of a training patch in high-resolution pixels."""
     augment: bool = Field(default=True, description="Apply one of the eight flips and rotations to each patch.")
-    patch_candidates: PositiveInt = Field(
-        default=1, description="Random positions per patch; the one with the most texture is used."
-    )
+    patch_candidates: PositiveInt = 1
+    """Random positions per patch; the one with the most texture is used."""
     dataloader_num_workers: NonNegativeInt = Field(default=0, description="Worker processes; 0 loads in this process.")
 
-    output_dir: Path = Field(
-        default=Path("runs/unnamed"), description="Output folder; by default runs/ and the recipe's name."
-    )
+    output_dir: Path = Path("runs/unnamed")
+    """Output folder; by default runs/ and the recipe's name."""
     seed: NonNegativeInt = Field(default=0, description="Seed of weights, patches, timesteps, noise and dropout.")
     train_batch_size: PositiveInt = Field(default=16, description="Patches per process and forward pass.")
     gradient_accumulation_steps: PositiveInt = Field(default=1, description="Forward passes per optimiser step.")
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass: less memory, more time."
-    )
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     memory_mode: Literal["exact", "compact"] = Field(
         default="exact",
-        description="What binary convolutions keep for the backward pass: their input, or one byte per element of it "
-        "(see `binarize.memory_mode`).",
+        description="What binary convolutions keep for the backward pass: their input, or one byte per element of "
+        "it (see `binarize.memory_mode`).",
     )
     compile: bool = Field(default=False, description="Run the network through torch.compile.")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Autocast precision.")
@@ -105,47 +89,35 @@ class Recipe(Section):
     max_train_steps: PositiveInt = Field(default=1_000_000, description="Optimiser steps.")
 
     loss: Literal["l1", "l2", "charbonnier"] = Field(default="l1", description="Loss between prediction and target.")
-    target: Literal["image", "residual"] = Field(
-        default="image", description="What is diffused: the image, or (image - upscaled image) / `residual_scale`."
-    )
-    residual_scale: float | None = Field(
-        default=None,
-        gt=0,
-        validate_default=True,
-        description="Standard deviation of the residuals; by default measured on the training images.",
-    )
-    residual_strength: float = Field(
-        default=1.0, gt=0, description="Factor on predicted residuals when sampling; above 1 sharpens."
-    )
-    snr_gamma: float | None = Field(
-        default=None, gt=0, description="Gamma of Min-SNR timestep weighting (the paper uses 5); null: no weighting."
-    )
-    distillation: DistillationSection | None = Field(
-        default=None, description="Train with a trained network as the teacher: `{teacher: folder, ...}`."
-    )
-    timesteps_per: Literal["sample", "batch"] = Field(
-        default="sample", description="Draw one timestep per image, or one for all images of an optimiser step."
-    )
+    target: Literal["image", "residual"] = "image"
+    """What is diffused: the image, or (image - upscaled image) / `residual_scale`."""
+    residual_scale: float | None = Field(default=None, gt=0, validate_default=True)
+    """Standard deviation of the residuals; by default measured on the training images."""
+    residual_strength: float = Field(default=1.0, gt=0)
+    """Factor on predicted residuals when sampling; above 1 sharpens."""
+    snr_gamma: float | None = Field(default=None, gt=0)
+    """Gamma of Min-SNR timestep weighting (the paper uses 5); null: no weighting."""
+    distillation: DistillationSection | None = None
+    """Train with a trained network as the teacher: `{teacher: folder, ...}`."""
+    timesteps_per: Literal["sample", "batch"] = "sample"
+    """Draw one timestep per image, or one for all images of an optimiser step."""
     sampling_timesteps_share: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="Share of samples with a timestep that sampling in `num_inference_steps` steps visits; the others "
-        "are uniform over all.",
+        description="Share of samples with a timestep that sampling in `num_inference_steps` steps visits; the "
+        "others are uniform over all.",
     )
 
-    optimizer: str = Field(
-        default="adam", description="`adam`, `adamw`, or an optimiser of timm by its name, such as `timm/lion`."
-    )
-    optimizer_options: dict[str, Any] = Field(
-        default_factory=dict, description="More arguments of the optimiser, such as `{momentum: 0.95}`."
-    )
+    optimizer: str = "adam"
+    """`adam`, `adamw`, or an optimiser of timm by its name, such as `timm/lion`."""
+    optimizer_options: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of the optimiser, such as `{momentum: 0.95}`."""
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the average gradient.")
     adam_beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the average squared gradient.")
-    adam_weight_decay: float = Field(
-        default=0.0, ge=0, description="Weight decay; latent weights, shifts, slopes, scales and norms have none."
-    )
+    adam_weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay; latent weights, shifts, slopes, scales and norms have none."""
     adam_epsilon: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
     max_grad_norm: float | None = Field(default=None, gt=0, description="Clip the gradient to this norm; null: never.")
     lr_scheduler: str = Field(
@@ -153,10 +125,8 @@ class Recipe(Section):
         description="Learning-rate schedule: `constant`, `constant_with_warmup`, `linear`, `cosine`, "
         "`cosine_with_restarts` or `polynomial` of diffusers, or one of timm, such as `timm/cosine`.",
     )
-    lr_scheduler_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Arguments of timm's create_scheduler_v2, with steps for epochs, such as `{min_lr: 1e-6}`.",
-    )
+    lr_scheduler_options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of timm's create_scheduler_v2, with steps for epochs, such as `{min_lr: 1e-6}`."""
     lr_warmup_steps: NonNegativeInt = Field(default=0, description="Steps over which the rate rises from 0.")
     lr_num_cycles: PositiveInt = Field(default=1, description="Restarts of cosine_with_restarts.")
     lr_power: float = Field(default=1.0, gt=0, description="Exponent of polynomial.")
@@ -169,17 +139,14 @@ class Recipe(Section):
     resume_from_checkpoint: str | None = Field(default=None, description="`latest`, or a checkpoint's folder.")
 
     validation_data_dir: Path | None = Field(default=None, description="Folder of high-resolution validation images.")
-    validation_lr_data_dir: Path | None = Field(
-        default=None,
-        description="Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does.",
-    )
+    validation_lr_data_dir: Path | None = None
+    """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
     validation_steps: PositiveInt = Field(default=5000, description="Steps between validations.")
     num_validation_images: PositiveInt = Field(default=4, description="Images that a validation upscales.")
     num_inference_steps: PositiveInt = Field(default=50, description="Sampling steps of a validation.")
 
-    report_to: Literal["tensorboard", "wandb"] | None = Field(
-        default=None, description="Tracker of scalars and images: tensorboard or wandb."
-    )
+    report_to: Literal["tensorboard", "wandb"] | None = None
+    """Tracker of scalars and images: tensorboard or wandb."""
     logging_steps: PositiveInt = Field(default=50, description="Steps between log entries; losses are means over them.")
 
     @field_validator("method", mode="before")

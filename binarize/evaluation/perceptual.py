@@ -67,11 +67,7 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, result: torch.Tensor, reference: torch.Tensor) -> float:
-        """Return the distance of two images, uint8 (3, H, W), with H and W at least :attr:`min_side`.
-
-        Raises:
-            BinarizeError: If the images differ in shape, are not 8-bit or are too small.
-        """
+        """Return the distance of two images, uint8 (3, H, W), with H and W at least :attr:`min_side`."""
         for pixels in (result, reference):
             if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape != result.shape:
                 raise BinarizeError(

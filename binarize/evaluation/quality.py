@@ -18,9 +18,6 @@ def luma(pixels: torch.Tensor) -> torch.Tensor:
     """Return Y of BT.601 in studio range, 16 to 235, as float64 (H, W), from uint8 (3, H, W).
 
     MATLAB's ``rgb2ycbcr`` rounds Y for 8-bit input; published results use the unrounded values.
-
-    Raises:
-        BinarizeError: If the pixels have another dtype or shape.
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
         raise BinarizeError(f"expected uint8 pixels (3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
@@ -35,9 +32,6 @@ def psnr(result: torch.Tensor, reference: torch.Tensor, *, border: int = 0) -> f
         result: uint8 (3, H, W).
         reference: uint8 (3, H, W).
         border: Pixels cut off each side first; the literature uses the scale factor.
-
-    Raises:
-        BinarizeError: If the shapes differ, the inputs are not images, or nothing is left inside the border.
     """
     ours, theirs = _inside(result, reference, border, 1)
     error = (ours - theirs).square().mean().item()
@@ -54,9 +48,6 @@ def ssim(result: torch.Tensor, reference: torch.Tensor, *, border: int = 0) -> f
         result: uint8 (3, H, W).
         reference: uint8 (3, H, W).
         border: Pixels cut off each side first.
-
-    Raises:
-        BinarizeError: As :func:`psnr`, if fewer than 11x11 pixels are left, or if scikit-image is not installed.
     """
     structural_similarity = scikit_image_ssim()
     ours, theirs = _inside(result, reference, border, SSIM_MIN_SIDE)

@@ -119,10 +119,6 @@ class EvaluationReport:
         Args:
             folder: Created if it is missing.
             force: Replace existing files.
-
-        Raises:
-            BinarizeError: If the folder cannot be created, or a file exists and ``force`` is false; then no file is
-                written.
         """
         folder = Path(folder)
         try:

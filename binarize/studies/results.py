@@ -112,11 +112,7 @@ class AblationResult:
         return all(run.state == "done" for run in self.runs)
 
     def values(self, cell: str, key: str) -> list[float]:
-        """Return the values of an attribute of `RunResult`, such as ``"psnr"``, for the seeds of a cell that have it.
-
-        Raises:
-            BinarizeError: If there is no such cell.
-        """
+        """Return the values of an attribute of `RunResult`, such as ``"psnr"``, for the seeds of a cell that have it."""
         if cell not in self.cells:
             raise BinarizeError(f"there is no cell {cell!r}; there are {', '.join(self.cells)}.")
         found = [getattr(run, key) for run in self.runs if run.cell == cell]
@@ -158,20 +154,13 @@ class AblationResult:
         return self.table()
 
     def plot(self) -> Figure:
-        """Return a figure with one panel per metric, a point per cell, and published values as diamonds.
-
-        Raises:
-            BinarizeError: If matplotlib is missing.
-        """
+        """Return a figure with one panel per metric, a point per cell, and published values as diamonds."""
         return draw(self, {key: column.name for key, column in columns(self.lpips).items()})
 
     def save(self) -> list[Path]:
         """Write ``table.md``, ``table.csv``, ``table.json`` and, with matplotlib, ``table.png`` into ``output_dir``.
 
         Existing files are replaced atomically.
-
-        Raises:
-            BinarizeError: If a file cannot be written.
         """
         texts = {"md": self.to_markdown(), "csv": self.to_csv(), "json": self.to_json()}
         self.output_dir.mkdir(parents=True, exist_ok=True)

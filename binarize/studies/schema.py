@@ -41,9 +41,8 @@ class CellSection(Section):
 
     name: str = Field(min_length=1, description="Name of the row.")
     base: str | None = Field(default=None, description="A recipe's name or YAML file; by default the study's base.")
-    overrides: dict[str, Any] = Field(
-        default_factory=dict, description="Keys of the recipe, nested as in a recipe or with dots (`method.groups: 2`)."
-    )
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the recipe, nested as in a recipe or with dots (`method.groups: 2`)."""
 
     @field_validator("overrides")
     @classmethod
@@ -54,22 +53,17 @@ class CellSection(Section):
 class EvaluationSection(Section):
     """The images that every run is measured on, and how."""
 
-    data_dir: Path | None = Field(
-        default=None, description="Folder of high-resolution images; by default the recipes' validation_data_dir."
-    )
-    lr_data_dir: Path | None = Field(
-        default=None,
-        description="Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does.",
-    )
-    dataset: str | None = Field(
-        default=None, description="Name of the images in tables; published results on that data set are shown beside."
-    )
+    data_dir: Path | None = None
+    """Folder of high-resolution images; by default the recipes' validation_data_dir."""
+    lr_data_dir: Path | None = None
+    """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
+    dataset: str | None = None
+    """Name of the images in tables; published results on that data set are shown beside."""
     limit: PositiveInt | None = Field(default=None, description="Use only this many images.")
     num_inference_steps: PositiveInt | None = Field(default=None, description="Sampling steps; default: the recipes'.")
     tile: PositiveInt | None = Field(default=None, description="Tile size, to bound memory; by default no tiles.")
-    lpips: Literal["alex", "vgg", "squeeze"] | None = Field(
-        default="alex", description="Backbone of LPIPS; null leaves it out."
-    )
+    lpips: Literal["alex", "vgg", "squeeze"] | None = "alex"
+    """Backbone of LPIPS; null leaves it out."""
     lpips_backbone: Path | None = Field(default=None, description="The backbone's file, for machines without network.")
 
     @field_validator("lr_data_dir")
@@ -87,14 +81,10 @@ class Study(Section):
     base: str | None = Field(default=None, description="The recipe that cells change; a cell may name its own.")
     overrides: dict[str, Any] = Field(default_factory=dict, description="Keys of the recipe, for every cell.")
     cells: tuple[CellSection, ...] = Field(default=(), description="The rows, by name.")
-    grid: dict[str, tuple[Any, ...]] = Field(
-        default_factory=dict,
-        validate_default=True,
-        description="Key of the recipe -> values. Each combination is a row; with cells, each combination and cell is.",
-    )
-    seeds: tuple[NonNegativeInt, ...] = Field(
-        default=(0,), description="Every cell is run once with each seed; the table shows mean and standard deviation."
-    )
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict, validate_default=True)
+    """Key of the recipe -> values. Each combination is a row; with cells, each combination and cell is."""
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    """Every cell is run once with each seed; the table shows mean and standard deviation."""
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured.")
     output_dir: Path = Field(description="Output folder; by default runs/ablations/ and the study's name.")
 
@@ -142,9 +132,6 @@ class Study(Section):
 
         Args:
             overrides: ``"key=value"`` strings for every cell, applied last.
-
-        Raises:
-            BinarizeError: If recipes have errors (those of all cells are listed), or if two cells are the same run.
         """
         common = as_strings(self.overrides)
         found: dict[str, Recipe] = {}
@@ -221,11 +208,7 @@ def _installed() -> dict[str, Path]:
 
 
 def study_path(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the file of a study, given an installed study's name or the path of a YAML file.
-
-    Raises:
-        BinarizeError: If there is no such study or file.
-    """
+    """Return the file of a study, given an installed study's name or the path of a YAML file."""
     return find_file("study", name_or_path, _installed(), "binarize ablate --list")
 
 
@@ -238,9 +221,6 @@ def load_study(
         study: An installed study's name, the path of a YAML file, or the keys of a study, ``output_dir`` included.
         overrides: ``"key=value"`` strings. A key of the study (``seeds``, ``output_dir``, ``evaluation.lpips``) changes
             the study, any other key the recipe of every cell.
-
-    Raises:
-        BinarizeError: If the study is unknown, is not YAML, or has errors. All errors are listed, one per line.
     """
     if isinstance(study, Mapping):
         source, data = "given", dict(study)

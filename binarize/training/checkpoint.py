@@ -49,10 +49,6 @@ class Checkpoints:
             state: Tensors, numbers, strings, lists and dictionaries.
             recipe: The recipe as YAML.
             best: A step whose checkpoint is kept in addition to the newest.
-
-        Raises:
-            BinarizeError: If it cannot be written, for example because the disk is full. Earlier checkpoints are
-                unchanged.
         """
         target = self.folder / f"checkpoint-{step}"
 
@@ -84,9 +80,6 @@ class Checkpoints:
 
         Args:
             which: ``"latest"``, a checkpoint's path, or its name in this run's folder.
-
-        Raises:
-            BinarizeError: If the named checkpoint does not exist or is incomplete.
         """
         complete = self.list()
         if which == "latest":
@@ -114,11 +107,7 @@ class Checkpoints:
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return a checkpoint's state, on the CPU, and its recipe as YAML.
-
-    Raises:
-        BinarizeError: If a file is missing or damaged.
-    """
+    """Return a checkpoint's state, on the CPU, and its recipe as YAML."""
     try:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         return state, (folder / RECIPE).read_text(encoding="utf-8")

@@ -127,9 +127,6 @@ def residual_std(patches: PairedPatches, count: int = RESIDUAL_PATCHES) -> float
     """Return the root mean square of (high-resolution - upscaled image) over the first ``count`` patches.
 
     Residuals divided by it have unit variance, as the noise has. It is a function of the seed and the data.
-
-    Raises:
-        BinarizeError: If all images equal their upscaled versions.
     """
     squares = (
         (patch["hr"].double() - patch["condition"].double()).square()

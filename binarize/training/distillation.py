@@ -23,9 +23,6 @@ class Distillation:
         student: The converted network, without wrappers.
         teacher: The trained network, on the student's device; it is put into evaluation mode and gets no gradients.
         autocast: Returns the context manager for the teacher's forward pass.
-
-    Raises:
-        BinarizeError: If features are compared and a pattern matches no block of both networks.
     """
 
     def __init__(
@@ -66,9 +63,6 @@ class Distillation:
         Returns:
             The teacher's prediction, (B, 3, H, W), and the mean over the blocks of |f / |f| - g / |g||^2 for the
             outputs f and g of student and teacher, (B,) in [0, 4]; None without features.
-
-        Raises:
-            BinarizeError: If the outputs of a block differ in shape.
         """
         with torch.no_grad(), self.autocast():
             prediction = self.teacher(noisy, timesteps, condition).sample

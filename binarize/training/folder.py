@@ -17,12 +17,7 @@ TRACKERS = ("tensorboard", "wandb")
 
 
 def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | None:
-    """Return the checkpoint that a recipe resumes from, or None for a new run, without changing anything.
-
-    Raises:
-        BinarizeError: If the output folder is a file, holds a run that is neither resumed nor replaced by force, or
-            does not have the checkpoint.
-    """
+    """Return the checkpoint that a recipe resumes from, or None for a new run, without changing anything."""
     folder, which = recipe.output_dir, recipe.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise BinarizeError(f"output_dir: {folder} is a file; name a folder.")

@@ -82,9 +82,6 @@ def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
 
     A full-precision network is converted, so its weights become the latent weights, and parts that are initialised
     from weights see the trained ones. A network that is already binary keeps its conversion.
-
-    Raises:
-        BinarizeError: If the trained network differs from the recipe's, or is packed.
     """
     if start is None:
         return build_model(recipe)

@@ -87,9 +87,6 @@ def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, ti
     Returns:
         (B, C, H, W): the noise for "epsilon", x_0 for "sample", sqrt(a_t) noise - sqrt(1 - a_t) x_0 for
         "v_prediction".
-
-    Raises:
-        BinarizeError: For any other prediction type.
     """
     kind = scheduler.config["prediction_type"]
     if kind == "epsilon":
@@ -131,9 +128,6 @@ def sample_losses(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
 
     With d = prediction - target, "l1" is |d|, "l2" is d^2 and "charbonnier" is sqrt(d^2 + 1e-6), each averaged over
     channels and pixels.
-
-    Raises:
-        BinarizeError: For any other kind.
     """
     difference = prediction - target
     if kind == "l1":

@@ -33,9 +33,6 @@ def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, ch
 
     ``max_train_steps`` may change if neither the learning rate nor the network depends on it. The totals are samples
     per optimiser step, now and in the checkpoint.
-
-    Raises:
-        BinarizeError: Listing every difference that matters.
     """
     free = _RESUMABLE | (set() if _depends_on_length(recipe) else {"max_train_steps"})
     if recipe.sampling_timesteps_share > 0:
