@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, model_validator
 
 
 class Section(BaseModel):
@@ -14,6 +14,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def needs_high_resolution(value: Path | None, info: ValidationInfo) -> Path | None:
+    """Check that a key such as ``train_lr_data_dir`` has its ``train_data_dir``."""
+    twin = str(info.field_name).replace("lr_", "")
+    if value is not None and info.data.get(twin, ...) is None:
+        raise ValueError(f"needs {twin}, the folder of the matching high-resolution images")
+    return value
 
 
 class ModelSection(Section):
@@ -66,10 +74,8 @@ class DistillationSection(Section):
 
     teacher: Path = Field(description="A trained model: a run's folder, a pipeline's, or a network's.")
     task: float = Field(default=1.0, ge=0, description="Weight of the loss on the training data.")
-    output: float = Field(default=1.0, ge=0)
-    """Weight of the distance between the two predictions, measured by `loss`."""
-    features: float = Field(default=0.0, ge=0)
-    """Weight of the squared distance between block outputs, each normalised to unit norm per sample."""
+    output: float = Field(default=1.0, ge=0, description="Weight of the distance of the predictions, by `loss`.")
+    features: float = Field(default=0.0, ge=0, description="Weight of the distance of normalised block outputs.")
     blocks: tuple[str, ...] = Field(default=("encoder.*.blocks.*", "middle.*", "decoder.*.blocks.*"), min_length=1)
     """Blocks whose outputs are compared; a star matches one part of a dotted name."""
 
@@ -101,10 +107,8 @@ class SchedulerSection(Section):
     @model_validator(mode="after")
     def _solvable(self) -> SchedulerSection:
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError(
-                "rescale_betas_zero_snr ends in pure noise, where predicting the noise carries no information; "
-                "set prediction_type to 'v_prediction' or 'sample'"
-            )
+            fix = "set prediction_type to 'v_prediction' or 'sample'"
+            raise ValueError(f"rescale_betas_zero_snr ends in pure noise, which epsilon cannot predict; {fix}")
         return self
 
 
@@ -121,8 +125,6 @@ class PublishedSection(Section):
 
     source: str = Field(description="Paper, table and row.")
     rows: tuple[str, ...] = Field(default=(), description="Other rows of the same paper that are the same network.")
-    params_m: float | None = Field(default=None, gt=0)
-    """Parameters in millions; a binary parameter counts 1/32."""
-    ops_g: float | None = Field(default=None, gt=0)
-    """Operations in 10^9 at 3x256x256; a binary one counts 1/64."""
+    params_m: float | None = Field(default=None, gt=0, description="Parameters in millions; a binary one counts 1/32.")
+    ops_g: float | None = Field(default=None, gt=0, description="Operations in 10^9 at 3x256x256; binary: 1/64.")
     results: dict[str, Figures] = Field(default_factory=dict, description="Quality by data set.")

@@ -22,9 +22,7 @@ def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | 
     if folder.exists() and not folder.is_dir():
         raise BinarizeError(f"output_dir: {folder} is a file; name a folder.")
     if force and which is not None:
-        raise BinarizeError(
-            f"resume_from_checkpoint={which} continues a run and force removes it; give only one of them."
-        )
+        raise BinarizeError(f"resume_from_checkpoint={which} continues a run and force removes it; give only one.")
     found = None if which is None else checkpoints.find(which)
     resumes_here = which == "latest" or (found is not None and found.resolve().parent == folder.resolve())
     if _holds_run(folder) and not resumes_here and not force:

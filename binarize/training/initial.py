@@ -18,26 +18,14 @@ if TYPE_CHECKING:
 
 # Keys of a noise schedule that define what a prediction means; the others are for sampling only.
 _PREDICTION_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "prediction_type",
-    "rescale_betas_zero_snr",
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr",
     "residual_scale",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained network with what its files say about its training.
-
-    Attributes:
-        path: Where it was read from.
-        network: On the CPU, in evaluation mode.
-        scheduler: The noise schedule's configuration, or None for a network without a pipeline.
-        residual_scale: As in the pipeline; None also for a network without a pipeline.
-    """
+    """A trained network, on the CPU in evaluation mode, with its pipeline's noise schedule and residual scale."""
 
     path: Path
     network: SRUNet
@@ -80,8 +68,8 @@ def check_same_prediction(key: str, recipe: Recipe, trained: TrainedModel) -> No
 def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
     """Return the network at step 0, converted as the recipe says: a new one, or the one that ``init_from`` names.
 
-    A full-precision network is converted, so its weights become the latent weights, and parts that are initialised
-    from weights see the trained ones. A network that is already binary keeps its conversion.
+    A full-precision network is converted: its weights become the latent weights, and parts are initialised from them.
+    A network that is already binary keeps its conversion.
     """
     if start is None:
         return build_model(recipe)
@@ -95,8 +83,7 @@ def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
         return build_model(recipe, full)
     if is_packed(network):
         raise BinarizeError(
-            f"init_from: {start.path} is packed, with 1-bit weights, and cannot be trained; give the run's folder or "
-            "the model that it was packed from."
+            f"init_from: {start.path} is packed and cannot be trained; give the model that it was packed from."
         )
     model = build_model(recipe)
     expected = {key: value for key, value in model.config.items() if key != "dropout" and not key.startswith("_")}
@@ -106,14 +93,10 @@ def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
 
 
 def _check_equal(message: str, found: Mapping[str, Any], expected: Mapping[str, Any], fix: str = "") -> None:
-    different = [
-        f"  {key}: {found.get(key)!r} there, {value!r} here"
-        for key, value in expected.items()
-        if _as_list(found.get(key)) != _as_list(value)
-    ]
+    def as_list(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    wrong = [key for key, value in expected.items() if as_list(found.get(key)) != as_list(value)]
+    different = [f"  {key}: {found.get(key)!r} there, {expected[key]!r} here" for key in wrong]
     if different:
         raise BinarizeError("\n".join(filter(None, [f"{message}:", *different, fix])))
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
