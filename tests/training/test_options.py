@@ -73,10 +73,7 @@ def test_timms_lion_steps_by_its_formula() -> None:
     ("overrides", "message"),
     [
         (["optimizer=timm/lyon"], r"timm has no optimiser 'lyon'; it has .* Did you mean 'lion'"),
-        (
-            ["optimizer=adamw", "optimizer_options={speed: 3}"],
-            r"adamw cannot be built with optimizer_options \{'speed': 3\}: .*speed",
-        ),
+        (["optimizer_options={speed: 3}"], r"adamw? cannot be built with optimizer_options \{'speed': 3\}: .*speed"),
         (["optimizer=timm/adahessian"], r"timm/adahessian needs second-order gradients"),
         (["optimizer=lion"], r"optimizer: got 'lion'; must be one of: adam, adamw, timm/NAME"),
         (["lr_scheduler=timm/plateau"], r"lr_scheduler: got 'timm/plateau'; must be one of: constant, .*timm/cosi"),
@@ -93,12 +90,6 @@ def test_invalid_optimisers_and_schedules(overrides: list[str], message: str, un
 
     with pytest.raises(BinarizeError, match=message):
         build()
-
-
-def test_without_timm(unet: SRUNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("binarize.training.optim.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BinarizeError, match=r"optimizer: timm/lion is in timm, which is not installed; pip install"):
-        build_optimizer(load_recipe("small_x2", ["optimizer=timm/lion"]), unet)
 
 
 def rates(*overrides: str, steps: int = 20) -> list[float]:
@@ -172,12 +163,6 @@ def test_bf16_learns_on_a_cpu_and_keeps_full_precision_weights(trained: Any) -> 
     state = load_checkpoint(half.checkpoint)[0]
     for tensor in (*state["model"].values(), *state["ema"]["shadow_params"]):
         assert tensor.dtype not in (torch.bfloat16, torch.float16)
-
-
-def test_fp16_needs_a_gpu(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(BinarizeError, match=r"mixed_precision: fp16 needs a GPU: .* mixed_precision=bf16 or no"):
-        train(recipe("mixed_precision=fp16"), progress=False)
 
 
 def test_a_launcher_that_shards_parameters_is_an_error(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,13 +68,6 @@ def test_delayed_parts_are_a_plain_convolution_at_first_and_the_method_later() -
     torch.testing.assert_close(layer(x), mean * alpha * F.conv2d(signs, hard_sign(weight), padding=1))
 
 
-def test_invalid_delays() -> None:
-    with pytest.raises(BinarizeError, match=r"weight part 'delayed': there is nothing to delay; name a part"):
-        BinaryConv2d(3, 3, 3, method=Method(weight={"name": "delayed", "part": None}))
-    with pytest.raises(BinarizeError, match=r"DelayedWeight: until is a share of training, in \(0, 1\]; got 2"):
-        BinaryConv2d(3, 3, 3, method=Method(weight=delayed("sign", 2)))
-
-
 # Stages: recipes.
 
 
@@ -126,6 +119,10 @@ def test_blocks_become_binary_one_after_another() -> None:
 
 
 def test_invalid_stages() -> None:
+    with pytest.raises(BinarizeError, match=r"weight part 'delayed': there is nothing to delay; name a part"):
+        BinaryConv2d(3, 3, 3, method=Method(weight={"name": "delayed", "part": None}))
+    with pytest.raises(BinarizeError, match=r"DelayedWeight: until is a share of training, in \(0, 1\]; got 2"):
+        BinaryConv2d(3, 3, 3, method=Method(weight=delayed("sign", 2)))
     with pytest.raises(BinarizeError, match=r"progressive\.blocks: the pattern 'tail' matches no binary layer; names"):
         built("progressive={blocks: [tail]}")
     with pytest.raises(BinarizeError, match=r"two_stage: got 0\.5; has no effect while method is null"):
@@ -206,22 +203,15 @@ def test_a_run_starts_from_the_same_binary_network(recipe: Any, trained: Any) ->
         torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
 
 
-def test_init_from_another_network_is_an_error(twin: Path, recipe: Any, trained: Any) -> None:
-    with pytest.raises(BinarizeError, match=r"init_from: .* holds another network than .*:\n  base_channels: 8 t"):
-        train(recipe(f"init_from={twin}", "model.base_channels=16"), progress=False)
-    with pytest.raises(BinarizeError, match=r"init_from: .*nowhere: no such file or folder"):
-        train(recipe("init_from=nowhere"), progress=False)
-    binary = trained("max_train_steps=2").output_dir
-    with pytest.raises(BinarizeError, match=r"another network than the recipe's:\n  conversion: "):
-        train(recipe(f"init_from={binary}", "method=reactnet"), progress=False)
-
-
-def test_a_packed_network_cannot_be_trained(recipe: Any, trained: Any, tmp_path: Path) -> None:
-    unet = SRUNet.from_pretrained(trained("max_train_steps=2").model_dir / "unet")
+def test_invalid_binary_networks_to_start_from(recipe: Any, trained: Any, tmp_path: Path) -> None:
+    binary = trained("max_train_steps=2")
+    unet = SRUNet.from_pretrained(binary.model_dir / "unet")
     binarize.pack(unet)
     unet.save_pretrained(tmp_path / "packed")
-    with pytest.raises(BinarizeError, match=r"init_from: .*packed is packed, .* the model that it was packed from"):
+    with pytest.raises(BinarizeError, match=r"init_from: .*packed is packed .* the model that it was packed from"):
         train(recipe(f"init_from={tmp_path / 'packed'}"), progress=False)
+    with pytest.raises(BinarizeError, match=r"another network than the recipe's:\n  conversion: "):
+        train(recipe(f"init_from={binary.output_dir}", "method=reactnet"), progress=False)
 
 
 # A teacher.
@@ -273,15 +263,6 @@ def test_the_distilled_loss_is_the_documented_sum(twin: Path) -> None:
     assert not teacher.training
 
 
-def test_a_student_equal_to_its_teacher_has_no_distillation_loss(twin: Path) -> None:
-    _, student, teacher, objective = lesson(twin, "features: 1", "method=null")
-    student.load_state_dict(teacher.state_dict())
-    parts = objective(student, batch()).parts
-    assert float(parts["output"].max()) < 1e-6
-    assert float(parts["features"].max()) < 1e-10
-    assert float(parts["task"].min()) > 0
-
-
 def test_a_distilled_run_resumes_exactly(twin: Path, recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
     options = (f"distillation={{teacher: {twin}, output: 0.5, features: 0.25}}",)
     whole = trained(*options)
@@ -318,15 +299,6 @@ def test_a_teacher_of_residuals_gives_its_scale(recipe: Any, trained: Any) -> No
         train(recipe(f"distillation={{teacher: {teacher.output_dir}}}", out="pictures"), progress=False)
 
 
-def test_invalid_teachers(twin: Path, recipe: Any) -> None:
-    with pytest.raises(BinarizeError, match=r"something else:\n  prediction_type: 'sample' there, 'epsilon' here"):
-        train(recipe(f"distillation={{teacher: {twin}}}", "scheduler.prediction_type=epsilon"), progress=False)
-    with pytest.raises(BinarizeError, match=r"distillation: .*nobody: no such file or folder"):
-        train(recipe("distillation={teacher: nobody}"), progress=False)
-    with pytest.raises(BinarizeError, match=r"distillation\.blocks: the pattern 'tail\.\*' matches no module that"):
-        train(recipe(f"distillation={{teacher: {twin}, features: 1, blocks: [tail.*]}}"), progress=False)
-    wide = ("model.base_channels=16", f"distillation={{teacher: {twin}, features: 1}}")
-    with pytest.raises(BinarizeError, match=r"outputs of encoder\.0\.blocks\.0 are \(4, 16, 16, 16\) in"):
-        train(recipe(*wide, out="wide"), progress=False)
+def test_a_teacher_that_is_not_used() -> None:
     with pytest.raises(BinarizeError, match=r"distillation: output and features are both 0"):
         load_recipe("small_x2", ["distillation={teacher: x, output: 0}"])
