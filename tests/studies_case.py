@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import binarize
 from binarize.conversion.summary import Summary
@@ -24,7 +25,6 @@ TINY: dict[str, Any] = {
     "validation_steps": 1000,
     "logging_steps": 1,
 }
-
 SHRINK = [
     "max_train_steps=1",
     "model.channel_mults=[1]",
@@ -43,6 +43,12 @@ def make(pictures: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "output_dir": str(out),
     }
     return {**study, **changes}
+
+
+def write_study(study: dict[str, Any], folder: Path) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(study), encoding="utf-8")
+    return path
 
 
 def times(folder: Path) -> dict[str, int]:

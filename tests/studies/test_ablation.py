@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -15,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
-from studies_case import forbid_training, make, times
+from studies_case import forbid_training, make, times, write_study
 from typer.testing import CliRunner
 
 import binarize
+from binarize.cli import app
 from binarize.errors import BinarizeError
 from binarize.evaluation import LpipsUnavailable, evaluate
 from binarize.models import SuperResolutionPipeline
@@ -30,7 +31,7 @@ from binarize.studies.ablation import ablate
 from binarize.studies.results import AblationResult
 from binarize.studies.schema import as_strings
 from binarize.studies.state import StudyRun, folder_name
-from binarize.training import TrainingInterrupted, load_checkpoint, train
+from binarize.training import TrainingInterrupted, load_checkpoint, loop, train
 
 Finished = tuple[dict[str, Any], AblationResult]
 
@@ -114,16 +115,10 @@ def test_finished_runs_are_not_repeated(
     study, result = finished
     before = times(result.output_dir)
     forbid_training(monkeypatch)
-    again = ablate(study)
+    again = ablate(study, ["logging_steps=3", "checkpointing_steps=100"])  # keys that change no result
     assert again == result
     assert times(result.output_dir) == before
     assert "4 of 4 runs are already done" in capsys.readouterr().out
-
-
-def test_bookkeeping_keys_repeat_nothing(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, result = finished
-    forbid_training(monkeypatch)
-    assert ablate(study, ["logging_steps=3", "checkpointing_steps=100"], progress=False).runs == result.runs
 
 
 def test_another_evaluation_trains_nothing(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,15 +150,14 @@ def test_another_recipe_is_refused_or_repeats_its_runs_alone(pictures: Path, tmp
 
 
 def test_an_interrupted_run_resumes_exactly(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from binarize.training import loop
-
-    study = make(pictures, tmp_path / "a", grid={"method": ["bidiffsr"]})
-    whole = ablate(study, progress=False).runs[0]
+    whole = ablate(make(pictures, tmp_path / "a", grid={"method": ["bidiffsr"]}), progress=False).runs[0]
     cut = make(pictures, tmp_path / "b", grid={"method": ["bidiffsr"]})
     real = loop._Run._optimizer_step
+    steps: list[int] = []
 
     def stopping(self: Any, batches: Any) -> Any:
-        if self.step == 3:
+        steps.append(self.step)
+        if steps == [0, 1, 2, 3]:
             raise TrainingInterrupted(signal.SIGTERM, Path("checkpoint-2"))
         return real(self, batches)
 
@@ -171,15 +165,8 @@ def test_an_interrupted_run_resumes_exactly(pictures: Path, tmp_path: Path, monk
     with pytest.raises(TrainingInterrupted):
         ablate(cut, progress=False)
     assert ablate(cut, dry_run=True).runs[0].state == "step 2"
-    steps: list[int] = []
-
-    def counting(self: Any, batches: Any) -> Any:
-        steps.append(self.step)
-        return real(self, batches)
-
-    monkeypatch.setattr(loop._Run, "_optimizer_step", counting)
     resumed = ablate(cut, progress=False).runs[0]
-    assert steps == [2, 3]
+    assert steps == [0, 1, 2, 3, 2, 3]
     assert (resumed.psnr, resumed.ssim) == (whole.psnr, whole.ssim)
 
 
@@ -187,45 +174,32 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_model(pictures: P
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
     whole = ablate(study, progress=False).runs[0]
     (whole.folder / "result.json").unlink()
-    (whole.folder / "run.json").write_text(
-        json.dumps({**json.loads((whole.folder / "run.json").read_text()), "trained": None}), encoding="utf-8"
-    )
+    record = json.loads((whole.folder / "run.json").read_text())
+    (whole.folder / "run.json").write_text(json.dumps({**record, "trained": None}))
     shutil.rmtree(whole.folder / "model")
     again = ablate(study, progress=False).runs[0]
     assert again.psnr == whole.psnr
     assert again.loss is None  # no step was left from which to take it
+    (whole.folder / "run.json").write_text("{")
+    with pytest.raises(BinarizeError, match=r"run\.json is not a file of a study .*; remove it"):
+        ablate(study, dry_run=True)
 
 
 def test_a_plugin_that_was_changed_makes_another_run(pictures: Path, tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     text = (
-        "from dataclasses import dataclass\n"
-        "from binarize import Method, register_method\n"
-        "@register_method('from_study', replace=True)\n"
-        "@dataclass(frozen=True, kw_only=True)\n"
-        "class FromStudy(Method):\n"
-        "    '''Mine.'''\n"
+        "import binarize\nbinarize.register_method('from_study', replace=True)(binarize.get_method('bnn').__class__)\n"
     )
     plugin.write_text(text, encoding="utf-8")
-    path = tmp_path / "mine.yaml"
     study = make(pictures, tmp_path / "out", grid={}, cells=[{"name": "mine", "overrides": {"method": "from_study"}}])
     study["overrides"] = {**study["overrides"], "plugins": ["mine.py"]}
-    path.write_text(yaml.safe_dump(study), encoding="utf-8")
+    path = write_study(study, tmp_path)
     loaded, _ = load_study(path)
     run = StudyRun("mine", 0, loaded.recipes()["mine"], loaded)
     before = run.fingerprint()
     assert ablate(path, dry_run=True).runs[0].params > 0
     plugin.write_text(text + "# changed\n", encoding="utf-8")
     assert run.fingerprint() != before
-
-
-def test_a_damaged_record_is_named(pictures: Path, tmp_path: Path) -> None:
-    study = make(pictures, tmp_path, grid={"method": ["bnn"]})
-    folder = ablate(study, dry_run=True).runs[0].folder
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text("{", encoding="utf-8")
-    with pytest.raises(BinarizeError, match=r"run\.json is not a file of a study .*; remove it"):
-        ablate(study, dry_run=True)
 
 
 # Failures, selection, dry runs.
@@ -236,11 +210,11 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(pictures: Path, tmp_pat
         {"name": "too big", "overrides": {"method": "bnn", "resolution": 512}},
         {"name": "fits", "overrides": {"method": "bnn"}},
     ]
-    path = tmp_path / "mine.yaml"
-    study = make(pictures, tmp_path / "out", grid={}, cells=cells)
-    path.write_text(yaml.safe_dump(study), encoding="utf-8")
-    from binarize.cli import app
-
+    # The images may be those of the recipes' validation.
+    evaluation = {"lpips": None, "num_inference_steps": 1}
+    study = make(pictures, tmp_path / "out", grid={}, cells=cells, evaluation=evaluation)
+    study["overrides"] = {**study["overrides"], "validation_data_dir": str(pictures)}
+    path = write_study(study, tmp_path)
     ran = CliRunner().invoke(app, ["ablate", str(path)])
     assert ran.exit_code == 1
     assert "1 of 2 runs failed; see error.txt in their folders" in ran.stderr
@@ -271,19 +245,16 @@ def test_unexpected_errors_are_recorded(
 
 
 def test_chosen_cells_are_run_alone(pictures: Path, tmp_path: Path) -> None:
-    study = make(pictures, tmp_path)
+    study = make(pictures, tmp_path / "out")
+    planned = ablate(study, dry_run=True)
+    assert not (tmp_path / "out").exists()
+    assert [run.state for run in planned.runs] == ["to do", "to do"]
+    assert all(run.params > 0 for run in planned.runs)
     result = ablate(study, only="method=b?n", progress=False)
     assert [run.state for run in result.runs] == ["done", "to do"]
     assert "| - | - |" in result.to_markdown()
     with pytest.raises(BinarizeError, match=r"only: no cell matches 'bnn'; there are method=bnn, method=bidiffsr"):
         ablate(study, only=["bnn"])
-
-
-def test_a_dry_run_writes_nothing(pictures: Path, tmp_path: Path) -> None:
-    result = ablate(make(pictures, tmp_path / "out"), dry_run=True)
-    assert not (tmp_path / "out").exists()
-    assert [run.state for run in result.runs] == ["to do", "to do"]
-    assert all(run.params > 0 for run in result.runs)
 
 
 @pytest.mark.slow
@@ -313,8 +284,6 @@ def test_lpips_is_measured_once_available(
 def test_without_matplotlib_only_the_plot_is_missing(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import dataclasses
-
     result = dataclasses.replace(finished[1], output_dir=tmp_path)
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -328,35 +297,26 @@ def test_errors_before_the_first_run(pictures: Path, tmp_path: Path, monkeypatch
     study = make(pictures, tmp_path)
     study["overrides"] = {key: value for key, value in study["overrides"].items() if key != "train_data_dir"}
     study["evaluation"] = {"lpips": None}
-    message = r"(?s)train_data_dir: missing; name .*\(method=bnn, method=bidiffsr.*evaluation.data_dir: missing; name"
-    with pytest.raises(BinarizeError, match=message):
-        ablate(study)
-    overrides = ["train_data_dir=nowhere", "evaluation.data_dir=nowhere"]
-    with pytest.raises(BinarizeError, match=r"(?s)no folder 'nowhere' .*evaluation.data_dir: nowhere: no such folder"):
-        ablate(study, overrides)
-    with pytest.raises(
-        BinarizeError, match=r"(?s)networks of some cells cannot be built:\n  method=bnm: unknown method"
-    ):
-        ablate(make(pictures, tmp_path, grid={"method": ["bnm", "bnn"]}))
+    nowhere = ["train_data_dir=nowhere", "evaluation.data_dir=nowhere"]
+    typing_error = make(pictures, tmp_path, grid={"method": ["bnm", "bnn"]})
     cells = [{"name": "a b", "overrides": {"method": "bnn"}}, {"name": "A_b", "overrides": {"method": "xnor"}}]
-    with pytest.raises(BinarizeError, match=r"the cells 'a b' and 'A_b' would share the folder"):
-        ablate(make(pictures, tmp_path, grid={}, cells=cells))
+    same_folder = make(pictures, tmp_path, grid={}, cells=cells)
+    for invalid, overrides, message in (
+        (study, [], r"train_data_dir: missing; .*\(method=bnn, method=bidiffsr.*evaluation.data_dir: missing; name"),
+        (study, nowhere, r"no folder 'nowhere' .*evaluation.data_dir: nowhere: no such folder"),
+        (typing_error, [], r"networks of some cells cannot be built:\n  method=bnm: unknown method"),
+        (same_folder, [], r"the cells 'a b' and 'A_b' would share the folder"),
+    ):
+        with pytest.raises(BinarizeError, match=f"(?s){message}"):
+            ablate(invalid, overrides)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BinarizeError, match=r"a study runs in one process; start it without a launcher"):
         ablate(study)
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_may_be_those_of_the_recipes_validation(pictures: Path, tmp_path: Path) -> None:
-    study = make(pictures, tmp_path, grid={"method": ["bnn"]}, evaluation={"lpips": None, "num_inference_steps": 1})
-    study["overrides"] = {**study["overrides"], "validation_data_dir": str(pictures), "num_inference_steps": 1}
-    assert ablate(study, progress=False).complete
-
-
 def test_folders_are_named_by_cells_on_any_system() -> None:
-    assert folder_name("SR3 (FP)") == "SR3_FP"
-    assert folder_name("+ CP-Down&Up") == "+_CP-Down_Up"
-    assert folder_name("K = 1") == "K_1"
+    assert [folder_name(cell) for cell in ("SR3 (FP)", "+ CP-Down&Up")] == ["SR3_FP", "+_CP-Down_Up"]
     assert folder_name("方法").startswith("-")
     assert folder_name("方法") != folder_name("其他")
     assert len(folder_name("x" * 300)) < 80

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from studies_case import SHRINK, TINY, make
+from studies_case import SHRINK, TINY, make, write_study
 from typer.testing import CliRunner
 
 from binarize.cli import app
@@ -35,8 +34,7 @@ def test_the_command_lists_shows_and_runs(pictures: Path, tmp_path: Path) -> Non
     assert "| method.groups=5 |" in dry.stdout
     assert "table:" not in dry.stdout
 
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(make(pictures, tmp_path / "out", grid={"method": ["bnn"]})), encoding="utf-8")
+    path = write_study(make(pictures, tmp_path / "out", grid={"method": ["bnn"]}), tmp_path)
     done = run(app, ["ablate", str(path), "max_train_steps=1"])
     assert done.exit_code == 0, done.output
     assert f"table: {tmp_path / 'out' / 'table.md'}" in done.stdout
@@ -47,9 +45,7 @@ def test_the_exit_status_after_a_signal(pictures: Path, tmp_path: Path, monkeypa
         raise TrainingInterrupted(signal.SIGTERM, Path("checkpoint-2"))
 
     monkeypatch.setattr("binarize.training.loop.train", stopped)
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(make(pictures, tmp_path / "out")), encoding="utf-8")
-    ran = CliRunner().invoke(app, ["ablate", str(path)])
+    ran = CliRunner().invoke(app, ["ablate", str(write_study(make(pictures, tmp_path / "out"), tmp_path))])
     assert ran.exit_code == 143
     assert "saved checkpoint-2. The same command goes on from there." in ran.stderr
 
@@ -93,9 +89,9 @@ print("status", os.waitpid(start(), 0)[1])
 def test_a_study_survives_kill_9_and_repeats_nothing(pictures: Path, tmp_path: Path) -> None:
     changes = {**TINY, "train_data_dir": str(pictures), "max_train_steps": 30, "checkpointing_steps": 3}
     cells = [{"name": str(number), "overrides": {"learning_rate": 1e-3 * number}} for number in (1, 2)]
-    path, out = tmp_path / "mine.yaml", tmp_path / "out"
+    out = tmp_path / "out"
     study = make(pictures, out, overrides=changes, grid={}, cells=cells)
-    path.write_text(yaml.safe_dump(study), encoding="utf-8")
+    path = write_study(study, tmp_path)
     first, second = (out / "cells" / number / "seed-0" for number in "12")
     command = [sys.executable, "-c", KILL, str(path), str(second)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -175,7 +175,7 @@ def test_the_how_to_runs(
     monkeypatch.chdir(tmp_path)
     for folder in ("photos", "held-out"):
         shutil.copytree(pictures, folder)
-    quick = [*SHRINK, "lr_warmup_steps=0", "evaluation.num_inference_steps=1"]
+    quick = [*SHRINK, "lr_warmup_steps=0", "evaluation.num_inference_steps=1", "evaluation.limit=1"]
     monkeypatch.setattr(binarize, "ablate", lambda study, **options: ablate(study, quick, **options), raising=False)
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     exec(compile(code, "ablate.md", "exec"), {})
