@@ -60,38 +60,6 @@ def test_the_residual_scale_is_the_standard_deviation_of_residuals(tmp_path: Pat
         residual_std(PairedPatches(tmp_path / "flat", scale=2, patch_size=16, length=8), 8)
 
 
-class Oracle(torch.nn.Module):
-    """A network that knows the image and predicts exactly."""
-
-    size_multiple = 1
-
-    def __init__(self, image: torch.Tensor, kind: str, residual_scale: float, scheduler: Any) -> None:
-        super().__init__()
-        self.image, self.kind, self.scale = image, kind, residual_scale
-        self.alphas = scheduler.alphas_cumprod.double()
-        self.dtype = torch.float64
-        self.device = torch.device("cpu")
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> Any:
-        clean = (self.image - condition) / self.scale
-        a = self.alphas[timestep]
-        noise = (sample - a.sqrt() * clean) / (1 - a).sqrt()
-        return SimpleNamespace(sample=targets(a, clean, noise)[self.kind])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_perfect_residuals_give_the_image(kind: str, pictures: Path) -> None:
-    recipe = load_recipe("small_x2", [*UNCLIPPED, "residual_scale=0.04", f"scheduler.prediction_type={kind}"])
-    scheduler = build_scheduler(recipe)
-    image = read_image(sorted(pictures.iterdir())[0]).rgb.double()[None]
-    low = torch.nn.functional.interpolate(image, scale_factor=0.5, mode="area")
-    oracle: Any = Oracle(image, kind, 0.04, scheduler)
-    pipeline = SuperResolutionPipeline(oracle, scheduler, scale=2, residual_scale=0.04)
-    pipeline.set_progress_bar_config(disable=True)
-    out = pipeline(low, num_inference_steps=5, output_type="pt", generator=torch.Generator().manual_seed(0)).images
-    torch.testing.assert_close(out, image, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_objective_of_residuals(kind: str) -> None:
     options = [*UNCLIPPED, "residual_scale=0.05", f"scheduler.prediction_type={kind}", "loss=l2"]
@@ -284,7 +252,7 @@ def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
 
 @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, True, "30"])
 def test_invalid_detail_factors(factor: Any) -> None:
-    with pytest.raises(BinarizeError, match="detail_factor multiplies the condition's fine detail, a positive number"):
+    with pytest.raises(BinarizeError, match="detail_factor multiplies .* must be a positive number"):
         small(detail_factor=factor)
     with pytest.raises(BinarizeError, match=r"detail_factor=30 needs a condition"):
         small(in_channels=3, detail_factor=30)

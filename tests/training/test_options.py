@@ -55,20 +55,6 @@ def test_every_optimiser_of_timm_can_be_built_or_is_an_error(unet: SRUNet) -> No
     assert built > 20, refused
 
 
-def test_timms_lion_steps_by_its_formula() -> None:
-    pytest.importorskip("timm")
-    recipe = load_recipe("small_x2", ["optimizer=timm/lion", "learning_rate=1e-2", "adam_beta1=0.9", "adam_beta2=0.99"])
-    linear = torch.nn.Linear(3, 2)
-    optimizer = build_optimizer(recipe, linear)
-    before = {name: p.detach().clone() for name, p in linear.named_parameters()}
-    for p in linear.parameters():
-        p.grad = torch.randn_like(p)
-    optimizer.step()
-    for name, p in linear.named_parameters():
-        assert p.grad is not None
-        torch.testing.assert_close(p.detach(), before[name] - 1e-2 * p.grad.sign())  # momentum is 0 at first
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -147,10 +133,9 @@ def test_a_compiled_network_learns_the_same(accumulation: int, recipe: Any, monk
 
 @pytest.mark.slow
 def test_the_default_compiler_learns_the_same(trained: Any) -> None:
-    options = (*SMALLEST, "max_train_steps=2")
+    options = (*SMALLEST, "max_train_steps=1", "train_batch_size=1", "resolution=8")
     plain, compiled = trained(*options), trained(*options, "compile=true")
-    for one, other in zip(plain.history, compiled.history, strict=True):
-        assert other.loss == pytest.approx(one.loss, rel=1e-3)
+    assert compiled.history[0].loss == pytest.approx(plain.history[0].loss, rel=1e-3)
 
 
 def test_bf16_learns_on_a_cpu_and_keeps_full_precision_weights(trained: Any) -> None:
@@ -201,10 +186,6 @@ def test_the_log_has_flips_memory_and_speed(recipe: Any, monkeypatch: pytest.Mon
         assert entry.samples_per_second > 0
 
 
-def test_a_full_precision_network_has_no_flips(trained: Any) -> None:
-    assert trained("method=null", "max_train_steps=4").history[0].flips is None
-
-
 def test_tensorboard_gets_scalars_images_and_the_flips_of_each_layer(recipe: Any, pictures: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     options = ("report_to=tensorboard", f"validation_data_dir={pictures}", "num_validation_images=1")
@@ -226,17 +207,17 @@ def test_wandb_gets_the_same_without_a_network(recipe: Any, pictures: Path, monk
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logged: list[tuple[int, dict[str, Any]]] = []
+    logged: dict[tuple[str, int | None], Any] = {}
     started: list[dict[str, Any]] = []
     real_init = wandb.init
 
     def init(**options: Any) -> Any:
-        run = real_init(**options)
         started.append(options)
+        run = real_init(**options)
         real_log = run.log
 
         def log(values: dict[str, Any], step: int | None = None, **rest: Any) -> None:
-            logged.append((-1 if step is None else step, values))
+            logged.update({(name, step): value for name, value in values.items()})
             real_log(values, step=step, **rest)
 
         monkeypatch.setattr(run, "log", log)
@@ -245,11 +226,9 @@ def test_wandb_gets_the_same_without_a_network(recipe: Any, pictures: Path, monk
     monkeypatch.setattr(wandb, "init", init)
     options = ("report_to=wandb", f"validation_data_dir={pictures}", "num_validation_images=1")
     result = train(recipe(*options, "max_train_steps=2"), progress=False)
-    scalars = {step: values["loss"] for step, values in logged if "loss" in values}
-    assert scalars == pytest.approx({entry.step: entry.loss for entry in result.history})
-    assert [values["validation/psnr"] for _, values in logged if "validation/psnr" in values] == [result.validation[2]]
-    shown = next(values["validation/p0"] for _, values in logged if "validation/p0" in values)
-    assert isinstance(shown[0], wandb.Image)
+    assert [logged["loss", step] for step in (1, 2)] == pytest.approx([entry.loss for entry in result.history])
+    assert logged["validation/psnr", 2] == result.validation[2]
+    assert isinstance(logged["validation/p0", 2][0], wandb.Image)
     assert list((result.output_dir / "wandb").glob("offline-run-*/run-*.wandb"))
     train(recipe(*options, "max_train_steps=3", RESUME), progress=False)
     assert started[0]["id"] == started[1]["id"]

@@ -100,15 +100,6 @@ def test_accumulated_passes_equal_one_large_batch(timesteps_per: str, trained: A
     assert_close(whole.checkpoint, trained(*common, "train_batch_size=1", "gradient_accumulation_steps=4").checkpoint)
 
 
-@pytest.mark.usefixtures("float64")
-def test_a_resumed_run_may_split_its_batches_differently(recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
-    options = ("timesteps_per=sample", "model.dropout=0", "max_grad_norm=0.5")
-    cut(3, *options)
-    split = ("train_batch_size=2", "gradient_accumulation_steps=2")
-    resumed = train(recipe(*options, *split, RESUME, out="cut"), progress=False)
-    assert_close(trained(*options).checkpoint, resumed.checkpoint)
-
-
 @pytest.mark.parametrize("option", ["dataloader_num_workers=2", "gradient_checkpointing=true"])
 def test_options_that_change_no_result(option: str, trained: Any) -> None:
     common = ("max_train_steps=2", "model.dropout=0.2")
