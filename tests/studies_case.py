@@ -39,7 +39,7 @@ def make(pictures: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "base": "small_x2",
         "overrides": {**TINY, "train_data_dir": str(pictures)},
         "grid": {"method": ["bnn", {"name": "bidiffsr", "groups": 2}]},
-        "evaluation": {"data_dir": str(pictures), "num_inference_steps": 2, "lpips": None},
+        "evaluation": {"data_dir": str(pictures), "num_inference_steps": 2, "limit": 2, "lpips": None},
         "output_dir": str(out),
     }
     return {**study, **changes}

@@ -41,8 +41,7 @@ def evaluate(
     PSNR and SSIM are computed on Y of BT.601 in studio range, as MATLAB's ``rgb2ycbcr`` computes it before rounding,
     and LPIPS on RGB. The baseline "bicubic" is `binarize.imaging.upscale_bicubic` of the 8-bit low-resolution image,
     equal to MATLAB's ``imresize``, which rounds to 8 bits after each axis. On Set5 it gives the published
-    33.67 / 0.9303 at x2 and 28.43 / 0.8111 at x4. Rounding only once gives 33.68 / 0.9304 and 28.43 / 0.8113;
-    PyTorch's ``bicubic`` (a = -0.75) gives 33.97 / 0.9330 and 28.63 / 0.8138.
+    33.67 / 0.9303 at x2 and 28.43 / 0.8111 at x4; PyTorch's ``bicubic`` differs (a = -0.75).
 
     Args:
         upscale: Maps a low-resolution PIL image in mode RGB to the upscaled image: a PIL image, a uint8 array

@@ -1,4 +1,4 @@
-"""Recipes: what they say, how they are found and derived, and what is refused in which words."""
+"""Recipes: what they contain, how they are found, derived and built, and which mistakes are errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from binarize.errors import BinarizeError
-from binarize.recipes import Recipe, build_scheduler, copy_recipe, list_recipes, load_recipe, recipe_path
+from binarize.recipes import (
+    Recipe,
+    build_scheduler,
+    copy_recipe,
+    import_plugins,
+    list_recipes,
+    load_recipe,
+    recipe_path,
+    validate,
+)
 from binarize.recipes.yaml_text import parse_yaml, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,13 +48,6 @@ def test_the_released_settings_are_the_published_ones() -> None:
         "settings",
     )
     assert {key: getattr(recipe, key) for key in expected} == expected
-    network = parse_yaml(
-        """{in_channels: 6, out_channels: 3, base_channels: 64, channel_mults: [1, 2, 4, 8], res_blocks: 2,
-        norm_groups: 16, dropout: 0.2, attention_levels: [], resampling: cp, fusion: cs, num_train_timesteps: 2000,
-        detail_factor: null}""",
-        "network",
-    )
-    assert recipe.model.config(2000) == {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
     assert recipe.method is not None
     assert recipe.method.spec == {"name": "bidiffsr", "groups": 5}
     betas = build_scheduler(recipe).betas
@@ -247,3 +249,49 @@ def test_a_copy_is_the_same_recipe_and_nothing_is_overwritten(tmp_path: Path) ->
     assert copied.read_text() == "scale: 2\n"
     copy_recipe("bidiffsr_x4", copied, force=True)
     assert load_recipe(copied) == load_recipe("bidiffsr_x4")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=bidifsr"], r"bidifsr.*bidiffsr"),
+        (["method.group=3"], r"group.*groups"),
+        (["keep=[no.such.module]"], r"no\.such\.module"),
+        (["train_data_dir=no", "validation_data_dir=no"], r"not exist:\n  train_data_dir: .*\n  validation_data_dir: "),
+        (["plugins=[nowhere.py]"], r"plugins: there is no file '.*nowhere\.py'"),
+        (
+            ["plugins=[no_module]"],
+            r"cannot import 'no_module': ModuleNotFoundError.*Name a file of your own by its path",
+        ),
+    ],
+)
+def test_validation(overrides: list[str], message: str, tmp_path: Path) -> None:
+    assert validate("demo", [f"train_data_dir={tmp_path}"]).train_data_dir == tmp_path
+    with pytest.raises(BinarizeError, match=message):
+        validate("demo", overrides)
+
+
+def test_a_plugin_beside_the_recipe_is_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = tmp_path / "count.txt"
+    write(tmp_path, f"with open({str(counter)!r}, 'a') as f: f.write('x')\n", "plugin.py")
+    path = write(tmp_path, "base: demo\nplugins: [plugin.py, json]\n")
+    monkeypatch.chdir("/")
+    for _ in range(2):
+        import_plugins(load_recipe(path).plugins)
+    assert counter.read_text() == "x"
+
+
+def test_a_failing_plugin_is_named_with_its_error_and_can_be_tried_again(tmp_path: Path) -> None:
+    plugin = write(tmp_path, "raise RuntimeError('broken on purpose')\n", "plugin.py")
+    with pytest.raises(BinarizeError, match=r"plugin\.py': RuntimeError: broken on purpose"):
+        import_plugins([str(plugin)])
+    plugin.write_text("")
+    import_plugins([str(plugin)])
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.endswith("_x4") and name != "default_x4"])
+def test_an_x4_row_is_the_x2_row_at_another_scale(name: str) -> None:
+    two, four = load_recipe(name[:-1] + "2").model_dump(), load_recipe(name).model_dump()
+    own = {"description", "published", "scale", "resolution", "output_dir"}
+    assert {key for key in two if two[key] != four[key]} <= own
+    assert (four["scale"], four["resolution"]) == (4, 256)

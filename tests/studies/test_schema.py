@@ -69,8 +69,9 @@ def test_networks_of_every_study_have_the_published_sizes() -> None:
             counted, published = count(recipe), recipe.published
             assert not name.startswith("small_") or counted.params < 1e6, (name, cell)
             if published is not None and published.params_m is not None:
-                assert counted.params / 1e6 == pytest.approx(published.params_m, abs=0.011), (name, cell)
-                assert counted.ops / 1e9 == pytest.approx(published.ops_g, abs=0.011), (name, cell)
+                # The paper rounds; two of its rows are off by 0.01.
+                assert counted.params / 1e6 == pytest.approx(published.params_m, abs=0.0101), (name, cell)
+                assert counted.ops / 1e9 == pytest.approx(published.ops_g, abs=0.0101), (name, cell)
 
 
 def test_a_file_finds_bases_beside_it_and_takes_its_own_name(pictures: Path, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
 
 @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, True, "30"])
 def test_invalid_detail_factors(factor: Any) -> None:
-    with pytest.raises(BinarizeError, match="detail_factor multiplies .* must be a positive number"):
+    with pytest.raises(BinarizeError, match=r"detail_factor multiplies .* must be a positive number"):
         small(detail_factor=factor)
     with pytest.raises(BinarizeError, match=r"detail_factor=30 needs a condition"):
         small(in_channels=3, detail_factor=30)

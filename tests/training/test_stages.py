@@ -6,15 +6,12 @@ import contextlib
 import functools
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from training_case import RESUME, SMALLEST, TINY, assert_same, interrupt_at, weights
 
 import binarize
@@ -92,29 +89,19 @@ def test_after_its_stages_every_method_is_as_without(method: str) -> None:
 def test_blocks_become_binary_one_after_another() -> None:
     network = built(*STAGES)
     binary: dict[str, bool] = {}
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
-            binary[name] = bool((output.abs() == 1).all())
-
-        return hook
-
-    names = [name for name, module in network.named_modules() if isinstance(module, BinaryConv2d)]
-    for name in names:
-        network.get_submodule(f"{name}.activation").register_forward_hook(watch(name))
-
-    def block_of(name: str) -> str:
-        return ".".join(name.split(".")[:2]) if name.startswith("encoder") else name.split(".")[0]
-
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, BinaryConv2d)}
+    for name, layer in layers.items():
+        watch = lambda module, inputs, output, name=name: binary.update({name: bool((output.abs() == 1).all())})  # noqa: E731
+        layer.activation.register_forward_hook(watch)
     turns = {"encoder.0": 0.2, "encoder.1": 0.4, "middle": 0.6, "decoder": 0.8}
     for progress in (0.0, 0.19, 0.2, 0.4, 0.59, 0.6, 0.8, 1.0):
         binarize.training_step(network, progress)
         with torch.no_grad():
             network(*inputs())
-        for name in names:
-            turn = turns[block_of(name)]
+        for name, layer in layers.items():
+            turn = next(turn for block, turn in turns.items() if name.startswith(block))
             assert binary[name] == (progress >= turn), (name, progress)
-            codes = network.get_submodule(name).binary_weight().codes  # type: ignore[operator]
+            codes = layer.binary_weight().codes
             assert bool((codes.abs() == 1).all()) == (progress >= max(turn, 0.4)), (name, progress)
 
 
@@ -129,20 +116,16 @@ def test_invalid_stages() -> None:
         load_recipe("small_x2", ["method=null", "two_stage=0.5"])
 
 
-def test_a_run_in_stages_resumes_and_saves_a_plain_model(recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
+def test_a_run_in_stages_resumes_and_saves_a_plain_model(recipe: Any, trained: Any, resume: Any) -> None:
     options = (*STAGES, "validation_steps=2", "checkpointing_steps=2")
-    whole = trained(*options)
-    cut(2, *options)
-    resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
+    whole, resumed = trained(*options), resume(2, *options)
     assert [entry.step for entry in resumed.history] == [3, 4, 5, 6]
     assert_same(whole.checkpoint, resumed.checkpoint)
 
     final = SuperResolutionPipeline.from_pretrained(whole.model_dir, pack=False).unet
     assert not any(isinstance(module, Delayed) for module in final.modules())
     assert "delayed" not in json.dumps(final.config["conversion"])
-    trained = recipe(*options)
-    torch.manual_seed(3)
-    network = build_model(trained)
+    network = build_model(recipe(*options))
     network.load_state_dict(load_checkpoint(whole.checkpoint)[0]["model"])
     with torch.no_grad():
         arguments = inputs()
@@ -238,40 +221,35 @@ def test_the_distilled_loss_is_the_documented_sum(twin: Path) -> None:
     losses = objective(student, data)
 
     noisy = build_scheduler(recipe).add_noise(data["hr"], data["noise"], data["timestep"])  # type: ignore[arg-type]
-    outputs: dict[str, dict[str, np.ndarray]] = {"student": {}, "teacher": {}}
-    predictions = {}
-    for who, network in (("student", student), ("teacher", teacher)):
+    outputs: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+    predictions = []
+    for network, found in zip((student, teacher), outputs, strict=True):
         for name in names:
-            network.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output, who=who, name=name: outputs[who].update({name: output.detach().numpy()})
-            )
+            hook = lambda module, inputs, output, found=found: found.append(output.flatten(1))  # noqa: E731
+            network.get_submodule(name).register_forward_hook(hook)
         with torch.no_grad():
-            predictions[who] = network(noisy, data["timestep"], data["condition"]).sample.numpy()
-    features = np.zeros(2)
-    for name in names:
-        f, g = (outputs[who][name].reshape(2, -1) for who in ("student", "teacher"))
-        cosine = (f * g).sum(1) / np.linalg.norm(f, axis=1) / np.linalg.norm(g, axis=1)
-        features += (2 - 2 * cosine) / len(names)
-    task = np.abs(predictions["student"] - data["hr"].numpy()).mean((1, 2, 3))
-    output = np.abs(predictions["student"] - predictions["teacher"]).mean((1, 2, 3))
-    np.testing.assert_allclose(losses.parts["task"].numpy(), task, rtol=1e-4)
-    np.testing.assert_allclose(losses.parts["output"].numpy(), output, rtol=1e-4)
-    np.testing.assert_allclose(losses.parts["features"].numpy(), features, rtol=1e-4)
-    np.testing.assert_allclose(losses.total.detach().numpy(), 0.5 * task + 2 * output + 3 * features, rtol=1e-4)
+            predictions.append(network(noisy, data["timestep"], data["condition"]).sample)
+    cosines = [F.cosine_similarity(f, g) for f, g in zip(*outputs, strict=True)]
+    expected = {
+        "task": (predictions[0] - data["hr"]).abs().mean((1, 2, 3)),
+        "output": (predictions[0] - predictions[1]).abs().mean((1, 2, 3)),
+        "features": 2 - 2 * torch.stack(cosines).mean(0),
+    }
+    total = 0.5 * expected["task"] + 2 * expected["output"] + 3 * expected["features"]
+    torch.testing.assert_close(losses.parts, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.total.detach(), total, rtol=1e-4, atol=1e-6)
     losses.total.sum().backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not teacher.training
 
 
-def test_a_distilled_run_resumes_exactly(twin: Path, recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
+def test_a_distilled_run_resumes_exactly(twin: Path, trained: Any, resume: Any) -> None:
     options = (f"distillation={{teacher: {twin}, output: 0.5, features: 0.25}}",)
     whole = trained(*options)
     for entry in whole.history:
         parts = entry.parts
         assert entry.loss == pytest.approx(parts["task"] + 0.5 * parts["output"] + 0.25 * parts["features"], rel=1e-5)
-    cut(3, *options)
-    resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
-    assert_same(whole.checkpoint, resumed.checkpoint)
+    assert_same(whole.checkpoint, resume(3, *options).checkpoint)
     assert_same(whole.checkpoint, trained(*options, "gradient_checkpointing=true").checkpoint)
 
 
