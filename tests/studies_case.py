@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -56,10 +57,8 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a finished run was trained again")
-
-    monkeypatch.setattr("binarize.training.loop.train", train)
+    again = AssertionError("a finished run was trained again")
+    monkeypatch.setattr("binarize.training.loop.train", mock.Mock(side_effect=again))
 
 
 _COUNTED: dict[str, Summary] = {}

@@ -12,12 +12,13 @@ import statistics
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from studies_case import forbid_training, make, times, write_study
+from studies_case import SHRINK, forbid_training, make, times, write_study
 from typer.testing import CliRunner
 
 import binarize
@@ -26,7 +27,7 @@ from binarize.errors import BinarizeError
 from binarize.evaluation import LpipsUnavailable, evaluate
 from binarize.models import SuperResolutionPipeline
 from binarize.recipes import build_model, load_recipe
-from binarize.studies import ablation, load_study
+from binarize.studies import ablation, list_studies, load_study
 from binarize.studies.ablation import ablate
 from binarize.studies.results import AblationResult, RunResult
 from binarize.studies.schema import as_strings
@@ -234,10 +235,7 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(pictures: Path, tmp_pat
 def test_unexpected_errors_are_recorded(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(run: Any, lpips: Any, *, progress: bool) -> Any:
-        raise MemoryError("no more")
-
-    monkeypatch.setattr(ablation, "train_and_measure", fails)
+    monkeypatch.setattr(ablation, "train_and_measure", mock.Mock(side_effect=MemoryError("no more")))
     result = ablate(make(pictures, tmp_path))
     assert [run.error for run in result.failed] == ["MemoryError: no more"] * 2
     assert "method=bnn failed: MemoryError: no more" in capsys.readouterr().out
@@ -265,13 +263,8 @@ def test_lpips_is_measured_once_available(
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
     backbone = shared / "metrics" / "squeeze.backbone.pth"
     study["evaluation"] |= {"lpips": "squeeze", "lpips_backbone": str(backbone)}
-
-    class Missing:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            raise LpipsUnavailable("get it there")
-
     with monkeypatch.context() as patch:
-        patch.setattr(ablation, "Lpips", Missing)
+        patch.setattr(ablation, "Lpips", mock.Mock(side_effect=LpipsUnavailable("get it there")))
         first = ablate(study, progress=False)
     assert first.runs[0].lpips is None
     assert first.notes == ("LPIPS is left out. get it there",)
@@ -358,3 +351,33 @@ def test_seeds_that_are_missing_are_left_out_of_the_mean() -> None:
 def test_times_are_shown_in_a_fitting_unit() -> None:
     text = table(row("a", train_step_seconds=1.234, sample_step_seconds=0.0123)).to_markdown()
     assert "| 1.23 s | 12.3 ms |" in text
+
+
+# The command.
+
+
+def test_the_command_lists_shows_and_runs(pictures: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    listed = run(app, ["ablate", "--list"])
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(list_studies())
+    nothing = run(app, ["ablate"])
+    assert nothing.exit_code == 2
+    assert "STUDY" in nothing.stderr
+    dry = run(app, ["ablate", "small_groups", "--dry-run", f"output_dir={tmp_path / 'none'}", *SHRINK])
+    assert dry.exit_code == 0
+    assert "| method.groups=5 |" in dry.stdout
+    assert "table:" not in dry.stdout
+
+    path = write_study(make(pictures, tmp_path / "out", grid={"method": ["bnn"]}), tmp_path)
+    done = run(app, ["ablate", str(path), "max_train_steps=1"])
+    assert done.exit_code == 0, done.output
+    assert f"table: {tmp_path / 'out' / 'table.md'}" in done.stdout
+
+
+def test_the_exit_status_after_a_signal(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = mock.Mock(side_effect=TrainingInterrupted(signal.SIGTERM, Path("checkpoint-2")))
+    monkeypatch.setattr("binarize.training.loop.train", stopped)
+    ran = CliRunner().invoke(app, ["ablate", str(write_study(make(pictures, tmp_path / "out"), tmp_path))])
+    assert ran.exit_code == 143
+    assert "saved checkpoint-2. The same command goes on from there." in ran.stderr

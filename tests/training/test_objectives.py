@@ -145,11 +145,6 @@ def test_invalid_options(options: Any, message: str) -> None:
         build()
 
 
-def test_a_recipes_strength_is_its_pipelines() -> None:
-    recipe = load_recipe("default_x2", ["residual_scale=0.03", "residual_strength=1.25"])
-    assert build_pipeline(recipe, small(num_train_timesteps=1000)).residual_factor == pytest.approx(0.0375)
-
-
 # Min-SNR.
 
 

@@ -69,20 +69,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(size: int, recipe: Any, trained:
     assert not differences(load_checkpoint(trained().checkpoint)[0], load_checkpoint(ended.checkpoint)[0])
 
 
-def test_a_folder_without_write_permission(recipe: Any) -> None:
-    run = recipe()
-    run.output_dir.mkdir()
-    if os.geteuid() == 0:
-        (run.output_dir / "samples").write_text("in the way")
-    else:
-        run.output_dir.chmod(0o500)
-    try:
-        with pytest.raises(BinarizeError, match=r"output_dir: cannot write .*run: "):
-            train(run, progress=False)
-    finally:
-        run.output_dir.chmod(0o700)
-
-
 def test_broken_images_are_all_named_before_anything_is_written(pictures: Path, tmp_path: Path, recipe: Any) -> None:
     folder = tmp_path / "photos"
     shutil.copytree(pictures, folder)
