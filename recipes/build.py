@@ -114,10 +114,9 @@ def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
         raise BinarizeError("residual_scale: not set, and the pipeline needs it; copy it from the run's recipe.yaml.")
     # A schedule with fewer timesteps than sampling steps must not make saving fail at the end of a long training.
     steps = min(recipe.num_inference_steps, recipe.scheduler.num_train_timesteps)
-    residual: dict[str, Any] = {name: getattr(recipe, name) for name in ("residual_scale", "residual_strength")}
-    return SuperResolutionPipeline(
-        unet, build_scheduler(recipe), scale=recipe.scale, num_inference_steps=steps, **residual
-    )
+    names = ("scale", "residual_scale", "residual_strength")
+    options: dict[str, Any] = {name: getattr(recipe, name) for name in names}
+    return SuperResolutionPipeline(unet, build_scheduler(recipe), num_inference_steps=steps, **options)
 
 
 def build_scheduler(recipe: Recipe) -> DDIMScheduler:
@@ -137,11 +136,9 @@ def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()
     recipe = load_recipe(name_or_path, overrides)
     with torch.device("meta"):
         build_model(recipe)
-    missing = [
-        f"  {key}: there is no folder {str(folder)!r}."
-        for key in ("train_data_dir", "train_lr_data_dir", "validation_data_dir", "validation_lr_data_dir")
-        if (folder := getattr(recipe, key)) is not None and not folder.is_dir()
-    ]
+    keys = ("train_data_dir", "train_lr_data_dir", "validation_data_dir", "validation_lr_data_dir")
+    folders = {key: folder for key in keys if (folder := getattr(recipe, key)) is not None}
+    missing = [f"  {key}: there is no folder {str(path)!r}." for key, path in folders.items() if not path.is_dir()]
     if missing:
         raise BinarizeError("\n".join([f"recipe {str(name_or_path)!r} names folders that do not exist:", *missing]))
     return recipe

@@ -43,10 +43,8 @@ def find_file(kind: str, name_or_path: str | os.PathLike[str], installed: Mappin
         raise BinarizeError(f"there is no {kind} file {text!r}; `{command}` lists what is installed.")
     if text in installed:
         return installed[text]
-    raise BinarizeError(
-        f"unknown {kind} {text!r}; installed: {', '.join(_abbreviated(installed))}. The path of your own file must end "
-        f"in .yaml.{did_you_mean(text, installed)}"
-    )
+    hint = f"A path must end in .yaml.{did_you_mean(text, installed)}"
+    raise BinarizeError(f"unknown {kind} {text!r}; installed: {', '.join(_abbreviated(installed))}. {hint}")
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

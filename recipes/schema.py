@@ -31,9 +31,8 @@ class Recipe(sections.Section):
     """
 
     description: str = Field(default="", description="One line for `binarize recipes ls`.")
-    published: sections.PublishedSection | None = Field(
-        default=None, description="The published row that this reproduces."
-    )
+    published: sections.PublishedSection | None = None
+    """The published row that this reproduces."""
     plugins: tuple[str, ...] = Field(default=(), description="Modules or .py files to import, to register methods.")
 
     scheduler: sections.SchedulerSection = Field(default_factory=sections.SchedulerSection)
@@ -67,11 +66,8 @@ class Recipe(sections.Section):
     train_batch_size: PositiveInt = Field(default=16, description="Patches per process and forward pass.")
     gradient_accumulation_steps: PositiveInt = Field(default=1, description="Forward passes per optimiser step.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass.")
-    memory_mode: Literal["exact", "compact"] = Field(
-        default="exact",
-        description="What binary convolutions keep for the backward pass: their input, or one byte per element of "
-        "it (see `binarize.memory_mode`).",
-    )
+    memory_mode: Literal["exact", "compact"] = "exact"
+    """What binary convolutions keep for the backward pass (see `binarize.memory_mode`)."""
     compile: bool = Field(default=False, description="Run the network through torch.compile.")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Autocast precision.")
     allow_tf32: bool = Field(default=False, description="Let CUDA round the inputs of matrix products to TF32.")
@@ -88,13 +84,8 @@ class Recipe(sections.Section):
     """Train with a trained network as the teacher: `{teacher: folder, ...}`."""
     timesteps_per: Literal["sample", "batch"] = "sample"
     """Draw one timestep per image, or one for all images of an optimiser step."""
-    sampling_timesteps_share: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Share of samples with a timestep that sampling in `num_inference_steps` steps visits; the "
-        "others are uniform over all.",
-    )
+    sampling_timesteps_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples with a timestep that sampling visits; the others are uniform over all."""
 
     optimizer: str = Field(default="adam", description="`adam`, `adamw`, or a name of timm, such as `timm/lion`.")
     optimizer_options: dict[str, Any] = Field(default_factory=dict, description="More arguments of the optimiser.")
@@ -104,11 +95,8 @@ class Recipe(sections.Section):
     adam_weight_decay: float = Field(default=0.0, ge=0, description="Weight decay, of full-precision weights alone.")
     adam_epsilon: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
     max_grad_norm: float | None = Field(default=None, gt=0, description="Clip the gradient to this norm; null: never.")
-    lr_scheduler: str = Field(
-        default="constant",
-        description="Learning-rate schedule: `constant`, `constant_with_warmup`, `linear`, `cosine`, "
-        "`cosine_with_restarts` or `polynomial` of diffusers, or one of timm, such as `timm/cosine`.",
-    )
+    lr_scheduler: str = "constant"
+    """Learning-rate schedule: one of diffusers, such as `cosine`, or one of timm, such as `timm/cosine`."""
     lr_scheduler_options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of timm's create_scheduler_v2, with steps for epochs, such as `{min_lr: 1e-6}`."""
     lr_warmup_steps: NonNegativeInt = Field(default=0, description="Steps over which the rate rises from 0.")

@@ -47,10 +47,8 @@ def _binary_from(recipe: Recipe, layers: Iterable[str]) -> dict[str, float]:
     for number, pattern in enumerate(blocks, 1):
         found = [name for name in names if matches(pattern, name)]
         if not found:
-            raise BinarizeError(
-                f"progressive.blocks: the pattern {pattern!r} matches no binary layer; names look like "
-                f"{', '.join(names[:3])}."
-            )
+            found = f"the pattern {pattern!r} matches no binary layer"
+            raise BinarizeError(f"progressive.blocks: {found}; names look like {', '.join(names[:3])}.")
         for name in found:
             starts.setdefault(name, recipe.progressive.until * number / len(blocks))
     return starts

@@ -70,10 +70,8 @@ class Lpips:
         """Return the distance of two images, uint8 (3, H, W), with H and W at least :attr:`min_side`."""
         for pixels in (result, reference):
             if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape != result.shape:
-                raise BinarizeError(
-                    f"{self.label}: expected two uint8 images (3, H, W) of one size, got "
-                    f"{tuple(result.shape)} and {tuple(reference.shape)}"
-                )
+                got = f"{tuple(result.shape)} and {tuple(reference.shape)}"
+                raise BinarizeError(f"{self.label}: expected two uint8 images (3, H, W) of one size, got {got}")
         height, width = result.shape[-2:]
         if min(height, width) < self.min_side:
             raise BinarizeError(f"{self.label}: needs at least {self.min_side} pixels per side, got {width}x{height}")

@@ -155,6 +155,5 @@ class EvaluationReport:
 
 def _mean(scores: list[Scores]) -> Scores:
     perceptual = [one.lpips for one in scores if one.lpips is not None]
-    return Scores(
-        fmean(one.psnr for one in scores), fmean(one.ssim for one in scores), fmean(perceptual) if perceptual else None
-    )
+    lpips = fmean(perceptual) if perceptual else None
+    return Scores(fmean(one.psnr for one in scores), fmean(one.ssim for one in scores), lpips)

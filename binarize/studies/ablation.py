@@ -166,10 +166,8 @@ def train_and_measure(run: StudyRun, lpips: str | None, *, progress: bool) -> Ru
         history = loop.train(run.recipe, progress=progress).history
         samples = run.recipe.train_batch_size * run.recipe.gradient_accumulation_steps
         # There is no history if the run was stopped between its last step and the record below.
-        state = state.after_training(
-            loss=history[-1].loss if history else None,
-            step_seconds=median(samples / entry.samples_per_second for entry in history) if history else None,
-        )
+        seconds = median(samples / entry.samples_per_second for entry in history) if history else None
+        state = state.after_training(loss=history[-1].loss if history else None, step_seconds=seconds)
     pipeline = SuperResolutionPipeline.from_pretrained(run.folder / MODEL, local_files_only=True)
     device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
     pipeline.to(device)

@@ -75,8 +75,7 @@ class Checkpoints:
                 return path
         names = ", ".join(path.name for path in complete.values()) or "none"
         raise BinarizeError(
-            f"resume_from_checkpoint: {which!r} is not a complete checkpoint; {self.folder} has: {names}. "
-            "Use 'latest' for the newest."
+            f"resume_from_checkpoint: {which!r} is not a complete checkpoint; {self.folder} has: {names}"
         )
 
     def clean_up(self) -> None:

@@ -68,9 +68,7 @@ class PairedPatches(Dataset[dict[str, Any]]):
         cache_bytes: int = 1 << 30,
     ) -> None:
         if scale < 1 or patch_size < scale or patch_size % scale:
-            raise BinarizeError(
-                f"patch_size counts high-resolution pixels: a positive multiple of the scale {scale}, got {patch_size}"
-            )
+            raise BinarizeError(f"patch_size must be a positive multiple of the scale {scale}, got {patch_size}")
         if not 0 <= seed < 2**64:
             raise BinarizeError(f"seed must be within 0..2**64 - 1, got {seed}")
         for name, value in (("candidates", candidates), ("length", length)):
@@ -121,9 +119,7 @@ def residual_std(patches: PairedPatches, count: int = RESIDUAL_PATCHES) -> float
     residuals = (item["hr"].double() - item["condition"].double() for item in map(patches.__getitem__, range(count)))
     std = math.sqrt(sum(float(residual.square().mean()) for residual in residuals) / count)
     if std == 0:
-        raise BinarizeError(
-            "target: residual: the training images equal their upscaled versions; are these high-resolution images?"
-        )
+        raise BinarizeError("target: residual: the training images equal their upscaled versions; use sharper images")
     return std
 
 

@@ -64,10 +64,8 @@ class Distillation:
     def _distance(self, name: str) -> Tensor:
         ours, theirs = (outputs[name] for outputs in self._outputs)
         if ours.shape != theirs.shape:
-            raise BinarizeError(
-                f"distillation: the outputs of {name} are {tuple(ours.shape)} in the student and "
-                f"{tuple(theirs.shape)} in the teacher; leave it out of distillation.blocks, or set features to 0."
-            )
+            shapes = f"{tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the teacher"
+            raise BinarizeError(f"distillation.blocks: the outputs of {name} are {shapes}; leave the block out.")
         dtype = torch.promote_types(ours.dtype, torch.float32)
         f, g = (F.normalize(features.flatten(1).to(dtype), dim=1) for features in (ours, theirs))
         return (f - g).square().sum(dim=1)
@@ -89,10 +87,8 @@ def matching_blocks(patterns: tuple[str, ...], student: nn.Module, teacher: nn.M
     names = [name for name, _ in student.named_modules() if name in theirs]
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in names):
-            raise BinarizeError(
-                f"distillation.blocks: the pattern {pattern!r} matches no module that student and teacher both have; "
-                "names look like encoder.0.blocks.0."
-            )
+            found = f"the pattern {pattern!r} matches no module that student and teacher both have"
+            raise BinarizeError(f"distillation.blocks: {found}; names look like encoder.0.blocks.0.")
     return tuple(name for name in names if any(_matches(pattern, name) for pattern in patterns))
 
 

@@ -26,17 +26,13 @@ def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | 
     found = None if which is None else checkpoints.find(which)
     resumes_here = which == "latest" or (found is not None and found.resolve().parent == folder.resolve())
     if _holds_run(folder) and not resumes_here and not force:
-        raise BinarizeError(
-            f"output_dir: {folder} already holds a run; continue it with resume_from_checkpoint=latest, choose "
-            "another folder with output_dir=..., or remove the run with --force."
-        )
+        fix = "continue it with resume_from_checkpoint=latest, or remove it with --force"
+        raise BinarizeError(f"output_dir: {folder} already holds a run; {fix}.")
     if found is not None and which != "latest" and resumes_here:
         newer = [path for step, path in checkpoints.list().items() if step > int(found.name.rpartition("-")[2])]
         if newer:
-            raise BinarizeError(
-                f"resume_from_checkpoint: {folder} has newer checkpoints than {which}, such as {newer[-1].name}, and "
-                "would mix two runs; choose another folder with output_dir=..., or move the newer checkpoints away."
-            )
+            reason = f"{folder} has newer checkpoints than {which}, such as {newer[-1].name}"
+            raise BinarizeError(f"resume_from_checkpoint: {reason}; choose another folder with output_dir=...")
     return found
 
 

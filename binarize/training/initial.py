@@ -57,12 +57,10 @@ def check_same_prediction(key: str, recipe: Recipe, trained: TrainedModel) -> No
     if trained.scheduler is None:
         return
     own = {**recipe.scheduler.model_dump(), "residual_scale": recipe.residual_scale}
-    _check_equal(
-        f"{key}: {trained.path} was trained to predict something else",
-        {**trained.scheduler, "residual_scale": trained.residual_scale},
-        {name: own[name] for name in _PREDICTION_KEYS},
-        "Make the recipe's scheduler and target those of the trained model.",
-    )
+    expected = {name: own[name] for name in _PREDICTION_KEYS}
+    found = {**trained.scheduler, "residual_scale": trained.residual_scale}
+    message = f"{key}: {trained.path} was trained to predict something else"
+    _check_equal(message, found, expected, "Make the recipe's scheduler and target those of the trained model.")
 
 
 def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
@@ -82,9 +80,7 @@ def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
         full.load_state_dict(network.state_dict())  # keeps the recipe's dropout and the current default dtype
         return build_model(recipe, full)
     if is_packed(network):
-        raise BinarizeError(
-            f"init_from: {start.path} is packed and cannot be trained; give the model that it was packed from."
-        )
+        raise BinarizeError(f"init_from: {start.path} is packed; give the model that it was packed from.")
     model = build_model(recipe)
     expected = {key: value for key, value in model.config.items() if key != "dropout" and not key.startswith("_")}
     _check_equal(different, network.config, expected)

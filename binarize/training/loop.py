@@ -20,17 +20,11 @@ from binarize.errors import BinarizeError
 from binarize.layers import training_step
 from binarize.progress import ProgressBar
 from binarize.recipes import Recipe, build_pipeline, build_scheduler, last_stage_end, remove_stages
+from binarize.training import initial
 from binarize.training.checkpoint import Checkpoints, load_checkpoint, with_saved_residual_scale
 from binarize.training.distillation import Distillation
 from binarize.training.errors import DivergedError, TrainingInterrupted
 from binarize.training.folder import BEST, MODEL, SAMPLES, find_start, prepare_folder
-from binarize.training.initial import (
-    TrainedModel,
-    check_same_prediction,
-    initial_network,
-    read_trained,
-    with_residual_scale,
-)
 from binarize.training.log import Log, LogEntry, start_tracker
 from binarize.training.malloc import keep_large_blocks_apart
 from binarize.training.objective import Objective
@@ -98,17 +92,18 @@ class _Run:
         self.start = find_start(recipe, self.checkpoints, force)
         self.samples = training_samples(recipe, self.plan)
         self.validator = Validator(recipe)
-        teacher = None if recipe.distillation is None else read_trained("distillation", recipe.distillation.teacher)
-        initial = None
+        section = recipe.distillation
+        teacher = None if section is None else initial.read_trained("distillation", section.teacher)
+        trained = None
         if self.start is not None:
             recipe = with_saved_residual_scale(recipe, self.start)
         elif recipe.init_from is not None:
-            initial = read_trained("init_from", recipe.init_from)
-        self.recipe = recipe = with_residual_scale(recipe, self.samples.patches, [teacher, initial])
+            trained = initial.read_trained("init_from", recipe.init_from)
+        self.recipe = recipe = initial.with_residual_scale(recipe, self.samples.patches, [teacher, trained])
         state = None if self.start is None else self._read(self.start)
 
         torch.manual_seed(torch_seed(recipe.seed, "weights"))
-        self.unet = initial_network(recipe, initial).train()
+        self.unet = initial.initial_network(recipe, trained).train()
         if recipe.memory_mode == "compact":
             if accelerator.device.type == "cpu":
                 keep_large_blocks_apart()
@@ -134,10 +129,10 @@ class _Run:
         self.validation: dict[int, float] = {}
         self._print_start()
 
-    def _distillation(self, teacher: TrainedModel | None) -> Distillation | None:
+    def _distillation(self, teacher: initial.TrainedModel | None) -> Distillation | None:
         if teacher is None or self.recipe.distillation is None:
             return None
-        check_same_prediction("distillation", self.recipe, teacher)
+        initial.check_same_prediction("distillation", self.recipe, teacher)
         network = teacher.network.to(self.accelerator.device, self.unet.dtype)
         distillation = Distillation(self.recipe.distillation, self.unet, network, self.accelerator.autocast)
         if self.recipe.compile and distillation.blocks:
@@ -339,10 +334,8 @@ class _Run:
             self._print(f"resuming from {self.start}, at step {self.step}")
         elif self.recipe.resume_from_checkpoint is not None:
             self._print("there is no checkpoint yet; starting a new run")
-        self._print(
-            f"{plan.size} samples x {plan.accumulation} forward passes x {plan.processes} processes "
-            f"= {plan.total} per step, on {self.accelerator.device}"
-        )
+        factors = f"{plan.size} samples x {plan.accumulation} forward passes x {plan.processes} processes"
+        self._print(f"{factors} = {plan.total} per step, on {self.accelerator.device}")
         if self.recipe.residual_scale is not None:
             self._print(f"residuals are divided by {self.recipe.residual_scale:.6g}")
 

@@ -56,9 +56,8 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     except BinarizeError:
         raise
     except (TypeError, ValueError, AssertionError) as error:
-        raise BinarizeError(
-            f"optimizer: {recipe.optimizer} cannot be built with optimizer_options {options}: {error}."
-        ) from error
+        given = f"optimizer_options {options}"
+        raise BinarizeError(f"optimizer: {recipe.optimizer} cannot be built with {given}: {error}.") from error
 
 
 def _timm_optimizer(recipe: Recipe, groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
@@ -69,9 +68,8 @@ def _timm_optimizer(recipe: Recipe, groups: list[dict[str, Any]], options: dict[
     plain = name.lower().removeprefix("lookahead_")
     known = [str(one) for one in list_optimizers()]
     if plain not in known:
-        raise BinarizeError(
-            f"optimizer: timm has no optimiser {name!r}; it has {', '.join(known)}.{did_you_mean(plain, known)}"
-        )
+        hint = did_you_mean(plain, known)
+        raise BinarizeError(f"optimizer: timm has no optimiser {name!r}; it has {', '.join(known)}.{hint}")
     info = get_optimizer_info(plain)
     if info.second_order:
         raise BinarizeError(f"optimizer: {recipe.optimizer} needs second-order gradients; choose another.")
@@ -84,34 +82,26 @@ def _timm_optimizer(recipe: Recipe, groups: list[dict[str, Any]], options: dict[
 def build_lr_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | TimmSchedule:
     """Return the recipe's learning-rate schedule, to be stepped once per optimiser step."""
     if not recipe.lr_scheduler.startswith(_TIMM):
-        lengths = {"num_warmup_steps": recipe.lr_warmup_steps, "num_training_steps": recipe.max_train_steps}
+        steps = {"num_warmup_steps": recipe.lr_warmup_steps, "num_training_steps": recipe.max_train_steps}
         shape: dict[str, Any] = {"num_cycles": recipe.lr_num_cycles, "power": recipe.lr_power}
-        return get_scheduler(recipe.lr_scheduler, optimizer, **lengths, **shape)
+        return get_scheduler(recipe.lr_scheduler, optimizer, **steps, **shape)
     _require_timm("lr_scheduler", recipe.lr_scheduler)
     from timm.scheduler import create_scheduler_v2
 
-    arguments = {
-        "num_epochs": recipe.max_train_steps,
-        "warmup_epochs": recipe.lr_warmup_steps,
-        "warmup_lr": 0.0,
-        "noise_seed": recipe.seed,
-        **recipe.lr_scheduler_options,
-        # With one update per epoch, timm counts every length in optimiser steps.
-        "step_on_epochs": False,
-        "updates_per_epoch": 1,
-    }
+    # With one update per epoch, timm counts every length in optimiser steps.
+    units = {"step_on_epochs": False, "updates_per_epoch": 1}
+    lengths = {"num_epochs": recipe.max_train_steps, "warmup_epochs": recipe.lr_warmup_steps}
+    arguments = {**lengths, "warmup_lr": 0.0, "noise_seed": recipe.seed, **recipe.lr_scheduler_options, **units}
     try:
         schedule, _ = create_scheduler_v2(optimizer, recipe.lr_scheduler.removeprefix(_TIMM), **arguments)
     except (TypeError, ValueError, AssertionError) as error:
-        raise BinarizeError(
-            f"lr_scheduler: {recipe.lr_scheduler} cannot be built with lr_scheduler_options "
-            f"{recipe.lr_scheduler_options}: {error}."
-        ) from error
+        given = f"lr_scheduler_options {recipe.lr_scheduler_options}"
+        raise BinarizeError(f"lr_scheduler: {recipe.lr_scheduler} cannot be built with {given}: {error}.") from error
     return TimmSchedule(schedule)
 
 
 def _require_timm(key: str, value: str) -> None:
     if importlib.util.find_spec("timm") is None:
         raise BinarizeError(
-            f"{key}: {value} is in timm, which is not installed; pip install 'binarize-diffusion[train]'."
+            f"{key}: {value} needs timm, which is not installed; pip install 'binarize-diffusion[train]'."
         )

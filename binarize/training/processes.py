@@ -45,10 +45,8 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         if accelerator.distributed_type in _SHARDED:
-            raise BinarizeError(
-                f"training cannot be launched with {accelerator.distributed_type.value}: it shards the parameters. "
-                "Use data parallelism: accelerate launch --num_processes N, without --use_fsdp or --use_deepspeed."
-            )
+            reason = f"{accelerator.distributed_type.value}: it shards the parameters"
+            raise BinarizeError(f"training cannot be launched with {reason}. Use data parallelism: --num_processes N.")
         with torch.random.fork_rng(devices=cuda):
             torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
             torch.backends.cudnn.allow_tf32 = recipe.allow_tf32

@@ -38,10 +38,8 @@ def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, ch
         free = free - {"num_inference_steps"}
     changed = changes(with_defaults(yaml.safe_load(saved)), yaml.safe_load(recipe.to_yaml()), free)
     if total != saved_total:
-        changed.append(
-            f"samples per optimiser step: were {saved_total}, are {total}; they are train_batch_size * "
-            "gradient_accumulation_steps * processes"
-        )
+        factors = "train_batch_size * gradient_accumulation_steps * processes"
+        changed.append(f"samples per optimiser step: were {saved_total}, are {total}; they are {factors}")
     if changed:
         opening = f"cannot resume from {checkpoint}: the recipe differs in keys that change the result:"
         closing = "Set these back, or start a new run in another output_dir."

@@ -76,16 +76,10 @@ def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
     """Return the stream of samples of a recipe, or raise an error if its training images cannot be used."""
     if recipe.train_data_dir is None:
         raise BinarizeError("train_data_dir: missing; name the folder of high-resolution training images.")
-    patches = PairedPatches(
-        recipe.train_data_dir,
-        recipe.train_lr_data_dir,
-        scale=recipe.scale,
-        patch_size=recipe.resolution,
-        augment=recipe.augment,
-        seed=recipe.seed,
-        candidates=recipe.patch_candidates,
-        length=max(recipe.max_train_steps * plan.total, RESIDUAL_PATCHES),
-    )
+    length = max(recipe.max_train_steps * plan.total, RESIDUAL_PATCHES)
+    options: dict[str, Any] = {"scale": recipe.scale, "augment": recipe.augment, "seed": recipe.seed, "length": length}
+    options |= {"patch_size": recipe.resolution, "candidates": recipe.patch_candidates}
+    patches = PairedPatches(recipe.train_data_dir, recipe.train_lr_data_dir, **options)
     share = plan.total if recipe.timesteps_per == "batch" else 1
     timesteps = recipe.scheduler.num_train_timesteps
     scheduler = build_scheduler(recipe)
