@@ -47,8 +47,8 @@ def _binary_from(recipe: Recipe, layers: Iterable[str]) -> dict[str, float]:
     for number, pattern in enumerate(blocks, 1):
         found = [name for name in names if matches(pattern, name)]
         if not found:
-            found = f"the pattern {pattern!r} matches no binary layer"
-            raise BinarizeError(f"progressive.blocks: {found}; names look like {', '.join(names[:3])}.")
+            reason = f"the pattern {pattern!r} matches no binary layer"
+            raise BinarizeError(f"progressive.blocks: {reason}; names look like {', '.join(names[:3])}.")
         for name in found:
             starts.setdefault(name, recipe.progressive.until * number / len(blocks))
     return starts

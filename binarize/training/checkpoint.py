@@ -74,9 +74,7 @@ class Checkpoints:
             if (path / STATE).is_file():
                 return path
         names = ", ".join(path.name for path in complete.values()) or "none"
-        raise BinarizeError(
-            f"resume_from_checkpoint: {which!r} is not a complete checkpoint; {self.folder} has: {names}"
-        )
+        raise BinarizeError(f"resume_from_checkpoint: {which!r} is not a complete checkpoint; there are: {names}.")
 
     def clean_up(self) -> None:
         """Remove the temporary files of killed runs, and undo an interrupted replacement."""

@@ -102,6 +102,4 @@ def build_lr_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | Ti
 
 def _require_timm(key: str, value: str) -> None:
     if importlib.util.find_spec("timm") is None:
-        raise BinarizeError(
-            f"{key}: {value} needs timm, which is not installed; pip install 'binarize-diffusion[train]'."
-        )
+        raise BinarizeError(f"{key}: {value} needs timm: pip install 'binarize-diffusion[train]'.")
