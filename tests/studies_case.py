@@ -1,19 +1,13 @@
-"""A study of two networks that take a second each, and the sizes of recipes' networks."""
+"""A study of two networks that take a second each."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 import yaml
-
-import binarize
-from binarize.conversion.summary import Summary
-from binarize.recipes import Recipe, build_model
 
 TINY: dict[str, Any] = {
     "model": {"base_channels": 8, "channel_mults": [1], "norm_groups": 4},
@@ -59,17 +53,3 @@ def times(folder: Path) -> dict[str, int]:
 def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
     again = AssertionError("a finished run was trained again")
     monkeypatch.setattr("binarize.training.loop.train", mock.Mock(side_effect=again))
-
-
-_COUNTED: dict[str, Summary] = {}
-
-
-def count(recipe: Recipe) -> Summary:
-    """Return the summary of a recipe's network; equal networks, of which the studies have many, are built once."""
-    dumped = recipe.model_dump(mode="json")
-    names = ("model", "scheduler", "method", "structure", "keep", "overrides", "linear")
-    key = json.dumps([dumped[name] for name in names])
-    if key not in _COUNTED:
-        with torch.device("meta"):
-            _COUNTED[key] = binarize.summary(build_model(recipe))
-    return _COUNTED[key]

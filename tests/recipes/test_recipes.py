@@ -36,9 +36,6 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
     return path
 
 
-# What the released recipes say.
-
-
 def test_the_released_settings_are_the_published_ones() -> None:
     recipe = load_recipe("bidiffsr_x2")
     expected = parse_yaml(
@@ -71,9 +68,6 @@ def test_the_model_section_is_the_networks_configuration() -> None:
     theirs = {name: p.default for name, p in parameters.items() if name not in ("self", "conversion")}
     config = Recipe(scale=2).model.config(2000)
     assert config == {name: tuple(v) if isinstance(v, list) else v for name, v in theirs.items()}
-
-
-# Finding, deriving, overriding.
 
 
 def test_a_file_is_found_by_its_path_and_names_its_own_folder(tmp_path: Path) -> None:
@@ -140,9 +134,6 @@ def test_written_yaml_reads_back_the_same_here_and_elsewhere(data: dict[str, Any
     text = to_yaml(data)
     assert parse_yaml(text, "text") == data
     assert yaml.safe_load(text) == data
-
-
-# What is refused.
 
 
 def test_all_errors_are_listed_at_once() -> None:
@@ -229,9 +220,6 @@ def test_invalid_files_and_overrides(text: str, override: str, message: str, tmp
 def test_unknown_recipes(name: str, message: str) -> None:
     with pytest.raises(BinarizeError, match=message):
         load_recipe(name)
-
-
-# Copying.
 
 
 def test_a_copy_is_the_same_recipe_and_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -37,9 +37,6 @@ from binarize.training import TrainingInterrupted, load_checkpoint, loop, train
 Finished = tuple[dict[str, Any], AblationResult]
 
 
-# What a study runs and measures.
-
-
 def test_every_cell_runs_with_every_seed(finished: Finished) -> None:
     _, result = finished
     assert result.complete
@@ -106,9 +103,6 @@ def test_one_table_is_written_in_every_form(finished: Finished) -> None:
     assert titles == ["PSNR (dB)", "SSIM", "params (M)", "OPs (G)", "sampling step (ms)"]
     assert result.table().row_count == 2
     assert result.__rich__().columns[0].header == "cell"
-
-
-# What a study does not do twice.
 
 
 def test_finished_runs_are_not_repeated(
@@ -202,9 +196,6 @@ def test_a_plugin_that_was_changed_makes_another_run(pictures: Path, tmp_path: P
     assert ablate(path, dry_run=True).runs[0].params > 0
     plugin.write_text(text + "# changed\n", encoding="utf-8")
     assert run.fingerprint() != before
-
-
-# Failures, selection, dry runs.
 
 
 def test_a_failing_cell_is_recorded_and_the_others_go_on(pictures: Path, tmp_path: Path) -> None:
@@ -351,9 +342,6 @@ def test_seeds_that_are_missing_are_left_out_of_the_mean() -> None:
 def test_times_are_shown_in_a_fitting_unit() -> None:
     text = table(row("a", train_step_seconds=1.234, sample_step_seconds=0.0123)).to_markdown()
     assert "| 1.23 s | 12.3 ms |" in text
-
-
-# The command.
 
 
 def test_the_command_lists_shows_and_runs(pictures: Path, tmp_path: Path) -> None:

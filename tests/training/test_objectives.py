@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import uniform_filter
 
-import binarize
 from binarize.errors import BinarizeError
 from binarize.imaging import ImagePairs, degrade, read_image, upscale_bicubic
 from binarize.models import SRUNet, SuperResolutionPipeline
@@ -38,9 +37,6 @@ def small(**options: Any) -> SRUNet:
 def targets(a: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return prediction type -> training target for the cumulative product a."""
     return {"epsilon": noise, "sample": clean, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * clean}
-
-
-# Residuals.
 
 
 def test_the_residual_scale_is_the_standard_deviation_of_residuals(tmp_path: Path) -> None:
@@ -145,9 +141,6 @@ def test_invalid_options(options: Any, message: str) -> None:
         build()
 
 
-# Min-SNR.
-
-
 @given(step=st.integers(1, 1999), gamma=st.floats(0.1, 20.0), seed=st.integers(0, 100))
 def test_min_snr_weights_image_errors_equally_for_all_predictions(step: int, gamma: float, seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -178,9 +171,6 @@ def test_a_run_uses_the_weights(recipe: Any) -> None:
     assert weighted.history[0].loss == pytest.approx(1e-5 * plain.history[0].loss, rel=1e-3)
 
 
-# Fine detail of the condition.
-
-
 FOUR_STEPS = ("scheduler.num_train_timesteps=100", "scheduler.timestep_spacing=trailing", "num_inference_steps=4")
 
 
@@ -201,29 +191,6 @@ def test_a_share_of_timesteps_is_that_of_sampling(recipe: Any) -> None:
     assert len(others) > 150
     assert set(timesteps_of(recipe(*FOUR_STEPS, "sampling_timesteps_share=1"), 200)) == set(visited)
     assert all(one == other for one, other in others)  # uniform draws are those of a run without the key
-
-
-def test_sampling_steps_may_change_in_a_run_unless_timesteps_depend_on_them(recipe: Any) -> None:
-    for out, share in (("free", "0"), ("bound", "0.5")):
-        options = (f"sampling_timesteps_share={share}", "max_train_steps=2", "resume_from_checkpoint=latest")
-        train(recipe(*options, "num_inference_steps=2", out=out), progress=False)
-        changed = recipe(*options, "num_inference_steps=3", out=out)
-        if share == "0":
-            train(changed, progress=False)
-            continue
-        with pytest.raises(BinarizeError, match=r"keys that change the result:\n  num_inference_steps: was 2, is 3\n"):
-            train(changed, progress=False)
-
-
-def test_missing_keys_of_old_checkpoints_have_defaults(recipe: Any) -> None:
-    options = ("max_train_steps=2", "resume_from_checkpoint=latest")
-    result = train(recipe(*options), progress=False)
-    saved = result.checkpoint / "recipe.yaml"
-    lines = saved.read_text(encoding="utf-8").splitlines(keepends=True)
-    saved.write_text("".join(line for line in lines if not line.startswith("sampling_timesteps_share")))
-    train(recipe(*options), progress=False)
-    with pytest.raises(BinarizeError, match=r"sampling_timesteps_share: was 0\.0, is 0\.5"):
-        train(recipe(*options, "sampling_timesteps_share=0.5"), progress=False)
 
 
 def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
@@ -251,20 +218,3 @@ def test_invalid_detail_factors(factor: Any) -> None:
         small(detail_factor=factor)
     with pytest.raises(BinarizeError, match=r"detail_factor=30 needs a condition"):
         small(in_channels=3, detail_factor=30)
-
-
-@pytest.mark.parametrize("structure", [("conv", "wide"), ("cp", "cs")])
-def test_detail_survives_rewiring_saving_and_the_pipeline(structure: tuple[str, str], tmp_path: Path) -> None:
-    network = small(detail_factor=16.0, resampling=structure[0], fusion=structure[1])
-    binarize.convert(network, "bidiffsr")
-    pipeline = SuperResolutionPipeline(network, scale=2)
-    pipeline.save_pretrained(tmp_path)
-    loaded = SuperResolutionPipeline.from_pretrained(tmp_path, pack=False)
-    assert loaded.unet.config["detail_factor"] == 16.0
-    low = torch.rand(1, 3, 9, 7)
-    results = []
-    for pipe in (pipeline, loaded):
-        noise = torch.Generator().manual_seed(1)
-        results.append(pipe(low, num_inference_steps=2, generator=noise, output_type="pt").images)
-    assert torch.equal(*results)
-    assert "conv_in" in str(binarize.summary(network))

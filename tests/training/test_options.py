@@ -117,9 +117,6 @@ def test_a_launcher_that_shards_parameters_is_an_error(recipe: Any, monkeypatch:
     assert train(recipe("max_train_steps=1"), progress=False).steps == 1
 
 
-# The log.
-
-
 def test_the_log_has_flips_memory_and_speed(trained: Any, recipe: Any) -> None:
     options = ("learning_rate=1e-2", "logging_steps=2", "checkpointing_steps=2")
     result = trained(*options)
@@ -190,9 +187,6 @@ def test_a_tracker_that_cannot_start_is_an_error(recipe: Any, monkeypatch: pytes
     monkeypatch.setattr(Accelerator, "init_trackers", fail)
     with pytest.raises(BinarizeError, match=r"report_to: tensorboard cannot start: disk on fire\."):
         train(recipe("report_to=tensorboard"), progress=False)
-
-
-# The best model.
 
 
 @pytest.fixture

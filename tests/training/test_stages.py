@@ -38,9 +38,6 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, 16, 16), torch.tensor([5, 1500]), torch.rand(2, 3, 16, 16)
 
 
-# Stages: single layers.
-
-
 def test_delayed_parts_are_a_plain_convolution_at_first_and_the_method_later() -> None:
     scale = delayed("input_mean", 0.5)
     method = Method(activation=delayed("ste", 0.5), weight=delayed("scaled_sign", 0.75), scale=scale)
@@ -63,9 +60,6 @@ def test_delayed_parts_are_a_plain_convolution_at_first_and_the_method_later() -
     binarize.training_step(layer, 0.75)
     alpha = weight.abs().mean((1, 2, 3)).view(1, -1, 1, 1)
     torch.testing.assert_close(layer(x), mean * alpha * F.conv2d(signs, hard_sign(weight), padding=1))
-
-
-# Stages: recipes.
 
 
 @pytest.mark.parametrize("method", [name for name in list_methods() if name != "custom"])
@@ -147,9 +141,6 @@ def test_a_model_saved_between_stages_stays_as_it_is(recipe: Any, monkeypatch: p
     assert caught.value.checkpoint.name == "checkpoint-3"
 
 
-# A trained twin.
-
-
 @pytest.mark.parametrize("inside", ["", "model", "model/unet"])
 def test_a_binary_network_starts_from_full_precision_weights(inside: str, twin: Path) -> None:
     trained = SRUNet.from_pretrained(twin / "model" / "unet")
@@ -195,9 +186,6 @@ def test_invalid_binary_networks_to_start_from(recipe: Any, trained: Any, tmp_pa
         train(recipe(f"init_from={tmp_path / 'packed'}"), progress=False)
     with pytest.raises(BinarizeError, match=r"another network than the recipe's:\n  conversion: "):
         train(recipe(f"init_from={binary.output_dir}", "method=reactnet"), progress=False)
-
-
-# A teacher.
 
 
 def lesson(twin: Path, section: str, *overrides: str) -> tuple[Any, SRUNet, SRUNet, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from binarize.recipes import DistillationSection, Recipe, load_recipe
 from binarize.training import Checkpoints, DivergedError, TrainingInterrupted, load_checkpoint, train
 from binarize.training import objective as training_objective
 from binarize.training import processes as training_processes
-from binarize.training.resume import _RESUMABLE
+from binarize.training.resume import _RESUMABLE, check_resumable
 from binarize.training.samples import NoisySamples
 from binarize.training.signals import StopRequest
 
@@ -136,9 +137,6 @@ def test_a_run_with_timm_resumes_exactly(trained: Any, resume: Any) -> None:
     assert_same(trained(*options).checkpoint, resume(3, *options).checkpoint)
 
 
-# Output folders.
-
-
 def test_an_existing_run_is_only_resumed_or_replaced_on_request(recipe: Any) -> None:
     run = recipe("max_train_steps=1")
     train(run, progress=False)
@@ -204,27 +202,46 @@ def test_runs_that_cannot_start(
         train(run, progress=False)
 
 
-def test_changes_of_the_recipe_are_listed_when_a_run_resumes(recipe: Any, cut: Callable[..., Path]) -> None:
-    cut(3)
-    changed = ("learning_rate=5e-4", "model.dropout=0.5", "train_batch_size=2", RESUME)
-    message = (
-        r"the recipe differs in keys that change the result:\n  learning_rate: was 0\.001, is 0\.0005\n"
-        r"  model\.dropout: was 0\.0, is 0\.5\n  samples per optimiser step: were 4, are 2; they are train_batch_size "
-    )
-    with pytest.raises(BinarizeError, match=message):
-        train(recipe(*changed, out="cut"), progress=False)
+TOTALS = (
+    "samples per optimiser step: were 4, are 2; they are train_batch_size * gradient_accumulation_steps * processes"
+)
+LONGER = "max_train_steps: was 6, is 7"
 
 
 @pytest.mark.parametrize(
-    "schedule", [("lr_scheduler=cosine",), ("method=irnet",), ("method=reactnet", "two_stage=0.5")], ids=str
+    ("then", "now", "changes"),
+    [
+        ("", "max_train_steps=7 report_to=tensorboard train_batch_size=2 gradient_accumulation_steps=2", []),
+        (
+            "",
+            "learning_rate=5e-4 model.dropout=0.5",
+            ["learning_rate: was 0.001, is 0.0005", "model.dropout: was 0.0, is 0.5"],
+        ),
+        ("", "train_batch_size=2", [TOTALS]),
+        ("", "residual_strength=1.5 target=residual", ["target: was 'image', is 'residual'"]),
+        ("", "num_inference_steps=3", []),
+        ("sampling_timesteps_share=0.5", "num_inference_steps=3", ["num_inference_steps: was 2, is 3"]),
+        ("lr_scheduler=cosine", "max_train_steps=7", [LONGER]),
+        ("method=irnet", "max_train_steps=7", [LONGER]),
+        ("method=reactnet two_stage=0.5", "max_train_steps=7", [LONGER]),
+    ],
 )
-def test_schedules_fix_the_length(schedule: tuple[str, ...], recipe: Any, cut: Callable[..., Path]) -> None:
-    cut(2, *schedule, "max_train_steps=2")
-    with pytest.raises(BinarizeError, match="max_train_steps: was 2, is 3"):
-        train(recipe(*schedule, "max_train_steps=3", RESUME, out="cut"), progress=False)
-
-
-# Failures during a run.
+def test_changes_of_the_recipe_when_a_run_resumes(then: str, now: str, changes: list[str], recipe: Any) -> None:
+    unclipped = "scheduler.clip_sample=false"
+    saved, changed = recipe(unclipped, *then.split()), recipe(unclipped, *then.split(), *now.split())
+    text = "".join(
+        line for line in saved.to_yaml().splitlines(True) if "timesteps_share: 0.0" not in line
+    )  # an old file
+    totals = [one.train_batch_size * one.gradient_accumulation_steps for one in (changed, saved)]
+    check = functools.partial(check_resumable, changed, totals[0], text, totals[1], Path("checkpoint-3"))
+    if not changes:
+        return check()
+    lines = "\n".join(
+        ["recipe differs in keys that change the result:", *(f"  {line}" for line in changes), "Set these"]
+    )
+    with pytest.raises(BinarizeError, match=re.escape(lines)):
+        check()
+    return None
 
 
 @pytest.mark.parametrize(("what", "names"), [("loss", r"p\d;"), ("gradient", r"p\d, .*;")])
