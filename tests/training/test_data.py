@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -17,10 +16,6 @@ from PIL import Image
 from binarize.errors import BinarizeError
 from binarize.imaging import ImagePairs, degrade, upscale_bicubic
 from binarize.training.data import PairedPatches
-
-SHARED = Path(os.environ.get("BINARIZE_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
-SET5 = SHARED / "data" / "Set5"
-needs_set5 = pytest.mark.skipif(not SET5.is_dir(), reason="the Set5 images are not on this machine")
 
 
 def write(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -181,16 +176,6 @@ class TestPairs:
         for folders, message in (([tmp_path / "missing"], "no such folder"), ([folder, tmp_path], "holds no images")):
             with pytest.raises(BinarizeError, match=message):
                 ImagePairs(*folders, scale=2)
-
-    @needs_set5
-    @pytest.mark.parametrize("scale", [2, 4])
-    def test_set5_by_name_equals_made_on_the_fly(self, scale: int) -> None:
-        made = ImagePairs(SET5 / "HR", scale=scale)
-        read = ImagePairs(SET5 / "HR", SET5 / "LR_bicubic", scale=scale)
-        for one, two in zip(made, read, strict=True):
-            assert one.name == two.name
-            assert torch.equal(one.hr, two.hr)
-            assert torch.equal(one.lr, two.lr)
 
     @pytest.mark.parametrize("name", ["a.png", "ax2.png", "a_x2.png", "AX2.PNG"])
     def test_names_that_match(self, name: str, tmp_path: Path) -> None:

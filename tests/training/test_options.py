@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -181,10 +182,7 @@ def test_wandb_gets_the_same_without_a_network(recipe: Any, pictures: Path, monk
 
 
 def test_a_tracker_that_cannot_start_is_an_error(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Accelerator, *arguments: Any, **options: Any) -> None:
-        raise OSError("disk on fire")
-
-    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    monkeypatch.setattr(Accelerator, "init_trackers", mock.Mock(side_effect=OSError("disk on fire")))
     with pytest.raises(BinarizeError, match=r"report_to: tensorboard cannot start: disk on fire\."):
         train(recipe("report_to=tensorboard"), progress=False)
 
