@@ -32,6 +32,7 @@ OPTIONS = (
     "checkpointing_steps=2", "checkpoints_total_limit=2", "validation_steps=4", "num_validation_images=1",
     "num_inference_steps=1", RESUME,
 )  # fmt: skip
+END = "checkpoint-10"
 # The event of a moment is counted in the killed process, which resumes from the checkpoint that the kill before left.
 MOMENTS = (
     ("step", 3),  # in the forward pass of step 3, after checkpoint-2
@@ -124,10 +125,6 @@ def launch(images: Path, folder: Path, processes: int, moment: tuple[str, int] |
         raise SystemExit(f"{folder.name}: the run ended with {[child.exitcode for child in children]}, moment {moment}")
 
 
-def end(folder: Path) -> Path:
-    return folder / "checkpoint-10"
-
-
 def check_killed(images: Path, work: Path, processes: int, moments: tuple[tuple[str, int], ...]) -> None:
     """Kill one run at all moments, one after another, and compare its end with that of the uninterrupted run."""
     whole, folder = work / f"whole-{processes}", work / f"killed-{processes}"
@@ -136,7 +133,7 @@ def check_killed(images: Path, work: Path, processes: int, moments: tuple[tuple[
         for path in Checkpoints(folder, None).list().values():
             load_checkpoint(path)  # every checkpoint under its name is complete
     launch(images, folder, processes)
-    wrong = differences(load_checkpoint(end(whole))[0], load_checkpoint(end(folder))[0])
+    wrong = differences(load_checkpoint(whole / END)[0], load_checkpoint(folder / END)[0])
     wrong += [str(path) for path in folder.rglob(".*")]
     for name in ("model", "best"):
         files = [path.relative_to(whole) for path in (whole / name).rglob("*.safetensors")]
@@ -150,14 +147,14 @@ def main(images: Path, work: Path) -> None:
     """Run all checks; exit with status 1 if one fails."""
     for processes in (1, 2):
         launch(images, work / f"whole-{processes}", processes)
-    assert_close(end(work / "whole-1"), end(work / "whole-2"))
+    assert_close(work / "whole-1" / END, work / "whole-2" / END)
     check_killed(images, work, 1, MOMENTS)
     check_killed(images, work, 2, MOMENTS[::2])
     for first, second in ((1, 2), (2, 1)):
         folder = work / f"{first} to {second}"
         launch(images, folder, first, ("step", 7))
         launch(images, folder, second)
-        assert_close(end(work / "whole-1"), end(folder))
+        assert_close(work / "whole-1" / END, folder / END)
     print("one process and two give the same result and resume as each other")
 
 
