@@ -26,34 +26,11 @@ from binarize.recipes.sections import (
 from binarize.recipes.stages import last_stage_end
 
 __all__ = [
-    "DistillationSection",
-    "Figures",
-    "MethodSection",
-    "ModelSection",
-    "ProgressiveSection",
-    "PublishedSection",
-    "Recipe",
-    "SchedulerSection",
-    "build",
-    "build_model",
-    "build_pipeline",
-    "build_scheduler",
-    "copy_recipe",
-    "import_plugins",
-    "last_stage_end",
-    "list_recipes",
-    "load_recipe",
-    "recipe_path",
-    "remove_stages",
-    "validate",
-]
+    "DistillationSection", "Figures", "MethodSection", "ModelSection", "ProgressiveSection", "PublishedSection",
+    "Recipe", "SchedulerSection", "build", "build_model", "build_pipeline", "build_scheduler", "copy_recipe",
+    "import_plugins", "last_stage_end", "list_recipes", "load_recipe", "recipe_path", "remove_stages", "validate",
+]  # fmt: skip
 
 _IN_STUDIES = ("CellSection", "EvaluationSection", "Study", "list_studies", "load_study", "study_path")
-__getattr__ = renamed(
-    __name__,
-    {
-        "settled": "remove_stages",
-        "stages_end": "last_stage_end",
-        **{name: f"binarize.studies.schema:{name}" for name in _IN_STUDIES},
-    },
-)
+_MOVED = {name: f"binarize.studies.schema:{name}" for name in _IN_STUDIES}
+__getattr__ = renamed(__name__, {"settled": "remove_stages", "stages_end": "last_stage_end", **_MOVED})

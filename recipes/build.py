@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,17 +28,10 @@ if TYPE_CHECKING:
 
 
 def import_plugins(plugins: Sequence[str]) -> None:
-    """Import a recipe's plugins (dotted names or .py files), once per process, so that their methods exist.
-
-    Raises:
-        BinarizeError: If a plugin does not exist or raises while it is imported.
-    """
+    """Import a recipe's plugins (dotted names or .py files), once per process, so that their methods exist."""
     for plugin in plugins:
         try:
-            if plugin.endswith(".py"):
-                _import_file(Path(plugin))
-            else:
-                importlib.import_module(plugin)
+            (_import_file if plugin.endswith(".py") else importlib.import_module)(plugin)
         except BinarizeError:
             raise
         except Exception as error:  # a user's file can raise anything
@@ -46,16 +39,16 @@ def import_plugins(plugins: Sequence[str]) -> None:
             raise BinarizeError(f"plugins: cannot import {plugin!r}: {type(error).__name__}: {error}.{hint}") from error
 
 
-def _import_file(path: Path) -> None:
+def _import_file(plugin: str) -> None:
+    path = Path(plugin).resolve()
     if not path.is_file():
-        raise BinarizeError(f"plugins: there is no file {str(path)!r}; paths are relative to the recipe's folder.")
-    path = path.resolve()
+        raise BinarizeError(f"plugins: there is no file {plugin!r}; paths are relative to the recipe's folder.")
     name = f"binarize_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise BinarizeError(f"plugins: {str(path)!r} is not a Python file.")
+    assert spec is not None  # the name ends in .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -68,12 +61,8 @@ def _import_file(path: Path) -> None:
 def build(recipe: str | os.PathLike[str] | Recipe, *overrides: str) -> SRUNet:
     """Return the converted, untrained network of a recipe: ``binarize.build("bidiffsr_x4")``.
 
-    Args:
-        recipe: An installed recipe's name, the path of a YAML file, or a loaded `binarize.recipes.Recipe`.
-        *overrides: ``"key=value"`` strings that change the recipe, such as ``"method.groups=2"``.
-
-    Raises:
-        BinarizeError: If the recipe does not exist or is not valid, or if overrides are given with a loaded recipe.
+    The recipe is an installed recipe's name, the path of a YAML file, or a loaded `binarize.recipes.Recipe`; overrides
+    are ``"key=value"`` strings that change it, such as ``"method.groups=2"``.
     """
     if isinstance(recipe, Recipe) and overrides:
         raise BinarizeError(f"build: a loaded recipe takes no overrides; got {overrides}. Give them to load_recipe.")
@@ -84,13 +73,7 @@ def build_model(recipe: Recipe, network: SRUNet | None = None) -> SRUNet:
     """Return a recipe's converted, untrained network on torch's current default device.
 
     Initial weights come from torch's global random state; `binarize.training.train` seeds it with the recipe's seed.
-
-    Args:
-        recipe: The recipe.
-        network: A full-precision network to convert in place, such as a trained one; by default a new network.
-
-    Raises:
-        BinarizeError: If a plugin cannot be imported, the network cannot be built, or it cannot be converted.
+    A full-precision ``network`` is converted in place instead of a new one.
     """
     from binarize.models import SRUNet
 
@@ -102,14 +85,10 @@ def build_model(recipe: Recipe, network: SRUNet | None = None) -> SRUNet:
     if last_stage_end(recipe) is not None:
         methods = {name: layer.method for name, layer in binary_layers(_network_without_stages(recipe))}
         overrides = {**(overrides or {}), **staged_overrides(recipe, methods)}
-    return convert(
-        model,
-        recipe.method.spec,
-        structure=recipe.structure,
-        keep=None if recipe.keep is None else list(recipe.keep),
-        overrides=overrides,
-        linear=recipe.linear if isinstance(recipe.linear, bool) else list(recipe.linear),
-    )
+    keep = None if recipe.keep is None else list(recipe.keep)
+    linear = recipe.linear if isinstance(recipe.linear, bool) else list(recipe.linear)
+    options: dict[str, Any] = {"structure": recipe.structure, "overrides": overrides}
+    return convert(model, recipe.method.spec, keep=keep, linear=linear, **options)
 
 
 def remove_stages(recipe: Recipe, model: SRUNet) -> SRUNet:
@@ -127,30 +106,17 @@ def _network_without_stages(recipe: Recipe) -> SRUNet:
 def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
     """Return the pipeline that samples from a recipe's network.
 
-    Args:
-        recipe: Its noise schedule, scale, target and sampling steps are used. If residuals are diffused,
-            ``residual_scale`` must be set, as it is in the ``recipe.yaml`` of a run.
-        unet: The network.
-
-    Raises:
-        BinarizeError: If ``residual_scale`` is needed and not set.
+    If residuals are diffused, ``residual_scale`` must be set, as it is in the ``recipe.yaml`` of a run.
     """
     from binarize.models import SuperResolutionPipeline
 
     if recipe.target == "residual" and recipe.residual_scale is None:
-        raise BinarizeError(
-            "residual_scale: not set, and the pipeline of a network that predicts residuals needs it; copy it from the "
-            "recipe.yaml that the run wrote."
-        )
-    return SuperResolutionPipeline(
-        unet,
-        build_scheduler(recipe),
-        scale=recipe.scale,
-        residual_scale=recipe.residual_scale,
-        residual_strength=recipe.residual_strength,
-        # A schedule with fewer timesteps than sampling steps must not make saving fail at the end of a long training.
-        num_inference_steps=min(recipe.num_inference_steps, recipe.scheduler.num_train_timesteps),
-    )
+        raise BinarizeError("residual_scale: not set, and the pipeline needs it; copy it from the run's recipe.yaml.")
+    # A schedule with fewer timesteps than sampling steps must not make saving fail at the end of a long training.
+    steps = min(recipe.num_inference_steps, recipe.scheduler.num_train_timesteps)
+    names = ("scale", "residual_scale", "residual_strength")
+    options: dict[str, Any] = {name: getattr(recipe, name) for name in names}
+    return SuperResolutionPipeline(unet, build_scheduler(recipe), num_inference_steps=steps, **options)
 
 
 def build_scheduler(recipe: Recipe) -> DDIMScheduler:
@@ -166,22 +132,13 @@ def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()
     In addition to the checks of `load_recipe`, this imports the plugins, builds the converted network on the meta
     device (which finds unknown methods and options, globs that match no module, and structures that cannot be built),
     and checks that the data folders exist.
-
-    Args:
-        name_or_path: An installed recipe's name, or the path of a YAML file.
-        overrides: ``"key=value"`` strings, as for `load_recipe`.
-
-    Raises:
-        BinarizeError: If anything is wrong.
     """
     recipe = load_recipe(name_or_path, overrides)
     with torch.device("meta"):
         build_model(recipe)
-    missing = [
-        f"  {key}: there is no folder {str(folder)!r}."
-        for key in ("train_data_dir", "train_lr_data_dir", "validation_data_dir", "validation_lr_data_dir")
-        if (folder := getattr(recipe, key)) is not None and not folder.is_dir()
-    ]
+    keys = ("train_data_dir", "train_lr_data_dir", "validation_data_dir", "validation_lr_data_dir")
+    folders = {key: folder for key in keys if (folder := getattr(recipe, key)) is not None}
+    missing = [f"  {key}: there is no folder {str(path)!r}." for key, path in folders.items() if not path.is_dir()]
     if missing:
         raise BinarizeError("\n".join([f"recipe {str(name_or_path)!r} names folders that do not exist:", *missing]))
     return recipe

@@ -25,20 +25,12 @@ _NOT_INHERITED = ("description", "published", "base", "output_dir")
 
 
 def list_recipes() -> dict[str, str]:
-    """Return the installed recipes as name -> one-line description.
-
-    The main recipes come first, then the rows of the paper (``paper/...``) and the examples of training options
-    (``training/...``).
-    """
+    """Return the installed recipes as name -> one-line description, the main ones first."""
     return {name: str(read_yaml(path, "recipe").get("description", "")) for name, path in _installed().items()}
 
 
 def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the file of a recipe, given an installed recipe's name or the path of a YAML file.
-
-    Raises:
-        BinarizeError: If there is no such recipe or file.
-    """
+    """Return the file of a recipe, given an installed recipe's name or the path of a YAML file."""
     return find_file("recipe", name_or_path, _installed(), "binarize recipes ls")
 
 
@@ -51,22 +43,17 @@ def find_file(kind: str, name_or_path: str | os.PathLike[str], installed: Mappin
         raise BinarizeError(f"there is no {kind} file {text!r}; `{command}` lists what is installed.")
     if text in installed:
         return installed[text]
-    raise BinarizeError(
-        f"unknown {kind} {text!r}; installed: {', '.join(_abbreviated(installed))}. The path of your own file must end "
-        f"in .yaml.{did_you_mean(text, installed)}"
-    )
+    hint = f"A path must end in .yaml.{did_you_mean(text, installed)}"
+    raise BinarizeError(f"unknown {kind} {text!r}; installed: {', '.join(_abbreviated(installed))}. {hint}")
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Return a validated recipe.
+    """Return a validated recipe, or raise an error that lists everything that is wrong, one per line.
 
     Args:
         name_or_path: An installed recipe's name, or the path of a YAML file.
         overrides: ``"key=value"`` strings, applied last. A dotted key reaches into a section
             (``"model.base_channels=32"``). The value is YAML (``1e-4``, ``[1, 2]``, ``null``).
-
-    Raises:
-        BinarizeError: If the recipe is unknown, is not YAML, or has errors. All errors are listed, one per line.
     """
     path = recipe_path(name_or_path)
     data = _with_bases(path, ())
@@ -82,16 +69,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
 
 
 def copy_recipe(name: str, dest: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Copy a recipe's file for editing and return the path of the copy.
-
-    Args:
-        name: An installed recipe's name, or the path of a YAML file.
-        dest: The new file, or an existing folder.
-        force: Overwrite an existing file.
-
-    Raises:
-        BinarizeError: If there is no such recipe, the file exists, or it cannot be written.
-    """
+    """Copy a recipe's file for editing to a new file or into a folder, and return the path of the copy."""
     source, target = recipe_path(name), Path(dest)
     if target.is_dir():
         target = target / source.name
@@ -121,8 +99,7 @@ def beside(folder: Path, plugins: Sequence[Any]) -> list[Any]:
 
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Apply one ``"key=value"`` string to a recipe or study in place; a dotted key reaches into a section."""
-    key, equals, text = override.partition("=")
-    key = key.strip()
+    key, equals, text = map(str.strip, override.partition("="))
     if not equals or not key:
         raise BinarizeError(f"the override {override!r} is not key=value; write, for example, learning_rate=2e-4.")
     value = parse_yaml(text, f"the override {override!r}")
@@ -171,14 +148,13 @@ def _merge(base: Mapping[str, Any], derived: Mapping[str, Any]) -> dict[str, Any
     merged = dict(base)
     for key, value in derived.items():
         below = _as_section(key, merged.get(key))
-        merges = key in MERGED_SECTIONS and isinstance(below, dict) and not replaces_method(key, value)
-        merged[key] = {**below, **value} if merges and isinstance(value, dict) else value
+        merged[key] = {**below, **value} if isinstance(below, dict) and merges(key, value) else value
     return merged
 
 
-def replaces_method(key: str, value: Any) -> bool:
-    """Whether a value names a method, which drops the base's options: they mean nothing to another method."""
-    return key == "method" and isinstance(value, Mapping) and "name" in value
+def merges(key: str, value: Any) -> bool:
+    """Whether a value changes a section's keys one by one. One that names a method replaces the section."""
+    return key in MERGED_SECTIONS and isinstance(value, Mapping) and not (key == "method" and "name" in value)
 
 
 def _as_section(key: str, value: Any) -> Any:

@@ -9,15 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
-from binarize.recipes.sections import (
-    DistillationSection,
-    MethodSection,
-    ModelSection,
-    ProgressiveSection,
-    PublishedSection,
-    SchedulerSection,
-    Section,
-)
+from binarize.recipes import sections
+from binarize.recipes.sections import ModelSection
 from binarize.recipes.yaml_text import to_yaml
 
 _WARMED_UP = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -29,7 +22,7 @@ _TIMM_NAME = re.compile(r"timm/\w+")
 _MIN_RESIDUAL_CLIP = 5.0
 
 
-class Recipe(Section):
+class Recipe(sections.Section):
     """One training run, complete: network, binarizer, noise schedule, data, optimiser and bookkeeping.
 
     A recipe is immutable and does not depend on the machine. Keys have the names and meanings of diffusers' training
@@ -38,125 +31,74 @@ class Recipe(Section):
     """
 
     description: str = Field(default="", description="One line for `binarize recipes ls`.")
-    published: PublishedSection | None = Field(default=None, description="The published row that this reproduces.")
-    plugins: tuple[str, ...] = Field(
-        default=(), description="Modules or .py files imported before the model is built, to register methods."
-    )
+    published: sections.PublishedSection | None = None
+    """The published row that this reproduces."""
+    plugins: tuple[str, ...] = Field(default=(), description="Modules or .py files to import, to register methods.")
 
-    scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="The noise schedule.")
+    scheduler: sections.SchedulerSection = Field(default_factory=sections.SchedulerSection)
+    """The noise schedule."""
     scale: int = Field(ge=2, description="Upscaling factor of each side.")
     model: ModelSection = Field(default_factory=ModelSection, validate_default=True, description="The network.")
-    method: MethodSection | None = Field(
-        default=None,
-        description="The binarization method: a name, `{name: ..., option: ...}`, or null (no conversion).",
-    )
-    structure: Literal["auto", "keep", "cp_cs"] = Field(
-        default="auto",
-        description="keep: the network's own structure; cp_cs: CP-Down, CP-Up, CS-Fusion; auto: the method's choice.",
-    )
+    method: sections.MethodSection | None = None
+    """The binarization method: a name, `{name: ..., option: ...}`, or null (no conversion)."""
+    structure: Literal["auto", "keep", "cp_cs"] = "auto"
+    """keep: the network's own structure; cp_cs: CP-Down, CP-Up, CS-Fusion; auto: the method's choice."""
     keep: tuple[str, ...] | None = Field(default=None, description="Globs of modules that stay full precision.")
     overrides: dict[str, Any] | None = Field(default=None, description="Glob of modules -> their method or options.")
-    linear: bool | tuple[str, ...] = Field(
-        default=False, description="Binarize linear layers too: true, or globs of module names."
-    )
+    linear: bool | tuple[str, ...] = Field(default=False, description="Binarize linear layers: true, or name globs.")
 
-    two_stage: float | None = Field(
-        default=None, gt=0, lt=1, description="Share of the steps with full-precision weights and binary activations."
-    )
-    progressive: ProgressiveSection | None = Field(
-        default=None, description="Blocks that become binary one after another: `{blocks: [globs], until: share}`."
-    )
-    init_from: Path | None = Field(
-        default=None,
-        description="Trained model to start from: a full-precision network, which is converted, or the same network.",
-    )
+    two_stage: float | None = Field(default=None, gt=0, lt=1, description="Share of steps with full-precision weights.")
+    progressive: sections.ProgressiveSection | None = None
+    """Blocks that become binary one after another: `{blocks: [globs], until: share}`."""
+    init_from: Path | None = Field(default=None, description="Trained network to start from, full precision or binary.")
 
     train_data_dir: Path | None = Field(default=None, description="Folder of high-resolution training images.")
-    train_lr_data_dir: Path | None = Field(
-        default=None,
-        description="Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does.",
-    )
-    resolution: PositiveInt = Field(
-        default=128, validate_default=True, description="Side of a training patch in high-resolution pixels."
-    )
+    train_lr_data_dir: Path | None = None
+    """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
+    resolution: PositiveInt = Field(default=128, validate_default=True)
+    """Side of a training patch in high-resolution pixels."""
     augment: bool = Field(default=True, description="Apply one of the eight flips and rotations to each patch.")
-    patch_candidates: PositiveInt = Field(
-        default=1, description="Random positions per patch; the one with the most texture is used."
-    )
+    patch_candidates: PositiveInt = Field(default=1, description="Random positions; the most textured one is used.")
     dataloader_num_workers: NonNegativeInt = Field(default=0, description="Worker processes; 0 loads in this process.")
 
-    output_dir: Path = Field(
-        default=Path("runs/unnamed"), description="Output folder; by default runs/ and the recipe's name."
-    )
+    output_dir: Path = Field(default=Path("runs/unnamed"), description="Output folder; default: runs/ and the name.")
     seed: NonNegativeInt = Field(default=0, description="Seed of weights, patches, timesteps, noise and dropout.")
     train_batch_size: PositiveInt = Field(default=16, description="Patches per process and forward pass.")
     gradient_accumulation_steps: PositiveInt = Field(default=1, description="Forward passes per optimiser step.")
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass: less memory, more time."
-    )
-    memory_mode: Literal["exact", "compact"] = Field(
-        default="exact",
-        description="What binary convolutions keep for the backward pass: their input, or one byte per element of it "
-        "(see `binarize.memory_mode`).",
-    )
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass.")
+    memory_mode: Literal["exact", "compact"] = "exact"
+    """What binary convolutions keep for the backward pass (see `binarize.memory_mode`)."""
     compile: bool = Field(default=False, description="Run the network through torch.compile.")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Autocast precision.")
     allow_tf32: bool = Field(default=False, description="Let CUDA round the inputs of matrix products to TF32.")
     max_train_steps: PositiveInt = Field(default=1_000_000, description="Optimiser steps.")
 
     loss: Literal["l1", "l2", "charbonnier"] = Field(default="l1", description="Loss between prediction and target.")
-    target: Literal["image", "residual"] = Field(
-        default="image", description="What is diffused: the image, or (image - upscaled image) / `residual_scale`."
-    )
-    residual_scale: float | None = Field(
-        default=None,
-        gt=0,
-        validate_default=True,
-        description="Standard deviation of the residuals; by default measured on the training images.",
-    )
-    residual_strength: float = Field(
-        default=1.0, gt=0, description="Factor on predicted residuals when sampling; above 1 sharpens."
-    )
-    snr_gamma: float | None = Field(
-        default=None, gt=0, description="Gamma of Min-SNR timestep weighting (the paper uses 5); null: no weighting."
-    )
-    distillation: DistillationSection | None = Field(
-        default=None, description="Train with a trained network as the teacher: `{teacher: folder, ...}`."
-    )
-    timesteps_per: Literal["sample", "batch"] = Field(
-        default="sample", description="Draw one timestep per image, or one for all images of an optimiser step."
-    )
-    sampling_timesteps_share: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Share of samples with a timestep that sampling in `num_inference_steps` steps visits; the others "
-        "are uniform over all.",
-    )
+    target: Literal["image", "residual"] = "image"
+    """What is diffused: the image, or (image - upscaled image) / `residual_scale`."""
+    residual_scale: float | None = Field(default=None, gt=0, validate_default=True)
+    """Standard deviation of the residuals; by default measured on the training images."""
+    residual_strength: float = Field(default=1.0, gt=0, description="Factor on sampled residuals; above 1 sharpens.")
+    snr_gamma: float | None = Field(default=None, gt=0, description="Gamma of Min-SNR timestep weighting (paper: 5).")
+    distillation: sections.DistillationSection | None = None
+    """Train with a trained network as the teacher: `{teacher: folder, ...}`."""
+    timesteps_per: Literal["sample", "batch"] = "sample"
+    """Draw one timestep per image, or one for all images of an optimiser step."""
+    sampling_timesteps_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples with a timestep that sampling visits; the others are uniform over all."""
 
-    optimizer: str = Field(
-        default="adam", description="`adam`, `adamw`, or an optimiser of timm by its name, such as `timm/lion`."
-    )
-    optimizer_options: dict[str, Any] = Field(
-        default_factory=dict, description="More arguments of the optimiser, such as `{momentum: 0.95}`."
-    )
+    optimizer: str = Field(default="adam", description="`adam`, `adamw`, or a name of timm, such as `timm/lion`.")
+    optimizer_options: dict[str, Any] = Field(default_factory=dict, description="More arguments of the optimiser.")
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the average gradient.")
     adam_beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the average squared gradient.")
-    adam_weight_decay: float = Field(
-        default=0.0, ge=0, description="Weight decay; latent weights, shifts, slopes, scales and norms have none."
-    )
+    adam_weight_decay: float = Field(default=0.0, ge=0, description="Weight decay, of full-precision weights alone.")
     adam_epsilon: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
     max_grad_norm: float | None = Field(default=None, gt=0, description="Clip the gradient to this norm; null: never.")
-    lr_scheduler: str = Field(
-        default="constant",
-        description="Learning-rate schedule: `constant`, `constant_with_warmup`, `linear`, `cosine`, "
-        "`cosine_with_restarts` or `polynomial` of diffusers, or one of timm, such as `timm/cosine`.",
-    )
-    lr_scheduler_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Arguments of timm's create_scheduler_v2, with steps for epochs, such as `{min_lr: 1e-6}`.",
-    )
+    lr_scheduler: str = "constant"
+    """Learning-rate schedule: one of diffusers, such as `cosine`, or one of timm, such as `timm/cosine`."""
+    lr_scheduler_options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of timm's create_scheduler_v2, with steps for epochs, such as `{min_lr: 1e-6}`."""
     lr_warmup_steps: NonNegativeInt = Field(default=0, description="Steps over which the rate rises from 0.")
     lr_num_cycles: PositiveInt = Field(default=1, description="Restarts of cosine_with_restarts.")
     lr_power: float = Field(default=1.0, gt=0, description="Exponent of polynomial.")
@@ -169,25 +111,19 @@ class Recipe(Section):
     resume_from_checkpoint: str | None = Field(default=None, description="`latest`, or a checkpoint's folder.")
 
     validation_data_dir: Path | None = Field(default=None, description="Folder of high-resolution validation images.")
-    validation_lr_data_dir: Path | None = Field(
-        default=None,
-        description="Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does.",
-    )
+    validation_lr_data_dir: Path | None = None
+    """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
     validation_steps: PositiveInt = Field(default=5000, description="Steps between validations.")
     num_validation_images: PositiveInt = Field(default=4, description="Images that a validation upscales.")
     num_inference_steps: PositiveInt = Field(default=50, description="Sampling steps of a validation.")
 
-    report_to: Literal["tensorboard", "wandb"] | None = Field(
-        default=None, description="Tracker of scalars and images: tensorboard or wandb."
-    )
+    report_to: Literal["tensorboard", "wandb"] | None = Field(default=None, description="Experiment tracker.")
     logging_steps: PositiveInt = Field(default=50, description="Steps between log entries; losses are means over them.")
 
     @field_validator("method", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"name": value}
-        return value
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -200,10 +136,8 @@ class Recipe(Section):
         scheduler = info.data.get("scheduler")
         given = value.num_train_timesteps
         if scheduler is not None and given is not None and given != scheduler.num_train_timesteps:
-            raise ValueError(
-                f"num_train_timesteps is {given} but the noise schedule's is {scheduler.num_train_timesteps}; "
-                "leave the model's out, or make them equal"
-            )
+            theirs = scheduler.num_train_timesteps
+            raise ValueError(f"num_train_timesteps is {given} but the noise schedule's is {theirs}; leave it out")
         return value
 
     @field_validator("structure", "keep", "overrides", "linear", "two_stage", "progressive", "memory_mode")
@@ -213,13 +147,7 @@ class Recipe(Section):
             raise ValueError("has no effect while method is null; name a method, or remove it")
         return value
 
-    @field_validator("train_lr_data_dir", "validation_lr_data_dir")
-    @classmethod
-    def _needs_hr(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        twin = str(info.field_name).replace("_lr", "")
-        if value is not None and info.data.get(twin, ...) is None:
-            raise ValueError(f"needs {twin}, the folder of the matching high-resolution images")
-        return value
+    _needs_hr = field_validator("train_lr_data_dir", "validation_lr_data_dir")(sections.needs_high_resolution)
 
     @field_validator("resolution")
     @classmethod
@@ -237,11 +165,8 @@ class Recipe(Section):
         scheduler = info.data.get("scheduler")
         limit = scheduler.clip_sample_range if scheduler is not None and scheduler.clip_sample else math.inf
         if value == "residual" and limit < _MIN_RESIDUAL_CLIP:
-            raise ValueError(
-                "residuals have unit variance and long tails, which sampling would clip at "
-                f"scheduler.clip_sample_range {limit:g}; set it to {_MIN_RESIDUAL_CLIP:g} or "
-                "more, or set scheduler.clip_sample to false"
-            )
+            fix = f"set it to {_MIN_RESIDUAL_CLIP:g} or more, or scheduler.clip_sample to false"
+            raise ValueError(f"residuals would be clipped at scheduler.clip_sample_range {limit:g}; {fix}")
         return value
 
     @field_validator("residual_scale", "residual_strength")

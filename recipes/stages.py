@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from binarize.errors import BinarizeError
 from binarize.layers import delayed
 from binarize.layers.parts import PartKind
 from binarize.methods import Method
+from binarize.modules import matches
 from binarize.recipes.schema import Recipe
 
 
@@ -45,13 +45,10 @@ def _binary_from(recipe: Recipe, layers: Iterable[str]) -> dict[str, float]:
     names, blocks = list(layers), recipe.progressive.blocks
     starts: dict[str, float] = {}
     for number, pattern in enumerate(blocks, 1):
-        # As in `keep`, a pattern that matches a block includes everything inside the block.
-        found = [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in (pattern, f"{pattern}.*"))]
+        found = [name for name in names if matches(pattern, name)]
         if not found:
-            raise BinarizeError(
-                f"progressive.blocks: the pattern {pattern!r} matches no binary layer; names look like "
-                f"{', '.join(names[:3])}."
-            )
+            reason = f"the pattern {pattern!r} matches no binary layer"
+            raise BinarizeError(f"progressive.blocks: {reason}; names look like {', '.join(names[:3])}.")
         for name in found:
             starts.setdefault(name, recipe.progressive.until * number / len(blocks))
     return starts

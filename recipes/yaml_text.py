@@ -28,9 +28,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if key in seen:
-                raise BinarizeError(
-                    f"the key {key!r} is given twice, on lines {seen[key]} and {line}; keep one of them."
-                )
+                raise BinarizeError(f"the key {key!r} is given twice, on lines {seen[key]} and {line}; keep one.")
             seen[key] = line
         return super().construct_mapping(node, deep=deep)
 
@@ -50,11 +48,10 @@ def parse_yaml(text: str, source: str) -> Any:
     """Return the data of one YAML document; errors name the source and the lines of what is wrong."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain data only
-    except yaml.MarkedYAMLError as error:
-        where = f" at line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-        raise BinarizeError(f"{source} is not valid YAML{where}: {error.problem}.") from error
     except yaml.YAMLError as error:
-        raise BinarizeError(f"{source} is not valid YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" at line {mark.line + 1}"
+        raise BinarizeError(f"{source} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from error
     except BinarizeError as error:
         raise BinarizeError(f"{source}: {error}") from error
 

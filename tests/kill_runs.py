@@ -9,12 +9,13 @@ the result of one; and a run of one resumes on the other.
 
 from __future__ import annotations
 
-import io
+import itertools
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,12 @@ from binarize.recipes import load_recipe
 from binarize.training import Checkpoints, checkpoint, load_checkpoint, objective, train, validation
 
 OPTIONS = (
-    "model.base_channels=8",
-    "model.channel_mults=[1]",
-    "model.res_blocks=1",
-    "model.norm_groups=4",
-    "model.dropout=0",
-    "resolution=16",
-    "max_train_steps=10",
-    "learning_rate=1e-3",
-    "lr_warmup_steps=2",
-    "ema_decay=0.9",
-    "checkpointing_steps=2",
-    "checkpoints_total_limit=2",
-    "validation_steps=4",
-    "num_validation_images=1",
-    "num_inference_steps=1",
-    RESUME,
-)
+    "model.base_channels=8", "model.channel_mults=[1]", "model.res_blocks=1", "model.norm_groups=4", "model.dropout=0",
+    "resolution=16", "max_train_steps=10", "learning_rate=1e-3", "lr_warmup_steps=2", "ema_decay=0.9",
+    "checkpointing_steps=2", "checkpoints_total_limit=2", "validation_steps=4", "num_validation_images=1",
+    "num_inference_steps=1", RESUME,
+)  # fmt: skip
+END = "checkpoint-10"
 # The event of a moment is counted in the killed process, which resumes from the checkpoint that the kill before left.
 MOMENTS = (
     ("step", 3),  # in the forward pass of step 3, after checkpoint-2
@@ -57,12 +47,10 @@ MOMENTS = (
 
 def kill_at(event: str, number: int) -> None:
     """Make this process kill itself at the n-th event."""
-    seen = 0
+    seen = itertools.count(1)
 
     def happened(name: str) -> None:
-        nonlocal seen
-        seen += name == event
-        if name == event and seen == number:
+        if name == event and next(seen) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def after(owner: Any, name: str, describe: Callable[..., str]) -> None:
@@ -81,22 +69,23 @@ def kill_at(event: str, number: int) -> None:
         return f"renamed {source.name if target.name.startswith('.') else target.name}"
 
     def half_saved(state: Any, path: Path) -> None:
-        if event == "half a state":
-            buffer = io.BytesIO()
-            save(state, buffer)
-            path.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
-            happened("half a state")
         save(state, path)
+        if event == "half a state":
+            os.truncate(path, path.stat().st_size // 2)
+            happened("half a state")
+            save(state, path)
 
     save = torch.save
     assert checkpoint.torch is torch
     torch.save = half_saved  # type: ignore[assignment]
-    after(os, "fsync", lambda *_: "flushed")
-    after(os, "rename", renamed)
-    after(objective, "sample_losses", lambda *_: "step")
-    after(validation, "psnr", lambda *_: "validation")
-    real_rename = Path.rename
-    Path.rename = lambda self, target: (real_rename(self, target), happened(renamed(self, target)))[0]  # type: ignore
+    for owner, name, describe in (
+        (os, "fsync", lambda *_: "flushed"),
+        (os, "rename", renamed),
+        (Path, "rename", renamed),
+        (objective, "sample_losses", lambda *_: "step"),
+        (validation, "psnr", lambda *_: "validation"),
+    ):
+        after(owner, name, describe)
 
 
 def run(images: Path, folder: Path, processes: int, rank: int, port: int, moment: tuple[str, int] | None) -> None:
@@ -118,39 +107,22 @@ def launch(images: Path, folder: Path, processes: int, moment: tuple[str, int] |
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    children = set()
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            try:
-                run(images, folder, processes, rank, port, moment)
-                os._exit(0)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                os._exit(1)
-        children.add(child)
-    statuses: list[int] = []
-    while children:
-        for child in list(children):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                children.discard(child)
-                statuses.append(status)
-                if status:
-                    for other in children:
-                        os.kill(other, signal.SIGKILL)
-        time.sleep(0.005)
-    killed = [os.WIFSIGNALED(status) for status in statuses]
-    if any(os.WIFEXITED(status) and os.WEXITSTATUS(status) for status in statuses) and not any(killed):
-        raise SystemExit(f"{folder.name}: a run failed")
-    if any(killed) != (moment is not None):
-        raise SystemExit(f"{folder.name}: the run was not killed at {moment}")
-
-
-def end(folder: Path) -> Path:
-    return folder / "checkpoint-10"
+    fork = multiprocessing.get_context("fork")
+    ranks = range(processes)
+    children = [fork.Process(target=run, args=(images, folder, processes, rank, port, moment)) for rank in ranks]
+    for child in children:
+        child.start()
+    waiting = {child.sentinel: child for child in children}
+    while waiting:
+        for sentinel in multiprocessing.connection.wait(list(waiting)):
+            child = waiting.pop(sentinel)
+            child.join()
+            if child.exitcode:
+                for other in waiting.values():
+                    other.kill()
+    killed = any(child.exitcode == -signal.SIGKILL for child in children)
+    if killed != (moment is not None) or (not killed and any(child.exitcode for child in children)):
+        raise SystemExit(f"{folder.name}: the run ended with {[child.exitcode for child in children]}, moment {moment}")
 
 
 def check_killed(images: Path, work: Path, processes: int, moments: tuple[tuple[str, int], ...]) -> None:
@@ -161,7 +133,7 @@ def check_killed(images: Path, work: Path, processes: int, moments: tuple[tuple[
         for path in Checkpoints(folder, None).list().values():
             load_checkpoint(path)  # every checkpoint under its name is complete
     launch(images, folder, processes)
-    wrong = differences(load_checkpoint(end(whole))[0], load_checkpoint(end(folder))[0])
+    wrong = differences(load_checkpoint(whole / END)[0], load_checkpoint(folder / END)[0])
     wrong += [str(path) for path in folder.rglob(".*")]
     for name in ("model", "best"):
         files = [path.relative_to(whole) for path in (whole / name).rglob("*.safetensors")]
@@ -175,14 +147,14 @@ def main(images: Path, work: Path) -> None:
     """Run all checks; exit with status 1 if one fails."""
     for processes in (1, 2):
         launch(images, work / f"whole-{processes}", processes)
-    assert_close(end(work / "whole-1"), end(work / "whole-2"))
+    assert_close(work / "whole-1" / END, work / "whole-2" / END)
     check_killed(images, work, 1, MOMENTS)
     check_killed(images, work, 2, MOMENTS[::2])
     for first, second in ((1, 2), (2, 1)):
         folder = work / f"{first} to {second}"
         launch(images, folder, first, ("step", 7))
         launch(images, folder, second)
-        assert_close(end(work / "whole-1"), end(folder))
+        assert_close(work / "whole-1" / END, folder / END)
     print("one process and two give the same result and resume as each other")
 
 

@@ -13,21 +13,10 @@ import torch
 from binarize.training import load_checkpoint, objective, validation
 
 TINY = (
-    "model.base_channels=8",
-    "model.channel_mults=[1, 2]",
-    "model.norm_groups=4",
-    "resolution=16",
-    "train_batch_size=4",
-    "max_train_steps=6",
-    "learning_rate=1e-3",
-    "lr_scheduler=constant",
-    "lr_warmup_steps=0",
-    "use_ema=false",
-    "checkpointing_steps=3",
-    "validation_steps=1000",
-    "num_inference_steps=2",
-    "logging_steps=1",
-)
+    "model.base_channels=8", "model.channel_mults=[1, 2]", "model.norm_groups=4", "resolution=16", "train_batch_size=4",
+    "max_train_steps=6", "learning_rate=1e-3", "lr_scheduler=constant", "lr_warmup_steps=0", "use_ema=false",
+    "checkpointing_steps=3", "validation_steps=1000", "num_inference_steps=2", "logging_steps=1",
+)  # fmt: skip
 SMALLEST = ("model.channel_mults=[1]", "model.res_blocks=1", "train_batch_size=2")
 RESUME = "resume_from_checkpoint=latest"
 

@@ -8,16 +8,6 @@ from binarize.evaluation.quality import luma, psnr, ssim
 from binarize.evaluation.report import EvaluationReport, ImageScores, Scores
 from binarize.evaluation.runner import evaluate
 
-__all__ = [
-    "EvaluationReport",
-    "ImageScores",
-    "Lpips",
-    "LpipsUnavailable",
-    "Scores",
-    "evaluate",
-    "luma",
-    "psnr",
-    "ssim",
-]
+__all__ = ["EvaluationReport", "ImageScores", "Lpips", "LpipsUnavailable", "Scores", "evaluate", "luma", "psnr", "ssim"]
 
 __getattr__ = renamed(__name__, {"PictureScores": "ImageScores"})

@@ -8,7 +8,6 @@ import sys
 import urllib.request
 import warnings
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -16,11 +15,7 @@ import torch
 from binarize.errors import BinarizeError, did_you_mean
 
 # Backbone -> torchvision's weights, and the smallest side that its pooling layers accept.
-_NETS = {
-    "alex": ("AlexNet_Weights", 31),
-    "vgg": ("VGG16_Weights", 16),
-    "squeeze": ("SqueezeNet1_1_Weights", 17),
-}
+_NETS = {"alex": ("AlexNet_Weights", 31), "vgg": ("VGG16_Weights", 16), "squeeze": ("SqueezeNet1_1_Weights", 17)}
 _PROBE_SECONDS = 5.0
 
 
@@ -32,12 +27,12 @@ class Lpips:
     """The distance of two images in the features of a network: 0 for equal images, lower is better.
 
     Values of different backbones are not comparable, so :attr:`label` names the backbone; the literature reports
-    ``alex``. The heads are part of the ``lpips`` package. The backbone is read from ``backbone``, else from torch's hub
-    cache, else downloaded into that cache from torchvision's server.
+    ``alex``.
 
     Args:
         net: ``alex``, ``vgg`` or ``squeeze``.
-        backbone: A state dict of the torchvision network or of its ``features``, as torchvision distributes them.
+        backbone: File with a state dict of the torchvision network or of its ``features``; by default it is read from
+            torch's hub cache, or downloaded into it.
         device: Where to compute.
 
     Raises:
@@ -46,25 +41,22 @@ class Lpips:
     """
 
     def __init__(
-        self,
-        net: str = "alex",
-        *,
-        backbone: str | os.PathLike[str] | None = None,
-        device: torch.device | str = "cpu",
+        self, net: str = "alex", *, backbone: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu"
     ) -> None:
         if net not in _NETS:
             raise BinarizeError(f"unknown LPIPS backbone {net!r}; choose {', '.join(_NETS)}.{did_you_mean(net, _NETS)}")
-        self.net = net
-        self.min_side = _NETS[net][1]
-        self.device = torch.device(device)
-        package = _import_lpips()
+        self.net, self.min_side, self.device = net, _NETS[net][1], torch.device(device)
+        try:
+            import lpips
+        except ImportError as error:
+            raise LpipsUnavailable("LPIPS needs the lpips package: pip install 'binarize-diffusion[eval]'") from error
         state = _download(net) if backbone is None else _read(Path(backbone))
         # The random initialisation, which is replaced at once, must not change the caller's random state.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # lpips 0.1.4 passes an argument that torchvision has deprecated.
             warnings.filterwarnings("ignore", "The parameter 'pretrained' is deprecated", UserWarning)
             warnings.filterwarnings("ignore", "Arguments other than a weight enum", UserWarning)
-            self._model = package.LPIPS(net=net, pnet_rand=True, verbose=False)
+            self._model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         _fill(self._model.net, state, f"LPIPS ({net})" if backbone is None else str(backbone))
         self._model.requires_grad_(False).eval().to(self.device)
 
@@ -75,22 +67,14 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, result: torch.Tensor, reference: torch.Tensor) -> float:
-        """Return the distance of two images, uint8 (3, H, W), with H and W at least :attr:`min_side`.
-
-        Raises:
-            BinarizeError: If the images differ in shape, are not 8-bit or are too small.
-        """
+        """Return the distance of two images, uint8 (3, H, W), with H and W at least :attr:`min_side`."""
         for pixels in (result, reference):
             if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape != result.shape:
-                raise BinarizeError(
-                    f"{self.label}: expected two uint8 images (3, H, W) of one size, got "
-                    f"{tuple(result.shape)} and {tuple(reference.shape)}"
-                )
-        if min(result.shape[-2:]) < self.min_side:
-            raise BinarizeError(
-                f"{self.label}: needs at least {self.min_side} pixels per side, got {result.shape[-1]}x"
-                f"{result.shape[-2]}"
-            )
+                got = f"{tuple(result.shape)} and {tuple(reference.shape)}"
+                raise BinarizeError(f"{self.label}: expected two uint8 images (3, H, W) of one size, got {got}")
+        height, width = result.shape[-2:]
+        if min(height, width) < self.min_side:
+            raise BinarizeError(f"{self.label}: needs at least {self.min_side} pixels per side, got {width}x{height}")
         ours, theirs = (pixels[None].to(self.device, torch.float32) / 127.5 - 1 for pixels in (result, reference))
         return float(self._model(ours, theirs).item())
 
@@ -98,14 +82,6 @@ class Lpips:
 def lpips_label(net: str) -> str:
     """Return ``LPIPS (net)``; values of different backbones are not comparable."""
     return f"LPIPS ({net})"
-
-
-def _import_lpips() -> Any:
-    try:
-        import lpips
-    except ImportError as error:
-        raise LpipsUnavailable("LPIPS needs the lpips package: pip install 'binarize-diffusion[eval]'") from error
-    return lpips
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -144,7 +120,6 @@ def _fill(net: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> 
     features = {key.removeprefix("features."): value for key, value in state.items()}
     try:
         net.load_state_dict({key: features[key.split(".", 1)[1]] for key in net.state_dict()})
-    except KeyError as error:
-        raise BinarizeError(f"{source}: is not the backbone of this LPIPS; it has no {error}") from error
-    except RuntimeError as error:
-        raise BinarizeError(f"{source}: is not the backbone of this LPIPS; its weights have other shapes") from error
+    except (KeyError, RuntimeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else "its weights have other shapes"
+        raise BinarizeError(f"{source}: is not the backbone of this LPIPS; {reason}") from error

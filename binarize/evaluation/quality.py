@@ -18,9 +18,6 @@ def luma(pixels: torch.Tensor) -> torch.Tensor:
     """Return Y of BT.601 in studio range, 16 to 235, as float64 (H, W), from uint8 (3, H, W).
 
     MATLAB's ``rgb2ycbcr`` rounds Y for 8-bit input; published results use the unrounded values.
-
-    Raises:
-        BinarizeError: If the pixels have another dtype or shape.
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
         raise BinarizeError(f"expected uint8 pixels (3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
@@ -29,15 +26,9 @@ def luma(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def psnr(result: torch.Tensor, reference: torch.Tensor, *, border: int = 0) -> float:
-    """Peak signal-to-noise ratio in dB on Y, with a peak of 255; infinite for equal images.
+    """Peak signal-to-noise ratio in dB on Y of two uint8 (3, H, W), with a peak of 255; infinite for equal images.
 
-    Args:
-        result: uint8 (3, H, W).
-        reference: uint8 (3, H, W).
-        border: Pixels cut off each side first; the literature uses the scale factor.
-
-    Raises:
-        BinarizeError: If the shapes differ, the inputs are not images, or nothing is left inside the border.
+    ``border`` pixels are cut off each side first; the literature uses the scale factor.
     """
     ours, theirs = _inside(result, reference, border, 1)
     error = (ours - theirs).square().mean().item()
@@ -45,31 +36,15 @@ def psnr(result: torch.Tensor, reference: torch.Tensor, *, border: int = 0) -> f
 
 
 def ssim(result: torch.Tensor, reference: torch.Tensor, *, border: int = 0) -> float:
-    """Structural similarity on Y (Wang et al. 2004), computed by scikit-image as the authors' MATLAB code does.
+    """Structural similarity on Y of two uint8 (3, H, W) (Wang et al. 2004), as the authors' MATLAB code computes it.
 
     It uses an 11x11 Gaussian window of sigma 1.5, population covariance, and the mean over the windows that lie
-    completely inside the image.
-
-    Args:
-        result: uint8 (3, H, W).
-        reference: uint8 (3, H, W).
-        border: Pixels cut off each side first.
-
-    Raises:
-        BinarizeError: As :func:`psnr`, if fewer than 11x11 pixels are left, or if scikit-image is not installed.
+    completely inside the image. ``border`` pixels are cut off each side first.
     """
     structural_similarity = scikit_image_ssim()
     ours, theirs = _inside(result, reference, border, SSIM_MIN_SIDE)
-    return float(
-        structural_similarity(
-            ours.cpu().numpy(),
-            theirs.cpu().numpy(),
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-            data_range=255,
-        )
-    )
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    return float(structural_similarity(ours.cpu().numpy(), theirs.cpu().numpy(), **options))
 
 
 def shave(pixels: torch.Tensor, border: int) -> torch.Tensor:
@@ -94,8 +69,6 @@ def _inside(
         raise BinarizeError(f"the images differ in shape: {tuple(result.shape)} and {tuple(reference.shape)}")
     ours, theirs = shave(luma(result), border), shave(luma(reference), border)
     if border < 0 or min(ours.shape) < min_side:
-        raise BinarizeError(
-            f"an image of {result.shape[-1]}x{result.shape[-2]} pixels has fewer than {min_side}x{min_side} inside a "
-            f"border of {border}"
-        )
+        size, needed = f"{result.shape[-1]}x{result.shape[-2]}", f"{min_side}x{min_side}"
+        raise BinarizeError(f"an image of {size} pixels has fewer than {needed} inside a border of {border}")
     return ours, theirs

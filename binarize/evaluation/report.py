@@ -33,13 +33,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class ImageScores:
-    """The scores of one image, or the means over all.
+    """The scores of one image, named without suffix, or the means over all, named ``mean``.
 
-    Attributes:
-        image: The file's name without suffix, or ``mean``.
-        model: The scores of the evaluated model.
-        bicubic: The scores of :func:`binarize.imaging.upscale_bicubic`, if the baseline was measured.
-        seconds: Wall time of upscaling by the model.
+    ``bicubic`` has the scores of the baseline, if it was measured, and ``seconds`` the wall time of the model.
     """
 
     image: str
@@ -60,10 +56,8 @@ class EvaluationReport:
 
     Attributes:
         rows: One entry per image, in the order of evaluation; at least one.
-        scale: The scale factor.
         border: Pixels cut off each side before measuring.
         lpips: The backbone of LPIPS, or None without LPIPS.
-        name: The name of the evaluated model.
         notes: What is missing and how to get it, one sentence each.
     """
 
@@ -78,12 +72,8 @@ class EvaluationReport:
     def mean(self) -> ImageScores:
         """The means over the images, each with the same weight."""
         baseline = [row.bicubic for row in self.rows if row.bicubic is not None]
-        return ImageScores(
-            "mean",
-            _mean([row.model for row in self.rows]),
-            _mean(baseline) if baseline else None,
-            fmean(row.seconds for row in self.rows),
-        )
+        model, seconds = _mean([row.model for row in self.rows]), fmean(row.seconds for row in self.rows)
+        return ImageScores("mean", model, _mean(baseline) if baseline else None, seconds)
 
     def to_json(self) -> str:
         """Return all scores at full precision; the infinite PSNR of equal images is null."""
@@ -116,13 +106,7 @@ class EvaluationReport:
     def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> list[Path]:
         """Write ``evaluation.json``, ``evaluation.csv`` and ``evaluation.md``, each atomically.
 
-        Args:
-            folder: Created if it is missing.
-            force: Replace existing files.
-
-        Raises:
-            BinarizeError: If the folder cannot be created, or a file exists and ``force`` is false; then no file is
-                written.
+        The folder is created if it is missing. If a file exists and ``force`` is false, no file is written.
         """
         folder = Path(folder)
         try:
@@ -171,8 +155,5 @@ class EvaluationReport:
 
 def _mean(scores: list[Scores]) -> Scores:
     perceptual = [one.lpips for one in scores if one.lpips is not None]
-    return Scores(
-        fmean(one.psnr for one in scores),
-        fmean(one.ssim for one in scores),
-        fmean(perceptual) if perceptual else None,
-    )
+    lpips = fmean(perceptual) if perceptual else None
+    return Scores(fmean(one.psnr for one in scores), fmean(one.ssim for one in scores), lpips)

@@ -39,20 +39,17 @@ def evaluate(
     """Upscale every image of a folder and compare the results with the originals.
 
     PSNR and SSIM are computed on Y of BT.601 in studio range, as MATLAB's ``rgb2ycbcr`` computes it before rounding,
-    and LPIPS on RGB, all with ``border`` pixels cut off each side. The baseline "bicubic" is
-    `binarize.imaging.upscale_bicubic` of the 8-bit low-resolution image, equal to MATLAB's ``imresize``, which rounds
-    to 8 bits after each axis. On Set5 it gives the published 33.67 / 0.9303 at x2 and 28.43 / 0.8111 at x4. Rounding
-    only once gives 33.68 / 0.9304 and 28.43 / 0.8113; PyTorch's ``bicubic`` (a = -0.75) gives 33.97 / 0.9330 and
-    28.63 / 0.8138.
+    and LPIPS on RGB. The baseline "bicubic" is `binarize.imaging.upscale_bicubic` of the 8-bit low-resolution image,
+    equal to MATLAB's ``imresize``, which rounds to 8 bits after each axis. On Set5 it gives the published
+    33.67 / 0.9303 at x2 and 28.43 / 0.8111 at x4; PyTorch's ``bicubic`` differs (a = -0.75).
 
     Args:
         upscale: Maps a low-resolution PIL image in mode RGB to the upscaled image: a PIL image, a uint8 array
             (H, W, 3), or a uint8 tensor (3, H, W) or (1, 3, H, W).
-        data: A folder of high-resolution images, or two folders, of high and low resolution;
-            see :class:`~binarize.imaging.ImagePairs`.
+        data: A folder of high-resolution images, or one of high and one of low resolution; see `imaging.ImagePairs`.
         scale: The scale factor.
-        lpips: Backbone of LPIPS, ``alex``, ``vgg`` or ``squeeze``; None leaves LPIPS out. If it is not
-            available, it is left out and the report's notes say how to get it.
+        lpips: Backbone of LPIPS, ``alex``, ``vgg`` or ``squeeze``, or None. If it is not available, the report's notes
+            say how to get it.
         lpips_backbone: The backbone's file, for machines without network; see :class:`~binarize.evaluation.Lpips`.
         border: Pixels cut off each side; by default ``scale``.
         limit: Evaluate only this many images.
@@ -62,18 +59,28 @@ def evaluate(
         device: Where to compute LPIPS.
 
     Raises:
-        BinarizeError: If images cannot be used (all of them are named, before anything is upscaled), an option is out
-            of range, ``upscale`` does not return the upscaled image, or scikit-image is missing.
+        BinarizeError: Naming all images that cannot be used, before anything is upscaled, or for a wrong option or
+            result of ``upscale``.
     """
     border = scale if border is None else border
     for option, value, minimum in (("border", border, 0), ("limit", limit, 1)):
         if value is not None and value < minimum:
             raise BinarizeError(f"evaluate: {option} must be at least {minimum}, got {value}")
     scikit_image_ssim()
-    distance, notes = _lpips(lpips, lpips_backbone, device)
+    distance: Lpips | None = None
+    notes: tuple[str, ...] = ()
+    if lpips is not None:
+        try:
+            distance = Lpips(lpips, backbone=lpips_backbone, device=device)
+        except LpipsUnavailable as reason:
+            notes = (f"LPIPS is left out. {reason}",)
     pairs = ImagePairs(*data, scale=scale) if isinstance(data, tuple) else ImagePairs(data, scale=scale)
     pairs = pairs.first(len(pairs) if limit is None else limit)
-    _check_sizes(pairs, border, SSIM_MIN_SIDE if distance is None else max(SSIM_MIN_SIDE, distance.min_side))
+    smallest = 2 * border + (SSIM_MIN_SIDE if distance is None else max(SSIM_MIN_SIDE, distance.min_side))
+    needed = f"the metrics need {smallest}x{smallest} with a border of {border}"
+    small = [files for files in pairs.files if min(files.size) < smallest]
+    problems = [f"{files.hr}: is {files.size[1]}x{files.size[0]} pixels; {needed}" for files in small]
+    raise_all(pairs.files[0].hr.parent, problems)
     pairs.check()
     rows = []
     for pair in ProgressBar(pairs, desc=f"evaluate x{scale}", unit="image", disable=not progress):
@@ -84,30 +91,6 @@ def evaluate(
         bicubic = _scores(upscale_bicubic(pair.lr, scale), pair.hr, border, distance) if baseline else None
         rows.append(ImageScores(pair.name, _scores(result, pair.hr, border, distance), bicubic, seconds))
     return EvaluationReport(tuple(rows), scale, border, None if distance is None else distance.net, name, notes)
-
-
-def _lpips(
-    net: str | None, backbone: str | os.PathLike[str] | None, device: torch.device | str
-) -> tuple[Lpips | None, tuple[str, ...]]:
-    if net is None:
-        return None, ()
-    try:
-        return Lpips(net, backbone=backbone, device=device), ()
-    except LpipsUnavailable as reason:
-        return None, (f"LPIPS is left out. {reason}",)
-
-
-def _check_sizes(pairs: ImagePairs, border: int, needed: int) -> None:
-    smallest = needed + 2 * border
-    raise_all(
-        pairs.files[0].hr.parent,
-        [
-            f"{files.hr}: is {files.size[1]}x{files.size[0]} pixels; the metrics need {smallest}x{smallest} with a "
-            f"border of {border}"
-            for files in pairs.files
-            if min(files.size) < smallest
-        ],
-    )
 
 
 def _scores(result: torch.Tensor, hr: torch.Tensor, border: int, distance: Lpips | None) -> Scores:
@@ -126,8 +109,7 @@ def _pixels(result: object, pair: ImagePair) -> torch.Tensor:
     else:
         kind = f"{type(result).__name__} of {getattr(result, 'dtype', 'no dtype')}"
         raise BinarizeError(f"evaluate: upscale must return a PIL image, a uint8 array or a uint8 tensor, got {kind}")
-    if pixels.shape != pair.hr.shape:
-        raise BinarizeError(
-            f"evaluate: upscale returned {tuple(pixels.shape)} for {pair.name!r}, expected {tuple(pair.hr.shape)}"
-        )
+    found, expected = tuple(pixels.shape), tuple(pair.hr.shape)
+    if found != expected:
+        raise BinarizeError(f"evaluate: upscale returned {found} for {pair.name!r}, expected {expected}")
     return pixels

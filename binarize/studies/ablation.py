@@ -6,6 +6,7 @@ import fnmatch
 import os
 import shutil
 import traceback
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -39,10 +40,9 @@ def ablate(
 ) -> AblationResult:
     """Run a study: train every cell with every seed, measure it, and write one table.
 
-    Each run has a folder below ``output_dir/cells``. A run is done, and is not repeated, if the folder has a
-    ``result.json`` with the fingerprint of its recipe and evaluation. An interrupted run, by Ctrl-C or by ``kill -9``,
-    resumes from its newest checkpoint. Cells with the same seed start from the same random state and use the same
-    patches, timesteps and noise. The table, as Markdown, CSV, JSON and a plot, is rewritten after each run.
+    A run is not repeated if its folder below ``output_dir/cells`` has the results of its recipe and evaluation. An
+    interrupted run, also by ``kill -9``, resumes from its newest checkpoint. Cells with the same seed use the same
+    initial random state, patches, timesteps and noise. The table is rewritten after each run.
 
     Args:
         study: An installed study's name, the path of a YAML file, or a study's keys:
@@ -59,15 +59,11 @@ def ablate(
         The table. It contains failed runs with their error; a failure does not stop the other runs.
 
     Raises:
-        BinarizeError: Before anything is run: if the study or recipes have errors (all are listed), data is missing,
-            or ``output_dir`` holds runs of the same cells with other recipes.
+        BinarizeError: Before anything is run, listing all errors of the study, its recipes, data and folders.
         TrainingInterrupted: After SIGINT or SIGTERM, once a checkpoint is saved.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BinarizeError(
-            "a study runs in one process; start it without a launcher, and run other cells of the same output_dir on "
-            "other machines or GPUs with --only."
-        )
+        raise BinarizeError("a study runs in one process; start it without a launcher, and share cells by --only.")
     loaded, of_recipes = load_study(study, overrides)
     name = "study" if isinstance(study, Mapping) else Path(study).stem
     ablation = _Ablation(name, loaded, of_recipes, only=only, progress=progress)
@@ -104,7 +100,11 @@ class _Ablation:
             closing = "Choose another output_dir, or repeat these runs with --force."
             raise BinarizeError("\n".join([opening, *lines, closing]))
         for run in changed:
-            remove_run(run.folder)
+            # Rename first, so that an interrupted removal leaves nothing that looks like a run.
+            removed = run.folder.with_name(f".{run.folder.name}.removed")
+            shutil.rmtree(removed, ignore_errors=True)
+            run.folder.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
             self.states[run] = RunState.read(run)
         evaluation = self.study.evaluation
         if self.lpips is not None and any(self.states[run].value("lpips") is None for run in self.chosen):
@@ -140,31 +140,19 @@ class _Ablation:
 
     def result(self) -> AblationResult:
         """Return the table in its current state."""
-        return AblationResult(
-            name=self.name,
-            description=self.study.description,
-            dataset=self.study.evaluation.dataset,
-            lpips=self.study.evaluation.lpips,
-            output_dir=self.study.output_dir,
-            runs=tuple(map(self._run_result, self.runs)),
-            notes=self.notes,
-        )
+        study, runs = self.study, tuple(map(self._run_result, self.runs))
+        dataset, lpips = study.evaluation.dataset, study.evaluation.lpips
+        return AblationResult(self.name, study.description, dataset, lpips, study.output_dir, runs, self.notes)
 
     def _run_result(self, run: StudyRun) -> RunResult:
         state, size, published = self.states[run], self.sizes[run.cell], run.recipe.published
         failure = self.failures.get(run)
-        measured = ("psnr", "ssim", "lpips", "loss", "train_step_seconds", "sample_step_seconds")
-        return RunResult(
-            cell=run.cell,
-            seed=run.seed,
-            folder=run.folder,
-            state=state.describe() if failure is None else "failed",
-            params=size.params,
-            ops=size.ops,
-            **{name: state.value(name) for name in measured},
-            published={} if published is None else published.model_dump(exclude_none=True),
-            error=failure,
-        )
+        names = ("psnr", "ssim", "lpips", "loss", "train_step_seconds", "sample_step_seconds")
+        measured: dict[str, Any] = {name: state.value(name) for name in names}
+        row = {} if published is None else published.model_dump(exclude_none=True)
+        word = state.describe() if failure is None else "failed"
+        sizes = size.params, size.ops
+        return RunResult(run.cell, run.seed, run.folder, word, *sizes, **measured, published=row, error=failure)
 
     def _print(self, text: str) -> None:
         if self.progress:
@@ -178,46 +166,26 @@ def train_and_measure(run: StudyRun, lpips: str | None, *, progress: bool) -> Ru
         history = loop.train(run.recipe, progress=progress).history
         samples = run.recipe.train_batch_size * run.recipe.gradient_accumulation_steps
         # There is no history if the run was stopped between its last step and the record below.
-        state = state.after_training(
-            loss=history[-1].loss if history else None,
-            step_seconds=median(samples / entry.samples_per_second for entry in history) if history else None,
-        )
+        seconds = median(samples / entry.samples_per_second for entry in history) if history else None
+        state = state.after_training(loss=history[-1].loss if history else None, step_seconds=seconds)
     pipeline = SuperResolutionPipeline.from_pretrained(run.folder / MODEL, local_files_only=True)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device("cpu") if device is None else device
+    device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     settings = run.study.evaluation
 
     def upscale(image: Any) -> Any:
         noise = torch.Generator().manual_seed(run.seed)
-        steps = run.inference_steps
-        output: Any = pipeline(image, num_inference_steps=steps, generator=noise, tile=settings.tile)
+        output: Any = pipeline(image, num_inference_steps=run.inference_steps, generator=noise, tile=settings.tile)
         return output.images[0]
 
     high, low = run.images
     assert high is not None  # checked by `prepare`
-    report = evaluate(
-        upscale,
-        high if low is None else (high, low),
-        scale=run.recipe.scale,
-        lpips=lpips,
-        lpips_backbone=settings.lpips_backbone,
-        limit=settings.limit,
-        progress=progress,
-        name=str(run),
-        device=device,
-    )
+    data, scale, backbone = high if low is None else (high, low), run.recipe.scale, settings.lpips_backbone
+    options: dict[str, Any] = {"limit": settings.limit, "progress": progress, "name": str(run), "device": device}
+    report = evaluate(upscale, data, scale=scale, lpips=lpips, lpips_backbone=backbone, **options)
     report.save(run.folder, force=True)
     return state.after_evaluation(report, median(row.seconds / run.inference_steps for row in report.rows))
-
-
-def remove_run(folder: Path) -> None:
-    """Remove a run's folder; an interrupted removal leaves nothing that looks like a run."""
-    removed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    folder.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _choose(cells: Collection[str], only: str | Sequence[str] | None) -> set[str]:
@@ -252,28 +220,27 @@ def _check_folders(runs: Iterable[StudyRun]) -> None:
         # Some file systems ignore the case of names.
         cell = cells.setdefault(str(run.folder.parent).casefold(), run.cell)
         if cell != run.cell:
-            raise BinarizeError(
-                f"the cells {cell!r} and {run.cell!r} would share the folder {run.folder.parent}; rename one."
-            )
+            folder = run.folder.parent
+            raise BinarizeError(f"the cells {cell!r} and {run.cell!r} would share the folder {folder}; rename one.")
 
 
 def _check_data(runs: Iterable[StudyRun]) -> None:
     """Raise one error that lists all missing data."""
     scikit_image_ssim()
-    errors: dict[str, list[str]] = {}
+    errors: dict[str, list[str]] = defaultdict(list)
     for cell, run in {run.cell: run for run in runs}.items():
         training, (high, low) = run.recipe.train_data_dir, run.images
         if training is None:
-            errors.setdefault("train_data_dir: missing; name the folder of training images", []).append(cell)
+            errors["train_data_dir: missing; name the folder of training images"].append(cell)
         elif not training.is_dir():
-            errors.setdefault(f"train_data_dir: there is no folder {str(training)!r}", []).append(cell)
+            errors[f"train_data_dir: there is no folder {str(training)!r}"].append(cell)
         if high is None:
-            errors.setdefault("evaluation.data_dir: missing; name the folder of test images", []).append(cell)
+            errors["evaluation.data_dir: missing; name the folder of test images"].append(cell)
             continue
         try:
             ImagePairs(high, low, scale=run.recipe.scale)
         except BinarizeError as error:
-            errors.setdefault(f"evaluation.data_dir: {error}", []).append(cell)
+            errors[f"evaluation.data_dir: {error}"].append(cell)
     if errors:
         lines = [f"  {message} ({', '.join(cells)})" for message, cells in errors.items()]
         raise BinarizeError("\n".join(["the study cannot be run with these data:", *lines]))

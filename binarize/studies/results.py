@@ -36,8 +36,7 @@ class RunResult:
         ops: Operations at 3x256x256; a binary MAC counts 1/64.
         psnr: In dB on Y; None if it is infinite or not measured.
         loss: Mean training loss of the last log entry.
-        train_step_seconds: Median time of an optimiser step.
-        sample_step_seconds: Median time of a denoising step of one image.
+        train_step_seconds: Median time of an optimiser step; ``sample_step_seconds`` of a denoising step of one image.
         published: The recipe's published row, if it has one.
     """
 
@@ -73,13 +72,9 @@ def columns(lpips: str | None) -> dict[str, Column]:
 
 @dataclass(frozen=True)
 class AblationResult:
-    """The table of a study; ``rich.print`` shows it.
+    """The table of a study, with a `RunResult` for each cell and seed in the study's order; ``rich.print`` shows it.
 
-    Attributes:
-        dataset: The data set that was measured, if the study names it.
-        lpips: The backbone of LPIPS.
-        runs: One `RunResult` for each cell and seed, in the study's order.
-        notes: What is missing and how to get it.
+    ``dataset`` is the measured data set, if the study names it, ``lpips`` the backbone, and ``notes`` what is missing.
     """
 
     name: str
@@ -112,11 +107,7 @@ class AblationResult:
         return all(run.state == "done" for run in self.runs)
 
     def values(self, cell: str, key: str) -> list[float]:
-        """Return the values of an attribute of `RunResult`, such as ``"psnr"``, for the seeds of a cell that have it.
-
-        Raises:
-            BinarizeError: If there is no such cell.
-        """
+        """Return the values of an attribute of `RunResult`, such as ``"psnr"``, of the seeds of a cell that have it."""
         if cell not in self.cells:
             raise BinarizeError(f"there is no cell {cell!r}; there are {', '.join(self.cells)}.")
         found = [getattr(run, key) for run in self.runs if run.cell == cell]
@@ -158,21 +149,11 @@ class AblationResult:
         return self.table()
 
     def plot(self) -> Figure:
-        """Return a figure with one panel per metric, a point per cell, and published values as diamonds.
-
-        Raises:
-            BinarizeError: If matplotlib is missing.
-        """
+        """Return a figure with one panel per metric, a point per cell, and published values as diamonds."""
         return draw(self, {key: column.name for key, column in columns(self.lpips).items()})
 
     def save(self) -> list[Path]:
-        """Write ``table.md``, ``table.csv``, ``table.json`` and, with matplotlib, ``table.png`` into ``output_dir``.
-
-        Existing files are replaced atomically.
-
-        Raises:
-            BinarizeError: If a file cannot be written.
-        """
+        """Write ``table.md``, ``table.csv``, ``table.json`` and, with matplotlib, ``table.png``, each atomically."""
         texts = {"md": self.to_markdown(), "csv": self.to_csv(), "json": self.to_json()}
         self.output_dir.mkdir(parents=True, exist_ok=True)
         written = [write_text_atomic(self.output_dir / f"table.{suffix}", text) for suffix, text in texts.items()]
@@ -217,10 +198,8 @@ class AblationResult:
 
 
 def _mean_and_deviation(values: list[float], text: Callable[[float], str]) -> str:
-    if not values:
-        return MISSING
-    if len(set(values)) == 1:
-        return text(values[0])
+    if len(set(values)) < 2:
+        return text(values[0]) if values else MISSING
     return f"{text(fmean(values))} ± {text(stdev(values))}"
 
 

@@ -12,20 +12,10 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from binarize.errors import BinarizeError
+from binarize.recipes import load as files
 from binarize.recipes.errors import explain
-from binarize.recipes.load import (
-    MERGED_SECTIONS,
-    STUDY_DIR,
-    YAML_SUFFIXES,
-    apply_override,
-    beside,
-    find_file,
-    load_recipe,
-    read_yaml,
-    replaces_method,
-)
 from binarize.recipes.schema import Recipe
-from binarize.recipes.sections import Section
+from binarize.recipes.sections import Section, needs_high_resolution
 
 # Keys of a recipe that the study sets for every run.
 _RESERVED = {
@@ -36,48 +26,40 @@ _RESERVED = {
 }
 
 
+def _check_keys(overrides: dict[str, Any]) -> dict[str, Any]:
+    for key in overrides:
+        reason = _RESERVED.get(key.partition(".")[0])
+        if reason is not None:
+            raise ValueError(f"{key!r} cannot be changed here: {reason}")
+    return overrides
+
+
 class CellSection(Section):
     """One row of the table: a recipe with some keys changed."""
 
     name: str = Field(min_length=1, description="Name of the row.")
     base: str | None = Field(default=None, description="A recipe's name or YAML file; by default the study's base.")
-    overrides: dict[str, Any] = Field(
-        default_factory=dict, description="Keys of the recipe, nested as in a recipe or with dots (`method.groups: 2`)."
-    )
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the recipe, nested as in a recipe or with dots (`method.groups: 2`)."""
 
-    @field_validator("overrides")
-    @classmethod
-    def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _check_keys(value)
+    _not_reserved = field_validator("overrides")(_check_keys)
 
 
 class EvaluationSection(Section):
     """The images that every run is measured on, and how."""
 
-    data_dir: Path | None = Field(
-        default=None, description="Folder of high-resolution images; by default the recipes' validation_data_dir."
-    )
-    lr_data_dir: Path | None = Field(
-        default=None,
-        description="Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does.",
-    )
-    dataset: str | None = Field(
-        default=None, description="Name of the images in tables; published results on that data set are shown beside."
-    )
+    data_dir: Path | None = None
+    """Folder of high-resolution images; by default the recipes' validation_data_dir."""
+    lr_data_dir: Path | None = None
+    """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
+    dataset: str | None = Field(default=None, description="Name of the images, to show published results beside.")
     limit: PositiveInt | None = Field(default=None, description="Use only this many images.")
     num_inference_steps: PositiveInt | None = Field(default=None, description="Sampling steps; default: the recipes'.")
     tile: PositiveInt | None = Field(default=None, description="Tile size, to bound memory; by default no tiles.")
-    lpips: Literal["alex", "vgg", "squeeze"] | None = Field(
-        default="alex", description="Backbone of LPIPS; null leaves it out."
-    )
+    lpips: Literal["alex", "vgg", "squeeze"] | None = Field(default="alex", description="Backbone of LPIPS, or null.")
     lpips_backbone: Path | None = Field(default=None, description="The backbone's file, for machines without network.")
 
-    @field_validator("lr_data_dir")
-    @classmethod
-    def _needs_hr(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is not None and info.data.get("data_dir", ...) is None:
-            raise ValueError("needs data_dir, the folder of the matching high-resolution images")
-        return value
+    _needs_hr = field_validator("lr_data_dir")(needs_high_resolution)
 
 
 class Study(Section):
@@ -87,21 +69,13 @@ class Study(Section):
     base: str | None = Field(default=None, description="The recipe that cells change; a cell may name its own.")
     overrides: dict[str, Any] = Field(default_factory=dict, description="Keys of the recipe, for every cell.")
     cells: tuple[CellSection, ...] = Field(default=(), description="The rows, by name.")
-    grid: dict[str, tuple[Any, ...]] = Field(
-        default_factory=dict,
-        validate_default=True,
-        description="Key of the recipe -> values. Each combination is a row; with cells, each combination and cell is.",
-    )
-    seeds: tuple[NonNegativeInt, ...] = Field(
-        default=(0,), description="Every cell is run once with each seed; the table shows mean and standard deviation."
-    )
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict, validate_default=True)
+    """Key of the recipe -> values. Each combination is a row; with cells, each combination and cell is."""
+    seeds: tuple[NonNegativeInt, ...] = Field(default=(0,), description="Seeds; every cell is run with each.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured.")
     output_dir: Path = Field(description="Output folder; by default runs/ablations/ and the study's name.")
 
-    @field_validator("overrides")
-    @classmethod
-    def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _check_keys(value)
+    _not_reserved = field_validator("overrides")(_check_keys)
 
     @field_validator("cells")
     @classmethod
@@ -122,30 +96,22 @@ class Study(Section):
         empty = [key for key, values in value.items() if not values]
         if empty:
             raise ValueError(f"{empty[0]!r} has no values; give a list of at least one")
-        if not value and not info.data.get("cells", ...):
-            raise ValueError("there is nothing to run; give cells, a grid or both")
-        if value and not info.data.get("cells", ...) and info.data.get("base", ...) is None:
-            raise ValueError("needs base, the recipe that it changes")
+        if not info.data.get("cells", ...):
+            if not value:
+                raise ValueError("there is nothing to run; give cells, a grid or both")
+            if info.data.get("base", ...) is None:
+                raise ValueError("needs base, the recipe that it changes")
         return value
 
     @field_validator("seeds")
     @classmethod
     def _different(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value:
-            raise ValueError("the list is empty; give at least one seed, such as [0]")
-        if len(set(value)) != len(value):
-            raise ValueError("a seed is given twice; the same seed gives the same run")
+        if not value or len(set(value)) != len(value):
+            raise ValueError("give at least one seed, and none twice")
         return value
 
     def recipes(self, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
-        """Return each cell's recipe by the cell's name; seed and output folder are not set yet.
-
-        Args:
-            overrides: ``"key=value"`` strings for every cell, applied last.
-
-        Raises:
-            BinarizeError: If recipes have errors (those of all cells are listed), or if two cells are the same run.
-        """
+        """Return each cell's recipe by the cell's name, without seed and output folder; the overrides apply last."""
         common = as_strings(self.overrides)
         found: dict[str, Recipe] = {}
         errors: dict[str, list[str]] = {}
@@ -153,7 +119,7 @@ class Study(Section):
             if name in found:
                 raise BinarizeError(f"two cells of the study are called {name!r}; a value is twice in its grid.")
             try:
-                found[name] = load_recipe(base, [*common, *own, *overrides])
+                found[name] = files.load_recipe(base, [*common, *own, *overrides])
             except BinarizeError as error:
                 errors.setdefault(str(error), []).append(name)
         if errors:
@@ -163,10 +129,8 @@ class Study(Section):
         for name, recipe in found.items():
             content = recipe.model_copy(update={"description": "", "published": None, "output_dir": Path()}).to_yaml()
             if first.setdefault(content, name) != name:
-                raise BinarizeError(
-                    f"the cells {first[content]!r} and {name!r} are the same run; an override that applies to every "
-                    "cell may have removed their difference."
-                )
+                both = f"{first[content]!r} and {name!r}"
+                raise BinarizeError(f"the cells {both} are the same run; an override may have made them equal.")
         return found
 
     def _cells(self) -> list[tuple[str, str, list[str]]]:
@@ -180,19 +144,11 @@ class Study(Section):
         return rows
 
 
-def _check_keys(overrides: dict[str, Any]) -> dict[str, Any]:
-    for key in overrides:
-        reason = _RESERVED.get(key.partition(".")[0])
-        if reason is not None:
-            raise ValueError(f"{key!r} cannot be changed here: {reason}")
-    return overrides
-
-
 def as_strings(overrides: Mapping[str, Any]) -> list[str]:
     """Return overrides as the ``"key=value"`` strings of `load_recipe`; sections merge as with a recipe's base."""
     strings = []
     for key, value in overrides.items():
-        if key in MERGED_SECTIONS and isinstance(value, Mapping) and not replaces_method(key, value):
+        if files.merges(key, value):
             strings += [f"{key}.{inner}={_json(below)}" for inner, below in value.items()]
         else:
             strings.append(f"{key}={_json(value)}")
@@ -212,47 +168,37 @@ def _short(value: Any) -> str:
 
 def list_studies() -> dict[str, str]:
     """Return the installed studies as name -> one-line description, those of the paper first."""
-    return {name: str(read_yaml(path, "study").get("description", "")) for name, path in _installed().items()}
+    return {name: str(files.read_yaml(path, "study").get("description", "")) for name, path in _installed().items()}
 
 
 def _installed() -> dict[str, Path]:
-    paths = sorted(STUDY_DIR.glob("*.yaml"), key=lambda path: (path.stem.startswith("small_"), path.stem))
+    paths = sorted(files.STUDY_DIR.glob("*.yaml"), key=lambda path: (path.stem.startswith("small_"), path.stem))
     return {path.stem: path for path in paths}
 
 
 def study_path(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the file of a study, given an installed study's name or the path of a YAML file.
-
-    Raises:
-        BinarizeError: If there is no such study or file.
-    """
-    return find_file("study", name_or_path, _installed(), "binarize ablate --list")
+    """Return the file of a study, given an installed study's name or the path of a YAML file."""
+    return files.find_file("study", name_or_path, _installed(), "binarize ablate --list")
 
 
 def load_study(
     study: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> tuple[Study, list[str]]:
-    """Return a validated study, and the overrides that apply to its recipes.
+    """Return a validated study, and those of the ``"key=value"`` overrides that apply to its recipes.
 
-    Args:
-        study: An installed study's name, the path of a YAML file, or the keys of a study, ``output_dir`` included.
-        overrides: ``"key=value"`` strings. A key of the study (``seeds``, ``output_dir``, ``evaluation.lpips``) changes
-            the study, any other key the recipe of every cell.
-
-    Raises:
-        BinarizeError: If the study is unknown, is not YAML, or has errors. All errors are listed, one per line.
+    The study is an installed study's name, the path of a YAML file, or the keys of a study, ``output_dir`` included.
     """
     if isinstance(study, Mapping):
         source, data = "given", dict(study)
     else:
         path = study_path(study)
-        source, data = str(study), _with_absolute_files(read_yaml(path, "study"), path.parent)
+        source, data = str(study), _with_absolute_files(files.read_yaml(path, "study"), path.parent)
         data.setdefault("output_dir", f"runs/ablations/{path.stem}")
     of_recipes = []
     for override in overrides:
         key = override.partition("=")[0].strip().partition(".")[0]
         if key in ("seeds", "evaluation", "output_dir"):
-            apply_override(data, override)
+            files.apply_override(data, override)
         elif key in _RESERVED:
             raise BinarizeError(f"the override {override!r} cannot be given to a study: {_RESERVED[key]}.")
         else:
@@ -270,10 +216,11 @@ def _with_absolute_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         if not isinstance(section, dict):
             return section
         base, overrides = section.get("base"), section.get("overrides")
-        if isinstance(base, str) and Path(base).suffix in YAML_SUFFIXES:
+        if isinstance(base, str) and Path(base).suffix in files.YAML_SUFFIXES:
             section = {**section, "base": str(folder / base)}
         if isinstance(overrides, dict) and isinstance(overrides.get("plugins"), list):
-            section = {**section, "overrides": {**overrides, "plugins": beside(folder, overrides["plugins"])}}
+            plugins = files.beside(folder, overrides["plugins"])
+            section = {**section, "overrides": {**overrides, "plugins": plugins}}
         return section
 
     cells = data.get("cells")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,10 @@ class StudyRun:
     def evaluation_keys(self) -> dict[str, Any]:
         """Return everything that determines the results of given weights."""
         settings, (high, low) = self.study.evaluation, self.images
-        return {
-            "data_dir": _absolute(high),
-            "lr_data_dir": _absolute(low),
-            "limit": settings.limit,
-            "num_inference_steps": self.inference_steps,
-            "residual_strength": self.recipe.residual_strength,
-            "tile": settings.tile,
-            "lpips": settings.lpips,
-        }
+        own = settings.model_dump(include={"limit", "tile", "lpips"})
+        steps, strength = self.inference_steps, self.recipe.residual_strength
+        folders = {"data_dir": _absolute(high), "lr_data_dir": _absolute(low)}
+        return {**folders, **own, "num_inference_steps": steps, "residual_strength": strength}
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of everything that determines the results."""
@@ -86,19 +81,12 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class RunState:
-    """The progress of a run.
-
-    Attributes:
-        changes: Differences between its recipe and the one that the folder was started with.
-        checkpoint: Step of the newest checkpoint, or 0.
-        trained: Loss and seconds per step of the finished training, or None.
-        result: The results, or None.
-    """
+    """The progress of a run."""
 
     run: StudyRun
-    changes: tuple[str, ...] = ()
-    checkpoint: int = 0
-    trained: dict[str, Any] | None = None
+    changes: tuple[str, ...] = ()  # since the recipe that the folder was started with
+    checkpoint: int = 0  # step of the newest one, or 0
+    trained: dict[str, Any] | None = None  # loss and seconds per step of the finished training
     result: dict[str, Any] | None = None
 
     @classmethod
@@ -133,19 +121,11 @@ class RunState:
 
     def after_evaluation(self, report: EvaluationReport, step_seconds: float) -> RunState:
         """Record the results; the run is then done."""
-        scores = report.mean.model
-        result = {
-            "cell": self.run.cell,
-            "seed": self.run.seed,
-            "fingerprint": self.run.fingerprint(),
-            "psnr": scores.psnr if math.isfinite(scores.psnr) else None,
-            "ssim": scores.ssim,
-            "lpips": scores.lpips,
-            "loss": None,
-            "train_step_seconds": None,
-            **({} if self.trained is None else self.trained),
-            "sample_step_seconds": step_seconds,
-        }
+        run, scores = self.run, report.mean.model
+        quality = {**asdict(scores), "psnr": scores.psnr if math.isfinite(scores.psnr) else None}
+        trained = {"loss": None, "train_step_seconds": None} if self.trained is None else self.trained
+        times = {**trained, "sample_step_seconds": step_seconds}
+        result = {"cell": run.cell, "seed": run.seed, "fingerprint": run.fingerprint(), **quality, **times}
         _store(self.run.folder / RESULT, result)
         (self.run.folder / FAILURE).unlink(missing_ok=True)
         return replace(self, result=result)

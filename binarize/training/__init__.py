@@ -18,16 +18,9 @@ if TYPE_CHECKING:
     from binarize.training.loop import TrainResult, train
 
 __all__ = [
-    "Checkpoints",
-    "DivergedError",
-    "LogEntry",
-    "PairedPatches",
-    "TrainResult",
-    "TrainingInterrupted",
-    "keep_large_blocks_apart",
-    "load_checkpoint",
-    "train",
-]
+    "Checkpoints", "DivergedError", "LogEntry", "PairedPatches", "TrainResult", "TrainingInterrupted",
+    "keep_large_blocks_apart", "load_checkpoint", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -21,18 +21,13 @@ RECIPE = "recipe.yaml"
 
 
 class Checkpoints:
-    """The ``checkpoint-<step>`` folders of a run.
+    """The ``checkpoint-<step>`` folders of a run; the newest ``limit`` are kept, all if it is None.
 
     Each holds the training state as a torch file, which loads with ``weights_only=True``, and the recipe as YAML.
-
-    Args:
-        folder: The run's output folder.
-        limit: How many of the newest to keep; None keeps all.
     """
 
     def __init__(self, folder: Path, limit: int | None) -> None:
-        self.folder = folder
-        self.limit = limit
+        self.folder, self.limit = folder, limit
 
     def list(self) -> dict[int, Path]:
         """Return the complete checkpoints as step -> folder, in ascending order."""
@@ -42,17 +37,9 @@ class Checkpoints:
         return {step: named[step] for step in sorted(named) if (named[step] / STATE).is_file()}
 
     def save(self, step: int, state: dict[str, Any], recipe: str, best: int | None = None) -> Path:
-        """Write a checkpoint, remove the oldest beyond the limit, and return the new folder.
+        """Write a checkpoint, remove the oldest beyond the limit except that of step ``best``, and return the folder.
 
-        Args:
-            step: Number of optimiser steps done.
-            state: Tensors, numbers, strings, lists and dictionaries.
-            recipe: The recipe as YAML.
-            best: A step whose checkpoint is kept in addition to the newest.
-
-        Raises:
-            BinarizeError: If it cannot be written, for example because the disk is full. Earlier checkpoints are
-                unchanged.
+        If it cannot be written, for example because the disk is full, earlier checkpoints are unchanged.
         """
         target = self.folder / f"checkpoint-{step}"
 
@@ -70,9 +57,8 @@ class Checkpoints:
                 "Free disk space and continue with resume_from_checkpoint=latest."
             ) from error
         if self.limit is not None:
-            for path in earlier[: max(0, len(earlier) + 1 - self.limit)]:
-                if path.name == f"checkpoint-{best}":
-                    continue
+            oldest = earlier[: max(0, len(earlier) + 1 - self.limit)]
+            for path in (path for path in oldest if path.name != f"checkpoint-{best}"):
                 # Rename first, so that an interrupted removal never leaves a damaged checkpoint under a valid name.
                 removed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
                 path.rename(removed)
@@ -80,14 +66,7 @@ class Checkpoints:
         return target
 
     def find(self, which: str) -> Path | None:
-        """Return the folder of a checkpoint; None for the latest if there is none yet.
-
-        Args:
-            which: ``"latest"``, a checkpoint's path, or its name in this run's folder.
-
-        Raises:
-            BinarizeError: If the named checkpoint does not exist or is incomplete.
-        """
+        """Return the folder of ``"latest"``, None if there is none, or of a checkpoint given by its path or name."""
         complete = self.list()
         if which == "latest":
             return complete[max(complete)] if complete else None
@@ -95,10 +74,7 @@ class Checkpoints:
             if (path / STATE).is_file():
                 return path
         names = ", ".join(path.name for path in complete.values()) or "none"
-        raise BinarizeError(
-            f"resume_from_checkpoint: {which!r} is not a complete checkpoint; {self.folder} has: {names}. "
-            "Use 'latest' for the newest."
-        )
+        raise BinarizeError(f"resume_from_checkpoint: {which!r} is not a complete checkpoint; there are: {names}.")
 
     def clean_up(self) -> None:
         """Remove the temporary files of killed runs, and undo an interrupted replacement."""
@@ -114,11 +90,7 @@ class Checkpoints:
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return a checkpoint's state, on the CPU, and its recipe as YAML.
-
-    Raises:
-        BinarizeError: If a file is missing or damaged.
-    """
+    """Return a checkpoint's state, on the CPU, and its recipe as YAML."""
     try:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         return state, (folder / RECIPE).read_text(encoding="utf-8")

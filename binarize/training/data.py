@@ -23,30 +23,25 @@ _ORDER_STREAM, _PATCH_STREAM = 0, 1
 class PairedPatches(Dataset[dict[str, Any]]):
     """Random crops of high- and low-resolution images, flipped and rotated.
 
-    Item ``i`` is a function of ``(seed, i)`` and the images alone, independent of processes, workers and access order,
-    so a run resumes exactly by continuing with the next index. With n images, indices ``k * n`` to
-    ``(k + 1) * n - 1`` use each image once, in a new random order for each k.
+    Item ``i`` is a function of ``(seed, i)`` and the images alone, so a run resumes exactly by continuing with the next
+    index. With n images, indices ``k * n`` to ``(k + 1) * n - 1`` use each image once, in a new random order.
 
     The low-resolution patch and the condition are crops of the whole low-resolution image and of its upscaled version,
-    bit for bit: the resampling filters see the real surroundings of the patch. A network therefore gets the same
-    condition in training as in sampling; upscaling the patch alone would mirror its borders instead.
+    bit for bit. A network therefore gets the same condition in training as in sampling; upscaling the patch alone would
+    mirror its borders instead.
 
-    Each item is a dict:
+    Each item is a dict with ``"hr"``, float32 (3, P, P) in [0, 1]; ``"lr"``, (3, P / scale, P / scale), 8-bit levels;
+    ``"condition"``, (3, P, P), the upscaled low-resolution image; ``"index"``; and ``"name"``, without suffix.
 
-    - ``"hr"``: float32 (3, P, P) in [0, 1], with P = ``patch_size``;
-    - ``"lr"``: float32 (3, P / scale, P / scale) in [0, 1], 8-bit levels;
-    - ``"condition"``: float32 (3, P, P) in [0, 1], the upscaled low-resolution image;
-    - ``"index"`` and ``"name"``: the requested index, and the image's file name without suffix.
-
-    Images are decoded at construction in the order of their names until ``cache_bytes`` are used, and kept in memory
-    as 8-bit pixels; the others are decoded on each access. Forked workers share this memory.
+    Images are decoded at construction until ``cache_bytes`` are used, and kept as 8-bit pixels; the others are decoded
+    on each access. Forked workers share this memory.
 
     Args:
         hr_dir: Folder of high-resolution images.
         lr_dir: Folder of low-resolution images; by default they are made by :func:`~binarize.imaging.degrade`.
             :class:`~binarize.imaging.ImagePairs` documents how files are matched.
         scale: Integer scale factor.
-        patch_size: Side of the high-resolution patch in pixels, a multiple of ``scale``.
+        patch_size: P, the side of the high-resolution patch in pixels, a multiple of ``scale``.
         augment: Apply a random flip and rotation (one of eight) to each item.
         seed: 0 to 2**64 - 1.
         candidates: Number of positions drawn per item. The position with the most texture is used: the largest mean
@@ -55,9 +50,8 @@ class PairedPatches(Dataset[dict[str, Any]]):
         cache_bytes: Memory for decoded images.
 
     Raises:
-        BinarizeError: If an option is out of range, or if images are broken, smaller than the patch, without a partner
-            or of a different size than their partner; all of them are named at once. Truncated files with a valid
-            header are found here only if the cache holds them, otherwise when they are read.
+        BinarizeError: If an option is out of range, or listing all unusable images. Truncated files with a valid header
+            are found here only if the cache holds them, otherwise when they are read.
     """
 
     def __init__(
@@ -74,21 +68,15 @@ class PairedPatches(Dataset[dict[str, Any]]):
         cache_bytes: int = 1 << 30,
     ) -> None:
         if scale < 1 or patch_size < scale or patch_size % scale:
-            raise BinarizeError(
-                f"patch_size counts high-resolution pixels: a positive multiple of the scale {scale}, got {patch_size}"
-            )
+            raise BinarizeError(f"patch_size must be a positive multiple of the scale {scale}, got {patch_size}")
         if not 0 <= seed < 2**64:
             raise BinarizeError(f"seed must be within 0..2**64 - 1, got {seed}")
-        if candidates < 1:
-            raise BinarizeError(f"candidates must be at least 1, got {candidates}")
-        if length is not None and length < 1:
-            raise BinarizeError(f"length must be at least 1, got {length}")
+        for name, value in (("candidates", candidates), ("length", length)):
+            if value is not None and value < 1:
+                raise BinarizeError(f"{name} must be at least 1, got {value}")
         self.pairs = ImagePairs(hr_dir, lr_dir, scale=scale, min_side=patch_size)
-        self.scale = scale
-        self.patch_size = patch_size
-        self.augment = augment
-        self.seed = seed
-        self.candidates = candidates
+        self.scale, self.patch_size, self.seed = scale, patch_size, seed
+        self.augment, self.candidates = augment, candidates
         self.length = len(self.pairs) if length is None else length
         self._cache = _fill_cache(self.pairs, cache_bytes)
 
@@ -127,28 +115,18 @@ def residual_std(patches: PairedPatches, count: int = RESIDUAL_PATCHES) -> float
     """Return the root mean square of (high-resolution - upscaled image) over the first ``count`` patches.
 
     Residuals divided by it have unit variance, as the noise has. It is a function of the seed and the data.
-
-    Raises:
-        BinarizeError: If all images equal their upscaled versions.
     """
-    squares = (
-        (patch["hr"].double() - patch["condition"].double()).square()
-        for patch in map(patches.__getitem__, range(count))
-    )
-    std = math.sqrt(sum(float(square.mean()) for square in squares) / count)
+    residuals = (item["hr"].double() - item["condition"].double() for item in map(patches.__getitem__, range(count)))
+    std = math.sqrt(sum(float(residual.square().mean()) for residual in residuals) / count)
     if std == 0:
-        raise BinarizeError(
-            "target: residual: the training images equal their upscaled versions, so there is nothing to learn; are "
-            "these high-resolution images?"
-        )
+        raise BinarizeError("target: residual: the training images equal their upscaled versions; use sharper images")
     return std
 
 
 def _fill_cache(pairs: ImagePairs, budget: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     # The cache is filled once. With random access to more images than fit, evicting the oldest would evict each image
     # shortly before its next use.
-    cache: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-    problems: list[str] = []
+    cache, problems = [], []
     for index, files in enumerate(pairs.files):
         height, width = files.size
         pixels = height * width + (0 if files.lr is None else height * width // pairs.scale**2)

@@ -16,16 +16,10 @@ from binarize.recipes import DistillationSection
 
 
 class Distillation:
-    """A student, its teacher, and the outputs of their blocks of the same names.
+    """A student without wrappers, its trained teacher, and the outputs of their blocks of the same names.
 
-    Args:
-        section: The recipe's section.
-        student: The converted network, without wrappers.
-        teacher: The trained network, on the student's device; it is put into evaluation mode and gets no gradients.
-        autocast: Returns the context manager for the teacher's forward pass.
-
-    Raises:
-        BinarizeError: If features are compared and a pattern matches no block of both networks.
+    The teacher is on the student's device; it is put into evaluation mode and gets no gradients. ``autocast`` returns
+    the context manager for its forward pass.
     """
 
     def __init__(
@@ -37,12 +31,11 @@ class Distillation:
     ) -> None:
         self.section, self.teacher, self.autocast = section, teacher.eval().requires_grad_(False), autocast
         self._recording = False
-        self._student_outputs: dict[str, Tensor] = {}
-        self._teacher_outputs: dict[str, Tensor] = {}
+        self._outputs: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         self.blocks = matching_blocks(section.blocks, student, teacher) if section.features else ()
         for name in self.blocks:
-            student.get_submodule(name).register_forward_hook(self._store_in(self._student_outputs, name))
-            teacher.get_submodule(name).register_forward_hook(self._store_in(self._teacher_outputs, name))
+            for network, outputs in zip((student, teacher), self._outputs, strict=True):
+                network.get_submodule(name).register_forward_hook(self._store_in(outputs, name))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -52,23 +45,15 @@ class Distillation:
             yield
         finally:
             self._recording = False
-            self._student_outputs.clear()
-            self._teacher_outputs.clear()
+            for outputs in self._outputs:
+                outputs.clear()
 
     def compare(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the teacher on the input of the student's last forward pass, inside `recording`.
 
-        Args:
-            noisy: (B, 3, H, W).
-            timesteps: (B,).
-            condition: (B, 3, H, W).
-
         Returns:
             The teacher's prediction, (B, 3, H, W), and the mean over the blocks of |f / |f| - g / |g||^2 for the
             outputs f and g of student and teacher, (B,) in [0, 4]; None without features.
-
-        Raises:
-            BinarizeError: If the outputs of a block differ in shape.
         """
         with torch.no_grad(), self.autocast():
             prediction = self.teacher(noisy, timesteps, condition).sample
@@ -77,13 +62,10 @@ class Distillation:
         return prediction, torch.stack([self._distance(name) for name in self.blocks]).mean(dim=0)
 
     def _distance(self, name: str) -> Tensor:
-        ours, theirs = self._student_outputs[name], self._teacher_outputs[name]
+        ours, theirs = (outputs[name] for outputs in self._outputs)
         if ours.shape != theirs.shape:
-            raise BinarizeError(
-                f"distillation: the outputs of {name} are {tuple(ours.shape)} in the student and "
-                f"{tuple(theirs.shape)} in the teacher; leave the block out of distillation.blocks, or set features to "
-                "0 and compare only the predictions."
-            )
+            shapes = f"{tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the teacher"
+            raise BinarizeError(f"distillation.blocks: the outputs of {name} are {shapes}; leave the block out.")
         dtype = torch.promote_types(ours.dtype, torch.float32)
         f, g = (F.normalize(features.flatten(1).to(dtype), dim=1) for features in (ours, theirs))
         return (f - g).square().sum(dim=1)
@@ -105,10 +87,8 @@ def matching_blocks(patterns: tuple[str, ...], student: nn.Module, teacher: nn.M
     names = [name for name, _ in student.named_modules() if name in theirs]
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in names):
-            raise BinarizeError(
-                f"distillation.blocks: the pattern {pattern!r} matches no module that student and teacher both have; "
-                "names look like encoder.0.blocks.0."
-            )
+            found = f"the pattern {pattern!r} matches no module that student and teacher both have"
+            raise BinarizeError(f"distillation.blocks: {found}; names look like encoder.0.blocks.0.")
     return tuple(name for name in names if any(_matches(pattern, name) for pattern in patterns))
 
 

@@ -13,20 +13,12 @@ class DivergedError(BinarizeError):
 
 
 class TrainingInterrupted(Exception):
-    """A signal stopped the run after a checkpoint was saved.
-
-    Args:
-        signum: The signal, SIGINT or SIGTERM.
-        checkpoint: The folder of the saved checkpoint.
-    """
+    """A signal, SIGINT or SIGTERM, stopped the run after a checkpoint was saved."""
 
     def __init__(self, signum: int, checkpoint: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name}; saved {checkpoint}. Continue with "
-            "resume_from_checkpoint=latest."
-        )
-        self.signum = signum
-        self.checkpoint = checkpoint
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name}; saved {checkpoint}. Continue with resume_from_checkpoint=latest.")
+        self.signum, self.checkpoint = signum, checkpoint
 
     @property
     def exit_code(self) -> int:

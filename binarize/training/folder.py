@@ -17,33 +17,22 @@ TRACKERS = ("tensorboard", "wandb")
 
 
 def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | None:
-    """Return the checkpoint that a recipe resumes from, or None for a new run, without changing anything.
-
-    Raises:
-        BinarizeError: If the output folder is a file, holds a run that is neither resumed nor replaced by force, or
-            does not have the checkpoint.
-    """
+    """Return the checkpoint that a recipe resumes from, or None for a new run, without changing anything."""
     folder, which = recipe.output_dir, recipe.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise BinarizeError(f"output_dir: {folder} is a file; name a folder.")
     if force and which is not None:
-        raise BinarizeError(
-            f"resume_from_checkpoint={which} continues a run and force removes it; give only one of them."
-        )
+        raise BinarizeError(f"resume_from_checkpoint={which} continues a run and force removes it; give only one.")
     found = None if which is None else checkpoints.find(which)
     resumes_here = which == "latest" or (found is not None and found.resolve().parent == folder.resolve())
     if _holds_run(folder) and not resumes_here and not force:
-        raise BinarizeError(
-            f"output_dir: {folder} already holds a run; continue it with resume_from_checkpoint=latest, choose "
-            "another folder with output_dir=..., or remove the run with --force."
-        )
+        fix = "continue it with resume_from_checkpoint=latest, or remove it with --force"
+        raise BinarizeError(f"output_dir: {folder} already holds a run; {fix}.")
     if found is not None and which != "latest" and resumes_here:
         newer = [path for step, path in checkpoints.list().items() if step > int(found.name.rpartition("-")[2])]
         if newer:
-            raise BinarizeError(
-                f"resume_from_checkpoint: {folder} has newer checkpoints than {which}, such as {newer[-1].name}, and "
-                "would mix two runs; choose another folder with output_dir=..., or move the newer checkpoints away."
-            )
+            reason = f"{folder} has newer checkpoints than {which}, such as {newer[-1].name}"
+            raise BinarizeError(f"resume_from_checkpoint: {reason}; choose another folder with output_dir=...")
     return found
 
 

@@ -18,26 +18,14 @@ if TYPE_CHECKING:
 
 # Keys of a noise schedule that define what a prediction means; the others are for sampling only.
 _PREDICTION_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "prediction_type",
-    "rescale_betas_zero_snr",
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr",
     "residual_scale",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained network with what its files say about its training.
-
-    Attributes:
-        path: Where it was read from.
-        network: On the CPU, in evaluation mode.
-        scheduler: The noise schedule's configuration, or None for a network without a pipeline.
-        residual_scale: As in the pipeline; None also for a network without a pipeline.
-    """
+    """A trained network, on the CPU in evaluation mode, with its pipeline's noise schedule and residual scale."""
 
     path: Path
     network: SRUNet
@@ -69,22 +57,17 @@ def check_same_prediction(key: str, recipe: Recipe, trained: TrainedModel) -> No
     if trained.scheduler is None:
         return
     own = {**recipe.scheduler.model_dump(), "residual_scale": recipe.residual_scale}
-    _check_equal(
-        f"{key}: {trained.path} was trained to predict something else",
-        {**trained.scheduler, "residual_scale": trained.residual_scale},
-        {name: own[name] for name in _PREDICTION_KEYS},
-        "Make the recipe's scheduler and target those of the trained model.",
-    )
+    expected = {name: own[name] for name in _PREDICTION_KEYS}
+    found = {**trained.scheduler, "residual_scale": trained.residual_scale}
+    message = f"{key}: {trained.path} was trained to predict something else"
+    _check_equal(message, found, expected, "Make the recipe's scheduler and target those of the trained model.")
 
 
 def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
     """Return the network at step 0, converted as the recipe says: a new one, or the one that ``init_from`` names.
 
-    A full-precision network is converted, so its weights become the latent weights, and parts that are initialised
-    from weights see the trained ones. A network that is already binary keeps its conversion.
-
-    Raises:
-        BinarizeError: If the trained network differs from the recipe's, or is packed.
+    A full-precision network is converted: its weights become the latent weights, and parts are initialised from them.
+    A network that is already binary keeps its conversion.
     """
     if start is None:
         return build_model(recipe)
@@ -97,10 +80,7 @@ def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
         full.load_state_dict(network.state_dict())  # keeps the recipe's dropout and the current default dtype
         return build_model(recipe, full)
     if is_packed(network):
-        raise BinarizeError(
-            f"init_from: {start.path} is packed, with 1-bit weights, and cannot be trained; give the run's folder or "
-            "the model that it was packed from."
-        )
+        raise BinarizeError(f"init_from: {start.path} is packed; give the model that it was packed from.")
     model = build_model(recipe)
     expected = {key: value for key, value in model.config.items() if key != "dropout" and not key.startswith("_")}
     _check_equal(different, network.config, expected)
@@ -109,14 +89,10 @@ def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
 
 
 def _check_equal(message: str, found: Mapping[str, Any], expected: Mapping[str, Any], fix: str = "") -> None:
-    different = [
-        f"  {key}: {found.get(key)!r} there, {value!r} here"
-        for key, value in expected.items()
-        if _as_list(found.get(key)) != _as_list(value)
-    ]
+    def as_list(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    wrong = [key for key, value in expected.items() if as_list(found.get(key)) != as_list(value)]
+    different = [f"  {key}: {found.get(key)!r} there, {expected[key]!r} here" for key in wrong]
     if different:
         raise BinarizeError("\n".join(filter(None, [f"{message}:", *different, fix])))
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

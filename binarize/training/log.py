@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,17 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogEntry:
-    """One entry of the log.
+    """One entry of the log; losses, speed and flips are since the previous entry.
 
     Attributes:
         step: Number of optimiser steps done.
-        loss: Mean loss since the previous entry.
-        learning_rate: Of the last step.
-        samples_per_second: Since the previous entry.
         parts: Means of the unweighted terms of the loss, if there are several.
-        flips: Share of the latent weights whose sign changed since the previous entry; None without binary layers.
-        memory: Peak memory in bytes: GPU allocations, or the resident size of this process without a GPU; None if the
-            system does not report it.
+        flips: Share of the latent weights whose sign changed; None without binary layers.
+        memory: Peak memory in bytes, as `peak_memory` reports it.
     """
 
     step: int
@@ -103,9 +98,8 @@ class Log:
             return None, {}
         flips, ratios = self._flips.update(), self._flips.result()
         self._flips = self._new_tracker()  # a tracker keeps its whole history
-        return flips, {
-            f"flips/{name}": float(share) for name, share in zip(ratios.layers, ratios.since_last[-1], strict=True)
-        }
+        shares = zip(ratios.layers, ratios.since_last[-1], strict=True)
+        return flips, {f"flips/{name}": float(share) for name, share in shares}
 
 
 def start_tracker(recipe: Recipe, accelerator: Accelerator, step: int) -> None:
@@ -118,22 +112,14 @@ def start_tracker(recipe: Recipe, accelerator: Accelerator, step: int) -> None:
             accelerator.init_trackers(folder.name, init_kwargs={"tensorboard": {"purge_step": step + 1}})
             return
         folder.mkdir(exist_ok=True)
-        options = {"dir": str(recipe.output_dir), "name": recipe.output_dir.name, "id": _run_id(folder)}
+        identifier = folder / "run-id"  # created once, so that a resumed run continues the same record
+        if not identifier.is_file():
+            write_text_atomic(identifier, secrets.token_hex(4), force=False)
+        options = {"dir": str(recipe.output_dir), "name": recipe.output_dir.name, "id": identifier.read_text("utf-8")}
         accelerator.init_trackers("binarize", init_kwargs={"wandb": {**options, "resume": "allow"}})
     except Exception as error:  # wandb raises its own types, for a missing login or network
-        fix = "Set WANDB_MODE=offline to write to the run's folder only, or report_to=none."
-        raise BinarizeError(
-            f"report_to: {recipe.report_to} cannot start: {one_line(error, 300)}."
-            + (f" {fix}" if recipe.report_to == "wandb" else "")
-        ) from error
-
-
-def _run_id(folder: Path) -> str:
-    """Return the run's id at wandb, created once and kept in the run's folder."""
-    file = folder / "run-id"
-    if not file.is_file():
-        write_text_atomic(file, secrets.token_hex(4), force=False)
-    return file.read_text(encoding="utf-8")
+        fix = " Set WANDB_MODE=offline or report_to=none." if recipe.report_to == "wandb" else ""
+        raise BinarizeError(f"report_to: {recipe.report_to} cannot start: {one_line(error, 300)}.{fix}") from error
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,17 +20,11 @@ from binarize.errors import BinarizeError
 from binarize.layers import training_step
 from binarize.progress import ProgressBar
 from binarize.recipes import Recipe, build_pipeline, build_scheduler, last_stage_end, remove_stages
+from binarize.training import initial
 from binarize.training.checkpoint import Checkpoints, load_checkpoint, with_saved_residual_scale
 from binarize.training.distillation import Distillation
 from binarize.training.errors import DivergedError, TrainingInterrupted
 from binarize.training.folder import BEST, MODEL, SAMPLES, find_start, prepare_folder
-from binarize.training.initial import (
-    TrainedModel,
-    check_same_prediction,
-    initial_network,
-    read_trained,
-    with_residual_scale,
-)
 from binarize.training.log import Log, LogEntry, start_tracker
 from binarize.training.malloc import keep_large_blocks_apart
 from binarize.training.objective import Objective
@@ -42,16 +36,13 @@ from binarize.training.samples import BatchPlan, batch_loader, close, training_s
 from binarize.training.signals import StopRequest
 from binarize.training.validation import Validator, averaged_weights, export
 
-if TYPE_CHECKING:
-    from binarize.models import SRUNet
-
 
 @dataclass(frozen=True)
 class TrainResult:
     """The result of a finished run.
 
     Attributes:
-        model_dir: A saved `SuperResolutionPipeline`, for its ``from_pretrained``.
+        model_dir: A saved `SuperResolutionPipeline`.
         steps: Number of optimiser steps, including those before a resume.
         history: The log since the start or the resume.
         validation: Step -> mean PSNR on luma without the border, in dB.
@@ -74,12 +65,8 @@ def train(recipe: Recipe, *, force: bool = False, progress: bool = True) -> Trai
 
     Every random number is a function of the recipe's seed and of the sample or step that uses it. A resumed run is
     therefore equal to an uninterrupted one (bit for bit on devices that compute deterministically, such as CPUs), and
-    the split into processes and accumulated forward passes changes no patch, timestep or noise.
-
-    Args:
-        recipe: The recipe.
-        force: Remove an existing run in ``output_dir``.
-        progress: Show a progress bar and messages.
+    the split into processes and accumulated forward passes changes no patch, timestep or noise. With ``force``, an
+    existing run in ``output_dir`` is removed first.
 
     Raises:
         BinarizeError: If the recipe cannot be trained, the folder holds a run, the data or the checkpoint cannot be
@@ -99,28 +86,30 @@ class _Run:
     ) -> None:
         self.accelerator, self.stop = accelerator, stop
         self.shows_progress = progress and accelerator.is_main_process
-        self.plan = BatchPlan(
-            recipe.train_batch_size,
-            recipe.gradient_accumulation_steps,
-            accelerator.num_processes,
-            accelerator.process_index,
-        )
+        size, accumulation = recipe.train_batch_size, recipe.gradient_accumulation_steps
+        self.plan = BatchPlan(size, accumulation, accelerator.num_processes, accelerator.process_index)
         self.checkpoints = Checkpoints(recipe.output_dir, recipe.checkpoints_total_limit)
         self.start = find_start(recipe, self.checkpoints, force)
         self.samples = training_samples(recipe, self.plan)
         self.validator = Validator(recipe)
-        teacher = None if recipe.distillation is None else read_trained("distillation", recipe.distillation.teacher)
-        initial = None
+        section = recipe.distillation
+        teacher = None if section is None else initial.read_trained("distillation", section.teacher)
+        trained = None
         if self.start is not None:
             recipe = with_saved_residual_scale(recipe, self.start)
         elif recipe.init_from is not None:
-            initial = read_trained("init_from", recipe.init_from)
-        self.recipe = recipe = with_residual_scale(recipe, self.samples.patches, [teacher, initial])
+            trained = initial.read_trained("init_from", recipe.init_from)
+        self.recipe = recipe = initial.with_residual_scale(recipe, self.samples.patches, [teacher, trained])
         state = None if self.start is None else self._read(self.start)
 
         torch.manual_seed(torch_seed(recipe.seed, "weights"))
-        self.unet = initial_network(recipe, initial).train()
-        self._save_memory()
+        self.unet = initial.initial_network(recipe, trained).train()
+        if recipe.memory_mode == "compact":
+            if accelerator.device.type == "cpu":
+                keep_large_blocks_apart()
+            memory_mode(self.unet, "compact")
+        if recipe.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
         optimizer = build_optimizer(recipe, self.unet)
         self.lr_scheduler = build_lr_scheduler(recipe, optimizer)
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
@@ -140,18 +129,10 @@ class _Run:
         self.validation: dict[int, float] = {}
         self._print_start()
 
-    def _save_memory(self) -> None:
-        if self.recipe.memory_mode == "compact":
-            if self.accelerator.device.type == "cpu":
-                keep_large_blocks_apart()
-            memory_mode(self.unet, "compact")
-        if self.recipe.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-
-    def _distillation(self, teacher: TrainedModel | None) -> Distillation | None:
+    def _distillation(self, teacher: initial.TrainedModel | None) -> Distillation | None:
         if teacher is None or self.recipe.distillation is None:
             return None
-        check_same_prediction("distillation", self.recipe, teacher)
+        initial.check_same_prediction("distillation", self.recipe, teacher)
         network = teacher.network.to(self.accelerator.device, self.unet.dtype)
         distillation = Distillation(self.recipe.distillation, self.unet, network, self.accelerator.autocast)
         if self.recipe.compile and distillation.blocks:
@@ -167,28 +148,16 @@ class _Run:
         missed = self.validated != self.step or not (recipe.output_dir / MODEL).is_dir()
         if self.step and self._validation_is_due() and missed:
             self._validate()
-        loader = batch_loader(
-            self.samples,
-            self.plan,
-            range(self.step, recipe.max_train_steps),
-            workers=recipe.dataloader_num_workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
-        batches = iter(loader)
+        steps, cuda = range(self.step, recipe.max_train_steps), self.accelerator.device.type == "cuda"
+        workers = recipe.dataloader_num_workers
+        batches = iter(batch_loader(self.samples, self.plan, steps, workers=workers, pin_memory=cuda))
         try:
-            checkpoint = self._train_steps(batches)
+            # A run without steps was resumed from a checkpoint.
+            checkpoint = cast(Path, self._train_steps(batches))
         finally:
             close(batches)
-        return TrainResult(
-            output_dir=recipe.output_dir,
-            model_dir=recipe.output_dir / MODEL,
-            checkpoint=cast(Path, checkpoint),  # a run without steps was resumed from a checkpoint
-            steps=self.step,
-            history=tuple(self.log.entries),
-            validation=self.validation,
-            best=self.best,
-            seconds=time.perf_counter() - start,
-        )
+        folder, history, seconds = recipe.output_dir, tuple(self.log.entries), time.perf_counter() - start
+        return TrainResult(folder, folder / MODEL, checkpoint, self.step, history, self.validation, self.best, seconds)
 
     def _train_steps(self, batches: Iterator[dict[str, Any]]) -> Path | None:
         """Train the remaining steps and return the last checkpoint."""
@@ -221,14 +190,14 @@ class _Run:
         losses: list[dict[str, Tensor]] = []
         names: list[str] = []
         for forward in range(self.plan.accumulation):
-            batch = self._next(batches)
+            batch, images = self._next(batches)
             # Only dropout draws from torch's global state.
             torch.manual_seed(torch_seed(self.recipe.seed, "dropout", self.step, forward, self.plan.rank))
             with self.accelerator.accumulate(self.model):
-                found = self.objective(self.forward, self._to_device(batch))
+                found = self.objective(self.forward, batch)
                 self.accelerator.backward(found.total.mean())
             losses.append({"loss": found.total.detach(), **found.parts})
-            names += batch["name"]
+            names += images
         joined = {name: torch.cat([one[name] for one in losses]) for name in losses[0]}
         means, signum = reduce_losses(self.accelerator, joined, self.stop.signum)
         if not math.isfinite(means["loss"]):
@@ -247,15 +216,10 @@ class _Run:
             self.ema.step(self.unet.parameters())
         return means, signum
 
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return a batch's tensors on the device, images in the network's dtype."""
-        device, dtype = self.accelerator.device, self.unet.dtype
-        images = {name: batch[name].to(device, dtype, non_blocking=True) for name in ("hr", "noise", "condition")}
-        return {**images, "timestep": batch["timestep"].to(device, non_blocking=True)}
-
-    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    def _next(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], list[str]]:
+        """Return the next batch on the device, images in the network's dtype, and the names of its images."""
         try:
-            return next(batches)
+            batch = next(batches)
         except BinarizeError as error:
             # A worker's error contains its traceback; the last line is the message.
             reason = str(error).strip().splitlines()[-1].partition("BinarizeError: ")
@@ -267,6 +231,9 @@ class _Run:
                 f"a worker process died before step {self.step + 1} ({error}), often because memory ran out; lower "
                 "dataloader_num_workers and continue with resume_from_checkpoint=latest."
             ) from error
+        device, dtype = self.accelerator.device, self.unet.dtype
+        tensors = {name: batch[name].to(device, dtype, non_blocking=True) for name in ("hr", "noise", "condition")}
+        return {**tensors, "timestep": batch["timestep"].to(device, non_blocking=True)}, batch["name"]
 
     def _gradient_is_finite(self) -> bool:
         grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -276,9 +243,8 @@ class _Run:
         bad = [n for n, loss in zip(names, losses.tolist(), strict=True) if what != "loss" or not math.isfinite(loss)]
         images = ", ".join(sorted(set(gather_object(bad))))
         raise DivergedError(
-            f"the {what} of step {self.step + 1} is not finite for the images {images}; the weights were not updated "
-            f"with it. {self._last_checkpoint()} Lower learning_rate, set max_grad_norm, or use mixed_precision=bf16 "
-            "or no."
+            f"the {what} of step {self.step + 1} is not finite for the images {images}; the weights were not updated. "
+            f"{self._last_checkpoint()} Lower learning_rate, set max_grad_norm, or use mixed_precision=bf16 or no."
         )
 
     def _last_checkpoint(self) -> str:
@@ -329,7 +295,10 @@ class _Run:
         def work() -> float | None:
             folder = self.recipe.output_dir
             with averaged_weights(self.unet, self.ema):
-                pipeline = build_pipeline(self.recipe, self._network_to_save())
+                staged = last_stage_end(self.recipe) is not None
+                finished = staged and self._stages_are_over()
+                network = remove_stages(self.recipe, self.unet) if finished else self.unet
+                pipeline = build_pipeline(self.recipe, network)
                 pipeline.set_progress_bar_config(disable=True)
                 export(pipeline, folder / MODEL)
                 results = list(self.validator(pipeline))
@@ -353,15 +322,11 @@ class _Run:
 
     def _is_best(self, psnr: float) -> bool:
         """Whether a validation is the best so far; before all stages are over, the network is not the final one."""
-        unfinished = last_stage_end(self.recipe) is not None and not self._stages_are_over()
-        return not unfinished and (self.best is None or psnr > self.best[1])
+        return self._stages_are_over() and (self.best is None or psnr > self.best[1])
 
     def _stages_are_over(self) -> bool:
         end = last_stage_end(self.recipe)
-        return end is not None and self.step >= end * self.recipe.max_train_steps
-
-    def _network_to_save(self) -> SRUNet:
-        return remove_stages(self.recipe, self.unet) if self._stages_are_over() else self.unet
+        return end is None or self.step >= end * self.recipe.max_train_steps
 
     def _print_start(self) -> None:
         plan = self.plan
@@ -369,10 +334,8 @@ class _Run:
             self._print(f"resuming from {self.start}, at step {self.step}")
         elif self.recipe.resume_from_checkpoint is not None:
             self._print("there is no checkpoint yet; starting a new run")
-        self._print(
-            f"{plan.size} samples x {plan.accumulation} forward passes x {plan.processes} processes "
-            f"= {plan.total} per step, on {self.accelerator.device}"
-        )
+        factors = f"{plan.size} samples x {plan.accumulation} forward passes x {plan.processes} processes"
+        self._print(f"{factors} = {plan.total} per step, on {self.accelerator.device}")
         if self.recipe.residual_scale is not None:
             self._print(f"residuals are divided by {self.recipe.residual_scale:.6g}")
 

@@ -16,10 +16,8 @@ def keep_large_blocks_apart() -> bool:
     """Allocate blocks of 4 MiB and more with mmap, for the rest of the process.
 
     By default glibc raises this threshold up to 32 MiB when such blocks are freed. Activations then come from its heap,
-    between gradients and optimiser states that stay, and the heap grows by about the size of the activations.
-
-    Returns:
-        Whether the threshold was set. Only glibc has the setting, and a value in the environment takes precedence.
+    between gradients and optimiser states that stay, and the heap grows by about the size of the activations. The
+    result is whether the threshold was set: only glibc has it, and a value in the environment takes precedence.
     """
     user_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
     if user_set or not sys.platform.startswith("linux"):

@@ -21,25 +21,14 @@ _CHARBONNIER_EPSILON = 1e-3
 
 
 class Losses(NamedTuple):
-    """The losses of one forward pass.
-
-    Attributes:
-        total: (B,), to be minimised.
-        parts: The unweighted terms if there are several, (B,) each.
-    """
+    """The losses of one forward pass, (B,) each: the total, and the unweighted terms if there are several."""
 
     total: Tensor
     parts: dict[str, Tensor]
 
 
 class Objective:
-    """The loss of a recipe as a function of a batch.
-
-    Args:
-        recipe: Its loss, target and weighting are used. ``residual_scale`` must be set if residuals are diffused.
-        scheduler: The noise schedule.
-        distillation: The teacher, or None.
-    """
+    """The loss of a recipe as a function of a batch; ``residual_scale`` must be set if residuals are diffused."""
 
     def __init__(self, recipe: Recipe, scheduler: DDIMScheduler, distillation: Distillation | None = None) -> None:
         self.recipe, self.scheduler, self.distillation = recipe, scheduler, distillation
@@ -76,20 +65,10 @@ class Objective:
 
 
 def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return the training target for the scheduler's ``prediction_type``.
+    """Return the training target for the scheduler's ``prediction_type``, (B, C, H, W).
 
-    Args:
-        scheduler: The noise schedule, with cumulative products a_t.
-        clean: x_0: clean images (B, C, H, W) in [0, 1], or residuals of unit variance.
-        noise: Unit Gaussian noise of the same shape.
-        timesteps: (B,), int64.
-
-    Returns:
-        (B, C, H, W): the noise for "epsilon", x_0 for "sample", sqrt(a_t) noise - sqrt(1 - a_t) x_0 for
-        "v_prediction".
-
-    Raises:
-        BinarizeError: For any other prediction type.
+    It is the noise for "epsilon", the clean x_0 for "sample", and sqrt(a_t) noise - sqrt(1 - a_t) x_0 for
+    "v_prediction", with the cumulative products a_t of the schedule.
     """
     kind = scheduler.config["prediction_type"]
     if kind == "epsilon":
@@ -98,26 +77,15 @@ def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, ti
         return clean
     if kind == "v_prediction":
         return scheduler.get_velocity(clean, noise, cast(Any, timesteps))
-    raise BinarizeError(
-        f"prediction_type {kind!r} cannot be trained; it must be 'epsilon', 'sample' or 'v_prediction'."
-    )
+    raise BinarizeError(f"unknown prediction_type {kind!r}; it must be 'epsilon', 'sample' or 'v_prediction'.")
 
 
 def snr_weights(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float, loss: str) -> Tensor:
-    """Return the Min-SNR weight of each sample (Hang et al. 2023, "Min-SNR Weighting Strategy").
+    """Return the Min-SNR weight of each sample (Hang et al. 2023, "Min-SNR Weighting Strategy"), (B,) float64.
 
     With snr = a_t / (1 - a_t), the squared error of x_0 is weighted by min(snr, gamma), whatever the network predicts:
     the squared error of "sample" by that, of "epsilon" by that over snr, of "v_prediction" by that over snr + 1. The
-    losses "l1" and "charbonnier" are linear in the error and use the square root of the weight.
-
-    Args:
-        scheduler: The noise schedule.
-        timesteps: (B,), int64.
-        gamma: 5 in the paper.
-        loss: "l1", "l2" or "charbonnier".
-
-    Returns:
-        (B,) float64 on the timesteps' device.
+    losses "l1" and "charbonnier" are linear in the error and use the weight's square root. gamma is 5 in the paper.
     """
     a = scheduler.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]
     snr = a / (1 - a)
@@ -131,9 +99,6 @@ def sample_losses(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
 
     With d = prediction - target, "l1" is |d|, "l2" is d^2 and "charbonnier" is sqrt(d^2 + 1e-6), each averaged over
     channels and pixels.
-
-    Raises:
-        BinarizeError: For any other kind.
     """
     difference = prediction - target
     if kind == "l1":

@@ -21,10 +21,9 @@ _TIMM = "timm/"
 
 
 class TimmSchedule:
-    """Gives a schedule of timm the interface of torch's `LRScheduler`.
+    """Gives a schedule of timm, which does not count updates, the interface of torch's `LRScheduler`.
 
-    timm computes the rate of an update from its number and does not count updates. The number cannot be the step of
-    the loop, because a loss scaler skips updates.
+    The loop's step cannot be the count, because a loss scaler skips updates.
     """
 
     def __init__(self, schedule: Any) -> None:
@@ -50,16 +49,15 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     groups = param_groups(model, weight_decay=recipe.adam_weight_decay)
     betas, options = (recipe.adam_beta1, recipe.adam_beta2), recipe.optimizer_options
     try:
+        arguments = {"lr": recipe.learning_rate, "betas": betas, "eps": recipe.adam_epsilon, **options}
         if recipe.optimizer.startswith(_TIMM):
-            return _timm_optimizer(recipe, groups, {"betas": betas, "eps": recipe.adam_epsilon, **options})
-        make = _OPTIMIZERS[recipe.optimizer]
-        return make(groups, **{"lr": recipe.learning_rate, "betas": betas, "eps": recipe.adam_epsilon, **options})
+            return _timm_optimizer(recipe, groups, arguments)
+        return _OPTIMIZERS[recipe.optimizer](groups, **arguments)
     except BinarizeError:
         raise
     except (TypeError, ValueError, AssertionError) as error:
-        raise BinarizeError(
-            f"optimizer: {recipe.optimizer} cannot be built with optimizer_options {options}: {error}."
-        ) from error
+        given = f"optimizer_options {options}"
+        raise BinarizeError(f"optimizer: {recipe.optimizer} cannot be built with {given}: {error}.") from error
 
 
 def _timm_optimizer(recipe: Recipe, groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
@@ -70,58 +68,38 @@ def _timm_optimizer(recipe: Recipe, groups: list[dict[str, Any]], options: dict[
     plain = name.lower().removeprefix("lookahead_")
     known = [str(one) for one in list_optimizers()]
     if plain not in known:
-        raise BinarizeError(
-            f"optimizer: timm has no optimiser {name!r}; it has {', '.join(known)}.{did_you_mean(plain, known)}"
-        )
+        hint = did_you_mean(plain, known)
+        raise BinarizeError(f"optimizer: timm has no optimiser {name!r}; it has {', '.join(known)}.{hint}")
     info = get_optimizer_info(plain)
     if info.second_order:
-        raise BinarizeError(
-            f"optimizer: {recipe.optimizer} needs second-order gradients, which the training loop does not compute."
-        )
+        raise BinarizeError(f"optimizer: {recipe.optimizer} needs second-order gradients; choose another.")
     if info.has_betas and info.num_betas != 2 and "betas" not in recipe.optimizer_options:
         options.pop("betas")  # the optimiser has defaults for another number of them
     # Some optimisers fail on empty groups.
-    filled = [group for group in groups if group["params"]]
-    return create_optimizer_v2(filled, name, lr=recipe.learning_rate, **options)
+    return create_optimizer_v2([group for group in groups if group["params"]], name, **options)
 
 
 def build_lr_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | TimmSchedule:
     """Return the recipe's learning-rate schedule, to be stepped once per optimiser step."""
     if not recipe.lr_scheduler.startswith(_TIMM):
-        return get_scheduler(
-            recipe.lr_scheduler,
-            optimizer,
-            num_warmup_steps=recipe.lr_warmup_steps,
-            num_training_steps=recipe.max_train_steps,
-            num_cycles=recipe.lr_num_cycles,
-            power=recipe.lr_power,
-        )
+        steps = {"num_warmup_steps": recipe.lr_warmup_steps, "num_training_steps": recipe.max_train_steps}
+        shape: dict[str, Any] = {"num_cycles": recipe.lr_num_cycles, "power": recipe.lr_power}
+        return get_scheduler(recipe.lr_scheduler, optimizer, **steps, **shape)
     _require_timm("lr_scheduler", recipe.lr_scheduler)
     from timm.scheduler import create_scheduler_v2
 
-    arguments = {
-        "num_epochs": recipe.max_train_steps,
-        "warmup_epochs": recipe.lr_warmup_steps,
-        "warmup_lr": 0.0,
-        "noise_seed": recipe.seed,
-        **recipe.lr_scheduler_options,
-        # With one update per epoch, timm counts every length in optimiser steps.
-        "step_on_epochs": False,
-        "updates_per_epoch": 1,
-    }
+    # With one update per epoch, timm counts every length in optimiser steps.
+    units = {"step_on_epochs": False, "updates_per_epoch": 1}
+    lengths = {"num_epochs": recipe.max_train_steps, "warmup_epochs": recipe.lr_warmup_steps}
+    arguments = {**lengths, "warmup_lr": 0.0, "noise_seed": recipe.seed, **recipe.lr_scheduler_options, **units}
     try:
         schedule, _ = create_scheduler_v2(optimizer, recipe.lr_scheduler.removeprefix(_TIMM), **arguments)
     except (TypeError, ValueError, AssertionError) as error:
-        raise BinarizeError(
-            f"lr_scheduler: {recipe.lr_scheduler} cannot be built with lr_scheduler_options "
-            f"{recipe.lr_scheduler_options}: {error}."
-        ) from error
+        given = f"lr_scheduler_options {recipe.lr_scheduler_options}"
+        raise BinarizeError(f"lr_scheduler: {recipe.lr_scheduler} cannot be built with {given}: {error}.") from error
     return TimmSchedule(schedule)
 
 
 def _require_timm(key: str, value: str) -> None:
     if importlib.util.find_spec("timm") is None:
-        raise BinarizeError(
-            f"{key}: {value} is in timm, which is not installed; pip install 'binarize-diffusion[train]', or choose "
-            "another."
-        )
+        raise BinarizeError(f"{key}: {value} needs timm: pip install 'binarize-diffusion[train]'.")

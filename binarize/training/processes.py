@@ -24,19 +24,14 @@ _PACKAGES = {"wandb": "wandb", "tensorboard": "'binarize-diffusion[train]'"}
 
 @contextmanager
 def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
-    """Set Accelerate up as the recipe says, and restore torch's random state and TF32 flags at the end.
-
-    Raises:
-        BinarizeError: If the tracker is not installed, this machine does not support the precision, or the launcher
-            shards parameters.
-    """
+    """Set Accelerate up as the recipe says, and restore torch's random state and TF32 flags at the end."""
     if recipe.report_to is not None and importlib.util.find_spec(recipe.report_to) is None:
-        raise BinarizeError(
-            f"report_to: {recipe.report_to} is not installed; pip install {_PACKAGES[recipe.report_to]}, or set "
-            "report_to=none."
-        )
+        package = _PACKAGES[recipe.report_to]
+        raise BinarizeError(f"report_to: {recipe.report_to} is not installed; pip install {package}.")
+    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "") in ("true", "1", "yes")
+    if recipe.mixed_precision == "fp16" and on_cpu:
+        raise BinarizeError("mixed_precision: fp16 needs a GPU; use mixed_precision=bf16 or no.")
     embedded = PartialState._shared_state != {}
-    _check_precision(recipe)
     try:
         accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision,
@@ -50,11 +45,8 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         if accelerator.distributed_type in _SHARDED:
-            raise BinarizeError(
-                f"training cannot be launched with {accelerator.distributed_type.value}: it shards the parameters, "
-                "which checkpoints and averaged weights do not support. Use data parallelism: accelerate launch "
-                "--num_processes N, without --use_fsdp or --use_deepspeed."
-            )
+            reason = f"{accelerator.distributed_type.value}: it shards the parameters"
+            raise BinarizeError(f"training cannot be launched with {reason}. Use data parallelism: --num_processes N.")
         with torch.random.fork_rng(devices=cuda):
             torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
             torch.backends.cudnn.allow_tf32 = recipe.allow_tf32
@@ -67,15 +59,6 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
             # Accelerate keeps the precision for the life of the process, and the next run may need another one.
             accelerator.state.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _check_precision(recipe: Recipe) -> None:
-    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "") in ("true", "1", "yes")
-    if recipe.mixed_precision == "fp16" and on_cpu:
-        raise BinarizeError(
-            "mixed_precision: fp16 needs a GPU: it overflows without loss scaling and is slow on CPUs; use "
-            "mixed_precision=bf16 or no."
-        )
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -8,15 +8,10 @@ import numpy as np
 
 
 def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
-    """Return the generator of one draw.
+    """Return the generator of one draw for a purpose, such as ``"noise"``, and the index of, for example, a sample.
 
-    Equal arguments give equal numbers on any machine and in any process; different arguments give independent streams
-    (NumPy's `SeedSequence` and Philox).
-
-    Args:
-        seed: The run's seed, at least 0.
-        purpose: What is drawn, such as ``"noise"``.
-        index: The number of the draw, such as the global index of the sample.
+    Equal arguments give equal numbers on any machine; different arguments give independent streams (NumPy's
+    `SeedSequence` and Philox).
     """
     entropy = [seed, zlib.crc32(purpose.encode()), *index]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))

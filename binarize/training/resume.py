@@ -31,21 +31,15 @@ _RESUMABLE = BOOKKEEPING | {
 def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, checkpoint: Path) -> None:
     """Check that a checkpoint's recipe, as YAML, differs only in keys that do not change the result.
 
-    ``max_train_steps`` may change if neither the learning rate nor the network depends on it. The totals are samples
-    per optimiser step, now and in the checkpoint.
-
-    Raises:
-        BinarizeError: Listing every difference that matters.
+    ``max_train_steps`` may change if nothing depends on it. The totals are samples per optimiser step.
     """
     free = _RESUMABLE | (set() if _depends_on_length(recipe) else {"max_train_steps"})
     if recipe.sampling_timesteps_share > 0:
         free = free - {"num_inference_steps"}
     changed = changes(with_defaults(yaml.safe_load(saved)), yaml.safe_load(recipe.to_yaml()), free)
     if total != saved_total:
-        changed.append(
-            f"samples per optimiser step: were {saved_total}, are {total}; they are train_batch_size * "
-            "gradient_accumulation_steps * processes"
-        )
+        factors = "train_batch_size * gradient_accumulation_steps * processes"
+        changed.append(f"samples per optimiser step: were {saved_total}, are {total}; they are {factors}")
     if changed:
         opening = f"cannot resume from {checkpoint}: the recipe differs in keys that change the result:"
         closing = "Set these back, or start a new run in another output_dir."
@@ -81,7 +75,5 @@ def _depends_on_length(recipe: Recipe) -> bool:
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(data, Mapping):
         return {prefix: data}
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else key))
-    return flat
+    parts = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in data.items())
+    return {key: value for part in parts for key, value in part.items()}

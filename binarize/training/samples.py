@@ -18,14 +18,7 @@ from binarize.training.randomness import generator
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The split of an optimiser step's samples into processes and forward passes.
-
-    Attributes:
-        size: Samples per process and forward pass.
-        accumulation: Forward passes per optimiser step.
-        processes: Number of processes.
-        rank: The index of this process.
-    """
+    """The split of an optimiser step's samples into processes, forward passes, and samples per process and pass."""
 
     size: int
     accumulation: int = 1
@@ -54,13 +47,8 @@ class BatchPlan:
 class NoisySamples(Dataset[dict[str, Any]]):
     """Training patches with their timestep and noise, each a function of the sample's global index.
 
-    Args:
-        patches: The patches; ``patches[n]`` is a function of their seed and n.
-        num_train_timesteps: T; timesteps are uniform in 0..T-1.
-        seed: The run's seed.
-        share_timestep: Number of consecutive samples with the same timestep: 1, or all of an optimiser step.
-        favoured: Timesteps that are drawn more often than the others.
-        favoured_share: The probability of a uniform draw from ``favoured`` instead of from all.
+    Timesteps are uniform in 0..``num_train_timesteps`` - 1, except that with probability ``favoured_share`` they are
+    uniform in ``favoured``. ``share_timestep`` consecutive samples have the same timestep.
     """
 
     patches: PairedPatches
@@ -87,20 +75,11 @@ class NoisySamples(Dataset[dict[str, Any]]):
 def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
     """Return the stream of samples of a recipe, or raise an error if its training images cannot be used."""
     if recipe.train_data_dir is None:
-        raise BinarizeError(
-            "train_data_dir: missing; name the folder of high-resolution training images, such as "
-            "train_data_dir=DF2K/HR."
-        )
-    patches = PairedPatches(
-        recipe.train_data_dir,
-        recipe.train_lr_data_dir,
-        scale=recipe.scale,
-        patch_size=recipe.resolution,
-        augment=recipe.augment,
-        seed=recipe.seed,
-        candidates=recipe.patch_candidates,
-        length=max(recipe.max_train_steps * plan.total, RESIDUAL_PATCHES),
-    )
+        raise BinarizeError("train_data_dir: missing; name the folder of high-resolution training images.")
+    length = max(recipe.max_train_steps * plan.total, RESIDUAL_PATCHES)
+    options: dict[str, Any] = {"scale": recipe.scale, "augment": recipe.augment, "seed": recipe.seed, "length": length}
+    options |= {"patch_size": recipe.resolution, "candidates": recipe.patch_candidates}
+    patches = PairedPatches(recipe.train_data_dir, recipe.train_lr_data_dir, **options)
     share = plan.total if recipe.timesteps_per == "batch" else 1
     timesteps = recipe.scheduler.num_train_timesteps
     scheduler = build_scheduler(recipe)
@@ -113,13 +92,8 @@ def batch_loader(
     samples: NoisySamples, plan: BatchPlan, steps: range, *, workers: int, pin_memory: bool
 ) -> DataLoader[dict[str, Any]]:
     """Return this process's batches for a range of optimiser steps, in order; 0 workers load in this process."""
-    return DataLoader(
-        samples,
-        batch_sampler=plan.batches(steps),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
-    )
+    order, start = plan.batches(steps), _ignore_signals
+    return DataLoader(samples, batch_sampler=order, num_workers=workers, pin_memory=pin_memory, worker_init_fn=start)
 
 
 def close(batches: Iterator[dict[str, Any]]) -> None:

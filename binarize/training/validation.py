@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,13 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """One upscaled image.
-
-    Attributes:
-        name: The file's name without suffix.
-        strip: Condition, sample and original side by side, uint8 (3, H, 3 W).
-        psnr: Of the sample on luma without the border, in dB, as in the literature; infinite for equal images.
-    """
+    """One upscaled image: condition, sample and original side by side, uint8 (3, H, 3 W), and the PSNR on luma."""
 
     name: str
     strip: Tensor
@@ -64,13 +58,9 @@ class Validator:
         """Upscale each image, always from the same noise, so that validations differ by the weights alone."""
         for image in self.images:
             scale = pipeline.config.scale
-            output = pipeline(
-                image.lr,
-                num_inference_steps=self.steps,
-                generator=torch.Generator().manual_seed(self.seed),
-                output_type="pt",
-                return_dict=False,
-            )[0]
+            noise = torch.Generator().manual_seed(self.seed)
+            options: dict[str, Any] = {"generator": noise, "output_type": "pt", "return_dict": False}
+            output = pipeline(image.lr, num_inference_steps=self.steps, **options)[0]
             sample = (output[0].float().cpu() * 255).round().to(torch.uint8)
             strip = torch.cat([upscale_bicubic(image.lr, scale), sample, image.hr], dim=-1)
             yield ValidationResult(image.name, strip.contiguous(), psnr(sample, image.hr, border=scale))

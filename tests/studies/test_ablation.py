@@ -1,8 +1,9 @@
-"""Studies: what they run, what they measure, what they skip, and that they survive being killed."""
+"""Studies: what they run, measure, skip and report, and that they survive being killed."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -11,30 +12,29 @@ import statistics
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
-from studies_case import forbid_training, make, times
+from studies_case import SHRINK, forbid_training, make, times, write_study
 from typer.testing import CliRunner
 
 import binarize
+from binarize.cli import app
 from binarize.errors import BinarizeError
 from binarize.evaluation import LpipsUnavailable, evaluate
 from binarize.models import SuperResolutionPipeline
 from binarize.recipes import build_model, load_recipe
-from binarize.studies import ablation, load_study
+from binarize.studies import ablation, list_studies, load_study
 from binarize.studies.ablation import ablate
-from binarize.studies.results import AblationResult
+from binarize.studies.results import AblationResult, RunResult
 from binarize.studies.schema import as_strings
 from binarize.studies.state import StudyRun, folder_name
-from binarize.training import TrainingInterrupted, load_checkpoint, train
+from binarize.training import TrainingInterrupted, load_checkpoint, loop, train
 
 Finished = tuple[dict[str, Any], AblationResult]
-
-# What a study runs and measures.
 
 
 def test_every_cell_runs_with_every_seed(finished: Finished) -> None:
@@ -74,7 +74,7 @@ def test_results_are_those_of_the_saved_model(finished: Finished, pictures: Path
     def upscale(image: Any) -> Any:
         return pipe(image, num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[0]
 
-    mean = evaluate(upscale, pictures, scale=2, lpips=None, progress=False).mean.model
+    mean = evaluate(upscale, pictures, scale=2, lpips=None, limit=2, progress=False).mean.model
     assert (run.psnr, run.ssim, run.lpips) == (mean.psnr, mean.ssim, None)
 
 
@@ -105,25 +105,16 @@ def test_one_table_is_written_in_every_form(finished: Finished) -> None:
     assert result.__rich__().columns[0].header == "cell"
 
 
-# What a study does not do twice.
-
-
 def test_finished_runs_are_not_repeated(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study, result = finished
     before = times(result.output_dir)
     forbid_training(monkeypatch)
-    again = ablate(study)
+    again = ablate(study, ["logging_steps=3", "checkpointing_steps=100"])  # keys that change no result
     assert again == result
     assert times(result.output_dir) == before
     assert "4 of 4 runs are already done" in capsys.readouterr().out
-
-
-def test_bookkeeping_keys_repeat_nothing(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, result = finished
-    forbid_training(monkeypatch)
-    assert ablate(study, ["logging_steps=3", "checkpointing_steps=100"], progress=False).runs == result.runs
 
 
 def test_another_evaluation_trains_nothing(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,15 +146,14 @@ def test_another_recipe_is_refused_or_repeats_its_runs_alone(pictures: Path, tmp
 
 
 def test_an_interrupted_run_resumes_exactly(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from binarize.training import loop
-
-    study = make(pictures, tmp_path / "a", grid={"method": ["bidiffsr"]})
-    whole = ablate(study, progress=False).runs[0]
+    whole = ablate(make(pictures, tmp_path / "a", grid={"method": ["bidiffsr"]}), progress=False).runs[0]
     cut = make(pictures, tmp_path / "b", grid={"method": ["bidiffsr"]})
     real = loop._Run._optimizer_step
+    steps: list[int] = []
 
     def stopping(self: Any, batches: Any) -> Any:
-        if self.step == 3:
+        steps.append(self.step)
+        if steps == [0, 1, 2, 3]:
             raise TrainingInterrupted(signal.SIGTERM, Path("checkpoint-2"))
         return real(self, batches)
 
@@ -171,15 +161,8 @@ def test_an_interrupted_run_resumes_exactly(pictures: Path, tmp_path: Path, monk
     with pytest.raises(TrainingInterrupted):
         ablate(cut, progress=False)
     assert ablate(cut, dry_run=True).runs[0].state == "step 2"
-    steps: list[int] = []
-
-    def counting(self: Any, batches: Any) -> Any:
-        steps.append(self.step)
-        return real(self, batches)
-
-    monkeypatch.setattr(loop._Run, "_optimizer_step", counting)
     resumed = ablate(cut, progress=False).runs[0]
-    assert steps == [2, 3]
+    assert steps == [0, 1, 2, 3, 2, 3]
     assert (resumed.psnr, resumed.ssim) == (whole.psnr, whole.ssim)
 
 
@@ -187,30 +170,26 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_model(pictures: P
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
     whole = ablate(study, progress=False).runs[0]
     (whole.folder / "result.json").unlink()
-    (whole.folder / "run.json").write_text(
-        json.dumps({**json.loads((whole.folder / "run.json").read_text()), "trained": None}), encoding="utf-8"
-    )
+    record = json.loads((whole.folder / "run.json").read_text())
+    (whole.folder / "run.json").write_text(json.dumps({**record, "trained": None}))
     shutil.rmtree(whole.folder / "model")
     again = ablate(study, progress=False).runs[0]
     assert again.psnr == whole.psnr
     assert again.loss is None  # no step was left from which to take it
+    (whole.folder / "run.json").write_text("{")
+    with pytest.raises(BinarizeError, match=r"run\.json is not a file of a study .*; remove it"):
+        ablate(study, dry_run=True)
 
 
 def test_a_plugin_that_was_changed_makes_another_run(pictures: Path, tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     text = (
-        "from dataclasses import dataclass\n"
-        "from binarize import Method, register_method\n"
-        "@register_method('from_study', replace=True)\n"
-        "@dataclass(frozen=True, kw_only=True)\n"
-        "class FromStudy(Method):\n"
-        "    '''Mine.'''\n"
+        "import binarize\nbinarize.register_method('from_study', replace=True)(binarize.get_method('bnn').__class__)\n"
     )
     plugin.write_text(text, encoding="utf-8")
-    path = tmp_path / "mine.yaml"
     study = make(pictures, tmp_path / "out", grid={}, cells=[{"name": "mine", "overrides": {"method": "from_study"}}])
     study["overrides"] = {**study["overrides"], "plugins": ["mine.py"]}
-    path.write_text(yaml.safe_dump(study), encoding="utf-8")
+    path = write_study(study, tmp_path)
     loaded, _ = load_study(path)
     run = StudyRun("mine", 0, loaded.recipes()["mine"], loaded)
     before = run.fingerprint()
@@ -219,28 +198,16 @@ def test_a_plugin_that_was_changed_makes_another_run(pictures: Path, tmp_path: P
     assert run.fingerprint() != before
 
 
-def test_a_damaged_record_is_named(pictures: Path, tmp_path: Path) -> None:
-    study = make(pictures, tmp_path, grid={"method": ["bnn"]})
-    folder = ablate(study, dry_run=True).runs[0].folder
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text("{", encoding="utf-8")
-    with pytest.raises(BinarizeError, match=r"run\.json is not a file of a study .*; remove it"):
-        ablate(study, dry_run=True)
-
-
-# Failures, selection, dry runs.
-
-
 def test_a_failing_cell_is_recorded_and_the_others_go_on(pictures: Path, tmp_path: Path) -> None:
     cells = [
         {"name": "too big", "overrides": {"method": "bnn", "resolution": 512}},
         {"name": "fits", "overrides": {"method": "bnn"}},
     ]
-    path = tmp_path / "mine.yaml"
-    study = make(pictures, tmp_path / "out", grid={}, cells=cells)
-    path.write_text(yaml.safe_dump(study), encoding="utf-8")
-    from binarize.cli import app
-
+    # The images may be those of the recipes' validation.
+    evaluation = {"lpips": None, "num_inference_steps": 1}
+    study = make(pictures, tmp_path / "out", grid={}, cells=cells, evaluation=evaluation)
+    study["overrides"] = {**study["overrides"], "validation_data_dir": str(pictures)}
+    path = write_study(study, tmp_path)
     ran = CliRunner().invoke(app, ["ablate", str(path)])
     assert ran.exit_code == 1
     assert "1 of 2 runs failed; see error.txt in their folders" in ran.stderr
@@ -259,10 +226,7 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(pictures: Path, tmp_pat
 def test_unexpected_errors_are_recorded(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(run: Any, lpips: Any, *, progress: bool) -> Any:
-        raise MemoryError("no more")
-
-    monkeypatch.setattr(ablation, "train_and_measure", fails)
+    monkeypatch.setattr(ablation, "train_and_measure", mock.Mock(side_effect=MemoryError("no more")))
     result = ablate(make(pictures, tmp_path))
     assert [run.error for run in result.failed] == ["MemoryError: no more"] * 2
     assert "method=bnn failed: MemoryError: no more" in capsys.readouterr().out
@@ -271,19 +235,16 @@ def test_unexpected_errors_are_recorded(
 
 
 def test_chosen_cells_are_run_alone(pictures: Path, tmp_path: Path) -> None:
-    study = make(pictures, tmp_path)
+    study = make(pictures, tmp_path / "out")
+    planned = ablate(study, dry_run=True)
+    assert not (tmp_path / "out").exists()
+    assert [run.state for run in planned.runs] == ["to do", "to do"]
+    assert all(run.params > 0 for run in planned.runs)
     result = ablate(study, only="method=b?n", progress=False)
     assert [run.state for run in result.runs] == ["done", "to do"]
     assert "| - | - |" in result.to_markdown()
     with pytest.raises(BinarizeError, match=r"only: no cell matches 'bnn'; there are method=bnn, method=bidiffsr"):
         ablate(study, only=["bnn"])
-
-
-def test_a_dry_run_writes_nothing(pictures: Path, tmp_path: Path) -> None:
-    result = ablate(make(pictures, tmp_path / "out"), dry_run=True)
-    assert not (tmp_path / "out").exists()
-    assert [run.state for run in result.runs] == ["to do", "to do"]
-    assert all(run.params > 0 for run in result.runs)
 
 
 @pytest.mark.slow
@@ -293,13 +254,8 @@ def test_lpips_is_measured_once_available(
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
     backbone = shared / "metrics" / "squeeze.backbone.pth"
     study["evaluation"] |= {"lpips": "squeeze", "lpips_backbone": str(backbone)}
-
-    class Missing:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            raise LpipsUnavailable("get it there")
-
     with monkeypatch.context() as patch:
-        patch.setattr(ablation, "Lpips", Missing)
+        patch.setattr(ablation, "Lpips", mock.Mock(side_effect=LpipsUnavailable("get it there")))
         first = ablate(study, progress=False)
     assert first.runs[0].lpips is None
     assert first.notes == ("LPIPS is left out. get it there",)
@@ -313,8 +269,6 @@ def test_lpips_is_measured_once_available(
 def test_without_matplotlib_only_the_plot_is_missing(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import dataclasses
-
     result = dataclasses.replace(finished[1], output_dir=tmp_path)
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -328,35 +282,86 @@ def test_errors_before_the_first_run(pictures: Path, tmp_path: Path, monkeypatch
     study = make(pictures, tmp_path)
     study["overrides"] = {key: value for key, value in study["overrides"].items() if key != "train_data_dir"}
     study["evaluation"] = {"lpips": None}
-    message = r"(?s)train_data_dir: missing; name .*\(method=bnn, method=bidiffsr.*evaluation.data_dir: missing; name"
-    with pytest.raises(BinarizeError, match=message):
-        ablate(study)
-    overrides = ["train_data_dir=nowhere", "evaluation.data_dir=nowhere"]
-    with pytest.raises(BinarizeError, match=r"(?s)no folder 'nowhere' .*evaluation.data_dir: nowhere: no such folder"):
-        ablate(study, overrides)
-    with pytest.raises(
-        BinarizeError, match=r"(?s)networks of some cells cannot be built:\n  method=bnm: unknown method"
-    ):
-        ablate(make(pictures, tmp_path, grid={"method": ["bnm", "bnn"]}))
+    nowhere = ["train_data_dir=nowhere", "evaluation.data_dir=nowhere"]
+    typing_error = make(pictures, tmp_path, grid={"method": ["bnm", "bnn"]})
     cells = [{"name": "a b", "overrides": {"method": "bnn"}}, {"name": "A_b", "overrides": {"method": "xnor"}}]
-    with pytest.raises(BinarizeError, match=r"the cells 'a b' and 'A_b' would share the folder"):
-        ablate(make(pictures, tmp_path, grid={}, cells=cells))
+    same_folder = make(pictures, tmp_path, grid={}, cells=cells)
+    for invalid, overrides, message in (
+        (study, [], r"train_data_dir: missing; .*\(method=bnn, method=bidiffsr.*evaluation.data_dir: missing; name"),
+        (study, nowhere, r"no folder 'nowhere' .*evaluation.data_dir: nowhere: no such folder"),
+        (typing_error, [], r"networks of some cells cannot be built:\n  method=bnm: unknown method"),
+        (same_folder, [], r"the cells 'a b' and 'A_b' would share the folder"),
+    ):
+        with pytest.raises(BinarizeError, match=f"(?s){message}"):
+            ablate(invalid, overrides)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BinarizeError, match=r"a study runs in one process; start it without a launcher"):
         ablate(study)
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_may_be_those_of_the_recipes_validation(pictures: Path, tmp_path: Path) -> None:
-    study = make(pictures, tmp_path, grid={"method": ["bnn"]}, evaluation={"lpips": None, "num_inference_steps": 1})
-    study["overrides"] = {**study["overrides"], "validation_data_dir": str(pictures), "num_inference_steps": 1}
-    assert ablate(study, progress=False).complete
-
-
 def test_folders_are_named_by_cells_on_any_system() -> None:
-    assert folder_name("SR3 (FP)") == "SR3_FP"
-    assert folder_name("+ CP-Down&Up") == "+_CP-Down_Up"
-    assert folder_name("K = 1") == "K_1"
+    assert [folder_name(cell) for cell in ("SR3 (FP)", "+ CP-Down&Up")] == ["SR3_FP", "+_CP-Down_Up"]
     assert folder_name("方法").startswith("-")
     assert folder_name("方法") != folder_name("其他")
     assert len(folder_name("x" * 300)) < 80
+
+
+def row(cell: str, seed: int = 0, **figures: Any) -> RunResult:
+    return RunResult(cell, seed, Path("x"), figures.pop("state", "done"), 1e6, 2e9, **figures)
+
+
+def table(*runs: RunResult, lpips: str | None = "alex", dataset: str | None = "Set5") -> AblationResult:
+    return AblationResult("mine", "", dataset, lpips, Path("x"), runs)
+
+
+def test_published_figures_stand_beside_the_measured_ones() -> None:
+    published = {"params_m": 1.01, "ops_g": 2.0, "results": {"Set5": {"psnr": 35.68, "lpips": 0.0277}}}
+    trials = row("a|b", psnr=30.123, lpips=0.1, published=published), row("other", psnr=20.0)
+    text = table(row("a", train_step_seconds=1.234, sample_step_seconds=0.0123)).to_markdown()
+    assert "| 1.23 s | 12.3 ms |" in text
+    result = table(*trials)
+    lines = result.to_markdown().splitlines()
+    heading = "| Set5 | params (M) | published | OPs (G) | published | PSNR | published | LPIPS (alex)"
+    assert lines[2].startswith(heading)
+    assert lines[4] == r"| a\|b | 1.000 | 1.010 | 2.000 | 2.000 | 30.12 | 35.68 | 0.1000 | 0.0277 |"
+    assert lines[5] == "| other | 1.000 | - | 2.000 | - | 20.00 | - | - | - |"
+    # LPIPS of another backbone is another quantity.
+    assert "0.0277" not in table(*trials, lpips="squeeze").to_markdown()
+    assert "35.68" not in table(*trials, dataset=None).to_markdown()
+    assert result.published("other", "loss") is None
+
+
+def test_seeds_that_are_missing_are_left_out_of_the_mean() -> None:
+    result = table(row("a", 0, psnr=30.0), row("a", 1, state="to do"), row("b", 0, psnr=1.0, loss=0.5))
+    assert "| a | 1.000 | 2.000 | 30.00 | - | done, to do |" in result.to_markdown()
+    assert result.values("a", "psnr") == [30.0]
+    with pytest.raises(BinarizeError, match=r"there is no cell 'c'; there are a, b"):
+        result.values("c", "psnr")
+
+
+def test_the_command_lists_shows_and_runs(pictures: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    listed = run(app, ["ablate", "--list"])
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(list_studies())
+    nothing = run(app, ["ablate"])
+    assert nothing.exit_code == 2
+    assert "STUDY" in nothing.stderr
+    dry = run(app, ["ablate", "small_groups", "--dry-run", f"output_dir={tmp_path / 'none'}", *SHRINK])
+    assert dry.exit_code == 0
+    assert "| method.groups=5 |" in dry.stdout
+    assert "table:" not in dry.stdout
+
+    path = write_study(make(pictures, tmp_path / "out", grid={"method": ["bnn"]}), tmp_path)
+    done = run(app, ["ablate", str(path), "max_train_steps=1"])
+    assert done.exit_code == 0, done.output
+    assert f"table: {tmp_path / 'out' / 'table.md'}" in done.stdout
+
+
+def test_the_exit_status_after_a_signal(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = mock.Mock(side_effect=TrainingInterrupted(signal.SIGTERM, Path("checkpoint-2")))
+    monkeypatch.setattr("binarize.training.loop.train", stopped)
+    ran = CliRunner().invoke(app, ["ablate", str(write_study(make(pictures, tmp_path / "out"), tmp_path))])
+    assert ran.exit_code == 143
+    assert "saved checkpoint-2. The same command goes on from there." in ran.stderr

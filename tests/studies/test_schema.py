@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from studies_case import SHRINK, count
+import torch
+from studies_case import SHRINK
 
 import binarize
+from binarize.conversion.summary import Summary
 from binarize.errors import BinarizeError
-from binarize.recipes import list_recipes
-from binarize.studies import EvaluationSection, list_studies, load_study, study_path
+from binarize.recipes import build_model, list_recipes
+from binarize.studies import EvaluationSection, list_studies, load_study
 from binarize.studies.ablation import ablate
 from binarize.studies.schema import as_strings
 
+BASE = {"base": "small_x2", "output_dir": "x"}
 FULL_PRECISION = ("SR3 (FP)", "full precision")  # what cells without a method are called
 
 
@@ -41,40 +43,21 @@ def test_studies_are_not_recipes() -> None:
     assert small == {"methods", "breakdown", "fusion", "time_aware", "groups"}
 
 
-def test_small_studies_change_what_the_papers_do() -> None:
-    def axes(name: str) -> list[tuple[str, str, Any]]:
-        rows = []
-        for recipe in load_study(name)[0].recipes().values():
-            method = recipe.method
-            spec = {} if method is None else binarize.get_method(method.spec)
-            parts = [getattr(spec, key, None) for key in ("name", "groups", "tar", "taa", "shortcut")]
-            rows.append((recipe.model.resampling, recipe.model.fusion, parts))
-        return rows
-
-    def effective(rows: list[tuple[str, str, Any]]) -> list[Any]:
-        # One group is one group, whatever TaR and TaA are called.
-        return [
-            (a, b, p[0], p[1] if p[2] or p[3] else 1, p[2] and p[1] > 1, p[3] and p[1] > 1, p[4]) for a, b, p in rows
-        ]
-
-    for full, small in (("breakdown", "small_breakdown"), ("fusion", "small_fusion"), ("groups", "small_groups")):
-        assert effective(axes(full)) == effective(axes(small)), full
-    by_parts = {tuple(one[3:6]) for one in effective(axes("small_time_aware"))}
-    assert by_parts == {tuple(one[3:6]) for one in effective(axes("time_aware"))}
-    assert [(*one[:2], one[2][0]) for one in axes("table2_x2")] == [
-        (*one[:2], one[2][0]) for one in axes("small_methods")
-    ]
-
-
 @pytest.mark.slow
 def test_networks_of_every_study_have_the_published_sizes() -> None:
+    counted: dict[str, Summary] = {}  # equal networks, of which the studies have many, are built once
     for name in list_studies():
         for cell, recipe in load_study(name)[0].recipes().items():
-            counted, published = count(recipe), recipe.published
-            assert not name.startswith("small_") or counted.params < 1e6, (name, cell)
+            network = recipe.model_dump_json(include={"model", "scheduler", "method", "structure", "keep", "overrides"})
+            if network not in counted:
+                with torch.device("meta"):
+                    counted[network] = binarize.summary(build_model(recipe))
+            found, published = counted[network], recipe.published
+            assert not name.startswith("small_") or found.params < 1e6, (name, cell)
             if published is not None and published.params_m is not None:
-                assert counted.params / 1e6 == pytest.approx(published.params_m, abs=0.011), (name, cell)
-                assert counted.ops / 1e9 == pytest.approx(published.ops_g, abs=0.011), (name, cell)
+                # The paper rounds; two of its rows are off by 0.01.
+                assert found.params / 1e6 == pytest.approx(published.params_m, abs=0.0101), (name, cell)
+                assert found.ops / 1e9 == pytest.approx(published.ops_g, abs=0.0101), (name, cell)
 
 
 def test_a_file_finds_bases_beside_it_and_takes_its_own_name(pictures: Path, tmp_path: Path) -> None:
@@ -93,15 +76,9 @@ def test_a_file_finds_bases_beside_it_and_takes_its_own_name(pictures: Path, tmp
 
 
 def test_cells_times_a_grid() -> None:
-    study, _ = load_study(
-        {
-            "base": "small_x2",
-            "cells": [{"name": "a", "overrides": {"method": "bnn"}}, {"name": "b", "base": "sr3_x2"}],
-            "grid": {"learning_rate": [1e-3, 2e-3], "loss": ["l1", "l2"]},
-            "output_dir": "x",
-        }
-    )
-    recipes = study.recipes()
+    cells = [{"name": "a", "overrides": {"method": "bnn"}}, {"name": "b", "base": "sr3_x2"}]
+    study = {**BASE, "cells": cells, "grid": {"learning_rate": [1e-3, 2e-3], "loss": ["l1", "l2"]}}
+    recipes = load_study(study)[0].recipes()
     assert list(recipes)[:2] == ["a, learning_rate=0.001, loss=l1", "a, learning_rate=0.001, loss=l2"]
     assert len(recipes) == 8
     assert recipes["b, learning_rate=0.002, loss=l1"].method is None
@@ -116,9 +93,6 @@ def test_overrides_are_joined_as_recipes_join_their_base() -> None:
     assert as_strings({"method": {"groups": 2}, "method.tar": False}) == ["method.groups=2", "method.tar=false"]
 
 
-BASE = {"base": "small_x2", "output_dir": "x"}
-
-
 @pytest.mark.parametrize(
     ("study", "message"),
     [
@@ -130,18 +104,17 @@ BASE = {"base": "small_x2", "output_dir": "x"}
         ({**BASE, "overrides": {"output_dir": "y"}}, r"overrides: 'output_dir' cannot be changed here"),
         ({**BASE, "cells": [{"name": "a"}, {"name": "a"}]}, r"cells: two cells are called 'a'"),
         ({"cells": [{"name": "a"}], "output_dir": "x"}, r"cells: 'a' has no base and neither has the study"),
-        (
-            {**BASE, "cells": [{"name": "a", "override": {}}]},
-            r"cells.0.override: unknown key. Did you mean 'overrides'",
-        ),
-        ({**BASE, "grid": {"scale": [2]}, "seeds": []}, r"seeds: the list is empty; give at least one"),
-        ({**BASE, "grid": {"scale": [2]}, "seeds": [1, 1]}, r"seeds: a seed is given twice"),
+        ({**BASE, "cells": [{"name": "a", "override": {}}]}, r"override: unknown key. Did you mean 'overrides'"),
+        ({**BASE, "grid": {"scale": [2]}, "seeds": []}, r"seeds: give at least one seed, and none twice"),
+        ({**BASE, "grid": {"scale": [2]}, "seeds": [1, 1]}, r"seeds: give at least one seed, and none twice"),
+        ("small_method", r"unknown study 'small_method'; installed: breakdown, .*Did you mean 'small_methods'"),
+        ("nowhere.yaml", r"there is no study file 'nowhere.yaml'; `binarize ablate --list`"),
         ({**BASE, "grid": {"scale": [2]}, "evaluation": {"lr_data_dir": "x"}}, r"lr_data_dir: got 'x'; needs data_dir"),
         ({"base": "small_x2", "grid": {"scale": [2]}}, r"output_dir: missing"),
         ({**BASE, "grid": {"scale": [2]}, "evaluations": {}}, r"evaluations: unknown key. Did you mean 'evaluation'"),
     ],
 )
-def test_invalid_studies(study: dict[str, Any], message: str) -> None:
+def test_invalid_studies(study: Any, message: str) -> None:
     with pytest.raises(BinarizeError, match=message):
         load_study(study)
 
@@ -161,35 +134,20 @@ def test_every_mistake_of_a_study_is_listed_at_once() -> None:
 def test_mistakes_of_cells_are_listed_at_once_each_with_its_cells() -> None:
     cells = [{"name": name, "overrides": {"loss": loss}} for name, loss in (("a", "l3"), ("b", "l2"), ("c", "l3"))]
     study, _ = load_study({**BASE, "cells": cells})
-    with pytest.raises(
-        BinarizeError, match=r"(?s)no valid recipe:\n  a, c: recipe 'small_x2' has 1 error:\n  loss: got 'l3'"
+    twice, same = (load_study({**BASE, "grid": {"loss": losses}})[0] for losses in (["l1", "l1"], ["l1", "l2"]))
+    for one, overrides, message in (
+        (study, [], r"(?s)no valid recipe:\n  a, c: recipe 'small_x2' has 1 error:\n  loss: got 'l3'"),
+        (twice, [], r"two cells of the study are called 'loss=l1'"),
+        (same, ["loss=l1"], r"the cells 'loss=l1' and 'loss=l2' are the same run"),
     ):
-        study.recipes()
-    study, _ = load_study({**BASE, "grid": {"loss": ["l1", "l1"]}})
-    with pytest.raises(BinarizeError, match=r"two cells of the study are called 'loss=l1'"):
-        study.recipes()
-    study, _ = load_study({**BASE, "grid": {"loss": ["l1", "l2"]}})
-    with pytest.raises(BinarizeError, match=r"the cells 'loss=l1' and 'loss=l2' are the same run"):
-        study.recipes(["loss=l1"])
+        with pytest.raises(BinarizeError, match=message):
+            one.recipes(overrides)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("small_method", r"unknown study 'small_method'; installed: breakdown, .*Did you mean 'small_methods'"),
-        ("nowhere.yaml", r"there is no study file 'nowhere.yaml'; `binarize ablate --list`"),
-    ],
-)
-def test_an_unknown_study_is_refused(name: str, message: str) -> None:
-    with pytest.raises(BinarizeError, match=message):
-        study_path(name)
-
-
-def test_overrides_that_a_study_decides_are_refused() -> None:
-    with pytest.raises(BinarizeError, match=r"'seed=1' cannot be given to a study: the study's seeds decide it"):
-        load_study("small_groups", ["seed=1"])
-    with pytest.raises(BinarizeError, match=r"resume_from_checkpoint=latest' cannot be given .* resumes by itself"):
-        load_study("small_groups", ["resume_from_checkpoint=latest"])
+@pytest.mark.parametrize("override", ["seed=1", "resume_from_checkpoint=latest"])
+def test_overrides_that_a_study_decides(override: str) -> None:
+    with pytest.raises(BinarizeError, match=rf"'{override}' cannot be given to a study: "):
+        load_study("small_groups", [override])
 
 
 # The how-to.
@@ -197,14 +155,11 @@ def test_overrides_that_a_study_decides_are_refused() -> None:
 PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "ablate.md").read_text(encoding="utf-8")
 
 
-def test_the_how_to_runs(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("photos", "held-out"):
-        shutil.copytree(pictures, folder)
-    quick = [*SHRINK, "lr_warmup_steps=0", "evaluation.num_inference_steps=1"]
-    monkeypatch.setattr(binarize, "ablate", lambda study, **options: ablate(study, quick, **options), raising=False)
+    # A dry run: other tests train and measure.
+    planned = lambda study, dry_run=True: ablate(study, SHRINK, dry_run=True)  # noqa: E731
+    monkeypatch.setattr(binarize, "ablate", planned, raising=False)
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     exec(compile(code, "ablate.md", "exec"), {})
     assert "| method.groups=5 |" in capsys.readouterr().out

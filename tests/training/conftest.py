@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from training_case import TINY
+from training_case import RESUME, TINY
 
 from binarize.recipes import load_recipe
 from binarize.training import TrainResult, train
@@ -41,6 +42,17 @@ def cut(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "cut"
 
     return copy
+
+
+@pytest.fixture
+def resume(cut: Callable[..., Path], recipe: Any) -> Trained:
+    """Return the run that continues a run's checkpoint with the same overrides."""
+
+    def run(step: int, *overrides: str) -> TrainResult:
+        cut(step, *overrides)
+        return train(recipe(*overrides, RESUME, out="cut"), progress=False)
+
+    return run
 
 
 @pytest.fixture(scope="session")

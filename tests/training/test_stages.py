@@ -6,15 +6,12 @@ import contextlib
 import functools
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from training_case import RESUME, SMALLEST, TINY, assert_same, interrupt_at, weights
 
 import binarize
@@ -41,9 +38,6 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, 16, 16), torch.tensor([5, 1500]), torch.rand(2, 3, 16, 16)
 
 
-# Stages: single layers.
-
-
 def test_delayed_parts_are_a_plain_convolution_at_first_and_the_method_later() -> None:
     scale = delayed("input_mean", 0.5)
     method = Method(activation=delayed("ste", 0.5), weight=delayed("scaled_sign", 0.75), scale=scale)
@@ -68,16 +62,6 @@ def test_delayed_parts_are_a_plain_convolution_at_first_and_the_method_later() -
     torch.testing.assert_close(layer(x), mean * alpha * F.conv2d(signs, hard_sign(weight), padding=1))
 
 
-def test_invalid_delays() -> None:
-    with pytest.raises(BinarizeError, match=r"weight part 'delayed': there is nothing to delay; name a part"):
-        BinaryConv2d(3, 3, 3, method=Method(weight={"name": "delayed", "part": None}))
-    with pytest.raises(BinarizeError, match=r"DelayedWeight: until is a share of training, in \(0, 1\]; got 2"):
-        BinaryConv2d(3, 3, 3, method=Method(weight=delayed("sign", 2)))
-
-
-# Stages: recipes.
-
-
 @pytest.mark.parametrize("method", [name for name in list_methods() if name != "custom"])
 def test_after_its_stages_every_method_is_as_without(method: str) -> None:
     options = (f"method={method}",)
@@ -99,53 +83,43 @@ def test_after_its_stages_every_method_is_as_without(method: str) -> None:
 def test_blocks_become_binary_one_after_another() -> None:
     network = built(*STAGES)
     binary: dict[str, bool] = {}
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
-            binary[name] = bool((output.abs() == 1).all())
-
-        return hook
-
-    names = [name for name, module in network.named_modules() if isinstance(module, BinaryConv2d)]
-    for name in names:
-        network.get_submodule(f"{name}.activation").register_forward_hook(watch(name))
-
-    def block_of(name: str) -> str:
-        return ".".join(name.split(".")[:2]) if name.startswith("encoder") else name.split(".")[0]
-
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, BinaryConv2d)}
+    for name, layer in layers.items():
+        watch = lambda module, inputs, output, name=name: binary.update({name: bool((output.abs() == 1).all())})  # noqa: E731
+        layer.activation.register_forward_hook(watch)
     turns = {"encoder.0": 0.2, "encoder.1": 0.4, "middle": 0.6, "decoder": 0.8}
     for progress in (0.0, 0.19, 0.2, 0.4, 0.59, 0.6, 0.8, 1.0):
         binarize.training_step(network, progress)
         with torch.no_grad():
             network(*inputs())
-        for name in names:
-            turn = turns[block_of(name)]
+        for name, layer in layers.items():
+            turn = next(turn for block, turn in turns.items() if name.startswith(block))
             assert binary[name] == (progress >= turn), (name, progress)
-            codes = network.get_submodule(name).binary_weight().codes  # type: ignore[operator]
+            codes = layer.binary_weight().codes
             assert bool((codes.abs() == 1).all()) == (progress >= max(turn, 0.4)), (name, progress)
 
 
 def test_invalid_stages() -> None:
+    with pytest.raises(BinarizeError, match=r"weight part 'delayed': there is nothing to delay; name a part"):
+        BinaryConv2d(3, 3, 3, method=Method(weight={"name": "delayed", "part": None}))
+    with pytest.raises(BinarizeError, match=r"DelayedWeight: until is a share of training, in \(0, 1\]; got 2"):
+        BinaryConv2d(3, 3, 3, method=Method(weight=delayed("sign", 2)))
     with pytest.raises(BinarizeError, match=r"progressive\.blocks: the pattern 'tail' matches no binary layer; names"):
         built("progressive={blocks: [tail]}")
     with pytest.raises(BinarizeError, match=r"two_stage: got 0\.5; has no effect while method is null"):
         load_recipe("small_x2", ["method=null", "two_stage=0.5"])
 
 
-def test_a_run_in_stages_resumes_and_saves_a_plain_model(recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
+def test_a_run_in_stages_resumes_and_saves_a_plain_model(recipe: Any, trained: Any, resume: Any) -> None:
     options = (*STAGES, "validation_steps=2", "checkpointing_steps=2")
-    whole = trained(*options)
-    cut(2, *options)
-    resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
+    whole, resumed = trained(*options), resume(2, *options)
     assert [entry.step for entry in resumed.history] == [3, 4, 5, 6]
     assert_same(whole.checkpoint, resumed.checkpoint)
 
     final = SuperResolutionPipeline.from_pretrained(whole.model_dir, pack=False).unet
     assert not any(isinstance(module, Delayed) for module in final.modules())
     assert "delayed" not in json.dumps(final.config["conversion"])
-    trained = recipe(*options)
-    torch.manual_seed(3)
-    network = build_model(trained)
+    network = build_model(recipe(*options))
     network.load_state_dict(load_checkpoint(whole.checkpoint)[0]["model"])
     with torch.no_grad():
         arguments = inputs()
@@ -165,9 +139,6 @@ def test_a_model_saved_between_stages_stays_as_it_is(recipe: Any, monkeypatch: p
     with pytest.raises(BinarizeError, match="still full precision"):
         binarize.binary_state(saved)
     assert caught.value.checkpoint.name == "checkpoint-3"
-
-
-# A trained twin.
 
 
 @pytest.mark.parametrize("inside", ["", "model", "model/unet"])
@@ -206,25 +177,15 @@ def test_a_run_starts_from_the_same_binary_network(recipe: Any, trained: Any) ->
         torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
 
 
-def test_init_from_another_network_is_an_error(twin: Path, recipe: Any, trained: Any) -> None:
-    with pytest.raises(BinarizeError, match=r"init_from: .* holds another network than .*:\n  base_channels: 8 t"):
-        train(recipe(f"init_from={twin}", "model.base_channels=16"), progress=False)
-    with pytest.raises(BinarizeError, match=r"init_from: .*nowhere: no such file or folder"):
-        train(recipe("init_from=nowhere"), progress=False)
-    binary = trained("max_train_steps=2").output_dir
-    with pytest.raises(BinarizeError, match=r"another network than the recipe's:\n  conversion: "):
-        train(recipe(f"init_from={binary}", "method=reactnet"), progress=False)
-
-
-def test_a_packed_network_cannot_be_trained(recipe: Any, trained: Any, tmp_path: Path) -> None:
-    unet = SRUNet.from_pretrained(trained("max_train_steps=2").model_dir / "unet")
+def test_invalid_binary_networks_to_start_from(recipe: Any, trained: Any, tmp_path: Path) -> None:
+    binary = trained("max_train_steps=2")
+    unet = SRUNet.from_pretrained(binary.model_dir / "unet")
     binarize.pack(unet)
     unet.save_pretrained(tmp_path / "packed")
-    with pytest.raises(BinarizeError, match=r"init_from: .*packed is packed, .* the model that it was packed from"):
+    with pytest.raises(BinarizeError, match=r"init_from: .*packed is packed .* the model that it was packed from"):
         train(recipe(f"init_from={tmp_path / 'packed'}"), progress=False)
-
-
-# A teacher.
+    with pytest.raises(BinarizeError, match=r"another network than the recipe's:\n  conversion: "):
+        train(recipe(f"init_from={binary.output_dir}", "method=reactnet"), progress=False)
 
 
 def lesson(twin: Path, section: str, *overrides: str) -> tuple[Any, SRUNet, SRUNet, Any]:
@@ -248,49 +209,35 @@ def test_the_distilled_loss_is_the_documented_sum(twin: Path) -> None:
     losses = objective(student, data)
 
     noisy = build_scheduler(recipe).add_noise(data["hr"], data["noise"], data["timestep"])  # type: ignore[arg-type]
-    outputs: dict[str, dict[str, np.ndarray]] = {"student": {}, "teacher": {}}
-    predictions = {}
-    for who, network in (("student", student), ("teacher", teacher)):
+    outputs: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+    predictions = []
+    for network, found in zip((student, teacher), outputs, strict=True):
         for name in names:
-            network.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output, who=who, name=name: outputs[who].update({name: output.detach().numpy()})
-            )
+            hook = lambda module, inputs, output, found=found: found.append(output.flatten(1))  # noqa: E731
+            network.get_submodule(name).register_forward_hook(hook)
         with torch.no_grad():
-            predictions[who] = network(noisy, data["timestep"], data["condition"]).sample.numpy()
-    features = np.zeros(2)
-    for name in names:
-        f, g = (outputs[who][name].reshape(2, -1) for who in ("student", "teacher"))
-        cosine = (f * g).sum(1) / np.linalg.norm(f, axis=1) / np.linalg.norm(g, axis=1)
-        features += (2 - 2 * cosine) / len(names)
-    task = np.abs(predictions["student"] - data["hr"].numpy()).mean((1, 2, 3))
-    output = np.abs(predictions["student"] - predictions["teacher"]).mean((1, 2, 3))
-    np.testing.assert_allclose(losses.parts["task"].numpy(), task, rtol=1e-4)
-    np.testing.assert_allclose(losses.parts["output"].numpy(), output, rtol=1e-4)
-    np.testing.assert_allclose(losses.parts["features"].numpy(), features, rtol=1e-4)
-    np.testing.assert_allclose(losses.total.detach().numpy(), 0.5 * task + 2 * output + 3 * features, rtol=1e-4)
+            predictions.append(network(noisy, data["timestep"], data["condition"]).sample)
+    cosines = [F.cosine_similarity(f, g) for f, g in zip(*outputs, strict=True)]
+    expected = {
+        "task": (predictions[0] - data["hr"]).abs().mean((1, 2, 3)),
+        "output": (predictions[0] - predictions[1]).abs().mean((1, 2, 3)),
+        "features": 2 - 2 * torch.stack(cosines).mean(0),
+    }
+    total = 0.5 * expected["task"] + 2 * expected["output"] + 3 * expected["features"]
+    torch.testing.assert_close(losses.parts, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.total.detach(), total, rtol=1e-4, atol=1e-6)
     losses.total.sum().backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not teacher.training
 
 
-def test_a_student_equal_to_its_teacher_has_no_distillation_loss(twin: Path) -> None:
-    _, student, teacher, objective = lesson(twin, "features: 1", "method=null")
-    student.load_state_dict(teacher.state_dict())
-    parts = objective(student, batch()).parts
-    assert float(parts["output"].max()) < 1e-6
-    assert float(parts["features"].max()) < 1e-10
-    assert float(parts["task"].min()) > 0
-
-
-def test_a_distilled_run_resumes_exactly(twin: Path, recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
+def test_a_distilled_run_resumes_exactly(twin: Path, trained: Any, resume: Any) -> None:
     options = (f"distillation={{teacher: {twin}, output: 0.5, features: 0.25}}",)
     whole = trained(*options)
     for entry in whole.history:
         parts = entry.parts
         assert entry.loss == pytest.approx(parts["task"] + 0.5 * parts["output"] + 0.25 * parts["features"], rel=1e-5)
-    cut(3, *options)
-    resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
-    assert_same(whole.checkpoint, resumed.checkpoint)
+    assert_same(whole.checkpoint, resume(3, *options).checkpoint)
     assert_same(whole.checkpoint, trained(*options, "gradient_checkpointing=true").checkpoint)
 
 
@@ -318,15 +265,6 @@ def test_a_teacher_of_residuals_gives_its_scale(recipe: Any, trained: Any) -> No
         train(recipe(f"distillation={{teacher: {teacher.output_dir}}}", out="pictures"), progress=False)
 
 
-def test_invalid_teachers(twin: Path, recipe: Any) -> None:
-    with pytest.raises(BinarizeError, match=r"something else:\n  prediction_type: 'sample' there, 'epsilon' here"):
-        train(recipe(f"distillation={{teacher: {twin}}}", "scheduler.prediction_type=epsilon"), progress=False)
-    with pytest.raises(BinarizeError, match=r"distillation: .*nobody: no such file or folder"):
-        train(recipe("distillation={teacher: nobody}"), progress=False)
-    with pytest.raises(BinarizeError, match=r"distillation\.blocks: the pattern 'tail\.\*' matches no module that"):
-        train(recipe(f"distillation={{teacher: {twin}, features: 1, blocks: [tail.*]}}"), progress=False)
-    wide = ("model.base_channels=16", f"distillation={{teacher: {twin}, features: 1}}")
-    with pytest.raises(BinarizeError, match=r"outputs of encoder\.0\.blocks\.0 are \(4, 16, 16, 16\) in"):
-        train(recipe(*wide, out="wide"), progress=False)
+def test_a_teacher_that_is_not_used() -> None:
     with pytest.raises(BinarizeError, match=r"distillation: output and features are both 0"):
         load_recipe("small_x2", ["distillation={teacher: x, output: 0}"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,24 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from training_case import RESUME, assert_close, assert_same, at_call, interrupt_at, weights
+from training_case import RESUME, assert_close, assert_same, at_call, differences, interrupt_at, weights
 
 from binarize.errors import BinarizeError
 from binarize.models import SuperResolutionPipeline
 from binarize.recipes import DistillationSection, Recipe, load_recipe
 from binarize.training import Checkpoints, DivergedError, TrainingInterrupted, load_checkpoint, train
-from binarize.training import loop as training_loop
 from binarize.training import objective as training_objective
 from binarize.training import processes as training_processes
-from binarize.training.resume import _RESUMABLE
+from binarize.training.resume import _RESUMABLE, check_resumable
 from binarize.training.samples import NoisySamples
 from binarize.training.signals import StopRequest
 
 
 @pytest.mark.parametrize("method", ["null", "bidiffsr"])
 def test_thirty_steps_lower_the_loss_and_save_a_pipeline(method: str, recipe: Any, pictures: Path) -> None:
-    run = recipe(
-        f"method={method}",
-        "max_train_steps=30",
-        "learning_rate=3e-3",
-        "checkpointing_steps=30",
-        "validation_steps=15",
-        "use_ema=true",
-        "ema_decay=0.9",
-        f"validation_data_dir={pictures}",
-        "num_validation_images=2",
-    )
+    options = "max_train_steps=30 learning_rate=3e-3 checkpointing_steps=30 validation_steps=15 num_validation_images=2"
+    averages = ("use_ema=true", "ema_decay=0.9", f"validation_data_dir={pictures}")
+    run = recipe(f"method={method}", *options.split(), *averages)
     result = train(run, progress=False)
     losses = [entry.loss for entry in result.history]
     assert len(losses) == result.steps == 30
@@ -69,45 +61,35 @@ def test_thirty_steps_lower_the_loss_and_save_a_pipeline(method: str, recipe: An
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("signum", "overrides"),
     [
-        ("model.dropout=0.3", "use_ema=true", "lr_scheduler=cosine", "lr_warmup_steps=2", "optimizer=adamw"),
-        ("method=null", "timesteps_per=batch", "gradient_accumulation_steps=2", "train_batch_size=2"),
+        (signal.SIGTERM, "model.dropout=0.3 use_ema=true lr_scheduler=cosine lr_warmup_steps=2 optimizer=adamw"),
+        (signal.SIGINT, "method=null timesteps_per=batch gradient_accumulation_steps=2 train_batch_size=2"),
+        (signal.SIGTERM, "optimizer=timm/nadamw lr_scheduler=timm/cosine lr_warmup_steps=2"),
     ],
-    ids=["binary", "full"],
+    ids=["binary", "full", "timm"],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(
-    overrides: tuple[str, ...], recipe: Any, monkeypatch: pytest.MonkeyPatch
+    signum: signal.Signals, overrides: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(recipe(*overrides, out="whole"), progress=False)
+    options, before = overrides.split(), signal.getsignal(signum)
+    whole = train(recipe(*options, out="whole"), progress=False)
 
-    run = recipe(*overrides, out="cut")
-    interrupt_at(2 * run.gradient_accumulation_steps, monkeypatch, signal.SIGTERM)
-    with pytest.raises(TrainingInterrupted, match=r"stopped by SIGTERM; saved .*checkpoint-2") as caught:
+    run = recipe(*options, out="cut")
+    interrupt_at(2 * run.gradient_accumulation_steps, monkeypatch, signum)
+    with pytest.raises(TrainingInterrupted, match=rf"stopped by {signum.name}; saved .*checkpoint-2") as caught:
         train(run, progress=False)
-    assert caught.value.exit_code == 143
+    assert caught.value.exit_code == 128 + signum
+    assert signal.getsignal(signum) is before
     assert caught.value.checkpoint == run.output_dir / "checkpoint-2"
     monkeypatch.undo()
     torch.manual_seed(12345)  # the resuming process has another random state
-    resumed = train(recipe(*overrides, RESUME, out="cut"), progress=False)
+    resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
 
-    assert_same(whole.checkpoint, resumed.checkpoint)
-    assert [(e.loss, e.learning_rate) for e in whole.history][2:] == [
-        (e.loss, e.learning_rate) for e in resumed.history
-    ]
     one, other = (load_checkpoint(result.checkpoint)[0] for result in (whole, resumed))
-    if one["ema"] is not None:
-        assert all(map(torch.equal, one["ema"]["shadow_params"], other["ema"]["shadow_params"]))
-
-
-def test_ctrl_c_saves_and_exits_with_its_own_status(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    interrupt_at(4, monkeypatch, signal.SIGINT)
-    with pytest.raises(TrainingInterrupted, match="SIGINT") as caught:
-        train(recipe(), progress=False)
-    assert caught.value.exit_code == 130
-    assert signal.getsignal(signal.SIGINT) is before
-    assert list(Checkpoints(recipe().output_dir, None).list()) == [3, 4]
+    assert not differences(one, other)
+    losses, resumed_losses = ([(e.loss, e.learning_rate) for e in run.history] for run in (whole, resumed))
+    assert losses[2:] == resumed_losses
 
 
 @pytest.mark.usefixtures("float64")
@@ -119,27 +101,10 @@ def test_accumulated_passes_equal_one_large_batch(timesteps_per: str, trained: A
     assert_close(whole.checkpoint, trained(*common, "train_batch_size=1", "gradient_accumulation_steps=4").checkpoint)
 
 
-@pytest.mark.usefixtures("float64")
-def test_a_resumed_run_may_split_its_batches_differently(recipe: Any, trained: Any, cut: Callable[..., Path]) -> None:
-    options = ("timesteps_per=sample", "model.dropout=0", "max_grad_norm=0.5")
-    cut(3, *options)
-    split = ("train_batch_size=2", "gradient_accumulation_steps=2")
-    resumed = train(recipe(*options, *split, RESUME, out="cut"), progress=False)
-    assert_close(trained(*options).checkpoint, resumed.checkpoint)
-
-
 @pytest.mark.parametrize("option", ["dataloader_num_workers=2", "gradient_checkpointing=true"])
 def test_options_that_change_no_result(option: str, trained: Any) -> None:
     common = ("max_train_steps=2", "model.dropout=0.2")
     assert_same(trained(*common).checkpoint, trained(*common, option).checkpoint)
-
-
-def test_training_does_not_change_the_global_random_state(recipe: Any) -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    train(recipe("max_train_steps=1"), progress=False)
-    assert torch.equal(torch.rand(2), expected)
 
 
 def test_progress_shows_loss_rate_speed_memory_and_flips(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,19 +124,18 @@ def test_progress_shows_loss_rate_speed_memory_and_flips(recipe: Any, capsys: py
     assert again.model_dir.is_dir()
 
 
-# Output folders.
-
-
 def test_an_existing_run_is_only_resumed_or_replaced_on_request(recipe: Any) -> None:
     run = recipe("max_train_steps=1")
+    state = torch.get_rng_state()
     train(run, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
     (run.output_dir / "notes.txt").write_text("mine")
     with pytest.raises(BinarizeError, match=r"already holds a run; continue it with resume_from_checkpoint=latest"):
         train(run, progress=False)
     result = train(recipe("max_train_steps=2", "seed=3"), force=True, progress=False)
     assert list(Checkpoints(run.output_dir, None).list()) == [2]
     assert (result.output_dir / "notes.txt").read_text() == "mine"
-    with pytest.raises(BinarizeError, match=r"continues a run and force removes it; give only one of them"):
+    with pytest.raises(BinarizeError, match=r"continues a run and force removes it; give only one"):
         train(recipe(RESUME), force=True, progress=False)
 
 
@@ -194,88 +158,85 @@ def test_resuming_from_an_older_checkpoint_needs_another_folder(recipe: Any) -> 
     assert train(recipe(older, out="branch"), progress=False).steps == 6
 
 
-def test_a_model_that_cannot_be_written_leaves_the_one_before(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = train(recipe("max_train_steps=1"), progress=False).model_dir
-    files = {path: path.read_bytes() for path in before.rglob("*") if path.is_file()}
-
-    def full(self: SuperResolutionPipeline, folder: Path) -> None:
-        (folder / "half").write_text("x")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(SuperResolutionPipeline, "save_pretrained", full)
-    with pytest.raises(BinarizeError, match=r"cannot write the model to .*model: .*No space left on device"):
-        train(recipe("max_train_steps=2", RESUME), progress=False)
-    assert {path: path.read_bytes() for path in before.rglob("*") if path.is_file()} == files
+TWIN = "distillation={teacher: TWIN, features: 1}"
 
 
 @pytest.mark.parametrize(
-    ("out", "overrides", "message"),
+    ("overrides", "message"),
     [
-        ("file", (), r"output_dir: .* is a file; name a folder"),
-        ("file/run", (), r"output_dir: cannot write .*file/run: Not a directory"),
-        ("run", ("train_data_dir=null",), r"train_data_dir: missing; name the folder"),
+        (["output_dir=file"], r"output_dir: .* is a file; name a folder"),
+        (["output_dir=file/run"], r"output_dir: cannot write file/run: Not a directory"),
+        (["train_data_dir=null"], r"train_data_dir: missing; name the folder"),
+        (["mixed_precision=fp16"], r"mixed_precision: fp16 needs a GPU; use mixed_precision=bf16 or no"),
+        (["report_to=tensorboard"], r"tensorboard is not installed; pip install 'binarize-diffusion\[train\]'"),
+        (["optimizer=timm/lion"], r"optimizer: timm/lion needs timm: pip install"),
+        (["init_from=TWIN", "model.base_channels=16"], r"another network than .*:\n  base_channels: 8 there, 16 here"),
+        (["init_from=nowhere"], r"init_from: .*nowhere: no such file or folder"),
+        (["distillation={teacher: nobody}"], r"distillation: .*nobody: no such file or folder"),
+        ([TWIN, "scheduler.prediction_type=epsilon"], r"else:\n  prediction_type: 'sample' there, 'epsilon' here"),
+        ([TWIN.replace("1}", "1, blocks: [tail.*]}")], r"blocks: the pattern 'tail\.\*' matches no module that"),
+        ([TWIN, "model.base_channels=16"], r"outputs of encoder\.0\.blocks\.0 are \(4, 16, 16, 16\) in"),
     ],
 )
-def test_runs_cannot_start(out: str, overrides: tuple[str, ...], message: str, recipe: Any, tmp_path: Path) -> None:
+def test_runs_that_cannot_start(
+    overrides: list[str], message: str, recipe: Any, twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    if "pip install" in message:
+        monkeypatch.setattr(training_processes.importlib.util, "find_spec", lambda name: None)
+    run = recipe(*(override.replace("TWIN", str(twin)) for override in overrides))
     with pytest.raises(BinarizeError, match=message):
-        train(recipe(*overrides, out=out), progress=False)
+        train(run, progress=False)
 
 
-def test_changes_of_the_recipe_are_listed_when_a_run_resumes(recipe: Any, cut: Callable[..., Path]) -> None:
-    cut(3)
-    changed = ("learning_rate=5e-4", "model.dropout=0.5", "train_batch_size=2", RESUME)
-    with pytest.raises(BinarizeError) as caught:
-        train(recipe(*changed, out="cut"), progress=False)
-    lines = str(caught.value).splitlines()
-    assert "the recipe differs in keys that change the result:" in lines[0]
-    assert lines[1:-1] == [
-        "  learning_rate: was 0.001, is 0.0005",
-        "  model.dropout: was 0.0, is 0.5",
-        "  samples per optimiser step: were 4, are 2; they are train_batch_size * gradient_accumulation_steps * "
-        "processes",
-    ]
+TOTALS = "samples per optimiser step: were 4, are 2; they are train_batch_size * "
+LONGER = "max_train_steps: was 6, is 7"
 
 
 @pytest.mark.parametrize(
-    "schedule", [("lr_scheduler=cosine",), ("method=irnet",), ("method=reactnet", "two_stage=0.5")], ids=str
+    ("then", "now", "changes"),
+    [
+        ("", "max_train_steps=7 report_to=tensorboard train_batch_size=2 gradient_accumulation_steps=2", []),
+        ("", "seed=1 model.dropout=0.5", ["model.dropout: was 0.0, is 0.5", "seed: was 0, is 1"]),
+        ("", "train_batch_size=2", [TOTALS]),
+        ("", "residual_strength=1.5 target=residual", ["target: was 'image', is 'residual'"]),
+        ("", "num_inference_steps=3", []),
+        ("sampling_timesteps_share=0.5", "num_inference_steps=3", ["num_inference_steps: was 2, is 3"]),
+        ("lr_scheduler=cosine", "max_train_steps=7", [LONGER]),
+        ("method=irnet", "max_train_steps=7", [LONGER]),
+        ("method=reactnet two_stage=0.5", "max_train_steps=7", [LONGER]),
+    ],
 )
-def test_schedules_fix_the_length(schedule: tuple[str, ...], recipe: Any, cut: Callable[..., Path]) -> None:
-    cut(2, *schedule, "max_train_steps=2")
-    with pytest.raises(BinarizeError, match="max_train_steps: was 2, is 3"):
-        train(recipe(*schedule, "max_train_steps=3", RESUME, out="cut"), progress=False)
+def test_changes_of_the_recipe_when_a_run_resumes(then: str, now: str, changes: list[str], recipe: Any) -> None:
+    unclipped = "scheduler.clip_sample=false"
+    saved, changed = recipe(unclipped, *then.split()), recipe(unclipped, *then.split(), *now.split())
+    text = saved.to_yaml().replace("sampling_timesteps_share: 0.0\n", "")  # the recipe of an older version
+    totals = [one.train_batch_size * one.gradient_accumulation_steps for one in (changed, saved)]
+    check = functools.partial(check_resumable, changed, totals[0], text, totals[1], Path("checkpoint-3"))
+    if not changes:
+        return check()
+    lines = "\n  ".join(["recipe differs in keys that change the result:", *changes])
+    with pytest.raises(BinarizeError, match=re.escape(lines)):
+        check()
+    return None
 
 
-# Failures during a run.
-
-
-def test_a_loss_that_is_not_finite_names_the_images(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("what", "names"), [("loss", r"p\d;"), ("gradient", r"p\d, .*;")])
+def test_a_loss_or_gradient_that_is_not_finite(
+    what: str, names: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def poison(losses: torch.Tensor) -> torch.Tensor:
-        return losses.clone().index_fill(0, torch.tensor([1]), float("nan"))
+        if what == "loss":
+            return losses.clone().index_fill(0, torch.tensor([1]), float("nan"))
+        losses.register_hook(lambda gradient: gradient * float("inf"))
+        return losses
 
     at_call(5, training_objective, "sample_losses", poison, monkeypatch)
-    message = r"loss of step 5 is not finite for the images p\d; .* The last checkpoint is .*-3\."
+    message = rf"{what} of step 5 is not finite for the images {names} .* The last checkpoint is .*-3\."
     with pytest.raises(DivergedError, match=message):
         train(recipe(), progress=False)
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training_loop._Run._gradient_is_finite
-
-    def poisoned(run: Any) -> bool:
-        if run.step == 4:
-            next(run.model.parameters()).grad[0] = float("inf")
-        return real(run)
-
-    monkeypatch.setattr(training_loop._Run, "_gradient_is_finite", poisoned)
-    with pytest.raises(DivergedError, match=r"gradient of step 5 is not finite for the images p\d, .*-3\."):
-        train(recipe(), progress=False)
-
-
-def test_a_missing_tracker_is_an_error(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_processes.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BinarizeError, match=r"tensorboard is not installed; pip install 'binarize-diffusion\[train\]'"):
-        train(recipe("report_to=tensorboard"), progress=False)
 
 
 def test_a_dead_worker_is_an_error(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
