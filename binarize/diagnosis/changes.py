@@ -10,9 +10,8 @@ from typing import Any
 from binarize.diagnosis.sampling import Conventions
 
 PREDICTION, SCHEDULE, RANGE, ORDER = "prediction type", "noise schedule", "value range", "condition order"
-RESIDUAL, CLIPPING, SPACING, STEPS, SIGN = (
-    "residual target", "clipping", "timestep spacing", "number of steps", "sign of zero",
-)  # fmt: skip
+RESIDUAL, CLIPPING, SPACING = "residual target", "clipping", "timestep spacing"
+STEPS, SIGN = "number of steps", "sign of zero"
 
 _SCHEDULES: tuple[tuple[str, int, float, float, str], ...] = (
     ("BI-DiffSR's and SR3's", 2000, 1e-6, 1e-2, "linear"),
@@ -27,13 +26,9 @@ _UNCLIPPED = 10.0  # residuals have unit variance and long tails, so this clips 
 
 @dataclass(frozen=True)
 class Change:
-    """One change to try.
+    """One change to try; the fields are those of `ChangeResult` and of its sampling.
 
     Attributes:
-        cause: The cause if it helps.
-        name: The change in a few words.
-        fix: How to make the change permanent.
-        how: The conventions to sample with.
         sign_zero: Sign of 0 in the unpacked network; None runs the network as it is.
         fits_residual: Interpret x_0 as a residual and estimate its scale.
     """
@@ -55,8 +50,9 @@ def changes(now: Conventions, model_steps: int, signs: set[str], packed: bool) -
         signs: Values of ``sign_zero`` in the unpacked network.
         packed: Whether the unchanged model runs packed.
     """
+    config = now.scheduler.config
     for kind in ("epsilon", "v_prediction", "sample"):
-        if kind != now.scheduler.config.get("prediction_type", kind):
+        if kind != config.get("prediction_type", kind):
             yield _scheduler_change(PREDICTION, f"prediction_type {kind}", now, prediction_type=kind)
     yield from _schedules(now)
     yield Change(
@@ -75,16 +71,15 @@ def changes(now: Conventions, model_steps: int, signs: set[str], packed: bool) -
         replace(now, sample_first=True),
     )
     yield from _residuals(now)
-    if "clip_sample" in now.scheduler.config:
-        if now.scheduler.config["clip_sample"]:
-            yield _scheduler_change(CLIPPING, "clip_sample off", now, clip_sample=False)
-        else:
-            yield _scheduler_change(CLIPPING, "clip_sample on, to 1", now, clip_sample=True, clip_sample_range=1.0)
+    if config.get("clip_sample"):
+        yield _scheduler_change(CLIPPING, "clip_sample off", now, clip_sample=False)
+    elif "clip_sample" in config:
+        yield _scheduler_change(CLIPPING, "clip_sample on, to 1", now, clip_sample=True, clip_sample_range=1.0)
     for spacing in ("trailing", "linspace", "leading"):
-        if spacing != now.scheduler.config.get("timestep_spacing", spacing):
+        if spacing != config.get("timestep_spacing", spacing):
             yield _scheduler_change(SPACING, f"timestep_spacing {spacing}", now, timestep_spacing=spacing)
     for steps in dict.fromkeys((now.steps, 1, 4, 10, 50)):
-        if steps != model_steps and steps <= now.scheduler.config.num_train_timesteps:
+        if steps != model_steps and steps <= config.num_train_timesteps:
             fix = f"set num_inference_steps to {steps} in model_index.json, or give --steps {steps} to the command."
             yield Change(STEPS, f"{steps} denoising step{'s' if steps > 1 else ''}", fix, replace(now, steps=steps))
     yield from _signs(now, signs, packed)

@@ -12,18 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from binarize.conversion.packing import is_packed, pack_if_possible, unpack
+from binarize.diagnosis import sampling
 from binarize.diagnosis.changes import SCHEDULE, STEPS, Change, changes
 from binarize.diagnosis.files import find_mismatch
 from binarize.diagnosis.report import HEALTHY, MISMATCH, UNTRAINED, WEAK, ChangeResult, DoctorReport, Finding
-from binarize.diagnosis.sampling import (
-    Case,
-    Conventions,
-    diffuse,
-    make_case,
-    pixels_of,
-    signs_of_zero,
-    with_sign_of_zero,
-)
+from binarize.diagnosis.sampling import Case, Conventions
 from binarize.errors import BinarizeError
 from binarize.evaluation.quality import psnr
 from binarize.imaging import upscale_bicubic
@@ -53,9 +46,7 @@ def doctor(
     """Upscale an image that comes with the package, compare with bicubic upscaling, and find out what is wrong.
 
     The model runs as in `binarize upscale`, packed on a CPU. If it is worse than bicubic, the likely mistakes are tried
-    one at a time: prediction type, noise schedule, value range, order of condition and noisy image, residual target,
-    clipping, timestep spacing, number of steps, and the sign of zero. The one whose correction clearly improves the
-    result is the likely cause.
+    one at a time. The one whose correction clearly improves the result is the likely cause.
 
     Args:
         model: A pipeline, or a model as on the command line: a folder, a file, or a name on the hub.
@@ -78,7 +69,7 @@ def doctor(
     running, packed = _pack_as_upscale_does(unpacked)
     model_steps = pipeline.num_inference_steps if steps is None else steps
     few = min(model_steps, MAX_STEPS)
-    case = make_case(pipeline.scale, pipeline.size_multiple, seed)
+    case = sampling.make_case(pipeline.scale, pipeline.size_multiple, seed)
     bicubic = psnr(upscale_bicubic(case.low, pipeline.scale), case.original, border=pipeline.scale)
     advance("unchanged")
     before = _run_unchanged(pipeline, running, case, model_steps, seed)
@@ -86,7 +77,7 @@ def doctor(
     if before <= bicubic or try_all:
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # the pipeline's keeps its state
         now = Conventions(scheduler, few, pipeline.residual_scale, pipeline.config["residual_strength"])
-        signs = set() if is_packed(unpacked) else signs_of_zero(unpacked)
+        signs = set() if is_packed(unpacked) else sampling.signs_of_zero(unpacked)
         for change in changes(now, model_steps, signs, packed):
             advance(change.name)
             results.append(_try(change, unpacked if change.sign_zero else running, case, pipeline.scale))
@@ -101,11 +92,11 @@ def _load(path: Path, scale: int | None, device: torch.device | str) -> SuperRes
     try:
         pipeline = None if mismatch is not None else load_pipeline(path, scale=scale)
     except OtherTimestepsError as error:
-        fix = f'put "num_train_timesteps": {error.trained} and the betas of the training into '
         return Finding(
             SCHEDULE,
             f"the noise schedule has {error.scheduled} timesteps, and the network was trained with {error.trained}.",
-            f"{fix}scheduler/scheduler_config.json.",
+            f'put "num_train_timesteps": {error.trained} and the betas of the training into '
+            "scheduler/scheduler_config.json.",
         )
     except BinarizeError as error:
         if "does not fit the configuration" not in str(error):
@@ -136,13 +127,13 @@ def _run_unchanged(pipeline: SuperResolutionPipeline, unet: nn.Module, case: Cas
     twin.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     image = twin(case.low, num_inference_steps=steps, generator=generator, output_type="pt", return_dict=False)[0]
-    return psnr(pixels_of(image, signed=False), case.original, border=pipeline.scale)
+    return psnr(sampling.pixels_of(image, signed=False), case.original, border=pipeline.scale)
 
 
 def _try(change: Change, unet: nn.Module, case: Case, scale: int) -> ChangeResult:
     fix, how = change.fix, change.how
-    with with_sign_of_zero(unet, change.sign_zero):
-        x, condition = diffuse(unet, how, case)
+    with sampling.with_sign_of_zero(unet, change.sign_zero):
+        x, condition = sampling.diffuse(unet, how, case)
     residual_scale = how.residual_scale
     if change.fits_residual:
         found = _estimate_residual_scale(x * how.residual_strength, condition, case)
@@ -150,7 +141,7 @@ def _try(change: Change, unet: nn.Module, case: Case, scale: int) -> ChangeResul
             return ChangeResult(change.cause, change.name, "", how.steps, None)
         residual_scale, fix = found, fix.format(found=found)
     factor = None if residual_scale is None else residual_scale * how.residual_strength
-    image = pixels_of(image_of(x, condition, factor), how.signed)
+    image = sampling.pixels_of(image_of(x, condition, factor), how.signed)
     score = psnr(image, case.original, border=scale) if torch.isfinite(x).all() else None
     return ChangeResult(change.cause, change.name, fix, how.steps, score)
 
@@ -203,6 +194,6 @@ def _judge_network(before: float, bicubic: float, unet: nn.Module) -> Finding:
         return Finding(WEAK, explanation, "train longer; for perceptual quality, measure LPIPS: `binarize evaluate`.")
     explanation = (
         "no change helps: the network is hardly trained, has the weights of another network, or follows a convention "
-        "that is not tried here. Its output is hardly related to the image."
+        "that is not tried here."
     )
     return Finding(UNTRAINED, explanation, "check that the training's loss fell, and that these are its last weights.")

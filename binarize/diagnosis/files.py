@@ -18,11 +18,7 @@ _SHOWN = 6
 
 
 def find_mismatch(folder: Path) -> str | None:
-    """Describe how a network's weights differ from its configuration; None if they fit or cannot be compared.
-
-    Args:
-        folder: Holds ``config.json`` and ``*.safetensors``.
-    """
+    """Describe how a network's weights differ from its configuration; None if they fit or cannot be compared."""
     files = sorted(folder.glob("*.safetensors"))
     config = _srunet_config(folder / "config.json")
     if config is None or not files:
@@ -49,12 +45,12 @@ def find_mismatch(folder: Path) -> str | None:
         for name, shape in held.items()
         if shape != needed.get(name, shape)
     ]
-    kinds = {
-        "missing from the file": missing,
-        "not known to the configuration": unexpected,
-        "of another shape": wrong,
-    }
-    found = [f"{len(names)} {kind}: {_first(names)}" for kind, names in kinds.items() if names]
+    kinds = (
+        (missing, "missing from the file"),
+        (unexpected, "not known to the configuration"),
+        (wrong, "of another shape"),
+    )
+    found = [f"{len(names)} {kind}: {_first(names)}" for names, kind in kinds if names]
     return f"{'; '.join(found)}.{_hint(config, held, missing, unexpected)}" if found else None
 
 
@@ -78,13 +74,12 @@ def _hint(
     if first and first[0] != config.get("base_channels", first[0]):
         return f" The weights are of a network with base_channels {first[0]}."
     converted = config.get("conversion") is not None
-    if any(
-        part in name for name in (missing if converted else unexpected) for part in (".pre.", ".post.", ".activation.")
-    ):
-        if converted:
-            return " The configuration has a conversion, and the weights are of another one or of none."
-        return " The weights are of a converted network, and the configuration has no conversion."
-    return ""
+    parts = (".pre.", ".post.", ".activation.")
+    if not any(part in name for name in (missing if converted else unexpected) for part in parts):
+        return ""
+    if converted:
+        return " The configuration has a conversion, and the weights are of another one or of none."
+    return " The weights are of a converted network, and the configuration has no conversion."
 
 
 def _srunet_config(path: Path) -> dict[str, Any] | None:

@@ -23,12 +23,8 @@ def _renamed(old: str, new: str) -> Any:
 class ChangeResult:
     """The result of a model with one setting changed.
 
-    Attributes:
-        cause: The cause if this change helps, such as "prediction type".
-        change: The change.
-        fix: How to make the change permanent.
-        steps: Denoising steps.
-        psnr: In dB on Y, as `binarize.evaluation.psnr`; None if the result is not finite or the change does not apply.
+    ``cause`` is the cause if this `change` helps, such as "prediction type", and ``fix`` makes it permanent. ``psnr``,
+    in dB on Y, is None if the result is not finite or the change does not apply.
     """
 
     cause: str
@@ -42,11 +38,8 @@ class ChangeResult:
 class Finding:
     """The verdict.
 
-    Attributes:
-        cause: "healthy"; or the cause of a change; or "configuration" (it does not fit the weights), "untrained
-            network" or "quality" (no setting is wrong; the network is not good enough).
-        explanation: One or two sentences.
-        fix: What to do; empty if the model is healthy.
+    ``cause`` is "healthy", or the cause of a change, or "configuration" (it does not fit the weights), "untrained
+    network" or "quality" (no setting is wrong; the network is not good enough). A healthy model has no ``fix``.
     """
 
     cause: str
@@ -89,14 +82,13 @@ class DoctorReport:
         """Return the table and the verdict as `binarize doctor` prints them."""
         lines = [f"model       {self.model}"]
         if self.psnr is not None and self.bicubic is not None:
-            gain, bicubic = self.psnr - self.bicubic, self.bicubic
+            bicubic = self.bicubic
             lines.append(f"bicubic     {bicubic:6.2f} dB")
+            gain = self.psnr - bicubic
             lines.append(f"this model  {self.psnr:6.2f} dB  {gain:+.2f}, x{self.scale}, steps: {self.steps}")
             if self.results:
-                rows = [
-                    [one.change, one.psnr, None if one.psnr is None else one.psnr - bicubic, one.steps]
-                    for one in self.results
-                ]
+                gains = [None if one.psnr is None else one.psnr - bicubic for one in self.results]
+                rows = [[one.change, one.psnr, gain, one.steps] for one, gain in zip(self.results, gains, strict=True)]
                 columns = [Column("one change"), Column("PSNR", ".2f"), Column("to bicubic", "+.2f"), Column("steps")]
                 lines += ["", Table(columns, rows).to_text()]
             lines.append("")

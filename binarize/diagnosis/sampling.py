@@ -26,8 +26,8 @@ class Conventions:
     Attributes:
         scheduler: A diffusers scheduler, with the betas, the prediction type, the clipping and the spacing.
         steps: Denoising steps.
-        residual_scale: As the pipeline's.
-        residual_strength: As the pipeline's.
+        residual_scale: As `residual_strength`, that of the pipeline.
+        residual_strength: See `SuperResolutionPipeline`.
         signed: Images are in [-1, 1], not in [0, 1].
         sample_first: The noisy image comes before the condition in the network's input channels.
     """
@@ -77,7 +77,9 @@ def diffuse(unet: nn.Module, how: Conventions, case: Case) -> tuple[Tensor, Tens
     scheduler = how.scheduler
     scheduler.set_timesteps(how.steps, device=device)
     x = case.noise.to(device) * scheduler.init_noise_sigma
-    contexts = _timestep_contexts(unet)
+    hooks = (hook for module in unet.modules() for hook in module._forward_pre_hooks.values())
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    contexts = [owner for owner in owners if isinstance(owner, TimestepContext)]
     with (
         _temporarily(contexts, "num_train_timesteps", scheduler.config.num_train_timesteps),
         _temporarily(unet.modules(), "training", False),
@@ -108,12 +110,6 @@ def signs_of_zero(unet: nn.Module) -> set[str]:
 
 def _signs(unet: nn.Module) -> list[Any]:
     return [module for module in unet.modules() if "sign_zero" in vars(module)]
-
-
-def _timestep_contexts(unet: nn.Module) -> list[TimestepContext]:
-    hooks = [hook for module in unet.modules() for hook in module._forward_pre_hooks.values()]
-    owners = [getattr(hook, "__self__", None) for hook in hooks]
-    return list({id(owner): owner for owner in owners if isinstance(owner, TimestepContext)}.values())
 
 
 @contextmanager

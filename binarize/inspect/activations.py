@@ -69,10 +69,6 @@ def activation_distribution(
             shift; the input of its "activation" ("middle.0.conv1.activation") is the input of its sign.
         run: See `Run`; ``lambda: pipe(image)`` follows a sampling. Batches may mix timesteps.
         samples: How many values are kept, at most, per image and call.
-
-    Raises:
-        BinarizeError: If the module or the model's timestep cannot be found, the run does not call the module, the
-            module's input is not a tensor or has not one item per image, or `samples` is less than 1.
     """
     watched = find_module(model, module, nn.Module)
     meters: dict[float, DistributionMeter] = {}
@@ -102,8 +98,7 @@ def activation_distribution(
         execute(model, run)
     if not meters:
         raise not_called(module)
-    timesteps = sorted(meters)
-    distributions = tuple(meters[timestep].result() for timestep in timesteps)
+    timesteps, distributions = zip(*((key, meters[key].result()) for key in sorted(meters)), strict=True)
     return ActivationDistribution(module, np.array(timesteps, dtype=np.float64), distributions)
 
 

@@ -65,10 +65,6 @@ def fusion_distributions(model: nn.Module, module: str, run: Run, *, samples: in
         module: The path of one, such as "decoder.2.blocks.0.fusion".
         run: See `Run`.
         samples: How many values of each call are kept at most.
-
-    Raises:
-        BinarizeError: If there is no such CS-Fusion (the message names those there are), the run does not call it, or
-            `samples` is less than 1.
     """
     fusion = find_module(model, module, CSFusion)
     addition = AddFusion(fusion.hidden_channels, fusion.skip_channels, fusion.out_channels)

@@ -27,15 +27,7 @@ class TarBiases:
     num_train_timesteps: int | None
 
     def plot(self, ax: Axes | None = None, *, layer: str | None = None) -> Axes:
-        """Draw a box plot of the biases for each timestep group.
-
-        Args:
-            ax: The axes; by default those of a new figure.
-            layer: The layer; by default all layers together, which must have the same K.
-
-        Raises:
-            BinarizeError: If matplotlib is missing, there is no such layer, or the layers differ in K.
-        """
+        """Draw a box plot of the biases for each timestep group, of one layer or of all, which must have the same K."""
         values = self._values(layer)
         ax = get_axes(ax)
         groups = len(values)
@@ -56,8 +48,8 @@ class TarBiases:
         groups = sorted({len(values) for values in self.biases.values()})
         if len(groups) > 1:
             raise BinarizeError(
-                f"the layers have different numbers of timestep groups ({', '.join(map(str, groups))}), which one plot "
-                "cannot show; name a layer: plot(layer=...)."
+                f"the layers have different numbers of timestep groups ({', '.join(map(str, groups))}); name one: "
+                "plot(layer=...)."
             )
         return np.concatenate([*self.biases.values()], axis=1)
 
@@ -72,12 +64,7 @@ class TarBiases:
 def tar_biases(model: nn.Module, layers: str | Sequence[str] | None = None) -> TarBiases:
     """Return the biases of timestep-aware redistribution (TaR), or of a plain shift in its place.
 
-    Args:
-        model: A converted model.
-        layers: Globs on the names of binary layers; all by default.
-
-    Raises:
-        BinarizeError: If the model has no binary layer, a pattern matches none, or none of the layers has a shift.
+    `layers` are globs on the names of binary layers, all by default.
     """
     shifts = {name: layer.pre for name, layer in select_layers(model, layers) if isinstance(layer.pre, Shift)}
     if not shifts:
