@@ -53,14 +53,9 @@ class DecodedImage:
         return (self.rgb * 255 + 0.5).floor_().clamp_(0, 255).to(torch.uint8)
 
     def with_pixels(self, rgb: torch.Tensor, alpha: torch.Tensor | None) -> DecodedImage:
-        """Return an image of the same mode and profile with other pixels, of any size.
+        """Return an image of the same mode and profile with other pixels, of any size, in [0, 1] in any float dtype.
 
-        Args:
-            rgb: Floating point (3, H, W) in [0, 1].
-            alpha: Floating point (1, H, W) in [0, 1], or None.
-
-        Raises:
-            BinarizeError: If a shape is wrong.
+        `rgb` is (3, H, W), `alpha` (1, H, W) or None.
         """
         if rgb.ndim != 3 or rgb.shape[0] != 3:
             raise BinarizeError(f"DecodedImage.with_pixels: rgb must be (3, H, W), got {tuple(rgb.shape)}")
@@ -74,8 +69,8 @@ class DecodedImage:
         """Return an 8-bit Pillow image (L, LA, RGB or RGBA), or 16-bit greyscale if the source is that.
 
         Values are rounded to the nearest level; greyscale is the BT.601 luma of ``rgb``. Palettes and CMYK become RGB,
-        because new pixels have colours that the palette or the inks cannot name. Pillow has no 16-bit greyscale with
-        transparency, so an image with ``alpha`` is 8-bit.
+        because new pixels have colours that the palette or the inks cannot name. Greyscale with ``alpha`` is 8-bit,
+        because Pillow has no 16-bit mode for it.
         """
         mode, planes = self.saved_mode, [*self.rgb]
         if self.is_grey:
@@ -96,11 +91,8 @@ def to_image(image: Image.Image) -> DecodedImage:
     """Decode a Pillow image: apply its orientation, resolve palette, inks and transparency, keep its depth.
 
     CMYK with a colour profile is converted to sRGB. 16-bit colour arrives from Pillow as 8-bit. An animation gives its
-    current frame.
-
-    Raises:
-        BinarizeError: If the mode has no defined black and white level (floating point, integers beyond 16 bits, LAB),
-            or the file behind the image is truncated.
+    current frame. Floating-point images, integers beyond 16 bits and LAB have no defined black and white level, and
+    raise a BinarizeError.
     """
     try:
         image.load()

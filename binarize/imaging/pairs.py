@@ -57,9 +57,8 @@ class ImagePairs(Sequence[ImagePair]):
         min_side: Smallest side of a high-resolution image in pixels; by default `scale`.
 
     Raises:
-        BinarizeError: If a folder is missing or empty. Otherwise, one error names every image that has an unreadable
-            header, is too small, has no partner, or has a partner of the wrong size. Only headers are read here; see
-            `check`.
+        BinarizeError: One error for all images that have an unreadable header, are too small, have no partner, or one
+            of the wrong size. Only headers are read here; see `check`.
     """
 
     def __init__(
@@ -113,11 +112,7 @@ class ImagePairs(Sequence[ImagePair]):
         return hr, None if files.lr is None else read_image(files.lr).pixels()
 
     def check(self) -> None:
-        """Decode every file once.
-
-        Raises:
-            BinarizeError: If files are truncated or damaged behind their headers; one error names them all.
-        """
+        """Decode every file once; one error names all that are truncated or damaged behind their headers."""
         problems = []
         for index in range(len(self)):
             try:
@@ -128,11 +123,7 @@ class ImagePairs(Sequence[ImagePair]):
 
 
 def raise_all(folder: str | os.PathLike[str], problems: Sequence[str]) -> None:
-    """Raise one error for all problems, listing at most twenty of them, if there are any.
-
-    Raises:
-        BinarizeError: If `problems` is not empty.
-    """
+    """Raise one BinarizeError for all problems, listing at most twenty of them, if there are any."""
     if len(problems) == 1:
         raise BinarizeError(problems[0])
     if problems:
@@ -170,8 +161,6 @@ def _cropped_size(hr: Path, lr: Path | None, scale: int, min_side: int) -> tuple
     if lr is not None:
         lr_height, lr_width = image_size(lr)
         if (lr_height * scale, lr_width * scale) != size:
-            raise BinarizeError(
-                f"{hr} is {width}x{height} and {lr} is {lr_width}x{lr_height}; at scale {scale} the latter must be "
-                f"{width // scale}x{height // scale}"
-            )
+            needed = f"at scale {scale} the latter must be {width // scale}x{height // scale}"
+            raise BinarizeError(f"{hr} is {width}x{height} and {lr} is {lr_width}x{lr_height}; {needed}")
     return size

@@ -31,14 +31,9 @@ def degrade(hr: Pixels, scale: int) -> Pixels:
     sets. At other scales an exact tie rounds up; MATLAB's own result depends on its order of summation there.
 
     Args:
-        hr: uint8, either a numpy array (H, W) or (H, W, C), or a tensor (..., C, H, W).
+        hr: uint8, either a numpy array (H, W) or (H, W, C), or a tensor (..., C, H, W), at least `scale` pixels wide
+            and high. The result is the same kind of object, ``H // scale`` by ``W // scale`` pixels.
         scale: Integer factor of at least 1.
-
-    Returns:
-        The same kind of object, ``H // scale`` by ``W // scale`` pixels.
-
-    Raises:
-        BinarizeError: If the image is not 8-bit or is smaller than `scale`, or the scale is not a positive integer.
     """
     _check_scale(scale)
     planes, restore = _planes(hr, "degrade")
@@ -59,15 +54,9 @@ def upscale_bicubic(lr: Pixels, scale: int) -> Pixels:
     differs from the crop of the result within ``2 * scale`` pixels of the cut.
 
     Args:
-        lr: A floating-point tensor (..., C, h, w) in [0, 1], or 8-bit pixels as in `degrade`.
+        lr: A floating-point tensor (..., C, h, w) in [0, 1], or 8-bit pixels as in `degrade`. The result has the same
+            kind and dtype, ``h * scale`` by ``w * scale`` pixels. Half precision is computed in float32.
         scale: Integer factor of at least 1.
-
-    Returns:
-        The same kind and dtype, ``h * scale`` by ``w * scale`` pixels. Half precision is computed in float32.
-
-    Raises:
-        BinarizeError: If the pixels are neither 8-bit nor a floating-point tensor, or the scale is not a positive
-            integer.
     """
     _check_scale(scale)
     if isinstance(lr, torch.Tensor) and lr.is_floating_point():
@@ -89,9 +78,7 @@ def _check_scale(scale: int) -> None:
 
 def _check_shape(tensor: torch.Tensor, caller: str) -> None:
     if tensor.ndim < 2 or 0 in tensor.shape:
-        raise BinarizeError(
-            f"{caller}: expected a tensor (..., C, H, W) with at least one pixel, got {tuple(tensor.shape)}"
-        )
+        raise BinarizeError(f"{caller}: expected a tensor (..., C, H, W) with pixels, got {tuple(tensor.shape)}")
 
 
 def _planes(pixels: Pixels, caller: str) -> tuple[torch.Tensor, Callable[[torch.Tensor], Pixels]]:
@@ -119,10 +106,8 @@ def _shrink(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
     """Downscale one axis, with the kernel stretched against aliasing."""
     lines = _mirror(planes, 2 * scale, axis).transpose(axis, -1)
     last = lines.shape[-1] - 5 * scale  # of the windows' starts
-    windows = (
-        lines[..., 2 * scale + at : 2 * scale + at + last + 1 : scale] * weight
-        for at, weight in _taps((scale - 1) / 2, scale)
-    )
+    taps = [(2 * scale + at, weight) for at, weight in _taps((scale - 1) / 2, scale)]
+    windows = (lines[..., start : start + last + 1 : scale] * weight for start, weight in taps)
     return _sum(windows).transpose(axis, -1)
 
 
