@@ -13,9 +13,7 @@ def doctor(
     model: ModelArgument,
     scale: ScaleOption = None,
     steps: StepsOption = None,
-    try_all: Annotated[
-        bool, typer.Option("--all", help="Try the changes even if the model is better than bicubic.")
-    ] = False,
+    try_all: Annotated[bool, typer.Option("--all", help="Try the changes even if the model is healthy.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:

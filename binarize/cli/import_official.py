@@ -17,12 +17,11 @@ def import_official(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
     scale: Annotated[int, typer.Option(min=1, help="Scale of the network; the released ones have 2 or 4.")],
     config: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Differences from the released configuration, in its names."),
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Differences from the released configuration.")
     ] = None,
     sign_zero: Annotated[
         Literal["zero", "plus"],
-        typer.Option(help="Sign of exactly 0: zero as in the released code, or plus (+1), which fits into one bit."),
+        typer.Option(help="Sign of 0: zero as in the released code, or plus, which fits a bit."),
     ] = "zero",
     force: ForceOption = False,
 ) -> None:

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 def summary(
     model: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="Name or file of a recipe, or a model.")],
-    size: Annotated[
-        str, typer.Option(metavar="HxW", help="Size of the upscaled image for which operations are counted.")
-    ] = "256x256",
+    size: Annotated[str, typer.Option(metavar="HxW", help="Size of the upscaled image to count for.")] = "256x256",
     layers: Annotated[bool, typer.Option("--layers", help="Add a line per layer; JSON always has them.")] = False,
     style: Annotated[Literal["text", "markdown", "json"], typer.Option("--format", help="Output format.")] = "text",
 ) -> None:

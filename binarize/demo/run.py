@@ -1,7 +1,4 @@
-"""The demonstration: a trained 1-bit network, a comparison and a report, in minutes.
-
-Nothing is downloaded: the images come with scikit-image.
-"""
+"""The demonstration: a trained 1-bit network, a comparison and a report, in minutes and without a download."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -38,18 +36,7 @@ DETAIL = (64, 56, 192, 184)
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The results of the demonstration.
-
-    Attributes:
-        folder: The folder of everything.
-        model: The trained pipeline's folder.
-        upscaled: The held-out image, upscaled by the model.
-        comparison: The images side by side.
-        report: The Markdown file.
-        scores: Scores of the held-out image, for the model and for bicubic upscaling.
-        steps: Optimizer steps of the training.
-        seconds: Wall time of everything.
-    """
+    """The folders and files of the demonstration, and the scores of the held-out image."""
 
     folder: Path
     model: Path
@@ -77,10 +64,6 @@ def run_demo(
         force: Replace an earlier demonstration in the folder.
         say: Called with a line for each stage.
         progress: Show progress bars.
-
-    Raises:
-        BinarizeError: If scikit-image or its images are missing, the folder holds an earlier demonstration and `force`
-            is false, or the recipe with its changes cannot run.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -101,31 +84,16 @@ def run_demo(
     pipeline.set_progress_bar_config(disable=True)
     upscaled = sample(pipeline, low, steps=recipe.num_inference_steps, seed=0)
     backbone = _cached_backbone()
-    scores = evaluate(
-        lambda image: upscaled,
-        held_out,
-        scale=pipeline.scale,
-        lpips=None if backbone is None else "alex",
-        lpips_backbone=backbone,
-        progress=False,
-        name=RECIPE,
-    )
+    metric: Any = {"lpips": None if backbone is None else "alex", "lpips_backbone": backbone}
+    scores = evaluate(lambda image: upscaled, held_out, scale=pipeline.scale, **metric, progress=False, name=RECIPE)
     say("3/3  writing the comparison and the report")
-    save_image(upscaled, output / "upscaled.png", force=True)
+    large = save_image(upscaled, output / "upscaled.png", force=True)
     sheet = side_by_side((low, bicubic, upscaled, Image.open(held_out / HELD_OUT)), scores.mean, DETAIL)
-    save_image(sheet, output / "comparison.png", force=True)
+    comparison = save_image(sheet, output / "comparison.png", force=True)
     seconds = time.perf_counter() - started
     report = make_report(recipe, trained, summary(pipeline.unet), scores, seconds)
-    return DemoResult(
-        folder=output,
-        model=trained.model_dir,
-        upscaled=output / "upscaled.png",
-        comparison=output / "comparison.png",
-        report=write_text_atomic(output / "report.md", report),
-        scores=scores,
-        steps=trained.steps,
-        seconds=seconds,
-    )
+    written = write_text_atomic(output / "report.md", report)
+    return DemoResult(output, trained.model_dir, large, comparison, written, scores, trained.steps, seconds)
 
 
 @contextmanager
@@ -140,11 +108,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def image_folder() -> Path:
-    """Return the folder of the images that come with scikit-image.
-
-    Raises:
-        BinarizeError: If scikit-image is not installed, or a needed image is missing.
-    """
+    """Return the folder of the images that come with scikit-image."""
     found = importlib.util.find_spec("skimage")
     if found is None or found.origin is None:
         raise BinarizeError("the demonstration uses images of scikit-image: pip install 'binarize-diffusion[eval]'")
