@@ -21,19 +21,12 @@ _BAR = r"\|"
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a `Table`.
-
-    Attributes:
-        name: The heading.
-        format: A format specification, such as ".2f", or a function from a value to its text. None is shown as "-".
-        align: By default, numbers are aligned to the right and everything else to the left.
-        key: The name in CSV and JSON; by default `name`.
-    """
+    """A column of a `Table`. None is shown as "-"."""
 
     name: str
-    format: str | Callable[[Any], str] = ""
-    align: Align | None = None
-    key: str | None = None
+    format: str | Callable[[Any], str] = ""  # a specification, such as ".2f", or a function from a value to its text
+    align: Align | None = None  # by default, right for numbers and left for everything else
+    key: str | None = None  # the name in CSV and JSON; by default `name`
 
     def text(self, value: Any) -> str:
         """Return a value as the reader sees it."""

@@ -94,14 +94,9 @@ def load_network(path: Path) -> SRUNet:
 def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPipeline:
     """Load a model as a pipeline on the CPU.
 
-    Args:
-        path: See `locate`. The network inside a pipeline's folder, or its file, stands for the pipeline. Any other
-            network is combined with the noise schedule of the released models.
-        scale: The scale, required if the model does not store it. It must not differ from a stored one.
-
-    Raises:
-        BinarizeError: If the model cannot be loaded, the scale is missing or contradicts the model, or a network
-            without a pipeline was trained with another noise schedule.
+    The network inside a pipeline's folder, or its file, stands for the pipeline. Any other network is combined with the
+    noise schedule of the released models. `scale` is required if the model does not store it, and must not differ from
+    a stored one.
     """
     path = _pipeline_around(locate(path))
     scale = scale_of(path, scale)
@@ -177,14 +172,8 @@ def sample(
 
     handle = pipeline.unet.register_forward_hook(hook)
     try:
-        return pipeline(
-            image,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            tile=tile,
-            overlap=overlap,
-            return_dict=False,
-        )[0][0]
+        options: dict[str, Any] = {"num_inference_steps": steps, "tile": tile, "overlap": overlap, "return_dict": False}
+        return pipeline(image, generator=torch.Generator().manual_seed(seed), **options)[0][0]
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise

@@ -66,10 +66,8 @@ def make_report(recipe: Recipe, trained: TrainResult, cost: Summary, scores: Eva
     """Return the report as Markdown; it refers to ``comparison.png`` beside it."""
     first, last = trained.history[0], trained.history[-1]
     binary = cost.macs_by_bits.get(1, 0) / sum(cost.macs_by_bits.values())
-    lpips = (
-        "\nLPIPS is omitted, because its backbone is not on this machine; "
-        "`binarize evaluate run/model --data images/held-out` downloads it.\n"
-    )
+    get_it = "`binarize evaluate run/model --data images/held-out` downloads it"
+    lpips = f"\nLPIPS is omitted, because its backbone is not on this machine; {get_it}.\n"
     settings = [
         ("task", f"upscale by {recipe.scale}, {recipe.num_inference_steps} denoising steps"),
         ("method", "full precision" if recipe.method is None else recipe.method.name),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,8 @@ RECIPE = "demo"
 TRAINING = ("chelsea.png", "coffee.png", "color.png", "ihc.png", "motorcycle_left.png", "rocket.jpg")
 """Images of scikit-image for training, all coloured."""
 HELD_OUT = "astronaut.png"
-"""The image that is not trained on."""
-CROP = (96, 0, 352, 256)
-"""The part of it that is used: left, upper, right, lower."""
-DETAIL = (64, 56, 192, 184)
-"""The part of the crop that the comparison shows."""
+CROP, DETAIL = (96, 0, 352, 256), (64, 56, 192, 184)
+"""The part of the held-out image that is used, and the part of that part to show: left, upper, right, lower."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +52,9 @@ def run_demo(
     say: Callable[[str], object] = print,
     progress: bool = True,
 ) -> DemoResult:
-    """Train ``demo.yaml``, upscale and measure a held-out image, and write a report.
+    """Train ``demo.yaml`` with ``"key=value"`` overrides, measure a held-out image, and write a report to `output`.
 
-    Args:
-        output: Folder of everything; created.
-        overrides: ``"key=value"`` changes of the recipe.
-        force: Replace an earlier demonstration in the folder.
-        say: Called with a line for each stage.
-        progress: Show progress bars.
+    An earlier demonstration there is replaced only by `force`. `say` is called with a line for each stage.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -77,8 +68,12 @@ def run_demo(
     low, bicubic = _to_pil(pixels), _to_pil(upscale_bicubic(pixels, recipe.scale))
 
     say(f"1/3  training {RECIPE}.yaml: {recipe.max_train_steps} steps on {len(TRAINING)} images of scikit-image")
-    with _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second thread gains little on a free core and costs minutes on a busy one
+    try:
         trained = train(recipe, force=True, progress=progress)
+    finally:
+        torch.set_num_threads(threads)
     say("2/3  upscaling and measuring the held-out image")
     pipeline = load_pipeline(trained.model_dir)
     pipeline.set_progress_bar_config(disable=True)
@@ -94,17 +89,6 @@ def run_demo(
     report = make_report(recipe, trained, summary(pipeline.unet), scores, seconds)
     written = write_text_atomic(output / "report.md", report)
     return DemoResult(output, trained.model_dir, large, comparison, written, scores, trained.steps, seconds)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread: a second one gains little on a free core and costs minutes on a busy one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def image_folder() -> Path:

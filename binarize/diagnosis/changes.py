@@ -26,29 +26,21 @@ _UNCLIPPED = 10.0  # residuals have unit variance and long tails, so this clips 
 
 @dataclass(frozen=True)
 class Change:
-    """One change to try; the fields are those of `ChangeResult` and of its sampling.
-
-    Attributes:
-        sign_zero: Sign of 0 in the unpacked network; None runs the network as it is.
-        fits_residual: Interpret x_0 as a residual and estimate its scale.
-    """
+    """One change to try; see `ChangeResult` for its texts."""
 
     cause: str
     name: str
     fix: str
     how: Conventions
-    sign_zero: str | None = None
-    fits_residual: bool = False
+    sign_zero: str | None = None  # of the unpacked network; None runs the network as it is
+    fits_residual: bool = False  # interpret x_0 as a residual and estimate its scale
 
 
 def changes(now: Conventions, model_steps: int, signs: set[str], packed: bool) -> Iterator[Change]:
-    """Yield the changes to try.
+    """Yield the changes of the conventions `now` to try.
 
-    Args:
-        now: The conventions of the unchanged model; its steps are the default of the changes.
-        model_steps: The steps that the model itself takes, possibly more than ``now.steps``.
-        signs: Values of ``sign_zero`` in the unpacked network.
-        packed: Whether the unchanged model runs packed.
+    The model itself takes `model_steps`, possibly more than ``now.steps``, has `signs` of zero in its unpacked network,
+    and runs `packed` or not.
     """
     config = now.scheduler.config
     for kind in ("epsilon", "v_prediction", "sample"):
@@ -115,8 +107,7 @@ def _schedules(now: Conventions) -> Iterator[Change]:
         extra = ""
         if timesteps != config["num_train_timesteps"]:
             extra = (
-                f', and "num_train_timesteps": {timesteps} into unet/config.json (also into its conversion; a packed '
-                "network keeps its own copy, so change the unpacked one and pack it again)"
+                f', and "num_train_timesteps": {timesteps} into unet/config.json and its conversion (before packing)'
             )
         yield _scheduler_change(SCHEDULE, f"betas {betas}, {timesteps} timesteps: {name}", now, extra, **settings)
 
@@ -140,10 +131,7 @@ def _residuals(now: Conventions) -> Iterator[Change]:
 
 def _signs(now: Conventions, signs: set[str], packed: bool) -> Iterator[Change]:
     if packed and "zero" in signs:
-        fix = (
-            "the network needs sign(0) = 0, which one bit cannot hold: run it unpacked, with --no-pack or "
-            "from_pretrained(..., pack=False)."
-        )
+        fix = "the network needs sign(0) = 0, which one bit cannot hold: use --no-pack, or pack=False in Python."
         yield Change(SIGN, "not packed, sign(0) = 0", fix, now, sign_zero="zero")
     for zero, other in (("zero", "plus"), ("plus", "zero")):
         if other in signs and zero not in signs and not (packed and zero == "plus"):

@@ -172,11 +172,8 @@ def _verdict(before: float, bicubic: float, results: Sequence[ChangeResult], few
     near = [(one, score) for one, score, gain in gains if gain >= _LARGE and score > bicubic - _NEAR]
     if near:
         result, score = max(near, key=lambda pair: pair[1])
-        explanation = (
-            f"with {result.change} it is {score - before:.2f} dB better, but still {bicubic - score:.2f} dB below "
-            "bicubic: the network also needs more training."
-        )
-        return Finding(result.cause, explanation, result.fix)
+        below = f"but still {bicubic - score:.2f} dB below bicubic: the network also needs more training."
+        return Finding(result.cause, f"with {result.change} it is {score - before:.2f} dB better, {below}", result.fix)
     return None
 
 
@@ -192,8 +189,5 @@ def _judge_network(before: float, bicubic: float, unet: nn.Module) -> Finding:
             "for perceptual quality, whose generated texture lowers PSNR."
         )
         return Finding(WEAK, explanation, "train longer; for perceptual quality, measure LPIPS: `binarize evaluate`.")
-    explanation = (
-        "no change helps: the network is hardly trained, has the weights of another network, or follows a convention "
-        "that is not tried here."
-    )
+    explanation = "no change helps: the network is hardly trained, has other weights, or follows an untried convention."
     return Finding(UNTRAINED, explanation, "check that the training's loss fell, and that these are its last weights.")

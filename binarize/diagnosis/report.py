@@ -51,16 +51,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """The result of `binarize.diagnosis.doctor`.
+    """The result of `binarize.diagnosis.doctor`: the verdict, and PSNR on the embedded image in dB on Y.
 
-    Attributes:
-        model: Name of the model.
-        finding: The verdict.
-        scale: Scale of the model; None if it could not be loaded.
-        steps: Denoising steps of ``psnr``.
-        psnr: PSNR of the unchanged model on the embedded image, in dB on Y; None if it could not be run.
-        bicubic: PSNR of bicubic upscaling.
-        results: One result per change, in the order in which they were tried.
+    ``psnr`` is that of the unchanged model with ``steps`` denoising steps, and ``results`` are those of the changes.
+    What follows the finding is None or empty if the model could not be loaded.
     """
 
     model: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 from dataclasses import dataclass, replace
@@ -57,9 +58,9 @@ class DecodedImage:
 
         `rgb` is (3, H, W), `alpha` (1, H, W) or None.
         """
+        expected = (1, *rgb.shape[1:])
         if rgb.ndim != 3 or rgb.shape[0] != 3:
             raise BinarizeError(f"DecodedImage.with_pixels: rgb must be (3, H, W), got {tuple(rgb.shape)}")
-        expected = (1, *rgb.shape[1:])
         if alpha is not None and alpha.shape != expected:
             raise BinarizeError(f"DecodedImage.with_pixels: alpha must be {expected}, got {tuple(alpha.shape)}")
         alpha = None if alpha is None else alpha.detach().to("cpu", torch.float32)
@@ -100,10 +101,11 @@ def to_image(image: Image.Image) -> DecodedImage:
         raise BinarizeError(f"cannot decode the image: {error}") from error
     mode = image.mode
     if mode not in _GREY + _COLOUR:
-        raise BinarizeError(
-            f"images of mode {mode!r} are not supported; convert to 8-bit RGB, or to 8- or 16-bit greyscale, first"
-        )
-    upright, profile = _upright(image), image.info.get("icc_profile")
+        fix = "convert to 8-bit RGB, or to 8- or 16-bit greyscale, first"
+        raise BinarizeError(f"images of mode {mode!r} are not supported; {fix}")
+    upright, profile = image, image.info.get("icc_profile")
+    with contextlib.suppress(*_METADATA_ERRORS):  # the pixels may be sound although the metadata is damaged
+        upright = ImageOps.exif_transpose(image)
     if mode in _DEEP:
         return DecodedImage(_decode_deep(upright), None, mode, _matching_profile(profile, mode))
     transparent = mode in ("RGBA", "LA", "PA", "La", "RGBa") or (mode != "CMYK" and "transparency" in image.info)
@@ -125,32 +127,21 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if transposed else (image.height, image.width)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except _METADATA_ERRORS:
-        return image  # the pixels are sound, only the metadata is damaged
-
-
 def _decode_deep(image: Image.Image) -> torch.Tensor:
     levels = np.array(image, dtype=np.int64)
     if levels.min() < 0 or levels.max() > 65535:
-        raise BinarizeError(
-            f"a 32-bit integer image must stay within 0..65535, got {levels.min()}..{levels.max()}; rescale it first"
-        )
+        found = f"{levels.min()}..{levels.max()}"
+        raise BinarizeError(f"a 32-bit integer image must stay within 0..65535, got {found}; rescale it first")
     return torch.from_numpy((levels / 65535).astype(np.float32)).repeat(3, 1, 1)
 
 
 def _cmyk_to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    converted = None
     if profile:
-        try:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged or unrelated profile describes no inks
             source, target = io.BytesIO(profile), ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a damaged or unrelated profile does not describe the inks
-    return image.convert("RGB")
+    return converted or image.convert("RGB")
 
 
 def _matching_profile(profile: bytes | None, mode: str) -> bytes | None:

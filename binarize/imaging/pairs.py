@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 
@@ -20,21 +20,14 @@ _SHOWN = 20
 
 @dataclass(frozen=True, eq=False)
 class ImagePair:
-    """An image at both resolutions.
-
-    Attributes:
-        name: The high-resolution file's name without its suffix.
-        hr: uint8 (3, H, W), H and W cropped to multiples of the scale.
-        lr: uint8 (3, H / scale, W / scale).
-    """
+    """An image at both resolutions: uint8 (3, H, W), cropped to a multiple of the scale, and (3, H / scale, ...)."""
 
     name: str
     hr: torch.Tensor
     lr: torch.Tensor
 
 
-@dataclass(frozen=True)
-class PairFiles:
+class PairFiles(NamedTuple):
     """The files of a pair; ``lr`` is None if it is made from ``hr``. ``size`` is the cropped (H, W)."""
 
     hr: Path
@@ -88,10 +81,8 @@ class ImagePairs(Sequence[ImagePair]):
 
     @overload
     def __getitem__(self, index: int) -> ImagePair: ...
-
     @overload
     def __getitem__(self, index: slice) -> list[ImagePair]: ...
-
     def __getitem__(self, index: int | slice) -> ImagePair | list[ImagePair]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
@@ -106,10 +97,9 @@ class ImagePairs(Sequence[ImagePair]):
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decode a pair's files: the cropped uint8 ``hr``, and ``lr`` if it has its own file."""
-        files = self.files[index]
-        height, width = files.size
-        hr = read_image(files.hr).pixels()[:, :height, :width].contiguous()
-        return hr, None if files.lr is None else read_image(files.lr).pixels()
+        hr, lr, (height, width) = self.files[index]
+        pixels = read_image(hr).pixels()[:, :height, :width].contiguous()
+        return pixels, None if lr is None else read_image(lr).pixels()
 
     def check(self) -> None:
         """Decode every file once; one error names all that are truncated or damaged behind their headers."""

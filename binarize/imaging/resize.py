@@ -7,7 +7,8 @@ wrong for images one pixel wide (2.14), and its weights do not sum to exactly on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable
 from math import ceil, floor
 from typing import TypeVar
 
@@ -136,12 +137,9 @@ def _cubic(x: float) -> float:
     return ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
 
 
-def _sum(products: Iterator[torch.Tensor]) -> torch.Tensor:
+def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
     # The same order everywhere and no fused multiply-add, so that a pixel's value does not depend on its position.
-    total = next(products)
-    for product in products:
-        total += product
-    return total
+    return functools.reduce(torch.Tensor.add_, products)
 
 
 def _mirror(planes: torch.Tensor, pad: int, axis: int) -> torch.Tensor:

@@ -23,12 +23,8 @@ _BITS_SET = torch.tensor([byte.bit_count() for byte in range(256)])
 class FlipRatios:
     """The share of binary weights whose sign changed, for S updates and L layers.
 
-    Attributes:
-        layers: Names of the layers.
-        weights: (L,) int64, number of signs of each layer (two per weight in two-basis methods).
-        steps: (S,) int64, the step of each update.
-        since_last: (S, L) float64, the share that changed since the previous update.
-        since_start: (S, L) float64, the share that differs from the start.
+    ``weights``, (L,) int64, are the signs of each layer: two per weight in two-basis methods. ``steps`` are (S,) int64,
+    the shares since the previous update and since the start (S, L) float64.
     """
 
     layers: tuple[str, ...]
@@ -65,10 +61,6 @@ class FlipTracker:
     Call `update` after each step (or every hundredth). The codes of the forward are compared, so a method that centres
     its weights before the sign is followed correctly. The model's device holds two snapshots of one bit per sign: that
     of the last update and that of the start.
-
-    Args:
-        model: A converted model.
-        layers: Globs on the names of binary layers; all by default.
 
     Example:
         ```python

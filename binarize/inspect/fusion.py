@@ -18,13 +18,8 @@ from binarize.layers import AddFusion, CSFusion
 class FusionDistributions:
     """The distributions around one CS-Fusion.
 
-    Attributes:
-        module: Name of the module.
-        hidden: The decoder's activation.
-        skip: The encoder's activation.
-        mixed: The inputs of its convolutions, with channels of both.
-        fused: Its output.
-        added: The plain sum of hidden and skip, for comparison.
+    ``hidden`` is the decoder's activation, ``skip`` the encoder's, ``mixed`` the inputs of the convolutions, with
+    channels of both, ``fused`` the output, and ``added`` the plain sum of hidden and skip, for comparison.
     """
 
     module: str
@@ -35,10 +30,7 @@ class FusionDistributions:
     added: Distribution
 
     def plot(self, ax: Axes | None = None, *, bins: int = 100) -> Axes:
-        """Draw the densities between the 0.1st and the 99.9th percentile of all values.
-
-        Inputs are solid, mixed inputs dashed, the fused output and the plain sum thick.
-        """
+        """Draw the densities between the 0.1st and the 99.9th percentile of all values."""
         ax = get_axes(ax)
         curves: list[tuple[str, Distribution, dict[str, Any]]] = [
             ("hidden", self.hidden, {"color": "tab:blue"}),

@@ -47,18 +47,14 @@ def execute(model: nn.Module, run: Run) -> None:
     elif callable(run):
         run()
     else:
-        raise BinarizeError(
-            f"run must be a function without arguments that calls the model, or the inputs of one forward (a tensor, "
-            f"a tuple or a mapping); got {run!r}."
-        )
+        allowed = "a function without arguments that calls the model, or a tensor, a tuple or a mapping of inputs"
+        raise BinarizeError(f"run must be {allowed}; got {run!r}.")
 
 
 def not_called(name: str) -> BinarizeError:
     """Return the error for a module that the run did not call."""
-    return BinarizeError(
-        f"the run did not call {name!r}, so there is nothing to show; a run must call the model that is inspected "
-        "(a pipeline's own network is pipe.unet), and the module must be part of its forward."
-    )
+    fix = "a run must call the inspected model (a pipeline's own network is pipe.unet) and, by it, the module."
+    return BinarizeError(f"the run did not call {name!r}, so there is nothing to show; {fix}")
 
 
 def find_module(model: nn.Module, name: str, kind: type[ModuleT]) -> ModuleT:
@@ -79,9 +75,8 @@ def select_layers(
     _refuse_packed(model)
     layers = list(binary_layers(model))
     if not layers:
-        raise BinarizeError(
-            f"this {type(model).__name__} has no binary layer; call binarize.convert(model, method) first."
-        )
+        name = type(model).__name__
+        raise BinarizeError(f"this {name} has no binary layer; call binarize.convert(model, method) first.")
     if patterns is None:
         return layers
     patterns = [patterns] if isinstance(patterns, str) else patterns
@@ -94,7 +89,4 @@ def select_layers(
 
 def _refuse_packed(model: nn.Module) -> None:
     if is_packed(model):
-        raise BinarizeError(
-            "inspect: this model is packed, so its parts do not run one by one; inspect an unpacked copy, "
-            "binarize.unpack(copy.deepcopy(model)), or load it with pack=False."
-        )
+        raise BinarizeError("inspect: this model is packed; use binarize.unpack(copy.deepcopy(model)), or pack=False.")

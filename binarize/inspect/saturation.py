@@ -18,13 +18,7 @@ from binarize.layers import NormalizedApproxSign
 
 @dataclass(frozen=True)
 class Saturation:
-    """The share of saturated activations of L layers.
-
-    Attributes:
-        layers: Names of the layers.
-        share: (L,) float64, the share of the inputs of a layer's sign whose surrogate gradient is zero.
-        count: (L,) int64, number of inputs.
-    """
+    """The share, (L,) float64, of the inputs of L layers' signs whose surrogate gradient is zero, and their count."""
 
     layers: tuple[str, ...]
     share: np.ndarray

@@ -16,11 +16,9 @@ from binarize.layers import Shift
 
 @dataclass(frozen=True)
 class TarBiases:
-    """The biases that L layers add before the sign.
+    """The biases that layers add before the sign: by name, (K, C) float64 for K timestep groups.
 
-    Attributes:
-        biases: Layer name -> (K, C) float64, one row per timestep group; K = 1 if all timesteps share the shift.
-        num_train_timesteps: T, or None if no layer uses the timestep.
+    K is 1 if all timesteps share the shift; ``num_train_timesteps`` is None if no layer uses the timestep.
     """
 
     biases: dict[str, np.ndarray]
