@@ -104,10 +104,9 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
         try:
             return SuperResolutionPipeline(load_network(path), scale=scale)
         except OtherTimestepsError as error:
-            raise BinarizeError(
-                f"{path}: is a network of {error.trained} timesteps without its noise schedule, and the released one "
-                f"has {error.scheduled}. Give the folder of its pipeline, which holds a {PIPELINE}."
-            ) from error
+            what = f"is a network of {error.trained} timesteps without its noise schedule; the released one has"
+            fix = f"Give the folder of its pipeline, which holds a {PIPELINE}."
+            raise BinarizeError(f"{path}: {what} {error.scheduled}. {fix}") from error
     network = _read_network(path / "unet")
     with _reading(path, "a pipeline"):
         return SuperResolutionPipeline.from_pretrained(str(path), unet=network, local_files_only=True)
@@ -203,15 +202,11 @@ def _download(name: str) -> Path:
     try:
         found = Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise BinarizeError(
-            f"{name}: no such file or folder, and no repository {repo} on the Hugging Face hub (private ones need "
-            f"`hf auth login`); give {_ALLOWED}."
-        ) from error
+        what = f"no such file or folder, and no repository {repo} on the Hugging Face hub (or it needs `hf auth login`)"
+        raise BinarizeError(f"{name}: {what}; give {_ALLOWED}.") from error
     except LocalEntryNotFoundError as error:
-        raise BinarizeError(
-            f"{name}: no such file or folder, the Hugging Face hub cannot be reached, and {repo} was not downloaded "
-            "before; go online, or give the path of a model."
-        ) from error
+        what = f"no such file or folder, the Hugging Face hub cannot be reached, and {repo} was not downloaded before"
+        raise BinarizeError(f"{name}: {what}; go online, or give the path of a model.") from error
     except Exception as error:  # the hub's client and the libraries below it raise many kinds
         raise BinarizeError(f"{name}: cannot be downloaded from the Hugging Face hub: {one_line(error)}") from error
     if not (found / folder).is_dir():

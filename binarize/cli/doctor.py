@@ -34,15 +34,8 @@ def doctor(
     from binarize.progress import ProgressBar
 
     with ProgressBar(bar_format="{elapsed}  {desc}", leave=False) as bar:
-        report = examine(
-            model,
-            scale=scale,
-            steps=steps,
-            seed=seed,
-            device=find_device(device),
-            try_all=try_all,
-            advance=bar.set_description_str,
-        )
+        where, show = find_device(device), bar.set_description_str
+        report = examine(model, scale=scale, steps=steps, seed=seed, device=where, try_all=try_all, advance=show)
     typer.echo(report.to_text())
     if not report.healthy:
         raise typer.Exit(1)

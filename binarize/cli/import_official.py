@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
 from binarize.cli.options import ForceOption
 from binarize.cli.targets import check_model_folder
@@ -47,8 +48,6 @@ def import_official(
 
 
 def _option(text: str) -> tuple[str, Any]:
-    import yaml
-
     key, equals, value = text.partition("=")
     if not equals:
         raise BinarizeError(f"{text!r} is not KEY=VALUE; write, for example, inner_channel=32.")

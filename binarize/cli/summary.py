@@ -63,9 +63,8 @@ def _inputs(network: SRUNet, size: str) -> tuple[torch.Tensor, ...]:
     match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", size)
     if match is None:
         raise BinarizeError(f"--size {size}: must be height and width in pixels, such as 256x256.")
-    height, width = int(match[1]), int(match[2])
-    multiple = network.size_multiple
-    if height % multiple or width % multiple:
+    height, width = map(int, match.groups())
+    if height % (multiple := network.size_multiple) or width % multiple:
         raise BinarizeError(f"--size {size}: this network needs a multiple of {multiple} for both sides.")
     channels = network.config["out_channels"]
     sample = torch.empty(1, channels, height, width, device="meta")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -81,26 +82,23 @@ def upscale(
     jobs[0].target.parent.mkdir(parents=True, exist_ok=True)
     steps = pipeline.num_inference_steps if steps is None else steps
     tiles = {path: tile_for(size, pipeline.scale, tile) for path, size in sizes.items()}
-    passes = 0
-    for path, (height, width) in sizes.items():
-        sides = height * pipeline.scale, width * pipeline.scale
-        grid = tile_grid(*sides, tile=tiles[path], overlap=overlap, multiple=pipeline.size_multiple)
-        passes += steps * len(grid)
+    grid = partial(tile_grid, overlap=overlap, multiple=pipeline.size_multiple)
+    sides = {path: [side * pipeline.scale for side in size] for path, size in sizes.items()}
+    passes = steps * sum(len(grid(*sides[path], tile=side)) for path, side in tiles.items())
     _warm_up(pipeline)
     start_up, sampling = time.time() - started, 0.0
     with ProgressBar(total=passes, unit="pass") as bar:
-        for job in jobs:
-            bar.set_description(job.source.name)
-            image = read_image(job.source)
+        upscale_one = partial(sample, pipeline, steps=steps, seed=seed, overlap=overlap, on_pass=bar.update)
+        for path, result in jobs:
+            bar.set_description(path.name)
+            image = read_image(path)
             before = time.perf_counter()
-            large = sample(
-                pipeline, image, steps=steps, seed=seed, tile=tiles[job.source], overlap=overlap, on_pass=bar.update
-            )
+            large = upscale_one(image, tile=tiles[path])
             seconds = time.perf_counter() - before
             sampling += seconds
-            save_image(large, job.target, force=force)
+            save_image(large, result, force=force)
             with bar.external_write_mode():
-                typer.echo(f"{job.target}: {large.width}x{large.height}, {seconds:.1f} s")
+                typer.echo(f"{result}: {large.width}x{large.height}, {seconds:.1f} s")
     each = f"{steps} step{'s' if steps > 1 else ''} per image"
     typer.echo(f"start-up {start_up:.1f} s, sampling {sampling:.1f} s ({each}, on {pipeline.device.type})")
 

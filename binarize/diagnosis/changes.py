@@ -83,10 +83,8 @@ def _scheduler_change(cause: str, name: str, now: Conventions, extra: str = "", 
     keys = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in changed.items())
     code = ", ".join(f"{key}={value!r}" for key, value in changed.items())
     kind = type(now.scheduler)
-    fix = (
-        f"put {keys} into scheduler/scheduler_config.json{extra}; in Python, pipe.scheduler = "
-        f"{kind.__name__}.from_config(pipe.scheduler.config, {code})."
-    )
+    in_python = f"pipe.scheduler = {kind.__name__}.from_config(pipe.scheduler.config, {code})"
+    fix = f"put {keys} into scheduler/scheduler_config.json{extra}; in Python, {in_python}."
     return Change(cause, name, fix, replace(now, scheduler=kind.from_config(config, **changed)))
 
 
@@ -136,9 +134,7 @@ def _signs(now: Conventions, signs: set[str], packed: bool) -> Iterator[Change]:
     for zero, other in (("zero", "plus"), ("plus", "zero")):
         if other in signs and zero not in signs and not (packed and zero == "plus"):
             value = 0 if zero == "zero" else 1
-            fix = (
-                f'the network was trained with sign(0) = {value}: put "sign_zero": "{zero}" into the method of the '
-                f'conversion in unet/config.json, or load_official(..., sign_zero="{zero}")'
-            )
+            where = f'the method of the conversion in unet/config.json, or load_official(..., sign_zero="{zero}")'
+            fix = f'the network was trained with sign(0) = {value}: put "sign_zero": "{zero}" into {where}'
             fix += ", and run it unpacked: --no-pack." if zero == "zero" else "."
             yield Change(SIGN, f"sign(0) = {value}", fix, now, sign_zero=zero)

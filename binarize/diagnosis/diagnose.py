@@ -56,10 +56,6 @@ def doctor(
         device: Where to compute. A pipeline stays on its own device.
         try_all: Try the changes even if the model is better than bicubic.
         advance: Called with the name of each change before it is tried.
-
-    Raises:
-        BinarizeError: If the model cannot be loaded for another reason than a configuration that does not fit its
-            weights, or an option is out of range.
     """
     name = type(model).__name__ if isinstance(model, SuperResolutionPipeline) else str(model)
     pipeline = model if isinstance(model, SuperResolutionPipeline) else _load(Path(model), scale, device)
@@ -92,12 +88,9 @@ def _load(path: Path, scale: int | None, device: torch.device | str) -> SuperRes
     try:
         pipeline = None if mismatch is not None else load_pipeline(path, scale=scale)
     except OtherTimestepsError as error:
-        return Finding(
-            SCHEDULE,
-            f"the noise schedule has {error.scheduled} timesteps, and the network was trained with {error.trained}.",
-            f'put "num_train_timesteps": {error.trained} and the betas of the training into '
-            "scheduler/scheduler_config.json.",
-        )
+        found = f"the noise schedule has {error.scheduled} timesteps, and the network was trained with {error.trained}."
+        keys = f'"num_train_timesteps": {error.trained} and the betas of the training'
+        return Finding(SCHEDULE, found, f"put {keys} into scheduler/scheduler_config.json.")
     except BinarizeError as error:
         if "does not fit the configuration" not in str(error):
             raise
@@ -184,10 +177,8 @@ def _judge_network(before: float, bicubic: float, unet: nn.Module) -> Finding:
         explanation = f"no change helps, and all {len(norms)} norms have the weights 1 and 0 of a new network."
         return Finding(UNTRAINED, explanation, "train it, or load the trained weights before saving or sampling.")
     if bicubic - before <= _NEAR:
-        explanation = (
-            f"no change helps: the network is {bicubic - before:.2f} dB below bicubic. It is trained too little, or "
-            "for perceptual quality, whose generated texture lowers PSNR."
-        )
+        loss = f"no change helps: the network is {bicubic - before:.2f} dB below bicubic"
+        explanation = f"{loss}. It is trained too little, or for perceptual quality, which lowers PSNR."
         return Finding(WEAK, explanation, "train longer; for perceptual quality, measure LPIPS: `binarize evaluate`.")
     explanation = "no change helps: the network is hardly trained, has other weights, or follows an untried convention."
     return Finding(UNTRAINED, explanation, "check that the training's loss fell, and that these are its last weights.")

@@ -40,11 +40,8 @@ def find_mismatch(folder: Path) -> str | None:
     needed = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing = [name for name in needed if name not in held]
     unexpected = [name for name in held if name not in needed]
-    wrong = [
-        f"{name} is {shape} in the file and {needed[name]} by the configuration"
-        for name, shape in held.items()
-        if shape != needed.get(name, shape)
-    ]
+    differing = [name for name, shape in held.items() if shape != needed.get(name, shape)]
+    wrong = [f"{name} is {held[name]} in the file and {needed[name]} by the configuration" for name in differing]
     kinds = (
         (missing, "missing from the file"),
         (unexpected, "not known to the configuration"),
@@ -56,11 +53,8 @@ def find_mismatch(folder: Path) -> str | None:
 
 def _compare_configs(config: Mapping[str, Any], packed: Mapping[str, Any]) -> str | None:
     keys = sorted(key for key in config.keys() | packed.keys() if not key.startswith("_"))
-    found = [
-        f"{key} is {config.get(key)!r} there, {packed.get(key)!r} in the file"
-        for key in keys
-        if config.get(key) != packed.get(key)
-    ]
+    pairs = [(key, config.get(key), packed.get(key)) for key in keys]
+    found = [f"{key} is {there!r} there, {here!r} in the file" for key, there, here in pairs if there != here]
     if not found:
         return None
     return f"unet/config.json differs from the configuration in the packed file, which is used: {_first(found)}."

@@ -62,11 +62,9 @@ class ImagePairs(Sequence[ImagePair]):
         scale: int,
         min_side: int | None = None,
     ) -> None:
-        self.scale = scale
-        high = list_images(hr_dir)
+        self.scale, high = scale, list_images(hr_dir)
         problems: list[str] = []
         partners = dict.fromkeys(high, None) if lr_dir is None else _match(high, Path(lr_dir), scale, problems)
-
         files: list[PairFiles] = []
         for hr, lr in partners.items():
             try:

@@ -38,17 +38,13 @@ class TarBiases:
     def _values(self, layer: str | None) -> np.ndarray:
         if layer is not None:
             if layer not in self.biases:
-                raise BinarizeError(
-                    f"there are no biases of a layer {layer!r}; layers with biases: {', '.join([*self.biases][:4])}."
-                    + did_you_mean(layer, self.biases)
-                )
+                some = f"{', '.join([*self.biases][:4])}.{did_you_mean(layer, self.biases)}"
+                raise BinarizeError(f"there are no biases of a layer {layer!r}; layers with biases: {some}")
             return self.biases[layer]
         groups = sorted({len(values) for values in self.biases.values()})
         if len(groups) > 1:
-            raise BinarizeError(
-                f"the layers have different numbers of timestep groups ({', '.join(map(str, groups))}); name one: "
-                "plot(layer=...)."
-            )
+            found = ", ".join(map(str, groups))
+            raise BinarizeError(f"the layers have different numbers of timestep groups ({found}); use plot(layer=...).")
         return np.concatenate([*self.biases.values()], axis=1)
 
     def _label(self, group: int, groups: int) -> str:
@@ -66,10 +62,8 @@ def tar_biases(model: nn.Module, layers: str | Sequence[str] | None = None) -> T
     """
     shifts = {name: layer.pre for name, layer in select_layers(model, layers) if isinstance(layer.pre, Shift)}
     if not shifts:
-        raise BinarizeError(
-            "none of these binary layers has a shift before its sign; methods with one are bidiffsr (TaR), reactnet "
-            'and bbcu, or any with the option pre="shift" or pre="tar".'
-        )
+        fix = 'use bidiffsr (TaR), reactnet or bbcu, or the option pre="shift" or pre="tar" of another method'
+        raise BinarizeError(f"none of these binary layers has a shift before its sign; {fix}.")
     steps = [shift.context.num_train_timesteps for shift in shifts.values() if shift.context is not None]
     biases = {name: shift.bias.detach().double().cpu().numpy() for name, shift in shifts.items()}
     return TarBiases(biases, steps[-1] if steps else None)
