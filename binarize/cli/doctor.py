@@ -25,7 +25,6 @@ def doctor(
 
     ```
     binarize doctor runs/bidiffsr_x2
-    binarize doctor BI-DiffSR_x2.pth --scale 2
     binarize doctor my-model --steps 20 --all
     ```
     """

@@ -42,7 +42,6 @@ def evaluate(
     .md.
 
     ```
-    binarize evaluate runs/bidiffsr_x2/model --data Set5/HR
     binarize evaluate runs/bidiffsr_x2/model --data Set5/HR --lr Set5/LR_bicubic --output results
     binarize evaluate BI-DiffSR_x4.pth --scale 4 --data Urban100/HR --limit 10 --lpips none
     binarize evaluate my-model --data Set5/HR --lpips squeeze --lpips-backbone squeezenet1_1.pth

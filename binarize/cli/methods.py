@@ -19,7 +19,6 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, to see it
     """List the binarization methods and their options.
 
     ```
-    binarize methods
     binarize methods bidiffsr
     ```
     """

@@ -28,7 +28,6 @@ def summary(
 
     ```
     binarize summary bidiffsr_x2
-    binarize summary sr3_x2 --layers
     binarize summary runs/bidiffsr_x2/model --size 512x512 --format markdown
     ```
     """

@@ -55,9 +55,7 @@ def upscale(
     ```
     binarize upscale photo.jpg    # writes photo_x2.png beside it
     binarize upscale photo.jpg large.png --scale 4
-    binarize upscale small.png large.png --model runs/bidiffsr_x4/model
     binarize upscale photos/ upscaled/ --model runs/bidiffsr_x4/model --steps 20
-    binarize upscale small.png large.png --model BI-DiffSR_x2.pth --scale 2
     binarize upscale panorama.jpg large.png --model my-model --tile 256 --scheduler dpm++
     binarize upscale small.png large.png --model user/repository
     ```

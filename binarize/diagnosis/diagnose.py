@@ -48,14 +48,9 @@ def doctor(
     The model runs as in `binarize upscale`, packed on a CPU. If it is worse than bicubic, the likely mistakes are tried
     one at a time. The one whose correction clearly improves the result is the likely cause.
 
-    Args:
-        model: A pipeline, or a model as on the command line: a folder, a file, or a name on the hub.
-        scale: Scale of models that do not store it.
-        steps: Denoising steps; by default the model's own. Changes are tried with at most 10, unless they change them.
-        seed: Seed of the noise.
-        device: Where to compute. A pipeline stays on its own device.
-        try_all: Try the changes even if the model is better than bicubic.
-        advance: Called with the name of each change before it is tried.
+    `model` is a pipeline, which stays on its own device, or a model as on the command line. Changes are tried with at
+    most 10 denoising steps, unless they change them, and on a model that is better than bicubic only with `try_all`.
+    `advance` is called with the name of each change before it is tried.
     """
     name = type(model).__name__ if isinstance(model, SuperResolutionPipeline) else str(model)
     pipeline = model if isinstance(model, SuperResolutionPipeline) else _load(Path(model), scale, device)

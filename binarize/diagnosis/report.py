@@ -92,5 +92,4 @@ class DoctorReport:
             lines += ["fix:", f"  {self.finding.fix}"]
         return "\n".join(lines)
 
-    def __str__(self) -> str:
-        return self.to_text()
+    __str__ = to_text

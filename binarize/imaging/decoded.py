@@ -25,16 +25,12 @@ _LUMA = (0.299, 0.587, 0.114)
 class DecodedImage:
     """A decoded image, made by `read_image` or `to_image`.
 
-    Attributes:
-        rgb: float32 (3, H, W) in [0, 1]; greyscale is repeated over the channels.
-        alpha: float32 (1, H, W) in [0, 1] if the source has transparency, else None.
-        mode: Pillow's mode of the source: "RGB", "RGBA", "L", "LA", "1", "I;16", "P", "CMYK", ...
-        icc_profile: The colour profile of ``rgb``, if the source has one.
+    ``alpha`` and ``icc_profile``, the colour profile of ``rgb``, are None if the source has none.
     """
 
-    rgb: torch.Tensor
-    alpha: torch.Tensor | None
-    mode: str
+    rgb: torch.Tensor  # float32 (3, H, W) in [0, 1]; greyscale is repeated over the channels
+    alpha: torch.Tensor | None  # float32 (1, H, W) in [0, 1]
+    mode: str  # Pillow's mode of the source: "RGB", "RGBA", "L", "LA", "1", "I;16", "P", "CMYK", ...
     icc_profile: bytes | None = None
 
     @property

@@ -29,12 +29,7 @@ _WRITERS |= {".tiff": _WRITERS[".tif"], ".jpeg": _WRITERS[".jpg"]}
 
 
 def read_image(path: str | os.PathLike[str]) -> DecodedImage:
-    """Read an image file, with its orientation applied.
-
-    Raises:
-        BinarizeError: If the file cannot be decoded or exceeds Pillow's limit against decompression bombs
-            (``2 * PIL.Image.MAX_IMAGE_PIXELS`` pixels). The message is one line that names the file.
-    """
+    """Read an image file of at most ``2 * PIL.Image.MAX_IMAGE_PIXELS`` pixels, with its orientation applied."""
     with _opened(Path(path)) as image:
         return to_image(image)
 

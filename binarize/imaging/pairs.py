@@ -15,6 +15,7 @@ from binarize.errors import BinarizeError
 from binarize.imaging.files import IMAGE_SUFFIXES, image_size, list_images, read_image
 from binarize.imaging.resize import degrade
 
+Folder = str | os.PathLike[str]
 _SHOWN = 20
 
 
@@ -42,12 +43,8 @@ class ImagePairs(Sequence[ImagePair]):
     matches ``baby.*``, ``babyx2.*`` or ``baby_x2.*`` at scale 2, as in DIV2K and Set5. If `lr_dir` holds no images but
     a folder ``X2``, that folder is used.
 
-    Args:
-        hr_dir: Folder of high-resolution images in any format and mode that `read_image` reads. Transparency is
-            ignored; greyscale is repeated over the three channels.
-        lr_dir: Folder of the low-resolution images.
-        scale: Integer factor between them.
-        min_side: Smallest side of a high-resolution image in pixels; by default `scale`.
+    Images may have any format and mode that `read_image` reads. Transparency is ignored; greyscale is repeated over the
+    channels. `min_side` is the smallest side of a high-resolution image in pixels, by default `scale`.
 
     Raises:
         BinarizeError: One error for all images that have an unreadable header, are too small, have no partner, or one
@@ -55,12 +52,7 @@ class ImagePairs(Sequence[ImagePair]):
     """
 
     def __init__(
-        self,
-        hr_dir: str | os.PathLike[str],
-        lr_dir: str | os.PathLike[str] | None = None,
-        *,
-        scale: int,
-        min_side: int | None = None,
+        self, hr_dir: Folder, lr_dir: Folder | None = None, *, scale: int, min_side: int | None = None
     ) -> None:
         self.scale, high = scale, list_images(hr_dir)
         problems: list[str] = []
@@ -110,7 +102,7 @@ class ImagePairs(Sequence[ImagePair]):
         raise_all(self.files[0].hr.parent, problems)
 
 
-def raise_all(folder: str | os.PathLike[str], problems: Sequence[str]) -> None:
+def raise_all(folder: Folder, problems: Sequence[str]) -> None:
     """Raise one BinarizeError for all problems, listing at most twenty of them, if there are any."""
     if len(problems) == 1:
         raise BinarizeError(problems[0])

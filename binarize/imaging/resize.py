@@ -31,10 +31,8 @@ def degrade(hr: Pixels, scale: int) -> Pixels:
     to 8 bits, then the horizontal one. At x2 and x4 the result equals the low-resolution images of the field's data
     sets. At other scales an exact tie rounds up; MATLAB's own result depends on its order of summation there.
 
-    Args:
-        hr: uint8, either a numpy array (H, W) or (H, W, C), or a tensor (..., C, H, W), at least `scale` pixels wide
-            and high. The result is the same kind of object, ``H // scale`` by ``W // scale`` pixels.
-        scale: Integer factor of at least 1.
+    `hr` is uint8, a numpy array (H, W) or (H, W, C) or a tensor (..., C, H, W), at least `scale` pixels wide and high.
+    The result is the same kind of object, ``H // scale`` by ``W // scale`` pixels.
     """
     _check_scale(scale)
     planes, restore = _planes(hr, "degrade")
@@ -54,10 +52,8 @@ def upscale_bicubic(lr: Pixels, scale: int) -> Pixels:
     one first, as in MATLAB. Each result depends on two low-resolution pixels to each side, so the result of a crop
     differs from the crop of the result within ``2 * scale`` pixels of the cut.
 
-    Args:
-        lr: A floating-point tensor (..., C, h, w) in [0, 1], or 8-bit pixels as in `degrade`. The result has the same
-            kind and dtype, ``h * scale`` by ``w * scale`` pixels. Half precision is computed in float32.
-        scale: Integer factor of at least 1.
+    `lr` is a floating-point tensor (..., C, h, w) in [0, 1], or 8-bit pixels as in `degrade`. The result has the same
+    kind and dtype, ``h * scale`` by ``w * scale`` pixels. Half precision is computed in float32.
     """
     _check_scale(scale)
     if isinstance(lr, torch.Tensor) and lr.is_floating_point():

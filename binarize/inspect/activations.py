@@ -56,12 +56,9 @@ def activation_distribution(
 ) -> ActivationDistribution:
     """Record the input of a module for each timestep.
 
-    Args:
-        model: A model with a timestep, converted or not, whose ``forward`` is called by `run`.
-        module: The path of a module in it, such as "middle.0.conv1". The input of a binary layer comes before its
-            shift; the input of its "activation" ("middle.0.conv1.activation") is the input of its sign.
-        run: See `Run`; ``lambda: pipe(image)`` follows a sampling. Batches may mix timesteps.
-        samples: How many values are kept, at most, per image and call.
+    `module` is a path in the model, such as "middle.0.conv1". The input of a binary layer comes before its shift; the
+    input of its "activation" ("middle.0.conv1.activation") is the input of its sign. ``run=lambda: pipe(image)``
+    follows a sampling. Batches may mix timesteps. At most `samples` values are kept per image and call.
     """
     watched = find_module(model, module, nn.Module)
     meters: dict[float, DistributionMeter] = {}

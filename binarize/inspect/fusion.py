@@ -52,11 +52,7 @@ class FusionDistributions:
 def fusion_distributions(model: nn.Module, module: str, run: Run, *, samples: int = 10_000) -> FusionDistributions:
     """Record the inputs and the output of a CS-Fusion, and the output that an addition would give.
 
-    Args:
-        model: A model with CS-Fusions, converted or not.
-        module: The path of one, such as "decoder.2.blocks.0.fusion".
-        run: See `Run`.
-        samples: How many values of each call are kept at most.
+    `module` is the path of one, such as "decoder.2.blocks.0.fusion". At most `samples` values of each call are kept.
     """
     fusion = find_module(model, module, CSFusion)
     addition = AddFusion(fusion.hidden_channels, fusion.skip_channels, fusion.out_channels)

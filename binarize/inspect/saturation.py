@@ -49,11 +49,7 @@ def saturation(model: nn.Module, run: Run, *, layers: str | Sequence[str] | None
     With x the input of the sign, after the shift, these are |x| > 1 for the clipped estimator, |x| >= 1 for ApproxSign,
     x outside [0, 1] for DoReFa, and |x| >= 1 after normalisation for ReCU. The gradient of any other activation is
     computed; it must depend on each element alone. The sign of the identity estimator never saturates.
-
-    Args:
-        model: A converted model.
-        run: See `Run`.
-        layers: Globs on the names of binary layers; all by default.
+    `layers` are globs on the names of binary layers, all by default.
     """
     chosen = select_layers(model, layers)
     counts = {name: [0, 0] for name, _ in chosen}
