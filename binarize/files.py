@@ -14,20 +14,9 @@ from binarize.errors import BinarizeError, one_line
 def write_atomic(path: str | os.PathLike[str], write_fn: Callable[[Path], object], *, force: bool = False) -> Path:
     """Write a file so that `path` holds either all of it or what was there before.
 
-    `write_fn` writes a temporary file with the same suffix in the same folder, which is then flushed to the disk and
-    renamed. If anything fails, including by Ctrl-C, the temporary file is removed.
-
-    Args:
-        path: The file. Its folder must exist.
-        write_fn: Called once with the temporary path.
-        force: Replace an existing file.
-
-    Returns:
-        The path.
-
-    Raises:
-        BinarizeError: If the folder is missing, `path` is a folder, the file exists and `force` is false, or writing
-            fails with an OSError.
+    `write_fn` is called with a temporary path of the same suffix in the same folder, which must exist. The file is then
+    flushed to the disk and renamed; `force` replaces an existing one. If anything fails, including by Ctrl-C, the
+    temporary file is removed. An OSError becomes a BinarizeError.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -57,12 +46,8 @@ def write_text_atomic(path: str | os.PathLike[str], text: str, *, force: bool = 
 def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
     """Write a folder so that ``target`` is the old one, absent for one rename, or the complete new one.
 
-    The files are written to a temporary folder beside the target, flushed to disk and renamed together. If anything
-    fails, including Ctrl-C, the old folder stays and the temporary folder is removed.
-
-    Args:
-        target: The folder; its parent must exist.
-        write: Called with the empty temporary folder.
+    `write` is called with an empty temporary folder beside the target, which is then flushed to disk and renamed. If
+    anything fails, including Ctrl-C, the old folder stays and the temporary folder is removed.
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     aside = temporary.with_suffix(".old")

@@ -13,8 +13,8 @@ _LINE = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}
 class ProgressBar(tqdm):
     """A drop-in replacement for `tqdm`, with the same arguments and, on a terminal or in a notebook, the same display.
 
-    Elsewhere it writes one line without control characters every 10% or every 30 seconds, whichever comes first, and
-    a last one when it is closed, if there was progress and `leave` is not false.
+    Elsewhere it writes one line without control characters every 10% or 30 seconds, and a last one when it is closed,
+    if there was progress and `leave` is not false.
     """
 
     _line: tuple[float, float] | None = None  # items and seconds at the last line

@@ -15,26 +15,18 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 Align = Literal["left", "right"]
-MISSING = "-"
-"""What a reader sees for None."""
+MISSING = "-"  # what a reader sees for None
 _BAR = r"\|"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a `Table`.
-
-    Attributes:
-        name: The heading.
-        format: A format specification, such as ".2f", or a function from a value to its text. None is shown as "-".
-        align: By default, numbers are aligned to the right and everything else to the left.
-        key: The name in CSV and JSON; by default `name`.
-    """
+    """A column of a `Table`. None is shown as "-"."""
 
     name: str
-    format: str | Callable[[Any], str] = ""
-    align: Align | None = None
-    key: str | None = None
+    format: str | Callable[[Any], str] = ""  # a specification, such as ".2f", or a function from a value to its text
+    align: Align | None = None  # by default, right for numbers and left for everything else
+    key: str | None = None  # the name in CSV and JSON; by default `name`
 
     def text(self, value: Any) -> str:
         """Return a value as the reader sees it."""
@@ -46,24 +38,15 @@ class Column:
 class Table:
     """Rows of values under named columns.
 
-    Text, Markdown, HTML and rich show values as their columns format them. CSV and JSON hold the values themselves.
-
-    Args:
-        columns: Names, or `Column` for those with a format.
-        rows: One sequence of values per row, a value per column.
-        footer: Rows after all others that are set off, such as a mean. CSV and JSON hold them as further rows.
+    Text, Markdown, HTML and rich show values as their columns format them. CSV and JSON hold the values themselves. The
+    rows of the `footer`, such as a mean, are set off in the former and ordinary rows in the latter.
     """
 
     def __init__(
-        self,
-        columns: Sequence[str | Column],
-        rows: Sequence[Sequence[Any]],
-        *,
-        footer: Sequence[Sequence[Any]] = (),
+        self, columns: Sequence[str | Column], rows: Sequence[Sequence[Any]], *, footer: Sequence[Sequence[Any]] = ()
     ) -> None:
         self.columns = [Column(column) if isinstance(column, str) else column for column in columns]
-        self.rows = [*rows]
-        self.footer = [*footer]
+        self.rows, self.footer = [*rows], [*footer]
         for row in (*rows, *footer):
             if len(row) != len(self.columns):
                 raise ValueError(f"a row has {len(row)} values for {len(self.columns)} columns: {row!r}")
@@ -72,7 +55,10 @@ class Table:
         """Return lines in which the columns are aligned, two spaces apart."""
         lines = [self._names()] if header else []
         lines += self._cells([*self.rows, *self.footer])
-        aligned = [_align(cells, side) for cells, side in zip(zip(*lines, strict=True), self._sides(), strict=False)]
+        aligned = []
+        for cells, side in zip(zip(*lines, strict=True), self._sides(), strict=False):
+            width = max(map(len, cells))
+            aligned.append([cell.rjust(width) if side == "right" else cell.ljust(width) for cell in cells])
         return "\n".join("  ".join(cells).rstrip() for cells in zip(*aligned, strict=True))
 
     def to_markdown(self) -> str:
@@ -103,10 +89,8 @@ class Table:
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a dictionary per row; numbers that JSON cannot hold (inf, nan) become None."""
-        return [
-            {key: _finite(value) for key, value in zip(self._keys(), row, strict=True)}
-            for row in (*self.rows, *self.footer)
-        ]
+        rows = [map(_finite, row) for row in (*self.rows, *self.footer)]
+        return [dict(zip(self._keys(), row, strict=True)) for row in rows]
 
     def to_json(self) -> str:
         """Return `to_dicts` as JSON."""
@@ -143,11 +127,6 @@ class Table:
             numeric = bool(values) and all(isinstance(value, int | float) for value in values)
             sides.append(column.align or ("right" if numeric else "left"))
         return sides
-
-
-def _align(cells: Sequence[str], side: Align) -> list[str]:
-    width = max(map(len, cells))
-    return [cell.rjust(width) if side == "right" else cell.ljust(width) for cell in cells]
 
 
 def _finite(value: Any) -> Any:

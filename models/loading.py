@@ -43,13 +43,9 @@ _SCHEDULERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultiste
 def locate(path: Path) -> Path:
     """Return the folder or the file of a model.
 
-    Args:
-        path: A pipeline's folder, a run's output folder, an SRUNet's folder, a packed network's ``.safetensors`` file,
-            or a released ``.pth`` file. If no such file or folder exists, ``user/repository`` or
-            ``user/repository/folder`` on the Hugging Face hub, which is downloaded once.
-
-    Raises:
-        BinarizeError: If there is no model.
+    `path` is a pipeline's folder, a run's output folder, an SRUNet's folder, a packed network's ``.safetensors`` file,
+    or a released ``.pth`` file. If there is no such file or folder, it is ``user/repository`` or
+    ``user/repository/folder`` on the Hugging Face hub, which is downloaded once.
     """
     if path.is_file():
         if path.suffix.lower() not in (*CHECKPOINT_SUFFIXES, PACKED_SUFFIX):
@@ -64,19 +60,13 @@ def locate(path: Path) -> Path:
     if (path / RUN / PIPELINE).is_file():
         return path / RUN
     if (path / "state.pt").is_file():
-        raise BinarizeError(
-            f"{path}: is a training checkpoint, from which `binarize train --resume` continues; the model is in "
-            f"{path.parent / RUN} once the run has reached its first validation."
-        )
+        where = f"the model is in {path.parent / RUN} after the first validation"
+        raise BinarizeError(f"{path}: is a training checkpoint, for `binarize train --resume`; {where}.")
     raise BinarizeError(f"{path}: holds no model (no {PIPELINE} or {NETWORK}); give {_ALLOWED}.")
 
 
 def scale_of(path: Path, scale: int | None = None) -> int:
-    """Return the scale of a model without loading its weights; see `load_pipeline`.
-
-    Raises:
-        BinarizeError: If there is no such model, or the scale is missing or contradicts the model.
-    """
+    """Return the scale of a model without loading its weights; see `load_pipeline`."""
     path = _pipeline_around(locate(path))
     if not (path / PIPELINE).is_file():
         if scale is None:
@@ -94,11 +84,7 @@ def scale_of(path: Path, scale: int | None = None) -> int:
 
 
 def load_network(path: Path) -> SRUNet:
-    """Load the network of a model on the CPU, in evaluation mode; see `locate`.
-
-    Raises:
-        BinarizeError: If there is no such model, or it is incomplete or damaged.
-    """
+    """Load the network of a model on the CPU, in evaluation mode; see `locate`."""
     path = locate(path)
     if path.is_file() and path.suffix.lower() in CHECKPOINT_SUFFIXES:
         return load_official(path)
@@ -108,14 +94,9 @@ def load_network(path: Path) -> SRUNet:
 def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPipeline:
     """Load a model as a pipeline on the CPU.
 
-    Args:
-        path: See `locate`. The network inside a pipeline's folder, or its file, stands for the pipeline. Any other
-            network is combined with the noise schedule of the released models.
-        scale: The scale, required if the model does not store it. It must not differ from a stored one.
-
-    Raises:
-        BinarizeError: If the model cannot be loaded, the scale is missing or contradicts the model, or a network
-            without a pipeline was trained with another noise schedule.
+    The network inside a pipeline's folder, or its file, stands for the pipeline. Any other network is combined with the
+    noise schedule of the released models. `scale` is required if the model does not store it, and must not differ from
+    a stored one.
     """
     path = _pipeline_around(locate(path))
     scale = scale_of(path, scale)
@@ -123,27 +104,16 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
         try:
             return SuperResolutionPipeline(load_network(path), scale=scale)
         except OtherTimestepsError as error:
-            raise BinarizeError(
-                f"{path}: is a network of {error.trained} timesteps without its noise schedule, and the released "
-                f"schedule has {error.scheduled}. Give the folder of its pipeline, which holds a {PIPELINE}, or make "
-                f"one in Python: SuperResolutionPipeline(network, scheduler, scale={scale})."
-            ) from error
+            what = f"is a network of {error.trained} timesteps without its noise schedule; the released one has"
+            fix = f"Give the folder of its pipeline, which holds a {PIPELINE}."
+            raise BinarizeError(f"{path}: {what} {error.scheduled}. {fix}") from error
     network = _read_network(path / "unet")
-    try:
-        with _quiet_diffusers():
-            return SuperResolutionPipeline.from_pretrained(str(path), unet=network, local_files_only=True)
-    except BinarizeError:
-        raise
-    except Exception as error:  # diffusers raises many kinds and adds advice about its hub
-        raise BinarizeError(f"{path}: cannot be read as a pipeline: {one_line(error)}") from error
+    with _reading(path, "a pipeline"):
+        return SuperResolutionPipeline.from_pretrained(str(path), unet=network, local_files_only=True)
 
 
 def find_device(name: Device) -> torch.device:
-    """Return a device by name; "auto" is a GPU if there is one.
-
-    Raises:
-        BinarizeError: If this machine, or this build of PyTorch, does not have the device.
-    """
+    """Return a device of this machine by name; "auto" is a GPU if there is one."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
@@ -161,17 +131,9 @@ def prepare(
     *,
     pack: bool = True,
 ) -> SuperResolutionPipeline:
-    """Move a pipeline to a device and a dtype, and return it.
+    """Move a pipeline in place to a device and a dtype, replace its scheduler if one is named, and return it.
 
-    Args:
-        pipeline: Changed in place. A packed network is unpacked if the device has no kernels for its bits.
-        device: See `find_device`.
-        dtype: The dtype of the network.
-        scheduler: Replaces the pipeline's scheduler; None keeps it.
-        pack: Pack a binary network if the device has kernels for its bits.
-
-    Raises:
-        BinarizeError: If the device is not available.
+    A binary network is packed if `pack` is true and the device has kernels for its bits, and unpacked otherwise.
     """
     place, torch_dtype = find_device(device), getattr(torch, dtype)
     if scheduler is not None:
@@ -199,17 +161,8 @@ def sample(
 ) -> Image.Image:
     """Upscale one image. The noise is drawn on the CPU, so that a seed gives the same noise on every device.
 
-    Args:
-        pipeline: The model.
-        image: The low-resolution image.
-        steps: Denoising steps; None for the number stored with the pipeline.
-        seed: Seed of the noise.
-        tile: As `overlap`, see `SuperResolutionPipeline.__call__`.
-        overlap: Pixels that tiles share.
-        on_pass: Called after each pass of the network, that is, once per step and tile.
-
-    Raises:
-        BinarizeError: If an option is out of range, or memory runs out.
+    `steps`, `tile` and `overlap` are as in `SuperResolutionPipeline.__call__`. `on_pass` is called after each pass of
+    the network, that is, once per step and tile.
     """
 
     def hook(*_: object) -> None:  # what a hook returns would replace the output
@@ -218,21 +171,13 @@ def sample(
 
     handle = pipeline.unet.register_forward_hook(hook)
     try:
-        return pipeline(
-            image,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            tile=tile,
-            overlap=overlap,
-            return_dict=False,
-        )[0][0]
+        options: dict[str, Any] = {"num_inference_steps": steps, "tile": tile, "overlap": overlap, "return_dict": False}
+        return pipeline(image, generator=torch.Generator().manual_seed(seed), **options)[0][0]
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            smaller = "--tile 256" if tile is None else f"a --tile below {tile}"
-            raise BinarizeError(
-                f"the image is too large for the memory of {pipeline.device.type}; try {smaller}."
-            ) from error
-        raise
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        device, smaller = pipeline.device.type, "--tile 256" if tile is None else f"a --tile below {tile}"
+        raise BinarizeError(f"the image is too large for the memory of {device}; try {smaller}.") from error
     finally:
         handle.remove()
 
@@ -257,15 +202,11 @@ def _download(name: str) -> Path:
     try:
         found = Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise BinarizeError(
-            f"{name}: no such file or folder, and no repository {repo} on the Hugging Face hub (private ones need "
-            f"`hf auth login`); give {_ALLOWED}."
-        ) from error
+        what = f"no such file or folder, and no repository {repo} on the Hugging Face hub (or it needs `hf auth login`)"
+        raise BinarizeError(f"{name}: {what}; give {_ALLOWED}.") from error
     except LocalEntryNotFoundError as error:
-        raise BinarizeError(
-            f"{name}: no such file or folder, the Hugging Face hub cannot be reached, and {repo} was not downloaded "
-            "before; go online, or give the path of a model."
-        ) from error
+        what = f"no such file or folder, the Hugging Face hub cannot be reached, and {repo} was not downloaded before"
+        raise BinarizeError(f"{name}: {what}; go online, or give the path of a model.") from error
     except Exception as error:  # the hub's client and the libraries below it raise many kinds
         raise BinarizeError(f"{name}: cannot be downloaded from the Hugging Face hub: {one_line(error)}") from error
     if not (found / folder).is_dir():
@@ -277,17 +218,22 @@ def _read_network(path: Path) -> SRUNet:
     if not path.is_file():
         kind = _read_json(path / NETWORK).get("_class_name")
         if kind != "SRUNet":
-            raise BinarizeError(
-                f"{path}: holds a {kind}, but the command line runs SRUNet. Use SuperResolutionPipeline from Python."
-            )
+            raise BinarizeError(f"{path}: holds a {kind}, but the command line runs SRUNet. Run it from Python.")
+    with _reading(path, "an SRUNet"):  # without accelerate's meta tensors, whose errors do not show both shapes
+        network: SRUNet = SRUNet.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
+    return network.eval()
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Silence diffusers, and turn its errors, those of its hub and of safetensors into one line that names the file."""
     try:
-        with _quiet_diffusers():  # without accelerate's meta tensors, whose errors do not show both shapes
-            network: SRUNet = SRUNet.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
+        with _quiet_diffusers():
+            yield
     except BinarizeError as error:
         raise BinarizeError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from error
-    except Exception as error:  # diffusers raises many kinds, safetensors its own
-        raise BinarizeError(f"{path}: cannot be read as an SRUNet: {one_line(error)}") from error
-    return network.eval()
+    except Exception as error:
+        raise BinarizeError(f"{path}: cannot be read as {what}: {one_line(error)}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -295,7 +241,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BinarizeError(f"{path}: is missing; the model is incomplete.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise BinarizeError(f"{path}: is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise BinarizeError(f"{path}: must hold a JSON object; it holds a {type(content).__name__}.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -30,21 +31,18 @@ def succeeds(*args: str | Path) -> str:
     return str(result.stdout)
 
 
-def fails(*args: str | Path) -> str:
-    """Run a command that must print an error of one line, and return it."""
+def fails(*args: str | Path, lines: int = 1) -> str:
+    """Run a command that must print an error of at most so many lines, and return it."""
     result = run(*args)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
     assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
+    assert 1 <= result.stderr.count("\n") <= lines
     return str(result.stderr)
 
 
-def raising(error: BaseException) -> Any:
-    def raise_it(*args: object, **kwargs: object) -> NoReturn:
-        raise error
-
-    return raise_it
+def raising(error: BaseException) -> Mock:
+    return Mock(side_effect=error)
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

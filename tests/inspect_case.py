@@ -29,14 +29,10 @@ class OneLayer(nn.Module):
         super().__init__()
         self.layer = BinaryConv2d(4, 4, 1, method=binarize.get_method(method, **options))
 
-    def forward(self, x: Tensor, timestep: Tensor | float = 0) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
+    def forward(self, x: Tensor, timestep: Any = 0) -> Any:
+        return self.layer(x)
 
 
 def signs(model: nn.Module) -> dict[str, np.ndarray]:
-    return {
-        name: layer.weight.detach().numpy() >= 0
-        for name, layer in model.named_modules()
-        if isinstance(layer, BinaryConv2d)
-    }
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryConv2d)}
+    return {name: layer.weight.detach().numpy() >= 0 for name, layer in layers.items()}

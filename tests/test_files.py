@@ -53,13 +53,13 @@ def test_text_is_utf8_and_replaces_by_default(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     assert write_text_atomic(path, "old") == path
     assert write_text_atomic(path, "1 \u00d7 1\n").read_bytes() == b"1 \xc3\x97 1\n"
-    with pytest.raises(BinarizeError, match=r"a\.txt: already exists; give another name, or force to replace it"):
-        write_text_atomic(path, "new", force=False)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(BinarizeError, match="is a folder; give the name of a file"):
-        write_text_atomic(tmp_path / "folder", "new")
-    with pytest.raises(BinarizeError, match="missing does not exist; create it first"):
-        write_text_atomic(tmp_path / "missing" / "a.txt", "new")
+    for target, message in (
+        (path, r"a\.txt: already exists; give another name, or force to replace it"),
+        (tmp_path, "is a folder; give the name of a file"),
+        (tmp_path / "missing" / "a.txt", "missing does not exist; create it first"),
+    ):
+        with pytest.raises(BinarizeError, match=message):
+            write_text_atomic(target, "new", force=False)
 
 
 def test_an_error_becomes_one_line() -> None:

@@ -62,8 +62,6 @@ def test_rich_draws_every_row() -> None:
 
 def test_empty_tables_and_uneven_rows() -> None:
     empty = Table(["a", "b"], [])
-    assert empty.to_text() == "a  b"
-    assert empty.to_text(header=False) == ""
-    assert empty.to_json() == "[]"
+    assert (empty.to_text(), empty.to_text(header=False), empty.to_json()) == ("a  b", "", "[]")
     with pytest.raises(ValueError, match="a row has 1 values for 2 columns"):
         Table(["a", "b"], [["x"]])

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from binarize.cli.errors import print_report
 from binarize.cli.options import OverridesArgument
 from binarize.tables import Table
 
@@ -13,12 +14,8 @@ from binarize.tables import Table
 def ablate(
     study: Annotated[str | None, typer.Argument(help="Name of an installed study, or a YAML file.")] = None,
     overrides: OverridesArgument = None,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="CELL", help="Run only this cell; a glob, can be repeated.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show the cells, their cost, and their progress.")
-    ] = False,
+    only: Annotated[list[str] | None, typer.Option(metavar="CELL", help="Run only these; a glob, repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cells, cost and progress.")] = False,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace existing runs of other recipes.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="List the installed studies and exit.")] = False,
 ) -> None:
@@ -30,14 +27,11 @@ def ablate(
 
     ```
     binarize ablate --list
-    binarize ablate small_methods train_data_dir=photos evaluation.data_dir=held-out
     binarize ablate small_groups train_data_dir=photos evaluation.data_dir=held-out 'seeds=[0,1,2]'
     binarize ablate table2_x2 --dry-run
     binarize ablate breakdown train_data_dir=DF2K/HR evaluation.data_dir=Manga109/HR --only baseline
     ```
     """
-    from rich.console import Console
-
     from binarize.studies import list_studies
     from binarize.studies.ablation import ablate as run
     from binarize.training import TrainingInterrupted
@@ -52,17 +46,12 @@ def ablate(
     except TrainingInterrupted as stop:
         typer.echo(f"stopped by a signal; saved {stop.checkpoint}. The same command goes on from there.", err=True)
         raise typer.Exit(stop.exit_code) from None
-    console = Console()
-    if console.is_terminal:
-        console.print(result)
-    else:
-        typer.echo(result.to_markdown(), nl=False)
+    print_report(result)
     if dry_run:
         return
     table = result.output_dir / "table.md"
     others = [kind for kind in (".csv", ".json", ".png") if table.with_suffix(kind).exists()]
     typer.echo(f"table: {table}, and as {', '.join(others)}")
     if result.failed:
-        failed, runs = len(result.failed), len(result.runs)
-        typer.echo(f"{failed} of {runs} runs failed; see error.txt in their folders", err=True)
+        typer.echo(f"{len(result.failed)} of {len(result.runs)} runs failed; see error.txt in their folders", err=True)
         raise typer.Exit(1)

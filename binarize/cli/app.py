@@ -7,20 +7,18 @@ from typing import Annotated
 import typer
 
 import binarize
-from binarize.cli import (
-    ablate,
-    demo,
-    doctor,
-    evaluate,
-    import_official,
-    methods,
-    pack,
-    recipes,
-    summary,
-    train,
-    upscale,
-)
+from binarize.cli import recipes
+from binarize.cli.ablate import ablate
+from binarize.cli.demo import demo
+from binarize.cli.doctor import doctor
 from binarize.cli.errors import OneLineErrors
+from binarize.cli.evaluate import evaluate
+from binarize.cli.import_official import import_official
+from binarize.cli.methods import methods
+from binarize.cli.pack import pack
+from binarize.cli.summary import summary
+from binarize.cli.train import train
+from binarize.cli.upscale import upscale
 
 app = typer.Typer(
     name="binarize",
@@ -43,8 +41,7 @@ def _version(wanted: bool) -> None:
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     plugin: Annotated[
-        list[str] | None,
-        typer.Option(help="Module or .py file to import first, which registers your own methods. Can be repeated."),
+        list[str] | None, typer.Option(help="Module or .py file with your own methods to import. Can be repeated.")
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
@@ -61,18 +58,7 @@ def _root(
         import_plugins(plugin)
 
 
-for command in (
-    upscale.upscale,
-    train.train,
-    evaluate.evaluate,
-    summary.summary,
-    methods.methods,
-    import_official.import_official,
-    pack.pack,
-    doctor.doctor,
-    ablate.ablate,
-    demo.demo,
-):
+for command in (upscale, train, evaluate, summary, methods, import_official, pack, doctor, ablate, demo):
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 

@@ -21,7 +21,6 @@ def demo(
     held-out image, and the images and a report are written. Takes less than five minutes on one CPU core.
 
     ```
-    binarize demo
     binarize demo --output longer max_train_steps=5000
     ```
     """

@@ -13,9 +13,7 @@ def doctor(
     model: ModelArgument,
     scale: ScaleOption = None,
     steps: StepsOption = None,
-    try_all: Annotated[
-        bool, typer.Option("--all", help="Try the changes even if the model is better than bicubic.")
-    ] = False,
+    try_all: Annotated[bool, typer.Option("--all", help="Try the changes even if the model is healthy.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -27,7 +25,6 @@ def doctor(
 
     ```
     binarize doctor runs/bidiffsr_x2
-    binarize doctor BI-DiffSR_x2.pth --scale 2
     binarize doctor my-model --steps 20 --all
     ```
     """
@@ -36,15 +33,8 @@ def doctor(
     from binarize.progress import ProgressBar
 
     with ProgressBar(bar_format="{elapsed}  {desc}", leave=False) as bar:
-        report = examine(
-            model,
-            scale=scale,
-            steps=steps,
-            seed=seed,
-            device=find_device(device),
-            try_all=try_all,
-            advance=bar.set_description_str,
-        )
+        where, show = find_device(device), bar.set_description_str
+        report = examine(model, scale=scale, steps=steps, seed=seed, device=where, try_all=try_all, advance=show)
     typer.echo(report.to_text())
     if not report.healthy:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Errors of commands as one line and an exit status."""
+"""What commands print: reports, and errors as one line and an exit status."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ class OneLineErrors(TyperGroup):
                 typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
             typer.echo(f"{typer.style('error:', fg='red', bold=True)} {_message(error)}", err=True)
             raise typer.Exit(_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
+
+
+def print_report(report: Any) -> None:
+    """Print a table on a terminal, and Markdown elsewhere."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(report)
+    else:
+        typer.echo(report.to_markdown(), nl=False)
 
 
 def _message(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from binarize.cli import options as opt
+from binarize.cli.errors import print_report
 from binarize.cli.targets import check_evaluation_folder
 
 
@@ -15,15 +16,13 @@ def evaluate(
     model: opt.ModelArgument,
     data: Annotated[Path, typer.Option("--data", "-d", help="Folder of high-resolution images.")],
     lr: Annotated[
-        Path | None, typer.Option(help="Folder of the low-resolution images; by default they are made from --data.")
+        Path | None, typer.Option(help="Folder of low-resolution images; by default made from --data.")
     ] = None,
     scale: opt.ScaleOption = None,
     lpips: Annotated[
         Literal["alex", "squeeze", "vgg", "none"], typer.Option(help="Backbone of LPIPS; papers report alex.")
     ] = "alex",
-    lpips_backbone: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The backbone's weights, so that nothing is downloaded.")
-    ] = None,
+    lpips_backbone: Annotated[Path | None, typer.Option(metavar="FILE", help="Its weights; else downloaded.")] = None,
     steps: opt.StepsOption = None,
     tile: opt.TileOption = None,
     overlap: opt.OverlapOption = None,
@@ -43,14 +42,11 @@ def evaluate(
     .md.
 
     ```
-    binarize evaluate runs/bidiffsr_x2/model --data Set5/HR
     binarize evaluate runs/bidiffsr_x2/model --data Set5/HR --lr Set5/LR_bicubic --output results
     binarize evaluate BI-DiffSR_x4.pth --scale 4 --data Urban100/HR --limit 10 --lpips none
     binarize evaluate my-model --data Set5/HR --lpips squeeze --lpips-backbone squeezenet1_1.pth
     ```
     """
-    from rich.console import Console
-
     from binarize.evaluation import evaluate as measure
     from binarize.models.loading import load_pipeline, prepare, sample
 
@@ -67,11 +63,7 @@ def evaluate(
         name=str(model),
         device=pipeline.device,
     )
-    console = Console()
-    if console.is_terminal:
-        console.print(report)
-    else:
-        typer.echo(report.to_markdown(), nl=False)
+    print_report(report)
     if output is not None:
         for path in report.save(output, force=force):
             typer.echo(f"wrote {path}", err=True)

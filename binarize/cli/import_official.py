@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
 from binarize.cli.options import ForceOption
 from binarize.cli.targets import check_model_folder
@@ -17,12 +18,11 @@ def import_official(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
     scale: Annotated[int, typer.Option(min=1, help="Scale of the network; the released ones have 2 or 4.")],
     config: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Differences from the released configuration, in its names."),
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Differences from the released configuration.")
     ] = None,
     sign_zero: Annotated[
         Literal["zero", "plus"],
-        typer.Option(help="Sign of exactly 0: zero as in the released code, or plus (+1), which fits into one bit."),
+        typer.Option(help="Sign of 0: zero as in the released code, or plus, which fits a bit."),
     ] = "zero",
     force: ForceOption = False,
 ) -> None:
@@ -48,8 +48,6 @@ def import_official(
 
 
 def _option(text: str) -> tuple[str, Any]:
-    import yaml
-
     key, equals, value = text.partition("=")
     if not equals:
         raise BinarizeError(f"{text!r} is not KEY=VALUE; write, for example, inner_channel=32.")

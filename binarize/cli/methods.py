@@ -19,7 +19,6 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, to see it
     """List the binarization methods and their options.
 
     ```
-    binarize methods
     binarize methods bidiffsr
     ```
     """
@@ -31,9 +30,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, to see it
         return
     method = get_method(name)
     described = _described_fields(type(method))
-    options = [
-        ["", f.name, repr(getattr(method, f.name)), described.get(f.name, "")] for f in dataclasses.fields(method)
-    ]
+    names = [field.name for field in dataclasses.fields(method)]
+    options = [["", name, repr(getattr(method, name)), described.get(name, "")] for name in names]
     typer.echo(f"{name}: {_first_line(method)}\n")
     typer.echo(Table(["", "option", "default", "description"], options).to_text(header=False))
 

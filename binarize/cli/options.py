@@ -18,10 +18,7 @@ TILE, UNTILED = 256, 512
 Attention takes time quadratic in the number of pixels: 256x256 tiles take a third of the time of a whole 1024x1024.
 """
 
-MODEL = (
-    "A trained model: a folder, a run's folder, a packed or a released file, or user/repository on the Hugging Face "
-    "hub."
-)
+MODEL = "A trained model: a folder, a run's folder, a packed or released file, or user/repository on the hub."
 ModelArgument = Annotated[Path, typer.Argument(help=MODEL)]
 ScaleOption = Annotated[
     int | None, typer.Option(min=1, help="Scale of models that do not store it: .pth files and bare networks.")
@@ -31,26 +28,17 @@ StepsOption = Annotated[
 ]
 _TILE_HELP = "Side of the network's tiles in output pixels, which bounds memory"
 TileOption = Annotated[int | None, typer.Option(min=1, help=f"{_TILE_HELP}; by default no tiles.")]
-AutoTileOption = Annotated[
-    int | None,
-    typer.Option(
-        min=0, help=f"{_TILE_HELP}; 0: no tiles; by default {TILE} if a side of the result exceeds {UNTILED}."
-    ),
-]
+_AUTO_TILE = f"{_TILE_HELP}; 0: no tiles; by default {TILE} if a side of the result exceeds {UNTILED}."
+AutoTileOption = Annotated[int | None, typer.Option(min=0, help=_AUTO_TILE)]
 OverlapOption = Annotated[
     int | None, typer.Option(min=0, help="Output pixels that tiles share; by default 32, or a quarter of the tile.")
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the noise; each image starts from it anew.")]
-SchedulerOption = Annotated[
-    Scheduler | None, typer.Option(help="The sampler; by default the one stored with the model.")
-]
+SchedulerOption = Annotated[Scheduler | None, typer.Option(help="The sampler; by default that of the model.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto uses a GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Data type of the network's computations.")]
 PackOption = Annotated[
-    bool,
-    typer.Option(
-        "--pack/--no-pack", help="On a CPU or CUDA, compute with the bits of a binary network, not with floats."
-    ),
+    bool, typer.Option("--pack/--no-pack", help="On a CPU or CUDA, compute binary layers with bits, not with floats.")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", "-f", help="Overwrite existing results.")]
 OverridesArgument = Annotated[

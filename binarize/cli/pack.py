@@ -7,15 +7,13 @@ from typing import Annotated
 
 import typer
 
-from binarize.cli.options import Dtype, ForceOption, ScaleOption
+from binarize.cli.options import MODEL, Dtype, ForceOption, ScaleOption
 from binarize.cli.targets import check_model_folder
 from binarize.errors import BinarizeError
 
 
 def pack(
-    source: Annotated[
-        Path, typer.Argument(metavar="IN", help="A trained model: a folder, a run's folder, or a released .pth file.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="IN", help=MODEL)],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
     dtype: Annotated[Dtype, typer.Option(help="Data type of the stored tensors that are not bits.")] = "float32",
     scale: ScaleOption = None,

@@ -37,7 +37,6 @@ def show(
     """Print a recipe's file, or with `--full` or overrides every key that it amounts to.
 
     ```
-    binarize recipes show bidiffsr_x4
     binarize recipes show bidiffsr_x4 --full
     binarize recipes show bidiffsr_x4 train_batch_size=4
     ```
@@ -72,7 +71,6 @@ def validate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> Non
     """Check a recipe without its data: keys, values, method, network, folders.
 
     ```
-    binarize recipes validate mine.yaml
     binarize recipes validate bidiffsr_x2 method.groups=10 train_data_dir=DF2K/HR
     ```
     """

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 def summary(
     model: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="Name or file of a recipe, or a model.")],
-    size: Annotated[
-        str, typer.Option(metavar="HxW", help="Size of the upscaled image for which operations are counted.")
-    ] = "256x256",
+    size: Annotated[str, typer.Option(metavar="HxW", help="Size of the upscaled image to count for.")] = "256x256",
     layers: Annotated[bool, typer.Option("--layers", help="Add a line per layer; JSON always has them.")] = False,
     style: Annotated[Literal["text", "markdown", "json"], typer.Option("--format", help="Output format.")] = "text",
 ) -> None:
@@ -30,7 +28,6 @@ def summary(
 
     ```
     binarize summary bidiffsr_x2
-    binarize summary sr3_x2 --layers
     binarize summary runs/bidiffsr_x2/model --size 512x512 --format markdown
     ```
     """
@@ -65,9 +62,8 @@ def _inputs(network: SRUNet, size: str) -> tuple[torch.Tensor, ...]:
     match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", size)
     if match is None:
         raise BinarizeError(f"--size {size}: must be height and width in pixels, such as 256x256.")
-    height, width = int(match[1]), int(match[2])
-    multiple = network.size_multiple
-    if height % multiple or width % multiple:
+    height, width = map(int, match.groups())
+    if height % (multiple := network.size_multiple) or width % multiple:
         raise BinarizeError(f"--size {size}: this network needs a multiple of {multiple} for both sides.")
     channels = network.config["out_channels"]
     sample = torch.empty(1, channels, height, width, device="meta")

@@ -13,11 +13,7 @@ _MODEL_FILES = {
 
 
 def check_model_folder(target: Path, source: Path, *, force: bool) -> None:
-    """Check that a model made from `source` can be written to `target` without losing anything else.
-
-    Raises:
-        BinarizeError: If `target` is a file, holds `source`, or holds anything but a model that `force` may replace.
-    """
+    """Check that `target` is new or an empty folder, or a model that `force` may replace, without `source` in it."""
     if target.exists() and source.exists() and source.resolve().is_relative_to(target.resolve()):
         raise BinarizeError(f"{target}: holds the source {source}, which would be lost; give another name.")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -28,18 +24,11 @@ def check_model_folder(target: Path, source: Path, *, force: bool) -> None:
         raise BinarizeError(f"{target}: already holds a model; give another name, or --force to overwrite it.")
     foreign = sorted(path.name for path in target.iterdir() if path.name not in _MODEL_FILES)
     if foreign:
-        raise BinarizeError(
-            f"{target}: holds other files than a model's, such as {foreign[0]}, which --force would remove; give "
-            "another name, or remove them yourself."
-        )
+        raise BinarizeError(f"{target}: holds other files than a model's, such as {foreign[0]}; give another name.")
 
 
 def check_evaluation_folder(folder: Path, *, force: bool) -> None:
-    """Check that an evaluation can be written to a folder, as `EvaluationReport.save` does after it.
-
-    Raises:
-        BinarizeError: If `folder` is a file, or holds an evaluation and `force` is false.
-    """
+    """Check that `folder` is not a file, and holds no evaluation unless `force` may replace it."""
     if folder.exists() and not folder.is_dir():
         raise BinarizeError(f"{folder}: is a file; --output takes a folder.")
     existing = [path for suffix in ("json", "csv", "md") if (path := folder / f"evaluation.{suffix}").exists()]

@@ -15,8 +15,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="Name of an installed recipe, or a YAML file.")],
     overrides: OverridesArgument = None,
     resume: Annotated[
-        str | None,
-        typer.Option(metavar="latest|FOLDER", help="Continue from the run's newest checkpoint, or from this one."),
+        str | None, typer.Option(metavar="latest|FOLDER", help="Continue from the newest checkpoint, or from this one.")
     ] = None,
     force: ForceOption = False,
 ) -> None:

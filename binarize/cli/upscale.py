@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 DEFAULT_SCALE = 2
 Size = tuple[int, int]
 
+_OUT = "The new image, or a folder for it; a folder gets PNG files. By default beside IN, such as photo_x2.png."
+_MODEL = f"{opt.MODEL} By default the one that comes with binarize."
+_SCALE = "2 or 4, by default 2. With --model, the scale of models that do not store it: .pth files and bare networks."
 
-@dataclass(frozen=True)
-class Job:
+
+class Job(NamedTuple):
     """An image file and the file of its result."""
 
     source: Path
@@ -31,30 +34,9 @@ class Job:
 
 def upscale(
     source: Annotated[Path, typer.Argument(metavar="IN", help="An image, or a folder of images.")],
-    target: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="OUT",
-            show_default=False,
-            help="The new image, or a folder for it; a folder gets PNG files. By default beside IN, such as "
-            "photo_x2.png.",
-        ),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model", "-m", show_default=False, help=f"{opt.MODEL} By default the one that comes with binarize."
-        ),
-    ] = None,
-    scale: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default=False,
-            help="2 or 4, by default 2. With --model, the scale of models that do not store it: .pth files and bare "
-            "networks.",
-        ),
-    ] = None,
+    target: Annotated[Path | None, typer.Argument(metavar="OUT", show_default=False, help=_OUT)] = None,
+    model: Annotated[Path | None, typer.Option("--model", "-m", show_default=False, help=_MODEL)] = None,
+    scale: Annotated[int | None, typer.Option(min=1, show_default=False, help=_SCALE)] = None,
     steps: opt.StepsOption = None,
     tile: opt.AutoTileOption = None,
     overlap: opt.OverlapOption = None,
@@ -73,9 +55,7 @@ def upscale(
     ```
     binarize upscale photo.jpg    # writes photo_x2.png beside it
     binarize upscale photo.jpg large.png --scale 4
-    binarize upscale small.png large.png --model runs/bidiffsr_x4/model
     binarize upscale photos/ upscaled/ --model runs/bidiffsr_x4/model --steps 20
-    binarize upscale small.png large.png --model BI-DiffSR_x2.pth --scale 2
     binarize upscale panorama.jpg large.png --model my-model --tile 256 --scheduler dpm++
     binarize upscale small.png large.png --model user/repository
     ```
@@ -84,6 +64,7 @@ def upscale(
     from binarize.imaging import read_image, save_image
     from binarize.models import default_model
     from binarize.models.loading import load_pipeline, prepare, sample, scale_of
+    from binarize.models.tiling import tile_grid
     from binarize.progress import ProgressBar
 
     if not source.exists():  # before anything is downloaded
@@ -99,31 +80,29 @@ def upscale(
     jobs[0].target.parent.mkdir(parents=True, exist_ok=True)
     steps = pipeline.num_inference_steps if steps is None else steps
     tiles = {path: tile_for(size, pipeline.scale, tile) for path, size in sizes.items()}
-    passes = sum(steps * _count_tiles(pipeline, sizes[path], side, overlap) for path, side in tiles.items())
+    grid = partial(tile_grid, overlap=overlap, multiple=pipeline.size_multiple)
+    sides = {path: [side * pipeline.scale for side in size] for path, size in sizes.items()}
+    passes = steps * sum(len(grid(*sides[path], tile=side)) for path, side in tiles.items())
     _warm_up(pipeline)
     start_up, sampling = time.time() - started, 0.0
     with ProgressBar(total=passes, unit="pass") as bar:
-        for job in jobs:
-            bar.set_description(job.source.name)
-            image = read_image(job.source)
+        upscale_one = partial(sample, pipeline, steps=steps, seed=seed, overlap=overlap, on_pass=bar.update)
+        for path, result in jobs:
+            bar.set_description(path.name)
+            image = read_image(path)
             before = time.perf_counter()
-            large = sample(
-                pipeline, image, steps=steps, seed=seed, tile=tiles[job.source], overlap=overlap, on_pass=bar.update
-            )
+            large = upscale_one(image, tile=tiles[path])
             seconds = time.perf_counter() - before
             sampling += seconds
-            save_image(large, job.target, force=force)
+            save_image(large, result, force=force)
             with bar.external_write_mode():
-                typer.echo(f"{job.target}: {large.width}x{large.height}, {seconds:.1f} s")
+                typer.echo(f"{result}: {large.width}x{large.height}, {seconds:.1f} s")
     each = f"{steps} step{'s' if steps > 1 else ''} per image"
     typer.echo(f"start-up {start_up:.1f} s, sampling {sampling:.1f} s ({each}, on {pipeline.device.type})")
 
 
 def process_start() -> float:
-    """Return the time at which the `binarize` program started, in seconds since the epoch, so that imports count.
-
-    Off Linux, and if `binarize` is not the program, return the present time.
-    """
+    """Return when the program started, in seconds since the epoch; the present off Linux and in other programs."""
     program = Path(sys.argv[0])
     if program.stem != "binarize" and program.parts[-2:] not in (("binarize", "__main__.py"), ("cli", "__main__.py")):
         return time.time()
@@ -141,13 +120,7 @@ def _default_target(source: Path, scale: int) -> Path:
 
 
 def tile_for(size: Size, scale: int, tile: int | None) -> int | None:
-    """Return the tile of an image in output pixels, or None for no tiles.
-
-    Args:
-        size: Height and width of the low-resolution image.
-        scale: The scale.
-        tile: The value of ``--tile``: 0 for no tiles, None to decide by the size.
-    """
+    """Return the tile in output pixels, or None, for an image of low-resolution height and width and for --tile."""
     if tile is None:
         return opt.TILE if max(size) * scale > opt.UNTILED else None
     return tile if tile > 0 else None
@@ -157,23 +130,20 @@ def _plan(source: Path, target: Path, *, force: bool) -> list[Job]:
     """Return a job for each image, after checking the names. Nothing is read or written."""
     from binarize.imaging import list_images
 
-    if source.is_dir():
-        if target.exists() and not target.is_dir():
-            raise BinarizeError(f"{target}: is a file; the images of a folder need a folder.")
-        jobs = [Job(path, target / f"{path.stem}.png") for path in list_images(source)]
-    elif target.is_dir():
-        jobs = [Job(source, target / f"{source.stem}.png")]
-    else:
-        if not target.parent.is_dir():
-            raise BinarizeError(f"{target}: the folder {target.parent} does not exist; create it first.")
-        jobs = [Job(source, target)]
-    sources = {job.source.resolve() for job in jobs}
+    if source.is_dir() and target.exists() and not target.is_dir():
+        raise BinarizeError(f"{target}: is a file; the images of a folder need a folder.")
+    if not source.is_dir() and not target.is_dir() and not target.parent.is_dir():
+        raise BinarizeError(f"{target}: the folder {target.parent} does not exist; create it first.")
+    in_folder = source.is_dir() or target.is_dir()
+    sources = list_images(source) if source.is_dir() else [source]
+    jobs = [Job(path, target / f"{path.stem}.png" if in_folder else target) for path in sources]
+    resolved = {path.resolve() for path in sources}
     source_of: dict[Path, Path] = {}
     for job in jobs:
         other = source_of.setdefault(job.target, job.source)
         if other != job.source:
             raise BinarizeError(f"{other} and {job.source} would both become {job.target}; rename one of them.")
-        if job.target.resolve() in sources:
+        if job.target.resolve() in resolved:
             raise BinarizeError(f"{job.target}: is one of the source images; choose another place.")
         if job.target.exists() and not force:
             raise BinarizeError(f"{job.target}: already exists; give another name, or --force to overwrite it.")
@@ -187,23 +157,15 @@ def _decode(jobs: list[Job]) -> dict[Path, Size]:
 
     sizes: dict[Path, Size] = {}
     problems = []
-    for job in jobs:
+    for source, target in jobs:
         try:
-            image = read_image(job.source)
-            check_writable(image.saved_mode, job.target)
+            image = read_image(source)
+            check_writable(image.saved_mode, target)
+            sizes[source] = image.rgb.shape[-2], image.rgb.shape[-1]
         except BinarizeError as error:
             problems.append(str(error))
-        else:
-            sizes[job.source] = image.rgb.shape[-2], image.rgb.shape[-1]
     raise_all(jobs[0].source.parent, problems)
     return sizes
-
-
-def _count_tiles(pipeline: SuperResolutionPipeline, size: Size, tile: int | None, overlap: int | None) -> int:
-    from binarize.models.tiling import tile_grid
-
-    height, width = (side * pipeline.scale for side in size)
-    return len(tile_grid(height, width, tile=tile, overlap=overlap, multiple=pipeline.size_multiple))
 
 
 def _warm_up(pipeline: SuperResolutionPipeline) -> None:

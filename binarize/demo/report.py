@@ -23,10 +23,8 @@ _EQUAL_DB = 0.05  # the seed alone changes the result by more
 def side_by_side(images: Sequence[Image.Image], mean: ImageScores, detail: tuple[int, int, int, int]) -> Image.Image:
     """Return the same detail of several images with captions, magnified without smoothing.
 
-    Args:
-        images: Low resolution (of smaller size), bicubic upscaling, the network's result, the original.
-        mean: The scores of both results.
-        detail: Left, upper, right and lower in pixels of the original.
+    `images` are the low resolution (of smaller size), bicubic upscaling, the network's result and the original;
+    `detail` is left, upper, right and lower in pixels of the original.
     """
     width, height = ZOOM * (detail[2] - detail[0]), ZOOM * (detail[3] - detail[1])
     low, _, _, original = images
@@ -65,30 +63,17 @@ def verdict(mean: ImageScores, steps: int) -> str:
 
 
 def make_report(recipe: Recipe, trained: TrainResult, cost: Summary, scores: EvaluationReport, seconds: float) -> str:
-    """Return the report as Markdown; it refers to ``comparison.png`` beside it.
-
-    Args:
-        recipe: The recipe of the training.
-        trained: Its result.
-        cost: Summary of the trained network.
-        scores: Scores of the held-out image.
-        seconds: Wall time of the whole demonstration.
-    """
+    """Return the report as Markdown; it refers to ``comparison.png`` beside it."""
     first, last = trained.history[0], trained.history[-1]
     binary = cost.macs_by_bits.get(1, 0) / sum(cost.macs_by_bits.values())
-    lpips = (
-        "\nLPIPS is omitted, because its backbone is not on this machine; "
-        "`binarize evaluate run/model --data images/held-out` downloads it.\n"
-    )
+    get_it = "`binarize evaluate run/model --data images/held-out` downloads it"
+    lpips = f"\nLPIPS is omitted, because its backbone is not on this machine; {get_it}.\n"
     settings = [
         ("task", f"upscale by {recipe.scale}, {recipe.num_inference_steps} denoising steps"),
         ("method", "full precision" if recipe.method is None else recipe.method.name),
         ("parameters", f"{cost.params / 1e6:.3f} M (binary weights / 32); {cost.raw_params / 1e6:.3f} M in training"),
         ("multiply-accumulates", f"{100 * binary:.0f}% of them binary"),
-        (
-            "training",
-            f"{trained.steps} steps of {recipe.train_batch_size} patches of {recipe.resolution} pixels squared",
-        ),
+        ("training", f"{trained.steps} steps, {recipe.train_batch_size} patches of {recipe.resolution} pixels squared"),
         ("loss", f"{first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}"),
         ("time", f"{seconds:.0f} s, of which {trained.seconds:.0f} s training"),
     ]

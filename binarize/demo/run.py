@@ -1,16 +1,13 @@
-"""The demonstration: a trained 1-bit network, a comparison and a report, in minutes.
-
-Nothing is downloaded: the images come with scikit-image.
-"""
+"""The demonstration: a trained 1-bit network, a comparison and a report, in minutes and without a download."""
 
 from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,27 +26,13 @@ RECIPE = "demo"
 TRAINING = ("chelsea.png", "coffee.png", "color.png", "ihc.png", "motorcycle_left.png", "rocket.jpg")
 """Images of scikit-image for training, all coloured."""
 HELD_OUT = "astronaut.png"
-"""The image that is not trained on."""
-CROP = (96, 0, 352, 256)
-"""The part of it that is used: left, upper, right, lower."""
-DETAIL = (64, 56, 192, 184)
-"""The part of the crop that the comparison shows."""
+CROP, DETAIL = (96, 0, 352, 256), (64, 56, 192, 184)
+"""The part of the held-out image that is used, and the part of that part to show: left, upper, right, lower."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The results of the demonstration.
-
-    Attributes:
-        folder: The folder of everything.
-        model: The trained pipeline's folder.
-        upscaled: The held-out image, upscaled by the model.
-        comparison: The images side by side.
-        report: The Markdown file.
-        scores: Scores of the held-out image, for the model and for bicubic upscaling.
-        steps: Optimizer steps of the training.
-        seconds: Wall time of everything.
-    """
+    """The folders and files of the demonstration, and the scores of the held-out image."""
 
     folder: Path
     model: Path
@@ -69,18 +52,9 @@ def run_demo(
     say: Callable[[str], object] = print,
     progress: bool = True,
 ) -> DemoResult:
-    """Train ``demo.yaml``, upscale and measure a held-out image, and write a report.
+    """Train ``demo.yaml`` with ``"key=value"`` overrides, measure a held-out image, and write a report to `output`.
 
-    Args:
-        output: Folder of everything; created.
-        overrides: ``"key=value"`` changes of the recipe.
-        force: Replace an earlier demonstration in the folder.
-        say: Called with a line for each stage.
-        progress: Show progress bars.
-
-    Raises:
-        BinarizeError: If scikit-image or its images are missing, the folder holds an earlier demonstration and `force`
-            is false, or the recipe with its changes cannot run.
+    An earlier demonstration there is replaced only by `force`. `say` is called with a line for each stage.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -94,57 +68,31 @@ def run_demo(
     low, bicubic = _to_pil(pixels), _to_pil(upscale_bicubic(pixels, recipe.scale))
 
     say(f"1/3  training {RECIPE}.yaml: {recipe.max_train_steps} steps on {len(TRAINING)} images of scikit-image")
-    with _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second thread gains little on a free core and costs minutes on a busy one
+    try:
         trained = train(recipe, force=True, progress=progress)
+    finally:
+        torch.set_num_threads(threads)
     say("2/3  upscaling and measuring the held-out image")
     pipeline = load_pipeline(trained.model_dir)
     pipeline.set_progress_bar_config(disable=True)
     upscaled = sample(pipeline, low, steps=recipe.num_inference_steps, seed=0)
     backbone = _cached_backbone()
-    scores = evaluate(
-        lambda image: upscaled,
-        held_out,
-        scale=pipeline.scale,
-        lpips=None if backbone is None else "alex",
-        lpips_backbone=backbone,
-        progress=False,
-        name=RECIPE,
-    )
+    metric: Any = {"lpips": None if backbone is None else "alex", "lpips_backbone": backbone}
+    scores = evaluate(lambda image: upscaled, held_out, scale=pipeline.scale, **metric, progress=False, name=RECIPE)
     say("3/3  writing the comparison and the report")
-    save_image(upscaled, output / "upscaled.png", force=True)
+    large = save_image(upscaled, output / "upscaled.png", force=True)
     sheet = side_by_side((low, bicubic, upscaled, Image.open(held_out / HELD_OUT)), scores.mean, DETAIL)
-    save_image(sheet, output / "comparison.png", force=True)
+    comparison = save_image(sheet, output / "comparison.png", force=True)
     seconds = time.perf_counter() - started
     report = make_report(recipe, trained, summary(pipeline.unet), scores, seconds)
-    return DemoResult(
-        folder=output,
-        model=trained.model_dir,
-        upscaled=output / "upscaled.png",
-        comparison=output / "comparison.png",
-        report=write_text_atomic(output / "report.md", report),
-        scores=scores,
-        steps=trained.steps,
-        seconds=seconds,
-    )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread: a second one gains little on a free core and costs minutes on a busy one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    written = write_text_atomic(output / "report.md", report)
+    return DemoResult(output, trained.model_dir, large, comparison, written, scores, trained.steps, seconds)
 
 
 def image_folder() -> Path:
-    """Return the folder of the images that come with scikit-image.
-
-    Raises:
-        BinarizeError: If scikit-image is not installed, or a needed image is missing.
-    """
+    """Return the folder of the images that come with scikit-image."""
     found = importlib.util.find_spec("skimage")
     if found is None or found.origin is None:
         raise BinarizeError("the demonstration uses images of scikit-image: pip install 'binarize-diffusion[eval]'")

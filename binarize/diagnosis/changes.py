@@ -10,9 +10,8 @@ from typing import Any
 from binarize.diagnosis.sampling import Conventions
 
 PREDICTION, SCHEDULE, RANGE, ORDER = "prediction type", "noise schedule", "value range", "condition order"
-RESIDUAL, CLIPPING, SPACING, STEPS, SIGN = (
-    "residual target", "clipping", "timestep spacing", "number of steps", "sign of zero",
-)  # fmt: skip
+RESIDUAL, CLIPPING, SPACING = "residual target", "clipping", "timestep spacing"
+STEPS, SIGN = "number of steps", "sign of zero"
 
 _SCHEDULES: tuple[tuple[str, int, float, float, str], ...] = (
     ("BI-DiffSR's and SR3's", 2000, 1e-6, 1e-2, "linear"),
@@ -27,36 +26,25 @@ _UNCLIPPED = 10.0  # residuals have unit variance and long tails, so this clips 
 
 @dataclass(frozen=True)
 class Change:
-    """One change to try.
-
-    Attributes:
-        cause: The cause if it helps.
-        name: The change in a few words.
-        fix: How to make the change permanent.
-        how: The conventions to sample with.
-        sign_zero: Sign of 0 in the unpacked network; None runs the network as it is.
-        fits_residual: Interpret x_0 as a residual and estimate its scale.
-    """
+    """One change to try; see `ChangeResult` for its texts."""
 
     cause: str
     name: str
     fix: str
     how: Conventions
-    sign_zero: str | None = None
-    fits_residual: bool = False
+    sign_zero: str | None = None  # of the unpacked network; None runs the network as it is
+    fits_residual: bool = False  # interpret x_0 as a residual and estimate its scale
 
 
 def changes(now: Conventions, model_steps: int, signs: set[str], packed: bool) -> Iterator[Change]:
-    """Yield the changes to try.
+    """Yield the changes of the conventions `now` to try.
 
-    Args:
-        now: The conventions of the unchanged model; its steps are the default of the changes.
-        model_steps: The steps that the model itself takes, possibly more than ``now.steps``.
-        signs: Values of ``sign_zero`` in the unpacked network.
-        packed: Whether the unchanged model runs packed.
+    The model itself takes `model_steps`, possibly more than ``now.steps``, has `signs` of zero in its unpacked network,
+    and runs `packed` or not.
     """
+    config = now.scheduler.config
     for kind in ("epsilon", "v_prediction", "sample"):
-        if kind != now.scheduler.config.get("prediction_type", kind):
+        if kind != config.get("prediction_type", kind):
             yield _scheduler_change(PREDICTION, f"prediction_type {kind}", now, prediction_type=kind)
     yield from _schedules(now)
     yield Change(
@@ -75,16 +63,15 @@ def changes(now: Conventions, model_steps: int, signs: set[str], packed: bool) -
         replace(now, sample_first=True),
     )
     yield from _residuals(now)
-    if "clip_sample" in now.scheduler.config:
-        if now.scheduler.config["clip_sample"]:
-            yield _scheduler_change(CLIPPING, "clip_sample off", now, clip_sample=False)
-        else:
-            yield _scheduler_change(CLIPPING, "clip_sample on, to 1", now, clip_sample=True, clip_sample_range=1.0)
+    if config.get("clip_sample"):
+        yield _scheduler_change(CLIPPING, "clip_sample off", now, clip_sample=False)
+    elif "clip_sample" in config:
+        yield _scheduler_change(CLIPPING, "clip_sample on, to 1", now, clip_sample=True, clip_sample_range=1.0)
     for spacing in ("trailing", "linspace", "leading"):
-        if spacing != now.scheduler.config.get("timestep_spacing", spacing):
+        if spacing != config.get("timestep_spacing", spacing):
             yield _scheduler_change(SPACING, f"timestep_spacing {spacing}", now, timestep_spacing=spacing)
     for steps in dict.fromkeys((now.steps, 1, 4, 10, 50)):
-        if steps != model_steps and steps <= now.scheduler.config.num_train_timesteps:
+        if steps != model_steps and steps <= config.num_train_timesteps:
             fix = f"set num_inference_steps to {steps} in model_index.json, or give --steps {steps} to the command."
             yield Change(STEPS, f"{steps} denoising step{'s' if steps > 1 else ''}", fix, replace(now, steps=steps))
     yield from _signs(now, signs, packed)
@@ -96,10 +83,8 @@ def _scheduler_change(cause: str, name: str, now: Conventions, extra: str = "", 
     keys = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in changed.items())
     code = ", ".join(f"{key}={value!r}" for key, value in changed.items())
     kind = type(now.scheduler)
-    fix = (
-        f"put {keys} into scheduler/scheduler_config.json{extra}; in Python, pipe.scheduler = "
-        f"{kind.__name__}.from_config(pipe.scheduler.config, {code})."
-    )
+    in_python = f"pipe.scheduler = {kind.__name__}.from_config(pipe.scheduler.config, {code})"
+    fix = f"put {keys} into scheduler/scheduler_config.json{extra}; in Python, {in_python}."
     return Change(cause, name, fix, replace(now, scheduler=kind.from_config(config, **changed)))
 
 
@@ -120,8 +105,7 @@ def _schedules(now: Conventions) -> Iterator[Change]:
         extra = ""
         if timesteps != config["num_train_timesteps"]:
             extra = (
-                f', and "num_train_timesteps": {timesteps} into unet/config.json (also into its conversion; a packed '
-                "network keeps its own copy, so change the unpacked one and pack it again)"
+                f', and "num_train_timesteps": {timesteps} into unet/config.json and its conversion (before packing)'
             )
         yield _scheduler_change(SCHEDULE, f"betas {betas}, {timesteps} timesteps: {name}", now, extra, **settings)
 
@@ -145,17 +129,12 @@ def _residuals(now: Conventions) -> Iterator[Change]:
 
 def _signs(now: Conventions, signs: set[str], packed: bool) -> Iterator[Change]:
     if packed and "zero" in signs:
-        fix = (
-            "the network needs sign(0) = 0, which one bit cannot hold: run it unpacked, with --no-pack or "
-            "from_pretrained(..., pack=False)."
-        )
+        fix = "the network needs sign(0) = 0, which one bit cannot hold: use --no-pack, or pack=False in Python."
         yield Change(SIGN, "not packed, sign(0) = 0", fix, now, sign_zero="zero")
     for zero, other in (("zero", "plus"), ("plus", "zero")):
         if other in signs and zero not in signs and not (packed and zero == "plus"):
             value = 0 if zero == "zero" else 1
-            fix = (
-                f'the network was trained with sign(0) = {value}: put "sign_zero": "{zero}" into the method of the '
-                f'conversion in unet/config.json, or load_official(..., sign_zero="{zero}")'
-            )
+            where = f'the method of the conversion in unet/config.json, or load_official(..., sign_zero="{zero}")'
+            fix = f'the network was trained with sign(0) = {value}: put "sign_zero": "{zero}" into {where}'
             fix += ", and run it unpacked: --no-pack." if zero == "zero" else "."
             yield Change(SIGN, f"sign(0) = {value}", fix, now, sign_zero=zero)

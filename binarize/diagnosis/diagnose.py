@@ -12,18 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from binarize.conversion.packing import is_packed, pack_if_possible, unpack
+from binarize.diagnosis import sampling
 from binarize.diagnosis.changes import SCHEDULE, STEPS, Change, changes
 from binarize.diagnosis.files import find_mismatch
 from binarize.diagnosis.report import HEALTHY, MISMATCH, UNTRAINED, WEAK, ChangeResult, DoctorReport, Finding
-from binarize.diagnosis.sampling import (
-    Case,
-    Conventions,
-    diffuse,
-    make_case,
-    pixels_of,
-    signs_of_zero,
-    with_sign_of_zero,
-)
+from binarize.diagnosis.sampling import Case, Conventions
 from binarize.errors import BinarizeError
 from binarize.evaluation.quality import psnr
 from binarize.imaging import upscale_bicubic
@@ -53,22 +46,11 @@ def doctor(
     """Upscale an image that comes with the package, compare with bicubic upscaling, and find out what is wrong.
 
     The model runs as in `binarize upscale`, packed on a CPU. If it is worse than bicubic, the likely mistakes are tried
-    one at a time: prediction type, noise schedule, value range, order of condition and noisy image, residual target,
-    clipping, timestep spacing, number of steps, and the sign of zero. The one whose correction clearly improves the
-    result is the likely cause.
+    one at a time. The one whose correction clearly improves the result is the likely cause.
 
-    Args:
-        model: A pipeline, or a model as on the command line: a folder, a file, or a name on the hub.
-        scale: Scale of models that do not store it.
-        steps: Denoising steps; by default the model's own. Changes are tried with at most 10, unless they change them.
-        seed: Seed of the noise.
-        device: Where to compute. A pipeline stays on its own device.
-        try_all: Try the changes even if the model is better than bicubic.
-        advance: Called with the name of each change before it is tried.
-
-    Raises:
-        BinarizeError: If the model cannot be loaded for another reason than a configuration that does not fit its
-            weights, or an option is out of range.
+    `model` is a pipeline, which stays on its own device, or a model as on the command line. Changes are tried with at
+    most 10 denoising steps, unless they change them, and on a model that is better than bicubic only with `try_all`.
+    `advance` is called with the name of each change before it is tried.
     """
     name = type(model).__name__ if isinstance(model, SuperResolutionPipeline) else str(model)
     pipeline = model if isinstance(model, SuperResolutionPipeline) else _load(Path(model), scale, device)
@@ -78,7 +60,7 @@ def doctor(
     running, packed = _pack_as_upscale_does(unpacked)
     model_steps = pipeline.num_inference_steps if steps is None else steps
     few = min(model_steps, MAX_STEPS)
-    case = make_case(pipeline.scale, pipeline.size_multiple, seed)
+    case = sampling.make_case(pipeline.scale, pipeline.size_multiple, seed)
     bicubic = psnr(upscale_bicubic(case.low, pipeline.scale), case.original, border=pipeline.scale)
     advance("unchanged")
     before = _run_unchanged(pipeline, running, case, model_steps, seed)
@@ -86,7 +68,7 @@ def doctor(
     if before <= bicubic or try_all:
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # the pipeline's keeps its state
         now = Conventions(scheduler, few, pipeline.residual_scale, pipeline.config["residual_strength"])
-        signs = set() if is_packed(unpacked) else signs_of_zero(unpacked)
+        signs = set() if is_packed(unpacked) else sampling.signs_of_zero(unpacked)
         for change in changes(now, model_steps, signs, packed):
             advance(change.name)
             results.append(_try(change, unpacked if change.sign_zero else running, case, pipeline.scale))
@@ -101,12 +83,9 @@ def _load(path: Path, scale: int | None, device: torch.device | str) -> SuperRes
     try:
         pipeline = None if mismatch is not None else load_pipeline(path, scale=scale)
     except OtherTimestepsError as error:
-        fix = f'put "num_train_timesteps": {error.trained} and the betas of the training into '
-        return Finding(
-            SCHEDULE,
-            f"the noise schedule has {error.scheduled} timesteps, and the network was trained with {error.trained}.",
-            f"{fix}scheduler/scheduler_config.json.",
-        )
+        found = f"the noise schedule has {error.scheduled} timesteps, and the network was trained with {error.trained}."
+        keys = f'"num_train_timesteps": {error.trained} and the betas of the training'
+        return Finding(SCHEDULE, found, f"put {keys} into scheduler/scheduler_config.json.")
     except BinarizeError as error:
         if "does not fit the configuration" not in str(error):
             raise
@@ -136,13 +115,13 @@ def _run_unchanged(pipeline: SuperResolutionPipeline, unet: nn.Module, case: Cas
     twin.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     image = twin(case.low, num_inference_steps=steps, generator=generator, output_type="pt", return_dict=False)[0]
-    return psnr(pixels_of(image, signed=False), case.original, border=pipeline.scale)
+    return psnr(sampling.pixels_of(image, signed=False), case.original, border=pipeline.scale)
 
 
 def _try(change: Change, unet: nn.Module, case: Case, scale: int) -> ChangeResult:
     fix, how = change.fix, change.how
-    with with_sign_of_zero(unet, change.sign_zero):
-        x, condition = diffuse(unet, how, case)
+    with sampling.with_sign_of_zero(unet, change.sign_zero):
+        x, condition = sampling.diffuse(unet, how, case)
     residual_scale = how.residual_scale
     if change.fits_residual:
         found = _estimate_residual_scale(x * how.residual_strength, condition, case)
@@ -150,7 +129,7 @@ def _try(change: Change, unet: nn.Module, case: Case, scale: int) -> ChangeResul
             return ChangeResult(change.cause, change.name, "", how.steps, None)
         residual_scale, fix = found, fix.format(found=found)
     factor = None if residual_scale is None else residual_scale * how.residual_strength
-    image = pixels_of(image_of(x, condition, factor), how.signed)
+    image = sampling.pixels_of(image_of(x, condition, factor), how.signed)
     score = psnr(image, case.original, border=scale) if torch.isfinite(x).all() else None
     return ChangeResult(change.cause, change.name, fix, how.steps, score)
 
@@ -181,11 +160,8 @@ def _verdict(before: float, bicubic: float, results: Sequence[ChangeResult], few
     near = [(one, score) for one, score, gain in gains if gain >= _LARGE and score > bicubic - _NEAR]
     if near:
         result, score = max(near, key=lambda pair: pair[1])
-        explanation = (
-            f"with {result.change} it is {score - before:.2f} dB better, but still {bicubic - score:.2f} dB below "
-            "bicubic: the network also needs more training."
-        )
-        return Finding(result.cause, explanation, result.fix)
+        below = f"but still {bicubic - score:.2f} dB below bicubic: the network also needs more training."
+        return Finding(result.cause, f"with {result.change} it is {score - before:.2f} dB better, {below}", result.fix)
     return None
 
 
@@ -196,13 +172,8 @@ def _judge_network(before: float, bicubic: float, unet: nn.Module) -> Finding:
         explanation = f"no change helps, and all {len(norms)} norms have the weights 1 and 0 of a new network."
         return Finding(UNTRAINED, explanation, "train it, or load the trained weights before saving or sampling.")
     if bicubic - before <= _NEAR:
-        explanation = (
-            f"no change helps: the network is {bicubic - before:.2f} dB below bicubic. It is trained too little, or "
-            "for perceptual quality, whose generated texture lowers PSNR."
-        )
+        loss = f"no change helps: the network is {bicubic - before:.2f} dB below bicubic"
+        explanation = f"{loss}. It is trained too little, or for perceptual quality, which lowers PSNR."
         return Finding(WEAK, explanation, "train longer; for perceptual quality, measure LPIPS: `binarize evaluate`.")
-    explanation = (
-        "no change helps: the network is hardly trained, has the weights of another network, or follows a convention "
-        "that is not tried here. Its output is hardly related to the image."
-    )
+    explanation = "no change helps: the network is hardly trained, has other weights, or follows an untried convention."
     return Finding(UNTRAINED, explanation, "check that the training's loss fell, and that these are its last weights.")

@@ -18,11 +18,7 @@ _SHOWN = 6
 
 
 def find_mismatch(folder: Path) -> str | None:
-    """Describe how a network's weights differ from its configuration; None if they fit or cannot be compared.
-
-    Args:
-        folder: Holds ``config.json`` and ``*.safetensors``.
-    """
+    """Describe how a network's weights differ from its configuration; None if they fit or cannot be compared."""
     files = sorted(folder.glob("*.safetensors"))
     config = _srunet_config(folder / "config.json")
     if config is None or not files:
@@ -44,27 +40,21 @@ def find_mismatch(folder: Path) -> str | None:
     needed = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing = [name for name in needed if name not in held]
     unexpected = [name for name in held if name not in needed]
-    wrong = [
-        f"{name} is {shape} in the file and {needed[name]} by the configuration"
-        for name, shape in held.items()
-        if shape != needed.get(name, shape)
-    ]
-    kinds = {
-        "missing from the file": missing,
-        "not known to the configuration": unexpected,
-        "of another shape": wrong,
-    }
-    found = [f"{len(names)} {kind}: {_first(names)}" for kind, names in kinds.items() if names]
+    differing = [name for name, shape in held.items() if shape != needed.get(name, shape)]
+    wrong = [f"{name} is {held[name]} in the file and {needed[name]} by the configuration" for name in differing]
+    kinds = (
+        (missing, "missing from the file"),
+        (unexpected, "not known to the configuration"),
+        (wrong, "of another shape"),
+    )
+    found = [f"{len(names)} {kind}: {_first(names)}" for names, kind in kinds if names]
     return f"{'; '.join(found)}.{_hint(config, held, missing, unexpected)}" if found else None
 
 
 def _compare_configs(config: Mapping[str, Any], packed: Mapping[str, Any]) -> str | None:
     keys = sorted(key for key in config.keys() | packed.keys() if not key.startswith("_"))
-    found = [
-        f"{key} is {config.get(key)!r} there, {packed.get(key)!r} in the file"
-        for key in keys
-        if config.get(key) != packed.get(key)
-    ]
+    pairs = [(key, config.get(key), packed.get(key)) for key in keys]
+    found = [f"{key} is {there!r} there, {here!r} in the file" for key, there, here in pairs if there != here]
     if not found:
         return None
     return f"unet/config.json differs from the configuration in the packed file, which is used: {_first(found)}."
@@ -78,13 +68,12 @@ def _hint(
     if first and first[0] != config.get("base_channels", first[0]):
         return f" The weights are of a network with base_channels {first[0]}."
     converted = config.get("conversion") is not None
-    if any(
-        part in name for name in (missing if converted else unexpected) for part in (".pre.", ".post.", ".activation.")
-    ):
-        if converted:
-            return " The configuration has a conversion, and the weights are of another one or of none."
-        return " The weights are of a converted network, and the configuration has no conversion."
-    return ""
+    parts = (".pre.", ".post.", ".activation.")
+    if not any(part in name for name in (missing if converted else unexpected) for part in parts):
+        return ""
+    if converted:
+        return " The configuration has a conversion, and the weights are of another one or of none."
+    return " The weights are of a converted network, and the configuration has no conversion."
 
 
 def _srunet_config(path: Path) -> dict[str, Any] | None:

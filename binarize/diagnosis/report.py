@@ -23,12 +23,8 @@ def _renamed(old: str, new: str) -> Any:
 class ChangeResult:
     """The result of a model with one setting changed.
 
-    Attributes:
-        cause: The cause if this change helps, such as "prediction type".
-        change: The change.
-        fix: How to make the change permanent.
-        steps: Denoising steps.
-        psnr: In dB on Y, as `binarize.evaluation.psnr`; None if the result is not finite or the change does not apply.
+    ``cause`` is the cause if this `change` helps, such as "prediction type", and ``fix`` makes it permanent. ``psnr``,
+    in dB on Y, is None if the result is not finite or the change does not apply.
     """
 
     cause: str
@@ -42,11 +38,8 @@ class ChangeResult:
 class Finding:
     """The verdict.
 
-    Attributes:
-        cause: "healthy"; or the cause of a change; or "configuration" (it does not fit the weights), "untrained
-            network" or "quality" (no setting is wrong; the network is not good enough).
-        explanation: One or two sentences.
-        fix: What to do; empty if the model is healthy.
+    ``cause`` is "healthy", or the cause of a change, or "configuration" (it does not fit the weights), "untrained
+    network" or "quality" (no setting is wrong; the network is not good enough). A healthy model has no ``fix``.
     """
 
     cause: str
@@ -58,16 +51,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """The result of `binarize.diagnosis.doctor`.
+    """The result of `binarize.diagnosis.doctor`: the verdict, and PSNR on the embedded image in dB on Y.
 
-    Attributes:
-        model: Name of the model.
-        finding: The verdict.
-        scale: Scale of the model; None if it could not be loaded.
-        steps: Denoising steps of ``psnr``.
-        psnr: PSNR of the unchanged model on the embedded image, in dB on Y; None if it could not be run.
-        bicubic: PSNR of bicubic upscaling.
-        results: One result per change, in the order in which they were tried.
+    ``psnr`` is that of the unchanged model with ``steps`` denoising steps, and ``results`` are those of the changes.
+    What follows the finding is None or empty if the model could not be loaded.
     """
 
     model: str
@@ -89,14 +76,13 @@ class DoctorReport:
         """Return the table and the verdict as `binarize doctor` prints them."""
         lines = [f"model       {self.model}"]
         if self.psnr is not None and self.bicubic is not None:
-            gain, bicubic = self.psnr - self.bicubic, self.bicubic
+            bicubic = self.bicubic
             lines.append(f"bicubic     {bicubic:6.2f} dB")
+            gain = self.psnr - bicubic
             lines.append(f"this model  {self.psnr:6.2f} dB  {gain:+.2f}, x{self.scale}, steps: {self.steps}")
             if self.results:
-                rows = [
-                    [one.change, one.psnr, None if one.psnr is None else one.psnr - bicubic, one.steps]
-                    for one in self.results
-                ]
+                gains = [None if one.psnr is None else one.psnr - bicubic for one in self.results]
+                rows = [[one.change, one.psnr, gain, one.steps] for one, gain in zip(self.results, gains, strict=True)]
                 columns = [Column("one change"), Column("PSNR", ".2f"), Column("to bicubic", "+.2f"), Column("steps")]
                 lines += ["", Table(columns, rows).to_text()]
             lines.append("")
@@ -106,5 +92,4 @@ class DoctorReport:
             lines += ["fix:", f"  {self.finding.fix}"]
         return "\n".join(lines)
 
-    def __str__(self) -> str:
-        return self.to_text()
+    __str__ = to_text

@@ -21,40 +21,24 @@ IMAGE = Path(__file__).with_name("picture.png")
 
 @dataclass(frozen=True)
 class Conventions:
-    """What a network and its sampler must agree on.
+    """What a network and its sampler must agree on; see `SuperResolutionPipeline` for the residual."""
 
-    Attributes:
-        scheduler: A diffusers scheduler, with the betas, the prediction type, the clipping and the spacing.
-        steps: Denoising steps.
-        residual_scale: As the pipeline's.
-        residual_strength: As the pipeline's.
-        signed: Images are in [-1, 1], not in [0, 1].
-        sample_first: The noisy image comes before the condition in the network's input channels.
-    """
-
-    scheduler: Any
+    scheduler: Any  # of diffusers, with the betas, the prediction type, the clipping and the spacing
     steps: int
     residual_scale: float | None = None
     residual_strength: float = 1.0
-    signed: bool = False
-    sample_first: bool = False
+    signed: bool = False  # images are in [-1, 1], not in [0, 1]
+    sample_first: bool = False  # the noisy image comes before the condition in the input channels
 
 
 @dataclass(frozen=True)
 class Case:
-    """The embedded image.
+    """The embedded image, and the condition and the noise that the pipeline makes for it."""
 
-    Attributes:
-        original: uint8 (3, H, W).
-        low: uint8 (3, H / scale, W / scale).
-        condition: float32 (1, 3, H, W) in [0, 1], the upscaled ``low``, as in the pipeline.
-        noise: float32 (1, 3, H, W), the unit Gaussian noise that the pipeline draws from the seed.
-    """
-
-    original: Tensor
-    low: Tensor
-    condition: Tensor
-    noise: Tensor
+    original: Tensor  # uint8 (3, H, W)
+    low: Tensor  # uint8 (3, H / scale, W / scale)
+    condition: Tensor  # float32 (1, 3, H, W) in [0, 1]
+    noise: Tensor  # float32 (1, 3, H, W)
 
 
 def make_case(scale: int, multiple: int, seed: int) -> Case:
@@ -77,7 +61,9 @@ def diffuse(unet: nn.Module, how: Conventions, case: Case) -> tuple[Tensor, Tens
     scheduler = how.scheduler
     scheduler.set_timesteps(how.steps, device=device)
     x = case.noise.to(device) * scheduler.init_noise_sigma
-    contexts = _timestep_contexts(unet)
+    hooks = (hook for module in unet.modules() for hook in module._forward_pre_hooks.values())
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    contexts = [owner for owner in owners if isinstance(owner, TimestepContext)]
     with (
         _temporarily(contexts, "num_train_timesteps", scheduler.config.num_train_timesteps),
         _temporarily(unet.modules(), "training", False),
@@ -108,12 +94,6 @@ def signs_of_zero(unet: nn.Module) -> set[str]:
 
 def _signs(unet: nn.Module) -> list[Any]:
     return [module for module in unet.modules() if "sign_zero" in vars(module)]
-
-
-def _timestep_contexts(unet: nn.Module) -> list[TimestepContext]:
-    hooks = [hook for module in unet.modules() for hook in module._forward_pre_hooks.values()]
-    owners = [getattr(hook, "__self__", None) for hook in hooks]
-    return list({id(owner): owner for owner in owners if isinstance(owner, TimestepContext)}.values())
 
 
 @contextmanager

@@ -5,43 +5,18 @@ from __future__ import annotations
 from binarize.deprecation import renamed
 from binarize.files import write_atomic
 from binarize.imaging.decoded import DecodedImage, to_image
-from binarize.imaging.files import (
-    IMAGE_SUFFIXES,
-    check_writable,
-    image_size,
-    list_images,
-    read_image,
-    save_image,
-)
+from binarize.imaging.files import IMAGE_SUFFIXES, check_writable, image_size, list_images, read_image, save_image
 from binarize.imaging.pairs import ImagePair, ImagePairs
 from binarize.imaging.resize import degrade, upscale_bicubic
 
 __all__ = [
-    "IMAGE_SUFFIXES",
-    "DecodedImage",
-    "ImagePair",
-    "ImagePairs",
-    "check_writable",
-    "degrade",
-    "image_size",
-    "list_images",
-    "read_image",
-    "save_image",
-    "to_image",
-    "upscale_bicubic",
-    "write_atomic",
-]
+    "IMAGE_SUFFIXES", "DecodedImage", "ImagePair", "ImagePairs", "check_writable", "degrade", "image_size",
+    "list_images", "read_image", "save_image", "to_image", "upscale_bicubic", "write_atomic",
+]  # fmt: skip
 
-__getattr__ = renamed(
-    __name__,
-    {
-        "PICTURE_SUFFIXES": "IMAGE_SUFFIXES",
-        "Picture": "DecodedImage",
-        "enlarge": "upscale_bicubic",
-        "list_pictures": "list_images",
-        "picture_size": "image_size",
-        "read_picture": "read_image",
-        "save_picture": "save_image",
-        "to_picture": "to_image",
-    },
-)
+_RENAMED = {
+    "PICTURE_SUFFIXES": "IMAGE_SUFFIXES", "Picture": "DecodedImage", "enlarge": "upscale_bicubic",
+    "list_pictures": "list_images", "picture_size": "image_size", "read_picture": "read_image",
+    "save_picture": "save_image", "to_picture": "to_image",
+}  # fmt: skip
+__getattr__ = renamed(__name__, _RENAMED)

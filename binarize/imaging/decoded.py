@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 from dataclasses import dataclass, replace
@@ -24,16 +25,12 @@ _LUMA = (0.299, 0.587, 0.114)
 class DecodedImage:
     """A decoded image, made by `read_image` or `to_image`.
 
-    Attributes:
-        rgb: float32 (3, H, W) in [0, 1]; greyscale is repeated over the channels.
-        alpha: float32 (1, H, W) in [0, 1] if the source has transparency, else None.
-        mode: Pillow's mode of the source: "RGB", "RGBA", "L", "LA", "1", "I;16", "P", "CMYK", ...
-        icc_profile: The colour profile of ``rgb``, if the source has one.
+    ``alpha`` and ``icc_profile``, the colour profile of ``rgb``, are None if the source has none.
     """
 
-    rgb: torch.Tensor
-    alpha: torch.Tensor | None
-    mode: str
+    rgb: torch.Tensor  # float32 (3, H, W) in [0, 1]; greyscale is repeated over the channels
+    alpha: torch.Tensor | None  # float32 (1, H, W) in [0, 1]
+    mode: str  # Pillow's mode of the source: "RGB", "RGBA", "L", "LA", "1", "I;16", "P", "CMYK", ...
     icc_profile: bytes | None = None
 
     @property
@@ -53,18 +50,13 @@ class DecodedImage:
         return (self.rgb * 255 + 0.5).floor_().clamp_(0, 255).to(torch.uint8)
 
     def with_pixels(self, rgb: torch.Tensor, alpha: torch.Tensor | None) -> DecodedImage:
-        """Return an image of the same mode and profile with other pixels, of any size.
+        """Return an image of the same mode and profile with other pixels, of any size, in [0, 1] in any float dtype.
 
-        Args:
-            rgb: Floating point (3, H, W) in [0, 1].
-            alpha: Floating point (1, H, W) in [0, 1], or None.
-
-        Raises:
-            BinarizeError: If a shape is wrong.
+        `rgb` is (3, H, W), `alpha` (1, H, W) or None.
         """
+        expected = (1, *rgb.shape[1:])
         if rgb.ndim != 3 or rgb.shape[0] != 3:
             raise BinarizeError(f"DecodedImage.with_pixels: rgb must be (3, H, W), got {tuple(rgb.shape)}")
-        expected = (1, *rgb.shape[1:])
         if alpha is not None and alpha.shape != expected:
             raise BinarizeError(f"DecodedImage.with_pixels: alpha must be {expected}, got {tuple(alpha.shape)}")
         alpha = None if alpha is None else alpha.detach().to("cpu", torch.float32)
@@ -74,8 +66,8 @@ class DecodedImage:
         """Return an 8-bit Pillow image (L, LA, RGB or RGBA), or 16-bit greyscale if the source is that.
 
         Values are rounded to the nearest level; greyscale is the BT.601 luma of ``rgb``. Palettes and CMYK become RGB,
-        because new pixels have colours that the palette or the inks cannot name. Pillow has no 16-bit greyscale with
-        transparency, so an image with ``alpha`` is 8-bit.
+        because new pixels have colours that the palette or the inks cannot name. Greyscale with ``alpha`` is 8-bit,
+        because Pillow has no 16-bit mode for it.
         """
         mode, planes = self.saved_mode, [*self.rgb]
         if self.is_grey:
@@ -96,11 +88,8 @@ def to_image(image: Image.Image) -> DecodedImage:
     """Decode a Pillow image: apply its orientation, resolve palette, inks and transparency, keep its depth.
 
     CMYK with a colour profile is converted to sRGB. 16-bit colour arrives from Pillow as 8-bit. An animation gives its
-    current frame.
-
-    Raises:
-        BinarizeError: If the mode has no defined black and white level (floating point, integers beyond 16 bits, LAB),
-            or the file behind the image is truncated.
+    current frame. Floating-point images, integers beyond 16 bits and LAB have no defined black and white level, and
+    raise a BinarizeError.
     """
     try:
         image.load()
@@ -108,10 +97,11 @@ def to_image(image: Image.Image) -> DecodedImage:
         raise BinarizeError(f"cannot decode the image: {error}") from error
     mode = image.mode
     if mode not in _GREY + _COLOUR:
-        raise BinarizeError(
-            f"images of mode {mode!r} are not supported; convert to 8-bit RGB, or to 8- or 16-bit greyscale, first"
-        )
-    upright, profile = _upright(image), image.info.get("icc_profile")
+        fix = "convert to 8-bit RGB, or to 8- or 16-bit greyscale, first"
+        raise BinarizeError(f"images of mode {mode!r} are not supported; {fix}")
+    upright, profile = image, image.info.get("icc_profile")
+    with contextlib.suppress(*_METADATA_ERRORS):  # the pixels may be sound although the metadata is damaged
+        upright = ImageOps.exif_transpose(image)
     if mode in _DEEP:
         return DecodedImage(_decode_deep(upright), None, mode, _matching_profile(profile, mode))
     transparent = mode in ("RGBA", "LA", "PA", "La", "RGBa") or (mode != "CMYK" and "transparency" in image.info)
@@ -133,32 +123,21 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if transposed else (image.height, image.width)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except _METADATA_ERRORS:
-        return image  # the pixels are sound, only the metadata is damaged
-
-
 def _decode_deep(image: Image.Image) -> torch.Tensor:
     levels = np.array(image, dtype=np.int64)
     if levels.min() < 0 or levels.max() > 65535:
-        raise BinarizeError(
-            f"a 32-bit integer image must stay within 0..65535, got {levels.min()}..{levels.max()}; rescale it first"
-        )
+        found = f"{levels.min()}..{levels.max()}"
+        raise BinarizeError(f"a 32-bit integer image must stay within 0..65535, got {found}; rescale it first")
     return torch.from_numpy((levels / 65535).astype(np.float32)).repeat(3, 1, 1)
 
 
 def _cmyk_to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    converted = None
     if profile:
-        try:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged or unrelated profile describes no inks
             source, target = io.BytesIO(profile), ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a damaged or unrelated profile does not describe the inks
-    return image.convert("RGB")
+    return converted or image.convert("RGB")
 
 
 def _matching_profile(profile: bytes | None, mode: str) -> bytes | None:

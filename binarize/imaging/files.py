@@ -29,23 +29,13 @@ _WRITERS |= {".tiff": _WRITERS[".tif"], ".jpeg": _WRITERS[".jpg"]}
 
 
 def read_image(path: str | os.PathLike[str]) -> DecodedImage:
-    """Read an image file, with its orientation applied.
-
-    Raises:
-        BinarizeError: If the file is missing, a folder, not an image, truncated, of an unsupported mode, or beyond
-            Pillow's limit against decompression bombs (``2 * PIL.Image.MAX_IMAGE_PIXELS`` pixels). The message is one
-            line that names the file.
-    """
+    """Read an image file of at most ``2 * PIL.Image.MAX_IMAGE_PIXELS`` pixels, with its orientation applied."""
     with _opened(Path(path)) as image:
         return to_image(image)
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return height and width of an image file, with its orientation applied, without decoding the pixels.
-
-    Raises:
-        BinarizeError: As `read_image`, for faults that the header shows.
-    """
+    """Return height and width of an image file, with its orientation applied, without decoding the pixels."""
     with _opened(Path(path)) as image:
         return upright_size(image)
 
@@ -76,11 +66,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """List the image files directly in a folder by name, without hidden ones.
-
-    Raises:
-        BinarizeError: If the folder is missing, is a file, or holds no image.
-    """
+    """List the image files directly in a folder by name, without hidden ones; raise an error if there are none."""
     folder = Path(folder)
     if not folder.exists():
         raise BinarizeError(f"{folder}: no such folder")
@@ -99,16 +85,9 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
 def save_image(image: Image.Image | DecodedImage, path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write an image atomically in the format of the path's suffix, JPEG at quality 95, WebP lossless.
 
-    The colour profile in the image's ``info`` is kept; other tags (EXIF, orientation) are not written.
-
-    Args:
-        image: A Pillow image or a `DecodedImage`.
-        path: The file. Its folder must exist.
-        force: Replace an existing file.
-
-    Raises:
-        BinarizeError: If the suffix is unknown, the format cannot hold the image's transparency or depth, the folder
-            is missing, the file exists and `force` is false, or writing fails.
+    The folder must exist, and an existing file is replaced only by `force`. The colour profile in the image's ``info``
+    is kept; other tags (EXIF, orientation) are not written. A format that cannot hold the image's transparency or
+    depth is refused.
     """
     source = image.to_pil() if isinstance(image, DecodedImage) else image
     check_writable(source.mode, path)
@@ -118,18 +97,11 @@ def save_image(image: Image.Image | DecodedImage, path: str | os.PathLike[str], 
 
 
 def check_writable(mode: str, path: str | os.PathLike[str]) -> None:
-    """Check that an image of a mode can be saved as `path`.
-
-    Raises:
-        BinarizeError: If the suffix is unknown, its format cannot hold the mode, or the folder is not writable.
-    """
-    path = Path(path)
-    known = sorted(_WRITERS)
+    """Check that the format of the path's suffix can hold an image of a mode, and that the folder is writable."""
+    path, known = Path(path), sorted(_WRITERS)
     if path.suffix.lower() not in known:
-        raise BinarizeError(
-            f"{path}: cannot write images with the suffix {path.suffix!r}; use one of {' '.join(known)}."
-            f"{did_you_mean(path.suffix, known)}"
-        )
+        hint = f"use one of {' '.join(known)}.{did_you_mean(path.suffix, known)}"
+        raise BinarizeError(f"{path}: cannot write images with the suffix {path.suffix!r}; {hint}")
     name, modes, _ = _WRITERS[path.suffix.lower()]
     if mode not in modes:
         raise BinarizeError(f"{path}: {name} cannot hold an image of mode {mode!r}; use .png or .tif")

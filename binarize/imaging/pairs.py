@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 
@@ -15,26 +15,20 @@ from binarize.errors import BinarizeError
 from binarize.imaging.files import IMAGE_SUFFIXES, image_size, list_images, read_image
 from binarize.imaging.resize import degrade
 
+Folder = str | os.PathLike[str]
 _SHOWN = 20
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePair:
-    """An image at both resolutions.
-
-    Attributes:
-        name: The high-resolution file's name without its suffix.
-        hr: uint8 (3, H, W), H and W cropped to multiples of the scale.
-        lr: uint8 (3, H / scale, W / scale).
-    """
+    """An image at both resolutions: uint8 (3, H, W), cropped to a multiple of the scale, and (3, H / scale, ...)."""
 
     name: str
     hr: torch.Tensor
     lr: torch.Tensor
 
 
-@dataclass(frozen=True)
-class PairFiles:
+class PairFiles(NamedTuple):
     """The files of a pair; ``lr`` is None if it is made from ``hr``. ``size`` is the cropped (H, W)."""
 
     hr: Path
@@ -49,32 +43,20 @@ class ImagePairs(Sequence[ImagePair]):
     matches ``baby.*``, ``babyx2.*`` or ``baby_x2.*`` at scale 2, as in DIV2K and Set5. If `lr_dir` holds no images but
     a folder ``X2``, that folder is used.
 
-    Args:
-        hr_dir: Folder of high-resolution images in any format and mode that `read_image` reads. Transparency is
-            ignored; greyscale is repeated over the three channels.
-        lr_dir: Folder of the low-resolution images.
-        scale: Integer factor between them.
-        min_side: Smallest side of a high-resolution image in pixels; by default `scale`.
+    Images may have any format and mode that `read_image` reads. Transparency is ignored; greyscale is repeated over the
+    channels. `min_side` is the smallest side of a high-resolution image in pixels, by default `scale`.
 
     Raises:
-        BinarizeError: If a folder is missing or empty. Otherwise, one error names every image that has an unreadable
-            header, is too small, has no partner, or has a partner of the wrong size. Only headers are read here; see
-            `check`.
+        BinarizeError: One error for all images that have an unreadable header, are too small, have no partner, or one
+            of the wrong size. Only headers are read here; see `check`.
     """
 
     def __init__(
-        self,
-        hr_dir: str | os.PathLike[str],
-        lr_dir: str | os.PathLike[str] | None = None,
-        *,
-        scale: int,
-        min_side: int | None = None,
+        self, hr_dir: Folder, lr_dir: Folder | None = None, *, scale: int, min_side: int | None = None
     ) -> None:
-        self.scale = scale
-        high = list_images(hr_dir)
+        self.scale, high = scale, list_images(hr_dir)
         problems: list[str] = []
         partners = dict.fromkeys(high, None) if lr_dir is None else _match(high, Path(lr_dir), scale, problems)
-
         files: list[PairFiles] = []
         for hr, lr in partners.items():
             try:
@@ -89,10 +71,8 @@ class ImagePairs(Sequence[ImagePair]):
 
     @overload
     def __getitem__(self, index: int) -> ImagePair: ...
-
     @overload
     def __getitem__(self, index: slice) -> list[ImagePair]: ...
-
     def __getitem__(self, index: int | slice) -> ImagePair | list[ImagePair]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
@@ -107,17 +87,12 @@ class ImagePairs(Sequence[ImagePair]):
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decode a pair's files: the cropped uint8 ``hr``, and ``lr`` if it has its own file."""
-        files = self.files[index]
-        height, width = files.size
-        hr = read_image(files.hr).pixels()[:, :height, :width].contiguous()
-        return hr, None if files.lr is None else read_image(files.lr).pixels()
+        hr, lr, (height, width) = self.files[index]
+        pixels = read_image(hr).pixels()[:, :height, :width].contiguous()
+        return pixels, None if lr is None else read_image(lr).pixels()
 
     def check(self) -> None:
-        """Decode every file once.
-
-        Raises:
-            BinarizeError: If files are truncated or damaged behind their headers; one error names them all.
-        """
+        """Decode every file once; one error names all that are truncated or damaged behind their headers."""
         problems = []
         for index in range(len(self)):
             try:
@@ -127,12 +102,8 @@ class ImagePairs(Sequence[ImagePair]):
         raise_all(self.files[0].hr.parent, problems)
 
 
-def raise_all(folder: str | os.PathLike[str], problems: Sequence[str]) -> None:
-    """Raise one error for all problems, listing at most twenty of them, if there are any.
-
-    Raises:
-        BinarizeError: If `problems` is not empty.
-    """
+def raise_all(folder: Folder, problems: Sequence[str]) -> None:
+    """Raise one BinarizeError for all problems, listing at most twenty of them, if there are any."""
     if len(problems) == 1:
         raise BinarizeError(problems[0])
     if problems:
@@ -170,8 +141,6 @@ def _cropped_size(hr: Path, lr: Path | None, scale: int, min_side: int) -> tuple
     if lr is not None:
         lr_height, lr_width = image_size(lr)
         if (lr_height * scale, lr_width * scale) != size:
-            raise BinarizeError(
-                f"{hr} is {width}x{height} and {lr} is {lr_width}x{lr_height}; at scale {scale} the latter must be "
-                f"{width // scale}x{height // scale}"
-            )
+            needed = f"at scale {scale} the latter must be {width // scale}x{height // scale}"
+            raise BinarizeError(f"{hr} is {width}x{height} and {lr} is {lr_width}x{lr_height}; {needed}")
     return size

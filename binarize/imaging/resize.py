@@ -7,7 +7,8 @@ wrong for images one pixel wide (2.14), and its weights do not sum to exactly on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable
 from math import ceil, floor
 from typing import TypeVar
 
@@ -30,15 +31,8 @@ def degrade(hr: Pixels, scale: int) -> Pixels:
     to 8 bits, then the horizontal one. At x2 and x4 the result equals the low-resolution images of the field's data
     sets. At other scales an exact tie rounds up; MATLAB's own result depends on its order of summation there.
 
-    Args:
-        hr: uint8, either a numpy array (H, W) or (H, W, C), or a tensor (..., C, H, W).
-        scale: Integer factor of at least 1.
-
-    Returns:
-        The same kind of object, ``H // scale`` by ``W // scale`` pixels.
-
-    Raises:
-        BinarizeError: If the image is not 8-bit or is smaller than `scale`, or the scale is not a positive integer.
+    `hr` is uint8, a numpy array (H, W) or (H, W, C) or a tensor (..., C, H, W), at least `scale` pixels wide and high.
+    The result is the same kind of object, ``H // scale`` by ``W // scale`` pixels.
     """
     _check_scale(scale)
     planes, restore = _planes(hr, "degrade")
@@ -58,16 +52,8 @@ def upscale_bicubic(lr: Pixels, scale: int) -> Pixels:
     one first, as in MATLAB. Each result depends on two low-resolution pixels to each side, so the result of a crop
     differs from the crop of the result within ``2 * scale`` pixels of the cut.
 
-    Args:
-        lr: A floating-point tensor (..., C, h, w) in [0, 1], or 8-bit pixels as in `degrade`.
-        scale: Integer factor of at least 1.
-
-    Returns:
-        The same kind and dtype, ``h * scale`` by ``w * scale`` pixels. Half precision is computed in float32.
-
-    Raises:
-        BinarizeError: If the pixels are neither 8-bit nor a floating-point tensor, or the scale is not a positive
-            integer.
+    `lr` is a floating-point tensor (..., C, h, w) in [0, 1], or 8-bit pixels as in `degrade`. The result has the same
+    kind and dtype, ``h * scale`` by ``w * scale`` pixels. Half precision is computed in float32.
     """
     _check_scale(scale)
     if isinstance(lr, torch.Tensor) and lr.is_floating_point():
@@ -89,9 +75,7 @@ def _check_scale(scale: int) -> None:
 
 def _check_shape(tensor: torch.Tensor, caller: str) -> None:
     if tensor.ndim < 2 or 0 in tensor.shape:
-        raise BinarizeError(
-            f"{caller}: expected a tensor (..., C, H, W) with at least one pixel, got {tuple(tensor.shape)}"
-        )
+        raise BinarizeError(f"{caller}: expected a tensor (..., C, H, W) with pixels, got {tuple(tensor.shape)}")
 
 
 def _planes(pixels: Pixels, caller: str) -> tuple[torch.Tensor, Callable[[torch.Tensor], Pixels]]:
@@ -119,10 +103,8 @@ def _shrink(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
     """Downscale one axis, with the kernel stretched against aliasing."""
     lines = _mirror(planes, 2 * scale, axis).transpose(axis, -1)
     last = lines.shape[-1] - 5 * scale  # of the windows' starts
-    windows = (
-        lines[..., 2 * scale + at : 2 * scale + at + last + 1 : scale] * weight
-        for at, weight in _taps((scale - 1) / 2, scale)
-    )
+    taps = [(2 * scale + at, weight) for at, weight in _taps((scale - 1) / 2, scale)]
+    windows = (lines[..., start : start + last + 1 : scale] * weight for start, weight in taps)
     return _sum(windows).transpose(axis, -1)
 
 
@@ -151,12 +133,9 @@ def _cubic(x: float) -> float:
     return ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
 
 
-def _sum(products: Iterator[torch.Tensor]) -> torch.Tensor:
+def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
     # The same order everywhere and no fused multiply-add, so that a pixel's value does not depend on its position.
-    total = next(products)
-    for product in products:
-        total += product
-    return total
+    return functools.reduce(torch.Tensor.add_, products)
 
 
 def _mirror(planes: torch.Tensor, pad: int, axis: int) -> torch.Tensor:

@@ -16,16 +16,6 @@ from binarize.inspect.saturation import Saturation, saturation
 from binarize.inspect.shifts import TarBiases, tar_biases
 
 __all__ = [
-    "ActivationDistribution",
-    "Distribution",
-    "FlipRatios",
-    "FlipTracker",
-    "FusionDistributions",
-    "Run",
-    "Saturation",
-    "TarBiases",
-    "activation_distribution",
-    "fusion_distributions",
-    "saturation",
-    "tar_biases",
-]
+    "ActivationDistribution", "Distribution", "FlipRatios", "FlipTracker", "FusionDistributions", "Run", "Saturation",
+    "TarBiases", "activation_distribution", "fusion_distributions", "saturation", "tar_biases",
+]  # fmt: skip

@@ -20,13 +20,7 @@ from binarize.timestep import TIMESTEP_NAMES, timestep_argument
 
 @dataclass(frozen=True)
 class ActivationDistribution:
-    """The distribution of a module's input at S timesteps.
-
-    Attributes:
-        module: Name of the module.
-        timesteps: (S,) float64, ascending.
-        distributions: One per timestep.
-    """
+    """The distribution of a module's input at S timesteps: (S,) float64, ascending."""
 
     module: str
     timesteps: np.ndarray
@@ -38,9 +32,8 @@ class ActivationDistribution:
 
     def histogram(self, bins: int = 100) -> tuple[np.ndarray, np.ndarray]:
         """Return histograms of the sampled values over a common range: edges (bins + 1,) and densities (S, bins)."""
-        low = min(one.values.min() for one in self.distributions)
-        high = max(one.values.max() for one in self.distributions)
-        edges = np.histogram_bin_edges(np.array([low, high], dtype=np.float64), bins)
+        every = np.concatenate([one.values for one in self.distributions]).astype(np.float64)
+        edges = np.histogram_bin_edges(every, bins)
         return edges, np.stack([np.histogram(one.values, edges, density=True)[0] for one in self.distributions])
 
     def plot(self, ax: Axes | None = None, *, boxes: int = 20) -> Axes:
@@ -63,16 +56,9 @@ def activation_distribution(
 ) -> ActivationDistribution:
     """Record the input of a module for each timestep.
 
-    Args:
-        model: A model with a timestep, converted or not, whose ``forward`` is called by `run`.
-        module: The path of a module in it, such as "middle.0.conv1". The input of a binary layer comes before its
-            shift; the input of its "activation" ("middle.0.conv1.activation") is the input of its sign.
-        run: See `Run`; ``lambda: pipe(image)`` follows a sampling. Batches may mix timesteps.
-        samples: How many values are kept, at most, per image and call.
-
-    Raises:
-        BinarizeError: If the module or the model's timestep cannot be found, the run does not call the module, the
-            module's input is not a tensor or has not one item per image, or `samples` is less than 1.
+    `module` is a path in the model, such as "middle.0.conv1". The input of a binary layer comes before its shift; the
+    input of its "activation" ("middle.0.conv1.activation") is the input of its sign. ``run=lambda: pipe(image)``
+    follows a sampling. Batches may mix timesteps. At most `samples` values are kept per image and call.
     """
     watched = find_module(model, module, nn.Module)
     meters: dict[float, DistributionMeter] = {}
@@ -88,10 +74,8 @@ def activation_distribution(
         if x is None:
             raise BinarizeError(f"{module!r} is not called with a tensor, so there is no activation to record.")
         if len(current) != 1 and not (x.dim() and x.shape[0] == len(current)):
-            raise BinarizeError(
-                f"the input of {module!r} is {tuple(x.shape)} while the batch has {len(current)} timesteps; choose a "
-                "module whose input has one item per image, or run one timestep at a time."
-            )
+            shape = f"the input of {module!r} is {tuple(x.shape)} while the batch has {len(current)} timesteps"
+            raise BinarizeError(f"{shape}; choose a module with one item per image, or run one timestep at a time.")
         for timestep, part in zip(current, [x] if len(current) == 1 else x, strict=True):
             meters.setdefault(timestep, DistributionMeter(samples)).add(part)
 
@@ -102,8 +86,7 @@ def activation_distribution(
         execute(model, run)
     if not meters:
         raise not_called(module)
-    timesteps = sorted(meters)
-    distributions = tuple(meters[timestep].result() for timestep in timesteps)
+    timesteps, distributions = zip(*((key, meters[key].result()) for key in sorted(meters)), strict=True)
     return ActivationDistribution(module, np.array(timesteps, dtype=np.float64), distributions)
 
 
@@ -114,10 +97,8 @@ def _on_timestep(model: nn.Module, note: Callable[[Any], None]) -> RemovableHand
         return time_proj.register_forward_pre_hook(lambda _, args: note(args[0]))
     found = timestep_argument(model)
     if found is None:
-        raise BinarizeError(
-            f"{type(model).__name__} has no timestep: it has no `time_proj` module and its forward has none of the "
-            f"arguments {', '.join(TIMESTEP_NAMES)}; a distribution over timesteps needs one."
-        )
+        what = f"no `time_proj` module, and no argument of its forward is {' or '.join(TIMESTEP_NAMES)}"
+        raise BinarizeError(f"{type(model).__name__} has no timestep: {what}; a distribution over timesteps needs one.")
     name, position = found
 
     def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

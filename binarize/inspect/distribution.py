@@ -14,16 +14,7 @@ from binarize.errors import BinarizeError
 
 @dataclass(frozen=True)
 class Distribution:
-    """The distribution of a number of values.
-
-    Attributes:
-        count: Number of values.
-        mean: Their mean.
-        std: Their standard deviation (population).
-        minimum: The smallest value.
-        maximum: The largest value.
-        values: (n,) float32, all values or a random sample of each tensor.
-    """
+    """Exact moments of ``count`` values; ``values``, (n,) float32, are all or a random sample of each tensor's."""
 
     count: int
     mean: float
@@ -37,9 +28,6 @@ class DistributionMeter:
     """Accumulates tensors to a `Distribution`, keeping at most `samples` values of each tensor.
 
     The choice of values does not touch the global random state.
-
-    Raises:
-        BinarizeError: If `samples` is less than 1.
     """
 
     def __init__(self, samples: int) -> None:

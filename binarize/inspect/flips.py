@@ -23,12 +23,8 @@ _BITS_SET = torch.tensor([byte.bit_count() for byte in range(256)])
 class FlipRatios:
     """The share of binary weights whose sign changed, for S updates and L layers.
 
-    Attributes:
-        layers: Names of the layers.
-        weights: (L,) int64, number of signs of each layer (two per weight in two-basis methods).
-        steps: (S,) int64, the step of each update.
-        since_last: (S, L) float64, the share that changed since the previous update.
-        since_start: (S, L) float64, the share that differs from the start.
+    ``weights``, (L,) int64, are the signs of each layer: two per weight in two-basis methods. ``steps`` are (S,) int64,
+    the shares since the previous update and since the start (S, L) float64.
     """
 
     layers: tuple[str, ...]
@@ -66,13 +62,6 @@ class FlipTracker:
     its weights before the sign is followed correctly. The model's device holds two snapshots of one bit per sign: that
     of the last update and that of the start.
 
-    Args:
-        model: A converted model.
-        layers: Globs on the names of binary layers; all by default.
-
-    Raises:
-        BinarizeError: If the model has no binary layer, or a pattern matches none.
-
     Example:
         ```python
         tracker = FlipTracker(unet)
@@ -87,45 +76,28 @@ class FlipTracker:
         self._layers = select_layers(model, layers)
         self._start = self._last = self._snapshot()
         self._steps: list[int] = []
-        self._since_last: list[np.ndarray] = []
-        self._since_start: list[np.ndarray] = []
+        self._flips: list[tuple[np.ndarray, np.ndarray]] = []  # since the last update, and since the start
         bases = [bits.shape[0] for bits in self._start]
         self._weights = np.array([layer.weight.numel() for _, layer in self._layers], dtype=np.int64) * bases
 
     def update(self, step: int | None = None) -> float:
-        """Compare the signs with those of the last update and of the start.
-
-        Args:
-            step: The present step; by default one more than the last.
-
-        Returns:
-            The share of all signs that changed since the last update.
-
-        Raises:
-            BinarizeError: If `step` is not after the last one.
-        """
+        """Compare the signs at `step`, by default one more than the last; return the share that changed since then."""
         last = self._steps[-1] if self._steps else 0
         step = last + 1 if step is None else step
         if self._steps and step <= last:
             raise BinarizeError(f"update: step {step} is not after the last one, {last}.")
         now = self._snapshot()
-        flips = _count_flips(self._last, now)
+        flips = _count_flips(self._last, now), _count_flips(self._start, now)
         self._steps.append(step)
-        self._since_last.append(flips / self._weights)
-        self._since_start.append(_count_flips(self._start, now) / self._weights)
+        self._flips.append(flips)
         self._last = now
-        return float(flips.sum() / self._weights.sum())
+        return float(flips[0].sum() / self._weights.sum())
 
     def result(self) -> FlipRatios:
         """Return the ratios so far."""
-        shape = (len(self._steps), len(self._layers))
-        return FlipRatios(
-            layers=tuple(name for name, _ in self._layers),
-            weights=self._weights,
-            steps=np.array(self._steps, dtype=np.int64),
-            since_last=np.array(self._since_last, dtype=np.float64).reshape(shape),
-            since_start=np.array(self._since_start, dtype=np.float64).reshape(shape),
-        )
+        names = tuple(name for name, _ in self._layers)
+        ratios = np.array(self._flips, dtype=np.int64).reshape(-1, 2, len(names)) / self._weights
+        return FlipRatios(names, self._weights, np.array(self._steps, dtype=np.int64), ratios[:, 0], ratios[:, 1])
 
     def _snapshot(self) -> list[Tensor]:
         return [pack_bits(layer.binary_weight().codes) for _, layer in self._layers]

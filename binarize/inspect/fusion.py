@@ -18,13 +18,8 @@ from binarize.layers import AddFusion, CSFusion
 class FusionDistributions:
     """The distributions around one CS-Fusion.
 
-    Attributes:
-        module: Name of the module.
-        hidden: The decoder's activation.
-        skip: The encoder's activation.
-        mixed: The inputs of its convolutions, with channels of both.
-        fused: Its output.
-        added: The plain sum of hidden and skip, for comparison.
+    ``hidden`` is the decoder's activation, ``skip`` the encoder's, ``mixed`` the inputs of the convolutions, with
+    channels of both, ``fused`` the output, and ``added`` the plain sum of hidden and skip, for comparison.
     """
 
     module: str
@@ -35,10 +30,7 @@ class FusionDistributions:
     added: Distribution
 
     def plot(self, ax: Axes | None = None, *, bins: int = 100) -> Axes:
-        """Draw the densities between the 0.1st and the 99.9th percentile of all values.
-
-        Inputs are solid, mixed inputs dashed, the fused output and the plain sum thick.
-        """
+        """Draw the densities between the 0.1st and the 99.9th percentile of all values."""
         ax = get_axes(ax)
         curves: list[tuple[str, Distribution, dict[str, Any]]] = [
             ("hidden", self.hidden, {"color": "tab:blue"}),
@@ -60,15 +52,7 @@ class FusionDistributions:
 def fusion_distributions(model: nn.Module, module: str, run: Run, *, samples: int = 10_000) -> FusionDistributions:
     """Record the inputs and the output of a CS-Fusion, and the output that an addition would give.
 
-    Args:
-        model: A model with CS-Fusions, converted or not.
-        module: The path of one, such as "decoder.2.blocks.0.fusion".
-        run: See `Run`.
-        samples: How many values of each call are kept at most.
-
-    Raises:
-        BinarizeError: If there is no such CS-Fusion (the message names those there are), the run does not call it, or
-            `samples` is less than 1.
+    `module` is the path of one, such as "decoder.2.blocks.0.fusion". At most `samples` values of each call are kept.
     """
     fusion = find_module(model, module, CSFusion)
     addition = AddFusion(fusion.hidden_channels, fusion.skip_channels, fusion.out_channels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from binarize.conversion.export import binary_layers
 from binarize.conversion.packing import is_packed
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.modules import matches
 
 Run = Callable[[], object] | Tensor | Sequence[Any] | Mapping[str, Any]
 """How to run the model: a function without arguments that calls it any number of times (a pipeline, a loop over
@@ -24,14 +24,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[ExitStack]:
-    """Put a model into evaluation mode without gradients for the length of the context.
-
-    Yields:
-        A stack; contexts entered into it, such as handles of hooks, are closed at the end.
-
-    Raises:
-        BinarizeError: If the model is packed.
-    """
+    """Put a model into evaluation mode without gradients; close the contexts entered into the stack at the end."""
     _refuse_packed(model)
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -44,11 +37,7 @@ def observing(model: nn.Module) -> Iterator[ExitStack]:
 
 
 def execute(model: nn.Module, run: Run) -> None:
-    """Run the model.
-
-    Raises:
-        BinarizeError: If `run` has another type than `Run`.
-    """
+    """Run the model."""
     if isinstance(run, Tensor):
         model(run)
     elif isinstance(run, Mapping):
@@ -58,26 +47,18 @@ def execute(model: nn.Module, run: Run) -> None:
     elif callable(run):
         run()
     else:
-        raise BinarizeError(
-            f"run must be a function without arguments that calls the model, or the inputs of one forward (a tensor, "
-            f"a tuple or a mapping); got {run!r}."
-        )
+        allowed = "a function without arguments that calls the model, or a tensor, a tuple or a mapping of inputs"
+        raise BinarizeError(f"run must be {allowed}; got {run!r}.")
 
 
 def not_called(name: str) -> BinarizeError:
     """Return the error for a module that the run did not call."""
-    return BinarizeError(
-        f"the run did not call {name!r}, so there is nothing to show; a run must call the model that is inspected "
-        "(a pipeline's own network is pipe.unet), and the module must be part of its forward."
-    )
+    fix = "a run must call the inspected model (a pipeline's own network is pipe.unet) and, by it, the module."
+    return BinarizeError(f"the run did not call {name!r}, so there is nothing to show; {fix}")
 
 
 def find_module(model: nn.Module, name: str, kind: type[ModuleT]) -> ModuleT:
-    """Return a module of a model by its path.
-
-    Raises:
-        BinarizeError: If there is no module of that name and kind.
-    """
+    """Return a module of a model by its path and kind."""
     modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)}
     if name in modules:
         return modules[name]
@@ -90,39 +71,22 @@ def find_module(model: nn.Module, name: str, kind: type[ModuleT]) -> ModuleT:
 def select_layers(
     model: nn.Module, patterns: str | Sequence[str] | None
 ) -> list[tuple[str, BinaryConv2d | BinaryLinear]]:
-    """Return the binary layers whose name, or the name of a module around them, matches a pattern; all without one.
-
-    Raises:
-        BinarizeError: If the model is packed, has no binary layer, or a pattern matches none.
-    """
+    """Return the binary layers whose name, or the name of a module around them, matches a pattern; all without one."""
     _refuse_packed(model)
     layers = list(binary_layers(model))
     if not layers:
-        raise BinarizeError(
-            f"this {type(model).__name__} has no binary layer; call binarize.convert(model, method) first."
-        )
+        name = type(model).__name__
+        raise BinarizeError(f"this {name} has no binary layer; call binarize.convert(model, method) first.")
     if patterns is None:
         return layers
-    selected: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matching = [name for name, _ in layers if _matches(pattern, name)]
-        if not matching:
-            raise BinarizeError(
-                f"the pattern {pattern!r} matches no binary layer; names look like "
-                f"{', '.join(name for name, _ in layers[:3])}."
-            )
-        selected.update(matching)
-    return [(name, layer) for name, layer in layers if name in selected]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name, _ in layers):
+            like = ", ".join(name for name, _ in layers[:3])
+            raise BinarizeError(f"the pattern {pattern!r} matches no binary layer; names look like {like}.")
+    return [(name, layer) for name, layer in layers if any(matches(pattern, name) for pattern in patterns)]
 
 
 def _refuse_packed(model: nn.Module) -> None:
     if is_packed(model):
-        raise BinarizeError(
-            "inspect: this model is packed, so its parts do not run one by one; inspect an unpacked copy, "
-            "binarize.unpack(copy.deepcopy(model)), or load it with pack=False."
-        )
-
-
-def _matches(pattern: str, name: str) -> bool:
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+        raise BinarizeError("inspect: this model is packed; use binarize.unpack(copy.deepcopy(model)), or pack=False.")

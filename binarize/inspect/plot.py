@@ -13,22 +13,9 @@ else:
 
 
 def get_axes(ax: Axes | None, **figure: Any) -> Axes:
-    """Return the given axes, or those of a new pyplot figure.
-
-    Raises:
-        BinarizeError: If matplotlib is not installed.
-    """
+    """Return the given axes, or those of a new pyplot figure."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise BinarizeError("plots need matplotlib: pip install 'binarize-diffusion[plot]'") from error
     return pyplot.subplots(layout="constrained", **figure)[1] if ax is None else ax
-
-
-def label_layers(ax: Axes, names: tuple[str, ...]) -> None:
-    """Label the horizontal axis by layer names, or by numbers if names would not be legible."""
-    if len(names) <= 40:
-        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        ax.set_xlabel("layer")
-    else:
-        ax.set_xlabel(f"layer (0 is {names[0]}, {len(names) - 1} is {names[-1]})")

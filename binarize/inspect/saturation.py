@@ -12,19 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from binarize.inspect.observe import Run, execute, not_called, observing, select_layers
-from binarize.inspect.plot import Axes, get_axes, label_layers
+from binarize.inspect.plot import Axes, get_axes
 from binarize.layers import NormalizedApproxSign
 
 
 @dataclass(frozen=True)
 class Saturation:
-    """The share of saturated activations of L layers.
-
-    Attributes:
-        layers: Names of the layers.
-        share: (L,) float64, the share of the inputs of a layer's sign whose surrogate gradient is zero.
-        count: (L,) int64, number of inputs.
-    """
+    """The share, (L,) float64, of the inputs of L layers' signs whose surrogate gradient is zero, and their count."""
 
     layers: tuple[str, ...]
     share: np.ndarray
@@ -41,7 +35,10 @@ class Saturation:
         ax.bar(range(len(self.layers)), self.share)
         ax.axhline(self.overall, color="black", linewidth=1, label=f"all layers: {self.overall:.1%}")
         ax.set(ylim=(0, 1), ylabel="saturated activations")
-        label_layers(ax, self.layers)
+        names = self.layers
+        if len(names) <= 40:
+            ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        ax.set_xlabel("layer" if len(names) <= 40 else f"layer (0 is {names[0]}, {len(names) - 1} is {names[-1]})")
         ax.legend()
         return ax
 
@@ -52,23 +49,17 @@ def saturation(model: nn.Module, run: Run, *, layers: str | Sequence[str] | None
     With x the input of the sign, after the shift, these are |x| > 1 for the clipped estimator, |x| >= 1 for ApproxSign,
     x outside [0, 1] for DoReFa, and |x| >= 1 after normalisation for ReCU. The gradient of any other activation is
     computed; it must depend on each element alone. The sign of the identity estimator never saturates.
-
-    Args:
-        model: A converted model.
-        run: See `Run`.
-        layers: Globs on the names of binary layers; all by default.
-
-    Raises:
-        BinarizeError: If the model has no binary layer, a pattern matches none, or the run does not call one.
+    `layers` are globs on the names of binary layers, all by default.
     """
-    counts = {name: [0, 0] for name, _ in select_layers(model, layers)}
+    chosen = select_layers(model, layers)
+    counts = {name: [0, 0] for name, _ in chosen}
 
     def record(held: list[int], activation: nn.Module, args: tuple[Any, ...]) -> None:
         held[0] += int(_is_saturated(activation, args[0]).sum())
         held[1] += args[0].numel()
 
     with observing(model) as undo:
-        for name, layer in select_layers(model, layers):
+        for name, layer in chosen:
             undo.enter_context(layer.activation.register_forward_pre_hook(partial(record, counts[name])))
         execute(model, run)
     for name, (_, seen) in counts.items():

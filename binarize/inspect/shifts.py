@@ -16,26 +16,16 @@ from binarize.layers import Shift
 
 @dataclass(frozen=True)
 class TarBiases:
-    """The biases that L layers add before the sign.
+    """The biases that layers add before the sign: by name, (K, C) float64 for K timestep groups.
 
-    Attributes:
-        biases: Layer name -> (K, C) float64, one row per timestep group; K = 1 if all timesteps share the shift.
-        num_train_timesteps: T, or None if no layer uses the timestep.
+    K is 1 if all timesteps share the shift; ``num_train_timesteps`` is None if no layer uses the timestep.
     """
 
     biases: dict[str, np.ndarray]
     num_train_timesteps: int | None
 
     def plot(self, ax: Axes | None = None, *, layer: str | None = None) -> Axes:
-        """Draw a box plot of the biases for each timestep group.
-
-        Args:
-            ax: The axes; by default those of a new figure.
-            layer: The layer; by default all layers together, which must have the same K.
-
-        Raises:
-            BinarizeError: If matplotlib is missing, there is no such layer, or the layers differ in K.
-        """
+        """Draw a box plot of the biases for each timestep group, of one layer or of all, which must have the same K."""
         values = self._values(layer)
         ax = get_axes(ax)
         groups = len(values)
@@ -48,17 +38,13 @@ class TarBiases:
     def _values(self, layer: str | None) -> np.ndarray:
         if layer is not None:
             if layer not in self.biases:
-                raise BinarizeError(
-                    f"there are no biases of a layer {layer!r}; layers with biases: {', '.join([*self.biases][:4])}."
-                    + did_you_mean(layer, self.biases)
-                )
+                some = f"{', '.join([*self.biases][:4])}.{did_you_mean(layer, self.biases)}"
+                raise BinarizeError(f"there are no biases of a layer {layer!r}; layers with biases: {some}")
             return self.biases[layer]
         groups = sorted({len(values) for values in self.biases.values()})
         if len(groups) > 1:
-            raise BinarizeError(
-                f"the layers have different numbers of timestep groups ({', '.join(map(str, groups))}), which one plot "
-                "cannot show; name a layer: plot(layer=...)."
-            )
+            found = ", ".join(map(str, groups))
+            raise BinarizeError(f"the layers have different numbers of timestep groups ({found}); use plot(layer=...).")
         return np.concatenate([*self.biases.values()], axis=1)
 
     def _label(self, group: int, groups: int) -> str:
@@ -72,19 +58,12 @@ class TarBiases:
 def tar_biases(model: nn.Module, layers: str | Sequence[str] | None = None) -> TarBiases:
     """Return the biases of timestep-aware redistribution (TaR), or of a plain shift in its place.
 
-    Args:
-        model: A converted model.
-        layers: Globs on the names of binary layers; all by default.
-
-    Raises:
-        BinarizeError: If the model has no binary layer, a pattern matches none, or none of the layers has a shift.
+    `layers` are globs on the names of binary layers, all by default.
     """
     shifts = {name: layer.pre for name, layer in select_layers(model, layers) if isinstance(layer.pre, Shift)}
     if not shifts:
-        raise BinarizeError(
-            "none of these binary layers has a shift before its sign; methods with one are bidiffsr (TaR), reactnet "
-            'and bbcu, or any with the option pre="shift" or pre="tar".'
-        )
+        fix = 'use bidiffsr (TaR), reactnet or bbcu, or the option pre="shift" or pre="tar" of another method'
+        raise BinarizeError(f"none of these binary layers has a shift before its sign; {fix}.")
     steps = [shift.context.num_train_timesteps for shift in shifts.values() if shift.context is not None]
     biases = {name: shift.bias.detach().double().cpu().numpy() for name, shift in shifts.items()}
     return TarBiases(biases, steps[-1] if steps else None)

@@ -22,45 +22,41 @@ from binarize.models import SRUNet, SuperResolutionPipeline, load_official
 def test_a_model_on_the_hub_is_downloaded(
     model: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = []
-
-    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
-        requests.append((repo, allow_patterns))
-        return str(model.parent)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    succeeds("upscale", small, tmp_path / "a.png", "--model", f"someone/models/{model.name}", "--steps", "1")
-    assert ("someone/models", [f"{model.name}/*.json", f"{model.name}/*.safetensors"]) in requests
-    succeeds("upscale", small, tmp_path / "b.png", "--model", model, "--steps", "1")
+    download = Mock(return_value=str(model.parent))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for name, given in (("a.png", f"someone/models/{model.name}"), ("b.png", model)):
+        succeeds("upscale", small, tmp_path / name, "--model", given, "--steps", "1")
+    download.assert_called_with(
+        "someone/models", allow_patterns=[f"{model.name}/*.json", f"{model.name}/*.safetensors"]
+    )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert "has no folder sub" in fails("upscale", small, tmp_path / "c.png", "--model", "some/one/sub")
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("name", "error", "message"),
     [
-        (RepositoryNotFoundError("404", response=Mock()), "no repository some/one on the Hugging Face hub"),
-        (HFValidationError("odd"), "no repository some/one"),
-        (LocalEntryNotFoundError("offline"), "the Hugging Face hub cannot be reached, and some/one was not downloaded"),
-        (OSError("disk\nfull"), "cannot be downloaded from the Hugging Face hub: disk full"),
+        ("a/b", RepositoryNotFoundError("404", response=Mock()), "no repository a/b on the Hugging Face hub"),
+        ("a/b", HFValidationError("odd"), "no repository a/b"),
+        (
+            "a/b",
+            LocalEntryNotFoundError("offline"),
+            "the Hugging Face hub cannot be reached, and a/b was not downloaded",
+        ),
+        ("a/b", OSError("disk\nfull"), "cannot be downloaded from the Hugging Face hub: disk full"),
+        *(
+            (name, AssertionError("asked the hub"), "no such file or folder")
+            for name in ("{here}/missing", "runs/missing", "one", "some/BI-DiffSR_x2.pth", "a/b/x.safetensors")
+        ),
     ],
 )
-def test_errors_of_the_hub(small: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(error))
-    assert message in fails("upscale", small, small.with_name("large.png"), "--model", "some/one")
-
-
-@pytest.mark.parametrize(
-    "name", ["{here}/missing", "runs/missing", "one", "some/BI-DiffSR_x2.pth", "a/b/x.safetensors"]
-)
-def test_paths_are_not_looked_up_on_the_hub(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+def test_errors_of_the_hub_and_paths_that_are_not_looked_up_there(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, message: str
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(AssertionError("asked the hub")))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(error))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    message = fails("upscale", small, tmp_path / "large.png", "--model", name.format(here=tmp_path))
-    assert "no such file or folder" in message
+    assert message in fails("upscale", small, tmp_path / "large.png", "--model", name.format(here=tmp_path))
 
 
 def test_a_network_without_a_scale_needs_one(model: Path, small: Path, tmp_path: Path) -> None:
@@ -70,21 +66,19 @@ def test_a_network_without_a_scale_needs_one(model: Path, small: Path, tmp_path:
     with Image.open(target) as large:
         assert large.size == (33, 27)
     assert "upscales by 2" in fails("upscale", small, tmp_path / "other.png", "--model", model, "--scale", "4")
+    SRUNet(**NETWORK, num_train_timesteps=1000).save_pretrained(tmp_path / "short")
+    message = fails("upscale", small, target, "--model", tmp_path / "short", "--scale", "2", "--force")
+    assert "is a network of 1000 timesteps without its noise schedule" in message
+    assert "Give the folder of its pipeline" in message
 
 
 def test_the_network_of_a_pipeline_stands_for_the_pipeline(model: Path, small: Path, tmp_path: Path) -> None:
-    for name, given in (("whole", model), ("folder", model / "unet"), ("file", model / "unet" / WEIGHTS)):
-        succeeds("upscale", small, tmp_path / f"{name}.png", "--model", given, "--steps", "2")
-    whole, *others = ((tmp_path / f"{name}.png").read_bytes() for name in ("whole", "folder", "file"))
-    assert others == [whole, whole]
+    images = set()
+    for given in (model, model / "unet", model / "unet" / WEIGHTS):
+        succeeds("upscale", small, tmp_path / "a.png", "--model", given, "--steps", "2", "--force")
+        images.add((tmp_path / "a.png").read_bytes())
+    assert len(images) == 1
     assert "upscales by 2" in fails("upscale", small, tmp_path / "x.png", "--model", model / "unet", "--scale", "3")
-
-
-def test_a_network_alone_must_have_the_released_schedule(small: Path, tmp_path: Path) -> None:
-    SRUNet(**NETWORK, num_train_timesteps=1000).save_pretrained(tmp_path / "alone")
-    message = fails("upscale", small, tmp_path / "large.png", "--model", tmp_path / "alone", "--scale", "2")
-    assert "is a network of 1000 timesteps without its noise schedule" in message
-    assert "Give the folder of its pipeline" in message
 
 
 def drop_a_weight(folder: Path) -> None:
@@ -93,6 +87,12 @@ def drop_a_weight(folder: Path) -> None:
     weights.pop("conv_out.bias")
     weights["left_over"] = torch.zeros(1)
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def make_a_checkpoint(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "state.pt").touch()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,7 @@ def drop_a_weight(folder: Path) -> None:
         (drop_a_weight, "1 missing keys, 1 unexpected keys, such as conv_out.bias"),
         (lambda f: (f / "unet" / WEIGHTS).write_bytes(b"cut"), "cannot be read as an SRUNet"),
         (lambda f: (f / "unet" / WEIGHTS).unlink(), "cannot be read as an SRUNet"),
+        (make_a_checkpoint, "is a training checkpoint"),
     ],
 )  # fmt: skip
 def test_damaged_models(model: Path, small: Path, tmp_path: Path, damage: Any, message: str) -> None:
@@ -121,19 +122,6 @@ def test_damaged_models(model: Path, small: Path, tmp_path: Path, damage: Any, m
     assert message in error
     assert str(folder) in error
     assert contents(tmp_path) == before
-
-
-def test_other_files_and_checkpoints_are_refused(small: Path, tmp_path: Path) -> None:
-    assert "is not a model" in fails("upscale", small, tmp_path / "large.png", "--model", small)
-    checkpoint = tmp_path / "run" / "checkpoint-5"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "state.pt").touch()
-    message = fails("upscale", small, tmp_path / "large.png", "--model", checkpoint)
-    assert "is a training checkpoint" in message
-    assert str(tmp_path / "run" / "model") in message
-
-
-# import-official
 
 
 def test_import_official_gives_a_model(small: Path, tmp_path: Path) -> None:
@@ -154,23 +142,23 @@ def test_import_official_gives_a_model(small: Path, tmp_path: Path) -> None:
 
 def test_import_official_refuses_a_configuration_that_does_not_fit(tmp_path: Path) -> None:
     checkpoint, config = official_checkpoint()
-    target = tmp_path / "imported"
-    command = ["import-official", str(checkpoint), str(target), "--scale", "2"]
-    assert "does not fit the configuration" in fails(*command)
-    assert "Did you mean 'inner_channel'" in fails(*command, "inner_chanel=32")
-    assert "is not KEY=VALUE" in fails(*command, "inner_channel")
-    assert "is not a value" in fails(*command, "channel_mults=[1,2")
-    assert "is not a file" in fails("import-official", tmp_path / "none.pth", target, "--scale", "2")
     (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:5000])
-    assert "not a readable" in fails("import-official", tmp_path / "cut.pth", target, "--scale", "2")
-    assert not target.exists()
-    make_image(4, 4).save(tmp_path / "small.png")
-    upscale = ["upscale", tmp_path / "small.png", tmp_path / "large.png", "--model", checkpoint]
-    assert "add --scale" in fails(*upscale)
-    assert "does not fit the configuration" in fails(*upscale, "--scale", "2")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    make_image(4, 4).save(tmp_path / "small.png")
     before = contents(tmp_path)
-    message = fails("import-official", checkpoint, tmp_path / "thesis", "--scale", "2", "--force", *config)
-    assert "is not a model's folder" in message
+    for source, name, options, message in (
+        (checkpoint, "new", [], "does not fit the configuration"),
+        (checkpoint, "new", ["inner_chanel=32"], "Did you mean 'inner_channel'"),
+        (checkpoint, "new", ["inner_channel"], "is not KEY=VALUE"),
+        (checkpoint, "new", ["channel_mults=[1,2"], "is not a value"),
+        (tmp_path / "none.pth", "new", [], "is not a file"),
+        (tmp_path / "cut.pth", "new", [], "not a readable"),
+        (checkpoint, "thesis", ["--force", *config], "is not a model's folder"),
+    ):
+        assert message in fails("import-official", source, tmp_path / name, "--scale", "2", *options)
+    upscale = ["upscale", tmp_path / "small.png", tmp_path / "large.png", "--model"]
+    assert "add --scale" in fails(*upscale, checkpoint)
+    assert "does not fit the configuration" in fails(*upscale, checkpoint, "--scale", "2")
+    assert "is not a model" in fails(*upscale, tmp_path / "small.png")
     assert contents(tmp_path) == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +16,11 @@ from binarize.models import SRUNet, SuperResolutionPipeline
 def test_a_packed_pipeline_gives_the_images_of_the_binary_one(
     model: Path, packed: Path, small: Path, tmp_path: Path
 ) -> None:
-    output = succeeds("pack", packed, tmp_path / "deep" / "half", "--dtype", "float16")  # from packed to packed
-    size = (packed / "unet" / WEIGHTS).stat().st_size
-    assert size < 0.6 * (model / "unet" / WEIGHTS).stat().st_size
-    half = (tmp_path / "deep" / "half" / "unet" / WEIGHTS).stat().st_size
-    assert half < 0.8 * size
-    assert f"wrote {tmp_path / 'deep' / 'half'}, the network in {half / 1e6:.2f} MB" in output
+    low = tmp_path / "deep" / "half"
+    output = succeeds("pack", packed, low, "--dtype", "float16")  # from packed to packed
+    whole, size, half = ((folder / "unet" / WEIGHTS).stat().st_size for folder in (model, packed, low))
+    assert half < 0.8 * size < 0.6 * 0.8 * whole
+    assert f"wrote {low}, the network in {half / 1e6:.2f} MB" in output
 
     def upscale(given: Path, *options: str) -> np.ndarray:
         target = tmp_path / "large.png"
@@ -34,7 +32,7 @@ def test_a_packed_pipeline_gives_the_images_of_the_binary_one(
     # Rounding flips single signs, which an untrained network of 8 channels passes on to the image.
     assert np.abs(bits - unpacked).mean() < 2
     assert np.array_equal(upscale(packed, "--no-pack"), unpacked)
-    upscale(tmp_path / "deep" / "half", "--dtype", "bfloat16")
+    upscale(low, "--dtype", "bfloat16")
 
 
 def test_a_network_and_its_file_are_models_too(model: Path, small: Path, tmp_path: Path) -> None:
@@ -58,16 +56,18 @@ def test_a_released_checkpoint_is_packed(tmp_path: Path) -> None:
 
 
 def test_the_source_and_other_files_are_never_lost(model: Path, packed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "notes.txt").write_text("mine")
-    assert "is not a model's folder" in fails("pack", model, run)
-    assert "is not a model's folder" in fails("pack", model, run / "notes.txt")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
     target = shutil.copytree(packed, tmp_path / "packed")
     before = contents(tmp_path)
-    assert "already holds a model" in fails("pack", model, target)
-    for place in (target, tmp_path):
-        assert f"holds the source {target}, which would be lost" in fails("pack", target, place, "--force")
+    for source, place, options, message in (
+        (model, tmp_path / "run", [], "is not a model's folder"),
+        (model, tmp_path / "run" / "notes.txt", [], "is not a model's folder"),
+        (model, target, [], "already holds a model"),
+        (target, target, ["--force"], f"holds the source {target}, which would be lost"),
+        (target, tmp_path, ["--force"], f"holds the source {target}, which would be lost"),
+    ):
+        assert message in fails("pack", source, place, *options)
     assert contents(tmp_path) == before
     (target / ".git").mkdir()
     assert "holds other files than a model's, such as .git" in fails("pack", model, target, "--force")
@@ -76,29 +76,31 @@ def test_the_source_and_other_files_are_never_lost(model: Path, packed: Path, tm
     assert contents(tmp_path) != before
 
 
-def test_a_source_without_bits_is_refused(model: Path, small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("plain", [], "is not converted"),
+        ("small.png", [], "is not a model"),
+        ("missing", [], "no such file or folder"),
+        ("model", ["--scale", "4"], "upscales by 2"),
+        (f"plain/{WEIGHTS}", [], "holds no packed model"),
+    ],
+)
+def test_a_source_without_bits_is_refused(
+    model: Path, small: Path, tmp_path: Path, source: str, options: list[str], message: str
+) -> None:
     SRUNet(**NETWORK).save_pretrained(tmp_path / "plain")
-    assert "is not converted" in fails("pack", tmp_path / "plain", tmp_path / "out")
-    assert "is not a model" in fails("pack", small, tmp_path / "out")
-    assert "no such file or folder" in fails("pack", tmp_path / "missing", tmp_path / "out")
-    assert "upscales by 2" in fails("pack", model, tmp_path / "out", "--scale", "4")
-    assert "holds no packed model" in fails("pack", tmp_path / "plain" / WEIGHTS, tmp_path / "out")
+    (tmp_path / "model").symlink_to(model)
+    assert message in fails("pack", tmp_path / source, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]), "cannot be read as a safetensors file"),
-        (lambda f: (f / WEIGHTS).unlink(), "cannot be read"),
-        (lambda f: edit_json(f / "config.json", conversion={"packed": 9}), ""),
-    ],
-)
-def test_damaged_packed_models(packed: Path, small: Path, tmp_path: Path, damage: Any, message: str) -> None:
+def test_damaged_packed_models(packed: Path, small: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(packed, tmp_path / "packed")
-    damage(folder / "unet")
-    if message:
-        assert message in fails("upscale", small, tmp_path / "large.png", "--model", folder)
-        assert not (tmp_path / "large.png").exists()
-    else:  # the weights file has its own configuration, which takes precedence
-        succeeds("upscale", small, tmp_path / "large.png", "--model", folder, "--steps", "1")
+    weights, command = folder / "unet" / WEIGHTS, ["upscale", small, tmp_path / "large.png", "--model", folder]
+    edit_json(folder / "unet" / "config.json", conversion={"packed": 9})
+    succeeds(*command, "--steps", "1")  # the weights file has its own configuration, which takes precedence
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "cannot be read as a safetensors file" in fails(*command, "--force")
+    weights.unlink()
+    assert "cannot be read" in fails(*command, "--force")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_case import contents, fails, make_image, run, succeeds
+from cli_case import contents, fails, make_image, succeeds
 from PIL import Image
 from training_case import TINY
 
@@ -16,8 +16,7 @@ from binarize.imaging import degrade, read_image
 
 def test_from_a_recipe_to_an_upscaled_image(photos: Path, small: Path, tmp_path: Path) -> None:
     run_folder, results = tmp_path / "run", tmp_path / "results"
-    tiny = [*TINY, "max_train_steps=3", f"train_data_dir={photos}", f"output_dir={run_folder}"]
-    train = ["train", "demo", *tiny]
+    train = ["train", "demo", *TINY, "max_train_steps=3", f"train_data_dir={photos}", f"output_dir={run_folder}"]
     assert f"model: {run_folder / 'model'}" in succeeds(*train)
     assert "already holds a run" in fails(*train)
     assert "step 3 was already reached" in succeeds(*train, "--resume", "latest")
@@ -27,7 +26,7 @@ def test_from_a_recipe_to_an_upscaled_image(photos: Path, small: Path, tmp_path:
     evaluate = ["evaluate", str(run_folder), "--data", str(photos), "--lpips", "none", "--steps", "1"]
     table = succeeds(*evaluate, "--output", str(results))
     assert re.search(r"\| \*\*mean\*\* \| \*\*\d+\.\d\d\*\* \| \*\*0\.\d{4}\*\*", table)
-    assert sorted(p.name for p in results.iterdir()) == [f"evaluation.{kind}" for kind in ("csv", "json", "md")]
+    assert sorted(contents(results)) == [f"evaluation.{kind}" for kind in ("csv", "json", "md")]
     assert "already exists" in fails(*evaluate, "--output", str(results))
     assert "| p1 |" not in succeeds(*evaluate, "--output", str(results), "--force", "--limit", "1")
 
@@ -39,23 +38,20 @@ def test_from_a_recipe_to_an_upscaled_image(photos: Path, small: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "unknown recipe 'nothing'"),
-        (["demo", "learning_rat=1"], "Did you mean 'learning_rate'?"),
-        (["demo", "learning_rate"], "is not key=value"),
-        (["demo", "method=bidifsr", "resolution=16", "train_data_dir={photos}"], "Did you mean 'bidiffsr'?"),
-        (["demo", "method.group=3", "resolution=16", "train_data_dir={photos}"], "Did you mean 'groups'?"),
-        (["demo"], "train_data_dir: missing"),
-        (["demo", "train_data_dir=nowhere"], "no such folder"),
-        (["demo", "train_data_dir={photos}", "resolution=64"], "at least 64x64 are needed"),
+        ("nothing", "unknown recipe 'nothing'"),
+        ("demo learning_rat=1", "Did you mean 'learning_rate'?"),
+        ("demo learning_rate", "is not key=value"),
+        ("demo method=bidifsr resolution=16 train_data_dir={photos}", "Did you mean 'bidiffsr'?"),
+        ("demo method.group=3 resolution=16 train_data_dir={photos}", "Did you mean 'groups'?"),
+        ("demo", "train_data_dir: missing"),
+        ("demo train_data_dir=nowhere", "no such folder"),
+        ("demo train_data_dir={photos} resolution=64", "at least 64x64 are needed"),
     ],
 )
-def test_recipes_that_cannot_run(photos: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    recipe, *changes = [argument.format(photos=photos) for argument in arguments]
-    result = run("train", recipe, f"output_dir={tmp_path / 'run'}", *changes)
-    assert result.exit_code == 1
-    assert isinstance(result.exception, SystemExit)
-    assert message in result.stderr
-    assert result.stderr.startswith("error: ")
+def test_recipes_that_cannot_run(photos: Path, tmp_path: Path, arguments: str, message: str) -> None:
+    assert message in fails(
+        "train", *arguments.format(photos=photos).split(), f"output_dir={tmp_path / 'run'}", lines=9
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -76,26 +72,26 @@ def test_evaluate_reads_low_resolution_files(model: Path, photos: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "{tmp}/none"], "no such folder"),
-        (["--data", "{tmp}/empty"], "holds no images"),
-        (["--data", "{photos}", "--output", "{photos}/p0.png"], "is a file; --output takes a folder"),
-        (["--data", "{photos}", "--lpips-backbone", "{tmp}/none.pth"], "no such LPIPS backbone file"),
-        (["--data", "{photos}", "--scale", "4"], "upscales by 2"),
+        ("--data {tmp}/none", "no such folder"),
+        ("--data {tmp}", "holds no images"),
+        ("--data {photos} --output {photos}/p0.png", "is a file; --output takes a folder"),
+        ("--data {photos} --lpips-backbone {tmp}/none.pth", "no such LPIPS backbone file"),
+        ("--data {photos} --scale 4", "upscales by 2"),
     ],
 )
 def test_data_and_options_that_cannot_be_evaluated(
-    model: Path, photos: Path, tmp_path: Path, arguments: list[str], message: str
+    model: Path, photos: Path, tmp_path: Path, arguments: str, message: str
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    assert message in fails("evaluate", model, *(text.format(tmp=tmp_path, photos=photos) for text in arguments))
+    assert message in fails("evaluate", model, *arguments.format(tmp=tmp_path, photos=photos).split())
 
 
 def test_evaluate_takes_packed_models(model: Path, packed: Path, photos: Path, tmp_path: Path) -> None:
-    options = ("--data", photos, "--lpips", "none", "--steps", "1", "--limit", "1")
     means = []
-    for given, more in ((packed, ()), (model, ()), (model, ("--no-pack",))):
-        out = tmp_path / f"{given.name}{len(more)}"
-        succeeds("evaluate", given, *options, *more, "--output", out)
+    for number, given in enumerate(([packed], [model], [model, "--no-pack"])):
+        out = tmp_path / str(number)
+        succeeds(
+            "evaluate", *given, "--data", photos, *["--lpips", "none", "--steps", "1", "--limit", "1", "--output"], out
+        )
         means.append(json.loads((out / "evaluation.json").read_text())["mean"]["model"])
     assert means[0] == means[1]
     assert means[0]["PSNR"] == pytest.approx(means[2]["PSNR"], abs=0.5)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +11,7 @@ import torch
 from PIL import Image, ImageCms
 
 from binarize.errors import BinarizeError
-from binarize.imaging import (
-    DecodedImage,
-    image_size,
-    list_images,
-    read_image,
-    save_image,
-    to_image,
-)
+from binarize.imaging import DecodedImage, image_size, list_images, read_image, save_image, to_image
 
 
 def opened(path: Path) -> Image.Image:
@@ -39,76 +32,55 @@ def noise(mode: str, size: tuple[int, int] = (6, 4)) -> Image.Image:
     return Image.frombytes(mode, size, raw)
 
 
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
 class TestDecodedImage:
     @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16"])
     @pytest.mark.parametrize("suffix", [".png", ".tif"])
     def test_a_round_trip_changes_nothing(self, mode: str, suffix: str, tmp_path: Path) -> None:
         source = noise(mode)
-        path = save_image(source, tmp_path / f"a{suffix}")
-        image = read_image(path)
-        assert image.mode == mode
-        assert image.rgb.dtype == torch.float32
-        assert image.rgb.shape == (3, 4, 6)
+        image = read_image(save_image(source, tmp_path / f"a{suffix}"))
+        assert (image.mode, image.rgb.dtype, image.rgb.shape) == (mode, torch.float32, (3, 4, 6))
         assert (image.alpha is not None) == (mode in ("LA", "RGBA"))
         assert image.is_grey == (mode in ("L", "LA", "I;16"))
         assert torch.equal(image.pixels().float(), (image.rgb * 255).round())
-        back = image.to_pil()
-        assert back.mode == mode
-        np.testing.assert_array_equal(np.array(back), np.array(source))
+        assert image.to_pil().mode == mode
+        np.testing.assert_array_equal(np.array(image.to_pil()), np.array(source))
 
-    def test_one_bit_becomes_greyscale(self, tmp_path: Path) -> None:
-        save_image(noise("1"), tmp_path / "a.png")
-        image = read_image(tmp_path / "a.png")
-        assert image.mode == "1"
-        assert set(image.rgb.unique().tolist()) == {0.0, 1.0}
-        np.testing.assert_array_equal(np.array(image.to_pil()), np.array(noise("1")) * 255)
-
-    def test_a_palette_with_transparency(self, tmp_path: Path) -> None:
-        image = Image.new("P", (2, 1))
-        image.putpalette([10, 20, 30, 200, 100, 0])
-        image.putpixel((1, 0), 1)
-        image.save(tmp_path / "a.png", transparency=bytes([0, 128]))
-        image = read_image(tmp_path / "a.png")
-        assert image.mode == "P"
-        assert image.alpha is not None
-        assert image.to_pil().mode == "RGBA"
-        assert list(np.array(image.to_pil()).reshape(-1)) == [10, 20, 30, 0, 200, 100, 0, 128]
-
-    def test_greyscale_with_one_transparent_level(self, tmp_path: Path) -> None:
-        Image.fromarray(np.array([[7, 9]], np.uint8)).save(tmp_path / "a.png", transparency=7)
-        back = read_image(tmp_path / "a.png").to_pil()
-        assert back.mode == "LA"
-        assert np.array(back).tolist() == [[[7, 0], [9, 255]]]
-
-    def test_cmyk(self, tmp_path: Path) -> None:
-        Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(tmp_path / "a.tif")
-        image = read_image(tmp_path / "a.tif")
-        assert image.mode == "CMYK"
-        assert image.rgb[:, 0, 0].tolist() == [1.0, 0.0, 0.0]
-        assert image.to_pil().mode == "RGB"
-
-    def test_cmyk_with_a_foreign_profile_still_reads(self, tmp_path: Path) -> None:
-        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-        for profile in (srgb, b"not a profile"):
-            Image.new("CMYK", (2, 2), (0, 0, 0, 255)).save(tmp_path / "a.tif", icc_profile=profile)
-            image = read_image(tmp_path / "a.tif")
-            assert image.rgb.max() == 0
-            assert image.icc_profile is None
+    @pytest.mark.parametrize(
+        ("mode", "levels", "options", "written", "expected"),
+        [
+            ("1", [True, False], {}, "L", [255, 0]),
+            ("P", [0, 1], {"transparency": bytes([0, 128])}, "RGBA", [10, 20, 30, 0, 200, 100, 0, 128]),
+            ("L", [7, 9], {"transparency": 7}, "LA", [7, 0, 9, 255]),
+            ("CMYK", [(0, 255, 255, 0), (0, 0, 0, 255)], {}, "RGB", [255, 0, 0, 0, 0, 0]),
+            ("CMYK", [(0, 0, 0, 255), (0, 0, 0, 0)], {"icc_profile": SRGB}, "RGB", [0, 0, 0, 255, 255, 255]),
+            ("CMYK", [(0, 0, 0, 255), (0, 0, 0, 0)], {"icc_profile": b"none"}, "RGB", [0, 0, 0, 255, 255, 255]),
+        ],
+    )
+    def test_other_modes(
+        self, mode: str, levels: list[Any], options: dict[str, Any], written: str, expected: list[int], tmp_path: Path
+    ) -> None:
+        source = Image.new(mode, (2, 1))
+        if mode == "P":
+            source.putpalette([10, 20, 30, 200, 100, 0])
+        source.putdata(levels)
+        path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+        source.save(path, **options)
+        image = read_image(path)
+        assert (image.mode, image.icc_profile, image.to_pil().mode) == (mode, None, written)
+        assert np.array(image.to_pil()).ravel().tolist() == expected
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_orientation_is_applied_once_and_dropped(self, orientation: int, tmp_path: Path) -> None:
         upright = np.array(noise("RGB", (3, 2)))
         # How a camera stores an upright scene under each tag (EXIF 2.3, 4.6.4 A): the inverse of the shown transform.
-        stored = {
-            1: upright,
-            2: upright[:, ::-1],
-            3: upright[::-1, ::-1],
-            4: upright[::-1],
-            5: upright.transpose(1, 0, 2),
-            6: np.rot90(upright, 1),
-            7: upright[::-1, ::-1].transpose(1, 0, 2),
-            8: np.rot90(upright, -1),
-        }[orientation]
+        turned, mirrored = upright[::-1, ::-1], upright.transpose(1, 0, 2)
+        stored = [
+            upright, upright[:, ::-1], turned, upright[::-1],
+            mirrored, np.rot90(upright, 1), turned.transpose(1, 0, 2), np.rot90(upright, -1),
+        ][orientation - 1]  # fmt: skip
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
@@ -125,9 +97,8 @@ class TestDecodedImage:
         assert image_size(tmp_path / "a.jpg") == (4, 6)
 
     def test_colour_profiles_are_kept_only_where_they_fit(self, tmp_path: Path) -> None:
-        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-        for mode, kept in (("RGB", profile), ("RGBA", profile), ("L", None)):
-            noise(mode).save(tmp_path / "a.png", icc_profile=profile)
+        for mode, kept in (("RGB", SRGB), ("RGBA", SRGB), ("L", None)):
+            noise(mode).save(tmp_path / "a.png", icc_profile=SRGB)
             image = read_image(tmp_path / "a.png")
             assert image.icc_profile == kept
             save_image(image, tmp_path / "b.png", force=True)
@@ -136,9 +107,7 @@ class TestDecodedImage:
     def test_new_pixels(self) -> None:
         image = to_image(noise("L"))
         grey = image.with_pixels(torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 2, 2), None).to_pil()
-        assert grey.mode == "L"
-        assert grey.size == (2, 2)
-        assert grey.getpixel((0, 0)) == round(0.299 * 255)
+        assert (grey.mode, grey.size, grey.getpixel((0, 0))) == ("L", (2, 2), round(0.299 * 255))
         beyond = image.with_pixels(torch.full((3, 1, 1), 2.0), torch.full((1, 1, 1), -1.0)).to_pil()
         assert beyond.getpixel((0, 0)) == (255, 0)
         deep = to_image(noise("I;16"))
@@ -156,29 +125,28 @@ class TestDecodedImage:
 
 
 class TestReading:
-    def write(self, path: Path, content: bytes) -> Path:
-        path.write_bytes(content)
-        return path
-
-    def test_what_is_no_image(self, tmp_path: Path) -> None:
-        buffer = io.BytesIO()
-        noise("RGB", (64, 64)).save(buffer, "PNG")
-        png = buffer.getvalue()
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("missing.png", None, "no such file"),
+            (".", None, "is a folder"),
+            ("empty.png", slice(0), "is not an image that Pillow can read"),
+            ("text.png", b"hello", "is not an image that Pillow can read"),
+            ("cut.png", slice(6000), "cannot decode|cannot be read"),
+            ("stub.png", slice(20), "is not an image|cannot be read"),
+            ("float.tif", None, "mode 'F' are not supported"),
+        ],
+    )
+    def test_what_is_no_image(self, name: str, content: Any, message: str, tmp_path: Path) -> None:
+        noise("RGB", (64, 64)).save(tmp_path / "whole.png")
         Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "float.tif")
-        cases = {
-            tmp_path / "missing.png": "no such file",
-            tmp_path: "is a folder",
-            self.write(tmp_path / "empty.png", b""): "is not an image that Pillow can read",
-            self.write(tmp_path / "text.png", b"hello"): "is not an image that Pillow can read",
-            self.write(tmp_path / "cut.png", png[: len(png) // 2]): "cannot decode|cannot be read",
-            self.write(tmp_path / "stub.png", png[:20]): "is not an image|cannot be read",
-            tmp_path / "float.tif": "mode 'F' are not supported",
-        }
-        for path, message in cases.items():
-            with pytest.raises(BinarizeError, match=message) as caught:
-                read_image(path)
-            assert str(path) in str(caught.value)
-            assert "\n" not in str(caught.value)
+        if content is not None:
+            cut = (tmp_path / "whole.png").read_bytes()[content] if isinstance(content, slice) else content
+            (tmp_path / name).write_bytes(cut)
+        with pytest.raises(BinarizeError, match=message) as caught:
+            read_image(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
     def test_large_images(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         noise("RGB", (30, 20)).save(tmp_path / "a.png")
@@ -195,10 +163,9 @@ class TestReading:
             (tmp_path / name).touch()
         (tmp_path / "folder.png").mkdir()
         assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG"]
-        with pytest.raises(BinarizeError, match="no such folder"):
-            list_images(tmp_path / "missing")
-        with pytest.raises(BinarizeError, match="is a file"):
-            list_images(tmp_path / "a.jpg")
+        for name, message in (("missing", "no such folder"), ("a.jpg", "is a file")):
+            with pytest.raises(BinarizeError, match=message):
+                list_images(tmp_path / name)
 
 
 class TestWriting:
@@ -235,9 +202,6 @@ class TestWriting:
         assert path.read_bytes() == b"old"
         save_image(to_image(noise("RGB")), path, force=True)
         assert opened(path).size == (6, 4)
-        (tmp_path / "folder.png").mkdir()
-        with pytest.raises(BinarizeError, match="is a folder"):
-            save_image(noise("RGB"), tmp_path / "folder.png", force=True)
 
 
 def test_images_cannot_be_compared_by_accident() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from binarize import inspect
 from binarize.errors import BinarizeError
 from binarize.inspect.distribution import DistributionMeter
-from binarize.layers import CSFusion, Shift
+from binarize.layers import CSFusion
 from binarize.models import SRUNet
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -51,15 +52,17 @@ def test_moments_are_exact_and_values_are_a_sample(parts: list[list[float]]) -> 
 
 
 class Doubled(nn.Module):
-    """Its ``inner`` gets the input times the timestep."""
+    """Its ``inner`` gets the input times the timestep, possibly changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, change: Callable[[Tensor], Any] = lambda x: x) -> None:
         super().__init__()
-        self.inner = nn.Identity()
+        self.inner, self.change = nn.Identity(), change
 
-    def forward(self, x: Tensor, timestep: Any) -> Tensor:
-        y: Tensor = self.inner(x * torch.as_tensor(timestep).reshape(-1, 1))
-        return y
+    def forward(self, x: Tensor, timestep: Any) -> Any:
+        return self.inner(self.change(x * torch.as_tensor(timestep).reshape(-1, 1)))
+
+
+activations = inspect.activation_distribution
 
 
 def test_inputs_are_separated_by_timestep_within_a_batch_too() -> None:
@@ -93,19 +96,14 @@ def test_the_sampling_of_a_pipeline_is_followed() -> None:
     found = inspect.activation_distribution(unet, "middle.0.conv1", lambda: pipe(image, num_inference_steps=4))
     assert found.timesteps.tolist() == [0, 500, 1000, 1500]
     assert all(one.count == 16 * 4 * 4 for one in found.distributions)
-    sampled = inspect.activation_distribution(unet, "middle.0.conv1", batch(), samples=10)
-    assert [len(one.values) for one in sampled.distributions] == [10, 10]
-
-
-def test_a_plain_network_has_distributions_too() -> None:
-    found = inspect.activation_distribution(SRUNet(**NETWORK), "middle.1.conv2", batch())
-    assert found.timesteps.tolist() == [3, 1500]
+    plain = inspect.activation_distribution(SRUNet(**NETWORK), "middle.1.conv2", batch(), samples=10)
+    assert plain.timesteps.tolist() == [3, 1500]
+    assert [len(one.values) for one in plain.distributions] == [10, 10]
 
 
 def test_the_biases_are_the_parameters_by_group() -> None:
     model = network({"name": "bidiffsr", "groups": 3})
     layer = model.get_submodule("middle.0.conv1.pre")
-    assert isinstance(layer, Shift)
     with torch.no_grad():
         layer.bias.copy_(torch.arange(3.0)[:, None].expand_as(layer.bias))
     found = inspect.tar_biases(model)
@@ -114,9 +112,6 @@ def test_the_biases_are_the_parameters_by_group() -> None:
     assert len(found.biases) == len(signs(model))
     ax = found.plot(layer="middle.0.conv1")
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0-666", "667-1333", "1334-1999"]
-
-
-def test_shifts_shared_over_time_are_one_group() -> None:
     found = inspect.tar_biases(network("reactnet"), layers="middle")
     assert [rows.shape for rows in found.biases.values()] == [(1, 16)] * 4
     assert found.num_train_timesteps is None
@@ -124,13 +119,14 @@ def test_shifts_shared_over_time_are_one_group() -> None:
 
 
 def test_biases_that_cannot_be_shown() -> None:
-    with pytest.raises(BinarizeError, match=r"none of these binary layers has a shift.*bidiffsr \(TaR\), reactnet"):
-        inspect.tar_biases(network("bnn"))
     found = inspect.tar_biases(network(overrides={"middle.1.*": {"groups": 2}}))
-    with pytest.raises(BinarizeError, match=r"different numbers of timestep groups \(2, 5\).*plot\(layer=\.\.\.\)"):
-        found.plot()
-    with pytest.raises(BinarizeError, match=r"no biases of a layer 'middle.0.conv3'.*Did you mean 'middle.0.conv"):
-        found.plot(layer="middle.0.conv3")
+    for call, message in (
+        (lambda: inspect.tar_biases(network("bnn")), r"none of these .* has a shift.*bidiffsr \(TaR\), reactnet"),
+        (lambda: found.plot(), r"different numbers of timestep groups \(2, 5\).*plot\(layer=\.\.\.\)"),
+        (lambda: found.plot(layer="middle.0.conv3"), "no biases of a layer 'middle.0.conv3'.*Did you mean 'middle.0"),
+    ):
+        with pytest.raises(BinarizeError, match=message):
+            call()
 
 
 def fusions(model: nn.Module) -> list[str]:
@@ -141,7 +137,6 @@ def test_fusion_mixes_both_inputs_and_is_compared_with_their_sum() -> None:
     model = network().eval()
     name = fusions(model)[0]
     fusion = model.get_submodule(name)
-    assert isinstance(fusion, CSFusion)
     seen: list[tuple[Tensor, Tensor]] = []
     inputs = batch()
     with fusion.register_forward_hook(lambda _, args, output: seen.append((args[0], output))), torch.no_grad():
@@ -206,38 +201,38 @@ def test_a_run_that_does_not_call_the_model_is_refused(kind: str) -> None:
         RUNS[kind](model, 7)
 
 
-def test_modules_that_are_not_there_are_named_with_a_near_one() -> None:
-    model = network()
-    with pytest.raises(BinarizeError, match=r"SRUNet has no module 'middle.0.conv9'.*Did you mean 'middle.0.conv"):
-        inspect.activation_distribution(model, "middle.0.conv9", batch())
-    with pytest.raises(BinarizeError, match=r"SRUNet has no CSFusion 'middle.0'; it has decoder\.0\.blocks\.0\.fusion"):
-        inspect.fusion_distributions(model, "middle.0", batch())
-    with pytest.raises(BinarizeError, match=r"it has none\."):
-        inspect.fusion_distributions(OneLayer("bnn"), "layer", batch())
-
-
 class Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-def test_models_without_a_timestep_or_an_activation_are_refused() -> None:
-    with pytest.raises(BinarizeError, match=r"Plain has no timestep: .*a distribution over timesteps needs one"):
-        inspect.activation_distribution(Plain(), "", torch.zeros(1))
-    with pytest.raises(BinarizeError, match=r"samples is the number of values .* at least 1; got 0"):
-        inspect.activation_distribution(network(), "middle.0", batch(), samples=0)
-    model = Doubled()
-    for timesteps, inner, message in (
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: activations(network(), "middle.0.conv9", batch()), r"no module 'middle.0.conv9'.*mean 'middle.0.conv"),
         (
-            torch.tensor([1, 2]),
-            lambda x: x.reshape(-1),
+            lambda: inspect.fusion_distributions(network(), "middle.0", batch()),
+            r"SRUNet has no CSFusion 'middle.0'; it has decoder\.0\.blocks\.0\.fusion",
+        ),
+        (lambda: inspect.fusion_distributions(OneLayer("bnn"), "layer", batch()), r"it has none\."),
+        (
+            lambda: activations(Plain(), "", torch.zeros(1)),
+            "Plain has no timestep: .*a distribution over timesteps needs",
+        ),
+        (lambda: activations(network(), "middle.0", batch(), samples=0), "samples is the number .* at least 1; got 0"),
+        (
+            lambda: activations(Doubled(lambda x: x.reshape(-1)), "inner", (torch.zeros(2, 3), torch.tensor([1, 2]))),
             r"the input of 'inner' is \(6,\) while the batch has 2 timesteps",
         ),
-        (1, lambda x: None, r"'inner' is not called with a tensor"),
-    ):
-        model.forward = lambda x, timestep, inner=inner: model.inner(inner(x))  # type: ignore[method-assign]
-        with pytest.raises(BinarizeError, match=message):
-            inspect.activation_distribution(model, "inner", (torch.zeros(2, 3), timesteps))
+        (
+            lambda: activations(Doubled(lambda x: None), "inner", (torch.zeros(2, 3), 1)),
+            "'inner' is not called with a tensor",
+        ),
+    ],
+)
+def test_modules_and_inputs_that_cannot_be_observed(call: Any, message: str) -> None:
+    with pytest.raises(BinarizeError, match=message):
+        call()
 
 
 def results() -> dict[str, Any]:
@@ -293,15 +288,9 @@ def test_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_class_labels_are_not_taken_for_timesteps() -> None:
     from diffusers import UNet2DModel
 
-    host = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        class_embed_type="timestep",
-    )
+    blocks: Any = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    channels: Any = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    host = UNet2DModel(sample_size=8, **blocks, **channels, class_embed_type="timestep")
     x = torch.randn(2, 3, 8, 8)
     run = {"sample": x, "timestep": torch.tensor([10, 900]), "class_labels": torch.tensor([1, 2])}
     result = inspect.activation_distribution(host, "mid_block.resnets.0.conv1", run)

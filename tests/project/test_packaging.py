@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.resources
 import inspect
-import json
 import pkgutil
 import re
 import shutil
@@ -33,38 +32,26 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def packages_imported_by(statement: str) -> set[str]:
-    script = f"import sys, json; {statement}; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return {name.partition(".")[0] for name in json.loads(done.stdout)}
-
-
 def test_importing_binarize_imports_no_heavy_package_beyond_torch() -> None:
-    added = packages_imported_by("import torch, binarize") - packages_imported_by("import torch")
-    assert added & HEAVY == set()
+    script = "import sys, torch; a = set(sys.modules); import binarize; print(*(set(sys.modules) - a))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {name.partition(".")[0] for name in done.stdout.split()} & HEAVY == set()
 
 
-def test_version_matches_pyproject(pyproject: dict[str, Any]) -> None:
-    assert binarize.__version__ == pyproject["project"]["version"]
-    assert importlib.metadata.version("binarize-diffusion") == pyproject["project"]["version"]
+def test_version_and_types(pyproject: dict[str, Any]) -> None:
+    versions = {binarize.__version__, importlib.metadata.version("binarize-diffusion")}
+    assert versions == {pyproject["project"]["version"]}
+    assert importlib.resources.files("binarize").joinpath("py.typed").is_file()
 
 
-def test_every_public_name_resolves_and_is_listed_once() -> None:
+def test_every_public_name_resolves_is_listed_once_and_hides_no_module() -> None:
     assert len(set(binarize.__all__)) == len(binarize.__all__)
-    missing = [name for name in binarize.__all__ if not hasattr(binarize, name)]
-    assert missing == []
+    assert [name for name in binarize.__all__ if not hasattr(binarize, name)] == []
     assert set(binarize.__all__) <= set(dir(binarize))
-
-
-def test_no_public_name_hides_a_module() -> None:
     # If `binarize/convert.py` defined `convert`, the name `binarize.convert` would mean either of them.
     modules = {module.name for module in pkgutil.iter_modules(binarize.__path__)}
     hidden = [name for name in binarize.__all__ if name in modules and not inspect.ismodule(getattr(binarize, name))]
     assert hidden == []
-
-
-def test_package_is_typed() -> None:
-    assert importlib.resources.files("binarize").joinpath("py.typed").is_file()
 
 
 def test_every_package_on_disk_is_installed(pyproject: dict[str, Any]) -> None:
@@ -123,19 +110,6 @@ def test_the_wheel_contains_every_file_of_the_trained_models(tmp_path: Path) -> 
     assert "binarize/diagnosis/picture.png" in contents
 
 
-def tracked_texts() -> list[tuple[str, str]]:
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode != 0:
-        pytest.skip("not a git checkout")
-    texts = []
-    for name in filter(None, listed.stdout.split("\0")):
-        path = ROOT / name
-        content = path.read_bytes() if path.is_file() else b"\0"
-        if b"\0" not in content:
-            texts.append((name, content.decode("utf-8")))
-    return texts
-
-
 @pytest.mark.parametrize(
     ("what", "pattern"),
     [
@@ -144,7 +118,11 @@ def tracked_texts() -> list[tuple[str, str]]:
     ],
 )
 def test_tracked_files_do_not_contain(what: str, pattern: str) -> None:
-    texts = tracked_texts()
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+    texts = {path: content.decode() for path in paths if b"\0" not in (content := path.read_bytes())}
     assert texts
-    hits = [f"{name}: {match.group()}" for name, text in texts for match in re.finditer(pattern, text)]
+    hits = [f"{path}: {match.group()}" for path, text in texts.items() for match in re.finditer(pattern, text)]
     assert hits == [], f"{what} is in a tracked file"
