@@ -92,6 +92,18 @@ class OutputTransform:
             new_offset = offset if new_offset is None else new_offset + offset
         return replace(self, factor=new_factor, offset=new_offset)
 
+    def rprelu(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the three rows of the RPReLU: all of them, steps that are left out as 0, 1 and 0, or none."""
+        rows = self.shift_in, self.slope, self.shift_out
+        present = next((row for row in rows if row is not None), None)
+        if present is None:
+            return rows
+        first, slope, last = (
+            present.new_full((1, present.shape[1]), default) if row is None else row
+            for row, default in zip(rows, (0.0, 1.0, 0.0), strict=True)
+        )
+        return first, slope, last
+
     def coefficients(self, groups: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the six coefficients of every output channel, ``(6, K, C_out)``."""
         table = torch.zeros(COEFFICIENTS, groups, channels, dtype=dtype, device=device)

@@ -201,7 +201,7 @@ class BinaryConv2d(_BinaryLayer):
             self.geometry, self.groups, activation.sign_zero, surrogate, binarizer.clip, transform.shortcut != 0,
             self.memory, compute_dtype(x),
         )  # fmt: skip
-        rows = map(lowered.gather, (lowered.shift, transform.shift_in, transform.slope, transform.shift_out))
+        rows = map(lowered.gather, (lowered.shift, *transform.rprelu()))
         scale = binarizer.weight_scale(self.weight)
         y: Tensor = BinaryConvFunction.apply(options, source, self.weight, scale, *rows)
         return self.run_stages(rest, y, x, source)

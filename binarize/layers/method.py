@@ -43,25 +43,42 @@ class Method:
     Every published method is a subclass with other defaults and options of its own. Any part can be replaced alone:
     ``reactnet(weight="libra")`` is ReActNet with IR-Net's weights. This class itself is the method "custom": signs with
     STE-clip and scaled sign weights, without other parts, to build on.
+
+    Attributes:
+        activation: Activation binarizer.
+        weight: Weight binarizer.
+        pre: Applied before the activation's sign, such as a shift or a BatchNorm.
+        scale: Multiplies the product, in addition to the weights' own scale.
+        norm: Normalization after the product.
+        post: Activation function after it.
+        shortcut: Added around the layer: True for "pool" (the identity if the shapes agree), a part, or None.
+        post_after_shortcut: Apply ``post`` after the shortcut is added.
+        groups: K, the number of timestep groups of timestep-aware parts.
+        sign_zero: Value of sign(0): "plus" for +1, which fits one bit, or "zero".
+        keep_bias: Keep the full-precision bias of a layer that has one; otherwise it is dropped and reported.
+        fold_bias: Add the bias to the first shift of the RPReLU instead, which is exact.
+        clamps_latent: Clamp the latent weights to [-1, 1] after each optimizer step; None uses the method's default.
+        fp_decoder_levels: Decoder levels (0 the finest) of a U-Net whose fusions and ResBlocks stay full precision;
+            None uses the host's default.
     """
 
     name: ClassVar[str] = "custom"
     default_structure: ClassVar[str] = "keep"
 
-    activation: Part = "ste"  # activation binarizer
-    weight: Part = "scaled_sign"  # weight binarizer
-    pre: Part = None  # applied before the activation's sign, such as a shift or a BatchNorm
-    scale: Part = None  # multiplies the product, in addition to the weights' own scale
-    norm: Part = None  # normalization after the product
-    post: Part = None  # activation function after it
-    shortcut: Part | bool = None  # added around the layer; True for "pool", the identity if the shapes agree
-    post_after_shortcut: bool = False  # apply ``post`` after the shortcut is added
-    groups: int = 1  # K, the number of timestep groups of timestep-aware parts
-    sign_zero: SignZero = "plus"  # value of sign(0): "plus" for +1, which fits one bit, or "zero"
-    keep_bias: bool = False  # keep a layer's full-precision bias; otherwise it is dropped and reported
-    fold_bias: bool = False  # add the bias to the first shift of the RPReLU instead, which is exact
-    clamps_latent: bool | None = None  # clamp latent weights to [-1, 1] after each step; None is the method's default
-    # decoder levels (0 the finest) of a U-Net that stay full precision; None is the host's default
+    activation: Part = "ste"
+    weight: Part = "scaled_sign"
+    pre: Part = None
+    scale: Part = None
+    norm: Part = None
+    post: Part = None
+    shortcut: Part | bool = None
+    post_after_shortcut: bool = False
+    groups: int = 1
+    sign_zero: SignZero = "plus"
+    keep_bias: bool = False
+    fold_bias: bool = False
+    clamps_latent: bool | None = None
+
     fp_decoder_levels: tuple[int, ...] | None = ()
 
     def __new__(cls, *args: Any, **options: Any) -> Self:

@@ -16,11 +16,12 @@ from training_case import TINY
 import binarize
 from binarize.errors import BinarizeError
 from binarize.kernels import backends
-from binarize.layers import BinaryConv2d
+from binarize.layers import BinaryConv2d, RPReLU
 from binarize.layers.activations import IdentitySign
 from binarize.layers.fused import norm_silu
 from binarize.methods import Method
 from binarize.models import SRUNet
+from binarize.packed import PackedConv2d
 from binarize.recipes import load_recipe
 from binarize.timestep import TimestepContext
 from binarize.training import train
@@ -243,3 +244,44 @@ def test_dropout_after_the_norm_drops_its_share_anew_and_scales_the_rest() -> No
     reference = nn.functional.silu(nn.functional.group_norm(leaf, 2)) * ((one != 0).double() / 0.75)
     expected = torch.autograd.grad(reference.sum(), leaf)[0]
     torch.testing.assert_close(grad.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+class PartialRPReLU(RPReLU):
+    """An activation function of which the kernels compute some rows of an RPReLU."""
+
+    def __init__(self, channels: int, rows: tuple[str, ...]) -> None:
+        super().__init__(channels)
+        self.present = rows
+        for name in ("shift_in", "slope", "shift_out"):
+            if name not in rows:
+                setattr(self, name, None)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def row(name: str) -> Any:
+            return getattr(self, name)[0][:, None, None] if name in self.present else float(name == "slope")
+
+        x = x + row("shift_in")
+        return torch.where(x > 0, x, x * row("slope")) + row("shift_out")
+
+    def lower(self, transform: Any, site: Any) -> Any:
+        return dataclasses.replace(transform, **{name: getattr(self, name) for name in self.present})
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("present", [("slope",), ("shift_in",), ("shift_out",), ("shift_in", "slope")])
+def test_a_part_may_lower_any_rows_of_an_rprelu(present: tuple[str, ...], backend: Any) -> None:
+    layer = BinaryConv2d(8, 8, 3, padding=1, method=Method(post=lambda spec: PartialRPReLU(8, present)))
+    case = Case(layer, TimestepContext(T), torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6))
+    with backends.use(backend):
+        y, found = gradients(case)
+        packed = PackedConv2d(layer)
+        assert packed.is_one_kernel
+        torch.testing.assert_close(packed(case.x), y, rtol=1e-5, atol=1e-5)
+    expected_y, expected = chained(case)
+    torch.testing.assert_close(y, expected_y, rtol=1e-5, atol=1e-5)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
