@@ -231,7 +231,9 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         with _quiet_diffusers():
             yield
     except BinarizeError as error:
-        raise BinarizeError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from error
+        if type(error) is not BinarizeError or str(path) in str(error):
+            raise
+        raise BinarizeError(f"{path}: {error}") from error
     except Exception as error:
         raise BinarizeError(f"{path}: cannot be read as {what}: {one_line(error)}") from error
 

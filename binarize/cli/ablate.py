@@ -28,7 +28,6 @@ def ablate(
     ```
     binarize ablate --list
     binarize ablate small_groups train_data_dir=photos evaluation.data_dir=held-out 'seeds=[0,1,2]'
-    binarize ablate table2_x2 --dry-run
     binarize ablate breakdown train_data_dir=DF2K/HR evaluation.data_dir=Manga109/HR --only baseline
     ```
     """

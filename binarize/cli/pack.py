@@ -27,7 +27,6 @@ def pack(
     ```
     binarize pack runs/bidiffsr_x4 bidiffsr-x4
     binarize pack BI-DiffSR_x2.pth bidiffsr-x2 --scale 2 --dtype float16
-    binarize upscale small.png large.png --model bidiffsr-x4
     ```
     """
     import torch
