@@ -214,7 +214,7 @@ def test_unfinished_stages_are_not_the_best(
 
 
 def test_resuming_remembers_the_best(recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    set_scores([40.0, 20.0, 20.0, 20.0, 20.0, 41.0, 20.0], monkeypatch)
+    set_scores([40.0, 20.0, 20.0, 15.0, 20.0, 20.0, 41.0, 20.0], monkeypatch)
     first = train(recipe(*validated, "max_train_steps=3"), progress=False)
     assert first.best == (1, 40.0)
     file = first.output_dir / "best" / "unet" / "diffusion_pytorch_model.safetensors"

@@ -182,7 +182,7 @@ def test_invalid_binary_networks_to_start_from(recipe: Any, trained: Any, tmp_pa
     unet = SRUNet.from_pretrained(binary.model_dir / "unet")
     binarize.pack(unet)
     unet.save_pretrained(tmp_path / "packed")
-    with pytest.raises(BinarizeError, match=r"init_from: .*packed is packed .* the model that it was packed from"):
+    with pytest.raises(BinarizeError, match=r"init_from: .*packed is packed; give the model that it was packed from"):
         train(recipe(f"init_from={tmp_path / 'packed'}"), progress=False)
     with pytest.raises(BinarizeError, match=r"another network than the recipe's:\n  conversion: "):
         train(recipe(f"init_from={binary.output_dir}", "method=reactnet"), progress=False)
