@@ -88,6 +88,9 @@ def select(model: nn.Module, method: Method, selection: Selection, defaults: Map
         if name and isinstance(module, _CONVOLUTION | nn.Linear):
             layers.setdefault(id(module), (module, []))[1].append(name)
     _check_patterns(selection, list(layers.values()))
+    unknown = defaults.keys() - {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if unknown:
+        raise BinarizeError(f"the host keeps modules that {type(model).__name__} does not have: {sorted(unknown)}.")
     decisions = [
         Decision(tuple(names), layer, *_decide(names, layer, method, selection, defaults))
         for layer, names in layers.values()
