@@ -57,6 +57,11 @@ def test_a_host_of_ones_own() -> None:
     assert kept == {"head": "first convolution", "precious": "kept by its authors", "tail": "last convolution"}
     assert model.body.convs[0].pre.context.num_train_timesteps == 300  # type: ignore[union-attr, index]
     assert model(torch.randn(2, 3, 8, 8), torch.tensor([1, 299])).shape == (2, 3, 4, 4)
+    HalvingHost.full_precision = lambda *_: {"precius": "a typo"}  # type: ignore[method-assign, assignment, misc]
+    untouched = HalvingNet()
+    with pytest.raises(BinarizeError, match=r"keeps modules that HalvingNet does not have: \['precius'\]"):
+        binarize.convert(untouched, "bidiffsr")
+    assert type(untouched.body) is nn.Conv2d
     with pytest.raises(BinarizeError, match="host 'halving' is already registered"):
         binarize.register_host("halving")(HalvingHost)
     with pytest.raises(BinarizeError, match=r"must be a class derived from binarize\.hosts\.Host"):
