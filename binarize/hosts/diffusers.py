@@ -84,11 +84,10 @@ class DiffusersUNetHost(Host):
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Keep first and last convolution, embeddings of time and class, and attention, but not feed-forward layers."""
         kept = {"conv_in": "first convolution", "conv_out": "last convolution"}
-        for name in ("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj"):
-            kept[name] = "embedding of time or condition"
+        embeddings = ("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj")
         for name, module in model.named_modules():
             kind = type(module).__name__
-            if name.endswith("time_emb_proj") or kind == "AdaGroupNorm":
+            if name in embeddings or name.endswith("time_emb_proj") or kind == "AdaGroupNorm":
                 kept[name] = "embedding of time or condition"
             elif kind in ("Attention", "MultiheadAttention"):
                 kept[name] = "attention projection"

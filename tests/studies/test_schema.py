@@ -45,16 +45,19 @@ def test_studies_are_not_recipes() -> None:
 
 @pytest.mark.slow
 def test_networks_of_every_study_have_the_published_sizes() -> None:
-    counted: dict[str, Summary] = {}  # equal networks, of which the studies have many, are built once
+    counted: dict[str, Any] = {}  # equal networks, of which the studies have many, are built once
     for name in list_studies():
         for cell, recipe in load_study(name)[0].recipes().items():
             network = recipe.model_dump_json(include={"model", "scheduler", "method", "structure", "keep", "overrides"})
+            published = recipe.published
+            counts = published is not None and published.params_m is not None
             if network not in counted:
                 with torch.device("meta"):
-                    counted[network] = binarize.summary(build_model(recipe))
-            found, published = counted[network], recipe.published
+                    model = build_model(recipe)
+                    counted[network] = binarize.summary(model) if counts or name.startswith("small_") else None
+            found = counted[network]
             assert not name.startswith("small_") or found.params < 1e6, (name, cell)
-            if published is not None and published.params_m is not None:
+            if counts:
                 # The paper rounds; two of its rows are off by 0.01.
                 assert found.params / 1e6 == pytest.approx(published.params_m, abs=0.0101), (name, cell)
                 assert found.ops / 1e9 == pytest.approx(published.ops_g, abs=0.0101), (name, cell)
