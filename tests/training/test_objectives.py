@@ -121,7 +121,7 @@ RESIDUAL = ("target=residual", "scheduler.clip_sample_range=8")
 INVALID = [
     ({"residual_scale": 0.1, "residual_strength": 0}, r"residual_strength=0: .* a positive number"),
     ({"residual_strength": 1.5}, r"residual_strength=1\.5 without a residual_scale"),
-    ({"residual_scale": 0}, r"residual_scale=0: it is the standard deviation"),
+    ({"residual_scale": 0}, r"residual_scale=0: .* the standard deviation"),
     (["target=image", "residual_strength=1.5"], r"residual_strength.*has no effect while target is image"),
     (["residual_scale=0.1"], r"residual_scale: got 0\.1; has no effect while target is image"),
     (["target=residual"], r"target: got 'residual'; residuals .*range 1; set it"),

@@ -91,13 +91,6 @@ def test_a_compiled_network_learns_the_same(accumulation: int, recipe: Any, monk
     assert train(resumed, progress=False).steps == 4
 
 
-@pytest.mark.slow
-def test_the_default_compiler_learns_the_same(trained: Any) -> None:
-    options = (*SMALLEST, "max_train_steps=1", "train_batch_size=1", "resolution=8")
-    plain, compiled = trained(*options), trained(*options, "compile=true")
-    assert compiled.history[0].loss == pytest.approx(plain.history[0].loss, rel=1e-3)
-
-
 def test_bf16_learns_on_a_cpu_and_keeps_full_precision_weights(trained: Any) -> None:
     options = ("max_train_steps=12", "learning_rate=3e-3", "use_ema=true")
     half = trained(*options, "mixed_precision=bf16")
