@@ -5,8 +5,6 @@ of activations and weights are written out in numpy; `layer` evaluates a 3x3 con
 pixel of padding) and every gradient, for which torch differentiates the ordinary steps between them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Settings and fixtures of all tests (seeds, threads, hypothesis, optional data and hardware), and durations."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections import Counter

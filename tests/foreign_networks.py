@@ -1,7 +1,5 @@
 """Networks in the style of guided-diffusion (ADM) and of SR3: their module names, argument names and conventions."""
 
-from __future__ import annotations
-
 import math
 
 import torch

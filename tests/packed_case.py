@@ -1,7 +1,5 @@
 """A counting oracle that knows nothing of bits, random problems for it, and small networks."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

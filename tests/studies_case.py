@@ -1,7 +1,5 @@
 """A study of two networks that take a second each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from unittest import mock

@@ -1,7 +1,5 @@
 """A training run that takes a second, and helpers to compare and interrupt runs."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path

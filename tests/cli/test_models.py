@@ -1,7 +1,5 @@
 """What a user may give as a model: folders, files and names on the hub."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

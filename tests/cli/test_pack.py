@@ -1,7 +1,5 @@
 """`binarize pack`, and what `upscale` makes of packed models."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`binarize summary`, `binarize methods` and `binarize recipes`."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`binarize train` and `binarize evaluate`."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

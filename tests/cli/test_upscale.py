@@ -1,7 +1,5 @@
 """`binarize upscale`: results equal those of the pipeline, and nothing is lost or left behind."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

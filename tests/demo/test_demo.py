@@ -1,7 +1,5 @@
 """The demonstration with a tiny budget, and its report, which must agree with the scores."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The doctor on networks that know the image, each correct under its own conventions and described wrongly."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`binarize doctor` on networks in files."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Evaluation: PSNR, SSIM and LPIPS against formulas and published results, and reports."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

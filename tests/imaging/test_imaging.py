@@ -1,7 +1,5 @@
 """Reading, decoding and writing images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """MATLAB's resizing, against its published files and an independent implementation."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

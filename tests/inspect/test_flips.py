@@ -1,7 +1,5 @@
 """Sign flips and saturation, against numpy."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Distributions, biases and plots; the model is not changed by any function of `binarize.inspect`."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable

@@ -4,8 +4,6 @@ The interpreter runs the same source, so that what it shows wrong is wrong on a 
 faults it cannot show.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import importlib.util

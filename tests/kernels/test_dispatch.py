@@ -1,7 +1,5 @@
 """Calls of packed operators that skip the dispatcher: the same results, and never when something has to see them."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock

@@ -1,7 +1,5 @@
 """Winograd's algorithm in training: products and gradients of 3x3 convolutions, against torch's in float64."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple
 
 import pytest

@@ -1,7 +1,5 @@
 """Layers and their parts against index arithmetic, plain loops and torch's own modules."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Packed files: what they hold, how they are written, and one clear error for damaged and foreign ones."""
 
-from __future__ import annotations
-
 import copy
 import json
 import struct

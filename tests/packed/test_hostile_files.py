@@ -1,7 +1,5 @@
 """Files made to do harm: one clear error each, before anything large is made, imported or called."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

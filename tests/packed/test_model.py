@@ -1,7 +1,5 @@
 """Packed networks as a whole: what they compute, what they weigh, and where they have to run."""
 
-from __future__ import annotations
-
 import copy
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The snippets, commands and links of the README and the documentation."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Public names and modules of version 0.1 keep working, with a DeprecationWarning."""
 
-from __future__ import annotations
-
 import importlib
 
 import pytest

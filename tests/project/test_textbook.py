@@ -1,7 +1,5 @@
 """Compare SRUNet with its textbook implementation: outputs, gradients, and losses of a training run."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

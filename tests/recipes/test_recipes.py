@@ -1,7 +1,5 @@
 """Recipes: what they contain, how they are found, derived and built, and which mistakes are errors."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Images and a finished study that several tests read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

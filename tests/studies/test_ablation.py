@@ -1,7 +1,5 @@
 """Studies: what they run, measure, skip and report, and that they survive being killed."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """Studies as YAML files: what they contain, and which mistakes are errors."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Training patches: crops, augmentation, order, cache and errors; and pairs of images."""
 
-from __future__ import annotations
-
 import pickle
 from collections import Counter
 from pathlib import Path

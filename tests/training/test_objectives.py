@@ -1,7 +1,5 @@
 """The training loss: targets, residuals, Min-SNR, timesteps, and the condition's fine detail."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options of the loop: timm, torch.compile, precision, trackers, and the best model."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

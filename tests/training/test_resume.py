@@ -1,7 +1,5 @@
 """Runs survive SIGKILL, full disks, another number of processes and broken files; checkpoints are whole or absent."""
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Training from a full-precision network, in stages, and with a teacher."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """Training: the loss falls, runs resume exactly, and errors name their cause."""
 
-from __future__ import annotations
-
 import functools
 import math
 import os
