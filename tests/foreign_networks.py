@@ -47,8 +47,7 @@ class ADMResBlock(nn.Module):
         h = self.in_layers[2](self.resample(self.in_layers[:2](x)))
         scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
         h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
-        out: Tensor = self.skip_connection(self.resample(x)) + h
-        return out
+        return self.skip_connection(self.resample(x)) + h
 
 
 class AttentionBlock(nn.Module):
@@ -67,8 +66,7 @@ class AttentionBlock(nn.Module):
         q, k, v = self.qkv(self.norm(flat)).reshape(batch * self.heads, -1, flat.shape[2]).chunk(3, dim=1)
         weight = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(q.shape[1]), dim=-1)
         h = (v @ weight.transpose(1, 2)).reshape(batch, channels, -1)
-        out: Tensor = (flat + self.proj_out(h)).reshape(batch, channels, *spatial)
-        return out
+        return (flat + self.proj_out(h)).reshape(batch, channels, *spatial)
 
 
 class ADMUNet(nn.Module):
@@ -112,8 +110,7 @@ class ADMUNet(nn.Module):
         x = self.middle_block(x, emb)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), emb)
-        out: Tensor = self.out(x)
-        return out
+        return self.out(x)
 
 
 class SelfAttention(nn.Module):
@@ -127,8 +124,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
-        out: Tensor = x + self.out(y.transpose(1, 2).reshape(x.shape))
-        return out
+        return x + self.out(y.transpose(1, 2).reshape(x.shape))
 
 
 class ResnetBlocWithAttn(nn.Module):
@@ -142,8 +138,7 @@ class ResnetBlocWithAttn(nn.Module):
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         h = F.silu(self.block1(x) + self.noise_func(level)[:, :, None, None])
-        out: Tensor = self.attn(self.block2(h) + self.res_conv(x))
-        return out
+        return self.attn(self.block2(h) + self.res_conv(x))
 
 
 class SR3UNet(nn.Module):
@@ -162,5 +157,4 @@ class SR3UNet(nn.Module):
         level = self.noise_level_mlp(sinusoid(time, self.width).to(x.dtype))
         skip = self.downs[0](x)
         x = F.interpolate(self.mid(self.downs[1](skip), level), scale_factor=2)
-        out: Tensor = self.final_conv(self.ups(torch.cat([x, skip], 1), level))
-        return out
+        return self.final_conv(self.ups(torch.cat([x, skip], 1), level))

@@ -59,8 +59,7 @@ def _unet(name: str, widths: tuple[int, ...], down: list[str], **options: Any) -
     up = [block.replace("Down", "Up") for block in reversed(down)]
     settings: dict[str, Any] = {"sample_size": SIZE, "block_out_channels": widths, "layers_per_block": 1}
     settings |= {"norm_num_groups": 4, "attention_head_dim": 4, "down_block_types": down, "up_block_types": up}
-    model: nn.Module = getattr(diffusers, name)(**{**settings, **options})
-    return model
+    return getattr(diffusers, name)(**{**settings, **options})
 
 
 def unet2d(widths: tuple[int, ...], attention: tuple[int, ...] = (), **options: Any) -> nn.Module:
@@ -96,8 +95,7 @@ def _timm(name: str, **options: Any) -> nn.Module:
     """Return timm's network, made narrower and shallower by the options."""
     import timm
 
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=5, **options)
-    return model
+    return timm.create_model(name, pretrained=False, num_classes=5, **options)
 
 
 convnext = partial(_timm, "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
@@ -122,8 +120,7 @@ HOSTS: dict[str, ZooHost] = {
 def output_of(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
     """Run a host and return its prediction."""
     out = model(*inputs[0], **inputs[1])
-    result: Tensor = out if isinstance(out, Tensor) else out.sample
-    return result
+    return out if isinstance(out, Tensor) else out.sample
 
 
 def built(name: str) -> tuple[ZooHost, nn.Module]:

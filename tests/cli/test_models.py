@@ -17,9 +17,7 @@ from safetensors.torch import load_file, save_file
 from binarize.models import SRUNet, SuperResolutionPipeline, load_official
 
 
-def test_a_model_on_the_hub_is_downloaded(
-    model: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_on_the_hub_is_downloaded(model, small, tmp_path, monkeypatch):
     download = Mock(return_value=str(model.parent))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for name, given in (("a.png", f"someone/models/{model.name}"), ("b.png", model)):
@@ -48,9 +46,7 @@ def test_a_model_on_the_hub_is_downloaded(
         ),
     ],
 )
-def test_errors_of_the_hub_and_paths_that_are_not_looked_up_there(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, message: str
-) -> None:
+def test_errors_of_the_hub_and_paths_that_are_not_looked_up_there(small, tmp_path, monkeypatch, name, error, message):
     monkeypatch.setattr("huggingface_hub.snapshot_download", raising(error))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

@@ -77,9 +77,7 @@ def test_evaluate_reads_low_resolution_files(model: Path, photos: Path, tmp_path
         ("--data {photos} --scale 4", "upscales by 2"),
     ],
 )
-def test_data_and_options_that_cannot_be_evaluated(
-    model: Path, photos: Path, tmp_path: Path, arguments: str, message: str
-) -> None:
+def test_data_and_options_that_cannot_be_evaluated(model, photos, tmp_path, arguments, message):
     assert message in fails("evaluate", model, *arguments.format(tmp=tmp_path, photos=photos).split())
 
 

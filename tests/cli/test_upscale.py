@@ -57,9 +57,7 @@ def test_tiles_schedulers_and_dtypes_change_the_result(model: Path, small: Path,
     assert results[-1] == results[0]
 
 
-def test_transparency_is_kept_and_the_format_is_checked_first(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transparency_is_kept_and_the_format_is_checked_first(model, tmp_path, monkeypatch):
     glass = make_image(6, 6).convert("RGBA")
     glass.putalpha(100)
     glass.save(tmp_path / "glass.png")
@@ -107,9 +105,7 @@ def sources(tmp_path: Path) -> Path:
         ("good.png out.png --device cuda", "finds no such device here"),
     ],
 )
-def test_bad_sources_targets_and_devices_are_refused(
-    model: Path, sources: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
-) -> None:
+def test_bad_sources_targets_and_devices_are_refused(model, sources, monkeypatch, arguments, message):
     monkeypatch.chdir(sources)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if arguments.startswith("twins twins"):
@@ -128,9 +124,7 @@ def test_bad_sources_targets_and_devices_are_refused(
         (RuntimeError("something else"), [], 1, ""),
     ],
 )
-def test_an_error_while_sampling_leaves_nothing_behind(
-    model: Path, small: Path, monkeypatch: pytest.MonkeyPatch, error: Any, options: list[str], status: int, message: str
-) -> None:
+def test_an_error_while_sampling_leaves_nothing_behind(model, small, monkeypatch, error, options, status, message):
     monkeypatch.setattr(SuperResolutionPipeline, "__call__", raising(error))
     before = contents(small.parent)
     result = run("upscale", small, small.with_name("large.png"), "--model", model, *options)
@@ -173,9 +167,7 @@ def test_large_results_are_tiled_by_default(size: tuple[int, int], option: int |
 
 
 @pytest.mark.parametrize(("options", "tiles"), [([], 1), (["--tile", "16"], 3 * 2)])
-def test_the_bar_counts_the_passes_of_the_network(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], tiles: int
-) -> None:
+def test_the_bar_counts_the_passes_of_the_network(model, tmp_path, monkeypatch, options, tiles):
     bars: list[Any] = []
     kind = progress.ProgressBar
     monkeypatch.setattr(progress, "ProgressBar", lambda **given: bars.append(kind(**given)) or bars[0])

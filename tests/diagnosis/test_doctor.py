@@ -150,9 +150,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("model_index.json", {"residual_scale": None}, "residual target"),
     ],
 )
-def test_a_trained_network_whose_files_were_edited(
-    trained: Path, tmp_path: Path, file: str, changes: dict[str, Any], cause: str
-) -> None:
+def test_a_trained_network_whose_files_were_edited(trained, tmp_path, file, changes, cause):
     folder = shutil.copytree(trained, tmp_path / "edited")
     edit_json(folder / file, **changes)
     assert doctor(folder).finding.cause == cause

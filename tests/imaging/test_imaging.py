@@ -57,9 +57,7 @@ class TestDecodedImage:
             ("CMYK", [(0, 0, 0, 255), (0, 0, 0, 0)], {"icc_profile": b"none"}, "RGB", [0, 0, 0, 255, 255, 255]),
         ],
     )
-    def test_other_modes(
-        self, mode: str, levels: list[Any], options: dict[str, Any], written: str, expected: list[int], tmp_path: Path
-    ) -> None:
+    def test_other_modes(self, mode, levels, options, written, expected, tmp_path):
         source = Image.new(mode, (2, 1))
         if mode == "P":
             source.putpalette([10, 20, 30, 200, 100, 0])

@@ -65,9 +65,7 @@ def check(case: Case, tile: Literal[2, 4], bias: Tensor | None = None) -> None:
 @pytest.mark.parametrize("tile", [2, 4])
 @settings(max_examples=25)
 @given(case=cases(), contiguous=st.booleans())
-def test_products_and_gradients_are_those_of_a_plain_convolution(
-    tile: Literal[2, 4], case: Case, contiguous: bool
-) -> None:
+def test_products_and_gradients_are_those_of_a_plain_convolution(tile, case, contiguous):
     check(case._replace(weight=case.weight.contiguous()) if contiguous else case, tile)
 
 

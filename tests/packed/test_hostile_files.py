@@ -137,9 +137,7 @@ def test_a_broken_config_json_is_refused(folder: Path, text: str, message: str) 
         ({"library": "os"}, "which only its own code can build"),
     ],
 )
-def test_a_configuration_of_another_host_is_refused(
-    good_host: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_a_configuration_of_another_host_is_refused(good_host, tmp_path, changes, message):
     weights = tmp_path / HOST_WEIGHTS
     weights.write_bytes((good_host / HOST_WEIGHTS).read_bytes())
     described = json.loads((good_host / CONFIG).read_text())
@@ -218,9 +216,7 @@ def test_hostile_files_are_refused_within_little_memory(good: Path, good_host: P
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_file_has_nothing_imported_and_no_function_called(
-    part: dict[str, str], words: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_has_nothing_imported_and_no_function_called(part, words, packed, tmp_path, monkeypatch):
     mark = tmp_path / "mark"
     (tmp_path / "touched_by_import.py").write_text(f"open({str(mark)!r}, 'w')")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -87,9 +87,7 @@ def test_a_file_is_found_by_its_path_and_names_its_own_folder(tmp_path: Path) ->
         ),
     ],
 )
-def test_a_derived_recipe(
-    parent: str, child: str, overrides: list[str], method: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_derived_recipe(parent, child, overrides, method, tmp_path):
     own = "\npublished: {source: a table}\noutput_dir: there\ndescription: d\nseed: 7\nmodel: {base_channels: 32}\n"
     write(tmp_path, parent + own, "parent.yaml")
     recipe = load_recipe(write(tmp_path, f"base: parent.yaml\nmodel: {{norm_groups: 8}}\n{child}\n"), overrides)

@@ -103,9 +103,7 @@ def test_one_table_is_written_in_every_form(finished: Finished) -> None:
     assert result.__rich__().columns[0].header == "cell"
 
 
-def test_finished_runs_are_not_repeated(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_runs_are_not_repeated(finished, monkeypatch, capsys):
     study, result = finished
     before = times(result.output_dir)
     forbid_training(monkeypatch)
@@ -221,9 +219,7 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(pictures: Path, tmp_pat
     assert "are the same run" in mended.stderr
 
 
-def test_unexpected_errors_are_recorded(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unexpected_errors_are_recorded(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "train_and_measure", mock.Mock(side_effect=MemoryError("no more")))
     result = ablate(make(pictures, tmp_path))
     assert [run.error for run in result.failed] == ["MemoryError: no more"] * 2
@@ -246,9 +242,7 @@ def test_chosen_cells_are_run_alone(pictures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lpips_is_measured_once_available(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path
-) -> None:
+def test_lpips_is_measured_once_available(pictures, tmp_path, monkeypatch, shared):
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
     backbone = shared / "metrics" / "squeeze.backbone.pth"
     study["evaluation"] |= {"lpips": "squeeze", "lpips_backbone": str(backbone)}
@@ -264,9 +258,7 @@ def test_lpips_is_measured_once_available(
     assert "LPIPS (squeeze)" in second.to_markdown()
 
 
-def test_without_matplotlib_only_the_plot_is_missing(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_matplotlib_only_the_plot_is_missing(finished, monkeypatch, tmp_path):
     result = dataclasses.replace(finished[1], output_dir=tmp_path)
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)

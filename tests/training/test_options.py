@@ -202,9 +202,7 @@ def test_the_best_model_is_kept(recipe: Any, validated: tuple[str, ...], monkeyp
         assert torch.equal(parameter, expected)
 
 
-def test_unfinished_stages_are_not_the_best(
-    recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_stages_are_not_the_best(recipe, validated, monkeypatch):
     set_scores([50.0, 40.0, 10.0, 20.0], monkeypatch)
     run = recipe(*validated, "max_train_steps=4", "method=reactnet", "two_stage=0.6")
     assert train(run, progress=False).best == (4, 20.0)

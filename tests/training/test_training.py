@@ -67,9 +67,7 @@ def test_thirty_steps_lower_the_loss_and_save_a_pipeline(method: str, recipe: An
     ],
     ids=["binary", "full", "timm"],
 )
-def test_an_interrupted_run_resumes_bit_for_bit(
-    signum: signal.Signals, overrides: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(signum, overrides, recipe, monkeypatch):
     options, before = overrides.split(), signal.getsignal(signum)
     whole = train(recipe(*options, out="whole"), progress=False)
 
@@ -176,9 +174,7 @@ TWIN = "distillation={teacher: TWIN, features: 1}"
         ([TWIN, "model.base_channels=16"], r"outputs of encoder\.0\.blocks\.0 are \(4, 16, 16, 16\) in"),
     ],
 )
-def test_runs_that_cannot_start(
-    overrides: list[str], message: str, recipe: Any, twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_that_cannot_start(overrides, message, recipe, twin, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -222,9 +218,7 @@ def test_changes_of_the_recipe_when_a_run_resumes(then: str, now: str, changes: 
 
 
 @pytest.mark.parametrize(("what", "names"), [("loss", r"p\d;"), ("gradient", r"p\d, .*;")])
-def test_a_loss_or_gradient_that_is_not_finite(
-    what: str, names: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_or_gradient_that_is_not_finite(what, names, recipe, monkeypatch):
     def poison(losses: torch.Tensor) -> torch.Tensor:
         if what == "loss":
             return losses.clone().index_fill(0, torch.tensor([1]), float("nan"))
