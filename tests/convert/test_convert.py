@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from hosts_zoo import state_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -100,8 +101,7 @@ def test_other_methods_and_keep_leave_the_structure():
 def test_a_failed_convert_leaves_the_model_untouched(structure, method, options, message):
     model = tiny(resampling=structure[0], fusion=structure[1])
     before = state_of(model)
-    with pytest.raises(BinarizeError, match=message):
-        binarize.convert(model, method, **options)
+    assert_error(message, binarize.convert, model, method, **options)
     assert state_of(model) == before
     binarize.convert(model, "bidiffsr")
 
@@ -127,8 +127,7 @@ def test_a_part_that_fails_in_the_middle_leaves_the_model_untouched():
     ids=["twice", "inside", "parametrized", "parallel", "string"],
 )
 def test_a_model_that_cannot_be_converted_is_an_error(model, message):
-    with pytest.raises(BinarizeError, match=message):
-        binarize.convert(model, "reactnet")
+    assert_error(message, binarize.convert, model, "reactnet")
 
 
 def test_scalar_timesteps_of_every_kind_agree(converted, batch):
@@ -141,15 +140,13 @@ def test_scalar_timesteps_of_every_kind_agree(converted, batch):
 def test_a_part_run_alone_needs_a_timestep(converted):
     block = converted.middle[1]
     h, time = torch.randn(1, 32, 4, 4, dtype=torch.float64), torch.randn(1, 16, dtype=torch.float64)
-    with pytest.raises(BinarizeError, match="ran outside a forward of its model"):
-        block(h, time)
+    assert_error("ran outside a forward of its model", block, h, time)
     outs = []
     for t in (1999, 0):
         with binarize.timesteps(converted, t):
             outs.append(block(h, time))
     assert not torch.equal(*outs)
-    with pytest.raises(BinarizeError, match="ran outside a forward"):
-        block(h, time)
+    assert_error("ran outside a forward", block, h, time)
     converted.conv_out.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         converted(torch.zeros(1, 3, 8, 8).double(), 5, torch.zeros(1, 3, 8, 8).double())
@@ -211,8 +208,7 @@ def test_binary_state_is_signs_and_scales(converted):
     with pytest.raises(BinarizeError, match="has no binary layer"):
         binarize.binary_state(tiny())
     latent = binarize.convert(tiny(), {"name": "reactnet", "two_stage": 0.5})
-    with pytest.raises(BinarizeError, match="still full precision"):
-        binarize.binary_state(latent)
+    assert_error("still full precision", binarize.binary_state, latent)
     with pytest.raises(BinarizeError, match="is not converted"):
         binarize.report(tiny())
 

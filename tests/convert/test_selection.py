@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from errors_case import assert_error
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -101,8 +102,7 @@ def test_what_has_no_binary_form_is_left_alone_with_the_reason(layer: nn.Module,
 def test_lazy_layers_need_a_forward_first() -> None:
     model = between(nn.LazyConv2d(4, 1))
     for call in (binarize.convert, binarize.plan):
-        with pytest.raises(BinarizeError, match="'1' is a LazyConv2d without weights; run one forward first"):
-            call(model, "bnn")
+        assert_error("'1' is a LazyConv2d without weights; run one forward first", call, model, "bnn")
     model(torch.randn(1, 4, 3, 3))
     binarize.convert(model, "bnn")
     assert isinstance(model[1], BinaryConv2d)
@@ -171,8 +171,7 @@ def test_a_layer_with_two_names_is_one_layer_under_both() -> None:
     for pattern in ("*.conv", "*.Conv2d_0"):
         spared = between(Downsample2D(4, use_conv=True, name="conv"))
         spared.append(nn.Conv2d(4, 4, 1))
-        with pytest.raises(BinarizeError, match="fold_bias"):
-            binarize.convert(spared, "bnn", overrides={"2": {"fold_bias": True}})
+        assert_error("fold_bias", binarize.convert, spared, "bnn", overrides={"2": {"fold_bias": True}})
         assert spared[1].conv is spared[1].Conv2d_0
         assert type(spared[1].conv) is nn.Conv2d
         binarize.convert(spared, "bnn", keep=pattern)

@@ -15,6 +15,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from PIL import Image
 from rich.console import Console
 from scipy.ndimage import convolve1d
@@ -98,8 +99,7 @@ class TestQuality:
         ],
     )
     def test_errors(self, call, message: str) -> None:
-        with pytest.raises(BinarizeError, match=message):
-            call()
+        assert_error(message, call)
 
     def test_without_the_packages(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "lpips", None)
@@ -107,8 +107,7 @@ class TestQuality:
         assert note == "LPIPS is left out. LPIPS needs the lpips package: pip install 'binarize-diffusion[eval]'"
         monkeypatch.setitem(sys.modules, "skimage.metrics", None)
         for call in (lambda: ssim(noise(20, 20), noise(20, 20)), lambda: evaluate(bicubic(2), folder, scale=2)):
-            with pytest.raises(BinarizeError, match=r"scikit-image: pip install 'binarize-diffusion\[eval\]'"):
-                call()
+            assert_error(r"scikit-image: pip install 'binarize-diffusion\[eval\]'", call)
 
 
 class TestPublishedResults:
@@ -195,13 +194,11 @@ class TestLpips:
             ("vgg", "squeeze", r"squeeze\.pth: is not the backbone of this LPIPS; it has no '2\.weight'"),
             ("squeeze", "narrow", "its weights have other shapes"),
         ):
-            with pytest.raises(BinarizeError, match=message):
-                Lpips(net, backbone=tmp_path / f"{name}.pth")
+            assert_error(message, Lpips, net, backbone=tmp_path / f"{name}.pth")
         distance = Lpips("squeeze", backbone=tmp_path / "squeeze.pth")
         with pytest.raises(BinarizeError, match=r"LPIPS \(squeeze\): needs at least 17 pixels per side, got 40x16"):
             distance(noise(16, 40), noise(16, 40))
-        with pytest.raises(BinarizeError, match=r"one size, got \(3, 20, 20\) and \(3, 20, 21\)"):
-            distance(noise(20, 20), noise(20, 21))
+        assert_error(r"one size, got \(3, 20, 20\) and \(3, 20, 21\)", distance, noise(20, 20), noise(20, 21))
 
 
 class TestEvaluate:
@@ -248,8 +245,7 @@ class TestEvaluate:
         ],
     )
     def test_errors(self, result, options, message: str, folder: Path) -> None:
-        with pytest.raises(BinarizeError, match=message):
-            evaluate(lambda lr: result, folder, scale=2, lpips=None, progress=False, **options)
+        assert_error(message, evaluate, lambda lr: result, folder, scale=2, lpips=None, progress=False, **options)
 
     def test_bad_data_is_found_before_upscaling(self, folder: Path) -> None:
         never = mock.Mock(side_effect=AssertionError("upscaled something"))
@@ -259,8 +255,7 @@ class TestEvaluate:
         (folder / "tiny.png").unlink()
         path = folder / "p1.png"
         path.write_bytes(path.read_bytes()[:-200])
-        with pytest.raises(BinarizeError, match=r"p1\.png: cannot"):
-            evaluate(never, folder, scale=2, lpips=None)
+        assert_error(r"p1\.png: cannot", evaluate, never, folder, scale=2, lpips=None)
 
 
 class TestReport:
@@ -309,10 +304,8 @@ class TestReport:
         assert [path.name for path in paths] == ["evaluation.json", "evaluation.csv", "evaluation.md"]
         assert [path.read_text() for path in paths] == [report.to_json(), report.to_csv(), report.to_markdown()]
         paths[0].unlink()
-        with pytest.raises(BinarizeError, match=r"evaluation\.csv: already exists"):
-            report.save(target)
+        assert_error(r"evaluation\.csv: already exists", report.save, target)
         assert not paths[0].exists()
         report.save(target, force=True)
         assert len(list(target.iterdir())) == 3
-        with pytest.raises(BinarizeError, match=r"evaluation\.md: cannot create the folder"):
-            report.save(paths[2])
+        assert_error(r"evaluation\.md: cannot create the folder", report.save, paths[2])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from PIL import Image, ImageCms
 
 from binarize.errors import BinarizeError
@@ -108,8 +109,7 @@ class TestDecodedImage:
         assert beyond.getpixel((0, 0)) == (255, 0)
         deep = to_image(noise("I;16"))
         assert deep.with_pixels(torch.rand(3, 2, 2), torch.rand(1, 2, 2)).to_pil().mode == "LA"
-        with pytest.raises(BinarizeError, match=r"rgb must be \(3, H, W\), got \(1, 2, 2\)"):
-            image.with_pixels(torch.zeros(1, 2, 2), None)
+        assert_error(r"rgb must be \(3, H, W\), got \(1, 2, 2\)", image.with_pixels, torch.zeros(1, 2, 2), None)
         with pytest.raises(BinarizeError, match=r"alpha must be \(1, 2, 2\), got \(1, 2, 3\)"):
             image.with_pixels(torch.zeros(3, 2, 2), torch.zeros(1, 2, 3))
 
@@ -149,19 +149,16 @@ class TestReading:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
         assert read_image(tmp_path / "a.png").rgb.shape == (3, 20, 30)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-        with pytest.raises(BinarizeError, match=r"a\.png: Image size \(600 pixels\) exceeds.*MAX_IMAGE_PIXELS"):
-            read_image(tmp_path / "a.png")
+        assert_error(r"a\.png: Image size \(600 pixels\) exceeds.*MAX_IMAGE_PIXELS", read_image, tmp_path / "a.png")
 
     def test_list_images(self, tmp_path: Path) -> None:
-        with pytest.raises(BinarizeError, match=r"holds no images; looked for \.png"):
-            list_images(tmp_path)
+        assert_error(r"holds no images; looked for \.png", list_images, tmp_path)
         for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt"):
             (tmp_path / name).touch()
         (tmp_path / "folder.png").mkdir()
         assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG"]
         for name, message in (("missing", "no such folder"), ("a.jpg", "is a file")):
-            with pytest.raises(BinarizeError, match=message):
-                list_images(tmp_path / name)
+            assert_error(message, list_images, tmp_path / name)
 
 
 class TestWriting:
@@ -186,15 +183,13 @@ class TestWriting:
         ],
     )
     def test_refusals_leave_nothing(self, mode: str, name: str, message: str, tmp_path: Path) -> None:
-        with pytest.raises(BinarizeError, match=message):
-            save_image(noise(mode), tmp_path / name)
+        assert_error(message, save_image, noise(mode), tmp_path / name)
         assert list(tmp_path.iterdir()) == []
 
     def test_nothing_is_replaced_unasked(self, tmp_path: Path) -> None:
         path = tmp_path / "a.png"
         path.write_bytes(b"old")
-        with pytest.raises(BinarizeError, match=r"a\.png: already exists"):
-            save_image(noise("RGB"), path)
+        assert_error(r"a\.png: already exists", save_image, noise("RGB"), path)
         assert path.read_bytes() == b"old"
         save_image(to_image(noise("RGB")), path, force=True)
         assert opened(path).size == (6, 4)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from cli_case import NETWORK
+from errors_case import assert_error
 from hypothesis import given
 from hypothesis import strategies as st
 from inspect_case import OneLayer, batch, network, signs
 from torch import Tensor, nn
 
 from binarize import inspect
-from binarize.errors import BinarizeError
 from binarize.inspect.distribution import DistributionMeter
 from binarize.layers import CSFusion
 from binarize.models import SRUNet
@@ -123,8 +123,7 @@ def test_biases_that_cannot_be_shown() -> None:
         (lambda: found.plot(), r"different numbers of timestep groups \(2, 5\).*plot\(layer=\.\.\.\)"),
         (lambda: found.plot(layer="middle.0.conv3"), "no biases of a layer 'middle.0.conv3'.*Did you mean 'middle.0"),
     ):
-        with pytest.raises(BinarizeError, match=message):
-            call()
+        assert_error(message, call)
 
 
 def fusions(model: nn.Module) -> list[str]:
@@ -193,10 +192,8 @@ def test_the_model_is_left_as_it_was(kind: str) -> None:
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_that_does_not_call_the_model_is_refused(kind: str) -> None:
     model = network()
-    with pytest.raises(BinarizeError, match=r"the run did not call '.*', so there is nothing to show"):
-        RUNS[kind](model, lambda: None)
-    with pytest.raises(BinarizeError, match=r"run must be a function without arguments .* got 7"):
-        RUNS[kind](model, 7)
+    assert_error(r"the run did not call '.*', so there is nothing to show", RUNS[kind], model, lambda: None)
+    assert_error(r"run must be a function without arguments .* got 7", RUNS[kind], model, 7)
 
 
 class Plain(nn.Module):
@@ -229,8 +226,7 @@ class Plain(nn.Module):
     ],
 )
 def test_modules_and_inputs_that_cannot_be_observed(call: Any, message: str) -> None:
-    with pytest.raises(BinarizeError, match=message):
-        call()
+    assert_error(message, call)
 
 
 def results() -> dict[str, Any]:
@@ -272,8 +268,7 @@ def test_many_layers_are_numbered_and_many_timesteps_thinned() -> None:
 def test_plots_without_matplotlib_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = inspect.tar_biases(network())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(BinarizeError, match=r"plots need matplotlib: pip install 'binarize-diffusion\[plot\]'"):
-        found.plot()
+    assert_error(r"plots need matplotlib: pip install 'binarize-diffusion\[plot\]'", found.plot)
 
 
 def test_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from errors_case import assert_error
 from torch import nn
 
 import binarize
@@ -132,8 +133,7 @@ def test_a_timestep_aware_part_of_your_own_gets_the_context(registries):
 @pytest.mark.parametrize("how", [bidiffsr, bidiffsr().replace, functools.partial(get_method, "bidiffsr")])
 def test_an_unknown_option_is_answered_with_the_nearest(how):
     message = r"^bidiffsr: unknown option 'group'; options: groups, .*Did you mean 'groups'\?$"
-    with pytest.raises(BinarizeError, match=message):
-        how(group=2)
+    assert_error(message, how, group=2)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,7 @@ def test_an_unknown_option_is_answered_with_the_nearest(how):
     ],
 )
 def test_bad_values_are_refused_in_words(name, options, message):
-    with pytest.raises(BinarizeError, match=message):
-        get_method(name, **options)
+    assert_error(message, get_method, name, **options)
 
 
 @pytest.mark.parametrize(
@@ -259,8 +258,7 @@ def test_composed_methods_go_through_files(options):
 )
 def test_a_part_that_no_file_can_name_says_so(part):
     method = reactnet(post=part)
-    with pytest.raises(BinarizeError, match=r"the post part .* cannot be saved"):
-        method.to_config()
+    assert_error(r"the post part .* cannot be saved", method.to_config)
 
 
 def test_a_registered_method_is_like_any_other(registries):
@@ -272,8 +270,7 @@ def test_a_registered_method_is_like_any_other(registries):
     assert "mine" in list_methods()
     assert get_method("mine", strength=2) == Mine(strength=2)
     assert Mine(strength=2).to_config() == {"name": "mine", "strength": 2}
-    with pytest.raises(BinarizeError, match=r"mine: unknown option 'strenght'; options: strength, .*'strength'"):
-        Mine(strenght=2)
+    assert_error(r"mine: unknown option 'strenght'; options: strength, .*'strength'", Mine, strenght=2)
     with pytest.raises(BinarizeError, match=r"method 'mine' is already registered as .*pass replace=True"):
         register_method("mine")(Mine)
     register_method("mine", replace=True)(Mine)
@@ -290,8 +287,7 @@ def test_only_frozen_dataclasses_are_registered(registries):
 def test_parts_are_registered_by_kind(registries):
     with pytest.raises(BinarizeError, match=r"unknown kind of part 'wieght'; kinds: .*Did you mean 'weight'\?"):
         layers.register_part("wieght", "x")
-    with pytest.raises(BinarizeError, match="unknown kind of part 'layer'"):
-        layers.list_parts("layer")
+    assert_error("unknown kind of part 'layer'", layers.list_parts, "layer")
     with pytest.raises(BinarizeError, match="post part 'relu' is already registered"):
         layers.register_part("post", "relu")(factory)
     layers.register_part("post", "relu", replace=True)(factory)

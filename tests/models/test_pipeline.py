@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
+from errors_case import assert_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -68,8 +69,7 @@ def test_eta_reaches_ddim_and_is_refused_elsewhere():
     assert not torch.equal(run(pipe, image, eta=1.0), run(pipe, image))
     assert not torch.equal(run(pipe, image, eta=1.0, generator=seeded(1)), run(pipe, image, eta=1.0))
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(BinarizeError, match=r"eta=0.5: EulerDiscreteScheduler takes no eta"):
-        run(pipe, image, eta=0.5)
+    assert_error(r"eta=0.5: EulerDiscreteScheduler takes no eta", run, pipe, image, eta=0.5)
 
 
 def test_a_scheduler_that_does_not_fit_is_refused_at_once_and_when_swapped():
@@ -79,8 +79,7 @@ def test_a_scheduler_that_does_not_fit_is_refused_at_once_and_when_swapped():
         pipeline(local(num_train_timesteps=1000))
     pipe = pipeline(local(num_train_timesteps=1000), scheduler=diffusers.DDIMScheduler())
     pipe.scheduler = default_scheduler()
-    with pytest.raises(BinarizeError, match=message):
-        run(pipe, pixels(2, 2))
+    assert_error(message, run, pipe, pixels(2, 2))
     with pytest.raises(BinarizeError, match="FlowMatchEulerDiscreteScheduler is no scheduler for noise prediction"):
         pipeline(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=2000))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cli_case import NETWORK, fails, succeeds
+from errors_case import assert_error
 from PIL import Image
 from pipeline_case import pipeline
 
@@ -41,15 +42,12 @@ def photo(tmp_path: Path) -> Path:
 
 def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path, photo: Path) -> None:
     assert default_model() == default_model(2) == models / "x2"
-    with pytest.raises(binarize.BinarizeError, match=r"no model for scale 3 .*; scales with one: 2, 4\."):
-        default_model(3)
+    assert_error(r"no model for scale 3 .*; scales with one: 2, 4\.", default_model, 3)
     assert "scales with one: 2, 4" in fails("upscale", photo, "--scale", "3")
     (models / "x4" / "model_index.json").unlink()
-    with pytest.raises(binarize.BinarizeError, match=r"scales with one: 2\."):
-        default_model(4)
+    assert_error(r"scales with one: 2\.", default_model, 4)
     shutil.rmtree(models / "x2")
-    with pytest.raises(binarize.BinarizeError, match="this installation has none at all"):
-        default_model(2)
+    assert_error("this installation has none at all", default_model, 2)
 
 
 @pytest.mark.parametrize(("options", "scale"), [([], 2), (["--scale", "4"], 4)])

@@ -11,12 +11,12 @@ from typing import Any
 
 import packed_files
 import pytest
+from errors_case import assert_error
 from packed_case import SMALL
 from packed_files import BITS, CONFIG, HOST_WEIGHTS, WEIGHTS, change_config
 from torch import Tensor, nn
 
 import binarize
-from binarize.errors import BinarizeError
 from binarize.models import SRUNet
 
 UNREADABLE = "cannot be read as a safetensors file"
@@ -117,8 +117,7 @@ def test_a_configuration_that_no_arithmetic_survives_is_refused(folder: Path, ch
 )
 def test_a_broken_config_json_is_refused(folder: Path, text: str, message: str) -> None:
     (folder / CONFIG).write_text(text)
-    with pytest.raises(BinarizeError, match=message):
-        binarize.load(folder)
+    assert_error(message, binarize.load, folder)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +147,7 @@ def test_a_configuration_of_another_host_is_refused(good_host, tmp_path, changes
     (tmp_path / CONFIG).write_text(json.dumps(described))
     change_config(weights, lambda config: config.update(host=described["host"]))
     for given in (tmp_path, weights):
-        with pytest.raises(BinarizeError, match=message):
-            binarize.load(given)
+        assert_error(message, binarize.load, given)
 
 
 BOUNDED = """
@@ -231,8 +229,7 @@ def test_a_file_has_nothing_imported_and_no_function_called(part, words, packed,
     if packed:  # which keeps its own
         change_config(tmp_path / "model" / WEIGHTS, lambda config: config["conversion"]["method"].update(post=hostile))
     for read in (binarize.load, SRUNet.from_pretrained):
-        with pytest.raises(BinarizeError, match=words):
-            read(tmp_path / "model")
+        assert_error(words, read, tmp_path / "model")
     assert not mark.exists()
     assert "touched_by_import" not in sys.modules
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from errors_case import assert_error
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -174,8 +175,7 @@ def test_all_errors_are_listed_at_once() -> None:
     ],
 )
 def test_invalid_values(overrides: list[str], message: str) -> None:
-    with pytest.raises(BinarizeError, match=message):
-        load_recipe("small_x2", overrides)
+    assert_error(message, load_recipe, "small_x2", overrides)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,7 @@ def test_invalid_values(overrides: list[str], message: str) -> None:
 def test_invalid_files_and_overrides(text: str, override: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(BinarizeError, match=message):
-        load_recipe(path, [override])
+    assert_error(message, load_recipe, path, [override])
 
 
 @pytest.mark.parametrize(
@@ -214,8 +213,7 @@ def test_invalid_files_and_overrides(text: str, override: str, message: str, tmp
     ],
 )
 def test_unknown_recipes(name: str, message: str) -> None:
-    with pytest.raises(BinarizeError, match=message):
-        load_recipe(name)
+    assert_error(message, load_recipe, name)
 
 
 def test_a_copy_is_the_same_recipe_and_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -228,8 +226,7 @@ def test_a_copy_is_the_same_recipe_and_nothing_is_overwritten(tmp_path: Path) ->
         ("d.txt", r"must end in \.yaml"),
         ("nowhere/d.yaml", "does not exist"),
     ):
-        with pytest.raises(BinarizeError, match=message):
-            copy_recipe("bidiffsr_x4", tmp_path / name)
+        assert_error(message, copy_recipe, "bidiffsr_x4", tmp_path / name)
     assert copied.read_text() == "scale: 2\n"
     copy_recipe("bidiffsr_x4", copied, force=True)
     assert load_recipe(copied) == load_recipe("bidiffsr_x4")
@@ -251,8 +248,7 @@ def test_a_copy_is_the_same_recipe_and_nothing_is_overwritten(tmp_path: Path) ->
 )
 def test_validation(overrides: list[str], message: str, tmp_path: Path) -> None:
     assert validate("demo", [f"train_data_dir={tmp_path}"]).train_data_dir == tmp_path
-    with pytest.raises(BinarizeError, match=message):
-        validate("demo", overrides)
+    assert_error(message, validate, "demo", overrides)
 
 
 def test_a_plugin_beside_the_recipe_is_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +263,7 @@ def test_a_plugin_beside_the_recipe_is_imported_once(tmp_path: Path, monkeypatch
 
 def test_a_failing_plugin_is_named_with_its_error_and_can_be_tried_again(tmp_path: Path) -> None:
     plugin = write(tmp_path, "raise RuntimeError('broken on purpose')\n", "plugin.py")
-    with pytest.raises(BinarizeError, match=r"plugin\.py': RuntimeError: broken on purpose"):
-        import_plugins([str(plugin)])
+    assert_error(r"plugin\.py': RuntimeError: broken on purpose", import_plugins, [str(plugin)])
     plugin.write_text("")
     import_plugins([str(plugin)])
 

@@ -15,13 +15,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from PIL import Image
 from studies_case import SHRINK, forbid_training, make, times, write_study
 from typer.testing import CliRunner
 
 import binarize
 from binarize.cli import app
-from binarize.errors import BinarizeError
 from binarize.evaluation import LpipsUnavailable, evaluate
 from binarize.models import SuperResolutionPipeline
 from binarize.recipes import build_model, load_recipe
@@ -131,8 +131,7 @@ def test_another_recipe_is_refused_or_repeats_its_runs_alone(pictures: Path, tmp
     first = ablate(study, progress=False)
     cells[1]["overrides"] = {"method": "bidiffsr", "learning_rate": 3e-3}
     message = r"holds runs of these cells with other recipes:\n  fast: learning_rate: was 0.002, is 0.003\n.*--force"
-    with pytest.raises(BinarizeError, match=message):
-        ablate(study, progress=False)
+    assert_error(message, ablate, study, progress=False)
     assert [run.state for run in ablate(study, dry_run=True).runs] == ["done", "other recipe"]
     second = ablate(study, force=True, progress=False)
     assert second.complete
@@ -173,8 +172,7 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_model(pictures: P
     assert again.psnr == whole.psnr
     assert again.loss is None  # no step was left from which to take it
     (whole.folder / "run.json").write_text("{")
-    with pytest.raises(BinarizeError, match=r"run\.json is not a file of a study .*; remove it"):
-        ablate(study, dry_run=True)
+    assert_error(r"run\.json is not a file of a study .*; remove it", ablate, study, dry_run=True)
 
 
 def test_a_plugin_that_was_changed_makes_another_run(pictures: Path, tmp_path: Path) -> None:
@@ -237,8 +235,7 @@ def test_chosen_cells_are_run_alone(pictures: Path, tmp_path: Path) -> None:
     result = ablate(study, only="method=b?n", progress=False)
     assert [run.state for run in result.runs] == ["done", "to do"]
     assert "| - | - |" in result.to_markdown()
-    with pytest.raises(BinarizeError, match=r"only: no cell matches 'bnn'; there are method=bnn, method=bidiffsr"):
-        ablate(study, only=["bnn"])
+    assert_error(r"only: no cell matches 'bnn'; there are method=bnn, method=bidiffsr", ablate, study, only=["bnn"])
 
 
 @pytest.mark.slow
@@ -264,8 +261,7 @@ def test_without_matplotlib_only_the_plot_is_missing(finished, monkeypatch, tmp_
         monkeypatch.setitem(sys.modules, name, None)
     assert sorted(path.name for path in result.save()) == ["table.csv", "table.json", "table.md"]
     assert "The plot is left out; it needs matplotlib" in result.to_markdown()
-    with pytest.raises(BinarizeError, match=r"plots need matplotlib: pip install 'binarize-diffusion\[plot\]'"):
-        result.plot()
+    assert_error(r"plots need matplotlib: pip install 'binarize-diffusion\[plot\]'", result.plot)
 
 
 def test_errors_before_the_first_run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,11 +278,9 @@ def test_errors_before_the_first_run(pictures: Path, tmp_path: Path, monkeypatch
         (typing_error, [], r"networks of some cells cannot be built:\n  method=bnm: unknown method"),
         (same_folder, [], r"the cells 'a b' and 'A_b' would share the folder"),
     ):
-        with pytest.raises(BinarizeError, match=f"(?s){message}"):
-            ablate(invalid, overrides)
+        assert_error(f"(?s){message}", ablate, invalid, overrides)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BinarizeError, match=r"a study runs in one process; start it without a launcher"):
-        ablate(study)
+    assert_error(r"a study runs in one process; start it without a launcher", ablate, study)
     assert not list(tmp_path.iterdir())
 
 
@@ -326,8 +320,7 @@ def test_seeds_that_are_missing_are_left_out_of_the_mean() -> None:
     result = table(row("a", 0, psnr=30.0), row("a", 1, state="to do"), row("b", 0, psnr=1.0, loss=0.5))
     assert "| a | 1.000 | 2.000 | 30.00 | - | done, to do |" in result.to_markdown()
     assert result.values("a", "psnr") == [30.0]
-    with pytest.raises(BinarizeError, match=r"there is no cell 'c'; there are a, b"):
-        result.values("c", "psnr")
+    assert_error(r"there is no cell 'c'; there are a, b", result.values, "c", "psnr")
 
 
 def test_the_command_lists_shows_and_runs(pictures: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from errors_case import assert_error
 from studies_case import SHRINK
 
 import binarize
@@ -113,8 +114,7 @@ def test_overrides_are_joined_as_recipes_join_their_base() -> None:
     ],
 )
 def test_invalid_studies(study: Any, message: str) -> None:
-    with pytest.raises(BinarizeError, match=message):
-        load_study(study)
+    assert_error(message, load_study, study)
 
 
 def test_every_mistake_of_a_study_is_listed_at_once() -> None:
@@ -138,14 +138,12 @@ def test_mistakes_of_cells_are_listed_at_once_each_with_its_cells() -> None:
         (twice, [], r"two cells of the study are called 'loss=l1'"),
         (same, ["loss=l1"], r"the cells 'loss=l1' and 'loss=l2' are the same run"),
     ):
-        with pytest.raises(BinarizeError, match=message):
-            one.recipes(overrides)
+        assert_error(message, one.recipes, overrides)
 
 
 @pytest.mark.parametrize("override", ["seed=1", "resume_from_checkpoint=latest"])
 def test_overrides_that_a_study_decides(override: str) -> None:
-    with pytest.raises(BinarizeError, match=rf"'{override}' cannot be given to a study: "):
-        load_study("small_groups", [override])
+    assert_error(rf"'{override}' cannot be given to a study: ", load_study, "small_groups", [override])
 
 
 # The how-to.

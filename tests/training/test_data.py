@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -161,8 +162,7 @@ class TestPatches:
         ],
     )
     def test_bad_options(self, folder: Path, options: dict[str, int], message: str) -> None:
-        with pytest.raises(BinarizeError, match=message):
-            PairedPatches(folder, **{"scale": 2, "patch_size": 8, **options})
+        assert_error(message, PairedPatches, folder, **{"scale": 2, "patch_size": 8, **options})
 
 
 class TestPairs:
@@ -172,8 +172,7 @@ class TestPairs:
         assert torch.equal(pairs[0].lr, degrade(pairs[0].hr, 4))
         assert [one.name for one in pairs[3:]] == ["p3", "p4"]
         for folders, message in (([tmp_path / "missing"], "no such folder"), ([folder, tmp_path], "holds no images")):
-            with pytest.raises(BinarizeError, match=message):
-                ImagePairs(*folders, scale=2)
+            assert_error(message, ImagePairs, *folders, scale=2)
 
     @pytest.mark.parametrize("name", ["a.png", "ax2.png", "a_x2.png", "AX2.PNG"])
     def test_names_that_match(self, name: str, tmp_path: Path) -> None:
@@ -209,8 +208,7 @@ class TestPairs:
     def test_many_problems_are_cut_short(self, tmp_path: Path) -> None:
         for number in range(23):
             (tmp_path / f"{number:02}.png").touch()
-        with pytest.raises(BinarizeError, match=r"23 images cannot be used: .*19\.png: [^;]*; and 3 more$"):
-            ImagePairs(tmp_path, scale=2)
+        assert_error(r"23 images cannot be used: .*19\.png: [^;]*; and 3 more$", ImagePairs, tmp_path, scale=2)
 
     def test_truncated_images_are_found_at_construction(self, tmp_path: Path) -> None:
         for name in ("a", "b", "c"):
@@ -219,8 +217,7 @@ class TestPairs:
             path = tmp_path / f"{name}.png"
             path.write_bytes(path.read_bytes()[:5000])
         for make in (lambda: PairedPatches(tmp_path, scale=2, patch_size=8), ImagePairs(tmp_path, scale=2).check):
-            with pytest.raises(BinarizeError, match=r"2 images cannot be used: .*a\.png.*c\.png"):
-                make()
+            assert_error(r"2 images cannot be used: .*a\.png.*c\.png", make)
 
 
 def test_candidates_choose_the_place_with_most_texture(tmp_path: Path) -> None:

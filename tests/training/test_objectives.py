@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from errors_case import assert_error
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -135,8 +136,7 @@ def test_invalid_options(options: Any, message: str) -> None:
             build_pipeline(load_recipe("small_x2", options), small())
         SuperResolutionPipeline(small(), scale=2, **options)
 
-    with pytest.raises(BinarizeError, match=message):
-        build()
+    assert_error(message, build)
 
 
 @given(step=st.integers(1, 1999), gamma=st.floats(0.1, 20.0), seed=st.integers(0, 100))
@@ -212,7 +212,5 @@ def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
 
 @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, True, "30"])
 def test_invalid_detail_factors(factor: Any) -> None:
-    with pytest.raises(BinarizeError, match=r"detail_factor multiplies .* must be a positive number"):
-        small(detail_factor=factor)
-    with pytest.raises(BinarizeError, match=r"detail_factor=30 needs a condition"):
-        small(in_channels=3, detail_factor=30)
+    assert_error(r"detail_factor multiplies .* must be a positive number", small, detail_factor=factor)
+    assert_error(r"detail_factor=30 needs a condition", small, in_channels=3, detail_factor=30)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from errors_case import assert_error
 from PIL import Image
 from training_case import RESUME, assert_close, assert_same, at_call, differences, interrupt_at, weights
 
@@ -126,8 +127,7 @@ def test_an_existing_run_is_only_resumed_or_replaced_on_request(recipe: Any) -> 
     train(run, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
     (run.output_dir / "notes.txt").write_text("mine")
-    with pytest.raises(BinarizeError, match=r"already holds a run; continue it with resume_from_checkpoint=latest"):
-        train(run, progress=False)
+    assert_error(r"already holds a run; continue it with resume_from_checkpoint=latest", train, run, progress=False)
     result = train(recipe("max_train_steps=2", "seed=3"), force=True, progress=False)
     assert list(Checkpoints(run.output_dir, None).list()) == [2]
     assert (result.output_dir / "notes.txt").read_text() == "mine"
@@ -181,8 +181,7 @@ def test_runs_that_cannot_start(overrides, message, recipe, twin, tmp_path, monk
     if "pip install" in message:
         monkeypatch.setattr(training_processes.importlib.util, "find_spec", lambda name: None)
     run = recipe(*(override.replace("TWIN", str(twin)) for override in overrides))
-    with pytest.raises(BinarizeError, match=message):
-        train(run, progress=False)
+    assert_error(message, train, run, progress=False)
 
 
 TOTALS = "samples per optimiser step: were 4, are 2; they are train_batch_size * "
@@ -212,8 +211,7 @@ def test_changes_of_the_recipe_when_a_run_resumes(then: str, now: str, changes: 
     if not changes:
         return check()
     lines = "\n  ".join(["recipe differs in keys that change the result:", *changes])
-    with pytest.raises(BinarizeError, match=re.escape(lines)):
-        check()
+    assert_error(re.escape(lines), check)
     return None
 
 
