@@ -65,8 +65,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows, columns = np.mgrid[0:40, 0:32]
     for number in range(5):
         waves = [np.sin(rows / random.uniform(3, 9) + columns / random.uniform(3, 9)) for _ in range(3)]
-        levels = (np.stack(waves, axis=-1) * 90 + 128).astype(np.uint8)
-        Image.fromarray(levels).save(folder / f"p{number}.png")
+        Image.fromarray((np.stack(waves, axis=-1) * 90 + 128).astype(np.uint8)).save(folder / f"p{number}.png")
     return folder
 
 

@@ -8,16 +8,10 @@ import pytest
 import yaml
 
 TINY: dict[str, Any] = {
-    "model": {"base_channels": 8, "channel_mults": [1], "norm_groups": 4},
-    "resolution": 16,
-    "train_batch_size": 2,
-    "max_train_steps": 4,
-    "learning_rate": 1e-3,
-    "lr_warmup_steps": 0,
-    "checkpointing_steps": 2,
-    "validation_steps": 1000,
-    "logging_steps": 1,
-}
+    "model": {"base_channels": 8, "channel_mults": [1], "norm_groups": 4}, "resolution": 16, "train_batch_size": 2,
+    "max_train_steps": 4, "learning_rate": 1e-3, "lr_warmup_steps": 0, "checkpointing_steps": 2,
+    "validation_steps": 1000, "logging_steps": 1,
+}  # fmt: skip
 SHRINK = [
     "max_train_steps=1",
     "model.channel_mults=[1]",

@@ -23,8 +23,7 @@ def test_the_result_is_that_of_the_pipeline(model: Path, small: Path, tmp_path: 
     assert "large.png: 22x18" in output
     pipe = SuperResolutionPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(5)
-    expected = pipe(Image.open(small), num_inference_steps=3, generator=generator).images[0]
+    expected = pipe(Image.open(small), num_inference_steps=3, generator=torch.Generator().manual_seed(5)).images[0]
     assert np.array_equal(pixels(tmp_path / "large.png"), np.asarray(expected))
 
 

@@ -25,8 +25,7 @@ def between(layer: nn.Module) -> nn.Sequential:
 def textbook(conv: nn.Conv2d, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return alpha sign(w) * sign(x), the signs padded, by plain PyTorch."""
     signs = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-    alpha = conv.weight.abs().mean((1, 2, 3), keepdim=True)
-    weight = alpha * torch.where(conv.weight >= 0, 1.0, -1.0).to(x.dtype)
+    weight = conv.weight.abs().mean((1, 2, 3), keepdim=True) * torch.where(conv.weight >= 0, 1.0, -1.0).to(x.dtype)
     if conv.padding == "same":
         total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
@@ -95,8 +94,7 @@ def test_what_has_no_binary_form_is_left_alone_with_the_reason(layer: nn.Module,
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3), layer, nn.Conv2d(4, 4, 1))
     binarize.convert(model, "bnn", overrides={"2": "reactnet"})
     assert model[2] is layer
-    kept = {row.name: row.detail for row in binarize.report(model).kept}
-    assert kept["2"].startswith(reason)
+    assert {row.name: row.detail for row in binarize.report(model).kept}["2"].startswith(reason)
 
 
 def test_lazy_layers_need_a_forward_first() -> None:

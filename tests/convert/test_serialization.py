@@ -140,8 +140,7 @@ def test_each_tensor_keeps_its_dtype(tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 def test_loaded_tensors_are_aligned_copies(packed, tmp_path):
     """Tensors of a mapped file are not aligned, so that sums, and then signs, could differ from the saved model's."""
-    networks = {"unet": SRUNet(**TINY), "host": small_host()}
-    for name, network in networks.items():
+    for name, network in {"unet": SRUNet(**TINY), "host": small_host()}.items():
         binarize.convert(network, "bbcu")
         binarize.save(binarize.pack(network) if packed else network, tmp_path / name)
     for loaded in (binarize.load(tmp_path / "unet"), binarize.load(tmp_path / "host", model=small_host())):

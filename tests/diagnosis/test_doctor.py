@@ -126,8 +126,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.Adam(unet.parameters(), 3e-3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more threads gain little, and lose much on a busy machine
-    quarters = [(..., slice(y, y + 64), slice(x, x + 64)) for y in (0, 64) for x in (0, 64)]
-    for here in quarters * 15:
+    for here in [(..., slice(y, y + 64), slice(x, x + 64)) for y in (0, 64) for x in (0, 64)] * 15:
         target = residual[here]
         loss = (unet(torch.randn_like(target), 999, case.condition[here]).sample - target).abs().mean()
         optimizer.zero_grad()

@@ -116,8 +116,7 @@ class TestPublishedResults:
     def test_bicubic_on_set5(self, scale: int, decibels: float, similarity: float) -> None:
         data = (SET5 / "HR", SET5 / "LR_bicubic")
         report = evaluate(bicubic(scale), data, scale=scale, lpips=None, progress=False)
-        assert round(report.mean.model.psnr, 2) == decibels
-        assert round(report.mean.model.ssim, 4) == similarity
+        assert (round(report.mean.model.psnr, 2), round(report.mean.model.ssim, 4)) == (decibels, similarity)
         assert report.mean.model == report.mean.bicubic
         made = evaluate(bicubic(scale), SET5 / "HR", scale=scale, lpips=None, progress=False)
         assert [row.model for row in made.rows] == [row.model for row in report.rows]
@@ -227,8 +226,7 @@ class TestEvaluate:
 
     def test_options(self, folder: Path) -> None:
         report = evaluate(bicubic(2), folder, scale=2, lpips=None, limit=1, border=0, baseline=False, progress=False)
-        assert len(report.rows) == 1
-        assert report.border == 0
+        assert (len(report.rows), report.border) == (1, 0)
         assert report.mean.bicubic is None
         assert "bicubic" not in report.to_json() + report.to_csv() + report.to_markdown()
         assert len(evaluate(bicubic(2), folder, scale=2, lpips=None, limit=9, progress=False).rows) == 2
@@ -285,8 +283,7 @@ class TestReport:
         rows = list(csv.reader(io.StringIO(report.to_csv())))
         heading = "picture,PSNR,SSIM,LPIPS (squeeze),bicubic PSNR,bicubic SSIM,bicubic LPIPS (squeeze),seconds"
         assert rows[0] == heading.split(",")
-        assert rows[2] == ["c,d", "32.0", "0.95", "0.2", "29.5", "0.85", "0.4", "0.5"]
-        assert rows[3][0] == "mean"
+        assert (rows[2], rows[3][0]) == (["c,d", "32.0", "0.95", "0.2", "29.5", "0.85", "0.4", "0.5"], "mean")
         lines = report.to_markdown().splitlines()
         assert lines[0] == "ours, x2: PSNR and SSIM on Y, 2 pixels cut off each side."
         assert lines[4] == r"| a\|b | 30.00 | 0.9000 | 0.1000 | 28.50 | 0.8000 | 0.3000 |"

@@ -26,8 +26,7 @@ def noise(mode: str, size: tuple[int, int] = (6, 4)) -> Image.Image:
         return Image.fromarray(rng.integers(0, 65536, size[::-1]).astype(np.uint16))
     if mode == "1":
         return Image.fromarray(rng.integers(0, 2, size[::-1]).astype(bool))
-    bands = Image.getmodebands(mode)
-    raw = rng.integers(0, 256, (*size[::-1], bands), dtype=np.uint8).tobytes()
+    raw = rng.integers(0, 256, (*size[::-1], Image.getmodebands(mode)), dtype=np.uint8).tobytes()
     return Image.frombytes(mode, size, raw)
 
 
@@ -84,8 +83,7 @@ class TestDecodedImage:
         assert image_size(tmp_path / "a.png") == (2, 3)
         shown = read_image(tmp_path / "a.png").to_pil()
         np.testing.assert_array_equal(np.array(shown), upright)
-        again = read_image(save_image(shown, tmp_path / "b.png"))
-        np.testing.assert_array_equal(np.array(again.to_pil()), upright)
+        np.testing.assert_array_equal(np.array(read_image(save_image(shown, tmp_path / "b.png")).to_pil()), upright)
         assert 0x0112 not in opened(tmp_path / "b.png").getexif()
 
     def test_damaged_exif_is_ignored(self, tmp_path: Path) -> None:
@@ -107,8 +105,7 @@ class TestDecodedImage:
         assert (grey.mode, grey.size, grey.getpixel((0, 0))) == ("L", (2, 2), round(0.299 * 255))
         beyond = image.with_pixels(torch.full((3, 1, 1), 2.0), torch.full((1, 1, 1), -1.0)).to_pil()
         assert beyond.getpixel((0, 0)) == (255, 0)
-        deep = to_image(noise("I;16"))
-        assert deep.with_pixels(torch.rand(3, 2, 2), torch.rand(1, 2, 2)).to_pil().mode == "LA"
+        assert to_image(noise("I;16")).with_pixels(torch.rand(3, 2, 2), torch.rand(1, 2, 2)).to_pil().mode == "LA"
         assert_error(r"rgb must be \(3, H, W\), got \(1, 2, 2\)", image.with_pixels, torch.zeros(1, 2, 2), None)
         with pytest.raises(BinarizeError, match=r"alpha must be \(1, 2, 2\), got \(1, 2, 3\)"):
             image.with_pixels(torch.zeros(3, 2, 2), torch.zeros(1, 2, 3))

@@ -41,8 +41,7 @@ def test_moments_are_exact_and_values_are_a_sample(parts: list[list[float]]) -> 
     gathered.add(torch.empty(0))
     every = np.concatenate([np.array(part, dtype=np.float64) for part in parts])
     found = gathered.result()
-    assert found.count == len(every)
-    assert found.mean == pytest.approx(every.mean(), abs=1e-9)
+    assert (found.count, found.mean) == (len(every), pytest.approx(every.mean(), abs=1e-9))
     assert found.std == pytest.approx(every.std(), abs=1e-4)
     assert (found.minimum, found.maximum) == (every.min(), every.max())
     assert len(found.values) == sum(min(len(part), 7) for part in parts)
@@ -60,7 +59,7 @@ class Doubled(nn.Module):
         return self.inner(self.change(x * torch.as_tensor(timestep).reshape(-1, 1)))
 
 
-activations = inspect.activation_distribution
+activations, fused = inspect.activation_distribution, inspect.fusion_distributions
 
 
 def test_inputs_are_separated_by_timestep_within_a_batch_too() -> None:
@@ -141,8 +140,7 @@ def test_fusion_mixes_both_inputs_and_is_compared_with_their_sum() -> None:
     x, output = seen[0]
     hidden, skip = x[:, : fusion.hidden_channels], x[:, fusion.hidden_channels :]
     found = inspect.fusion_distributions(model, name, inputs)
-    expected = {"hidden": hidden, "skip": skip, "fused": output, "added": hidden + skip}
-    for key, value in expected.items():
+    for key, value in {"hidden": hidden, "skip": skip, "fused": output, "added": hidden + skip}.items():
         one = getattr(found, key)
         assert one.mean == pytest.approx(float(value.double().mean()), abs=1e-6)
         assert one.std == pytest.approx(float(value.double().std(correction=0)), abs=1e-6)
@@ -205,24 +203,15 @@ class Plain(nn.Module):
     ("call", "message"),
     [
         (lambda: activations(network(), "middle.0.conv9", batch()), r"no module 'middle.0.conv9'.*mean 'middle.0.conv"),
-        (
-            lambda: inspect.fusion_distributions(network(), "middle.0", batch()),
-            r"SRUNet has no CSFusion 'middle.0'; it has decoder\.0\.blocks\.0\.fusion",
-        ),
-        (lambda: inspect.fusion_distributions(OneLayer("bnn"), "layer", batch()), r"it has none\."),
-        (
-            lambda: activations(Plain(), "", torch.zeros(1)),
-            "Plain has no timestep: .*a distribution over timesteps needs",
-        ),
+        (lambda: fused(network(), "middle.0", batch()), r"no CSFusion 'middle.0'; it has decoder\.0\.blocks\.0\.fus"),
+        (lambda: fused(OneLayer("bnn"), "layer", batch()), r"it has none\."),
+        (lambda: activations(Plain(), "", torch.zeros(1)), "Plain has no timestep: .*a distribution over timesteps"),
         (lambda: activations(network(), "middle.0", batch(), samples=0), "samples is the number .* at least 1; got 0"),
         (
             lambda: activations(Doubled(lambda x: x.reshape(-1)), "inner", (torch.zeros(2, 3), torch.tensor([1, 2]))),
             r"the input of 'inner' is \(6,\) while the batch has 2 timesteps",
         ),
-        (
-            lambda: activations(Doubled(lambda x: None), "inner", (torch.zeros(2, 3), 1)),
-            "'inner' is not called with a tensor",
-        ),
+        (lambda: activations(Doubled(lambda x: None), "inner", (torch.zeros(2, 3), 1)), "not called with a tensor"),
     ],
 )
 def test_modules_and_inputs_that_cannot_be_observed(call: Any, message: str) -> None:
@@ -257,8 +246,7 @@ def test_every_result_draws_itself_on_new_and_on_given_axes() -> None:
 
 
 def test_many_layers_are_numbered_and_many_timesteps_thinned() -> None:
-    names = tuple(f"layer{number}" for number in range(60))
-    many = inspect.Saturation(names, np.full(60, 0.5), np.full(60, 10))
+    many = inspect.Saturation(tuple(f"layer{number}" for number in range(60)), np.full(60, 0.5), np.full(60, 10))
     assert many.plot().get_xlabel() == "layer (0 is layer0, 59 is layer59)"
     one = inspect.Distribution(3, 0.0, 1.0, -1.0, 1.0, np.array([-1.0, 0.0, 1.0], dtype=np.float32))
     ax = inspect.ActivationDistribution("m", np.arange(50.0), (one,) * 50).plot(boxes=5)
@@ -286,5 +274,4 @@ def test_class_labels_are_not_taken_for_timesteps() -> None:
     host = UNet2DModel(sample_size=8, **blocks, **channels, class_embed_type="timestep")
     x = torch.randn(2, 3, 8, 8)
     run = {"sample": x, "timestep": torch.tensor([10, 900]), "class_labels": torch.tensor([1, 2])}
-    result = inspect.activation_distribution(host, "mid_block.resnets.0.conv1", run)
-    assert result.timesteps.tolist() == [10, 900]
+    assert inspect.activation_distribution(host, "mid_block.resnets.0.conv1", run).timesteps.tolist() == [10, 900]

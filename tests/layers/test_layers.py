@@ -35,8 +35,7 @@ def doubles(*shape: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_signs_keep_the_dtype_and_differ_at_zero_alone(dtype):
     x = torch.tensor([-2.0, -0.0, 0.0, 3.0], dtype=dtype)
-    assert hard_sign(x).tolist() == [-1, 1, 1, 1]
-    assert hard_sign(x, "zero").tolist() == [-1, 0, 0, 1]
+    assert (hard_sign(x).tolist(), hard_sign(x, "zero").tolist()) == ([-1, 1, 1, 1], [-1, 0, 0, 1])
     assert hard_sign(x).dtype == hard_sign(x, "zero").dtype == dtype
 
 
@@ -103,8 +102,7 @@ def test_channel_scale_multiplies_channels_rows_and_columns():
     for parameter in scale.parameters():
         parameter.data.normal_()
     y = doubles(1, 2, 3, 5)
-    factors = torch.einsum("c,ik,j->cij", scale.scale, scale.row_scale[:3], scale.column_scale)
-    equal(scale(y, y), y * factors)
+    equal(scale(y, y), y * torch.einsum("c,ik,j->cij", scale.scale, scale.row_scale[:3], scale.column_scale))
     assert_error(r"outputs up to 4 pixels high; got 6\. Give a larger size=\(H, W\)", scale, doubles(1, 2, 6, 5), y)
     assert_error("up to 5 pixels wide; got 7", scale, doubles(1, 2, 4, 7), y)
     linear = BinaryLinear(3, 4, method=binarize.get_method("xnor++", size=(2, 2)))  # tokens have no rows and columns

@@ -132,8 +132,7 @@ def test_a_timestep_aware_part_of_your_own_gets_the_context(registries):
 
 @pytest.mark.parametrize("how", [bidiffsr, bidiffsr().replace, functools.partial(get_method, "bidiffsr")])
 def test_an_unknown_option_is_answered_with_the_nearest(how):
-    message = r"^bidiffsr: unknown option 'group'; options: groups, .*Did you mean 'groups'\?$"
-    assert_error(message, how, group=2)
+    assert_error(r"^bidiffsr: unknown option 'group'; options: groups, .*Did you mean 'groups'\?$", how, group=2)
 
 
 @pytest.mark.parametrize(
@@ -257,8 +256,7 @@ def test_composed_methods_go_through_files(options):
     ids=["lambda", "partial", "mapping", "option"],
 )
 def test_a_part_that_no_file_can_name_says_so(part):
-    method = reactnet(post=part)
-    assert_error(r"the post part .* cannot be saved", method.to_config)
+    assert_error(r"the post part .* cannot be saved", reactnet(post=part).to_config)
 
 
 def test_a_registered_method_is_like_any_other(registries):

@@ -27,8 +27,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for scale, steps in ((2, 3), (4, 1)):
         torch.manual_seed(scale)
         unet = binarize.pack(binarize.convert(SRUNet(**NETWORK), "bidiffsr"))
-        pipe = SuperResolutionPipeline(unet, scale=scale, num_inference_steps=steps)
-        pipe.save_pretrained(folder / f"x{scale}")
+        SuperResolutionPipeline(unet, scale=scale, num_inference_steps=steps).save_pretrained(folder / f"x{scale}")
     monkeypatch.setattr(_pretrained, "FOLDER", folder)
     return folder
 
@@ -89,8 +88,7 @@ def test_a_number_of_steps_that_no_call_could_take_is_refused(steps: Any) -> Non
 def test_a_recipe_hands_its_steps_on() -> None:
     for timesteps, steps in ((2000, 6), (4, 4)):
         recipe = load_recipe("small_x2", ["num_inference_steps=6", f"scheduler.num_train_timesteps={timesteps}"])
-        unet = SRUNet(**NETWORK, num_train_timesteps=timesteps)
-        assert build_pipeline(recipe, unet).num_inference_steps == steps
+        assert build_pipeline(recipe, SRUNet(**NETWORK, num_train_timesteps=timesteps)).num_inference_steps == steps
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -100,8 +98,7 @@ def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     assert (index["scale"], type(index["num_inference_steps"])) == (scale, int)
     assert not Path(index.get("_name_or_path") or "").is_absolute()
-    pipe = SuperResolutionPipeline.from_pretrained(folder)
-    assert binarize.is_packed(pipe.unet)
+    assert binarize.is_packed(SuperResolutionPipeline.from_pretrained(folder).unet)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 4e6
 
 

@@ -157,8 +157,7 @@ def test_a_host_that_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failing", ["write", "rename"])
 def test_a_failing_write_leaves_the_earlier_model(good: Path, tmp_path: Path, failing: str, monkeypatch: Any) -> None:
-    earlier = binarize.convert(SRUNet(**SMALL), "bbcu")
-    earlier.save_pretrained(tmp_path)
+    binarize.convert(SRUNet(**SMALL), "bbcu").save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(*args: Any, **kwargs: Any) -> None:

@@ -248,5 +248,4 @@ def test_a_class_that_the_program_has_imported_is_found_again(tmp_path: Path) ->
     network = SRUNet(**SMALL)
     binarize.convert(network, "bidiffsr", overrides={"middle.*": {"post": f"{__name__}:Half"}})
     binarize.save(network, tmp_path / "model")
-    loaded = binarize.load(tmp_path / "model")
-    assert any(type(module).__name__ == "Half" for module in loaded.modules())
+    assert any(type(module).__name__ == "Half" for module in binarize.load(tmp_path / "model").modules())

@@ -99,8 +99,7 @@ def test_one_table_is_written_in_every_form(finished: Finished) -> None:
         assert image.width > 600
     titles = [axes.get_title() for axes in result.plot().axes]
     assert titles == ["PSNR (dB)", "SSIM", "params (M)", "OPs (G)", "sampling step (ms)"]
-    assert result.table().row_count == 2
-    assert result.__rich__().columns[0].header == "cell"
+    assert (result.table().row_count, result.__rich__().columns[0].header) == (2, "cell")
 
 
 def test_finished_runs_are_not_repeated(finished, monkeypatch, capsys):

@@ -26,8 +26,7 @@ def test_every_installed_study_is_valid_described_and_seeded_alike(name: str) ->
     study, _ = load_study(name)
     assert study.description
     assert not study.description.endswith(".")
-    assert study.seeds == (0,)
-    assert study.output_dir == Path("runs/ablations") / name
+    assert (study.seeds, study.output_dir) == ((0,), Path("runs/ablations") / name)
     recipes = study.recipes()
     assert len(recipes) >= 3
     assert all(recipe.method is not None for cell, recipe in recipes.items() if cell not in FULL_PRECISION)
@@ -146,8 +145,6 @@ def test_overrides_that_a_study_decides(override: str) -> None:
     assert_error(rf"'{override}' cannot be given to a study: ", load_study, "small_groups", [override])
 
 
-# The how-to.
-
 PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "ablate.md").read_text(encoding="utf-8")
 
 
@@ -156,8 +153,7 @@ def test_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     # A dry run: other tests train and measure.
     planned = lambda study, dry_run=True: ablate(study, SHRINK, dry_run=True)  # noqa: E731
     monkeypatch.setattr(binarize, "ablate", planned, raising=False)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
-    exec(compile(code, "ablate.md", "exec"), {})
+    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)), "ablate.md", "exec"), {})
     assert "| method.groups=5 |" in capsys.readouterr().out
 
 

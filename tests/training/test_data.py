@@ -51,8 +51,7 @@ def symmetries(patch: torch.Tensor) -> list[torch.Tensor]:
 def positions(whole: torch.Tensor, patch: torch.Tensor) -> list[tuple[int, int]]:
     """Every place where ``patch`` occurs in ``whole``, bit for bit."""
     height, width = patch.shape[-2:]
-    windows = whole.unfold(-2, height, 1).unfold(-2, width, 1)
-    equal = windows.eq(patch[:, None, None]).flatten(3).all(-1).all(0)
+    equal = whole.unfold(-2, height, 1).unfold(-2, width, 1).eq(patch[:, None, None]).flatten(3).all(-1).all(0)
     return [(int(row), int(column)) for row, column in equal.nonzero()]
 
 
@@ -71,8 +70,7 @@ class TestPatches:
         whole = {"hr": pair.hr.float() / 255, "lr": lr.float() / 255, "condition": upscaled}
         assert item["index"] == index
         for key, side in (("hr", units * scale), ("lr", units), ("condition", units * scale)):
-            assert item[key].shape == (3, side, side)
-            assert item[key].dtype == torch.float32
+            assert (item[key].shape, item[key].dtype) == ((3, side, side), torch.float32)
             assert item[key].is_contiguous()
         places = set(positions(whole["lr"], item["lr"]))
         for key in ("hr", "condition"):
@@ -81,8 +79,7 @@ class TestPatches:
         assert places
 
     def test_low_resolution_files_are_used(self, paired: tuple[Path, Path]) -> None:
-        patches = PairedPatches(*paired, scale=2, patch_size=12, length=20, augment=False)
-        for item in patches:
+        for item in PairedPatches(*paired, scale=2, patch_size=12, length=20, augment=False):
             with Image.open(paired[1] / f"{item['name']}x2.png") as image:
                 lr = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
             assert positions(lr, item["lr"])
@@ -103,8 +100,7 @@ class TestPatches:
         assert max(seen.values()) < 50  # 25 expected; five standard deviations
 
     def test_each_epoch_uses_every_image_once(self, folder: Path) -> None:
-        patches = PairedPatches(folder, scale=2, patch_size=8, length=100)
-        names = [item["name"] for item in patches]
+        names = [item["name"] for item in PairedPatches(folder, scale=2, patch_size=8, length=100)]
         passes = [tuple(names[start : start + 5]) for start in range(0, 100, 5)]
         assert all(sorted(one) == [f"p{k}" for k in range(5)] for one in passes)
         assert len(set(passes)) > 10
@@ -141,8 +137,7 @@ class TestPatches:
         read = ImagePairs.read
         counted = lambda pairs, index: decoded.append(index) or read(pairs, index)  # noqa: E731
         monkeypatch.setattr(ImagePairs, "read", counted)
-        first_two = 3 * (36 * 40 + 24 * 24)
-        patches = PairedPatches(folder, scale=2, patch_size=8, length=5, cache_bytes=first_two)
+        patches = PairedPatches(folder, scale=2, patch_size=8, length=5, cache_bytes=(3 * (36 * 40 + 24 * 24)))
         assert decoded == [0, 1]
         list(patches)
         assert sorted(decoded) == [0, 1, 2, 3, 4]

@@ -85,8 +85,7 @@ def test_a_compiled_network_learns_the_same(accumulation: int, recipe: Any, monk
     compiled = train(recipe(*options, "max_train_steps=3", "compile=true", out="compiled"), progress=False)
     assert_close(plain.checkpoint, compiled.checkpoint, atol=1e-4, rtol=1e-3)
     SuperResolutionPipeline.from_pretrained(compiled.model_dir)
-    resumed = recipe(*options, "max_train_steps=4", RESUME, out="compiled")
-    assert train(resumed, progress=False).steps == 4
+    assert train(recipe(*options, "max_train_steps=4", RESUME, out="compiled"), progress=False).steps == 4
 
 
 @pytest.mark.slow
@@ -233,8 +232,7 @@ def test_a_skipped_validation_is_done(recipe: Any, validated: tuple[str, ...], m
         with pytest.raises(TrainingInterrupted):
             train(recipe(*options, out="cut"), progress=False)
     resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
-    assert resumed.validation == whole.validation
-    assert resumed.best == whole.best
+    assert (resumed.validation, resumed.best) == (whole.validation, whole.best)
     assert whole.best is not None
     assert math.isfinite(whole.best[1])
     index = json.loads((resumed.output_dir / "best" / "model_index.json").read_text())
