@@ -204,12 +204,10 @@ def test_binary_state_is_signs_and_scales(converted):
         bits = torch.from_numpy(np.unpackbits(packed[name].bits.numpy(), axis=1))
         assert torch.equal(bits[0, : weight.numel()], (weight >= 0).flatten().to(torch.uint8))
         assert packed[name].codes is None
-    with pytest.raises(BinarizeError, match="has no binary layer"):
-        binarize.binary_state(tiny())
+    assert_error("has no binary layer", lambda: binarize.binary_state(tiny()))
     latent = binarize.convert(tiny(), {"name": "reactnet", "two_stage": 0.5})
     assert_error("still full precision", binarize.binary_state, latent)
-    with pytest.raises(BinarizeError, match="is not converted"):
-        binarize.report(tiny())
+    assert_error("is not converted", lambda: binarize.report(tiny()))
 
 
 def test_param_groups_decay_full_precision_weights_alone(converted):

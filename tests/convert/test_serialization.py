@@ -68,8 +68,7 @@ def test_a_diffusers_host_is_rebuilt(tmp_path):
 def test_broken_folders_are_refused(tmp_path, config, message):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(BinarizeError, match=message):
-        binarize.load(tmp_path, model=small_host())
+    assert_error(message, lambda: binarize.load(tmp_path, model=small_host()))
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
@@ -87,8 +86,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     assert type(other[1]) is nn.Conv2d  # as it was
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    with pytest.raises(BinarizeError, match=r"model\.safetensors cannot be read"):
-        binarize.load(tmp_path, model=small_host())
+    assert_error(r"model\.safetensors cannot be read", lambda: binarize.load(tmp_path, model=small_host()))
     SRUNet(**TINY).save_pretrained(tmp_path / "unet")
     weights = next((tmp_path / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])

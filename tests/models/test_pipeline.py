@@ -75,8 +75,7 @@ def test_eta_reaches_ddim_and_is_refused_elsewhere():
 def test_a_scheduler_that_does_not_fit_is_refused_at_once_and_when_swapped():
     assert default_scheduler().config == pipeline().scheduler.config == diffusers.DDIMScheduler(**BETAS).config
     message = "trained with 1000 timesteps, but DDIMScheduler has num_train_timesteps=2000"
-    with pytest.raises(BinarizeError, match=message):
-        pipeline(local(num_train_timesteps=1000))
+    assert_error(message, lambda: pipeline(local(num_train_timesteps=1000)))
     pipe = pipeline(local(num_train_timesteps=1000), scheduler=diffusers.DDIMScheduler())
     pipe.scheduler = default_scheduler()
     assert_error(message, run, pipe, pixels(2, 2))

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from PIL import Image
 from pipeline_case import local, pipeline, pixels, run, seeded
 
-from binarize.errors import BinarizeError
 from binarize.imaging import to_image, upscale_bicubic
 
 
@@ -109,12 +109,10 @@ def test_exif_orientation_is_applied_once():
 )
 def test_bad_arguments_are_refused_before_the_network_runs(options, message):
     unet = local()
-    with pytest.raises(BinarizeError, match=message):
-        run(pipeline(unet), **{"image": np.zeros((4, 4, 3)), **options})
+    assert_error(message, lambda: run(pipeline(unet), **{"image": np.zeros((4, 4, 3)), **options}))
     assert not unet.seen
 
 
 @pytest.mark.parametrize("scale", [None, 0, 2.0, True])
 def test_a_scale_is_needed(scale):
-    with pytest.raises(BinarizeError, match=r"a pipeline needs the whole number, 1 or more"):
-        pipeline(scale=scale)
+    assert_error(r"a pipeline needs the whole number, 1 or more", pipeline, scale=scale)

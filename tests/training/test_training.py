@@ -142,8 +142,7 @@ def test_a_run_may_resume_from_a_checkpoint_of_another_folder(recipe: Any, train
     assert (there.checkpoint, there.steps) == (first.checkpoint, 3)
     assert there.model_dir == recipe(out="there").output_dir / "model"
     assert there.model_dir.is_dir()
-    with pytest.raises(BinarizeError, match="already holds a run"):
-        train(recipe(resume, out="there"), progress=False)
+    assert_error("already holds a run", lambda: train(recipe(resume, out="there"), progress=False))
 
 
 def test_resuming_from_an_older_checkpoint_needs_another_folder(recipe: Any) -> None:
