@@ -37,9 +37,8 @@ class ADMResBlock(nn.Module):
         super().__init__()
         self.in_layers = nn.Sequential(nn.GroupNorm(4, channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * out))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(4, out), nn.SiLU(), nn.Dropout(0.0), zeroed(nn.Conv2d(out, out, 3, padding=1))
-        )
+        last = zeroed(nn.Conv2d(out, out, 3, padding=1))
+        self.out_layers = nn.Sequential(nn.GroupNorm(4, out), nn.SiLU(), nn.Dropout(0.0), last)
         self.skip_connection = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
         self.resample: nn.Module = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2) if down else nn.Identity()
 
@@ -78,25 +77,22 @@ class ADMUNet(nn.Module):
         self.width = width
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_emb = nn.Embedding(classes, emb)
-        self.input_blocks = nn.ModuleList(
-            [
-                TimestepEmbedSequential(nn.Conv2d(3, width, 3, padding=1)),
-                TimestepEmbedSequential(ADMResBlock(width, width, emb)),
-                TimestepEmbedSequential(ADMResBlock(width, width, emb, down=True)),
-                TimestepEmbedSequential(ADMResBlock(width, wide, emb), AttentionBlock(wide)),
-            ]
-        )
-        self.middle_block = TimestepEmbedSequential(
-            ADMResBlock(wide, wide, emb), AttentionBlock(wide), ADMResBlock(wide, wide, emb)
-        )
-        self.output_blocks = nn.ModuleList(
-            [
-                TimestepEmbedSequential(ADMResBlock(2 * wide, wide, emb), AttentionBlock(wide)),
-                TimestepEmbedSequential(ADMResBlock(wide + width, wide, emb), ADMResBlock(wide, wide, emb, up=True)),
-                TimestepEmbedSequential(ADMResBlock(wide + width, width, emb)),
-                TimestepEmbedSequential(ADMResBlock(width + width, width, emb)),
-            ]
-        )
+        down = [
+            [nn.Conv2d(3, width, 3, padding=1)],
+            [ADMResBlock(width, width, emb)],
+            [ADMResBlock(width, width, emb, down=True)],
+            [ADMResBlock(width, wide, emb), AttentionBlock(wide)],
+        ]
+        middle = [ADMResBlock(wide, wide, emb), AttentionBlock(wide), ADMResBlock(wide, wide, emb)]
+        up = [
+            [ADMResBlock(2 * wide, wide, emb), AttentionBlock(wide)],
+            [ADMResBlock(wide + width, wide, emb), ADMResBlock(wide, wide, emb, up=True)],
+            [ADMResBlock(wide + width, width, emb)],
+            [ADMResBlock(width + width, width, emb)],
+        ]
+        self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in down)
+        self.middle_block = TimestepEmbedSequential(*middle)
+        self.output_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in up)
         self.out = nn.Sequential(nn.GroupNorm(4, width), nn.SiLU(), zeroed(nn.Conv2d(width, 3, 3, padding=1)))
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:

@@ -100,14 +100,13 @@ def _timm(name: str, **options: Any) -> nn.Module:
 
 convnext = partial(_timm, "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
 vit = partial(_timm, "vit_tiny_patch16_224", img_size=SIZE, patch_size=4, depth=2, embed_dim=24, num_heads=3)
+RESNETS = {"downsample_type": "resnet", "upsample_type": "resnet"}
 HOSTS: dict[str, ZooHost] = {
     "srunet": ZooHost(srunet, lambda batch: ((_image(batch), _timesteps(batch), _image(batch)), {}), form="published"),
     "ddpm_cifar": ZooHost(lambda: unet2d((8, 16, 16), (1,)), _timed, form="contract"),
     "unet2d_attention": ZooHost(lambda: unet2d((8, 16), (0, 1)), _timed, form="published"),
     "unet2d_odd_widths": ZooHost(lambda: unet2d((8, 20)), _timed, form="contract"),
-    "unet2d_resnet_sampling": ZooHost(
-        lambda: unet2d((8, 16), (0, 1), downsample_type="resnet", upsample_type="resnet"), _timed, form="contract"
-    ),
+    "unet2d_resnet_sampling": ZooHost(partial(unet2d, (8, 16), (0, 1), **RESNETS), _timed, form="contract"),
     "stable_diffusion": ZooHost(unet2d_condition, _conditioned, form="published", options={"linear": True}),
     "adm": ZooHost(ADMUNet, _labelled, kept=("input_blocks.0.0", "out.2")),
     "sr3": ZooHost(SR3UNet, _timed, kept=("downs.0", "final_conv")),

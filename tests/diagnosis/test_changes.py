@@ -87,6 +87,8 @@ def described(network: dict[str, Any], options: dict[str, Any]) -> Any:
 
 DENOISER = {"predicts": "sample", "trusts_the_sample": True}
 SAMPLE = {"prediction_type": "sample"}
+RESIDUALS = ({"sigma": SIGMA}, {**UNCLIPPED, "residual_scale": SIGMA})
+TRAILING = {**SAMPLE, "timestep_spacing": "trailing"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], str, str]] = {
     # the network; its right description, if there is one; the description; the cause; part of the fix
     "v for noise": (
@@ -96,9 +98,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], st
         "prediction type", '"prediction_type": "v_prediction"',
     ),
     "noise for image": ({}, {}, SAMPLE, "prediction type", '"prediction_type": "epsilon"'),
-    "image for noise": (
-        {"predicts": "sample"}, SAMPLE, {"prediction_type": "epsilon"}, "prediction type", "prediction_type='sample'",
-    ),
+    "image for noise": ({"predicts": "sample"}, SAMPLE, {}, "prediction type", "prediction_type='sample'"),
     "DDPM's betas for the released": (
         {}, {}, DDPM, "noise schedule",
         '"beta_end": 0.01 into scheduler/scheduler_config.json, and "num_train_timesteps": 2000',
@@ -106,27 +106,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], st
     "the released betas for DDPM's": ({"betas": DDPM}, DDPM, RELEASED, "noise schedule", "beta_end=0.02"),
     "range": ({"signed": True}, None, {}, "value range", "2 * condition - 1"),
     "order": ({"sample_first": True}, None, {}, "condition order", "conv_in.weight"),
-    "no residual scale": (
-        {"sigma": SIGMA}, {**UNCLIPPED, "residual_scale": SIGMA}, UNCLIPPED,
-        "residual target", "residual_scale to about 0.03",
-    ),
-    "no residual scale and the released clipping": (
-        {"sigma": SIGMA}, {**UNCLIPPED, "residual_scale": SIGMA}, {}, "residual target", '"clip_sample_range": 10',
-    ),
-    "another residual scale": (
-        {"sigma": SIGMA}, {**UNCLIPPED, "residual_scale": SIGMA}, {**UNCLIPPED, "residual_scale": 0.5},
-        "residual target", "about 0.03",
-    ),
+    "no residual scale": (*RESIDUALS, UNCLIPPED, "residual target", "residual_scale to about 0.03"),
+    "no residual scale and the released clipping": (*RESIDUALS, {}, "residual target", '"clip_sample_range": 10'),
+    "another residual scale": (*RESIDUALS, {**UNCLIPPED, "residual_scale": 0.5}, "residual target", "about 0.03"),
     "a residual scale for images": ({}, {}, {"residual_scale": 0.5}, "residual target", "to null"),
     "clipping": ({}, {}, {"clip_sample_range": 0.05}, "clipping", '"clip_sample": false'),
     "spacing": (
-        DENOISER, {**SAMPLE, "timestep_spacing": "trailing", "steps": 1}, {**SAMPLE, "steps": 1},
-        "timestep spacing", '"timestep_spacing": "trailing"',
+        DENOISER, {**TRAILING, "steps": 1}, {**SAMPLE, "steps": 1}, "timestep spacing", 'timestep_spacing": "trailing"',
     ),
     "too few steps": (
-        {**DENOISER, "knows_from": 0.3},
-        {**SAMPLE, "timestep_spacing": "trailing", "steps": 10},
-        {**SAMPLE, "timestep_spacing": "trailing", "steps": 1},
+        {**DENOISER, "knows_from": 0.3}, {**TRAILING, "steps": 10}, {**TRAILING, "steps": 1},
         "number of steps", "num_inference_steps",
     ),
     "sign(0) = 1 for 0": ({"right_sign": 0.0, "zero": "plus"}, None, {}, "sign of zero", '"sign_zero": "zero"'),

@@ -259,11 +259,11 @@ class TestEvaluate:
 class TestReport:
     @pytest.fixture
     def report(self) -> EvaluationReport:
-        rows = (
-            ImageScores("a|b", Scores(30.0, 0.9, 0.1), Scores(28.5, 0.8, 0.3), 1.5),
-            ImageScores("c,d", Scores(32.0, 0.95, 0.2), Scores(29.5, 0.85, 0.4), 0.5),
+        first = ImageScores("a|b", Scores(30.0, 0.9, 0.1), Scores(28.5, 0.8, 0.3), 1.5)
+        second = ImageScores("c,d", Scores(32.0, 0.95, 0.2), Scores(29.5, 0.85, 0.4), 0.5)
+        return EvaluationReport(
+            (first, second), scale=2, border=2, lpips="squeeze", name="ours", notes=("something is missing",)
         )
-        return EvaluationReport(rows, scale=2, border=2, lpips="squeeze", name="ours", notes=("something is missing",))
 
     def test_json_and_the_mean(self, report: EvaluationReport) -> None:
         content = json.loads(report.to_json())

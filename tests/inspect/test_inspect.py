@@ -1,9 +1,7 @@
 """Distributions, biases and plots; the model is not changed by any function of `binarize.inspect`."""
 
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -257,13 +255,6 @@ def test_plots_without_matplotlib_say_how_to_get_it(monkeypatch: pytest.MonkeyPa
     found = inspect.tar_biases(network())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert_error(r"plots need matplotlib: pip install 'binarize-diffusion\[plot\]'", found.plot)
-
-
-def test_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "docs" / "howto" / "inspect.md").read_text(encoding="utf-8")
-    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), "inspect.md", "exec"), {})
-    assert (tmp_path / "fusion.png").is_file()
 
 
 def test_class_labels_are_not_taken_for_timesteps() -> None:

@@ -202,13 +202,6 @@ def test_options_change_the_parts_that_they_name():
     assert (before.part("pre"), before.part("norm")) == ("my_norm", None)
 
 
-def test_the_old_name_of_the_two_stage_weight_warns():
-    with pytest.warns(DeprecationWarning, match="TwoStageWeight is now binarize.layers.delayed.two_stage_weight"):
-        made = binarize.layers.TwoStageWeight(switch=0.2)
-    assert isinstance(made, layers.DelayedWeight)
-    assert list(made.state_dict()) == ["progress"]
-
-
 def test_methods_are_values():
     method = bidiffsr(groups=2, fp_decoder_levels=[0])
     assert method.fp_decoder_levels == (0,)

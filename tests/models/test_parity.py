@@ -1,8 +1,4 @@
-"""Parity with the released BI-DiffSR network on a small checkpoint of its format, in float64.
-
-The fixture holds what the released code computes with those (random) weights: outputs, loss, gradients and a DDIM
-sample.
-"""
+"""Outputs, loss and gradients of the released BI-DiffSR code with random weights, in float64, from a fixture."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,6 @@
 """The pipeline: schedulers, sizes, randomness, and its life as a diffusers pipeline."""
 
 import json
-import re
 import subprocess
 import sys
 import textwrap
@@ -15,7 +14,6 @@ from diffusers.callbacks import PipelineCallback
 from errors_case import assert_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pipeline_case import BETAS, Local, local, pipeline, pixels, run, seeded
 from safetensors import safe_open
 from torch import Tensor
@@ -243,11 +241,3 @@ def test_the_released_sample_comes_out_of_the_pipeline():
     given = run(pipeline(unet, scale=1), condition, latents=x, num_inference_steps=10)  # upscaled already
     # diffusers computes its alphas as a float32 cumulative product, whose rounding depends on the CPU.
     torch.testing.assert_close(given, expected.clamp(0, 1), rtol=0, atol=1e-6)
-
-
-def test_the_how_to_runs_as_it_stands(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "howto" / "upscale.md").read_text(encoding="utf-8")
-    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), "upscale.md", "exec"), {})
-    with Image.open("large.png") as large:
-        assert large.size == (128, 96)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from errors_case import assert_error
 from PIL import Image
-from studies_case import SHRINK, forbid_training, make, times, write_study
+from studies_case import SHRINK, Finished, forbid_training, make, times, write_study
 from typer.testing import CliRunner
 
 import binarize
@@ -31,8 +31,6 @@ from binarize.studies.results import AblationResult, RunResult
 from binarize.studies.schema import as_strings
 from binarize.studies.state import StudyRun, folder_name
 from binarize.training import TrainingInterrupted, load_checkpoint, loop, train
-
-Finished = tuple[dict[str, Any], AblationResult]
 
 
 def test_every_cell_runs_with_every_seed(finished: Finished) -> None:
@@ -122,10 +120,8 @@ def test_another_evaluation_trains_nothing(pictures: Path, tmp_path: Path, monke
 
 
 def test_another_recipe_is_refused_or_repeats_its_runs_alone(pictures: Path, tmp_path: Path) -> None:
-    cells = [
-        {"name": "slow", "overrides": {"method": "bidiffsr"}},
-        {"name": "fast", "overrides": {"method": "bidiffsr", "learning_rate": 2e-3}},
-    ]
+    fast = {"method": "bidiffsr", "learning_rate": 2e-3}
+    cells = [{"name": "slow", "overrides": {"method": "bidiffsr"}}, {"name": "fast", "overrides": fast}]
     study = make(pictures, tmp_path, grid={}, cells=cells)
     first = ablate(study, progress=False)
     cells[1]["overrides"] = {"method": "bidiffsr", "learning_rate": 3e-3}
@@ -192,10 +188,8 @@ def test_a_plugin_that_was_changed_makes_another_run(pictures: Path, tmp_path: P
 
 
 def test_a_failing_cell_is_recorded_and_the_others_go_on(pictures: Path, tmp_path: Path) -> None:
-    cells = [
-        {"name": "too big", "overrides": {"method": "bnn", "resolution": 512}},
-        {"name": "fits", "overrides": {"method": "bnn"}},
-    ]
+    overrides = {"too big": {"method": "bnn", "resolution": 512}, "fits": {"method": "bnn"}}
+    cells = [{"name": name, "overrides": changes} for name, changes in overrides.items()]
     # The images may be those of the recipes' validation.
     evaluation = {"lpips": None, "num_inference_steps": 1}
     study = make(pictures, tmp_path / "out", grid={}, cells=cells, evaluation=evaluation)

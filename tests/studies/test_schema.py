@@ -83,11 +83,8 @@ def test_cells_times_a_grid() -> None:
 
 
 def test_overrides_are_joined_as_recipes_join_their_base() -> None:
-    assert as_strings({"model": {"fusion": "add"}, "method": {"name": "bnn"}, "seeded": [1, "é"]}) == [
-        'model.fusion="add"',
-        'method={"name": "bnn"}',
-        'seeded=[1, "é"]',
-    ]
+    given = {"model": {"fusion": "add"}, "method": {"name": "bnn"}, "seeded": [1, "é"]}
+    assert as_strings(given) == ['model.fusion="add"', 'method={"name": "bnn"}', 'seeded=[1, "é"]']
     assert as_strings({"method": {"groups": 2}, "method.tar": False}) == ["method.groups=2", "method.tar=false"]
 
 
