@@ -19,8 +19,6 @@ from binarize.kernels.bitpack import FilterShape, from_bits
 from binarize.models import SRUNet
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-
 CLOSE = {dtype: {"rtol": 1.6e-2, "atol": 2e-2} for dtype in (torch.bfloat16, torch.float16)}
 CLOSE[torch.float32] = {"rtol": 1e-5, "atol": 1e-4}
 MODES: dict[str, Any] = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}

@@ -57,22 +57,20 @@ def change_weights(folder: Path, change: Any) -> None:
     save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
 
 
+HOW = "scheduler/scheduler_config.json"
+SHAPES = "conv_in.weight is (8, 6, 3, 3) in the file and (16, 6, 3, 3) by"
+
+
 @pytest.mark.parametrize(
     ("damage", "texts"),
     [
         (lambda f: change_weights(f, lambda w: w.pop("conv_out.bias")), ["1 missing from the file: conv_out.bias."]),
         (lambda f: change_weights(f, lambda w: w.update(b=torch.zeros(2))), ["1 not known to the configuration: b."]),
-        (
-            lambda f: edit_json(f / "unet" / "config.json", base_channels=16),
-            ["conv_in.weight is (8, 6, 3, 3) in the file and (16, 6, 3, 3) by", "base_channels 8"],
-        ),
+        (lambda f: edit_json(f / "unet" / "config.json", base_channels=16), [SHAPES, "base_channels 8"]),
         (lambda f: edit_json(f / "unet" / "config.json", conversion=None), ["configuration has no conversion"]),
         (lambda f: edit_json(f / "unet" / "config.json", fusion="sc"), ["builds no network", "unknown fusion 'sc'"]),
         (lambda f: save_file(SRUNet(**NETWORK).state_dict(), f / "unet" / WEIGHTS), ["weights are of another one"]),
-        (
-            lambda f: edit_json(f / "scheduler" / "scheduler_config.json", num_train_timesteps=1000),
-            ["likely cause: noise schedule", '"num_train_timesteps": 2000'],
-        ),
+        (lambda f: edit_json(f / HOW, num_train_timesteps=1000), ["likely cause: noise", 'num_train_timesteps": 2000']),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit_are_named(new: Path, tmp_path: Path, damage: Any, texts: list[str]) -> None:

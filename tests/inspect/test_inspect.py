@@ -9,6 +9,7 @@ import pytest
 import torch
 from cli_case import NETWORK
 from errors_case import assert_error
+from hosts_zoo import unet2d
 from hypothesis import given
 from hypothesis import strategies as st
 from inspect_case import OneLayer, batch, network, signs
@@ -192,18 +193,16 @@ def test_a_run_that_does_not_call_the_model_is_refused(kind: str) -> None:
     assert_error(r"run must be a function without arguments .* got 7", RUNS[kind], model, 7)
 
 
-class Plain(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: activations(network(), "middle.0.conv9", batch()), r"no module 'middle.0.conv9'.*mean 'middle.0.conv"),
         (lambda: fused(network(), "middle.0", batch()), r"no CSFusion 'middle.0'; it has decoder\.0\.blocks\.0\.fus"),
         (lambda: fused(OneLayer("bnn"), "layer", batch()), r"it has none\."),
-        (lambda: activations(Plain(), "", torch.zeros(1)), "Plain has no timestep: .*a distribution over timesteps"),
+        (
+            lambda: activations(nn.Identity(), "", torch.zeros(1)),
+            "Identity has no timestep: .*a distribution over timesteps",
+        ),
         (lambda: activations(network(), "middle.0", batch(), samples=0), "samples is the number .* at least 1; got 0"),
         (
             lambda: activations(Doubled(lambda x: x.reshape(-1)), "inner", (torch.zeros(2, 3), torch.tensor([1, 2]))),
@@ -258,11 +257,6 @@ def test_plots_without_matplotlib_say_how_to_get_it(monkeypatch: pytest.MonkeyPa
 
 
 def test_class_labels_are_not_taken_for_timesteps() -> None:
-    from diffusers import UNet2DModel
-
-    blocks: Any = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-    channels: Any = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
-    host = UNet2DModel(sample_size=8, **blocks, **channels, class_embed_type="timestep")
-    x = torch.randn(2, 3, 8, 8)
+    host, x = unet2d((8, 16), class_embed_type="timestep"), torch.randn(2, 3, 8, 8)
     run = {"sample": x, "timestep": torch.tensor([10, 900]), "class_labels": torch.tensor([1, 2])}
     assert inspect.activation_distribution(host, "mid_block.resnets.0.conv1", run).timesteps.tolist() == [10, 900]

@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline_case import pipeline
 
 import binarize
+from binarize.diagnosis import doctor
 from binarize.models import SRUNet, SuperResolutionPipeline, default_model
 from binarize.models import default as _pretrained
 from binarize.models.pipeline import default_scheduler
@@ -105,7 +106,5 @@ def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [2, 4])
 def test_a_shipped_model_is_healthy(scale: int) -> None:
-    from binarize.diagnosis import doctor
-
     report = doctor(default_model(scale))
     assert report.healthy, report

@@ -106,17 +106,10 @@ def test_a_configuration_that_no_arithmetic_survives_is_refused(folder: Path, ch
     packed_files.refused(folder, "does not hold a readable SRUNet|builds no SRUNet|SRUNet: ", everywhere=False)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is not valid JSON"),
-        ("[" * 100_000, "is not valid JSON"),
-        ('{"a": ' + "9" * 5000 + "}", "is not valid JSON"),
-        ("5", "must hold a JSON object; got int"),
-    ],
-)
-def test_a_broken_config_json_is_refused(folder: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "5"], ids=range(4))
+def test_a_broken_config_json_is_refused(folder: Path, text: str) -> None:
     (folder / CONFIG).write_text(text)
+    message = "must hold a JSON object; got int" if text == "5" else "is not valid JSON"
     assert_error(message, binarize.load, folder)
 
 

@@ -20,9 +20,8 @@ T = 100
 
 def network(zero: str = "zero") -> SRUNet:
     """Return a small network in which all parameters are random."""
-    unet = SRUNet(
-        base_channels=8, channel_mults=(1, 2, 4), res_blocks=1, norm_groups=4, dropout=0.0, num_train_timesteps=T
-    )
+    widths = {"base_channels": 8, "channel_mults": (1, 2, 4), "res_blocks": 1, "norm_groups": 4}
+    unet = SRUNet(**widths, dropout=0.0, num_train_timesteps=T)
     binarize.convert(unet, {"name": "bidiffsr", "sign_zero": zero})
     return perturb(unet.double())
 

@@ -29,8 +29,6 @@ from binarize.recipes import build_model, load_recipe
 from binarize.training import Checkpoints, TrainingInterrupted, load_checkpoint, train
 from binarize.training.optim import build_lr_scheduler
 
-# timm.
-
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
@@ -70,9 +68,6 @@ def test_schedules_are_the_documented_curves() -> None:
         found = rates(f"lr_scheduler={scheduler}", "lr_warmup_steps=5", *options)
         falling = low + 0.5 * (1e-2 - low) * (1 + np.cos(np.pi * turn))
         np.testing.assert_allclose(found, np.where(steps < 5, 1e-2 * steps / 5, falling), rtol=1e-9, atol=1e-12)
-
-
-# torch.compile and precision.
 
 
 @pytest.mark.slow

@@ -105,6 +105,8 @@ def test_invalid_stages() -> None:
         built("progressive={blocks: [tail]}")
     with pytest.raises(BinarizeError, match=r"two_stage: got 0\.5; has no effect while method is null"):
         load_recipe("small_x2", ["method=null", "two_stage=0.5"])
+    with pytest.raises(BinarizeError, match=r"distillation: output and features are both 0"):
+        load_recipe("small_x2", ["distillation={teacher: x, output: 0}"])
 
 
 def test_a_run_in_stages_resumes_and_saves_a_plain_model(recipe: Any, trained: Any, resume: Any) -> None:
@@ -258,8 +260,3 @@ def test_a_teacher_of_residuals_gives_its_scale(recipe: Any, trained: Any) -> No
     assert SuperResolutionPipeline.from_pretrained(train(student, progress=False).model_dir).residual_scale == 0.07
     with pytest.raises(BinarizeError, match=r"predict something else:\n  residual_scale: 0\.07 there, None here\n"):
         train(recipe(f"distillation={{teacher: {teacher.output_dir}}}", out="pictures"), progress=False)
-
-
-def test_a_teacher_that_is_not_used() -> None:
-    with pytest.raises(BinarizeError, match=r"distillation: output and features are both 0"):
-        load_recipe("small_x2", ["distillation={teacher: x, output: 0}"])
