@@ -31,13 +31,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # No time limits: the first call of a compiled or lazily imported function is slow.
-settings.register_profile(
-    "binarize",
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    print_blob=True,
-    derandomize="CI" in os.environ,
-)
+checks = {"suppress_health_check": [HealthCheck.too_slow], "deadline": None}
+settings.register_profile("binarize", **checks, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("binarize")
 
 

@@ -123,7 +123,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Probl
     conv = BinaryConv.lay_out(words, shape, geometry, thresholds.to(acc_dtype), OutputTransform(), unsigned=unsigned)
     chosen = torch.zeros(batch, dtype=torch.long) if group is None else group.expand(batch)
     above = (x.double() >= thresholds[chosen][:, :, None, None]).long().numpy()
-    expected = dot_products((above if unsigned else 2 * above - 1), 2 * weight - 1, stride, pad, dilation, groups)
+    expected = dot_products(above if unsigned else 2 * above - 1, 2 * weight - 1, stride, pad, dilation, groups)
     return Problem(x, conv, {"timestep_group": group}, expected)
 
 

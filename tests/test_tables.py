@@ -18,12 +18,8 @@ TABLE = Table(
 
 
 def test_text_is_aligned() -> None:
-    assert TABLE.to_text().splitlines() == [
-        "image   PSNR  share",
-        "a|b    30.12  50%",
-        "<c>      inf  -",
-        "mean   31.00  25%",
-    ]
+    rows = ["image   PSNR  share", "a|b    30.12  50%", "<c>      inf  -", "mean   31.00  25%"]
+    assert TABLE.to_text().splitlines() == rows
     assert Table(["a", "b"], [["x", "longer"], ["yy", "z"]]).to_text(header=False) == "x   longer\nyy  z"
 
 

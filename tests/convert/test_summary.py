@@ -80,7 +80,7 @@ def test_counts_of_a_small_network_by_hand(height, width):
     plain = (3 * 8 * 9 + 8) + extra + 2 * 12 + 2 * 12 + (12 * 3 + 3)
     assert result.params == plain + 8 * 12 * 9 / 32
     assert result.raw_params == plain + 8 * 12 * 9
-    assert result.bytes == 4 * plain + 8 * 12 * 9 // 8 + 4 * 12 + (2 * 12 * 4 + 8)
+    assert result.bytes == 4 * plain + 8 * 12 * 9 // 8 + 4 * 12 + 2 * 12 * 4 + 8
 
 
 def test_linear_attention_and_tokens():

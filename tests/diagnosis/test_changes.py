@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 import binarize
-from binarize import diagnosis
 from binarize.diagnosis import doctor
 from binarize.diagnosis.sampling import IMAGE, Conventions, diffuse, make_case, pixels_of
 from binarize.layers.activations import ClippedSign
@@ -213,5 +212,3 @@ def test_a_report_prints_as_text_and_keeps_its_old_names() -> None:
         assert report.trials == ()
     with pytest.warns(DeprecationWarning, match="Finding.words is now explanation"):
         assert report.finding.words == report.finding.explanation
-    with pytest.warns(DeprecationWarning, match="ChangeResult"):
-        assert diagnosis.Trial is diagnosis.ChangeResult

@@ -111,8 +111,7 @@ def test_components_of_the_flagship_switch():
         assert method.needs_timestep == (tar or taa)
     assert not bidiffsr(groups=1).needs_timestep
     assert not bidiffsr(pre=None, post="relu").needs_timestep
-    bare = layer(bidiffsr(pre=None, post=None, shortcut=False))
-    assert [name for name, _ in bare.named_parameters()] == ["weight"]
+    assert [name for name, _ in layer(bidiffsr(pre=None, post=None, shortcut=False)).named_parameters()] == ["weight"]
 
 
 def test_a_timestep_aware_part_of_your_own_gets_the_context(registries):

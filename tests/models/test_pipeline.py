@@ -198,8 +198,7 @@ def test_progress_counts_the_steps_of_every_image(capsys):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_sample_keeps_at_least_float32_whatever_the_network_computes_in(dtype):
     unet = local()
-    large = run(pipeline(unet).to("cpu", dtype), pixels(4, 4))
-    assert large.dtype == torch.promote_types(dtype, torch.float32)
+    assert run(pipeline(unet).to("cpu", dtype), pixels(4, 4)).dtype == torch.promote_types(dtype, torch.float32)
     assert {sample.dtype for sample, _, _ in unet.seen} == {dtype}
 
 

@@ -29,10 +29,8 @@ def test_every_form_of_an_image_gives_the_same():
 
 def test_output_types_agree():
     pipe, image = pipeline(), (pixels(5, 6) * 255).astype(np.uint8)
-    tensors = run(pipe, [image, image])
-    assert tensors.shape == (2, 3, 10, 12)
-    arrays = run(pipe, [image, image], output_type="np")
-    assert arrays.dtype == np.float32
+    tensors, arrays = run(pipe, [image, image]), run(pipe, [image, image], output_type="np")
+    assert (tensors.shape, arrays.dtype) == ((2, 3, 10, 12), np.float32)
     np.testing.assert_array_equal(arrays, tensors.permute(0, 2, 3, 1).float().numpy())
     pils = run(pipe, [image, image], output_type="pil")
     assert [p.mode for p in pils] == ["RGB", "RGB"]

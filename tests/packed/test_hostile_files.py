@@ -109,8 +109,7 @@ def test_a_configuration_that_no_arithmetic_survives_is_refused(folder: Path, ch
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "5"], ids=range(4))
 def test_a_broken_config_json_is_refused(folder: Path, text: str) -> None:
     (folder / CONFIG).write_text(text)
-    message = "must hold a JSON object; got int" if text == "5" else "is not valid JSON"
-    assert_error(message, binarize.load, folder)
+    assert_error("must hold a JSON object; got int" if text == "5" else "is not valid JSON", binarize.load, folder)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from binarize import recipes
 from binarize.errors import BinarizeError
+from binarize.models import SRUNet
 from binarize.recipes import Recipe, build_scheduler, copy_recipe, import_plugins, list_recipes, load_recipe
 from binarize.recipes.yaml_text import parse_yaml, to_yaml
 
@@ -52,8 +53,6 @@ def test_every_installed_recipe_is_valid_described_and_survives_being_written_ou
 
 
 def test_the_model_section_is_the_networks_configuration() -> None:
-    from binarize.models import SRUNet
-
     parameters = inspect.signature(SRUNet.__init__).parameters
     theirs = {name: p.default for name, p in parameters.items() if name not in ("self", "conversion")}
     config = Recipe(scale=2).model.config(2000)

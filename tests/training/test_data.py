@@ -137,7 +137,7 @@ class TestPatches:
         read = ImagePairs.read
         counted = lambda pairs, index: decoded.append(index) or read(pairs, index)  # noqa: E731
         monkeypatch.setattr(ImagePairs, "read", counted)
-        patches = PairedPatches(folder, scale=2, patch_size=8, length=5, cache_bytes=(3 * (36 * 40 + 24 * 24)))
+        patches = PairedPatches(folder, scale=2, patch_size=8, length=5, cache_bytes=3 * (36 * 40 + 24 * 24))
         assert decoded == [0, 1]
         list(patches)
         assert sorted(decoded) == [0, 1, 2, 3, 4]

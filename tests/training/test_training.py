@@ -55,8 +55,7 @@ def test_thirty_steps_lower_the_loss_and_save_a_pipeline(method: str, recipe: An
         assert torch.equal(parameter, averaged), name
     assert any(not torch.equal(saved[name], state["model"][name]) for name in saved)
     pipeline.set_progress_bar_config(disable=True)
-    large = pipeline(torch.rand(3, 9, 7), num_inference_steps=2, output_type="pt").images
-    assert tuple(large.shape[-2:]) == (18, 14)
+    assert tuple(pipeline(torch.rand(3, 9, 7), num_inference_steps=2, output_type="pt").images.shape[-2:]) == (18, 14)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +246,5 @@ def test_a_second_signal_has_its_usual_effect() -> None:
 
 
 def test_keys_that_may_change_exist() -> None:
-    keys = {*Recipe.model_fields, *(f"distillation.{key}" for key in DistillationSection.model_fields)}
-    assert keys >= _RESUMABLE
+    assert {*Recipe.model_fields, *(f"distillation.{key}" for key in DistillationSection.model_fields)} >= _RESUMABLE
     assert yaml.safe_load(load_recipe("small_x2").to_yaml()).keys() == set(Recipe.model_fields)
