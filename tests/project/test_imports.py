@@ -1,7 +1,5 @@
 """No file of the package imports itself through others, not even by an import inside a function."""
 
-from __future__ import annotations
-
 import graphlib
 import re
 from pathlib import Path
