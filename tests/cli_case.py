@@ -1,7 +1,5 @@
 """Running the command line in this process, and small images and models to run it on."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

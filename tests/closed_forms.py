@@ -1,11 +1,7 @@
-"""Binary layers written out by hand: what the methods are checked against.
+"""Closed forms of binary layers, from the papers and released code, in numpy and without the toolkit.
 
-Nothing here uses the toolkit. A `Form` says what a method computes, taken from its paper and released code. Gradients
-of activations and weights are written out in numpy; `layer` evaluates a 3x3 convolution of that form (stride 1, one
-pixel of padding) and every gradient, for which torch differentiates the ordinary steps between them.
+`layer` evaluates a 3x3 convolution (stride 1, padding 1); torch differentiates the ordinary steps between binarizers.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -165,10 +161,7 @@ class Known(torch.autograd.Function):
 def layer(
     form: Form, p: dict[str, Array], x: Array, upstream: Vjp, group: Array, progress: float = 0.0, zero: str = "plus"
 ) -> tuple[Array, dict[str, Array]]:
-    """Return the output and the gradients of ``x`` and of every parameter in ``p``.
-
-    ``upstream`` gives the gradient of the output. ``group`` is (B,), each sample's timestep group.
-    """
+    """Return the output and the gradients of ``x`` and of ``p``; ``group`` is (B,), each sample's timestep group."""
     t = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in {"x": x, **p}.items()}
     image = t["x"]
 
@@ -190,11 +183,9 @@ def layer(
     codes, code_vjp = activation(form, shifted.detach().numpy(), progress, zero)
     w, learned = weights(form, p, progress, zero), [name for name in ("weight", "weight_binarizer.scale") if name in p]
     w_hat = (w.scales[:, :, None, None, None] * w.codes).sum(0)
-    y = F.conv2d(
-        Known.apply(codes, lambda g: [code_vjp(g)], shifted),
-        Known.apply(w_hat, lambda g: [w.vjp(g)[name] for name in learned], *(t[name] for name in learned)),
-        padding=1,
-    )
+    signs = Known.apply(codes, lambda g: [code_vjp(g)], shifted)
+    filters = Known.apply(w_hat, lambda g: [w.vjp(g)[name] for name in learned], *(t[name] for name in learned))
+    y = F.conv2d(signs, filters, padding=1)
     if form.scale == "channel":
         y = y * t["scale.scale"].view(-1, 1, 1)
         if "scale.row_scale" in p:

@@ -1,7 +1,5 @@
 """Settings and fixtures of all tests (seeds, threads, hypothesis, optional data and hardware), and durations."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections import Counter
@@ -33,13 +31,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # No time limits: the first call of a compiled or lazily imported function is slow.
-settings.register_profile(
-    "binarize",
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    print_blob=True,
-    derandomize="CI" in os.environ,
-)
+checks = {"suppress_health_check": [HealthCheck.too_slow], "deadline": None}
+settings.register_profile("binarize", **checks, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("binarize")
 
 
@@ -67,8 +60,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows, columns = np.mgrid[0:40, 0:32]
     for number in range(5):
         waves = [np.sin(rows / random.uniform(3, 9) + columns / random.uniform(3, 9)) for _ in range(3)]
-        levels = (np.stack(waves, axis=-1) * 90 + 128).astype(np.uint8)
-        Image.fromarray(levels).save(folder / f"p{number}.png")
+        Image.fromarray((np.stack(waves, axis=-1) * 90 + 128).astype(np.uint8)).save(folder / f"p{number}.png")
     return folder
 
 

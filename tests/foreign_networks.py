@@ -1,7 +1,5 @@
 """Networks in the style of guided-diffusion (ADM) and of SR3: their module names, argument names and conventions."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -39,9 +37,8 @@ class ADMResBlock(nn.Module):
         super().__init__()
         self.in_layers = nn.Sequential(nn.GroupNorm(4, channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * out))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(4, out), nn.SiLU(), nn.Dropout(0.0), zeroed(nn.Conv2d(out, out, 3, padding=1))
-        )
+        last = zeroed(nn.Conv2d(out, out, 3, padding=1))
+        self.out_layers = nn.Sequential(nn.GroupNorm(4, out), nn.SiLU(), nn.Dropout(0.0), last)
         self.skip_connection = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
         self.resample: nn.Module = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2) if down else nn.Identity()
 
@@ -49,8 +46,7 @@ class ADMResBlock(nn.Module):
         h = self.in_layers[2](self.resample(self.in_layers[:2](x)))
         scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
         h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
-        out: Tensor = self.skip_connection(self.resample(x)) + h
-        return out
+        return self.skip_connection(self.resample(x)) + h
 
 
 class AttentionBlock(nn.Module):
@@ -69,8 +65,7 @@ class AttentionBlock(nn.Module):
         q, k, v = self.qkv(self.norm(flat)).reshape(batch * self.heads, -1, flat.shape[2]).chunk(3, dim=1)
         weight = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(q.shape[1]), dim=-1)
         h = (v @ weight.transpose(1, 2)).reshape(batch, channels, -1)
-        out: Tensor = (flat + self.proj_out(h)).reshape(batch, channels, *spatial)
-        return out
+        return (flat + self.proj_out(h)).reshape(batch, channels, *spatial)
 
 
 class ADMUNet(nn.Module):
@@ -82,25 +77,22 @@ class ADMUNet(nn.Module):
         self.width = width
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_emb = nn.Embedding(classes, emb)
-        self.input_blocks = nn.ModuleList(
-            [
-                TimestepEmbedSequential(nn.Conv2d(3, width, 3, padding=1)),
-                TimestepEmbedSequential(ADMResBlock(width, width, emb)),
-                TimestepEmbedSequential(ADMResBlock(width, width, emb, down=True)),
-                TimestepEmbedSequential(ADMResBlock(width, wide, emb), AttentionBlock(wide)),
-            ]
-        )
-        self.middle_block = TimestepEmbedSequential(
-            ADMResBlock(wide, wide, emb), AttentionBlock(wide), ADMResBlock(wide, wide, emb)
-        )
-        self.output_blocks = nn.ModuleList(
-            [
-                TimestepEmbedSequential(ADMResBlock(2 * wide, wide, emb), AttentionBlock(wide)),
-                TimestepEmbedSequential(ADMResBlock(wide + width, wide, emb), ADMResBlock(wide, wide, emb, up=True)),
-                TimestepEmbedSequential(ADMResBlock(wide + width, width, emb)),
-                TimestepEmbedSequential(ADMResBlock(width + width, width, emb)),
-            ]
-        )
+        down = [
+            [nn.Conv2d(3, width, 3, padding=1)],
+            [ADMResBlock(width, width, emb)],
+            [ADMResBlock(width, width, emb, down=True)],
+            [ADMResBlock(width, wide, emb), AttentionBlock(wide)],
+        ]
+        middle = [ADMResBlock(wide, wide, emb), AttentionBlock(wide), ADMResBlock(wide, wide, emb)]
+        up = [
+            [ADMResBlock(2 * wide, wide, emb), AttentionBlock(wide)],
+            [ADMResBlock(wide + width, wide, emb), ADMResBlock(wide, wide, emb, up=True)],
+            [ADMResBlock(wide + width, width, emb)],
+            [ADMResBlock(width + width, width, emb)],
+        ]
+        self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in down)
+        self.middle_block = TimestepEmbedSequential(*middle)
+        self.output_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in up)
         self.out = nn.Sequential(nn.GroupNorm(4, width), nn.SiLU(), zeroed(nn.Conv2d(width, 3, 3, padding=1)))
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
@@ -114,8 +106,7 @@ class ADMUNet(nn.Module):
         x = self.middle_block(x, emb)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), emb)
-        out: Tensor = self.out(x)
-        return out
+        return self.out(x)
 
 
 class SelfAttention(nn.Module):
@@ -129,8 +120,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
-        out: Tensor = x + self.out(y.transpose(1, 2).reshape(x.shape))
-        return out
+        return x + self.out(y.transpose(1, 2).reshape(x.shape))
 
 
 class ResnetBlocWithAttn(nn.Module):
@@ -144,8 +134,7 @@ class ResnetBlocWithAttn(nn.Module):
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         h = F.silu(self.block1(x) + self.noise_func(level)[:, :, None, None])
-        out: Tensor = self.attn(self.block2(h) + self.res_conv(x))
-        return out
+        return self.attn(self.block2(h) + self.res_conv(x))
 
 
 class SR3UNet(nn.Module):
@@ -164,5 +153,4 @@ class SR3UNet(nn.Module):
         level = self.noise_level_mlp(sinusoid(time, self.width).to(x.dtype))
         skip = self.downs[0](x)
         x = F.interpolate(self.mid(self.downs[1](skip), level), scale_factor=2)
-        out: Tensor = self.final_conv(self.ups(torch.cat([x, skip], 1), level))
-        return out
+        return self.final_conv(self.ups(torch.cat([x, skip], 1), level))

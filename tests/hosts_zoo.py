@@ -59,8 +59,7 @@ def _unet(name: str, widths: tuple[int, ...], down: list[str], **options: Any) -
     up = [block.replace("Down", "Up") for block in reversed(down)]
     settings: dict[str, Any] = {"sample_size": SIZE, "block_out_channels": widths, "layers_per_block": 1}
     settings |= {"norm_num_groups": 4, "attention_head_dim": 4, "down_block_types": down, "up_block_types": up}
-    model: nn.Module = getattr(diffusers, name)(**{**settings, **options})
-    return model
+    return getattr(diffusers, name)(**{**settings, **options})
 
 
 def unet2d(widths: tuple[int, ...], attention: tuple[int, ...] = (), **options: Any) -> nn.Module:
@@ -96,20 +95,18 @@ def _timm(name: str, **options: Any) -> nn.Module:
     """Return timm's network, made narrower and shallower by the options."""
     import timm
 
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=5, **options)
-    return model
+    return timm.create_model(name, pretrained=False, num_classes=5, **options)
 
 
 convnext = partial(_timm, "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
 vit = partial(_timm, "vit_tiny_patch16_224", img_size=SIZE, patch_size=4, depth=2, embed_dim=24, num_heads=3)
+RESNETS = {"downsample_type": "resnet", "upsample_type": "resnet"}
 HOSTS: dict[str, ZooHost] = {
     "srunet": ZooHost(srunet, lambda batch: ((_image(batch), _timesteps(batch), _image(batch)), {}), form="published"),
     "ddpm_cifar": ZooHost(lambda: unet2d((8, 16, 16), (1,)), _timed, form="contract"),
     "unet2d_attention": ZooHost(lambda: unet2d((8, 16), (0, 1)), _timed, form="published"),
     "unet2d_odd_widths": ZooHost(lambda: unet2d((8, 20)), _timed, form="contract"),
-    "unet2d_resnet_sampling": ZooHost(
-        lambda: unet2d((8, 16), (0, 1), downsample_type="resnet", upsample_type="resnet"), _timed, form="contract"
-    ),
+    "unet2d_resnet_sampling": ZooHost(partial(unet2d, (8, 16), (0, 1), **RESNETS), _timed, form="contract"),
     "stable_diffusion": ZooHost(unet2d_condition, _conditioned, form="published", options={"linear": True}),
     "adm": ZooHost(ADMUNet, _labelled, kept=("input_blocks.0.0", "out.2")),
     "sr3": ZooHost(SR3UNet, _timed, kept=("downs.0", "final_conv")),
@@ -122,8 +119,7 @@ HOSTS: dict[str, ZooHost] = {
 def output_of(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
     """Run a host and return its prediction."""
     out = model(*inputs[0], **inputs[1])
-    result: Tensor = out if isinstance(out, Tensor) else out.sample
-    return result
+    return out if isinstance(out, Tensor) else out.sample
 
 
 def built(name: str) -> tuple[ZooHost, nn.Module]:

@@ -1,7 +1,5 @@
 """Small binary networks and layers to look into."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

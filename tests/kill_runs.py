@@ -7,8 +7,6 @@ the result of one; and a run of one resumes on the other.
     python tests/kill_runs.py IMAGES WORK
 """
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
 import multiprocessing.connection

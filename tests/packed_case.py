@@ -1,7 +1,5 @@
 """A counting oracle that knows nothing of bits, random problems for it, and small networks."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -21,8 +19,6 @@ from binarize.kernels.bitpack import FilterShape, from_bits
 from binarize.models import SRUNet
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-
 CLOSE = {dtype: {"rtol": 1.6e-2, "atol": 2e-2} for dtype in (torch.bfloat16, torch.float16)}
 CLOSE[torch.float32] = {"rtol": 1e-5, "atol": 1e-4}
 MODES: dict[str, Any] = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
@@ -127,8 +123,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Probl
     conv = BinaryConv.lay_out(words, shape, geometry, thresholds.to(acc_dtype), OutputTransform(), unsigned=unsigned)
     chosen = torch.zeros(batch, dtype=torch.long) if group is None else group.expand(batch)
     above = (x.double() >= thresholds[chosen][:, :, None, None]).long().numpy()
-    codes = above if unsigned else 2 * above - 1
-    expected = dot_products(codes, 2 * weight - 1, stride, pad, dilation, groups)
+    expected = dot_products(above if unsigned else 2 * above - 1, 2 * weight - 1, stride, pad, dilation, groups)
     return Problem(x, conv, {"timestep_group": group}, expected)
 
 

@@ -1,7 +1,5 @@
 """Packed files taken apart, changed and put together again."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A tiny network with SRUNet's interface, and helpers that run the pipeline with it."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin

@@ -1,7 +1,5 @@
 """A study of two networks that take a second each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,17 +7,14 @@ from unittest import mock
 import pytest
 import yaml
 
+from binarize.studies.results import AblationResult
+
+Finished = tuple[dict[str, Any], AblationResult]
 TINY: dict[str, Any] = {
-    "model": {"base_channels": 8, "channel_mults": [1], "norm_groups": 4},
-    "resolution": 16,
-    "train_batch_size": 2,
-    "max_train_steps": 4,
-    "learning_rate": 1e-3,
-    "lr_warmup_steps": 0,
-    "checkpointing_steps": 2,
-    "validation_steps": 1000,
-    "logging_steps": 1,
-}
+    "model": {"base_channels": 8, "channel_mults": [1], "norm_groups": 4}, "resolution": 16, "train_batch_size": 2,
+    "max_train_steps": 4, "learning_rate": 1e-3, "lr_warmup_steps": 0, "checkpointing_steps": 2,
+    "validation_steps": 1000, "logging_steps": 1,
+}  # fmt: skip
 SHRINK = [
     "max_train_steps=1",
     "model.channel_mults=[1]",

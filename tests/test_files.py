@@ -15,13 +15,11 @@ def test_a_failed_write_leaves_the_old_file(failure: BaseException, tmp_path: Pa
     path.write_bytes(b"old")
 
     def write(temporary: Path) -> None:
-        assert temporary.parent == tmp_path
-        assert temporary.suffix == ".bin"
+        assert (temporary.parent, temporary.suffix) == (tmp_path, ".bin")
         temporary.write_bytes(b"half")
         raise failure
 
-    expected = BinarizeError if isinstance(failure, OSError) else type(failure)
-    with pytest.raises(expected) as caught:
+    with pytest.raises(BinarizeError if isinstance(failure, OSError) else type(failure)) as caught:
         write_atomic(path, write, force=True)
     if isinstance(failure, OSError):
         assert "a.bin: cannot be written: [Errno 28] No space left on it" in str(caught.value)

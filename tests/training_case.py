@@ -1,7 +1,5 @@
 """A training run that takes a second, and helpers to compare and interrupt runs."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +20,7 @@ RESUME = "resume_from_checkpoint=latest"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = load_checkpoint(folder)[0]["model"]
-    return state
+    return load_checkpoint(folder)[0]["model"]
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -21,8 +21,7 @@ COMMANDS += [f"recipes {name}" for name in ("ls", "show", "cp", "validate")]
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command: str) -> None:
-    text = succeeds(*command.split(), "--help")
-    assert f"binarize {command}" in text.split("Usage:")[1].split("\n", 1)[1]
+    assert f"binarize {command}" in succeeds(*command.split(), "--help").split("Usage:")[1].split("\n", 1)[1]
 
 
 def test_version_debug_and_unknown_commands(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """`binarize pack`, and what `upscale` makes of packed models."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -13,9 +11,7 @@ import binarize
 from binarize.models import SRUNet, SuperResolutionPipeline
 
 
-def test_a_packed_pipeline_gives_the_images_of_the_binary_one(
-    model: Path, packed: Path, small: Path, tmp_path: Path
-) -> None:
+def test_a_packed_pipeline_gives_the_images_of_the_binary_one(model, packed, small, tmp_path):
     low = tmp_path / "deep" / "half"
     output = succeeds("pack", packed, low, "--dtype", "float16")  # from packed to packed
     whole, size, half = ((folder / "unet" / WEIGHTS).stat().st_size for folder in (model, packed, low))
@@ -86,9 +82,7 @@ def test_the_source_and_other_files_are_never_lost(model: Path, packed: Path, tm
         (f"plain/{WEIGHTS}", [], "holds no packed model"),
     ],
 )
-def test_a_source_without_bits_is_refused(
-    model: Path, small: Path, tmp_path: Path, source: str, options: list[str], message: str
-) -> None:
+def test_a_source_without_bits_is_refused(model, small, tmp_path, source, options, message):
     SRUNet(**NETWORK).save_pretrained(tmp_path / "plain")
     (tmp_path / "model").symlink_to(model)
     assert message in fails("pack", tmp_path / source, tmp_path / "out", *options)

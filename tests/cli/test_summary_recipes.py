@@ -1,12 +1,9 @@
 """`binarize summary`, `binarize methods` and `binarize recipes`."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 from cli_case import WEIGHTS, fails, succeeds
@@ -15,14 +12,11 @@ import binarize
 from binarize.models import SRUNet
 
 
-@pytest.mark.parametrize(
-    ("recipe", "params", "ops"), [("bidiffsr_x2", "4.575 M", "36.669 G"), ("sr3_x4", "55.407 M", "176.408 G")]
-)
-def test_the_published_figures(recipe: str, params: str, ops: str) -> None:
-    output = succeeds("summary", recipe)
-    assert params in output
-    assert ops in output
-    assert len(output.splitlines()) < 8
+def test_the_published_figures() -> None:
+    for recipe, params, ops in (("bidiffsr_x2", "4.575 M", "36.669 G"), ("sr3_x4", "55.407 M", "176.408 G")):
+        output = succeeds("summary", recipe)
+        assert (params in output, ops in output) == (True, True), output
+        assert len(output.splitlines()) < 8
 
 
 def test_the_summary_of_a_model_is_the_one_from_python(model: Path, packed: Path) -> None:
@@ -31,8 +25,7 @@ def test_the_summary_of_a_model_is_the_one_from_python(model: Path, packed: Path
     image = torch.rand(1, 3, 32, 64)
     assert part["ops"] == binarize.summary(SRUNet.from_pretrained(model / "unet"), (image, torch.zeros(1), image)).ops
     assert json.loads(succeeds("summary", packed, *small)) == part
-    markdown = succeeds("summary", model, "--layers", "--format", "markdown", "--size", "32x32")
-    assert "| conv_in |" in markdown
+    assert "| conv_in |" in succeeds("summary", model, "--layers", "--format", "markdown", "--size", "32x32")
     output = succeeds("summary", packed / "unet" / WEIGHTS, "--size", "32x32")
     assert "conv_in" not in output
     assert float(re.search(r"packed +([\d.]+) MB", output)[1]) > 0  # type: ignore[index]

@@ -1,7 +1,5 @@
 """`binarize train` and `binarize evaluate`."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -49,9 +47,8 @@ def test_from_a_recipe_to_an_upscaled_image(photos: Path, small: Path, tmp_path:
     ],
 )
 def test_recipes_that_cannot_run(photos: Path, tmp_path: Path, arguments: str, message: str) -> None:
-    assert message in fails(
-        "train", *arguments.format(photos=photos).split(), f"output_dir={tmp_path / 'run'}", lines=9
-    )
+    given = [*arguments.format(photos=photos).split(), f"output_dir={tmp_path / 'run'}"]
+    assert message in fails("train", *given, lines=9)
     assert not (tmp_path / "run").exists()
 
 
@@ -59,8 +56,7 @@ def test_evaluate_reads_low_resolution_files(model: Path, photos: Path, tmp_path
     lr = tmp_path / "lr"
     lr.mkdir()
     for path in photos.iterdir():
-        pixels = degrade(read_image(path).pixels(), 2)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(lr / path.name)
+        Image.fromarray(degrade(read_image(path).pixels(), 2).permute(1, 2, 0).numpy()).save(lr / path.name)
     command = ["evaluate", str(model), "--data", str(photos), "--lpips", "none", "--steps", "1"]
     assert succeeds(*command, "--lr", str(lr)) == succeeds(*command)
     make_image(7, 9).save(lr / "p1.png")
@@ -79,9 +75,7 @@ def test_evaluate_reads_low_resolution_files(model: Path, photos: Path, tmp_path
         ("--data {photos} --scale 4", "upscales by 2"),
     ],
 )
-def test_data_and_options_that_cannot_be_evaluated(
-    model: Path, photos: Path, tmp_path: Path, arguments: str, message: str
-) -> None:
+def test_data_and_options_that_cannot_be_evaluated(model, photos, tmp_path, arguments, message):
     assert message in fails("evaluate", model, *arguments.format(tmp=tmp_path, photos=photos).split())
 
 
@@ -89,9 +83,8 @@ def test_evaluate_takes_packed_models(model: Path, packed: Path, photos: Path, t
     means = []
     for number, given in enumerate(([packed], [model], [model, "--no-pack"])):
         out = tmp_path / str(number)
-        succeeds(
-            "evaluate", *given, "--data", photos, *["--lpips", "none", "--steps", "1", "--limit", "1", "--output"], out
-        )
+        options = ["--lpips", "none", "--steps", "1", "--limit", "1"]
+        succeeds("evaluate", *given, "--data", photos, *options, "--output", out)
         means.append(json.loads((out / "evaluation.json").read_text())["mean"]["model"])
     assert means[0] == means[1]
     assert means[0]["PSNR"] == pytest.approx(means[2]["PSNR"], abs=0.5)

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from hosts_zoo import state_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -100,8 +101,7 @@ def test_other_methods_and_keep_leave_the_structure():
 def test_a_failed_convert_leaves_the_model_untouched(structure, method, options, message):
     model = tiny(resampling=structure[0], fusion=structure[1])
     before = state_of(model)
-    with pytest.raises(BinarizeError, match=message):
-        binarize.convert(model, method, **options)
+    assert_error(message, binarize.convert, model, method, **options)
     assert state_of(model) == before
     binarize.convert(model, "bidiffsr")
 
@@ -127,8 +127,7 @@ def test_a_part_that_fails_in_the_middle_leaves_the_model_untouched():
     ids=["twice", "inside", "parametrized", "parallel", "string"],
 )
 def test_a_model_that_cannot_be_converted_is_an_error(model, message):
-    with pytest.raises(BinarizeError, match=message):
-        binarize.convert(model, "reactnet")
+    assert_error(message, binarize.convert, model, "reactnet")
 
 
 def test_scalar_timesteps_of_every_kind_agree(converted, batch):
@@ -141,15 +140,13 @@ def test_scalar_timesteps_of_every_kind_agree(converted, batch):
 def test_a_part_run_alone_needs_a_timestep(converted):
     block = converted.middle[1]
     h, time = torch.randn(1, 32, 4, 4, dtype=torch.float64), torch.randn(1, 16, dtype=torch.float64)
-    with pytest.raises(BinarizeError, match="ran outside a forward of its model"):
-        block(h, time)
+    assert_error("ran outside a forward of its model", block, h, time)
     outs = []
     for t in (1999, 0):
         with binarize.timesteps(converted, t):
             outs.append(block(h, time))
     assert not torch.equal(*outs)
-    with pytest.raises(BinarizeError, match="ran outside a forward"):
-        block(h, time)
+    assert_error("ran outside a forward", block, h, time)
     converted.conv_out.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         converted(torch.zeros(1, 3, 8, 8).double(), 5, torch.zeros(1, 3, 8, 8).double())
@@ -160,8 +157,7 @@ def test_a_part_run_alone_needs_a_timestep(converted):
 def test_timestep_groups_that_did_not_run_get_a_zero_gradient(converted, batch):
     x, _, condition = batch
     converted(x, torch.full((4,), 1999), condition).sample.square().sum().backward()
-    grad = converted.middle[1].conv1.post.shift_out.grad
-    assert grad.any(1).tolist() == [False] * 4 + [True]
+    assert converted.middle[1].conv1.post.shift_out.grad.any(1).tolist() == [False] * 4 + [True]
 
 
 def test_users_own_checkpointing_gets_a_context_function(converted, batch):
@@ -208,13 +204,10 @@ def test_binary_state_is_signs_and_scales(converted):
         bits = torch.from_numpy(np.unpackbits(packed[name].bits.numpy(), axis=1))
         assert torch.equal(bits[0, : weight.numel()], (weight >= 0).flatten().to(torch.uint8))
         assert packed[name].codes is None
-    with pytest.raises(BinarizeError, match="has no binary layer"):
-        binarize.binary_state(tiny())
+    assert_error("has no binary layer", lambda: binarize.binary_state(tiny()))
     latent = binarize.convert(tiny(), {"name": "reactnet", "two_stage": 0.5})
-    with pytest.raises(BinarizeError, match="still full precision"):
-        binarize.binary_state(latent)
-    with pytest.raises(BinarizeError, match="is not converted"):
-        binarize.report(tiny())
+    assert_error("still full precision", binarize.binary_state, latent)
+    assert_error("is not converted", lambda: binarize.report(tiny()))
 
 
 def test_param_groups_decay_full_precision_weights_alone(converted):

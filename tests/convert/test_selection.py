@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from errors_case import assert_error
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import binarize
-from binarize import BinarizeError, methods
+from binarize import methods
 from binarize.layers import BinaryConv2d, BinaryLinear
 
 PLAIN = methods.bnn(weight="scaled_sign", norm=None, post=None)
@@ -24,8 +25,7 @@ def between(layer: nn.Module) -> nn.Sequential:
 def textbook(conv: nn.Conv2d, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return alpha sign(w) * sign(x), the signs padded, by plain PyTorch."""
     signs = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-    alpha = conv.weight.abs().mean((1, 2, 3), keepdim=True)
-    weight = alpha * torch.where(conv.weight >= 0, 1.0, -1.0).to(x.dtype)
+    weight = conv.weight.abs().mean((1, 2, 3), keepdim=True) * torch.where(conv.weight >= 0, 1.0, -1.0).to(x.dtype)
     if conv.padding == "same":
         total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
@@ -94,15 +94,13 @@ def test_what_has_no_binary_form_is_left_alone_with_the_reason(layer: nn.Module,
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3), layer, nn.Conv2d(4, 4, 1))
     binarize.convert(model, "bnn", overrides={"2": "reactnet"})
     assert model[2] is layer
-    kept = {row.name: row.detail for row in binarize.report(model).kept}
-    assert kept["2"].startswith(reason)
+    assert {row.name: row.detail for row in binarize.report(model).kept}["2"].startswith(reason)
 
 
 def test_lazy_layers_need_a_forward_first() -> None:
     model = between(nn.LazyConv2d(4, 1))
     for call in (binarize.convert, binarize.plan):
-        with pytest.raises(BinarizeError, match="'1' is a LazyConv2d without weights; run one forward first"):
-            call(model, "bnn")
+        assert_error("'1' is a LazyConv2d without weights; run one forward first", call, model, "bnn")
     model(torch.randn(1, 4, 3, 3))
     binarize.convert(model, "bnn")
     assert isinstance(model[1], BinaryConv2d)
@@ -153,8 +151,7 @@ def test_linear_layers_convert_when_asked() -> None:
 
     for linear, binary in ((True, "body"), (["time*"], "time_embed"), ("last", "last")):
         assert [n for n, a in actions(network(), linear=linear).items() if a == "binary"] == [binary]
-    with pytest.raises(BinarizeError, match=r"would replace nothing in this ModuleDict: .*linear=True"):
-        binarize.convert(network(), "bnn")
+    assert_error(r"would replace nothing in this ModuleDict: .*linear=True", lambda: binarize.convert(network(), "bnn"))
 
 
 def test_a_layer_with_two_names_is_one_layer_under_both() -> None:
@@ -171,8 +168,7 @@ def test_a_layer_with_two_names_is_one_layer_under_both() -> None:
     for pattern in ("*.conv", "*.Conv2d_0"):
         spared = between(Downsample2D(4, use_conv=True, name="conv"))
         spared.append(nn.Conv2d(4, 4, 1))
-        with pytest.raises(BinarizeError, match="fold_bias"):
-            binarize.convert(spared, "bnn", overrides={"2": {"fold_bias": True}})
+        assert_error("fold_bias", binarize.convert, spared, "bnn", overrides={"2": {"fold_bias": True}})
         assert spared[1].conv is spared[1].Conv2d_0
         assert type(spared[1].conv) is nn.Conv2d
         binarize.convert(spared, "bnn", keep=pattern)

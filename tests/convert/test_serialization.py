@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from errors_case import assert_error
 from hosts_zoo import unet2d
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -47,8 +48,7 @@ def small_host(width: int = 8) -> nn.Sequential:
 def test_a_diffusers_host_is_rebuilt(tmp_path):
     model = binarize.convert(unet2d((8, 16)), "bidiffsr").eval()
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
-    binarize.save(model, tmp_path / "deep" / "folder")
-    again = binarize.load(tmp_path / "deep" / "folder")
+    again = binarize.load(binarize.save(model, tmp_path / "deep" / "folder"))
     with torch.no_grad():
         assert torch.equal(again(x, t).sample, model(x, t).sample)
 
@@ -67,13 +67,11 @@ def test_a_diffusers_host_is_rebuilt(tmp_path):
 def test_broken_folders_are_refused(tmp_path, config, message):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(BinarizeError, match=message):
-        binarize.load(tmp_path, model=small_host())
+    assert_error(message, lambda: binarize.load(tmp_path, model=small_host()))
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
-    with pytest.raises(BinarizeError, match="is not converted"):
-        binarize.save(nn.Conv2d(3, 3, 1), tmp_path)
+    assert_error("is not converted", binarize.save, nn.Conv2d(3, 3, 1), tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(BinarizeError, match="is a file; give a folder"):
         binarize.save(binarize.convert(SRUNet(**TINY), "bidiffsr"), tmp_path / "file")
@@ -81,21 +79,17 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     binarize.save(binarize.convert(small_host(), "bbcu"), tmp_path)
-    with pytest.raises(BinarizeError, match=r"pass an unconverted instance: binarize\.load\(folder, model=\.\.\.\)"):
-        binarize.load(tmp_path)
+    assert_error(r"pass an unconverted instance: binarize\.load\(folder, model=\.\.\.\)", binarize.load, tmp_path)
     other = small_host(16)
-    with pytest.raises(BinarizeError, match=r"does not fit the host: 8 of another shape, such as 0\.bias"):
-        binarize.load(tmp_path, model=other)
+    assert_error(r"does not fit the host: 8 of another shape, such as 0\.bias", binarize.load, tmp_path, model=other)
     assert type(other[1]) is nn.Conv2d  # as it was
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    with pytest.raises(BinarizeError, match=r"model\.safetensors cannot be read"):
-        binarize.load(tmp_path, model=small_host())
+    assert_error(r"model\.safetensors cannot be read", lambda: binarize.load(tmp_path, model=small_host()))
     SRUNet(**TINY).save_pretrained(tmp_path / "unet")
     weights = next((tmp_path / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(BinarizeError, match="does not hold a readable SRUNet"):
-        binarize.load(tmp_path / "unet")
+    assert_error("does not hold a readable SRUNet", binarize.load, tmp_path / "unet")
 
 
 def test_weights_that_are_missing_or_extra_are_refused(tmp_path):
@@ -108,15 +102,13 @@ def test_weights_that_are_missing_or_extra_are_refused(tmp_path):
     with pytest.raises(BinarizeError, match=r"1 missing, such as .*; 1 unexpected, such as extra"):
         binarize.load(tmp_path / "host", model=small_host())
     for read in (binarize.load, SRUNet.from_pretrained):
-        with pytest.raises(BinarizeError, match="1 missing keys, 1 unexpected keys, such as"):
-            read(tmp_path / "unet")
+        assert_error("1 missing keys, 1 unexpected keys, such as", read, tmp_path / "unet")
 
 
 def test_a_conversion_that_no_file_can_name_is_refused_before_writing(tmp_path):
     model = binarize.convert(SRUNet(**TINY), binarize.methods.bidiffsr(norm=lambda spec: nn.Identity()))
     for write in (model.save_pretrained, lambda folder: binarize.save(model, folder)):
-        with pytest.raises(BinarizeError, match="cannot be saved, since no import path leads to it"):
-            write(tmp_path / "out")
+        assert_error("cannot be saved, since no import path leads to it", write, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -131,8 +123,7 @@ def test_a_conversion_that_no_file_can_name_is_refused_before_writing(tmp_path):
     ],
 )
 def test_records_of_other_versions_are_refused(conversion, message):
-    with pytest.raises(BinarizeError, match=message):
-        SRUNet(**TINY, conversion=conversion)
+    assert_error(message, SRUNet, **TINY, conversion=conversion)
 
 
 def test_each_tensor_keeps_its_dtype(tmp_path):
@@ -146,8 +137,7 @@ def test_each_tensor_keeps_its_dtype(tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 def test_loaded_tensors_are_aligned_copies(packed, tmp_path):
     """Tensors of a mapped file are not aligned, so that sums, and then signs, could differ from the saved model's."""
-    networks = {"unet": SRUNet(**TINY), "host": small_host()}
-    for name, network in networks.items():
+    for name, network in {"unet": SRUNet(**TINY), "host": small_host()}.items():
         binarize.convert(network, "bbcu")
         binarize.save(binarize.pack(network) if packed else network, tmp_path / name)
     for loaded in (binarize.load(tmp_path / "unet"), binarize.load(tmp_path / "host", model=small_host())):

@@ -54,8 +54,7 @@ ABLATIONS = {
 
 @pytest.mark.parametrize(("structure", "options", "params", "ops"), ABLATIONS.values(), ids=ABLATIONS)
 def test_ablation_rows_as_published(structure, options, params, ops):
-    model = convert(on_meta(**structure), {"name": "bidiffsr", **options}, structure="keep")
-    result = binarize.summary(model)
+    result = binarize.summary(convert(on_meta(**structure), {"name": "bidiffsr", **options}, structure="keep"))
     assert result.params / 1e6 == pytest.approx(params, abs=1e-3)
     assert result.ops / 1e9 == pytest.approx(ops, abs=1e-2)
 
@@ -81,8 +80,7 @@ def test_counts_of_a_small_network_by_hand(height, width):
     plain = (3 * 8 * 9 + 8) + extra + 2 * 12 + 2 * 12 + (12 * 3 + 3)
     assert result.params == plain + 8 * 12 * 9 / 32
     assert result.raw_params == plain + 8 * 12 * 9
-    running = 2 * 12 * 4 + 8
-    assert result.bytes == 4 * plain + 8 * 12 * 9 // 8 + 4 * 12 + running
+    assert result.bytes == 4 * plain + 8 * 12 * 9 // 8 + 4 * 12 + 2 * 12 * 4 + 8
 
 
 def test_linear_attention_and_tokens():
@@ -96,8 +94,7 @@ def test_linear_attention_and_tokens():
             x = self.first(x)
             return self.last(self.hidden(x + self.attention(x, x, x, need_weights=False)[0]))
 
-    model = binarize.convert(Block(), "bbcu", linear=True)
-    result = binarize.summary(model, torch.zeros(1, 10, 16))
+    result = binarize.summary(binarize.convert(Block(), "bbcu", linear=True), torch.zeros(1, 10, 16))
     assert result.macs_by_bits[1] == 10 * 16 * 32
     projections, scores = 4 * 10 * 16 * 16, 2 * 10 * 10 * 16
     assert result.macs_by_bits[32] == 10 * 16 * 16 + projections + scores + 10 * 32 * 16

@@ -1,7 +1,5 @@
 """The demonstration with a tiny budget, and its report, which must agree with the scores."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -68,11 +66,9 @@ def test_missing_images_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_the_held_out_image_is_not_trained_on(tmp_path: Path) -> None:
     run.prepare_images(run.image_folder(), tmp_path, 2)
     assert run.HELD_OUT not in run.TRAINING
-    training = {path.stem for path in (tmp_path / "training").iterdir()}
-    assert training == {Path(name).stem for name in run.TRAINING}
+    assert {path.stem for path in (tmp_path / "training").iterdir()} == {Path(name).stem for name in run.TRAINING}
     held_out = np.asarray(Image.open(tmp_path / "held-out" / run.HELD_OUT))
-    small = np.asarray(Image.open(tmp_path / "held-out-x2-small.png"))
-    assert np.array_equal(small, degrade(held_out, 2))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "held-out-x2-small.png")), degrade(held_out, 2))
     width, height = run.CROP[2] - run.CROP[0], run.CROP[3] - run.CROP[1]
     assert held_out.shape == (height, width, 3)
     assert (run.DETAIL[2] <= width, run.DETAIL[3] <= height) == (True, True)

@@ -1,7 +1,5 @@
 """Evaluation: PSNR, SSIM and LPIPS against formulas and published results, and reports."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -17,6 +15,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from PIL import Image
 from rich.console import Console
 from scipy.ndimage import convolve1d
@@ -100,8 +99,7 @@ class TestQuality:
         ],
     )
     def test_errors(self, call, message: str) -> None:
-        with pytest.raises(BinarizeError, match=message):
-            call()
+        assert_error(message, call)
 
     def test_without_the_packages(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "lpips", None)
@@ -109,8 +107,7 @@ class TestQuality:
         assert note == "LPIPS is left out. LPIPS needs the lpips package: pip install 'binarize-diffusion[eval]'"
         monkeypatch.setitem(sys.modules, "skimage.metrics", None)
         for call in (lambda: ssim(noise(20, 20), noise(20, 20)), lambda: evaluate(bicubic(2), folder, scale=2)):
-            with pytest.raises(BinarizeError, match=r"scikit-image: pip install 'binarize-diffusion\[eval\]'"):
-                call()
+            assert_error(r"scikit-image: pip install 'binarize-diffusion\[eval\]'", call)
 
 
 class TestPublishedResults:
@@ -119,8 +116,7 @@ class TestPublishedResults:
     def test_bicubic_on_set5(self, scale: int, decibels: float, similarity: float) -> None:
         data = (SET5 / "HR", SET5 / "LR_bicubic")
         report = evaluate(bicubic(scale), data, scale=scale, lpips=None, progress=False)
-        assert round(report.mean.model.psnr, 2) == decibels
-        assert round(report.mean.model.ssim, 4) == similarity
+        assert (round(report.mean.model.psnr, 2), round(report.mean.model.ssim, 4)) == (decibels, similarity)
         assert report.mean.model == report.mean.bicubic
         made = evaluate(bicubic(scale), SET5 / "HR", scale=scale, lpips=None, progress=False)
         assert [row.model for row in made.rows] == [row.model for row in report.rows]
@@ -197,13 +193,11 @@ class TestLpips:
             ("vgg", "squeeze", r"squeeze\.pth: is not the backbone of this LPIPS; it has no '2\.weight'"),
             ("squeeze", "narrow", "its weights have other shapes"),
         ):
-            with pytest.raises(BinarizeError, match=message):
-                Lpips(net, backbone=tmp_path / f"{name}.pth")
+            assert_error(message, Lpips, net, backbone=tmp_path / f"{name}.pth")
         distance = Lpips("squeeze", backbone=tmp_path / "squeeze.pth")
         with pytest.raises(BinarizeError, match=r"LPIPS \(squeeze\): needs at least 17 pixels per side, got 40x16"):
             distance(noise(16, 40), noise(16, 40))
-        with pytest.raises(BinarizeError, match=r"one size, got \(3, 20, 20\) and \(3, 20, 21\)"):
-            distance(noise(20, 20), noise(20, 21))
+        assert_error(r"one size, got \(3, 20, 20\) and \(3, 20, 21\)", distance, noise(20, 20), noise(20, 21))
 
 
 class TestEvaluate:
@@ -232,8 +226,7 @@ class TestEvaluate:
 
     def test_options(self, folder: Path) -> None:
         report = evaluate(bicubic(2), folder, scale=2, lpips=None, limit=1, border=0, baseline=False, progress=False)
-        assert len(report.rows) == 1
-        assert report.border == 0
+        assert (len(report.rows), report.border) == (1, 0)
         assert report.mean.bicubic is None
         assert "bicubic" not in report.to_json() + report.to_csv() + report.to_markdown()
         assert len(evaluate(bicubic(2), folder, scale=2, lpips=None, limit=9, progress=False).rows) == 2
@@ -250,8 +243,7 @@ class TestEvaluate:
         ],
     )
     def test_errors(self, result, options, message: str, folder: Path) -> None:
-        with pytest.raises(BinarizeError, match=message):
-            evaluate(lambda lr: result, folder, scale=2, lpips=None, progress=False, **options)
+        assert_error(message, evaluate, lambda lr: result, folder, scale=2, lpips=None, progress=False, **options)
 
     def test_bad_data_is_found_before_upscaling(self, folder: Path) -> None:
         never = mock.Mock(side_effect=AssertionError("upscaled something"))
@@ -261,18 +253,17 @@ class TestEvaluate:
         (folder / "tiny.png").unlink()
         path = folder / "p1.png"
         path.write_bytes(path.read_bytes()[:-200])
-        with pytest.raises(BinarizeError, match=r"p1\.png: cannot"):
-            evaluate(never, folder, scale=2, lpips=None)
+        assert_error(r"p1\.png: cannot", evaluate, never, folder, scale=2, lpips=None)
 
 
 class TestReport:
     @pytest.fixture
     def report(self) -> EvaluationReport:
-        rows = (
-            ImageScores("a|b", Scores(30.0, 0.9, 0.1), Scores(28.5, 0.8, 0.3), 1.5),
-            ImageScores("c,d", Scores(32.0, 0.95, 0.2), Scores(29.5, 0.85, 0.4), 0.5),
+        first = ImageScores("a|b", Scores(30.0, 0.9, 0.1), Scores(28.5, 0.8, 0.3), 1.5)
+        second = ImageScores("c,d", Scores(32.0, 0.95, 0.2), Scores(29.5, 0.85, 0.4), 0.5)
+        return EvaluationReport(
+            (first, second), scale=2, border=2, lpips="squeeze", name="ours", notes=("something is missing",)
         )
-        return EvaluationReport(rows, scale=2, border=2, lpips="squeeze", name="ours", notes=("something is missing",))
 
     def test_json_and_the_mean(self, report: EvaluationReport) -> None:
         content = json.loads(report.to_json())
@@ -292,8 +283,7 @@ class TestReport:
         rows = list(csv.reader(io.StringIO(report.to_csv())))
         heading = "picture,PSNR,SSIM,LPIPS (squeeze),bicubic PSNR,bicubic SSIM,bicubic LPIPS (squeeze),seconds"
         assert rows[0] == heading.split(",")
-        assert rows[2] == ["c,d", "32.0", "0.95", "0.2", "29.5", "0.85", "0.4", "0.5"]
-        assert rows[3][0] == "mean"
+        assert (rows[2], rows[3][0]) == (["c,d", "32.0", "0.95", "0.2", "29.5", "0.85", "0.4", "0.5"], "mean")
         lines = report.to_markdown().splitlines()
         assert lines[0] == "ours, x2: PSNR and SSIM on Y, 2 pixels cut off each side."
         assert lines[4] == r"| a\|b | 30.00 | 0.9000 | 0.1000 | 28.50 | 0.8000 | 0.3000 |"
@@ -311,10 +301,8 @@ class TestReport:
         assert [path.name for path in paths] == ["evaluation.json", "evaluation.csv", "evaluation.md"]
         assert [path.read_text() for path in paths] == [report.to_json(), report.to_csv(), report.to_markdown()]
         paths[0].unlink()
-        with pytest.raises(BinarizeError, match=r"evaluation\.csv: already exists"):
-            report.save(target)
+        assert_error(r"evaluation\.csv: already exists", report.save, target)
         assert not paths[0].exists()
         report.save(target, force=True)
         assert len(list(target.iterdir())) == 3
-        with pytest.raises(BinarizeError, match=r"evaluation\.md: cannot create the folder"):
-            report.save(paths[2])
+        assert_error(r"evaluation\.md: cannot create the folder", report.save, paths[2])

@@ -38,16 +38,14 @@ def test_every_method_on_every_host(name: str, method: str) -> None:
     after, out = recorded(model, host.inputs(2))
     assert out.shape == before[""]
     (out - 1).square().mean().backward()
-    bad = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not bad
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
     # Complete: every convolution and linear layer has one row that says what became of it.
     kinds = nn.modules.conv._ConvNd | nn.Linear | BinaryConv2d | BinaryLinear
     layers = {n for n, m in model.named_modules() if isinstance(m, kinds)}
     report = binarize.report(model)
     inside_binary = {n for n in layers if any(n.startswith(f"{row.name}.") for row in report.replaced)}
-    rows = [row.name for row in report.rows if row.action != "new"]
-    assert sorted(rows) == sorted(layers - inside_binary)
+    assert sorted([row.name for row in report.rows if row.action != "new"]) == sorted(layers - inside_binary)
     assert all(row.detail for row in report.rows)
 
     # Two-valued, and nearly all of what could be: all 2-D convolutions but first, last and attention's.
@@ -88,8 +86,7 @@ def test_a_mixed_batch_equals_its_samples_and_a_deepcopy_is_independent(name: st
             one = {k: v[i : i + 1] for k, v in keywords.items()}
             alone = output_of(model, ((image[i : i + 1], timesteps[i : i + 1], *rest), one))
             torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-10)
-        shifted = output_of(model, ((image, timesteps.flip(0), *rest), keywords))
-        assert (shifted - together).abs().max() > 1e-3
+        assert (output_of(model, ((image, timesteps.flip(0), *rest), keywords)) - together).abs().max() > 1e-3
         twin = copy.deepcopy(model)
         for parameter in twin.parameters():
             parameter.normal_()

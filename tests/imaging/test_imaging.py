@@ -1,13 +1,12 @@
 """Reading, decoding and writing images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from PIL import Image, ImageCms
 
 from binarize.errors import BinarizeError
@@ -27,8 +26,7 @@ def noise(mode: str, size: tuple[int, int] = (6, 4)) -> Image.Image:
         return Image.fromarray(rng.integers(0, 65536, size[::-1]).astype(np.uint16))
     if mode == "1":
         return Image.fromarray(rng.integers(0, 2, size[::-1]).astype(bool))
-    bands = Image.getmodebands(mode)
-    raw = rng.integers(0, 256, (*size[::-1], bands), dtype=np.uint8).tobytes()
+    raw = rng.integers(0, 256, (*size[::-1], Image.getmodebands(mode)), dtype=np.uint8).tobytes()
     return Image.frombytes(mode, size, raw)
 
 
@@ -59,9 +57,7 @@ class TestDecodedImage:
             ("CMYK", [(0, 0, 0, 255), (0, 0, 0, 0)], {"icc_profile": b"none"}, "RGB", [0, 0, 0, 255, 255, 255]),
         ],
     )
-    def test_other_modes(
-        self, mode: str, levels: list[Any], options: dict[str, Any], written: str, expected: list[int], tmp_path: Path
-    ) -> None:
+    def test_other_modes(self, mode, levels, options, written, expected, tmp_path):
         source = Image.new(mode, (2, 1))
         if mode == "P":
             source.putpalette([10, 20, 30, 200, 100, 0])
@@ -87,8 +83,7 @@ class TestDecodedImage:
         assert image_size(tmp_path / "a.png") == (2, 3)
         shown = read_image(tmp_path / "a.png").to_pil()
         np.testing.assert_array_equal(np.array(shown), upright)
-        again = read_image(save_image(shown, tmp_path / "b.png"))
-        np.testing.assert_array_equal(np.array(again.to_pil()), upright)
+        np.testing.assert_array_equal(np.array(read_image(save_image(shown, tmp_path / "b.png")).to_pil()), upright)
         assert 0x0112 not in opened(tmp_path / "b.png").getexif()
 
     def test_damaged_exif_is_ignored(self, tmp_path: Path) -> None:
@@ -110,10 +105,8 @@ class TestDecodedImage:
         assert (grey.mode, grey.size, grey.getpixel((0, 0))) == ("L", (2, 2), round(0.299 * 255))
         beyond = image.with_pixels(torch.full((3, 1, 1), 2.0), torch.full((1, 1, 1), -1.0)).to_pil()
         assert beyond.getpixel((0, 0)) == (255, 0)
-        deep = to_image(noise("I;16"))
-        assert deep.with_pixels(torch.rand(3, 2, 2), torch.rand(1, 2, 2)).to_pil().mode == "LA"
-        with pytest.raises(BinarizeError, match=r"rgb must be \(3, H, W\), got \(1, 2, 2\)"):
-            image.with_pixels(torch.zeros(1, 2, 2), None)
+        assert to_image(noise("I;16")).with_pixels(torch.rand(3, 2, 2), torch.rand(1, 2, 2)).to_pil().mode == "LA"
+        assert_error(r"rgb must be \(3, H, W\), got \(1, 2, 2\)", image.with_pixels, torch.zeros(1, 2, 2), None)
         with pytest.raises(BinarizeError, match=r"alpha must be \(1, 2, 2\), got \(1, 2, 3\)"):
             image.with_pixels(torch.zeros(3, 2, 2), torch.zeros(1, 2, 3))
 
@@ -153,27 +146,22 @@ class TestReading:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
         assert read_image(tmp_path / "a.png").rgb.shape == (3, 20, 30)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-        with pytest.raises(BinarizeError, match=r"a\.png: Image size \(600 pixels\) exceeds.*MAX_IMAGE_PIXELS"):
-            read_image(tmp_path / "a.png")
+        assert_error(r"a\.png: Image size \(600 pixels\) exceeds.*MAX_IMAGE_PIXELS", read_image, tmp_path / "a.png")
 
     def test_list_images(self, tmp_path: Path) -> None:
-        with pytest.raises(BinarizeError, match=r"holds no images; looked for \.png"):
-            list_images(tmp_path)
+        assert_error(r"holds no images; looked for \.png", list_images, tmp_path)
         for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt"):
             (tmp_path / name).touch()
         (tmp_path / "folder.png").mkdir()
         assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG"]
         for name, message in (("missing", "no such folder"), ("a.jpg", "is a file")):
-            with pytest.raises(BinarizeError, match=message):
-                list_images(tmp_path / name)
+            assert_error(message, list_images, tmp_path / name)
 
 
 class TestWriting:
-    @pytest.mark.parametrize(
-        ("suffix", "name"), [(".png", "PNG"), (".JPG", "JPEG"), (".tiff", "TIFF"), (".webp", "WEBP"), (".bmp", "BMP")]
-    )
-    def test_the_suffix_decides(self, suffix: str, name: str, tmp_path: Path) -> None:
-        path = save_image(noise("RGB"), tmp_path / f"a{suffix}")
+    @pytest.mark.parametrize("suffix", [".png", ".JPEG", ".tiff", ".webp", ".bmp"])
+    def test_the_suffix_decides(self, suffix: str, tmp_path: Path) -> None:
+        path, name = save_image(noise("RGB"), tmp_path / f"a{suffix}"), suffix[1:].upper()
         assert opened(path).format == name
         assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
         if name != "JPEG":
@@ -190,15 +178,13 @@ class TestWriting:
         ],
     )
     def test_refusals_leave_nothing(self, mode: str, name: str, message: str, tmp_path: Path) -> None:
-        with pytest.raises(BinarizeError, match=message):
-            save_image(noise(mode), tmp_path / name)
+        assert_error(message, save_image, noise(mode), tmp_path / name)
         assert list(tmp_path.iterdir()) == []
 
     def test_nothing_is_replaced_unasked(self, tmp_path: Path) -> None:
         path = tmp_path / "a.png"
         path.write_bytes(b"old")
-        with pytest.raises(BinarizeError, match=r"a\.png: already exists"):
-            save_image(noise("RGB"), path)
+        assert_error(r"a\.png: already exists", save_image, noise("RGB"), path)
         assert path.read_bytes() == b"old"
         save_image(to_image(noise("RGB")), path, force=True)
         assert opened(path).size == (6, 4)

@@ -1,24 +1,21 @@
 """Distributions, biases and plots; the model is not changed by any function of `binarize.inspect`."""
 
-from __future__ import annotations
-
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cli_case import NETWORK
+from errors_case import assert_error
+from hosts_zoo import unet2d
 from hypothesis import given
 from hypothesis import strategies as st
 from inspect_case import OneLayer, batch, network, signs
 from torch import Tensor, nn
 
 from binarize import inspect
-from binarize.errors import BinarizeError
 from binarize.inspect.distribution import DistributionMeter
 from binarize.layers import CSFusion
 from binarize.models import SRUNet
@@ -43,8 +40,7 @@ def test_moments_are_exact_and_values_are_a_sample(parts: list[list[float]]) -> 
     gathered.add(torch.empty(0))
     every = np.concatenate([np.array(part, dtype=np.float64) for part in parts])
     found = gathered.result()
-    assert found.count == len(every)
-    assert found.mean == pytest.approx(every.mean(), abs=1e-9)
+    assert (found.count, found.mean) == (len(every), pytest.approx(every.mean(), abs=1e-9))
     assert found.std == pytest.approx(every.std(), abs=1e-4)
     assert (found.minimum, found.maximum) == (every.min(), every.max())
     assert len(found.values) == sum(min(len(part), 7) for part in parts)
@@ -62,7 +58,8 @@ class Doubled(nn.Module):
         return self.inner(self.change(x * torch.as_tensor(timestep).reshape(-1, 1)))
 
 
-activations = inspect.activation_distribution
+FLAT = Doubled(lambda x: x.reshape(-1))
+activations, fused = inspect.activation_distribution, inspect.fusion_distributions
 
 
 def test_inputs_are_separated_by_timestep_within_a_batch_too() -> None:
@@ -125,8 +122,7 @@ def test_biases_that_cannot_be_shown() -> None:
         (lambda: found.plot(), r"different numbers of timestep groups \(2, 5\).*plot\(layer=\.\.\.\)"),
         (lambda: found.plot(layer="middle.0.conv3"), "no biases of a layer 'middle.0.conv3'.*Did you mean 'middle.0"),
     ):
-        with pytest.raises(BinarizeError, match=message):
-            call()
+        assert_error(message, call)
 
 
 def fusions(model: nn.Module) -> list[str]:
@@ -144,8 +140,7 @@ def test_fusion_mixes_both_inputs_and_is_compared_with_their_sum() -> None:
     x, output = seen[0]
     hidden, skip = x[:, : fusion.hidden_channels], x[:, fusion.hidden_channels :]
     found = inspect.fusion_distributions(model, name, inputs)
-    expected = {"hidden": hidden, "skip": skip, "fused": output, "added": hidden + skip}
-    for key, value in expected.items():
+    for key, value in {"hidden": hidden, "skip": skip, "fused": output, "added": hidden + skip}.items():
         one = getattr(found, key)
         assert one.mean == pytest.approx(float(value.double().mean()), abs=1e-6)
         assert one.std == pytest.approx(float(value.double().std(correction=0)), abs=1e-6)
@@ -195,44 +190,27 @@ def test_the_model_is_left_as_it_was(kind: str) -> None:
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_that_does_not_call_the_model_is_refused(kind: str) -> None:
     model = network()
-    with pytest.raises(BinarizeError, match=r"the run did not call '.*', so there is nothing to show"):
-        RUNS[kind](model, lambda: None)
-    with pytest.raises(BinarizeError, match=r"run must be a function without arguments .* got 7"):
-        RUNS[kind](model, 7)
-
-
-class Plain(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    assert_error(r"the run did not call '.*', so there is nothing to show", RUNS[kind], model, lambda: None)
+    assert_error(r"run must be a function without arguments .* got 7", RUNS[kind], model, 7)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: activations(network(), "middle.0.conv9", batch()), r"no module 'middle.0.conv9'.*mean 'middle.0.conv"),
+        (lambda: fused(network(), "middle.0", batch()), r"no CSFusion 'middle.0'; it has decoder\.0\.blocks\.0\.fus"),
+        (lambda: fused(OneLayer("bnn"), "layer", batch()), r"it has none\."),
         (
-            lambda: inspect.fusion_distributions(network(), "middle.0", batch()),
-            r"SRUNet has no CSFusion 'middle.0'; it has decoder\.0\.blocks\.0\.fusion",
-        ),
-        (lambda: inspect.fusion_distributions(OneLayer("bnn"), "layer", batch()), r"it has none\."),
-        (
-            lambda: activations(Plain(), "", torch.zeros(1)),
-            "Plain has no timestep: .*a distribution over timesteps needs",
+            lambda: activations(nn.Identity(), "", torch.zeros(1)),
+            "Identity has no timestep: .*a distribution over timesteps",
         ),
         (lambda: activations(network(), "middle.0", batch(), samples=0), "samples is the number .* at least 1; got 0"),
-        (
-            lambda: activations(Doubled(lambda x: x.reshape(-1)), "inner", (torch.zeros(2, 3), torch.tensor([1, 2]))),
-            r"the input of 'inner' is \(6,\) while the batch has 2 timesteps",
-        ),
-        (
-            lambda: activations(Doubled(lambda x: None), "inner", (torch.zeros(2, 3), 1)),
-            "'inner' is not called with a tensor",
-        ),
+        (lambda: activations(FLAT, "inner", (torch.zeros(2, 3), torch.tensor([1, 2]))), r"is \(6,\) while the batch"),
+        (lambda: activations(Doubled(lambda x: None), "inner", (torch.zeros(2, 3), 1)), "not called with a tensor"),
     ],
 )
 def test_modules_and_inputs_that_cannot_be_observed(call: Any, message: str) -> None:
-    with pytest.raises(BinarizeError, match=message):
-        call()
+    assert_error(message, call)
 
 
 def results() -> dict[str, Any]:
@@ -263,8 +241,7 @@ def test_every_result_draws_itself_on_new_and_on_given_axes() -> None:
 
 
 def test_many_layers_are_numbered_and_many_timesteps_thinned() -> None:
-    names = tuple(f"layer{number}" for number in range(60))
-    many = inspect.Saturation(names, np.full(60, 0.5), np.full(60, 10))
+    many = inspect.Saturation(tuple(f"layer{number}" for number in range(60)), np.full(60, 0.5), np.full(60, 10))
     assert many.plot().get_xlabel() == "layer (0 is layer0, 59 is layer59)"
     one = inspect.Distribution(3, 0.0, 1.0, -1.0, 1.0, np.array([-1.0, 0.0, 1.0], dtype=np.float32))
     ax = inspect.ActivationDistribution("m", np.arange(50.0), (one,) * 50).plot(boxes=5)
@@ -274,24 +251,10 @@ def test_many_layers_are_numbered_and_many_timesteps_thinned() -> None:
 def test_plots_without_matplotlib_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = inspect.tar_biases(network())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(BinarizeError, match=r"plots need matplotlib: pip install 'binarize-diffusion\[plot\]'"):
-        found.plot()
-
-
-def test_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "docs" / "howto" / "inspect.md").read_text(encoding="utf-8")
-    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), "inspect.md", "exec"), {})
-    assert (tmp_path / "fusion.png").is_file()
+    assert_error(r"plots need matplotlib: pip install 'binarize-diffusion\[plot\]'", found.plot)
 
 
 def test_class_labels_are_not_taken_for_timesteps() -> None:
-    from diffusers import UNet2DModel
-
-    blocks: Any = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-    channels: Any = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
-    host = UNet2DModel(sample_size=8, **blocks, **channels, class_embed_type="timestep")
-    x = torch.randn(2, 3, 8, 8)
+    host, x = unet2d((8, 16), class_embed_type="timestep"), torch.randn(2, 3, 8, 8)
     run = {"sample": x, "timestep": torch.tensor([10, 900]), "class_labels": torch.tensor([1, 2])}
-    result = inspect.activation_distribution(host, "mid_block.resnets.0.conv1", run)
-    assert result.timesteps.tolist() == [10, 900]
+    assert inspect.activation_distribution(host, "mid_block.resnets.0.conv1", run).timesteps.tolist() == [10, 900]

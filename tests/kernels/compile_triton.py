@@ -1,7 +1,5 @@
 """Compile the CUDA kernels for a GPU that the machine may lack. test_cuda.py runs this outside Triton's interpreter."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -1,10 +1,4 @@
-"""Triton's kernels against the counting oracle and plain torch: on a GPU, and interpreted on a CPU where there is none.
-
-The interpreter runs the same source, so that what it shows wrong is wrong on a GPU too; races and the compiler's own
-faults it cannot show.
-"""
-
-from __future__ import annotations
+"""Triton's kernels against the counting oracle and plain torch: on a GPU, or interpreted on a CPU (without races)."""
 
 import copy
 import dataclasses
@@ -32,9 +26,7 @@ from binarize.methods import Method
 from binarize.models import SRUNet, SuperResolutionPipeline
 from binarize.packed import PackedConv2d, PackedLinear
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton, whose kernels these are, is not installed"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 EITHER = ("triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -122,8 +114,7 @@ def test_group_norm_and_silu_are_torchs_own(device: str, channels: int, groups: 
     nn.init.normal_(norm.bias)
     bias = torch.randn(2, channels, device=device) if added else None
     with torch.no_grad(), backends.use("triton"):
-        factors = norm_factors(x, bias, groups, norm.weight, norm.bias, norm.eps)
-        found = norm_silu(x, factors)
+        found = norm_silu(x, norm_factors(x, bias, groups, norm.weight, norm.bias, norm.eps))
         shifted = (x if bias is None else x + bias[:, :, None, None]).double()
         expected = nn.functional.silu(copy.deepcopy(norm).double()(shifted))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -166,14 +157,9 @@ def test_the_compiler_takes_them(capability: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# What only a GPU can show.
-
-
 @pytest.mark.gpu
 def test_the_kernels_run_where_nothing_is_asked_for() -> None:
-    kernels = backends.kernels_for(torch.empty(0, device="cuda"))
-    assert kernels is not None
-    assert kernels.__name__.endswith("cuda")
+    assert backends.kernels_for(torch.empty(0, device="cuda")).__name__.endswith("cuda")
 
 
 @pytest.mark.gpu

@@ -17,11 +17,8 @@ from binarize.timestep import TimestepContext
 T = 100
 CHANNELS, SIZE = 4, 5
 PROGRESS = (0.0, 0.37, 1.0)
-both_zeros = pytest.mark.parametrize(
-    ("case", "zero"),
-    [(case, "plus") for case in CASES] + [(case, "zero") for case in DEFAULTS],
-    ids=lambda value: str(value),
-)
+BOTH_ZEROS = [(case, "plus") for case in CASES] + [(case, "zero") for case in DEFAULTS]
+both_zeros = pytest.mark.parametrize(("case", "zero"), BOTH_ZEROS, ids=str)
 
 # Zeros of both signs, every threshold, and values on either side of it.
 TIES = st.sampled_from([0.0, -0.0, 0.25, 0.5, -0.5, 1.0, -1.0, 1.0 + 2**-52, -1.0 - 2**-52, 2.0])

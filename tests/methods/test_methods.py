@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from errors_case import assert_error
 from torch import nn
 
 import binarize
@@ -110,8 +111,7 @@ def test_components_of_the_flagship_switch():
         assert method.needs_timestep == (tar or taa)
     assert not bidiffsr(groups=1).needs_timestep
     assert not bidiffsr(pre=None, post="relu").needs_timestep
-    bare = layer(bidiffsr(pre=None, post=None, shortcut=False))
-    assert [name for name, _ in bare.named_parameters()] == ["weight"]
+    assert [name for name, _ in layer(bidiffsr(pre=None, post=None, shortcut=False)).named_parameters()] == ["weight"]
 
 
 def test_a_timestep_aware_part_of_your_own_gets_the_context(registries):
@@ -131,9 +131,7 @@ def test_a_timestep_aware_part_of_your_own_gets_the_context(registries):
 
 @pytest.mark.parametrize("how", [bidiffsr, bidiffsr().replace, functools.partial(get_method, "bidiffsr")])
 def test_an_unknown_option_is_answered_with_the_nearest(how):
-    message = r"^bidiffsr: unknown option 'group'; options: groups, .*Did you mean 'groups'\?$"
-    with pytest.raises(BinarizeError, match=message):
-        how(group=2)
+    assert_error(r"^bidiffsr: unknown option 'group'; options: groups, .*Did you mean 'groups'\?$", how, group=2)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +159,7 @@ def test_an_unknown_option_is_answered_with_the_nearest(how):
     ],
 )
 def test_bad_values_are_refused_in_words(name, options, message):
-    with pytest.raises(BinarizeError, match=message):
-        get_method(name, **options)
+    assert_error(message, get_method, name, **options)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +182,7 @@ def test_bad_values_are_refused_in_words(name, options, message):
 def test_a_part_that_cannot_be_built_leaves_the_model_alone(options, message):
     model = tiny()
     modules = [(name, id(module)) for name, module in model.named_modules()]
-    with pytest.raises(BinarizeError, match=message):
-        binarize.convert(model, reactnet(**options))
+    assert_error(message, lambda: binarize.convert(model, reactnet(**options)))
     assert [(name, id(module)) for name, module in model.named_modules()] == modules
 
 
@@ -203,13 +199,6 @@ def test_options_change_the_parts_that_they_name():
     assert bibench.replace(scale="channel").part("activation") == "ste"
     before = get_method("xnor", norm_position="before", norm="my_norm")
     assert (before.part("pre"), before.part("norm")) == ("my_norm", None)
-
-
-def test_the_old_name_of_the_two_stage_weight_warns():
-    with pytest.warns(DeprecationWarning, match="TwoStageWeight is now binarize.layers.delayed.two_stage_weight"):
-        made = binarize.layers.TwoStageWeight(switch=0.2)
-    assert isinstance(made, layers.DelayedWeight)
-    assert list(made.state_dict()) == ["progress"]
 
 
 def test_methods_are_values():
@@ -247,20 +236,10 @@ def test_composed_methods_go_through_files(options):
     torch.testing.assert_close(first(x), second(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        lambda spec: nn.ReLU(),
-        functools.partial(factory),
-        {"name": lambda spec: nn.ReLU()},
-        {"name": "relu", "x": object()},
-    ],
-    ids=["lambda", "partial", "mapping", "option"],
-)
-def test_a_part_that_no_file_can_name_says_so(part):
-    method = reactnet(post=part)
-    with pytest.raises(BinarizeError, match=r"the post part .* cannot be saved"):
-        method.to_config()
+def test_a_part_that_no_file_can_name_says_so():
+    mappings = {"name": lambda spec: nn.ReLU()}, {"name": "relu", "x": object()}
+    for part in (lambda spec: nn.ReLU(), functools.partial(factory), *mappings):
+        assert_error(r"the post part .* cannot be saved", reactnet(post=part).to_config)
 
 
 def test_a_registered_method_is_like_any_other(registries):
@@ -272,27 +251,22 @@ def test_a_registered_method_is_like_any_other(registries):
     assert "mine" in list_methods()
     assert get_method("mine", strength=2) == Mine(strength=2)
     assert Mine(strength=2).to_config() == {"name": "mine", "strength": 2}
-    with pytest.raises(BinarizeError, match=r"mine: unknown option 'strenght'; options: strength, .*'strength'"):
-        Mine(strenght=2)
-    with pytest.raises(BinarizeError, match=r"method 'mine' is already registered as .*pass replace=True"):
-        register_method("mine")(Mine)
+    assert_error(r"mine: unknown option 'strenght'; options: strength, .*'strength'", Mine, strenght=2)
+    assert_error(r"method 'mine' is already registered as .*pass replace=True", lambda: register_method("mine")(Mine))
     register_method("mine", replace=True)(Mine)
 
 
 def test_only_frozen_dataclasses_are_registered(registries):
     with pytest.raises(BinarizeError, match="method 'a' must be a frozen dataclass; put @dataclass"):
         register_method("a")(type("NotADataclass", (Method,), {}))
-    with pytest.raises(BinarizeError, match=r"must be a class derived from binarize\.methods\.Method; got"):
-        register_method("a")(nn.ReLU)
+    assert_error(r"must be a class derived from binarize\.methods\.Method; got", lambda: register_method("a")(nn.ReLU))
     assert "a" not in list_methods()
 
 
 def test_parts_are_registered_by_kind(registries):
     with pytest.raises(BinarizeError, match=r"unknown kind of part 'wieght'; kinds: .*Did you mean 'weight'\?"):
         layers.register_part("wieght", "x")
-    with pytest.raises(BinarizeError, match="unknown kind of part 'layer'"):
-        layers.list_parts("layer")
-    with pytest.raises(BinarizeError, match="post part 'relu' is already registered"):
-        layers.register_part("post", "relu")(factory)
+    assert_error("unknown kind of part 'layer'", layers.list_parts, "layer")
+    assert_error("post part 'relu' is already registered", lambda: layers.register_part("post", "relu")(factory))
     layers.register_part("post", "relu", replace=True)(factory)
     assert isinstance(layer(reactnet(post="relu")).post, nn.Softplus)

@@ -41,8 +41,7 @@ def test_every_block_of_the_page_runs_in_order(folder: Path):
     assert ran == 5
     assert validate("mine.yaml").method.name == "mine"
 
-    lines = (folder / "my_method.py").read_text().splitlines()
-    assert len([line for line in lines if line.strip()]) <= 30
+    assert len([line for line in (folder / "my_method.py").read_text().splitlines() if line.strip()]) <= 30
 
     unet = namespace["unet"].eval()
     unet.save_pretrained(folder / "saved")

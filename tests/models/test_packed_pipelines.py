@@ -42,16 +42,14 @@ def test_from_pretrained_packs_a_binary_network(model: Path, tmp_path: Path, cap
         assert not caplog.messages
         pipe.save_pretrained(tmp_path / "packed")
     assert "load with pack=False" in caplog.text
-    again = SuperResolutionPipeline.from_pretrained(tmp_path / "packed", pack=False)
-    assert binarize.is_packed(again.unet)
+    assert binarize.is_packed(SuperResolutionPipeline.from_pretrained(tmp_path / "packed", pack=False).unet)
 
 
 def test_a_network_that_is_passed_in_is_not_changed(model: Path) -> None:
     live = SRUNet.from_pretrained(model / "unet")
     assert not binarize.is_packed(live)
     weights = {name: id(p) for name, p in live.named_parameters()}
-    pipes = [SuperResolutionPipeline(live, scale=2), SuperResolutionPipeline.from_pretrained(model, unet=live)]
-    for pipe in pipes:
+    for pipe in [SuperResolutionPipeline(live, scale=2), SuperResolutionPipeline.from_pretrained(model, unet=live)]:
         pipe(np.zeros((4, 4, 3), np.uint8), num_inference_steps=1)
         assert pipe.unet is live
     assert {name: id(p) for name, p in live.named_parameters()} == weights
@@ -73,14 +71,12 @@ def test_a_packed_network_is_unpacked_on_another_device(model: Path, tmp_path: P
 def test_networks_without_kernels_keep_their_latents(model: Path, backend: Any) -> None:
     with backends.use(backend):
         packed = binarize.is_packed(SuperResolutionPipeline.from_pretrained(model).unet)
-        double = binarize.convert(SRUNet(**NETWORK).double(), "bidiffsr")
-        assert not packing.pack_if_possible(double)
+        assert not packing.pack_if_possible(binarize.convert(SRUNet(**NETWORK).double(), "bidiffsr"))
     assert packed == (backend == "numba")
 
 
 def test_a_network_that_cannot_be_packed_is_not_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plain = SRUNet(**NETWORK)
-    assert not packing.pack_if_possible(plain)
+    assert not packing.pack_if_possible(SRUNet(**NETWORK))
     first_stage = binarize.convert(SRUNet(**NETWORK), {"name": "reactnet", "two_stage": 0.5})
     with caplog.at_level(logging.INFO, "binarize"):
         assert not packing.pack_if_possible(first_stage)

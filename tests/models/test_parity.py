@@ -1,8 +1,4 @@
-"""Parity with the released BI-DiffSR network on a small checkpoint of its format, in float64.
-
-The fixture holds what the released code computes with those (random) weights: outputs, loss, gradients and a DDIM
-sample.
-"""
+"""Outputs, loss and gradients of the released BI-DiffSR code with random weights, in float64, from a fixture."""
 
 import json
 from pathlib import Path
@@ -10,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from errors_case import assert_error
 from safetensors.torch import load_file, safe_open
 
 import binarize
-from binarize.errors import BinarizeError
 from binarize.models import SRUNet, load_official
 from binarize.models.official import _prefixes, official_to_ours
 
@@ -113,17 +109,13 @@ def test_round_trip_keeps_parity_mode_and_weights(model, reference, tmp_path):
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_with_names(metadata, change, message):
-    with pytest.raises(BinarizeError, match=message):
-        load_official(CHECKPOINT, **{**metadata["config"], **change})
+    assert_error(message, load_official, CHECKPOINT, **{**metadata["config"], **change})
 
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
-    with pytest.raises(BinarizeError, match="is not a file"):
-        load_official(tmp_path / "missing.pth")
+    assert_error("is not a file", load_official, tmp_path / "missing.pth")
     broken = tmp_path / "broken.pth"
     broken.write_bytes(CHECKPOINT.read_bytes()[:5000])
-    with pytest.raises(BinarizeError, match="not a readable torch checkpoint"):
-        load_official(broken)
+    assert_error("not a readable torch checkpoint", load_official, broken)
     torch.save({"state_dict": {"a": torch.zeros(1)}}, broken)
-    with pytest.raises(BinarizeError, match=r"must hold \{'params': state_dict\}; it holds state_dict"):
-        load_official(broken)
+    assert_error(r"must hold \{'params': state_dict\}; it holds state_dict", load_official, broken)

@@ -1,7 +1,6 @@
 """The pipeline: schedulers, sizes, randomness, and its life as a diffusers pipeline."""
 
 import json
-import re
 import subprocess
 import sys
 import textwrap
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
+from errors_case import assert_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pipeline_case import BETAS, Local, local, pipeline, pixels, run, seeded
 from safetensors import safe_open
 from torch import Tensor
@@ -68,19 +67,16 @@ def test_eta_reaches_ddim_and_is_refused_elsewhere():
     assert not torch.equal(run(pipe, image, eta=1.0), run(pipe, image))
     assert not torch.equal(run(pipe, image, eta=1.0, generator=seeded(1)), run(pipe, image, eta=1.0))
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(BinarizeError, match=r"eta=0.5: EulerDiscreteScheduler takes no eta"):
-        run(pipe, image, eta=0.5)
+    assert_error(r"eta=0.5: EulerDiscreteScheduler takes no eta", run, pipe, image, eta=0.5)
 
 
 def test_a_scheduler_that_does_not_fit_is_refused_at_once_and_when_swapped():
     assert default_scheduler().config == pipeline().scheduler.config == diffusers.DDIMScheduler(**BETAS).config
     message = "trained with 1000 timesteps, but DDIMScheduler has num_train_timesteps=2000"
-    with pytest.raises(BinarizeError, match=message):
-        pipeline(local(num_train_timesteps=1000))
+    assert_error(message, lambda: pipeline(local(num_train_timesteps=1000)))
     pipe = pipeline(local(num_train_timesteps=1000), scheduler=diffusers.DDIMScheduler())
     pipe.scheduler = default_scheduler()
-    with pytest.raises(BinarizeError, match=message):
-        run(pipe, pixels(2, 2))
+    assert_error(message, run, pipe, pixels(2, 2))
     with pytest.raises(BinarizeError, match="FlowMatchEulerDiscreteScheduler is no scheduler for noise prediction"):
         pipeline(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=2000))
 
@@ -202,9 +198,7 @@ def test_progress_counts_the_steps_of_every_image(capsys):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_sample_keeps_at_least_float32_whatever_the_network_computes_in(dtype):
     unet = local()
-    pipe = pipeline(unet).to("cpu", dtype)
-    large = run(pipe, pixels(4, 4))
-    assert large.dtype == torch.promote_types(dtype, torch.float32)
+    assert run(pipeline(unet).to("cpu", dtype), pixels(4, 4)).dtype == torch.promote_types(dtype, torch.float32)
     assert {sample.dtype for sample, _, _ in unet.seen} == {dtype}
 
 
@@ -246,11 +240,3 @@ def test_the_released_sample_comes_out_of_the_pipeline():
     given = run(pipeline(unet, scale=1), condition, latents=x, num_inference_steps=10)  # upscaled already
     # diffusers computes its alphas as a float32 cumulative product, whose rounding depends on the CPU.
     torch.testing.assert_close(given, expected.clamp(0, 1), rtol=0, atol=1e-6)
-
-
-def test_the_how_to_runs_as_it_stands(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "howto" / "upscale.md").read_text(encoding="utf-8")
-    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), "upscale.md", "exec"), {})
-    with Image.open("large.png") as large:
-        assert large.size == (128, 96)

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from PIL import Image
 from pipeline_case import local, pipeline, pixels, run, seeded
 
-from binarize.errors import BinarizeError
 from binarize.imaging import to_image, upscale_bicubic
 
 
@@ -29,10 +29,8 @@ def test_every_form_of_an_image_gives_the_same():
 
 def test_output_types_agree():
     pipe, image = pipeline(), (pixels(5, 6) * 255).astype(np.uint8)
-    tensors = run(pipe, [image, image])
-    assert tensors.shape == (2, 3, 10, 12)
-    arrays = run(pipe, [image, image], output_type="np")
-    assert arrays.dtype == np.float32
+    tensors, arrays = run(pipe, [image, image]), run(pipe, [image, image], output_type="np")
+    assert (tensors.shape, arrays.dtype) == ((2, 3, 10, 12), np.float32)
     np.testing.assert_array_equal(arrays, tensors.permute(0, 2, 3, 1).float().numpy())
     pils = run(pipe, [image, image], output_type="pil")
     assert [p.mode for p in pils] == ["RGB", "RGB"]
@@ -69,8 +67,7 @@ def test_transparency_is_upscaled_bicubically():
     large = run(pipe, image)[0]
     torch.testing.assert_close(large[3:], expected, rtol=0, atol=1e-12)
     assert torch.equal(large[:3], run(pipe, image[..., :3])[0])
-    grey = run(pipe, image[..., 2:])[0]
-    torch.testing.assert_close(grey[3:], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(run(pipe, image[..., 2:])[0][3:], expected, rtol=0, atol=1e-12)
 
 
 def test_exif_orientation_is_applied_once():
@@ -78,8 +75,7 @@ def test_exif_orientation_is_applied_once():
     turned = image.transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[0x0112] = 6  # shown rotated by 90 degrees clockwise
     (large,), (expected,) = (run(pipeline(), i, output_type="pil") for i in (turned, image))
-    assert large.size == (12, 8)
-    assert large.tobytes() == expected.tobytes()
+    assert (large.size, large.tobytes()) == ((12, 8), expected.tobytes())
     assert 0x0112 not in large.getexif()
 
 
@@ -111,12 +107,10 @@ def test_exif_orientation_is_applied_once():
 )
 def test_bad_arguments_are_refused_before_the_network_runs(options, message):
     unet = local()
-    with pytest.raises(BinarizeError, match=message):
-        run(pipeline(unet), **{"image": np.zeros((4, 4, 3)), **options})
+    assert_error(message, lambda: run(pipeline(unet), **{"image": np.zeros((4, 4, 3)), **options}))
     assert not unet.seen
 
 
 @pytest.mark.parametrize("scale", [None, 0, 2.0, True])
 def test_a_scale_is_needed(scale):
-    with pytest.raises(BinarizeError, match=r"a pipeline needs the whole number, 1 or more"):
-        pipeline(scale=scale)
+    assert_error(r"a pipeline needs the whole number, 1 or more", pipeline, scale=scale)

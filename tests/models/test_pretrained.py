@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from cli_case import NETWORK, fails, succeeds
+from errors_case import assert_error
 from PIL import Image
 from pipeline_case import pipeline
 
 import binarize
+from binarize.diagnosis import doctor
 from binarize.models import SRUNet, SuperResolutionPipeline, default_model
 from binarize.models import default as _pretrained
 from binarize.models.pipeline import default_scheduler
@@ -26,30 +28,25 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for scale, steps in ((2, 3), (4, 1)):
         torch.manual_seed(scale)
         unet = binarize.pack(binarize.convert(SRUNet(**NETWORK), "bidiffsr"))
-        pipe = SuperResolutionPipeline(unet, scale=scale, num_inference_steps=steps)
-        pipe.save_pretrained(folder / f"x{scale}")
+        SuperResolutionPipeline(unet, scale=scale, num_inference_steps=steps).save_pretrained(folder / f"x{scale}")
     monkeypatch.setattr(_pretrained, "FOLDER", folder)
     return folder
 
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 
 def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path, photo: Path) -> None:
     assert default_model() == default_model(2) == models / "x2"
-    with pytest.raises(binarize.BinarizeError, match=r"no model for scale 3 .*; scales with one: 2, 4\."):
-        default_model(3)
+    assert_error(r"no model for scale 3 .*; scales with one: 2, 4\.", default_model, 3)
     assert "scales with one: 2, 4" in fails("upscale", photo, "--scale", "3")
     (models / "x4" / "model_index.json").unlink()
-    with pytest.raises(binarize.BinarizeError, match=r"scales with one: 2\."):
-        default_model(4)
+    assert_error(r"scales with one: 2\.", default_model, 4)
     shutil.rmtree(models / "x2")
-    with pytest.raises(binarize.BinarizeError, match="this installation has none at all"):
-        default_model(2)
+    assert_error("this installation has none at all", default_model, 2)
 
 
 @pytest.mark.parametrize(("options", "scale"), [([], 2), (["--scale", "4"], 4)])
@@ -91,8 +88,7 @@ def test_a_number_of_steps_that_no_call_could_take_is_refused(steps: Any) -> Non
 def test_a_recipe_hands_its_steps_on() -> None:
     for timesteps, steps in ((2000, 6), (4, 4)):
         recipe = load_recipe("small_x2", ["num_inference_steps=6", f"scheduler.num_train_timesteps={timesteps}"])
-        unet = SRUNet(**NETWORK, num_train_timesteps=timesteps)
-        assert build_pipeline(recipe, unet).num_inference_steps == steps
+        assert build_pipeline(recipe, SRUNet(**NETWORK, num_train_timesteps=timesteps)).num_inference_steps == steps
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -102,15 +98,12 @@ def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     assert (index["scale"], type(index["num_inference_steps"])) == (scale, int)
     assert not Path(index.get("_name_or_path") or "").is_absolute()
-    pipe = SuperResolutionPipeline.from_pretrained(folder)
-    assert binarize.is_packed(pipe.unet)
+    assert binarize.is_packed(SuperResolutionPipeline.from_pretrained(folder).unet)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 4e6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [2, 4])
 def test_a_shipped_model_is_healthy(scale: int) -> None:
-    from binarize.diagnosis import doctor
-
     report = doctor(default_model(scale))
     assert report.healthy, report

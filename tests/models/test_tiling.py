@@ -17,13 +17,7 @@ from binarize.models.pipeline import default_scheduler
 from binarize.models.tiling import tile_grid
 
 
-@given(
-    height=st.integers(1, 70),
-    width=st.integers(1, 70),
-    tile=st.integers(1, 80),
-    overlap=st.integers(0, 79),
-    multiple=st.sampled_from([1, 2, 8]),
-)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 80), st.integers(0, 79), st.sampled_from([1, 2, 8]))
 def test_tiles_cover_the_canvas_and_their_weights_add_up_to_one(height, width, tile, overlap, multiple):
     overlap = min(overlap, tile - 1)
     grid = tile_grid(height, width, tile=tile, overlap=overlap, multiple=multiple)

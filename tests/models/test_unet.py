@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
+from errors_case import assert_error
 
 import binarize
 from binarize.errors import BinarizeError
@@ -69,8 +70,7 @@ def test_attention_is_softmax_of_scores_over_sqrt_c():
     ],
 )
 def test_options_that_cannot_be_built_are_refused(options, message):
-    with pytest.raises(BinarizeError, match=message):
-        SRUNet(**{**TINY, **options})
+    assert_error(message, SRUNet, **{**TINY, **options})
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,7 @@ def test_options_that_cannot_be_built_are_refused(options, message):
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(sample, timestep, condition, message):
-    with pytest.raises(BinarizeError, match=message):
-        SRUNet(**TINY)(torch.zeros(1, *sample), timestep, torch.zeros(1, *condition))
+    assert_error(message, lambda: SRUNet(**TINY)(torch.zeros(1, *sample), timestep, torch.zeros(1, *condition)))
 
 
 def test_condition_comes_before_the_sample():

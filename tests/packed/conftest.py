@@ -1,7 +1,5 @@
 """Saved packed models, shared by the tests of this folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

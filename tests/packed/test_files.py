@@ -1,7 +1,5 @@
 """Packed files: what they hold, how they are written, and one clear error for damaged and foreign ones."""
 
-from __future__ import annotations
-
 import copy
 import json
 import struct
@@ -13,6 +11,7 @@ import numpy as np
 import packed_files
 import pytest
 import torch
+from errors_case import assert_error
 from packed_case import SMALL
 from packed_files import BITS, CONFIG, HOST_WEIGHTS, WEIGHTS, change_header, flip, refused, take_apart
 from safetensors.torch import load_file, save_file
@@ -120,25 +119,21 @@ def save_foreign(folder: Path) -> None:
 def test_a_folder_without_its_packed_file_is_refused(folder: Path, change: Any, message: str) -> None:
     change(folder)
     for read in (binarize.load, SRUNet.from_pretrained):
-        with pytest.raises(BinarizeError, match=message):
-            read(folder)
+        assert_error(message, read, folder)
 
 
 def test_another_class_is_refused(folder: Path) -> None:
     packed_files.change_config(folder / WEIGHTS, lambda config: config.update(_class_name="UNet2DModel"))
     for read in (lambda: binarize.load(folder), lambda: SRUNet.from_pretrained(folder / WEIGHTS)):
-        with pytest.raises(BinarizeError, match="holds a UNet2DModel, not an SRUNet"):
-            read()
-    with pytest.raises(BinarizeError, match=f"{WEIGHTS} has binarize_format None; this version reads 1"):
-        binarize.load(folder / WEIGHTS)
+        assert_error("holds a UNet2DModel, not an SRUNet", read)
+    assert_error(f"{WEIGHTS} has binarize_format None; this version reads 1", binarize.load, folder / WEIGHTS)
 
 
 def test_a_changed_configuration_is_noticed(folder: Path) -> None:
     data = (folder / WEIGHTS).read_bytes()
     assert data.count(b'\\"dropout\\": 0.2') == 1
     (folder / WEIGHTS).write_bytes(data.replace(b'\\"dropout\\": 0.2', b'\\"dropout\\": 0.3'))
-    with pytest.raises(BinarizeError, match="is damaged"):
-        binarize.load(folder / WEIGHTS)
+    assert_error("is damaged", binarize.load, folder / WEIGHTS)
 
 
 def plain(width: int = 8) -> nn.Module:
@@ -153,19 +148,16 @@ def test_a_host_that_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
         binarize.load(tmp_path, model=other)
     flip(tmp_path / HOST_WEIGHTS, -1)
     host = plain()
-    with pytest.raises(BinarizeError, match="is damaged"):
-        binarize.load(tmp_path, model=host)
+    assert_error("is damaged", binarize.load, tmp_path, model=host)
     for model in (other, host):
         assert [type(layer) for layer in model] == [nn.Conv2d] * 3
     assert all(id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in other.named_parameters())
-    with pytest.raises(BinarizeError, match="which only its own code can build"):
-        binarize.load(tmp_path)
+    assert_error("which only its own code can build", binarize.load, tmp_path)
 
 
 @pytest.mark.parametrize("failing", ["write", "rename"])
 def test_a_failing_write_leaves_the_earlier_model(good: Path, tmp_path: Path, failing: str, monkeypatch: Any) -> None:
-    earlier = binarize.convert(SRUNet(**SMALL), "bbcu")
-    earlier.save_pretrained(tmp_path)
+    binarize.convert(SRUNet(**SMALL), "bbcu").save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -183,8 +175,7 @@ def test_a_failing_write_leaves_the_earlier_model(good: Path, tmp_path: Path, fa
         else:
             patch.setattr(imaging_files.os, "replace", fail)
         for write in (packed.save_pretrained, lambda folder: binarize.save(packed, folder)):
-            with pytest.raises(BinarizeError, match=r"cannot be written: .*No space left on device"):
-                write(tmp_path)
+            assert_error(r"cannot be written: .*No space left on device", write, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert not binarize.is_packed(SRUNet.from_pretrained(tmp_path))
     binarize.save(packed, tmp_path)

@@ -1,7 +1,5 @@
 """Packed networks as a whole: what they compute, what they weigh, and where they have to run."""
 
-from __future__ import annotations
-
 import copy
 import os
 import subprocess
@@ -90,8 +88,7 @@ def test_a_network_in_float32_flips_hardly_a_sign(options: dict[str, Any]) -> No
 
 
 def test_bfloat16_is_close_to_float32() -> None:
-    model = network(**SMALL)
-    packed = binarize.pack(copy.deepcopy(model))
+    packed = binarize.pack(copy.deepcopy(network(**SMALL)))
     half = copy.deepcopy(packed).bfloat16()
     given = inputs()
     with torch.no_grad(), signs_of(packed) as single, signs_of(half) as rounded:
@@ -157,8 +154,7 @@ def test_a_diffusers_host_with_unsaved_buffers_is_saved_and_loaded(tmp_path: Pat
     blocks = {"down_block_types": ("KDownBlock2D",) * 2, "up_block_types": ("KUpBlock2D",) * 2}
     options = {"mid_block_type": None, "resnet_time_scale_shift": "scale_shift", "act_fn": "gelu"}
     host = unet2d_condition((32, 32), norm_num_groups=16, **blocks, **options)
-    unsaved = {name for name, _ in host.named_buffers()} - host.state_dict().keys()
-    assert unsaved
+    assert {name for name, _ in host.named_buffers()} - host.state_dict().keys()
     model = binarize.pack(scatter(binarize.convert(host, "bbcu")))
     loaded = binarize.load(binarize.save(model, tmp_path))
     given = HOSTS["stable_diffusion"].inputs(2)
@@ -200,8 +196,7 @@ def test_export_and_compile_equal_eager(mode: str) -> None:
         else:
             fast = torch.compile(model, fullgraph=True, backend=mode)
         for arguments in (given, moved):
-            expected = model(*arguments).sample
-            torch.testing.assert_close(fast(*arguments).sample, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(fast(*arguments).sample, model(*arguments).sample, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(model(*given).sample, model(*moved).sample)
 
 

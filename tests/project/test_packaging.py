@@ -1,7 +1,5 @@
 """The installed package is cheap to import, complete and typed. The repository names no machine and no registry."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.resources
 import inspect

@@ -1,7 +1,5 @@
 """The snippets, commands and links of the README and the documentation."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -16,7 +14,9 @@ from binarize.recipes import DistillationSection, ModelSection, ProgressiveSecti
 
 ROOT = Path(__file__).resolve().parents[2]
 # The tests of each topic run the other pages.
-PAGES = ("README", "docs/index", "docs/howto/save-and-load", "docs/howto/pack", "docs/howto/recipes", "docs/howto/data")
+TOPICS = ("data", "inspect", "pack", "recipes", "save-and-load", "upscale")
+PAGES = ("README", "docs/index", *(f"docs/howto/{topic}" for topic in TOPICS))
+WRITTEN = {"docs/howto/inspect": "fusion.png", "docs/howto/upscale": "large.png"}
 EVERY_PAGE = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))]
 
 
@@ -43,14 +43,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.usefixtures("folder")
-def test_snippets_run(page: str) -> None:
+def test_snippets_run(page: str, folder: Path) -> None:
     namespace: dict[str, object] = {"__name__": "snippets"}
     exec(compile(snippets(f"{page}.md"), page, "exec"), namespace)
+    assert (folder / WRITTEN.get(page, "")).exists()
     if page == "README":
-        large = namespace["large"]
-        assert isinstance(large, Image.Image)
-        assert large.size == (16, 16)
+        assert namespace["large"].size == (16, 16)
 
 
 def test_the_snippet_on_evaluation_runs(folder: Path) -> None:
@@ -68,11 +66,9 @@ def test_the_tutorial_runs(folder: Path) -> None:
     exec(compile(code.replace('"max_train_steps=600"', '"max_train_steps=2"'), "tutorial", "exec"), {})
     with Image.open("large.png") as large:
         assert large.size == (128, 128)
-    sizes = [
-        sum(file.stat().st_size for file in Path(path).rglob("*.safetensors"))
-        for path in ("packed", "runs/first/model")
-    ]
-    assert 2 * sizes[0] < sizes[1]
+    files = [Path(path).rglob("*.safetensors") for path in ("packed", "runs/first/model")]
+    packed, latent = (sum(file.stat().st_size for file in each) for each in files)
+    assert 2 * packed < latent
 
 
 @pytest.mark.parametrize("page", EVERY_PAGE)

@@ -1,7 +1,5 @@
 """Compare SRUNet with its textbook implementation: outputs, gradients, and losses of a training run."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -22,19 +20,14 @@ T = 100
 
 def network(zero: str = "zero") -> SRUNet:
     """Return a small network in which all parameters are random."""
-    unet = SRUNet(
-        base_channels=8, channel_mults=(1, 2, 4), res_blocks=1, norm_groups=4, dropout=0.0, num_train_timesteps=T
-    )
+    widths = {"base_channels": 8, "channel_mults": (1, 2, 4), "res_blocks": 1, "norm_groups": 4}
+    unet = SRUNet(**widths, dropout=0.0, num_train_timesteps=T)
     binarize.convert(unet, {"name": "bidiffsr", "sign_zero": zero})
     return perturb(unet.double())
 
 
 def perturb(unet: SRUNet) -> SRUNet:
-    """Move shifts and slopes away from their initial values.
-
-    With a first shift of 0, a dot product of 0 is at the kink of the RPReLU. It is exactly 0 in SRUNet. The textbook
-    network scales the weights first, so it is a rounding error of either sign there, and the gradients differ.
-    """
+    """Move shifts and slopes away from 0: the textbook network rounds a dot product of 0 to either side of the kink."""
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if ".pre." in name or ".post." in name:
@@ -78,25 +71,19 @@ def test_the_textbook_network_of_the_released_configuration_has_the_same_paramet
     assert shapes == {name: value.shape for name, value in textbook.state_dict().items()}
 
 
-# -- a training run ----------------------------------------------------------------------------------------------------
-
-STEPS = 50
+STEPS = 50  # of a training run
 
 
 def train(
     net: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, *, fill_grads: bool = False
 ) -> list[float]:
-    """Train on fixed random images, one timestep per batch, and return the loss of every step.
-
-    With ``fill_grads``, parameters without a gradient get a gradient of zero.
-    """
+    """Return the loss of every step on fixed images; ``fill_grads`` gives parameters without a gradient one of zero."""
     scheduler, losses = build_scheduler(recipe), []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         clean, condition, noise = torch.rand(3, 2, 3, 16, 16, generator=generator, dtype=torch.float64)
         steps = torch.randint(T, (1,), generator=generator).expand(2)
-        noisy = scheduler.add_noise(clean, noise, steps)
-        out = net(noisy, steps, condition)
+        out = net(scheduler.add_noise(clean, noise, steps), steps, condition)
         prediction = out if isinstance(out, Tensor) else out.sample
         loss = sample_losses(recipe.loss, prediction, prediction_target(scheduler, clean, noise, steps)).mean()
         optimizer.zero_grad()

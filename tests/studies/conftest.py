@@ -1,17 +1,11 @@
 """Images and a finished study that several tests read."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import pytest
-from studies_case import make
+from studies_case import Finished, make
 
 from binarize.studies.ablation import ablate
-from binarize.studies.results import AblationResult
-
-Finished = tuple[dict[str, Any], AblationResult]
 
 
 @pytest.fixture(scope="session")

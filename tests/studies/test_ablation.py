@@ -1,7 +1,5 @@
 """Studies: what they run, measure, skip and report, and that they survive being killed."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io
@@ -17,13 +15,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from PIL import Image
-from studies_case import SHRINK, forbid_training, make, times, write_study
+from studies_case import SHRINK, Finished, forbid_training, make, times, write_study
 from typer.testing import CliRunner
 
 import binarize
 from binarize.cli import app
-from binarize.errors import BinarizeError
 from binarize.evaluation import LpipsUnavailable, evaluate
 from binarize.models import SuperResolutionPipeline
 from binarize.recipes import build_model, load_recipe
@@ -33,8 +31,6 @@ from binarize.studies.results import AblationResult, RunResult
 from binarize.studies.schema import as_strings
 from binarize.studies.state import StudyRun, folder_name
 from binarize.training import TrainingInterrupted, load_checkpoint, loop, train
-
-Finished = tuple[dict[str, Any], AblationResult]
 
 
 def test_every_cell_runs_with_every_seed(finished: Finished) -> None:
@@ -101,13 +97,10 @@ def test_one_table_is_written_in_every_form(finished: Finished) -> None:
         assert image.width > 600
     titles = [axes.get_title() for axes in result.plot().axes]
     assert titles == ["PSNR (dB)", "SSIM", "params (M)", "OPs (G)", "sampling step (ms)"]
-    assert result.table().row_count == 2
-    assert result.__rich__().columns[0].header == "cell"
+    assert (result.table().row_count, result.__rich__().columns[0].header) == (2, "cell")
 
 
-def test_finished_runs_are_not_repeated(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_runs_are_not_repeated(finished, monkeypatch, capsys):
     study, result = finished
     before = times(result.output_dir)
     forbid_training(monkeypatch)
@@ -127,16 +120,13 @@ def test_another_evaluation_trains_nothing(pictures: Path, tmp_path: Path, monke
 
 
 def test_another_recipe_is_refused_or_repeats_its_runs_alone(pictures: Path, tmp_path: Path) -> None:
-    cells = [
-        {"name": "slow", "overrides": {"method": "bidiffsr"}},
-        {"name": "fast", "overrides": {"method": "bidiffsr", "learning_rate": 2e-3}},
-    ]
+    fast = {"method": "bidiffsr", "learning_rate": 2e-3}
+    cells = [{"name": "slow", "overrides": {"method": "bidiffsr"}}, {"name": "fast", "overrides": fast}]
     study = make(pictures, tmp_path, grid={}, cells=cells)
     first = ablate(study, progress=False)
     cells[1]["overrides"] = {"method": "bidiffsr", "learning_rate": 3e-3}
     message = r"holds runs of these cells with other recipes:\n  fast: learning_rate: was 0.002, is 0.003\n.*--force"
-    with pytest.raises(BinarizeError, match=message):
-        ablate(study, progress=False)
+    assert_error(message, ablate, study, progress=False)
     assert [run.state for run in ablate(study, dry_run=True).runs] == ["done", "other recipe"]
     second = ablate(study, force=True, progress=False)
     assert second.complete
@@ -177,8 +167,7 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_model(pictures: P
     assert again.psnr == whole.psnr
     assert again.loss is None  # no step was left from which to take it
     (whole.folder / "run.json").write_text("{")
-    with pytest.raises(BinarizeError, match=r"run\.json is not a file of a study .*; remove it"):
-        ablate(study, dry_run=True)
+    assert_error(r"run\.json is not a file of a study .*; remove it", ablate, study, dry_run=True)
 
 
 def test_a_plugin_that_was_changed_makes_another_run(pictures: Path, tmp_path: Path) -> None:
@@ -199,10 +188,8 @@ def test_a_plugin_that_was_changed_makes_another_run(pictures: Path, tmp_path: P
 
 
 def test_a_failing_cell_is_recorded_and_the_others_go_on(pictures: Path, tmp_path: Path) -> None:
-    cells = [
-        {"name": "too big", "overrides": {"method": "bnn", "resolution": 512}},
-        {"name": "fits", "overrides": {"method": "bnn"}},
-    ]
+    overrides = {"too big": {"method": "bnn", "resolution": 512}, "fits": {"method": "bnn"}}
+    cells = [{"name": name, "overrides": changes} for name, changes in overrides.items()]
     # The images may be those of the recipes' validation.
     evaluation = {"lpips": None, "num_inference_steps": 1}
     study = make(pictures, tmp_path / "out", grid={}, cells=cells, evaluation=evaluation)
@@ -223,9 +210,7 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(pictures: Path, tmp_pat
     assert "are the same run" in mended.stderr
 
 
-def test_unexpected_errors_are_recorded(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unexpected_errors_are_recorded(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "train_and_measure", mock.Mock(side_effect=MemoryError("no more")))
     result = ablate(make(pictures, tmp_path))
     assert [run.error for run in result.failed] == ["MemoryError: no more"] * 2
@@ -243,14 +228,11 @@ def test_chosen_cells_are_run_alone(pictures: Path, tmp_path: Path) -> None:
     result = ablate(study, only="method=b?n", progress=False)
     assert [run.state for run in result.runs] == ["done", "to do"]
     assert "| - | - |" in result.to_markdown()
-    with pytest.raises(BinarizeError, match=r"only: no cell matches 'bnn'; there are method=bnn, method=bidiffsr"):
-        ablate(study, only=["bnn"])
+    assert_error(r"only: no cell matches 'bnn'; there are method=bnn, method=bidiffsr", ablate, study, only=["bnn"])
 
 
 @pytest.mark.slow
-def test_lpips_is_measured_once_available(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path
-) -> None:
+def test_lpips_is_measured_once_available(pictures, tmp_path, monkeypatch, shared):
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
     backbone = shared / "metrics" / "squeeze.backbone.pth"
     study["evaluation"] |= {"lpips": "squeeze", "lpips_backbone": str(backbone)}
@@ -266,16 +248,13 @@ def test_lpips_is_measured_once_available(
     assert "LPIPS (squeeze)" in second.to_markdown()
 
 
-def test_without_matplotlib_only_the_plot_is_missing(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_matplotlib_only_the_plot_is_missing(finished, monkeypatch, tmp_path):
     result = dataclasses.replace(finished[1], output_dir=tmp_path)
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     assert sorted(path.name for path in result.save()) == ["table.csv", "table.json", "table.md"]
     assert "The plot is left out; it needs matplotlib" in result.to_markdown()
-    with pytest.raises(BinarizeError, match=r"plots need matplotlib: pip install 'binarize-diffusion\[plot\]'"):
-        result.plot()
+    assert_error(r"plots need matplotlib: pip install 'binarize-diffusion\[plot\]'", result.plot)
 
 
 def test_errors_before_the_first_run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,11 +271,9 @@ def test_errors_before_the_first_run(pictures: Path, tmp_path: Path, monkeypatch
         (typing_error, [], r"networks of some cells cannot be built:\n  method=bnm: unknown method"),
         (same_folder, [], r"the cells 'a b' and 'A_b' would share the folder"),
     ):
-        with pytest.raises(BinarizeError, match=f"(?s){message}"):
-            ablate(invalid, overrides)
+        assert_error(f"(?s){message}", ablate, invalid, overrides)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BinarizeError, match=r"a study runs in one process; start it without a launcher"):
-        ablate(study)
+    assert_error(r"a study runs in one process; start it without a launcher", ablate, study)
     assert not list(tmp_path.iterdir())
 
 
@@ -336,8 +313,7 @@ def test_seeds_that_are_missing_are_left_out_of_the_mean() -> None:
     result = table(row("a", 0, psnr=30.0), row("a", 1, state="to do"), row("b", 0, psnr=1.0, loss=0.5))
     assert "| a | 1.000 | 2.000 | 30.00 | - | done, to do |" in result.to_markdown()
     assert result.values("a", "psnr") == [30.0]
-    with pytest.raises(BinarizeError, match=r"there is no cell 'c'; there are a, b"):
-        result.values("c", "psnr")
+    assert_error(r"there is no cell 'c'; there are a, b", result.values, "c", "psnr")
 
 
 def test_the_command_lists_shows_and_runs(pictures: Path, tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """Studies as YAML files: what they contain, and which mistakes are errors."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from errors_case import assert_error
 from studies_case import SHRINK
 
 import binarize
@@ -27,8 +26,7 @@ def test_every_installed_study_is_valid_described_and_seeded_alike(name: str) ->
     study, _ = load_study(name)
     assert study.description
     assert not study.description.endswith(".")
-    assert study.seeds == (0,)
-    assert study.output_dir == Path("runs/ablations") / name
+    assert (study.seeds, study.output_dir) == ((0,), Path("runs/ablations") / name)
     recipes = study.recipes()
     assert len(recipes) >= 3
     assert all(recipe.method is not None for cell, recipe in recipes.items() if cell not in FULL_PRECISION)
@@ -88,11 +86,8 @@ def test_cells_times_a_grid() -> None:
 
 
 def test_overrides_are_joined_as_recipes_join_their_base() -> None:
-    assert as_strings({"model": {"fusion": "add"}, "method": {"name": "bnn"}, "seeded": [1, "é"]}) == [
-        'model.fusion="add"',
-        'method={"name": "bnn"}',
-        'seeded=[1, "é"]',
-    ]
+    given = {"model": {"fusion": "add"}, "method": {"name": "bnn"}, "seeded": [1, "é"]}
+    assert as_strings(given) == ['model.fusion="add"', 'method={"name": "bnn"}', 'seeded=[1, "é"]']
     assert as_strings({"method": {"groups": 2}, "method.tar": False}) == ["method.groups=2", "method.tar=false"]
 
 
@@ -118,8 +113,7 @@ def test_overrides_are_joined_as_recipes_join_their_base() -> None:
     ],
 )
 def test_invalid_studies(study: Any, message: str) -> None:
-    with pytest.raises(BinarizeError, match=message):
-        load_study(study)
+    assert_error(message, load_study, study)
 
 
 def test_every_mistake_of_a_study_is_listed_at_once() -> None:
@@ -143,17 +137,13 @@ def test_mistakes_of_cells_are_listed_at_once_each_with_its_cells() -> None:
         (twice, [], r"two cells of the study are called 'loss=l1'"),
         (same, ["loss=l1"], r"the cells 'loss=l1' and 'loss=l2' are the same run"),
     ):
-        with pytest.raises(BinarizeError, match=message):
-            one.recipes(overrides)
+        assert_error(message, one.recipes, overrides)
 
 
 @pytest.mark.parametrize("override", ["seed=1", "resume_from_checkpoint=latest"])
 def test_overrides_that_a_study_decides(override: str) -> None:
-    with pytest.raises(BinarizeError, match=rf"'{override}' cannot be given to a study: "):
-        load_study("small_groups", [override])
+    assert_error(rf"'{override}' cannot be given to a study: ", load_study, "small_groups", [override])
 
-
-# The how-to.
 
 PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "ablate.md").read_text(encoding="utf-8")
 
@@ -163,8 +153,7 @@ def test_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     # A dry run: other tests train and measure.
     planned = lambda study, dry_run=True: ablate(study, SHRINK, dry_run=True)  # noqa: E731
     monkeypatch.setattr(binarize, "ablate", planned, raising=False)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
-    exec(compile(code, "ablate.md", "exec"), {})
+    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)), "ablate.md", "exec"), {})
     assert "| method.groups=5 |" in capsys.readouterr().out
 
 

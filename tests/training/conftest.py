@@ -1,7 +1,5 @@
 """Runs that several tests read. A test that changes a run copies it first."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training patches: crops, augmentation, order, cache and errors; and pairs of images."""
 
-from __future__ import annotations
-
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from errors_case import assert_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -52,8 +51,7 @@ def symmetries(patch: torch.Tensor) -> list[torch.Tensor]:
 def positions(whole: torch.Tensor, patch: torch.Tensor) -> list[tuple[int, int]]:
     """Every place where ``patch`` occurs in ``whole``, bit for bit."""
     height, width = patch.shape[-2:]
-    windows = whole.unfold(-2, height, 1).unfold(-2, width, 1)
-    equal = windows.eq(patch[:, None, None]).flatten(3).all(-1).all(0)
+    equal = whole.unfold(-2, height, 1).unfold(-2, width, 1).eq(patch[:, None, None]).flatten(3).all(-1).all(0)
     return [(int(row), int(column)) for row, column in equal.nonzero()]
 
 
@@ -72,8 +70,7 @@ class TestPatches:
         whole = {"hr": pair.hr.float() / 255, "lr": lr.float() / 255, "condition": upscaled}
         assert item["index"] == index
         for key, side in (("hr", units * scale), ("lr", units), ("condition", units * scale)):
-            assert item[key].shape == (3, side, side)
-            assert item[key].dtype == torch.float32
+            assert (item[key].shape, item[key].dtype) == ((3, side, side), torch.float32)
             assert item[key].is_contiguous()
         places = set(positions(whole["lr"], item["lr"]))
         for key in ("hr", "condition"):
@@ -82,8 +79,7 @@ class TestPatches:
         assert places
 
     def test_low_resolution_files_are_used(self, paired: tuple[Path, Path]) -> None:
-        patches = PairedPatches(*paired, scale=2, patch_size=12, length=20, augment=False)
-        for item in patches:
+        for item in PairedPatches(*paired, scale=2, patch_size=12, length=20, augment=False):
             with Image.open(paired[1] / f"{item['name']}x2.png") as image:
                 lr = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
             assert positions(lr, item["lr"])
@@ -104,8 +100,7 @@ class TestPatches:
         assert max(seen.values()) < 50  # 25 expected; five standard deviations
 
     def test_each_epoch_uses_every_image_once(self, folder: Path) -> None:
-        patches = PairedPatches(folder, scale=2, patch_size=8, length=100)
-        names = [item["name"] for item in patches]
+        names = [item["name"] for item in PairedPatches(folder, scale=2, patch_size=8, length=100)]
         passes = [tuple(names[start : start + 5]) for start in range(0, 100, 5)]
         assert all(sorted(one) == [f"p{k}" for k in range(5)] for one in passes)
         assert len(set(passes)) > 10
@@ -142,8 +137,7 @@ class TestPatches:
         read = ImagePairs.read
         counted = lambda pairs, index: decoded.append(index) or read(pairs, index)  # noqa: E731
         monkeypatch.setattr(ImagePairs, "read", counted)
-        first_two = 3 * (36 * 40 + 24 * 24)
-        patches = PairedPatches(folder, scale=2, patch_size=8, length=5, cache_bytes=first_two)
+        patches = PairedPatches(folder, scale=2, patch_size=8, length=5, cache_bytes=3 * (36 * 40 + 24 * 24))
         assert decoded == [0, 1]
         list(patches)
         assert sorted(decoded) == [0, 1, 2, 3, 4]
@@ -163,8 +157,7 @@ class TestPatches:
         ],
     )
     def test_bad_options(self, folder: Path, options: dict[str, int], message: str) -> None:
-        with pytest.raises(BinarizeError, match=message):
-            PairedPatches(folder, **{"scale": 2, "patch_size": 8, **options})
+        assert_error(message, PairedPatches, folder, **{"scale": 2, "patch_size": 8, **options})
 
 
 class TestPairs:
@@ -174,8 +167,7 @@ class TestPairs:
         assert torch.equal(pairs[0].lr, degrade(pairs[0].hr, 4))
         assert [one.name for one in pairs[3:]] == ["p3", "p4"]
         for folders, message in (([tmp_path / "missing"], "no such folder"), ([folder, tmp_path], "holds no images")):
-            with pytest.raises(BinarizeError, match=message):
-                ImagePairs(*folders, scale=2)
+            assert_error(message, ImagePairs, *folders, scale=2)
 
     @pytest.mark.parametrize("name", ["a.png", "ax2.png", "a_x2.png", "AX2.PNG"])
     def test_names_that_match(self, name: str, tmp_path: Path) -> None:
@@ -211,8 +203,7 @@ class TestPairs:
     def test_many_problems_are_cut_short(self, tmp_path: Path) -> None:
         for number in range(23):
             (tmp_path / f"{number:02}.png").touch()
-        with pytest.raises(BinarizeError, match=r"23 images cannot be used: .*19\.png: [^;]*; and 3 more$"):
-            ImagePairs(tmp_path, scale=2)
+        assert_error(r"23 images cannot be used: .*19\.png: [^;]*; and 3 more$", ImagePairs, tmp_path, scale=2)
 
     def test_truncated_images_are_found_at_construction(self, tmp_path: Path) -> None:
         for name in ("a", "b", "c"):
@@ -221,8 +212,7 @@ class TestPairs:
             path = tmp_path / f"{name}.png"
             path.write_bytes(path.read_bytes()[:5000])
         for make in (lambda: PairedPatches(tmp_path, scale=2, patch_size=8), ImagePairs(tmp_path, scale=2).check):
-            with pytest.raises(BinarizeError, match=r"2 images cannot be used: .*a\.png.*c\.png"):
-                make()
+            assert_error(r"2 images cannot be used: .*a\.png.*c\.png", make)
 
 
 def test_candidates_choose_the_place_with_most_texture(tmp_path: Path) -> None:

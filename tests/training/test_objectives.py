@@ -1,7 +1,5 @@
 """The training loss: targets, residuals, Min-SNR, timesteps, and the condition's fine detail."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from errors_case import assert_error
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -137,8 +136,7 @@ def test_invalid_options(options: Any, message: str) -> None:
             build_pipeline(load_recipe("small_x2", options), small())
         SuperResolutionPipeline(small(), scale=2, **options)
 
-    with pytest.raises(BinarizeError, match=message):
-        build()
+    assert_error(message, build)
 
 
 @given(step=st.integers(1, 1999), gamma=st.floats(0.1, 20.0), seed=st.integers(0, 100))
@@ -201,8 +199,7 @@ def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
     network.conv_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     sample = torch.randn_like(condition)
     network(sample, 5, condition)
-    mean = uniform_filter(condition.numpy(), size=(1, 1, 3, 3), mode="nearest")
-    detail = 20.0 * (condition.numpy() - mean)
+    detail = 20.0 * (condition.numpy() - uniform_filter(condition.numpy(), size=(1, 1, 3, 3), mode="nearest"))
     np.testing.assert_allclose(seen[0][:, :3], condition)
     np.testing.assert_allclose(seen[0][:, 3:6, 1:-1, 1:-1], detail[..., 1:-1, 1:-1], atol=1e-12)
     corner = condition[:, :, 0, 0] - condition[:, :, :2, :2].mean((-1, -2))
@@ -214,7 +211,5 @@ def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
 
 @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, True, "30"])
 def test_invalid_detail_factors(factor: Any) -> None:
-    with pytest.raises(BinarizeError, match=r"detail_factor multiplies .* must be a positive number"):
-        small(detail_factor=factor)
-    with pytest.raises(BinarizeError, match=r"detail_factor=30 needs a condition"):
-        small(in_channels=3, detail_factor=30)
+    assert_error(r"detail_factor multiplies .* must be a positive number", small, detail_factor=factor)
+    assert_error(r"detail_factor=30 needs a condition", small, in_channels=3, detail_factor=30)

@@ -1,7 +1,5 @@
 """Options of the loop: timm, torch.compile, precision, trackers, and the best model."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -30,8 +28,6 @@ from binarize.models import SuperResolutionPipeline
 from binarize.recipes import build_model, load_recipe
 from binarize.training import Checkpoints, TrainingInterrupted, load_checkpoint, train
 from binarize.training.optim import build_lr_scheduler
-
-# timm.
 
 
 @pytest.mark.parametrize(
@@ -74,9 +70,6 @@ def test_schedules_are_the_documented_curves() -> None:
         np.testing.assert_allclose(found, np.where(steps < 5, 1e-2 * steps / 5, falling), rtol=1e-9, atol=1e-12)
 
 
-# torch.compile and precision.
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_compiled_network_learns_the_same(accumulation: int, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +80,7 @@ def test_a_compiled_network_learns_the_same(accumulation: int, recipe: Any, monk
     compiled = train(recipe(*options, "max_train_steps=3", "compile=true", out="compiled"), progress=False)
     assert_close(plain.checkpoint, compiled.checkpoint, atol=1e-4, rtol=1e-3)
     SuperResolutionPipeline.from_pretrained(compiled.model_dir)
-    resumed = recipe(*options, "max_train_steps=4", RESUME, out="compiled")
-    assert train(resumed, progress=False).steps == 4
+    assert train(recipe(*options, "max_train_steps=4", RESUME, out="compiled"), progress=False).steps == 4
 
 
 def test_bf16_learns_on_a_cpu_and_keeps_full_precision_weights(trained: Any) -> None:
@@ -197,9 +189,7 @@ def test_the_best_model_is_kept(recipe: Any, validated: tuple[str, ...], monkeyp
         assert torch.equal(parameter, expected)
 
 
-def test_unfinished_stages_are_not_the_best(
-    recipe: Any, validated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_stages_are_not_the_best(recipe, validated, monkeypatch):
     set_scores([50.0, 40.0, 10.0, 20.0], monkeypatch)
     run = recipe(*validated, "max_train_steps=4", "method=reactnet", "two_stage=0.6")
     assert train(run, progress=False).best == (4, 20.0)
@@ -230,8 +220,7 @@ def test_a_skipped_validation_is_done(recipe: Any, validated: tuple[str, ...], m
         with pytest.raises(TrainingInterrupted):
             train(recipe(*options, out="cut"), progress=False)
     resumed = train(recipe(*options, RESUME, out="cut"), progress=False)
-    assert resumed.validation == whole.validation
-    assert resumed.best == whole.best
+    assert (resumed.validation, resumed.best) == (whole.validation, whole.best)
     assert whole.best is not None
     assert math.isfinite(whole.best[1])
     index = json.loads((resumed.output_dir / "best" / "model_index.json").read_text())

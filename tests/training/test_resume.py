@@ -1,7 +1,5 @@
 """Runs survive SIGKILL, full disks, another number of processes and broken files; checkpoints are whole or absent."""
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
 import os
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from errors_case import assert_error
 from PIL import Image
 from training_case import RESUME, differences
 
@@ -76,8 +75,7 @@ def test_broken_images_are_all_named_before_anything_is_written(pictures: Path, 
     (folder / "text.jpg").write_text("text")
     Image.new("RGB", (8, 8)).save(folder / "tiny.png")
     run = recipe(f"train_data_dir={folder}")
-    with pytest.raises(BinarizeError, match=r"text\.jpg.*tiny\.png"):
-        train(run, progress=False)
+    assert_error(r"text\.jpg.*tiny\.png", train, run, progress=False)
     (folder / "text.jpg").unlink()
     (folder / "tiny.png").unlink()
     with pytest.raises(BinarizeError, match=r"cut\.png"):  # its header is valid
@@ -184,5 +182,4 @@ def test_a_damaged_checkpoint_is_an_error(tmp_path: Path) -> None:
     folder = Checkpoints(tmp_path, limit=None).save(1, state_of(1), "")
     content = (folder / STATE).read_bytes()
     (folder / STATE).write_bytes(content[: len(content) // 2])
-    with pytest.raises(BinarizeError, match=r"cannot read the checkpoint .*checkpoint-1: .*; remove it and resume"):
-        load_checkpoint(folder)
+    assert_error(r"cannot read the checkpoint .*checkpoint-1: .*; remove it and resume", load_checkpoint, folder)

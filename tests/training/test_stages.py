@@ -1,7 +1,5 @@
 """Training from a full-precision network, in stages, and with a teacher."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -73,8 +71,7 @@ def test_after_its_stages_every_method_is_as_without(method: str) -> None:
     with torch.no_grad():
         expected = plain(*arguments).sample
         assert torch.equal(staged(*arguments).sample, expected)
-        recipe = load_recipe("small_x2", [*TINY, *options, *STAGES])
-        after = remove_stages(recipe, staged)
+        after = remove_stages(load_recipe("small_x2", [*TINY, *options, *STAGES]), staged)
         assert torch.equal(after(*arguments).sample, expected)
     assert not any(isinstance(module, Delayed) for module in after.modules())
     assert binarize.binary_state(after).keys() == binarize.binary_state(plain).keys()
@@ -108,6 +105,8 @@ def test_invalid_stages() -> None:
         built("progressive={blocks: [tail]}")
     with pytest.raises(BinarizeError, match=r"two_stage: got 0\.5; has no effect while method is null"):
         load_recipe("small_x2", ["method=null", "two_stage=0.5"])
+    with pytest.raises(BinarizeError, match=r"distillation: output and features are both 0"):
+        load_recipe("small_x2", ["distillation={teacher: x, output: 0}"])
 
 
 def test_a_run_in_stages_resumes_and_saves_a_plain_model(recipe: Any, trained: Any, resume: Any) -> None:
@@ -165,8 +164,7 @@ def test_a_run_starts_from_a_trained_network_and_resumes_without_it(twin: Path, 
     started = train(recipe(*options, "max_train_steps=1"), progress=False)
     latent = SRUNet.from_pretrained(twin / "model" / "unet").get_parameter("encoder.0.blocks.0.conv1.weight")
     torch.testing.assert_close(weights(started.checkpoint)["encoder.0.blocks.0.conv1.weight"], latent.detach())
-    resumed = recipe("init_from=gone", *options[1:], "max_train_steps=2", RESUME)
-    assert train(resumed, progress=False).steps == 2
+    assert train(recipe("init_from=gone", *options[1:], "max_train_steps=2", RESUME), progress=False).steps == 2
 
 
 def test_a_run_starts_from_the_same_binary_network(recipe: Any, trained: Any) -> None:
@@ -259,12 +257,6 @@ def test_a_teacher_of_residuals_gives_its_scale(recipe: Any, trained: Any) -> No
     residuals = ("target=residual", "scheduler.clip_sample=false")
     teacher = trained(*residuals, "residual_scale=0.07", "method=null", "max_train_steps=1")
     student = recipe(*residuals, f"distillation={{teacher: {teacher.output_dir}}}", "max_train_steps=1", out="student")
-    result = train(student, progress=False)
-    assert SuperResolutionPipeline.from_pretrained(result.model_dir).residual_scale == 0.07
+    assert SuperResolutionPipeline.from_pretrained(train(student, progress=False).model_dir).residual_scale == 0.07
     with pytest.raises(BinarizeError, match=r"predict something else:\n  residual_scale: 0\.07 there, None here\n"):
         train(recipe(f"distillation={{teacher: {teacher.output_dir}}}", out="pictures"), progress=False)
-
-
-def test_a_teacher_that_is_not_used() -> None:
-    with pytest.raises(BinarizeError, match=r"distillation: output and features are both 0"):
-        load_recipe("small_x2", ["distillation={teacher: x, output: 0}"])

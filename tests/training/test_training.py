@@ -1,7 +1,5 @@
 """Training: the loss falls, runs resume exactly, and errors name their cause."""
 
-from __future__ import annotations
-
 import functools
 import math
 import os
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from errors_case import assert_error
 from PIL import Image
 from training_case import RESUME, assert_close, assert_same, at_call, differences, interrupt_at, weights
 
@@ -56,8 +55,7 @@ def test_thirty_steps_lower_the_loss_and_save_a_pipeline(method: str, recipe: An
         assert torch.equal(parameter, averaged), name
     assert any(not torch.equal(saved[name], state["model"][name]) for name in saved)
     pipeline.set_progress_bar_config(disable=True)
-    large = pipeline(torch.rand(3, 9, 7), num_inference_steps=2, output_type="pt").images
-    assert tuple(large.shape[-2:]) == (18, 14)
+    assert tuple(pipeline(torch.rand(3, 9, 7), num_inference_steps=2, output_type="pt").images.shape[-2:]) == (18, 14)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +67,7 @@ def test_thirty_steps_lower_the_loss_and_save_a_pipeline(method: str, recipe: An
     ],
     ids=["binary", "full", "timm"],
 )
-def test_an_interrupted_run_resumes_bit_for_bit(
-    signum: signal.Signals, overrides: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(signum, overrides, recipe, monkeypatch):
     options, before = overrides.split(), signal.getsignal(signum)
     whole = train(recipe(*options, out="whole"), progress=False)
 
@@ -130,8 +126,7 @@ def test_an_existing_run_is_only_resumed_or_replaced_on_request(recipe: Any) -> 
     train(run, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
     (run.output_dir / "notes.txt").write_text("mine")
-    with pytest.raises(BinarizeError, match=r"already holds a run; continue it with resume_from_checkpoint=latest"):
-        train(run, progress=False)
+    assert_error(r"already holds a run; continue it with resume_from_checkpoint=latest", train, run, progress=False)
     result = train(recipe("max_train_steps=2", "seed=3"), force=True, progress=False)
     assert list(Checkpoints(run.output_dir, None).list()) == [2]
     assert (result.output_dir / "notes.txt").read_text() == "mine"
@@ -146,8 +141,7 @@ def test_a_run_may_resume_from_a_checkpoint_of_another_folder(recipe: Any, train
     assert (there.checkpoint, there.steps) == (first.checkpoint, 3)
     assert there.model_dir == recipe(out="there").output_dir / "model"
     assert there.model_dir.is_dir()
-    with pytest.raises(BinarizeError, match="already holds a run"):
-        train(recipe(resume, out="there"), progress=False)
+    assert_error("already holds a run", lambda: train(recipe(resume, out="there"), progress=False))
 
 
 def test_resuming_from_an_older_checkpoint_needs_another_folder(recipe: Any) -> None:
@@ -178,17 +172,14 @@ TWIN = "distillation={teacher: TWIN, features: 1}"
         ([TWIN, "model.base_channels=16"], r"outputs of encoder\.0\.blocks\.0 are \(4, 16, 16, 16\) in"),
     ],
 )
-def test_runs_that_cannot_start(
-    overrides: list[str], message: str, recipe: Any, twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_that_cannot_start(overrides, message, recipe, twin, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     if "pip install" in message:
         monkeypatch.setattr(training_processes.importlib.util, "find_spec", lambda name: None)
     run = recipe(*(override.replace("TWIN", str(twin)) for override in overrides))
-    with pytest.raises(BinarizeError, match=message):
-        train(run, progress=False)
+    assert_error(message, train, run, progress=False)
 
 
 TOTALS = "samples per optimiser step: were 4, are 2; they are train_batch_size * "
@@ -217,16 +208,12 @@ def test_changes_of_the_recipe_when_a_run_resumes(then: str, now: str, changes: 
     check = functools.partial(check_resumable, changed, totals[0], text, totals[1], Path("checkpoint-3"))
     if not changes:
         return check()
-    lines = "\n  ".join(["recipe differs in keys that change the result:", *changes])
-    with pytest.raises(BinarizeError, match=re.escape(lines)):
-        check()
+    assert_error(re.escape("\n  ".join(["recipe differs in keys that change the result:", *changes])), check)
     return None
 
 
 @pytest.mark.parametrize(("what", "names"), [("loss", r"p\d;"), ("gradient", r"p\d, .*;")])
-def test_a_loss_or_gradient_that_is_not_finite(
-    what: str, names: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_or_gradient_that_is_not_finite(what, names, recipe, monkeypatch):
     def poison(losses: torch.Tensor) -> torch.Tensor:
         if what == "loss":
             return losses.clone().index_fill(0, torch.tensor([1]), float("nan"))
@@ -259,6 +246,5 @@ def test_a_second_signal_has_its_usual_effect() -> None:
 
 
 def test_keys_that_may_change_exist() -> None:
-    keys = {*Recipe.model_fields, *(f"distillation.{key}" for key in DistillationSection.model_fields)}
-    assert keys >= _RESUMABLE
+    assert {*Recipe.model_fields, *(f"distillation.{key}" for key in DistillationSection.model_fields)} >= _RESUMABLE
     assert yaml.safe_load(load_recipe("small_x2").to_yaml()).keys() == set(Recipe.model_fields)
