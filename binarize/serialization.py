@@ -59,7 +59,6 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise BinarizeError(f"save: {folder} is a file; give a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, SRUNet):
         name, text = SRUNET_WEIGHTS, model.to_json_string()
     else:
@@ -70,6 +69,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
     elif isinstance(model, SRUNet):
         model.save_pretrained(folder)
     else:
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / WEIGHTS, lambda path: save_model(model, str(path)), force=True)
         write_text_atomic(folder / CONFIG, text)
     return folder

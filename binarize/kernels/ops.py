@@ -64,8 +64,9 @@ def skips_dispatcher(*values: object) -> bool:
 
     Compilers, tracers, dispatch modes and the profiler have to see the call, so it then goes through the dispatcher.
     """
-    in_mode = _python_dispatch.is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
-    if in_mode or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: compilers cannot trace the next line
+        return False
+    if _python_dispatch.is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
         return False
     grad = torch.is_grad_enabled()
     for value in values:
