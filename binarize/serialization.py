@@ -211,7 +211,9 @@ def _build_host(described: Mapping[str, Any], folder: Path) -> nn.Module:
         )
     cls = getattr(diffusers, str(described.get("class")), None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
-        raise BinarizeError(f"load: {folder} names {described.get('class')!r}, which is no diffusers model.")
+        raise BinarizeError(
+            f"load: {folder} names {described.get('class')!r}, which is not a diffusers model; pass model=."
+        )
     options = described.get("config")
     if not isinstance(options, dict):
         raise BinarizeError(f"load: {folder} has no configuration of its {cls.__name__}; got {options!r}.")

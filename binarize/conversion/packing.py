@@ -30,7 +30,7 @@ def pack(model: ModelT) -> ModelT:
 
     Raises:
         BinarizeError: If the model is not converted or already packed, a layer still has full-precision weights (the
-            first stage of a two-stage training) or activations, or an own activation does not say its two levels.
+            first stage of a two-stage training) or activations, or a custom activation does not declare ``levels``.
     """
     record = conversion(model)
     if record.packed:

@@ -3,7 +3,7 @@
 The layer's formula, for input x, timestep group g and a dot product of signs ``dot``::
 
     h   = silu(x * input_norm[0] + input_norm[1])       if an input norm is given, else x
-    dot = conv(sign(h >= threshold_g), sign(weight))    an exact integer; padding contributes 0
+    dot = conv(where(h >= threshold_g, 1, -1), sign(weight))    an exact integer; padding contributes 0
     y   = dot * scale * factor + offset                 + h if shortcut is FIRST
     y   = clamp(PReLU_g(y + shift_in_g) + shift_out_g)  + h if shortcut is LAST
     out = y + channel_bias + residual
@@ -65,7 +65,11 @@ SAME_3X3 = Geometry(pad=(1, 1, 1, 1))  # of a 3x3 convolution with padding 1
 
 @dataclass(frozen=True)
 class OutputTransform:
-    """What follows the dot products of a binary convolution. None stands for a step that is left out."""
+    """What follows the dot products of a binary convolution. None stands for a step that is left out.
+
+    The kernels run the steps in the order of the fields; a shortcut is added before ``shift_in`` or at the end. Each
+    ``then_*`` method returns the transform followed by a step, or None if the step would have to run earlier.
+    """
 
     scale: Tensor | None = None  # ``(C_out,)``, the scale of the weights. It is not merged with ``factor``: both round.
     factor: Tensor | None = None  # ``(C_out,)``, of a BatchNorm or a channel scale
@@ -78,12 +82,14 @@ class OutputTransform:
     shortcut: Shortcut = Shortcut.NONE  # where the layer's input is added
 
     @property
-    def activates(self) -> bool:
-        """Whether the RPReLU, a clamp or a final shortcut is part of it already, so that no affine step may follow."""
-        return self.slope is not None or math.isfinite(self.low) or math.isfinite(self.high) or self.shortcut != 0
+    def _activates(self) -> bool:
+        rows = self.shift_in, self.slope, self.shift_out
+        return any(row is not None for row in rows) or math.isfinite(self.low) or math.isfinite(self.high)
 
-    def then_affine(self, factor: Tensor | None = None, offset: Tensor | None = None) -> OutputTransform:
-        """Return this transform followed by ``y * factor + offset``, each ``(C_out,)`` or None."""
+    def then_affine(self, factor: Tensor | None = None, offset: Tensor | None = None) -> OutputTransform | None:
+        """Append ``y * factor + offset``, each ``(C_out,)`` or None."""
+        if self._activates or self.shortcut:
+            return None
         new_factor, new_offset = self.factor, self.offset
         if factor is not None:
             new_factor = factor if new_factor is None else new_factor * factor
@@ -91,6 +97,26 @@ class OutputTransform:
         if offset is not None:
             new_offset = offset if new_offset is None else new_offset + offset
         return replace(self, factor=new_factor, offset=new_offset)
+
+    def then_rprelu(
+        self, shift_in: Tensor | None = None, slope: Tensor | None = None, shift_out: Tensor | None = None
+    ) -> OutputTransform | None:
+        """Append ``prelu(y + shift_in, slope) + shift_out``, each ``(1 or K, C_out)`` or None."""
+        if self._activates or self.shortcut == Shortcut.LAST:
+            return None
+        return replace(self, shift_in=shift_in, slope=slope, shift_out=shift_out)
+
+    def then_clamp(self, low: float = -math.inf, high: float = math.inf) -> OutputTransform | None:
+        """Append a clamp to ``[low, high]``."""
+        if math.isfinite(self.low) or math.isfinite(self.high) or self.shortcut == Shortcut.LAST:
+            return None
+        return replace(self, low=low, high=high)
+
+    def then_shortcut(self, position: Shortcut) -> OutputTransform | None:
+        """Append the sum with the layer's input."""
+        if self.shortcut or (position == Shortcut.FIRST and self._activates):
+            return None
+        return replace(self, shortcut=position)
 
     def rprelu(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the three rows of the RPReLU: all of them, steps that are left out as 0, 1 and 0, or none."""

@@ -48,7 +48,7 @@ class FilterShape:
 
     @property
     def lanes(self) -> int:
-        """Output channels in memory, blocks filled up."""
+        """Output channels in memory, padded to whole blocks."""
         return self.groups * self.blocks * LANES
 
     @property
@@ -81,7 +81,7 @@ def from_dense(dense: Tensor, shape: FilterShape) -> Tensor:
 
 
 def from_bits(bits: Tensor, shape: FilterShape) -> Tensor:
-    """Return words, int32 ``shape.memory``, of uint8 bits ``(bases, C_out, C_in / groups, kh, kw)``; spares are 0."""
+    """Return words, int32 ``shape.memory``, of uint8 bits ``(bases, C_out, C_in / groups, kh, kw)``; padding is 0."""
     n, group_out = shape.bases, shape.out_channels // shape.groups
     kh, kw = shape.kernel
     bits = bits.reshape(n, shape.groups, group_out, shape.in_channels, kh * kw)
@@ -104,7 +104,7 @@ def to_bits(words: Tensor, shape: FilterShape) -> Tensor:
 
 
 def join_words(bits: Tensor) -> Tensor:
-    """Return int32 ``(...)`` of bits ``(..., 32)`` uint8, bit i from place i."""
+    """Return int32 ``(...)`` of bits ``(..., 32)`` uint8; element i becomes bit i."""
     place = torch.arange(8, dtype=torch.uint8, device=bits.device)
     octets = (bits.reshape(*bits.shape[:-1], 4, 8) << place).sum(-1, dtype=torch.uint8)
     return octets.contiguous().view(torch.int32).squeeze(-1)  # little-endian, as every machine torch runs on

@@ -1,6 +1,5 @@
 """Binary layers, their parts, and dimension-consistent blocks."""
 
-from binarize.deprecation import renamed
 from binarize.kernels.product import BinaryWeight, binary_conv2d, binary_linear
 from binarize.kernels.signs import (
     approx_sign,
@@ -21,7 +20,15 @@ from binarize.layers.activations import (
     UnitRound,
 )
 from binarize.layers.binary import BinaryConv2d, BinaryLinear
-from binarize.layers.delayed import Delayed, DelayedActivation, DelayedScale, DelayedWeight, delayed, undelayed
+from binarize.layers.delayed import (
+    Delayed,
+    DelayedActivation,
+    DelayedScale,
+    DelayedWeight,
+    TwoStageWeight,
+    delayed,
+    undelayed,
+)
 from binarize.layers.fused import norm_silu
 from binarize.layers.parts import (
     ActivationBinarizer,
@@ -67,10 +74,9 @@ __all__ = [
     "InputMeanScale", "KMapScale", "LayerPart", "LayerSpec", "LibraWeight", "MeanClippedSign",
     "NormalizedApproxSign", "Part", "PixelDown", "PixelUp", "PoolShortcut", "ProjectionShortcut", "RPReLU",
     "RectifiedWeight", "Scale", "ScaledShortcut", "ScaledSignWeight", "Scheduled", "Shift", "SignWeight",
-    "SplitFusion", "TensorScaledWeight", "TwoBasisWeight", "UnitRound", "WeightBinarizer", "XnorWeight",
-    "approx_sign", "binary_conv2d", "binary_linear", "clipped_identity", "clipped_sign", "delayed", "ede_sign",
+    "SplitFusion", "TensorScaledWeight", "TwoBasisWeight", "TwoStageWeight", "UnitRound", "WeightBinarizer",
+    "XnorWeight", "approx_sign", "binary_conv2d", "binary_linear", "clipped_identity", "clipped_sign", "delayed",
+    "ede_sign",
     "hard_sign", "identity_sign", "list_parts", "norm_silu", "register_part", "training_step", "undelayed",
     "unit_round",
 ]  # fmt: skip
-
-__getattr__ = renamed(__name__, {"TwoStageWeight": "binarize.layers.delayed:two_stage_weight"})

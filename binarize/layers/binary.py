@@ -66,8 +66,7 @@ class _BinaryLayer(PartPipeline):
         self.method, self.post_after_shortcut, self.clamps_latent = method, method.post_after_shortcut, method.clamps
         self.had_bias = plain.bias is not None if had_bias is None else had_bias
         binarizer = self.weight_binarizer
-        declared = binarizer if isinstance(binarizer, WeightBinarizer) else WeightBinarizer
-        self.bases, self.stored_scales = declared.bases, declared.stored_scales
+        self.bases, self.stored_scales = layer_parts.stored_form(binarizer)
         self.register_parameter("bias", None)
         if plain.bias is not None and keeps_bias:
             bias = plain.bias

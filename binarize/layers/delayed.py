@@ -57,8 +57,7 @@ class DelayedWeight(Delayed, WeightBinarizer):
 
     def __init__(self, part: nn.Module, until: float) -> None:
         super().__init__(part, until)
-        if isinstance(part, WeightBinarizer):
-            self.bases, self.stored_scales = part.bases, part.stored_scales
+        self.bases, self.stored_scales = parts.stored_form(part)
 
     def forward(self, w: Tensor) -> BinaryWeight:
         """Return the binarizer's result, or the weights with a scale of one."""
@@ -78,7 +77,7 @@ class DelayedScale(Delayed, Scale):
 
     def __init__(self, part: nn.Module, until: float) -> None:
         super().__init__(part, until)
-        self.of_input = isinstance(part, Scale) and part.of_input
+        self.of_input = getattr(part, "of_input", False)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Scale the product ``y``."""
@@ -90,14 +89,16 @@ def delayed(part: Part, until: float) -> dict[str, Any]:
     return {"name": "delayed", "part": part, "until": until}
 
 
-def two_stage_weight(sign_zero: SignZero = "plus", switch: float = 0.5) -> DelayedWeight:
-    """Return the latent weights until ``switch`` of the training is done, then scaled signs."""
-    return DelayedWeight(ScaledSignWeight(sign_zero), switch)
+class TwoStageWeight(DelayedWeight):
+    """The latent weights until ``switch`` of the training is done, then scaled signs."""
+
+    def __init__(self, sign_zero: SignZero = "plus", switch: float = 0.5) -> None:
+        super().__init__(ScaledSignWeight(sign_zero), switch)
 
 
 @register_part("weight", "two_stage")
 def _two_stage(spec: LayerSpec, switch: float = 0.5) -> nn.Module:
-    return two_stage_weight(spec.sign_zero, switch)
+    return TwoStageWeight(spec.sign_zero, switch)
 
 
 def _register(kind: PartKind, delayed_class: type[Delayed], default: str) -> None:

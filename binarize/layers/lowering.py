@@ -25,7 +25,7 @@ class LoweredLayer(NamedTuple):
     shift: Tensor | None  # ``(1 or K, C_in)``, added before the sign, or None
     fuses_pre: bool  # whether the kernel reads the layer's own input, ``pre`` being absent or such a shift
     transform: OutputTransform  # what the kernel does after the product, but for the scale of the weights
-    stages: tuple[Stage, ...]  # the stages that the transform stands for
+    stages: tuple[Stage, ...]  # the stages that the transform computes
     rest: tuple[Stage, ...]  # the stages that run as modules afterwards
     context: TimestepContext | None  # where the timestep group comes from, or None if nothing depends on it
     groups: int  # K, the rows of timestep-aware parameters
@@ -66,17 +66,27 @@ def lower(layer: PartPipeline) -> LoweredLayer | None:
         after: OutputTransform | None = None
         if stage == "bias":
             after = transform.then_affine(offset=part)
-        elif isinstance(part, LayerPart) and runs_as_declared(part, "lower"):
+        elif isinstance(part, LayerPart) and runs_as_declared(part, "lower") and _same_groups([*lowered, part]):
             after = part.lower(transform, site)
-            lowered.append(part)
         if after is None:
             break
+        if stage != "bias":
+            lowered.append(part)
         transform, done = after, done + 1
-    timed = [part for part in lowered if part.groups > 1 and part.context is not None]
+    timed = _timestep_aware(lowered)
     return LoweredLayer(
         levels, shift, fuses_pre, transform, present[:done], present[done:],
         timed[0].context if timed else None, timed[0].groups if timed else 1,
     )  # fmt: skip
+
+
+def _timestep_aware(parts: list[LayerPart]) -> list[LayerPart]:
+    return [part for part in parts if part.groups > 1 and part.context is not None]
+
+
+def _same_groups(parts: list[LayerPart]) -> bool:
+    """Return whether one timestep group per sample selects the rows of all parts."""
+    return len({(part.groups, id(part.context)) for part in _timestep_aware(parts)}) <= 1
 
 
 def trains_as_one_node(transform: OutputTransform) -> bool:

@@ -40,7 +40,7 @@ def option(default: Any, changes: Changes | Callable[[Any], Changes], *, when: A
 class Method:
     """A binarization method: the parts of its binary layers.
 
-    Every published method is a subclass with other defaults and options of its own. Any part can be replaced alone:
+    Every published method is a subclass with its own defaults and options. Any part can be replaced alone:
     ``reactnet(weight="libra")`` is ReActNet with IR-Net's weights. This class itself is the method "custom": signs with
     STE-clip and scaled sign weights, without other parts, to build on.
 

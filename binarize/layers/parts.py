@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import attrgetter
+from types import FunctionType
 from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -104,19 +105,41 @@ class Scale(LayerPart):
 def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
     """Return whether an attribute or method of a module's class describes what calling the module does.
 
-    It does not if a subclass has another ``forward``, if ``forward`` was replaced on the instance or, unless ``hooks``
-    are allowed, if the module has hooks.
+    It does not if a subclass of the class that declares it has another ``forward``, or if ``forward`` was replaced on
+    the instance. Unless ``hooks`` are allowed, the module must have none, and no subclass may have other methods, which
+    ``forward`` could call.
     """
     if not isinstance(part, nn.Module) or "forward" in vars(part):
         return False
     hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
     if hooked and not hooks:
         return False
-    if name in vars(part):
-        return True
     kinds = type(part).__mro__
-    order = [next((i for i, kind in enumerate(kinds) if key in vars(kind)), len(kinds)) for key in (name, "forward")]
-    return order[0] <= order[1]
+    if name in vars(part):  # set by a class's constructor, or by the user on this module
+        declares = [name in getattr(vars(kind).get("__init__"), "__code__", _NO_CODE).co_names for kind in kinds]
+        if True not in declares:
+            return True
+    else:
+        declares = [name in vars(kind) for kind in kinds]
+    subclasses = kinds[: declares.index(True) if True in declares else len(kinds)]
+    if hooks:
+        return not any("forward" in vars(kind) for kind in subclasses)
+    return not any(_has_methods(kind) for kind in subclasses)
+
+
+_NO_CODE = (lambda: None).__code__
+
+
+def _has_methods(kind: type) -> bool:
+    methods = FunctionType, property, classmethod, staticmethod
+    members = vars(kind).items()
+    return any(isinstance(m, methods) and name != "extra_repr" and name[:2] != "__" for name, m in members)
+
+
+def stored_form(binarizer: nn.Module) -> tuple[int, StoredScales]:
+    """Return ``bases`` and ``stored_scales`` of a weight binarizer of any class; ``terms`` is an old name of bases."""
+    bases = getattr(binarizer, "bases", getattr(binarizer, "terms", WeightBinarizer.bases))
+    return bases, getattr(binarizer, "stored_scales", WeightBinarizer.stored_scales)
 
 
 def levels_of(activation: object) -> tuple[int, int] | None:

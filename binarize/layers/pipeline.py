@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from binarize.kernels.binary_conv import Geometry
-from binarize.layers.parts import Scale
 
 if TYPE_CHECKING:
     from binarize.layers.method import Method
@@ -70,7 +69,7 @@ class PartPipeline(nn.Module):
             if stage == "bias":
                 y = y + (part.view(-1, 1, 1) if self.kind == "conv2d" else part).to(y.dtype)
             elif stage == "scale":
-                reads_input = isinstance(part, Scale) and part.of_input
+                reads_input = getattr(part, "of_input", False)
                 y = part(y, x if reads_input else self.shifted(x) if shifted is None else shifted)
             else:
                 y = part(y, x) if stage == "shortcut" else part(y)

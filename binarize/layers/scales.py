@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -127,17 +125,17 @@ class TokenBatchNorm(_FoldedNorm, nn.BatchNorm1d):
 class Hardtanh(LayerPart, nn.Hardtanh):
     """Hardtanh as a part."""
 
-    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform:
+    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform | None:
         """Append the clamp."""
-        return replace(transform, low=float(self.min_val), high=float(self.max_val))
+        return transform.then_clamp(float(self.min_val), float(self.max_val))
 
 
 class ReLU(LayerPart, nn.ReLU):
     """ReLU as a part."""
 
-    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform:
+    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform | None:
         """Append the clamp."""
-        return replace(transform, low=0.0, high=math.inf)
+        return transform.then_clamp(low=0.0)
 
 
 def _batch_norm(channels: int, spec: LayerSpec) -> nn.Module:

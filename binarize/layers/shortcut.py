@@ -7,8 +7,6 @@ where the layer widens.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +36,7 @@ class PoolShortcut(LayerPart):
         """Add the layer's input if the shortcut is the identity."""
         if not site.adds_input:
             return None
-        return replace(transform, shortcut=Shortcut.FIRST if site.post_follows else Shortcut.LAST)
+        return transform.then_shortcut(Shortcut.FIRST if site.post_follows else Shortcut.LAST)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + the shortcut of x."""

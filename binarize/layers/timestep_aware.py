@@ -88,9 +88,9 @@ class RPReLU(_TimestepAware):
         # Strictly positive, as in nn.PReLU: dot products of signs are often exactly 0, and there the slope counts.
         return torch.where(x > 0, x, x * self.rows(self.slope, x)) + self.rows(self.shift_out, x)
 
-    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform:
+    def lower(self, transform: OutputTransform, site: Site) -> OutputTransform | None:
         """Append the RPReLU."""
-        return replace(transform, shift_in=self.shift_in, slope=self.slope, shift_out=self.shift_out)
+        return transform.then_rprelu(self.shift_in, self.slope, self.shift_out)
 
     def fold_bias_(self, bias: Tensor) -> None:
         """Add a convolution's bias to the first shift of every timestep group, which is exact."""

@@ -222,7 +222,7 @@ class FixedWeight(_WeightBinarizer):
     s_1 g * 1{|w| <= 1}, and the gradient of s_k is sum g c_k, as for two-basis weights.
 
     A new layer starts from least-squares values for its latent ``weight``: s_k is the mean magnitude and c_k the sign
-    of the residual of w after the bases before it. ``terms`` says how many scaled signs are added up.
+    of the residual of w after the bases before it. ``terms`` is the number of scaled signs.
     """
 
     scales: Tensor

@@ -59,7 +59,7 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
     digest = hashlib.sha256(text.encode())
     digest.update(plain[start:])
     metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: text, DIGEST: digest.hexdigest()}
-    # The library writes metadata in an order of chance; a model's file should be the same each time.
+    # The library writes metadata in an arbitrary order; a model's file should be the same each time.
     header = json.dumps({"__metadata__": metadata, **json.loads(bytes(plain[8:start]))}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     data = b"".join([struct.pack("<Q", len(header)), header, plain[start:]])
@@ -142,7 +142,7 @@ def read_packed(
     model: nn.Module, path: Path, dtype: torch.dtype | None = None,
     unsaved: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> None:  # fmt: skip
-    """Give a packed model, built on the meta device, the weights of a file.
+    """Load the weights of a file into a packed model that was built on the meta device.
 
     Full-precision tensors become ``dtype``; None keeps what the file has, but half precision becomes float32.
     ``unsaved`` returns the host's buffers that no state dict holds, by name; it is called once the file has been
@@ -151,11 +151,13 @@ def read_packed(
     metadata = _metadata(path)
     expected = model.state_dict(keep_vars=True)
     with safe_open(path, framework="pt") as file:
-        held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in held.items()}
         _check_fit(expected, shapes, path)
         if metadata.get(DIGEST) != _digest(metadata.get(CONFIG, ""), path):
-            raise BinarizeError(f"{path}: is damaged: its content does not have the digest that its header says.")
+            raise BinarizeError(
+                f"{path}: is damaged: its content does not have the digest in its header; copy or download it again."
+            )
         state = {}
         for name in held:
             value = aligned(file.get_tensor(name))
@@ -226,7 +228,10 @@ def _metadata(path: Path) -> dict[str, str]:
     if version is None:
         raise BinarizeError(f"{path}: is a safetensors file, but holds no packed model; binarize.pack makes one.")
     if version != str(PACKED_FORMAT):
-        raise BinarizeError(f"{path}: has packed format {version!r}; this version of binarize reads {PACKED_FORMAT}.")
+        raise BinarizeError(
+            f"{path}: has packed format {version!r}; this version of binarize reads "
+            f"{PACKED_FORMAT}; install a newer binarize, or save the model again with this one."
+        )
     return metadata
 
 

@@ -29,6 +29,11 @@ from binarize.layers.structure import AccumulatingConv
 _version, _kind = attrgetter("_version"), attrgetter("dtype", "device")
 
 
+def _state(module: nn.Module) -> tuple[bool, bool, int]:
+    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return module.training, "forward" in module.__dict__, hooks
+
+
 class _Compiled:
     """What a packed layer runs, and the tensors and modules that it was made from.
 
@@ -36,8 +41,8 @@ class _Compiled:
     """
 
     def __init__(self, layer: _PackedLayer) -> None:
-        lowered = lower(layer)
-        assert lowered is not None  # the constructor of the layer has checked it
+        check_levels(layer.activation)
+        lowered = cast(LoweredLayer, lower(layer))
         self.lowered = lowered
         self.convs = layer._lay_out(lowered)
         self._device = layer.words.device
@@ -56,12 +61,15 @@ class _Compiled:
         self._kinds = list(map(_kind, self._tensors))
         self._versioned = [t for t in self._tensors if not t.is_inference()]
         self._versions = list(map(_version, self._versioned))
+        self._modules = list(layer.modules())
+        self._states = list(map(_state, self._modules))
         return self
 
     def is_current(self) -> bool:
-        """Return whether nothing of the layer has been replaced or written to."""
+        """Return whether nothing of the layer has been replaced, written to, hooked or switched to another mode."""
         return (
-            all(map(is_, map(dict.get, self._places, self._names), self._values))
+            list(map(_state, self._modules)) == self._states
+            and all(map(is_, map(dict.get, self._places, self._names), self._values))
             and list(map(_version, self._versioned)) == self._versions
             and list(map(_kind, self._tensors)) == self._kinds
         )
@@ -231,7 +239,10 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
         lowered, source = compiled.lowered, x
         if not lowered.is_one_kernel:
             if input_norm is not None or channel_bias is not None or residual is not None:
-                raise BinarizeError("PackedConv2d: this layer has parts outside the kernel, so it only takes x.")
+                raise BinarizeError(
+                    "PackedConv2d: this layer has parts outside the kernel; call it with x alone, and add the "
+                    "others yourself."
+                )
             source = source if lowered.fuses_pre else self.shifted(x)
         if self.pad_codes is not None:
             source = F.pad(source, self.pad_codes, mode=self.padding_mode)
@@ -244,8 +255,7 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
     @property
     def is_one_kernel(self) -> bool:
         """Whether the layer is one call of the kernel, so that operations around it can be fused into it."""
-        compiled = self._compiled or self.compiled()
-        return compiled.lowered.is_one_kernel
+        return self.compiled().lowered.is_one_kernel
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
         """Return ``total + self(x)``, added while the output is written if the kernel can."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import binarize
 from binarize import layers
 from binarize.layers import BinaryConv2d, BinaryLinear, PoolShortcut, ProjectionShortcut, hard_sign
-from binarize.layers.delayed import two_stage_weight
+from binarize.layers.delayed import TwoStageWeight
 from binarize.layers.scales import TokenBatchNorm
 from binarize.layers.schedule import ede_schedule, recu_schedule
 from binarize.layers.shortcut import pool_channels
@@ -301,7 +301,7 @@ def test_plain_fusions_and_resamplers():
         (lambda: layers.EDESign(t_min=0.0), "EDESign: needs 0 < t_min <= t_max; got 0.0 and 10.0"),
         (lambda: layers.LibraWeight(t_min=2, t_max=1), "LibraWeight: needs 0 < t_min <= t_max; got 2 and 1"),
         (lambda: layers.RectifiedWeight(tau_min=0.4), "RectifiedWeight: needs 0.5 < tau_min <= tau_max < 1; got 0.4"),
-        (lambda: two_stage_weight(switch=0.0), r"DelayedWeight: until is a share of training, in \(0, 1\]; got 0.0"),
+        (lambda: TwoStageWeight(switch=0.0), r"TwoStageWeight: until is a share of training, in \(0, 1\]; got 0.0"),
         (lambda: BinaryConv2d(2, 2, 1, method=Method(activation=None)), "custom: the activation binarizer cannot be"),
         *[
             (lambda wrong=wrong: binarize.training_step(nn.Identity(), wrong), r"finished training steps, in \[0, 1\]")

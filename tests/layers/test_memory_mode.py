@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 from unittest.mock import Mock
 
@@ -268,7 +267,7 @@ class PartialRPReLU(RPReLU):
         return torch.where(x > 0, x, x * row("slope")) + row("shift_out")
 
     def lower(self, transform: Any, site: Any) -> Any:
-        return dataclasses.replace(transform, **{name: getattr(self, name) for name in self.present})
+        return transform.then_rprelu(**{name: getattr(self, name) for name in self.present})
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])

@@ -123,8 +123,8 @@ def test_a_broken_config_json_is_refused(folder: Path, text: str) -> None:
         ({"config": {"block_out_channels": None}}, "its configuration builds no network"),
         ({"config": {"down_block_types": ["Nothing", "DownBlock2D"]}}, "its configuration builds no network"),
         ({"config": None}, "has no configuration of its UNet2DModel; got None"),
-        ({"class": "StableDiffusionPipeline"}, "names 'StableDiffusionPipeline', which is no diffusers model"),
-        ({"class": None}, "names None, which is no diffusers model"),
+        ({"class": "StableDiffusionPipeline"}, "names 'StableDiffusionPipeline', which is not a diffusers model"),
+        ({"class": None}, "names None, which is not a diffusers model"),
         ({"library": "os"}, "which only its own code can build"),
     ],
 )

@@ -6,7 +6,6 @@ import pytest
 
 OLD = {
     "binarize.diagnosis:Trial": "binarize.diagnosis:ChangeResult",
-    "binarize.layers:TwoStageWeight": "binarize.layers.delayed:two_stage_weight",
     "binarize.packed.backends:use": "binarize.kernels.backends:use",
     "binarize.training.ablation:ablate": "binarize.studies.ablation:ablate",
     "binarize.training.ablation_results:TrialResult": "binarize.studies.results:RunResult",

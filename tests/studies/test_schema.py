@@ -10,7 +10,6 @@ from errors_case import assert_error
 from studies_case import SHRINK
 
 import binarize
-from binarize.conversion.summary import Summary
 from binarize.errors import BinarizeError
 from binarize.recipes import build_model, list_recipes
 from binarize.studies import EvaluationSection, list_studies, load_study

@@ -1,0 +1,96 @@
+"""What a kernel computes for any combination of parts equals the parts called one after another."""
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import binarize
+from binarize.layers import BinaryConv2d, RPReLU, Shift
+from binarize.layers.lowering import lower
+from binarize.layers.pipeline import PartPipeline
+from binarize.layers.scales import BatchNorm2d, Hardtanh, ReLU
+from binarize.packed.layers import PackedConv2d
+from binarize.timestep import TimestepContext
+
+
+class Doubled(Shift):
+    def gather(self, parameter: Tensor) -> Tensor:
+        return 2 * super().gather(parameter)
+
+
+class OfInput(nn.Module):
+    of_input = True
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return y * x.mean()
+
+
+ORDERS: list[dict[str, Any]] = [
+    {"norm": lambda s: RPReLU(32), "post": "rprelu"},
+    {"norm": lambda s: Hardtanh(), "post": "rprelu"},
+    {"norm": lambda s: ReLU(), "shortcut": "pool", "post": "rprelu", "post_after_shortcut": True},
+    {"norm": lambda s: RPReLU(32), "post": lambda s: BatchNorm2d(32)},
+    {"shortcut": "pool", "post": lambda s: BatchNorm2d(32), "post_after_shortcut": True},
+    {"norm": lambda s: Hardtanh(-9, 9), "post": lambda s: ReLU(), "shortcut": "pool"},
+    {"norm": "batch_norm", "shortcut": "pool", "post": "rprelu", "post_after_shortcut": True},
+    {"pre": lambda s: Doubled(32), "post": "rprelu"},
+    {"pre": "shift", "scale": lambda s: OfInput()},
+    {"pre": lambda s: Shift(32, 2, s.context), "post": "taa", "groups": 4},
+    {"pre": lambda s: Shift(32, 4, s.context), "post": lambda s: RPReLU(32, 2, s.context), "groups": 4},
+]
+
+
+def layer_of(options: dict[str, Any], context: TimestepContext) -> BinaryConv2d:
+    method = binarize.get_method("custom", activation="approx_sign", **options)
+    layer = BinaryConv2d.from_float(nn.Conv2d(32, 32, 3, padding=1, bias=False), method, context).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return layer
+
+
+def modules_of(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer as its definition says: pre, sign, convolution, then the stages."""
+    shifted = layer.shifted(x)
+    y = nn.functional.conv2d(torch.where(shifted >= 0, 1.0, -1.0), weight, padding=1)
+    return cast(PartPipeline, layer).run_stages(layer.stages(), y, x, shifted)
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=lambda o: "-".join(o))
+def test_any_order_of_parts_equals_its_modules(options: dict[str, Any]) -> None:
+    context = TimestepContext(1000)
+    layer, x = layer_of(options, context), torch.randn(4, 32, 6, 6)
+    weight = layer.binary_weight()
+    dense = (weight.scales[:, :, None, None, None] * weight.codes).sum(0)
+    with context.using(torch.tensor([0, 300, 600, 999])):
+        expected = modules_of(layer, x, dense)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)
+        with torch.no_grad():
+            torch.testing.assert_close(PackedConv2d(layer)(x), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_packed_layer_follows_hooks_modes_and_replaced_forwards() -> None:
+    layer = layer_of({"norm": "batch_norm", "post": "rprelu"}, TimestepContext(1000))
+    packed, x, calls = PackedConv2d(layer), torch.randn(2, 32, 6, 6), []
+    with torch.no_grad():
+        before = packed(x)
+        handle = packed.post.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(packed(x), before, rtol=1e-4, atol=1e-3)
+        assert calls == [1]
+        handle.remove()
+        packed.norm.train()
+        assert not torch.allclose(packed(x), before)
+        packed.norm.eval()
+        packed.post.forward = lambda y: y * 0
+        assert packed(x).abs().max() == 0
+
+
+def test_only_parts_that_run_as_declared_are_lowered() -> None:
+    fused = lower(layer_of({"pre": "shift", "post": "rprelu", "shortcut": "pool"}, TimestepContext(1000)))
+    assert fused is not None
+    assert fused.is_one_kernel
+    doubled = lower(layer_of({"pre": lambda s: Doubled(32)}, TimestepContext(1000)))
+    assert doubled is not None
+    assert not doubled.fuses_pre
