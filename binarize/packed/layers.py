@@ -8,7 +8,7 @@ every method and every part of your own works.
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any, Literal, cast
 
 import torch
@@ -26,12 +26,7 @@ from binarize.layers.parts import PART_KINDS, PartKind, StoredScales, levels_of
 from binarize.layers.pipeline import PartPipeline
 from binarize.layers.structure import AccumulatingConv
 
-_version, _kind = attrgetter("_version"), attrgetter("dtype", "device")
-
-
-def _state(module: nn.Module) -> tuple[bool, bool, int]:
-    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
-    return module.training, "forward" in module.__dict__, hooks
+_version, _kind, _training = attrgetter("_version"), attrgetter("dtype", "device"), itemgetter("training")
 
 
 class _Compiled:
@@ -61,14 +56,20 @@ class _Compiled:
         self._kinds = list(map(_kind, self._tensors))
         self._versioned = [t for t in self._tensors if not t.is_inference()]
         self._versions = list(map(_version, self._versioned))
-        self._modules = list(layer.modules())
-        self._states = list(map(_state, self._modules))
+        self._attributes = [vars(module) for module in layer.modules()]
+        self._hooks = [d[name] for d in self._attributes for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self._state = self._modules_state()
         return self
+
+    def _modules_state(self) -> tuple[list[bool], list[int], list[int]]:
+        """Return each module's mode, and how many attributes (``forward`` may be one) and hooks it has."""
+        attributes = self._attributes
+        return list(map(_training, attributes)), list(map(len, attributes)), list(map(len, self._hooks))
 
     def is_current(self) -> bool:
         """Return whether nothing of the layer has been replaced, written to, hooked or switched to another mode."""
         return (
-            list(map(_state, self._modules)) == self._states
+            self._modules_state() == self._state
             and all(map(is_, map(dict.get, self._places, self._names), self._values))
             and list(map(_version, self._versioned)) == self._versions
             and list(map(_kind, self._tensors)) == self._kinds
