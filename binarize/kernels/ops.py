@@ -104,16 +104,12 @@ def binary_conv2d(
         residual: ``(B, C_out, H', W')``, added to the output, which is channels_last in x's dtype.
     """
     if skips_dispatcher(x, conv.filters, timestep_group, input_norm, channel_bias, residual):
-        return _run(x, conv, timestep_group, input_norm, channel_bias, residual)
+        kernels: Any = backends.kernels_for(x) or reference
+        return kernels.run(x, conv, timestep_group, input_norm, channel_bias, residual)
     return packed_conv2d(
         x, *conv.tensors, timestep_group, conv.sizes, conv.unsigned, conv.low, conv.high, int(conv.shortcut),
         input_norm, channel_bias, residual,
     )  # fmt: skip
-
-
-def _run(x: Tensor, conv: BinaryConv, *inputs: Tensor | None) -> Tensor:
-    kernels = backends.kernels_for(x)
-    return reference.run(x, conv, *inputs) if kernels is None else kernels.run(x, conv, *inputs)
 
 
 def _fake_conv(x, filters, correction, thresholds, coefficients, group, sizes, *rest):  # type: ignore[no-untyped-def]
@@ -140,7 +136,8 @@ def packed_conv2d(
     """`binary_conv2d` with the convolution as a flat list of arguments, which is what the dispatcher takes."""
     tensors = filters, padding_correction, thresholds, coefficients
     conv = BinaryConv(*_shape_and_geometry(tuple(sizes)), *tensors, unsigned, low, high, Shortcut(shortcut))
-    return _run(x, conv, timestep_group, input_norm, channel_bias, residual)
+    kernels: Any = backends.kernels_for(x) or reference
+    return kernels.run(x, conv, timestep_group, input_norm, channel_bias, residual)
 
 
 _shape_and_geometry = lru_cache(maxsize=512)(BinaryConv.from_sizes)
