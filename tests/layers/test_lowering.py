@@ -1,6 +1,6 @@
 """What a kernel computes for any combination of parts equals the parts called one after another."""
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 import binarize
 from binarize.layers import BinaryConv2d, RPReLU, Shift
 from binarize.layers.lowering import lower
-from binarize.layers.pipeline import PartPipeline
 from binarize.layers.scales import BatchNorm2d, Hardtanh, ReLU
 from binarize.packed.layers import PackedConv2d
 from binarize.timestep import TimestepContext
@@ -52,10 +51,9 @@ def layer_of(options: dict[str, Any], context: TimestepContext) -> BinaryConv2d:
 
 
 def modules_of(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer as its definition says: pre, sign, convolution, then the stages."""
     shifted = layer.shifted(x)
     y = nn.functional.conv2d(torch.where(shifted >= 0, 1.0, -1.0), weight, padding=1)
-    return cast(PartPipeline, layer).run_stages(layer.stages(), y, x, shifted)
+    return layer.run_stages(layer.stages(), y, x, shifted)
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=lambda o: "-".join(o))
@@ -88,9 +86,7 @@ def test_a_packed_layer_follows_hooks_modes_and_replaced_forwards() -> None:
 
 
 def test_only_parts_that_run_as_declared_are_lowered() -> None:
-    fused = lower(layer_of({"pre": "shift", "post": "rprelu", "shortcut": "pool"}, TimestepContext(1000)))
-    assert fused is not None
-    assert fused.is_one_kernel
-    doubled = lower(layer_of({"pre": lambda s: Doubled(32)}, TimestepContext(1000)))
-    assert doubled is not None
-    assert not doubled.fuses_pre
+    for pre, fused in (("shift", True), (lambda s: Doubled(32), False)):
+        lowered = lower(layer_of({"pre": pre, "post": "rprelu", "shortcut": "pool"}, TimestepContext(1000)))
+        assert lowered is not None
+        assert lowered.is_one_kernel == fused
