@@ -67,7 +67,7 @@ def test_every_flipped_byte_of_the_tensors_is_found(folder: Path) -> None:
     size, data = path.stat().st_size, len(take_apart(path)[1])
     for position in (size - data, size - data // 2, size - data // 3, size - 1):
         flip(path, position)
-        refused(folder, "is damaged: its content does not have the digest that its header says")
+        refused(folder, "is damaged: its content does not have the digest in its header")
         flip(path, position)
     assert binarize.is_packed(binarize.load(folder))
 
