@@ -36,8 +36,9 @@ class _Compiled:
     """
 
     def __init__(self, layer: _PackedLayer) -> None:
-        check_levels(layer.activation)
-        lowered = cast(LoweredLayer, lower(layer))
+        lowered = lower(layer)
+        if lowered is None:
+            raise _undeclared_levels(layer.activation)
         self.lowered = lowered
         self.convs = layer._lay_out(lowered)
         self._device = layer.words.device
@@ -241,8 +242,8 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
         if not lowered.is_one_kernel:
             if input_norm is not None or channel_bias is not None or residual is not None:
                 raise BinarizeError(
-                    "PackedConv2d: this layer has parts outside the kernel; call it with x alone, and add the "
-                    "others yourself."
+                    "PackedConv2d: this layer has parts outside the kernel; call it with x alone, and "
+                    "apply the norm, the bias and the residual separately."
                 )
             source = source if lowered.fuses_pre else self.shifted(x)
         if self.pad_codes is not None:
@@ -305,8 +306,12 @@ def check_levels(activation: nn.Module) -> None:
             "binary; call binarize.training_step(model, 1.0) to make them binary."
         )
     if levels_of(activation) is None:
-        raise BinarizeError(
-            f"pack: {type(activation).__name__} does not declare the two values that it returns; give it an attribute "
-            "levels = (-1, 1) if it is sign(x), or (0, 1) if it is 1 for x > 0.5. Got "
-            f"{getattr(activation, 'levels', None)!r}."
-        )
+        raise _undeclared_levels(activation)
+
+
+def _undeclared_levels(activation: nn.Module) -> BinarizeError:
+    return BinarizeError(
+        f"pack: {type(activation).__name__} does not declare the two values that it returns; give it an attribute "
+        "levels = (-1, 1) if it is sign(x), or (0, 1) if it is 1 for x > 0.5. Got "
+        f"{getattr(activation, 'levels', None)!r}."
+    )
