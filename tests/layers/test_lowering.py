@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import binarize
-from binarize.layers import BinaryConv2d, RPReLU, Shift
+from binarize.layers import BinaryConv2d, RPReLU, Shift, delayed
 from binarize.layers.lowering import lower
 from binarize.layers.scales import BatchNorm2d, Hardtanh, ReLU
 from binarize.packed.layers import PackedConv2d
@@ -35,6 +35,7 @@ ORDERS: list[dict[str, Any]] = [
     {"norm": lambda s: Hardtanh(-9, 9), "post": lambda s: ReLU(), "shortcut": "pool"},
     {"norm": "batch_norm", "shortcut": "pool", "post": "rprelu", "post_after_shortcut": True},
     {"pre": lambda s: Doubled(32), "post": "rprelu"},
+    {"activation": delayed("approx_sign", 0.5)},
     {"pre": "shift", "scale": lambda s: OfInput()},
     {"pre": lambda s: Shift(32, 2, s.context), "post": "taa", "groups": 4},
     {"pre": lambda s: Shift(32, 4, s.context), "post": lambda s: RPReLU(32, 2, s.context), "groups": 4},
@@ -42,31 +43,30 @@ ORDERS: list[dict[str, Any]] = [
 
 
 def layer_of(options: dict[str, Any], context: TimestepContext) -> BinaryConv2d:
-    method = binarize.get_method("custom", activation="approx_sign", **options)
+    method = binarize.get_method("custom", **{"activation": "approx_sign", **options})
     layer = BinaryConv2d.from_float(nn.Conv2d(32, 32, 3, padding=1, bias=False), method, context).eval()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+    binarize.training_step(layer, 1.0)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
     return layer
-
-
-def modules_of(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    shifted = layer.shifted(x)
-    y = nn.functional.conv2d(torch.where(shifted >= 0, 1.0, -1.0), weight, padding=1)
-    return layer.run_stages(layer.stages(), y, x, shifted)
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=lambda o: "-".join(o))
 def test_any_order_of_parts_equals_its_modules(options: dict[str, Any]) -> None:
     context = TimestepContext(1000)
     layer, x = layer_of(options, context), torch.randn(4, 32, 6, 6)
-    weight = layer.binary_weight()
-    dense = (weight.scales[:, :, None, None, None] * weight.codes).sum(0)
+    _, codes, scales = layer.binary_weight()
+    dense = codes[0] * scales[0, :, None, None, None]
     with context.using(torch.tensor([0, 300, 600, 999])):
-        expected = modules_of(layer, x, dense)
+        shifted = layer.shifted(x)
+        y = nn.functional.conv2d(torch.where(shifted >= 0, 1.0, -1.0), dense, padding=1)
+        expected = layer.run_stages(layer.stages(), y, x, shifted)
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)
         with torch.no_grad():
-            torch.testing.assert_close(PackedConv2d(layer)(x), expected, rtol=1e-4, atol=1e-3)
+            torch._dynamo.reset()
+            packed = PackedConv2d(layer)
+            for run in (packed, torch.compile(packed, fullgraph=True, backend="eager")):
+                torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_packed_layer_follows_hooks_modes_and_replaced_forwards() -> None:
