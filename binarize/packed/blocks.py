@@ -42,8 +42,8 @@ def norm_silu_conv(
 ) -> Tensor:
     """Return ``conv(silu(norm(x + channel_bias))) + residual``; the bias is ``(B, C_in)``."""
     factors = norm_factors(norm, x, channel_bias)
-    if isinstance(conv, PackedConv2d) and conv.is_one_kernel:
-        packed: Tensor = conv(x, factors, None, residual)
+    if isinstance(conv, PackedConv2d):
+        packed: Tensor = conv(x, factors, residual)
         return packed
     if is_conv3x3(conv):
         return conv3x3(x, cast(Tensor, conv.weight), cast("Tensor | None", conv.bias), factors, residual)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.kernels.binary_conv import BinaryConv
 from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits, to_dense
-from binarize.kernels.ops import binary_conv2d
+from binarize.kernels.ops import binary_conv2d, norm_silu
 from binarize.layers import BinaryConv2d, BinaryLinear
 from binarize.layers.delayed import Delayed
 from binarize.layers.lowering import LoweredLayer, lower
@@ -229,39 +229,30 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
         self.pad_codes = None if layer.padding_mode == "zeros" else layer.geometry.pad
         self._take(layer)
 
-    def forward(
-        self, x: Tensor, input_norm: Tensor | None = None, channel_bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Apply the layer. All arguments but ``x`` are for layers that are `is_one_kernel`.
+    def forward(self, x: Tensor, input_norm: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Apply the layer to ``silu(x * input_norm[0] + input_norm[1])`` and add ``residual`` to the output.
 
-        See `binarize.kernels.ops.binary_conv2d` for the arguments.
+        Both are part of the kernel's call if it computes the whole layer; see `binarize.kernels.ops.binary_conv2d`.
         """
         compiled = self.compiled()
-        lowered, source = compiled.lowered, x
+        lowered, added_last = compiled.lowered, None
         if not lowered.is_one_kernel:
-            if input_norm is not None or channel_bias is not None or residual is not None:
-                raise BinarizeError(
-                    "PackedConv2d: this layer has parts outside the kernel; call it with x alone, and "
-                    "apply the norm, the bias and the residual separately."
-                )
-            source = source if lowered.fuses_pre else self.shifted(x)
+            x = x if input_norm is None else norm_silu(x, input_norm)
+            input_norm, residual, added_last = None, None, residual
+        source = x if lowered.fuses_pre else self.shifted(x)
         if self.pad_codes is not None:
             source = F.pad(source, self.pad_codes, mode=self.padding_mode)
         group = compiled.timestep_group()
-        y = binary_conv2d(source, compiled.convs[0], group, input_norm, channel_bias, residual)
+        y = binary_conv2d(source, compiled.convs[0], group, input_norm, residual=residual)
         for conv in compiled.convs[1:]:
-            y = y + binary_conv2d(source, conv, group)
-        return self.run_stages(lowered.rest, y, x) if lowered.rest else y
-
-    @property
-    def is_one_kernel(self) -> bool:
-        """Whether the layer is one call of the kernel, so that operations around it can be fused into it."""
-        return self.compiled().lowered.is_one_kernel
+            y = y + binary_conv2d(source, conv, group, input_norm)
+        if lowered.rest:
+            y = self.run_stages(lowered.rest, y, x)
+        return y if added_last is None else y + added_last
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
         """Return ``total + self(x)``, added while the output is written if the kernel can."""
-        return self(x, residual=total) if self.is_one_kernel else total + self(x)
+        return cast(Tensor, self(x, residual=total))
 
     def extra_repr(self) -> str:
         """Return what nn.Conv2d shows, and the method."""

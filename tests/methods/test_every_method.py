@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from closed_forms import weights
 from method_cases import CASES, METHODS, Case
-from packed_case import scatter
+from packed_case import needs_inductor, scatter
 from torch import Tensor, nn
 
 import binarize
@@ -163,6 +163,7 @@ def test_compiled_without_a_graph_break_equals_eager(method):
 
 
 @pytest.mark.slow
+@needs_inductor
 def test_compiled_by_inductor_equals_eager():
     """With timesteps (bidiffsr) and with scalars that training changes (irnet)."""
     model = Small()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hosts_zoo import HOSTS, ZooHost, output_of, unet2d_condition
-from packed_case import SMALL, inputs, network, scatter
+from packed_case import CLOSE, SMALL, inputs, needs_inductor, network, scatter
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
@@ -25,9 +25,11 @@ from binarize.kernels import backends
 from binarize.kernels.cpu import threads as cpu_threads
 from binarize.kernels.ops import norm_silu
 from binarize.layers import BinaryConv2d, delayed
+from binarize.layers.method import Method
 from binarize.layers.parts import levels_of
 from binarize.models import SRUNet
 from binarize.packed import PackedConv2d
+from binarize.packed.blocks import norm_silu_conv
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -85,6 +87,16 @@ def test_a_network_in_float32_flips_hardly_a_sign(options: dict[str, Any]) -> No
         counted += sum(signs.numel() for signs in plain.values())
     assert difference < 1e-4 * scale
     assert flipped < 1e-6 * counted
+
+
+@pytest.mark.parametrize("parts", [{}, {"weight": "two_basis"}, {"post": lambda spec: nn.Tanh()}])
+def test_a_layer_takes_over_the_norm_before_it_and_the_sum_after_it(parts: dict[str, Any]) -> None:
+    conv, norm = BinaryConv2d.from_float(nn.Conv2d(8, 8, 3, padding=1, bias=False), Method(**parts)), nn.GroupNorm(2, 8)
+    x, residual = torch.randn(2, 2, 8, 6, 6)
+    with torch.no_grad():
+        expected = residual + conv(torch.nn.functional.silu(norm(x)))
+        found = norm_silu_conv(norm, PackedConv2d(conv), x, residual=residual)
+    torch.testing.assert_close(found, expected, **CLOSE[torch.float32])
 
 
 def test_bfloat16_is_close_to_float32() -> None:
@@ -183,7 +195,7 @@ def test_the_released_network_is_small_in_memory_and_on_disk(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["export", "aot_eager", "inductor"])
+@pytest.mark.parametrize("mode", ["export", "aot_eager", pytest.param("inductor", marks=needs_inductor)])
 def test_export_and_compile_equal_eager(mode: str) -> None:
     torch._dynamo.reset()
     # Inductor takes time in proportion to the network.
@@ -279,6 +291,7 @@ FIRST_RUN = """
 import logging, sys, torch, binarize
 from binarize.layers import BinaryConv2d, delayed
 from binarize.packed import PackedConv2d
+from binarize.packed.blocks import norm_silu_conv
 from binarize.kernels import backends
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(name)s: %(message)s")
 layer = PackedConv2d(BinaryConv2d(8, 8, 3, padding=1, method="bbcu").eval())
