@@ -1,9 +1,12 @@
 """Old public names, which keep working with a DeprecationWarning."""
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -21,3 +24,19 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(where), new)
 
     return __getattr__
+
+
+def renamed_argument(old: str, new: str) -> Callable[[FunctionT], FunctionT]:
+    """Return a decorator that passes the keyword argument ``old`` on as ``new``."""
+
+    def decorate(function: FunctionT) -> FunctionT:
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            if old in options:
+                warnings.warn(f"{function.__qualname__}({old}=) is now {new}=", DeprecationWarning, stacklevel=2)
+                options[new] = options.pop(old)
+            return function(*args, **options)
+
+        return call  # type: ignore[return-value]
+
+    return decorate

@@ -6,6 +6,7 @@ image contributes 0.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, cast
 
@@ -52,6 +53,14 @@ class _BinaryLayer(PartPipeline):
         nn.Module.__init__(layer)
         layer._build(plain, get_method(method), context, parts, had_bias)
         return layer.train(plain.training)
+
+    @classmethod
+    def from_parts(cls: type[LayerT], plain: Any, method: Method, parts: Parts, *, had_bias: bool) -> LayerT:
+        """Return a layer of existing parts; deprecated in favour of `from_float`."""
+        message = f"{cls.__name__}.from_parts is now from_float(plain, method, parts=parts, had_bias=had_bias)"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        layer: LayerT = cls.from_float(plain, method, parts=parts, had_bias=had_bias)
+        return layer.eval()
 
     def _build(
         self, plain: Any, method: Method, context: TimestepContext | None, parts: Parts | None = None,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from binarize.deprecation import renamed_argument
 from binarize.kernels import ops, training
 from binarize.kernels.autograd import CompiledNormSiLUFunction, Conv3x3Function, NormSiLUFunction
 from binarize.kernels.bitpack import LANES
@@ -37,6 +38,7 @@ def norm_factors(norm: nn.GroupNorm, x: Tensor, channel_bias: Tensor | None = No
     return ops.norm_factors(x, channel_bias, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
+@renamed_argument("shift", "channel_bias")
 def norm_silu(
     x: Tensor, norm: nn.GroupNorm, dropout: nn.Dropout | None = None, channel_bias: Tensor | None = None
 ) -> Tensor:
