@@ -56,6 +56,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(run("train", "demo").exception, ZeroDivisionError)
 
 
+@pytest.mark.slow
 def test_a_real_process_reports_an_error_in_one_line(model: Path, photos: Path, tmp_path: Path) -> None:
     image = tmp_path / "cut.png"
     image.write_bytes((photos / "p1.png").read_bytes()[:-40])

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from cli_case import WEIGHTS, fails, succeeds
@@ -12,6 +13,7 @@ import binarize
 from binarize.models import SRUNet
 
 
+@pytest.mark.slow
 def test_the_published_figures() -> None:
     for recipe, params, ops in (("bidiffsr_x2", "4.575 M", "36.669 G"), ("sr3_x4", "55.407 M", "176.408 G")):
         output = succeeds("summary", recipe)
@@ -19,6 +21,7 @@ def test_the_published_figures() -> None:
         assert len(output.splitlines()) < 8
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_model_is_the_one_from_python(model: Path, packed: Path) -> None:
     small = ("--size", "32x64", "--format", "json")
     part = json.loads(succeeds("summary", model / "unet", *small))

@@ -52,6 +52,7 @@ ABLATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("structure", "options", "params", "ops"), ABLATIONS.values(), ids=ABLATIONS)
 def test_ablation_rows_as_published(structure, options, params, ops):
     result = binarize.summary(convert(on_meta(**structure), {"name": "bidiffsr", **options}, structure="keep"))

@@ -132,6 +132,7 @@ def test_training_timesteps_come_from_the_argument_the_config_or_are_assumed() -
     assert any("the host takes noise levels" in note for note in noise_levels.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpm_cifar", "unet2d_attention", "stable_diffusion"])
 def test_checkpointing_gives_the_same_gradients_with_two_forwards_before_one_backward(name: str) -> None:
     host, model = built(name)
@@ -150,6 +151,7 @@ def test_checkpointing_gives_the_same_gradients_with_two_forwards_before_one_bac
         torch.testing.assert_close(gradients[1][parameter_name], gradient, rtol=0, atol=1e-10, msg=parameter_name)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager_in_one_graph() -> None:
     host, model = built("unet2d_attention")
     binarize.convert(model.double().eval(), "bidiffsr", **host.options)

@@ -68,6 +68,7 @@ def test_a_host_of_ones_own() -> None:
         binarize.register_host("nonsense")(HalvingNet)  # type: ignore[type-var]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["convert", "hosts"])
 def test_the_how_to_runs_as_it_stands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in ("timm", "torchvision"):

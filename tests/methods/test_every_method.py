@@ -157,6 +157,7 @@ def assert_compiled_equals_eager(model: nn.Module, backend: str) -> None:
         binarize.training_step(twin, 0.6)
 
 
+@pytest.mark.slow
 @every_method
 def test_compiled_without_a_graph_break_equals_eager(method):
     assert_compiled_equals_eager(small(method), "aot_eager")
@@ -172,6 +173,7 @@ def test_compiled_by_inductor_equals_eager():
     assert_compiled_equals_eager(model, "inductor")
 
 
+@pytest.mark.slow
 @every_method
 def test_gradient_checkpointing_gives_the_same_gradients(method):
     model = tiny(method).double()

@@ -112,6 +112,7 @@ def test_a_broken_config_json_is_refused(folder: Path, text: str) -> None:
     assert_error("must hold a JSON object; got int" if text == "5" else "is not valid JSON", binarize.load, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -30,6 +30,7 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_importing_binarize_imports_no_heavy_package_beyond_torch() -> None:
     script = "import sys, torch; a = set(sys.modules); import binarize; print(*(set(sys.modules) - a))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -59,7 +59,6 @@ def test_the_snippet_on_evaluation_runs(folder: Path) -> None:
     assert (folder / "results" / "evaluation.csv").is_file()
 
 
-@pytest.mark.slow
 def test_the_tutorial_runs(folder: Path) -> None:
     code = snippets("docs/tutorial.md")
     assert '"max_train_steps=600"' in code

@@ -231,7 +231,6 @@ def test_chosen_cells_are_run_alone(pictures: Path, tmp_path: Path) -> None:
     assert_error(r"only: no cell matches 'bnn'; there are method=bnn, method=bidiffsr", ablate, study, only=["bnn"])
 
 
-@pytest.mark.slow
 def test_lpips_is_measured_once_available(pictures, tmp_path, monkeypatch, shared):
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
     backbone = shared / "metrics" / "squeeze.backbone.pth"

@@ -70,7 +70,6 @@ def test_schedules_are_the_documented_curves() -> None:
         np.testing.assert_allclose(found, np.where(steps < 5, 1e-2 * steps / 5, falling), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_compiled_network_learns_the_same(accumulation: int, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = (*SMALLEST, f"gradient_accumulation_steps={accumulation}")

@@ -50,6 +50,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 20_000, 300_000])
 def test_a_full_disk_leaves_the_last_checkpoint(size: int, recipe: Any, trained: Any, tmp_path: Path) -> None:
     folder = tmp_path / "full"

@@ -88,6 +88,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(signum, overrides, recipe, monke
     assert losses[2:] == resumed_losses
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("timesteps_per", ["sample", "batch"])
 def test_accumulated_passes_equal_one_large_batch(timesteps_per: str, trained: Any) -> None:
