@@ -54,6 +54,16 @@ def meta_copy(model: ModelT) -> ModelT:
     return copy.deepcopy(model, memo)
 
 
+def call_arguments(given: Any, caller: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments for a forward from a tensor, a tuple of arguments or a dict."""
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, Tensor | list | tuple):
+        return (given,) if isinstance(given, Tensor) else tuple(given), {}
+    kind = type(given).__name__
+    raise BinarizeError(f"{caller}: example_inputs must be a tensor, a tuple of arguments or a dict; got {kind}.")
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """Return a tensor that PyTorch allocated itself: a copy of one that lies in a memory-mapped file.
 

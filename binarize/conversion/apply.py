@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from binarize.conversion.convert import convert
+from binarize.conversion.convert import repeat
 from binarize.conversion.packing import pack
-from binarize.conversion.record import FORMAT, conversion, is_converted
+from binarize.conversion.record import FORMATS, conversion, is_converted
 from binarize.errors import BinarizeError
 from binarize.files import write_text_atomic
 from binarize.layers.parts import named_by_a_file
@@ -27,13 +27,17 @@ def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
         raise BinarizeError(f"the model has packed format {packed!r}; this version of binarize reads {PACKED_FORMAT}.")
     if "unsaveable" in options:
         raise BinarizeError(f"this conversion was not saveable: {options['unsaveable']}")
-    if version != FORMAT:
-        raise BinarizeError(f"the conversion has format {version!r}; this version of binarize reads format {FORMAT}.")
+    if version not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise BinarizeError(f"the conversion has format {version!r}; this version of binarize reads formats {known}.")
+    binary = options.pop("binary", None) if version == FORMATS[1] else None
+    if version == FORMATS[1] and not (isinstance(binary, list) and all(isinstance(name, str) for name in binary)):
+        raise BinarizeError(f"the conversion must list the names of its binary layers; got {binary!r}.")
     unknown = sorted(set(options) - _KEYS)
     if unknown or "method" not in options:
         raise BinarizeError(f"the conversion has unknown or missing keys: {', '.join(unknown) or 'method'}.")
     with named_by_a_file():
-        convert(model, options.pop("method"), **options)
+        repeat(model, options.pop("method"), binary, **options)
     if packed is not None:
         pack(model)
 

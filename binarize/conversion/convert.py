@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from binarize.conversion.record import RECORD, Conversion, conversion, is_converted, record_config
 from binarize.conversion.report import ConversionReport, ReportRow
+from binarize.conversion.rules_0_1 import selected_by_0_1
 from binarize.conversion.selection import Decision, Selection, Selector, select
 from binarize.errors import BinarizeError
 from binarize.hosts import Edit, Host, find_host
@@ -22,6 +24,7 @@ MethodLike = str | Method | Mapping[str, Any]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 DEFAULT_TIMESTEPS = 1000
+STRUCTURES = ("auto", "keep", "cp_cs", "contract")
 _WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
@@ -34,6 +37,7 @@ def convert(
     overrides: Mapping[str, Any] | None = None,
     linear: bool | Sequence[str] = False,
     num_train_timesteps: int | None = None,
+    example_inputs: Any = None,
 ) -> ModelT:
     """Binarize a network in place and return it.
 
@@ -44,7 +48,8 @@ def convert(
         method: A method's name ("bidiffsr"), an instance (``methods.bidiffsr(groups=2)``) or
             ``{"name": ..., **options}``.
         structure: "auto" (CP-Down, CP-Up and CS-Fusion for "bidiffsr" if the host is known, else the host's own),
-            "cp_cs" (for any method) or "keep" (convolutions only).
+            "cp_cs" (for any method), "contract" (the same blocks in the form that keeps the shape of every block's
+            output; diffusers' U-Nets) or "keep" (convolutions only).
         keep: Glob patterns on module names, or predicates ``f(name, module)``. A matching module and everything below
             it stays full precision. ``*`` matches dots as well.
         overrides: Pattern to another method, to options of the method (``{"groups": 2}``), or to None for full
@@ -52,39 +57,92 @@ def convert(
             pattern matches them. If several patterns match, the last one counts.
         linear: Convert linear layers too: True for all but time embeddings, attention and the last, or patterns.
         num_train_timesteps: T of the noise schedule, for hosts whose configuration does not have it; 1000 if not given.
+        example_inputs: Inputs of the model's forward: a tensor, a tuple of arguments or a dict of keyword arguments. A
+            forward on the meta device, in which values do not matter, finds the layers that read the input, give the
+            output or process the timestep. By default the inputs are guessed.
 
     Raises:
         BinarizeError: If the method, an option or a pattern does not fit, a pattern matches nothing, nothing would be
             replaced, or the model is already converted.
     """
+    return _convert(
+        model,
+        method,
+        _Given(),
+        structure=structure,
+        keep=keep,
+        overrides=overrides,
+        linear=linear,
+        num_train_timesteps=num_train_timesteps,
+        example_inputs=example_inputs,
+    )
+
+
+def repeat(model: ModelT, method: MethodLike, binary: Sequence[str] | None, **options: Any) -> ModelT:
+    """Repeat a recorded conversion with the layers that were ``binary``, or with those that 0.1 selected if None."""
+    return _convert(model, method, _Given(binary=binary, selected_by_0_1=binary is None), **options)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a conversion knows besides its arguments: the model of which it gets a copy, or a saved model's record."""
+
+    original: nn.Module | None = None
+    binary: Sequence[str] | None = None
+    selected_by_0_1: bool = False
+
+
+def _convert(
+    model: ModelT,
+    method: MethodLike,
+    given: _Given,
+    *,
+    structure: str = "auto",
+    keep: Any = None,
+    overrides: Any = None,
+    linear: Any = False,
+    num_train_timesteps: int | None = None,
+    example_inputs: Any = None,
+) -> ModelT:
     method = get_method(method)
     _check_model(model)
-    if structure not in ("auto", "keep", "cp_cs"):
-        raise BinarizeError(f"structure must be 'auto', 'keep' or 'cp_cs'; got {structure!r}.")
+    if structure not in STRUCTURES:
+        known = ", ".join(map(repr, STRUCTURES))
+        raise BinarizeError(f"structure must be one of {known}; got {structure!r}.")
     if num_train_timesteps is not None and (not isinstance(num_train_timesteps, int) or num_train_timesteps < 1):
         raise BinarizeError(f"num_train_timesteps must be a whole number of at least 1; got {num_train_timesteps!r}.")
     host = find_host(model)
+    host.example_inputs, host.original = example_inputs, given.original
     structure = _resolve_structure(model, method, host, structure)
     with ExitStack() as undo:
         _restore_config(model, undo)
         notes = host.notes(model, structure)
-        edits = host.rewire(model) if structure == "cp_cs" and not host.rewired(model) else []
-        original = {id(module) for module in model.modules()}
+        edits = [] if structure == "keep" or host.rewired(model) else host.edits(model, structure)
+        before = {id(module) for module in model.modules()}
+        parameters = _sizes(model)
         for edit in edits:
             undo.callback(model.set_submodule, edit.path, model.get_submodule(edit.path))
             model.set_submodule(edit.path, edit.module)
         if edits:
             host.after_rewire(model)
+            notes += _discarded(parameters, _sizes(model))
         selection = Selection.of(model, method, keep, overrides, linear)
-        decisions = select(model, method, selection, host.full_precision(model, method))
+        defaults = {**host.embeddings(model), **host.full_precision(model, method)}
+        notes += host.role_notes()
+        selected_before = selected_by_0_1(model, host, method, selection)
+        saved = selected_before if given.selected_by_0_1 else given.binary
+        decisions = select(model, method, selection, defaults, saved)
+        binary_names = [d.names[0] for d in decisions if d.method is not None]
+        share = _share(model, method, selection, defaults, decisions)
         context, steps = _timestep_context(model, host, decisions, num_train_timesteps, notes)
         binary = {id(d.layer): _binary_layer(d.layer, d.method, context) for d in decisions if d.method is not None}
         for name, old in replace_modules(model, binary):
             undo.callback(model.set_submodule, name, old)
-        rows = (*_structure_rows(edits, original), *(_row(decision, original) for decision in decisions))
-        report = ConversionReport(method.name, host.name, host.structure(model), rows, tuple(notes))
+        rows = (*_structure_rows(edits, before), *(_row(decision, before) for decision in decisions))
+        report = ConversionReport(method.name, host.name, host.structure(model), rows, tuple(notes), **share)
         chosen = list(selection.keep), selection.overrides, selection.linear
-        record = Conversion(method, structure, *chosen, steps, report, context)
+        pinned = None if set(binary_names) == selected_before else binary_names
+        record = Conversion(method, structure, *chosen, steps, report, context, pinned=pinned)
         if context is not None:
             context.attach(model)
         undo.pop_all()  # the conversion has succeeded
@@ -95,9 +153,9 @@ def convert(
 
 def plan(model: nn.Module, method: MethodLike, **options: Any) -> ConversionReport:
     """Return the report that `convert` would give for the same arguments, without changing the model."""
-    twin = meta_copy(model)
+    twin, given = meta_copy(model), _Given(original=model)
     with torch.device("meta"):
-        convert(twin, method, **options)
+        _convert(twin, method, given, **options)
     return conversion(twin).report
 
 
@@ -148,10 +206,39 @@ def _wrapper(module: nn.Module) -> str | None:
 
 def _resolve_structure(model: nn.Module, method: Method, host: Host, structure: str) -> str:
     if host.rewired(model):  # converted before and reverted: the structure of before is gone
-        return "cp_cs"
+        return host.rewired_structure(model)
     if structure == "auto":
         return "cp_cs" if method.default_structure == "cp_cs" and host.has_structure(model) else "keep"
     return structure
+
+
+def _sizes(model: nn.Module) -> dict[int, int]:
+    return {id(parameter): parameter.numel() for parameter in model.parameters()}
+
+
+def _discarded(before: Mapping[int, int], after: Mapping[int, int]) -> list[str]:
+    """Return a note on how many of the host's weights are not in the rewired model."""
+    total, lost = sum(before.values()), sum(size for key, size in before.items() if key not in after)
+    if not lost:
+        return []
+    return [
+        f"the new blocks replace {100 * lost / total:.0f}% of the host's weights ({lost:,} of {total:,} parameters) by "
+        "freshly initialized ones; structure='keep' keeps all of them"
+    ]
+
+
+def _share(
+    model: nn.Module, method: Method, selection: Selection, defaults: Mapping[str, str], decisions: Sequence[Decision]
+) -> dict[str, int]:
+    """Return the report's numbers of parameters: all, the binary ones, and the binary ones under linear=True."""
+
+    def count(found: Sequence[Decision]) -> int:
+        weights = {id(d.layer.weight): cast(Tensor, d.layer.weight).numel() for d in found if d.method is not None}
+        return sum(weights.values())
+
+    binary = count(decisions)
+    widened = decisions if selection.linear is not False else select(model, method, selection.with_linear(), defaults)
+    return {"parameters": sum(_sizes(model).values()), "binary_parameters": binary, "with_linear": count(widened)}
 
 
 def _restore_config(model: Any, undo: ExitStack) -> None:
@@ -184,20 +271,20 @@ def _binary_layer(layer: nn.Module, method: Method, context: TimestepContext | N
         return BinaryLinear.from_float(cast(nn.Linear, layer), method, context)
 
 
-def _structure_rows(edits: Sequence[Edit], original: set[int]) -> Iterator[ReportRow]:
+def _structure_rows(edits: Sequence[Edit], before: set[int]) -> Iterator[ReportRow]:
     for edit in edits:
         for name, module in edit.module.named_modules(prefix=edit.path):
-            if id(module) not in original and isinstance(module, CPDown | CPUp | CSFusion):
+            if id(module) not in before and isinstance(module, CPDown | CPUp | CSFusion):
                 fusion = f", {module.form} fusion" if isinstance(module, CSFusion) else ""
                 yield ReportRow(name, type(module).__name__, "new", f"{edit.note}{fusion}")
 
 
-def _row(decision: Decision, original: set[int]) -> ReportRow:
+def _row(decision: Decision, before: set[int]) -> ReportRow:
     layer, weight = decision.layer, cast(Tensor, decision.layer.weight)
     kind = f"{type(layer).__name__} {'x'.join(map(str, weight.shape))}"
     if decision.method is None:
         return ReportRow(decision.names[0], kind, "kept", decision.reason, weight.numel())
-    new = "" if id(layer) in original else ", freshly initialized"
+    new = "" if id(layer) in before else ", freshly initialized"
     return ReportRow(decision.names[0], kind, "binary", _describe(layer, decision.method) + new, weight.numel())
 
 

@@ -15,12 +15,16 @@ from binarize.packed.files import PACKED_FORMAT
 from binarize.timestep import TimestepContext
 
 RECORD = "_binarize_conversion"
-FORMAT = 1
+FORMATS = (1, 2)  # 1: the rules of 0.1 select the layers; 2: the names of the binary layers are recorded
 
 
 @dataclass
 class Conversion:
-    """The resolved arguments of `convert` and its results; a predicate in ``keep`` becomes the names it selected."""
+    """The resolved arguments of `convert` and its results; a predicate in ``keep`` becomes the names it selected.
+
+    ``pinned`` are the names of the binary layers if the rules of 0.1 would select other ones: so a saved model does not
+    depend on the rules of the version that loads it.
+    """
 
     method: Method
     structure: str
@@ -31,11 +35,12 @@ class Conversion:
     report: ConversionReport
     context: TimestepContext | None = None
     packed: bool = False
+    pinned: list[str] | None = None
 
     def to_config(self) -> dict[str, Any]:
         """Return the arguments with which `convert` repeats this conversion, as plain JSON types."""
         config = {
-            "format": FORMAT,
+            "format": FORMATS[0] if self.pinned is None else FORMATS[1],
             "method": self.method.to_config(),
             "structure": self.structure,
             "keep": list(self.keep),
@@ -43,6 +48,8 @@ class Conversion:
             "linear": self.linear,
             "num_train_timesteps": self.num_train_timesteps,
         }
+        if self.pinned is not None:
+            config["binary"] = list(self.pinned)
         return {**config, "packed": PACKED_FORMAT} if self.packed else config
 
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from binarize.tables import Column, Table
 
+_WORTH_SAYING = 0.1  # the share of all parameters that linear=True must add to be mentioned
+
 Action = Literal["binary", "kept", "new"]
 
 
@@ -26,13 +28,24 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every module that a conversion examined, and remarks on the whole model; str() gives a table for a terminal."""
+    """Every module that a conversion examined, and remarks on the whole model; str() gives a table for a terminal.
+
+    Attributes:
+        rows: One `ReportRow` for each layer and each new block.
+        notes: Remarks on the whole model.
+        parameters: Number of all parameters of the model before its layers became binary.
+        binary_parameters: Number of those that are binary weights.
+        with_linear: Number of those that would be binary weights under ``linear=True``.
+    """
 
     method: str
     host: str
     structure: str
     rows: tuple[ReportRow, ...]
     notes: tuple[str, ...] = ()
+    parameters: int = 0
+    binary_parameters: int = 0
+    with_linear: int = 0
 
     @property
     def replaced(self) -> list[ReportRow]:
@@ -55,12 +68,19 @@ class ConversionReport:
         total = sum(row.weights for row in self.rows if row.action != "new")
         return sum(row.weights for row in self.replaced) / total if total else 0.0
 
+    @property
+    def parameter_share(self) -> float:
+        """Share of all parameters of the model that are binary weights."""
+        return self.binary_parameters / self.parameters if self.parameters else 0.0
+
     def __str__(self) -> str:
         counts = Counter(row.action for row in self.rows)
         head = (
             f"{self.method} on {self.host}, structure {self.structure}: {counts['binary']} layers binary "
-            f"({100 * self.binary_share:.1f}% of the weights), {counts['kept']} kept, {counts['new']} new blocks"
+            f"({100 * self.parameter_share:.1f}% of all parameters), {counts['kept']} kept, {counts['new']} new blocks"
         )
+        if self.with_linear - self.binary_parameters >= _WORTH_SAYING * self.parameters > 0:
+            head += f"; linear=True would make {100 * self.with_linear / self.parameters:.1f}% binary"
         table = self._table(str).to_text(header=False) if self.rows else ""
         return "\n".join([head, *(f"note: {note}" for note in self.notes), table]).rstrip()
 

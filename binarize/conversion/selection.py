@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import glob
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +15,6 @@ from binarize.modules import matches, prefixes
 
 Selector = str | Callable[[str, nn.Module], bool]
 
-_TIME_PATH = re.compile(r"(^|\.)(time|timestep|t_emb|emb_|embed|class_emb|label_emb|add_emb|noise|temb)")
 _CONVOLUTION = nn.modules.conv._ConvNd
 
 
@@ -37,6 +35,10 @@ class Selection:
     keep: dict[str, str]
     overrides: dict[str, Method | None]
     linear: bool | list[str]
+
+    def with_linear(self) -> Selection:
+        """Return the selection with linear=True."""
+        return replace(self, linear=True)
 
     @classmethod
     def of(cls, model: nn.Module, method: Method, keep: Any, overrides: Any, linear: Any) -> Selection:
@@ -78,23 +80,45 @@ def _override(pattern: str, value: Any, method: Method) -> Method | None:
     raise BinarizeError(f"overrides[{pattern!r}] must be a method, a mapping of options or None; got {value!r}.")
 
 
-def select(model: nn.Module, method: Method, selection: Selection, defaults: Mapping[str, str]) -> list[Decision]:
-    """Return a decision for every convolution and linear layer, in the model's order.
-
-    ``defaults`` maps modules that stay full precision by default, with all layers below them, to the reason.
-    """
-    layers: dict[int, tuple[nn.Module, list[str]]] = {}
+def examined(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
+    """Return the names and the module of everything that a conversion decides on, in the model's order."""
+    layers: dict[int, tuple[list[str], nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name and isinstance(module, _CONVOLUTION | nn.Linear):
-            layers.setdefault(id(module), (module, []))[1].append(name)
-    _check_patterns(selection, list(layers.values()))
-    unknown = defaults.keys() - {name for name, _ in model.named_modules(remove_duplicate=False)}
-    if unknown:
+            layers.setdefault(id(module), ([], module))[0].append(name)
+    return list(layers.values())
+
+
+def select(
+    model: nn.Module,
+    method: Method,
+    selection: Selection,
+    defaults: Mapping[str, str],
+    pinned: Collection[str] | None = None,
+) -> list[Decision]:
+    """Return a decision for every layer that is examined.
+
+    ``defaults`` maps modules that stay full precision by default, with all layers below them, to the reason.
+    ``pinned`` are the names of the layers that become binary whatever the rules for that are: those of a saved model.
+    """
+    layers = examined(model)
+    _check_patterns(selection, layers)
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if unknown := defaults.keys() - known:
         raise BinarizeError(f"the host keeps modules that {type(model).__name__} does not have: {sorted(unknown)}.")
-    decisions = [
-        Decision(tuple(names), layer, *_decide(names, layer, method, selection, defaults))
-        for layer, names in layers.values()
-    ]
+    if pinned is not None and (missing := set(pinned) - known):
+        raise BinarizeError(
+            f"the conversion names layers that {type(model).__name__} does not have: {sorted(missing)}."
+        )
+    decisions = []
+    for names, layer in layers:
+        unsupported = _unsupported(layer)
+        chosen, reason = decide(names, layer, method, selection, defaults, unsupported)
+        if pinned is not None:
+            if unsupported and any(name in pinned for name in names):
+                raise BinarizeError(f"{names[0]!r} is binary in the saved model, but here: {unsupported}.")
+            chosen, reason = _pin(names, chosen, reason, method, selection, pinned)
+        decisions.append(Decision(tuple(names), layer, chosen, reason))
     if all(decision.method is None for decision in decisions):
         reasons = "; ".join(sorted({decision.reason for decision in decisions}))
         raise BinarizeError(
@@ -105,14 +129,31 @@ def select(model: nn.Module, method: Method, selection: Selection, defaults: Map
     return decisions
 
 
-def _check_patterns(selection: Selection, layers: list[tuple[nn.Module, list[str]]]) -> None:
+def _pin(
+    names: Sequence[str],
+    chosen: Method | None,
+    reason: str,
+    method: Method,
+    selection: Selection,
+    pinned: Collection[str],
+) -> tuple[Method | None, str]:
+    """Return the decision of a saved model, with the reason of today's rules where they agree."""
+    if not any(name in pinned for name in names):
+        return None, reason if chosen is None else "full precision in the saved model"
+    if chosen is not None:
+        return chosen, ""
+    override = _override_of(names, selection)
+    return (method if override is None else selection.overrides[override]), ""
+
+
+def _check_patterns(selection: Selection, layers: list[tuple[list[str], nn.Module]]) -> None:
     linear = [] if isinstance(selection.linear, bool) else selection.linear
     keep = [pattern for pattern, reason in selection.keep.items() if reason != "keep predicate"]
     for pattern in [*keep, *selection.overrides, *linear]:
         kind: type = nn.Linear if pattern in linear else nn.Module
-        if not any(isinstance(layer, kind) and _any_matches(pattern, names) for layer, names in layers):
+        if not any(isinstance(layer, kind) and _any_matches(pattern, names) for names, layer in layers):
             what = "linear layer" if pattern in linear else "convolution or linear layer"
-            examples = [name for _, names in layers for name in names][:3]
+            examples = [name for names, _ in layers for name in names][:3]
             raise BinarizeError(
                 f"the pattern {pattern!r} matches no {what}; names look like {', '.join(examples)}. "
                 "`binarize.plan(model, method)` lists them all."
@@ -123,16 +164,26 @@ def _any_matches(pattern: str, names: Sequence[str]) -> bool:
     return any(matches(pattern, name) for name in names)
 
 
-def _decide(
-    names: Sequence[str], layer: nn.Module, method: Method, selection: Selection, defaults: Mapping[str, str]
+def _override_of(names: Sequence[str], selection: Selection) -> str | None:
+    return next((pattern for pattern in reversed(selection.overrides) if _any_matches(pattern, names)), None)
+
+
+def decide(
+    names: Sequence[str],
+    layer: nn.Module,
+    method: Method,
+    selection: Selection,
+    defaults: Mapping[str, str],
+    unsupported: str | None,
 ) -> tuple[Method | None, str]:
+    """Return the method of a layer, or None and the reason; ``unsupported`` says why it has no binary form."""
     for pattern, reason in selection.keep.items():
         if _any_matches(pattern, names):
             return None, reason
-    override = next((pattern for pattern in reversed(selection.overrides) if _any_matches(pattern, names)), None)
+    override = _override_of(names, selection)
     if override is not None and selection.overrides[override] is None:
         return None, f"overrides[{override!r}] is None"
-    if unsupported := _unsupported(layer):
+    if unsupported:
         return None, unsupported
     if override is not None:
         return selection.overrides[override], ""
@@ -140,9 +191,7 @@ def _decide(
     if is_linear and not isinstance(linear, bool) and any(_any_matches(pattern, names) for pattern in linear):
         return method, ""
     reason = next((defaults[prefix] for name in names for prefix in prefixes(name) if prefix in defaults), "")
-    if is_linear and not reason and any(_TIME_PATH.search(name) for name in names):
-        reason = "time or class embedding"
-    elif is_linear and not reason and linear is not True:
+    if is_linear and not reason and linear is not True:
         reason = "linear layer (convert with linear=True or patterns)"
     return None if reason else method, reason
 

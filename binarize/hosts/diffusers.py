@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from binarize.errors import BinarizeError
-from binarize.hosts.base import Edit, Host, register_host
+from binarize.hosts.base import Edit, Host, named_embeddings, register_host
 from binarize.methods import Method
 
 # Blocks whose skips are the outputs of their resnet blocks and of their downsampler, each concatenated separately.
@@ -25,7 +25,7 @@ class DiffusersUNetHost(Host):
     The structure pass gives one of two forms. If each level is twice as wide as the one before and every level is
     resampled by one convolution, it is the *published* form: CP-Down doubles the width, CP-Up halves it, and skips have
     the decoder's width. Otherwise it is the *contract* form: CP-Down and CP-Up keep the width, so that every block's
-    output keeps its shape, and fusions have the widths of their inputs.
+    output keeps its shape, and fusions have the widths of their inputs. It can also be asked for.
     """
 
     @classmethod
@@ -55,11 +55,12 @@ class DiffusersUNetHost(Host):
         notes = []
         if cast(Any, model).config.get("time_embedding_type") == "fourier":
             notes.append("the host takes noise levels (fourier embedding), while timestep groups count schedule steps")
-        if structure != "cp_cs" or self.rewired(model):
+        if structure == "keep" or self.rewired(model):
             return notes
         notes.append(
-            "published form: widths double, so CP-Down doubles and CP-Up halves them"
-            if _doubles(model)
+            "published form: widths double, so CP-Down doubles and CP-Up halves them. Blocks change the shape of their "
+            "output, so ControlNet and adapters of the host no longer fit; structure='contract' keeps the shapes"
+            if structure == "cp_cs" and _doubles(model)
             else "contract form: CP-Down and CP-Up keep the width, every block's output keeps its shape"
         )
         notes += [f"{path} keeps its structure: {reason}" for path, reason in _resamplers(model)[1].items()]
@@ -68,22 +69,43 @@ class DiffusersUNetHost(Host):
         return notes
 
     def rewire(self, model: nn.Module) -> list[Edit]:
-        """Return the replacements by CP-Down, CP-Up and CS-Fusion."""
+        """Return the replacements by CP-Down, CP-Up and CS-Fusion, in the published form if it fits."""
+        return self._form(model, published=_doubles(model))
+
+    def rewire_contract(self, model: nn.Module) -> list[Edit]:
+        """Return the replacements of the contract form."""
+        return self._form(model, published=False)
+
+    def rewired_structure(self, model: nn.Module) -> str:
+        """Return the form of a rewired model, which its resamplers show."""
+        resamplers = [m for m in model.modules() if type(m).__name__ in ("CPDownsample2D", "CPUpsample2D")]
+        published = any(len(cast(nn.ModuleList, module.convs)) == 2 for module in resamplers)
+        return "cp_cs" if published else "contract"
+
+    def _form(self, model: nn.Module, published: bool) -> list[Edit]:
         if not self.has_structure(model):
             kinds = sorted({type(block).__name__ for block in _blocks(model)})
             raise BinarizeError(
                 f"{type(model).__name__} has no block that takes CP-Down, CP-Up or CS-Fusion; its blocks are "
                 f"{', '.join(kinds)}. Use structure='keep'."
             )
-        return list(_edits(model, published=_doubles(model)))
+        return list(_edits(model, published))
 
     def decoder_levels(self, model: nn.Module) -> list[str]:
         """Return the resnet blocks of each up block, the finest first."""
         return [f"up_blocks.{i}.resnets" for i in reversed(range(len(cast(Any, model).config["block_out_channels"])))]
 
+    def heads(self, model: nn.Module) -> dict[str, str]:
+        """Return the two convolutions by their names."""
+        return {"conv_in": "first convolution", "conv_out": "last convolution"}
+
+    def embeddings(self, model: nn.Module) -> dict[str, str]:
+        """Return embeddings by their names."""
+        return named_embeddings(model)
+
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Keep first and last convolution, embeddings of time and class, and attention, but not feed-forward layers."""
-        kept = {"conv_in": "first convolution", "conv_out": "last convolution"}
+        kept = self.heads(model)
         embeddings = ("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj")
         for name, module in model.named_modules():
             kind = type(module).__name__

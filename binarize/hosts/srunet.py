@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from binarize.hosts.base import Edit, Host, register_host
+from binarize.hosts.base import Edit, Host, named_embeddings, register_host
 from binarize.methods import Method
 
 
@@ -65,9 +65,17 @@ class SRUNetHost(Host):
         """Return the blocks of each level."""
         return [f"decoder.{level}.blocks" for level in range(len(_config(model)["channel_mults"]))]
 
+    def heads(self, model: nn.Module) -> dict[str, str]:
+        """Return the two convolutions by their names."""
+        return {"conv_in": "first convolution", "conv_out": "last convolution"}
+
+    def embeddings(self, model: nn.Module) -> dict[str, str]:
+        """Return embeddings by their names."""
+        return named_embeddings(model)
+
     def full_precision(self, model: nn.Module, method: Method) -> dict[str, str]:
         """Keep first and last convolution, attention, and by default BI-DiffSR's two finest decoder levels."""
-        kept = {"conv_in": "first convolution", "conv_out": "last convolution", "time_mlp": "time embedding"}
+        kept = {**self.heads(model), "time_mlp": "time embedding"}
         attention = [name for name, module in model.named_modules() if type(module).__name__ == "SelfAttention"]
         kept |= dict.fromkeys(attention, "attention projection")
         return kept | self.full_precision_levels(model, method, default=(0, 1))

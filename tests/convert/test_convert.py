@@ -79,7 +79,7 @@ def test_other_methods_and_keep_leave_the_structure():
         ({"name": "bidiffsr", "group": 3}, {}, "unknown option 'group'; options: .*Did you mean 'groups'"),
         ({"groups": 3}, {}, "needs a 'name'"),
         (3, {}, "must be a name, a Method or a mapping"),
-        ("bidiffsr", {"structure": "cs"}, "structure must be 'auto', 'keep' or 'cp_cs'; got 'cs'"),
+        ("bidiffsr", {"structure": "cs"}, "structure must be one of 'auto', 'keep', 'cp_cs', 'contract'; got 'cs'"),
         ("bidiffsr", {"keep": ["nothing.*"]}, r"pattern 'nothing\.\*' matches no convolution"),
         ("bidiffsr", {"keep": [lambda n, m: False]}, "predicate .* in keep matches no module"),
         ("bidiffsr", {"keep": [3]}, "keep takes glob patterns and predicates"),

@@ -115,7 +115,12 @@ def test_a_conversion_that_no_file_can_name_is_refused_before_writing(tmp_path):
 @pytest.mark.parametrize(
     ("conversion", "message"),
     [
-        ({"format": 2, "method": {"name": "bbcu"}}, "has format 2; this version of binarize reads format 1"),
+        ({"format": 3, "method": {"name": "bbcu"}}, "has format 3; this version of binarize reads formats 1 and 2"),
+        ({"format": 2, "method": {"name": "bbcu"}}, "must list the names of its binary layers; got None"),
+        (
+            {"format": 2, "binary": ["middle.9"], "method": {"name": "bbcu"}},
+            r"layers that SRUNet does not .*'middle\.9'",
+        ),
         ({"format": 1}, "unknown or missing keys: method"),
         ({"format": 1, "method": {"name": "bbcu"}, "extra": 1}, "unknown or missing keys: extra"),
         ({"format": 1, "method": {"name": "future"}}, "unknown method 'future'"),

@@ -1,0 +1,274 @@
+"""The roles of a network's layers: which read its input, which give its output, which see only its conditioning.
+
+One forward on the meta device records an autograd graph and computes nothing; the graph tells what each layer reads.
+Where that forward is not possible the numbers of channels decide, and else the order of registration.
+"""
+
+import copy
+import inspect
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from binarize.errors import BinarizeError
+from binarize.modules import call_arguments, meta_copy, prefixes
+from binarize.timestep import timestep_argument
+
+Convolution = nn.modules.conv._ConvNd
+_Layers = dict[Any, tuple[str, nn.Module, int]]  # by the node of each output: name, layer, dimensions; as called
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+_LABELS = ("class_labels", "class_label", "labels", "classes", "y")
+_SIZES = ("image_size", "img_size", "img_resolution", "sample_size", "resolution")
+_MOST_CALLS = 20_000  # calls of layers: a forward that is a whole sampler is not followed to its end
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The names of layers by their role, and ``by`` what it was found: "forward", "channels" or "order".
+
+    Attributes:
+        inputs: Layers that read the model's input, and of other layers only what does not depend on it.
+        outputs: Layers whose output becomes the model's output, and that no other layer reads.
+        embeddings: Layers with an output of two dimensions that does not depend on the model's input: they process the
+            timestep, a class or another condition. Only a forward finds them.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    by: str
+
+
+def find_roles(
+    model: nn.Module, example_inputs: Any = None, known: Sequence[str] = (), original: nn.Module | None = None
+) -> Roles:
+    """Return the roles of the layers of a model, which is not changed.
+
+    Args:
+        model: The network.
+        example_inputs: Inputs of its forward: a tensor, a tuple of arguments or a dict of keyword arguments. By default
+            they are guessed from the signature of the forward.
+        known: Names of modules whose role is known, as that of zero convolutions that give a network's output.
+        original: The model that has values, if ``model`` is on the meta device. A copy of it runs if a forward on the
+            meta device is not possible with ``example_inputs``.
+
+    Raises:
+        BinarizeError: If the model cannot run on ``example_inputs``.
+    """
+    if example_inputs is not None:
+        return _by_example(model, call_arguments(example_inputs, "convert"), original)
+    return _by_guess(model) or _by_channels(model, known) or _by_order(model)
+
+
+def _by_example(model: nn.Module, call: Call, original: nn.Module | None) -> Roles:
+    error: Exception | None = None
+    for duplicate in (meta_copy, copy.deepcopy):  # some networks look at the values of their inputs
+        try:
+            return _Probe(duplicate(model if original is None else original)).roles(call)
+        except Exception as failure:
+            error = failure
+    problem = f"{type(model).__name__} cannot run on example_inputs: {type(error).__name__}: {error}"
+    raise BinarizeError(f"convert: {problem}. Pass example_inputs that its forward accepts.") from error
+
+
+def _by_guess(model: nn.Module) -> Roles | None:
+    """Return the roles that a forward with guessed inputs shows, or None if none of the guesses fits."""
+    failures: dict[str, torch.Size] = {}
+    try:
+        probe = _Probe(meta_copy(model))
+        for call in _guessed_calls(model):
+            shape = call[0][0].shape
+            try:
+                return probe.roles(call)
+            except Exception as error:  # a foreign forward, called with guesses, can fail in every way
+                if failures.setdefault(str(error), shape) != shape:  # the image makes no difference
+                    return None
+    except Exception:  # a module that cannot be copied, or whose forward has no signature
+        return None
+    return None
+
+
+class _Probe:
+    """Runs a copy of a network, which is changed, and finds the roles of its layers in the autograd graph."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        self.twin = twin.eval().requires_grad_(True)
+        self.layers: _Layers = {}
+        self.images: set[Any] = set()
+        for name, module in twin.named_modules():
+            module._forward_hooks.clear()  # the user's own
+            module._forward_pre_hooks.clear()
+            if getattr(module, "gradient_checkpointing", False) is True:
+                vars(module)["gradient_checkpointing"] = False
+            if _is_layer(module):
+                module.register_forward_hook(partial(self._note, name))
+
+    def _note(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        if len(self.layers) >= _MOST_CALLS:
+            raise RuntimeError(f"more than {_MOST_CALLS} calls of layers")
+        if isinstance(out, Tensor) and out.grad_fn is not None:
+            self.layers[out.grad_fn] = (name, module, out.dim())
+
+    def roles(self, call: Call) -> Roles:
+        """Return the roles that a call of the network shows."""
+        parameter = next(p for p in self.twin.parameters() if p.is_floating_point())
+        rank = max(x.dim() for x in tree_leaves(call) if isinstance(x, Tensor) and x.is_floating_point())
+        self.layers.clear()
+        self.images.clear()
+
+        def prepared(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.detach().to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+            if not value.is_floating_point() or value.dim() < rank:
+                return value
+            image = value.requires_grad_() * 1  # not a leaf, which a forward could not change in place
+            self.images.add(image.grad_fn)
+            return image
+
+        args, kwargs = tree_map(prepared, call)
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), parameter.device:
+            warnings.simplefilter("ignore")
+            outputs = self.twin(*args, **kwargs)
+        return _roles(self.layers, self.images, _tensors(outputs))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Return True for a module that multiplies by a weight, of whatever class."""
+    weighted = any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
+    return weighted and not isinstance(module, nn.Embedding) and not any(module.children())
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    found = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+    return found or [x for x in vars(outputs).values() if isinstance(x, Tensor)]  # a plain dataclass
+
+
+def _roles(layers: _Layers, images: set[Any], outputs: Sequence[Tensor]) -> Roles:
+    first: dict[str, nn.Module] = {}
+    embeddings: dict[str, nn.Module] = {}
+    follows: dict[Any, bool] = {}  # whether a layer's output depends on the model's input
+    read = set()
+    for node, (name, module, dims) in layers.items():
+        sources, sees_input = _sources([edge for edge, _ in node.next_functions], layers, images)
+        inner = any(follows.get(source, False) for source in sources)
+        follows[node] = sees_input or inner
+        read |= sources
+        if sees_input and not inner:
+            first[name] = module
+        if not follows[node] and dims == 2:
+            embeddings[name] = module
+    ends, _ = _sources([x.grad_fn for x in outputs], layers, images)
+    last = [name for node, (name, *_) in layers.items() if node in ends - read]
+    if not first or not last:
+        raise RuntimeError("the forward does not lead from the input to the output")
+    convolutions = [name for name, module in first.items() if any(p.dim() >= 3 for p in module.parameters())]
+    return Roles(tuple(convolutions or first), tuple(dict.fromkeys(last)), tuple(embeddings), "forward")
+
+
+def _sources(start: Sequence[Any], layers: Mapping[Any, Any], images: set[Any]) -> tuple[set[Any], bool]:
+    """Return the layers that nodes of a graph read with no other layer between, and whether they read an image so."""
+    found, seen, stack = set(), set(), list(start)
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in layers:
+            found.add(node)
+        elif node not in images:
+            stack += [edge for edge, _ in node.next_functions]
+    return found, not images.isdisjoint(seen)
+
+
+def _guessed_calls(model: nn.Module) -> Iterator[Call]:
+    """Yield inputs that the forward of a model may accept: an image, a timestep, labels, and None for anything else."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    shapes, timestep = list(_guessed_shapes(model)), timestep_argument(model)
+    labelled = {False, any(parameter.name in _LABELS for parameter in parameters)}
+    dtypes = [torch.long] if timestep is None else [torch.long, torch.float32]
+    for shape, dtype, with_label in itertools.product(shapes, dtypes, sorted(labelled)):
+        kwargs: dict[str, Any] = {}
+        for parameter in parameters[1:]:
+            if timestep is not None and parameter.name == timestep[0]:
+                kwargs[parameter.name] = torch.ones(1, dtype=dtype, device="meta")
+            elif with_label and parameter.name in _LABELS:
+                kwargs[parameter.name] = torch.zeros(1, dtype=torch.long, device="meta")
+            elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                kwargs[parameter.name] = None
+        yield (torch.zeros(shape, device="meta"),), kwargs
+
+
+def _guessed_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Yield shapes of one image, or of a sequence for a network without convolutions: configured widths come first."""
+    convolutions = [module for module in model.modules() if isinstance(module, Convolution)]
+    if not convolutions:
+        widths = dict.fromkeys(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
+        yield from ((1, 16, width) for width in list(widths)[:5])
+        return
+    dims = Counter(module.weight.dim() - 2 for module in convolutions).most_common(1)[0][0]
+    configured = [_setting(model, key) for key in ("in_channels", "channels")]
+    narrowest = sorted({module.in_channels for module in convolutions})[:5]
+    sizes = [*(_setting(model, key) for key in _SIZES), 64, 224]
+    for channels, size in itertools.product(dict.fromkeys([*configured, *narrowest]), dict.fromkeys(sizes)):
+        if channels and size:
+            yield (1, channels, *[size] * dims)
+
+
+def _setting(model: nn.Module, key: str) -> int | None:
+    """Return a number from a model's configuration, or else from its attributes."""
+    config = getattr(model, "config", None)
+    value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+    value = getattr(model, key, None) if value is None and not isinstance(config, Mapping) else value
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _by_channels(model: nn.Module, known: Sequence[str]) -> Roles | None:
+    """Return the convolutions that read or give an image by their channels, or None if their channels do not tell.
+
+    An image has the channels of the model's configuration, or else as many as the narrowest convolution has. They do
+    not tell anything where a convolution keeps them, as those between features do.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Convolution) and not {*prefixes(n)} & {*known}}
+    for squeeze in _squeezes(layers):
+        del layers[squeeze]
+    if not layers:
+        return None
+    found: list[list[str]] = []
+    for key in ("in_channels", "out_channels"):
+        widths = {name: getattr(layer, key) for name, layer in layers.items()}
+        image = _setting(model, key)
+        image = image if image in widths.values() else min(widths.values())
+        ambiguous = any(layer.in_channels == layer.out_channels == image for layer in layers.values())
+        if ambiguous and (key == "in_channels" or not known):
+            return None
+        found.append([] if ambiguous else [name for name, width in widths.items() if width == image])
+    inputs, outputs = found
+    outputs += [name for name in _by_order(model).outputs if isinstance(model.get_submodule(name), nn.Linear)]
+    return Roles(tuple(inputs), tuple(outputs), (), "channels")
+
+
+def _squeezes(layers: Mapping[str, Any]) -> set[str]:
+    """Return the pairs of pointwise convolutions that squeeze the features of a block and restore them."""
+    found = set()
+    pointwise = {n: m for n, m in layers.items() if "." in n and set(m.kernel_size) == {1}}
+    for (one, a), (two, b) in itertools.permutations(pointwise.items(), 2):
+        beside = one.rpartition(".")[0] == two.rpartition(".")[0]
+        if beside and a.out_channels == b.in_channels < a.in_channels == b.out_channels:
+            found |= {one, two}
+    return found
+
+
+def _by_order(model: nn.Module) -> Roles:
+    convolutions = [name for name, m in model.named_modules() if isinstance(m, Convolution)]
+    weighted = [name for name, m in model.named_modules() if isinstance(m, Convolution | nn.Linear)]
+    return Roles(tuple((convolutions or weighted)[:1]), tuple(weighted[-1:]), (), "order")
