@@ -143,3 +143,43 @@ def test_a_reverted_host_converts_again_and_reloads(tmp_path: Path) -> None:
         inputs = host.inputs(2)
         with torch.no_grad():
             assert torch.equal(output_of(again, inputs), output_of(model, inputs))
+
+
+def test_the_contract_form_can_be_asked_for(tmp_path: Path) -> None:
+    host, model = built("unet2d_attention")
+    inputs = host.inputs(2)
+    before = shapes_of(model, inputs)
+    published = binarize.plan(model, "bidiffsr").notes
+    assert any("ControlNet and adapters of the host no longer fit; structure='contract'" in note for note in published)
+    binarize.convert(model, "bidiffsr", structure="contract")
+    assert not any("no longer fit" in note for note in binarize.report(model).notes)
+    after = shapes_of(model, inputs)
+    assert {n: after[n] for n in before if n in after and "blocks" in n and n.count(".") == 1} == {
+        n: before[n] for n in before if "blocks" in n and n.count(".") == 1
+    }
+    again = binarize.load(binarize.save(model.eval(), tmp_path / "converted"))
+    with torch.no_grad():
+        assert torch.equal(output_of(again, inputs), output_of(model, inputs))
+    reverted = binarize.convert(binarize.revert(model), "reactnet")
+    again = binarize.load(binarize.save(reverted.eval(), tmp_path / "reverted"))
+    with torch.no_grad():
+        assert torch.equal(output_of(again, inputs), output_of(reverted, inputs))
+    for name in ("srunet", "adm"):
+        with pytest.raises(BinarizeError, match=r"has no contract form \(taken for: .*Use structure='cp_cs' or 'keep'"):
+            binarize.plan(HOSTS[name].build(), "bidiffsr", structure="contract")
+
+
+@pytest.mark.parametrize("name", ["ddpm_cifar", "stable_diffusion", "srunet"])
+def test_the_report_says_how_many_weights_the_new_blocks_discard(name: str) -> None:
+    _, model = built(name)
+    before = {id(p): p for p in model.parameters()}
+    kept = binarize.plan(model, "bidiffsr", structure="keep")
+    assert not any("of the host's weights" in note for note in kept.notes)
+    notes = binarize.plan(model, "bidiffsr").notes
+    for edit in find_host(model).rewire(model):
+        model.set_submodule(edit.path, edit.module)
+    left = {id(p) for p in model.parameters()}
+    total, lost = sum(p.numel() for p in before.values()), sum(p.numel() for i, p in before.items() if i not in left)
+    assert lost > 0.1 * total
+    said = f"replace {100 * lost / total:.0f}% of the host's weights ({lost:,} of {total:,} parameters)"
+    assert any(said in note for note in notes)
