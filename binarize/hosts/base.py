@@ -129,12 +129,18 @@ class Host:
 
     def role_notes(self) -> list[str]:
         """Return the report's remarks on how the roles were found."""
-        if all(roles.by != "order" for roles in self._roles.values()):
-            return []
-        return [
-            "the first and the last layer are those registered first and last, which need not be the ones that read "
-            "the input and give the output: pass example_inputs, or name the right ones in keep"
-        ]
+        notes = []
+        if any(roles.by == "order" for roles in self._roles.values()):
+            notes.append(
+                "the first and the last layer are those registered first and last, which need not be the ones that "
+                "read the input and give the output: pass example_inputs, or name the right ones in keep"
+            )
+        if idle := [name for roles in self._roles.values() for name in roles.idle]:
+            notes.append(
+                f"{len(idle)} convolutions, such as {idle[0]}, took no part in the forward that showed which layers "
+                "read the input and give the output: name those of them that do in keep"
+            )
+        return notes
 
     def heads(self, model: nn.Module) -> dict[str, str]:
         """Return the layers that read the model's input or give its output, of which there can be several."""
@@ -167,11 +173,18 @@ class Host:
         return {**named, **dict.fromkeys([*roles.embeddings, *read], EMBEDDING)}
 
     def attention(self, model: nn.Module) -> dict[str, str]:
-        """Return the projections of attention: all layers below a module that has its name, but feed-forward ones."""
-        within, kept = set[str](), {}
+        """Return the projections of attention and of transformers.
+
+        They are all layers below a module that is attention by its class or name, but for feed-forward ones, and
+        ``proj_in`` and ``proj_out`` of a transformer.
+        """
+        within, kept = set[str](), dict[str, str]()
         for name, module in model.named_modules(remove_duplicate=False):
             if _ATTENTION_CLASS.search(type(module).__name__) or _ATTENTION_PATH.search(name):
                 within.add(name)
+            if name and "Transformer" in type(module).__name__:
+                children = (child for child, _ in module.named_children() if child in ("proj_in", "proj_out"))
+                kept |= {f"{name}.{child}": "attention projection" for child in children}
             above = next((prefix for prefix in reversed(prefixes(name)) if prefix in within), None)
             if above is None or any(True for _ in module.children()):
                 continue
@@ -222,9 +235,9 @@ _TIME_PATH = re.compile(
     r"|adaln|ada_?norm|film)",
     re.IGNORECASE,
 )
-_ADAPTIVE_NORM = re.compile(r"^(Ada|FiLM)(ptive)?\w*(Norm|GN|LN|FiLM)|^FiLM$")
+_ADAPTIVE_NORM = re.compile(r"^Ada(ptive)?\w*(Norm|GN|LN)|FiLM")
 _ATTENTION_CLASS = re.compile(r"Attention(Block|Layer)?(\d[dD])?$|^Attn(Block|Layer)?(pp)?$")
-_ATTENTION_PATH = re.compile(r"(^|\.)(self_|cross_)?att(entio)?n(s|_?\d+)?$")
+_ATTENTION_PATH = re.compile(r"(^|\.)(self_|cross_|temp_)?att(entio)?n(s|_?\d+)?$")
 _FEED_FORWARD = re.compile(r"(^|\.)(ff|ffn|ff_in|feed_?forward|mlp)(\.|$)")
 _INSIDE_TRANSFORMER = re.compile(r"(^|\.)(\w*att(entio)?ns?\w*|transformer\w*|ff|ffn|ff_in|feed_?forward)(\.|$)")
 _ADAPTERS = {

@@ -10,7 +10,7 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,12 +40,14 @@ class Roles:
         outputs: Layers whose output becomes the model's output, and that no other layer reads.
         embeddings: Layers with an output of two dimensions that does not depend on the model's input: they process the
             timestep, a class or another condition. Only a forward finds them.
+        idle: Convolutions that did not run in the forward.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    embeddings: tuple[str, ...]
-    by: str
+    embeddings: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
+    by: str = "order"
 
 
 def find_roles(
@@ -104,6 +106,7 @@ class _Probe:
         self.twin = twin.eval().requires_grad_(True)
         self.layers: _Layers = {}
         self.images: set[Any] = set()
+        self.ran: set[str] = set()
         for name, module in twin.named_modules():
             module._forward_hooks.clear()  # the user's own
             module._forward_pre_hooks.clear()
@@ -113,6 +116,7 @@ class _Probe:
                 module.register_forward_hook(partial(self._note, name))
 
     def _note(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        self.ran.add(name)
         if len(self.layers) >= _MOST_CALLS:
             raise RuntimeError(f"more than {_MOST_CALLS} calls of layers")
         if isinstance(out, Tensor) and out.grad_fn is not None:
@@ -124,6 +128,7 @@ class _Probe:
         rank = max(x.dim() for x in tree_leaves(call) if isinstance(x, Tensor) and x.is_floating_point())
         self.layers.clear()
         self.images.clear()
+        self.ran.clear()
 
         def prepared(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -139,7 +144,8 @@ class _Probe:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), parameter.device:
             warnings.simplefilter("ignore")
             outputs = self.twin(*args, **kwargs)
-        return _roles(self.layers, self.images, _tensors(outputs))
+        idle = [n for n, m in self.twin.named_modules() if isinstance(m, Convolution) and n not in self.ran]
+        return replace(_roles(self.layers, self.images, _tensors(outputs)), idle=tuple(idle))
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -172,7 +178,7 @@ def _roles(layers: _Layers, images: set[Any], outputs: Sequence[Tensor]) -> Role
     if not first or not last:
         raise RuntimeError("the forward does not lead from the input to the output")
     convolutions = [name for name, module in first.items() if any(p.dim() >= 3 for p in module.parameters())]
-    return Roles(tuple(convolutions or first), tuple(dict.fromkeys(last)), tuple(embeddings), "forward")
+    return Roles(tuple(convolutions or first), tuple(dict.fromkeys(last)), tuple(embeddings), by="forward")
 
 
 def _sources(start: Sequence[Any], layers: Mapping[Any, Any], images: set[Any]) -> tuple[set[Any], bool]:
@@ -254,7 +260,7 @@ def _by_channels(model: nn.Module, known: Sequence[str]) -> Roles | None:
         found.append([] if ambiguous else [name for name, width in widths.items() if width == image])
     inputs, outputs = found
     outputs += [name for name in _by_order(model).outputs if isinstance(model.get_submodule(name), nn.Linear)]
-    return Roles(tuple(inputs), tuple(outputs), (), "channels")
+    return Roles(tuple(inputs), tuple(outputs), by="channels")
 
 
 def _squeezes(layers: Mapping[str, Any]) -> set[str]:
@@ -271,4 +277,4 @@ def _squeezes(layers: Mapping[str, Any]) -> set[str]:
 def _by_order(model: nn.Module) -> Roles:
     convolutions = [name for name, m in model.named_modules() if isinstance(m, Convolution)]
     weighted = [name for name, m in model.named_modules() if isinstance(m, Convolution | nn.Linear)]
-    return Roles(tuple((convolutions or weighted)[:1]), tuple(weighted[-1:]), (), "order")
+    return Roles(tuple((convolutions or weighted)[:1]), tuple(weighted[-1:]))
