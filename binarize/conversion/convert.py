@@ -17,7 +17,7 @@ from binarize.errors import BinarizeError
 from binarize.hosts import Edit, Host, find_host
 from binarize.layers import BinaryConv2d, BinaryLinear, CPDown, CPUp, CSFusion
 from binarize.methods import Method, get_method
-from binarize.modules import meta_copy, refuse_lazy, replace_modules
+from binarize.modules import call_arguments, meta_copy, refuse_lazy, replace_modules
 from binarize.timestep import TimestepContext, detach_contexts, has_timestep, no_timestep_message
 
 MethodLike = str | Method | Mapping[str, Any]
@@ -59,7 +59,7 @@ def convert(
         num_train_timesteps: T of the noise schedule, for hosts whose configuration does not have it; 1000 if not given.
         example_inputs: Inputs of the model's forward: a tensor, a tuple of arguments or a dict of keyword arguments. A
             forward on the meta device, in which values do not matter, finds the layers that read the input, give the
-            output or process the timestep. By default the inputs are guessed.
+            output or process the timestep. By default the inputs are guessed. SRUNet and diffusers' U-Nets need none.
 
     Raises:
         BinarizeError: If the method, an option or a pattern does not fit, a pattern matches nothing, nothing would be
@@ -111,6 +111,8 @@ def _convert(
         raise BinarizeError(f"structure must be one of {known}; got {structure!r}.")
     if num_train_timesteps is not None and (not isinstance(num_train_timesteps, int) or num_train_timesteps < 1):
         raise BinarizeError(f"num_train_timesteps must be a whole number of at least 1; got {num_train_timesteps!r}.")
+    if example_inputs is not None:
+        call_arguments(example_inputs, "convert")  # checked also for hosts that know the roles of their layers
     host = find_host(model)
     host.example_inputs, host.original = example_inputs, given.original
     structure = _resolve_structure(model, method, host, structure)
