@@ -216,14 +216,14 @@ def _guessed_calls(model: nn.Module) -> Iterator[Call]:
 
 def _guessed_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Yield shapes of one image, or of a sequence for a network without convolutions: configured widths come first."""
-    convolutions = [module for module in model.modules() if isinstance(module, Convolution)]
+    convolutions = [(m, p) for m in model.modules() if _is_layer(m) for p in m.parameters(recurse=False) if p.dim() > 2]
     if not convolutions:
         widths = dict.fromkeys(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
         yield from ((1, 16, width) for width in list(widths)[:5])
         return
-    dims = Counter(module.weight.dim() - 2 for module in convolutions).most_common(1)[0][0]
+    dims = Counter(weight.dim() - 2 for _, weight in convolutions).most_common(1)[0][0]
     configured = [_setting(model, key) for key in ("in_channels", "channels")]
-    narrowest = sorted({module.in_channels for module in convolutions})[:5]
+    narrowest = sorted({getattr(module, "in_channels", weight.shape[1]) for module, weight in convolutions})[:5]
     sizes = [*(_setting(model, key) for key in _SIZES), 64, 224]
     for channels, size in itertools.product(dict.fromkeys([*configured, *narrowest]), dict.fromkeys(sizes)):
         if channels and size:

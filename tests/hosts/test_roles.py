@@ -110,6 +110,30 @@ class ParallelInputs(nn.Module):
         return out
 
 
+class OwnConv(nn.Module):
+    """EDM's convolution: a class with a weight of its own."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out, channels, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, padding=1)
+
+
+class OwnHeads(nn.Module):
+    """Reads its input and gives its output by layers of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.tail = conv(16, 16), conv(16, 16)
+        self.enter, self.leave = OwnConv(3, 16), OwnConv(16, 3)
+
+    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
+        out: Tensor = self.leave(self.tail(F.silu(self.body(self.enter(x)))))
+        return out
+
+
 class Pyramid(nn.Module):
     """NCSN++ with image pyramids: every level reads the image and gives a part of the output."""
 
@@ -229,6 +253,13 @@ def test_input_and_output_layers_are_found_by_role(build: Any, first: set[str], 
     model = build()
     assert kept_as(model, "first convolution") == first
     assert kept_as(model, "last convolution") == last
+
+
+def test_layers_of_a_class_of_their_own_have_roles() -> None:
+    roles = find_host(OwnHeads()).roles(OwnHeads())
+    assert (roles.inputs, roles.outputs, roles.by) == (("enter",), ("leave",), "forward")
+    replaced = {row.name for row in binarize.plan(OwnHeads(), "bidiffsr").replaced}
+    assert replaced == {"body", "tail"}
 
 
 def test_roles_do_not_depend_on_the_order_of_registration() -> None:
