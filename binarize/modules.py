@@ -12,6 +12,31 @@ from binarize.errors import BinarizeError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+# The classes that wrap a whole model, and where they hold it.
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "module",
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of torch.compile and of data parallelism."""
+    while (held := WRAPPERS.get(type(model).__name__)) is not None:
+        model = getattr(model, held)
+    return model
+
+
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise BinarizeError if a process holds only a part of the model's parameters."""
+    names = {type(x).__name__ for x in (*model.modules(), *model.parameters())}
+    if found := sorted(names & {"FullyShardedDataParallel", "DTensor"}):
+        raise BinarizeError(
+            f"{what}: this process holds only a shard of the parameters ({found[0]}); gather the full state dict on "
+            "one process, and load it into a converted model that is not sharded."
+        )
+
 
 def prefixes(name: str) -> list[str]:
     """Return the names of a module's ancestors, outermost first, and its own name last."""
@@ -41,6 +66,17 @@ def refuse_lazy(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])):
             raise BinarizeError(f"{name!r} is a {type(module).__name__} without weights; run one forward first.")
+
+
+def update_config(model: Any, values: Mapping[str, Any], remove: str | None = None) -> None:
+    """Change entries of a diffusers model's configuration, as if its constructor had been given the new values.
+
+    diffusers' ``from_config`` ignores the entries that ``_use_default_values`` lists.
+    """
+    config = {name: value for name, value in model.config.items() if name != remove} | dict(values)
+    if "_use_default_values" in config:
+        config["_use_default_values"] = [name for name in config["_use_default_values"] if name not in values]
+    model._internal_dict = type(model.config)(config)
 
 
 def meta_copy(model: ModelT) -> ModelT:

@@ -1,9 +1,11 @@
 """Saving and loading converted models.
 
 A folder holds ``config.json``, which says what the host is and how it was converted, and ``model.safetensors``. SRUNet
-has all of that in diffusers' own format; `save` and `load` do the same for hosts of other libraries.
+has all of that in diffusers' own format; `save` and `load` do the same for hosts of other libraries. `load` also reads
+what ``save_pretrained`` of a converted diffusers model wrote, see `binarize.quantizer`.
 """
 
+import copy
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,12 +21,12 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from binarize.conversion.apply import CONFIG, apply_conversion, write_packed_folder
-from binarize.conversion.record import conversion
+from binarize.conversion.apply import CONFIG, apply_conversion, check_saveable, write_packed_folder
+from binarize.conversion.record import QUANT_METHOD, QUANTIZATION, conversion
 from binarize.errors import BinarizeError, one_line
 from binarize.files import write_atomic, write_text_atomic
 from binarize.models.unet import SRUNet
-from binarize.modules import aligned, meta_copy
+from binarize.modules import aligned, meta_copy, unwrap, update_config
 from binarize.packed.files import WEIGHTS as SRUNET_WEIGHTS
 from binarize.packed.files import count_tensors, read_config, read_packed
 
@@ -43,17 +45,20 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
 
     Args:
         model: A converted model: SRUNet, a diffusers model, or any other nn.Module (for which `load` then needs an
-            unconverted instance).
+            unconverted instance). It may be compiled or wrapped for data parallelism.
         folder: The folder; it is created.
         dtype: Dtype of a packed model's full-precision tensors in the file, such as torch.float16; by default the
             dtype that they have. `load` returns half precision as float32.
 
     Raises:
-        BinarizeError: If the model is not converted, a part of its method cannot be named in a file, or a dtype is
-            given for a model that is not packed or is too small for one of its values.
+        BinarizeError: If the model is not converted, a part of its method cannot be named in a file, the model is
+            sharded or has adapters, or a dtype is given for a model that is not packed or is too small for one of its
+            values.
     """
+    model = unwrap(model)
     record = conversion(model)
     config = record.to_config()
+    check_saveable(model)
     if dtype is not None and not record.packed:
         raise BinarizeError("save: dtype is for packed models; call binarize.pack(model) first, or model.to(dtype).")
     folder = Path(folder)
@@ -76,7 +81,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
 
 
 def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """Rebuild a model that `save` (or ``SRUNet.save_pretrained``) wrote, with its weights and in eval mode.
+    """Rebuild a model that `save` (or ``save_pretrained``) wrote, with its weights and in eval mode.
 
     Args:
         folder: The folder, or a packed model's ``model.safetensors`` alone.
@@ -91,11 +96,13 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
         config, weights, where = read_config(folder), folder, folder
     else:
         config, weights, where = _read_config(folder), folder / WEIGHTS, folder / CONFIG
-    if config.get("_class_name") == "SRUNet":
+    name, quantization = config.get("_class_name"), config.get(QUANTIZATION)
+    if name == "SRUNet" or (isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD):
         if model is not None:
-            raise BinarizeError(f"load: {folder} holds an SRUNet, which is rebuilt from its files; leave model out.")
-        with _errors(f"{folder} does not hold a readable SRUNet"):
-            return cast(nn.Module, SRUNet.from_pretrained(folder))
+            raise BinarizeError(f"load: {folder} holds an {name}, which is rebuilt from its files; leave model out.")
+        cls = SRUNet if name == "SRUNet" else _diffusers_class(name, f"load it with {name}.from_pretrained", folder)
+        with _errors(f"{folder} does not hold a readable {name}"):
+            return cast(nn.Module, cls.from_pretrained(folder))
     if config.get("binarize_format") != 1:
         version = config.get("binarize_format")
         raise BinarizeError(f"load: {where} has binarize_format {version!r}; this version reads 1.")
@@ -199,7 +206,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _describe_host(model: nn.Module) -> dict[str, Any]:
     cls = type(model)
     if cls.__module__.startswith("diffusers.") and hasattr(model, "config"):
-        return {"library": "diffusers", "class": cls.__name__, "config": json.loads(model.to_json_string())}  # type: ignore[operator]
+        plain = copy.copy(model)  # the conversion has its own place in the file
+        update_config(plain, {}, remove=QUANTIZATION)
+        return {"library": "diffusers", "class": cls.__name__, "config": json.loads(plain.to_json_string())}  # type: ignore[operator]
     return {"library": None, "class": f"{cls.__module__}.{cls.__qualname__}"}
 
 
@@ -209,13 +218,16 @@ def _build_host(described: Mapping[str, Any], folder: Path) -> nn.Module:
             f"load: {folder} holds a {described.get('class')}, which only its own code can build; "
             "pass an unconverted instance: binarize.load(folder, model=...)."
         )
-    cls = getattr(diffusers, str(described.get("class")), None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
-        raise BinarizeError(
-            f"load: {folder} names {described.get('class')!r}, which is not a diffusers model; pass model=."
-        )
+    cls = _diffusers_class(described.get("class"), "pass model=", folder)
     options = described.get("config")
     if not isinstance(options, dict):
         raise BinarizeError(f"load: {folder} has no configuration of its {cls.__name__}; got {options!r}.")
-    built: nn.Module = cls.from_config(options)  # type: ignore[attr-defined]
+    built: nn.Module = cls.from_config(options)
     return built
+
+
+def _diffusers_class(name: Any, instead: str, folder: Path) -> Any:
+    cls = getattr(diffusers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise BinarizeError(f"load: {folder} names {name!r}, which is not a diffusers model; {instead}.")
+    return cls

@@ -12,7 +12,9 @@ from binarize.conversion.packing import pack
 from binarize.conversion.record import FORMATS, conversion, is_converted
 from binarize.errors import BinarizeError
 from binarize.files import write_text_atomic
+from binarize.hosts import find_host
 from binarize.layers.parts import named_by_a_file
+from binarize.modules import refuse_sharded
 from binarize.packed.files import PACKED_FORMAT, write_packed
 
 CONFIG = "config.json"
@@ -43,9 +45,28 @@ def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
 
 
 def check_saveable(model: nn.Module) -> None:
-    """Raise BinarizeError if the model's conversion has a part that cannot be named in a file."""
+    """Raise BinarizeError if files could not bring a model back: with its conversion, or without a conversion of it."""
+    kind = type(model).__name__
+    refuse_sharded(model, "save")
     if is_converted(model):
         conversion(model).to_config()
+        for name, module in model.named_modules():
+            if any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__):
+                raise BinarizeError(
+                    f"save: {name!r} has a PEFT adapter, which changes the names of its weights; save it with "
+                    "save_lora_adapter(folder), take it out with unload_lora(), and then save the network."
+                )
+        return
+    if part := next((name for name, module in model.named_modules() if is_converted(module)), None):
+        raise BinarizeError(
+            f"save: only {part!r} of this {kind} is converted, and no file would say so; convert the whole {kind}, "
+            f"with keep for the rest, or save its state_dict()."
+        )
+    if find_host(model).rewired(model):
+        raise BinarizeError(
+            f"save: this {kind} was converted and reverted, and keeps blocks that its class cannot build; save its "
+            "state_dict(), or convert it again."
+        )
 
 
 def write_packed_folder(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from binarize.conversion.attention import allow_fusion, refuse_fusion
 from binarize.conversion.record import RECORD, Conversion, conversion, is_converted, record_config
 from binarize.conversion.report import ConversionReport, ReportRow
 from binarize.conversion.rules_0_1 import selected_by_0_1
@@ -17,7 +18,7 @@ from binarize.errors import BinarizeError
 from binarize.hosts import Edit, Host, find_host
 from binarize.layers import BinaryConv2d, BinaryLinear, CPDown, CPUp, CSFusion
 from binarize.methods import Method, get_method
-from binarize.modules import call_arguments, meta_copy, refuse_lazy, replace_modules
+from binarize.modules import WRAPPERS, call_arguments, meta_copy, refuse_lazy, replace_modules, unwrap
 from binarize.timestep import TimestepContext, detach_contexts, has_timestep, no_timestep_message
 
 MethodLike = str | Method | Mapping[str, Any]
@@ -25,7 +26,6 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 DEFAULT_TIMESTEPS = 1000
 STRUCTURES = ("auto", "keep", "cp_cs", "contract")
-_WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
 def convert(
@@ -140,6 +140,8 @@ def _convert(
         binary = {id(d.layer): _binary_layer(d.layer, d.method, context) for d in decisions if d.method is not None}
         for name, old in replace_modules(model, binary):
             undo.callback(model.set_submodule, name, old)
+        undo.callback(allow_fusion, model)
+        refuse_fusion(model)
         rows = (*_structure_rows(edits, before), *(_row(decision, before) for decision in decisions))
         report = ConversionReport(method.name, host.name, host.structure(model), rows, tuple(notes), **share)
         chosen = list(selection.keep), selection.overrides, selection.linear
@@ -172,8 +174,9 @@ def revert(model: ModelT) -> ModelT:
         raise BinarizeError("revert: this model is packed, so its latent weights are gone; revert the unpacked model.")
     binary = [layer for layer in model.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
     replace_modules(model, {id(layer): layer.to_float() for layer in binary})
+    allow_fusion(model)
     detach_contexts(model)
-    delattr(model, RECORD)
+    delattr(unwrap(model), RECORD)
     record_config(model, None)
     return model
 
@@ -197,7 +200,7 @@ def _wrapper(module: nn.Module) -> str | None:
     """Return the name of what stands between a module and its weights, or None."""
     cls, hooks = type(module), module._forward_pre_hooks.values()
     found = (
-        (cls.__name__ in _WRAPPERS, f"{cls.__name__}, which must come after the conversion"),
+        (cls.__name__ in WRAPPERS, f"{cls.__name__}, which must come after the conversion"),
         (parametrize.is_parametrized(module), "torch.nn.utils.parametrize"),
         (any(base.__name__ == "BaseTunerLayer" for base in cls.__mro__), "a PEFT adapter"),
         (cls.__module__.startswith(("torch.ao.nn", "torchao")), cls.__module__),

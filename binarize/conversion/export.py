@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.kernels.product import BinaryWeight
 from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.modules import unwrap
 from binarize.packed.layers import PackedConv2d, PackedLinear
 
 
@@ -45,6 +46,7 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedConv2d | Packed
 
 def binary_state(model: nn.Module, *, packed: bool = False) -> dict[str, BinaryLayerState]:
     """Return the +-1 weights and scales of every binary layer, as int8 codes, or with ``packed`` as bits."""
+    model = unwrap(model)
     weights = {}
     for name, layer in binary_layers(model):
         weight = layer.binary_weight()

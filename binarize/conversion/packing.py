@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from binarize.conversion.export import binary_layers, check_binary, packed_layers
-from binarize.conversion.record import RECORD, conversion, record_config
+from binarize.conversion.record import conversion, is_converted, record_config
 from binarize.errors import BinarizeError
 from binarize.kernels.backends import kernels_for
 from binarize.layers import ActivationBinarizer, BinaryConv2d, BinaryLinear, FixedWeight
@@ -42,13 +42,18 @@ def pack(model: ModelT) -> ModelT:
     made = [PackedConv2d(x) if isinstance(x, BinaryConv2d) else PackedLinear(x) for x in layers]
     replace_modules(model, dict(zip(map(id, layers), made, strict=True)))
     replace_modules(model, {id(b): b.packed_form() for b in model.modules() if isinstance(b, PackableBlock)})
+    freeze(model)
+    record.packed = True
+    record_config(model, record)
+    return model.eval()
+
+
+def freeze(model: nn.Module) -> None:
+    """Give the parameters of a packed model what inference needs: no gradient, and the layout of the kernels."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dim() == 4 and not parameter.is_meta:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    record.packed = True
-    record_config(model, record)
-    return model.eval()
 
 
 def pack_if_possible(model: nn.Module, like: torch.Tensor | None = None) -> bool:
@@ -59,7 +64,7 @@ def pack_if_possible(model: nn.Module, like: torch.Tensor | None = None) -> bool
     if is_packed(model):
         return True
     tensors = model.parameters() if like is None else [like]
-    if not hasattr(model, RECORD) or any(kernels_for(tensor) is None for tensor in tensors):
+    if not is_converted(model) or any(kernels_for(tensor) is None for tensor in tensors):
         return False
     try:
         pack(model)

@@ -1,6 +1,7 @@
 """The record of its conversion that a converted model carries, and what can be asked of it."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,11 +12,16 @@ from torch import Tensor, nn
 from binarize.conversion.report import ConversionReport
 from binarize.errors import BinarizeError
 from binarize.methods import Method
+from binarize.modules import unwrap, update_config
 from binarize.packed.files import PACKED_FORMAT
 from binarize.timestep import TimestepContext
 
 RECORD = "_binarize_conversion"
 FORMATS = (1, 2)  # 1: the rules of 0.1 select the layers; 2: the names of the binary layers are recorded
+# diffusers' key for a model that is not plain, in its configuration and in config.json. The name of the method is what
+# diffusers prints where it is unknown, that is where binarize was not imported.
+QUANTIZATION = "quantization_config"
+QUANT_METHOD = "binarize (pip install binarize-diffusion, and `import binarize` before loading)"
 
 
 @dataclass
@@ -54,7 +60,8 @@ class Conversion:
 
 
 def conversion(model: nn.Module) -> Conversion:
-    """Return the record of a model's conversion."""
+    """Return the record of a model's conversion; the model may be compiled or wrapped for data parallelism."""
+    model = unwrap(model)
     if not is_converted(model):
         raise BinarizeError(f"this {type(model).__name__} is not converted; call binarize.convert first.")
     return cast(Conversion, getattr(model, RECORD))
@@ -62,18 +69,48 @@ def conversion(model: nn.Module) -> Conversion:
 
 def is_converted(model: nn.Module) -> bool:
     """Return True if the model itself carries the record of a conversion."""
-    return hasattr(model, RECORD)
+    return hasattr(unwrap(model), RECORD)
 
 
 def record_config(model: nn.Module, record: Conversion | None) -> None:
-    """Store a conversion in the configuration of a host whose constructor has an argument for it (SRUNet)."""
-    if not hasattr(model, "register_to_config") or "conversion" not in inspect.signature(type(model)).parameters:
+    """Store a conversion in the configuration of a diffusers model, or remove it.
+
+    With it, ``save_pretrained`` describes the network that there is, and ``from_config`` builds it again.
+    """
+    model = unwrap(model)
+    if not is_diffusers_model(model):
         return
+    values: dict[str, Any] = {"conversion": None if record is None else recorded_conversion(record)}
+    if "conversion" not in inspect.signature(type(model)).parameters:  # SRUNet's constructor has it
+        registered = QUANT_METHOD in getattr(sys.modules.get("diffusers.quantizers.auto"), "AUTO_QUANTIZER_MAPPING", ())
+        described = {"quant_method": QUANT_METHOD, **values} if registered else _Unregistered()
+        values = {} if record is None else {QUANTIZATION: described}
+    update_config(model, values, remove=QUANTIZATION)
+
+
+def recorded_conversion(record: Conversion) -> dict[str, Any]:
+    """Return the arguments of a conversion as plain JSON types, or the reason why a file cannot hold them."""
     try:
-        config = None if record is None else record.to_config()
+        return record.to_config()
     except BinarizeError as error:
-        config = {"unsaveable": str(error)}
-    cast(Any, model).register_to_config(conversion=config)
+        return {"unsaveable": str(error)}
+
+
+class _Unregistered:
+    """In the configuration of a model that this version of diffusers could not load; diffusers calls `to_dict`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        raise BinarizeError(
+            "save_pretrained: this version of diffusers has no quantization methods that binarize could add to, so it "
+            "would load another network; call binarize.save(model, folder), and binarize.load(folder) later."
+        )
+
+
+def is_diffusers_model(model: nn.Module) -> bool:
+    """Return True if a model has a configuration of diffusers; the check by name does not import diffusers."""
+    bases = type(model).__mro__
+    ours = any(c.__name__ == "ModelMixin" and c.__module__.startswith("diffusers.") for c in bases)
+    return ours and hasattr(model, "register_to_config")
 
 
 def report(model: nn.Module) -> ConversionReport:

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from binarize.conversion.packing import unpack_layers
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d, BinaryLinear
-from binarize.modules import call_arguments, meta_copy, prefixes
+from binarize.modules import call_arguments, meta_copy, prefixes, unwrap
 from binarize.tables import Column, Table
 
 NORM_COST = {"native_group_norm": 5, "native_layer_norm": 5, "_fused_rms_norm": 5}
@@ -129,6 +129,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
             default, SRUNet is run at 3x256x256, batch 1, diffusers' U-Nets at their configured size, and any other
             network on one 3x224x224 image.
     """
+    model = unwrap(model)
     args, kwargs = call_arguments(default_inputs(model) if example_inputs is None else example_inputs, "summary")
     described = _describe(args, kwargs)
     twin = meta_copy(model).eval()

@@ -8,6 +8,7 @@ from torch import nn
 
 from binarize.hosts.base import Edit, Host, named_embeddings, register_host
 from binarize.methods import Method
+from binarize.modules import update_config
 
 
 @register_host("SRUNet")
@@ -59,7 +60,7 @@ class SRUNetHost(Host):
 
     def after_rewire(self, model: nn.Module) -> None:
         """Write the new structure into the configuration."""
-        cast(Any, model).register_to_config(resampling="cp", fusion="cs")
+        update_config(model, {"resampling": "cp", "fusion": "cs"})
 
     def decoder_levels(self, model: nn.Module) -> list[str]:
         """Return the blocks of each level."""

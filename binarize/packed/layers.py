@@ -121,7 +121,7 @@ class _PackedLayer(PartPipeline):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "bits"] = to_dense(self.words, self.shape)
+        destination[prefix + "bits"] = self.bits
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         _, _, missing_keys, _, error_msgs = args
@@ -135,9 +135,17 @@ class _PackedLayer(PartPipeline):
                 f"{key}: expected uint8 of shape {self.shape.dense}; got {bits.dtype} of shape {tuple(bits.shape)}."
             )
         else:
-            device = bits.device if self.words.is_meta else self.words.device
-            self.words = from_dense(bits.to(device), self.shape)
+            self.load_bits(bits.to(bits.device if self.words.is_meta else self.words.device))
         self._compiled = None
+
+    @property
+    def bits(self) -> Tensor:
+        """The weights as the state dict has them: uint8 ``(bases, ceil(weights / 8))``, most significant bit first."""
+        return to_dense(self.words, self.shape)
+
+    def load_bits(self, bits: Tensor) -> None:
+        """Replace the weights by those of `bits`, and move them to its device."""
+        self.words, self._compiled = from_dense(bits, self.shape), None
 
     def codes(self) -> Tensor:
         """Return the weights, ``(bases, *weight shape)`` int8 in {-1, +1}."""

@@ -1,0 +1,41 @@
+"""Run something once an optional library has been imported, without importing it."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def after_import(name: str, action: Callable[[], object]) -> None:
+    """Call ``action`` after the module ``name`` has been imported; at once if it is imported already."""
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _Watcher(name, action))
+
+
+class _Watcher(MetaPathFinder):
+    """Finds one module as the other finders do, and has its loader call an action at the end."""
+
+    def __init__(self, name: str, action: Callable[[], object]) -> None:
+        self._name, self._action = name, action
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return None for every module but one."""
+        if name != self._name:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                sys.meta_path.remove(self)
+                self._action()
+
+            loader.exec_module = exec_module
+        return spec
