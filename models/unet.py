@@ -204,6 +204,8 @@ class SRUNet(ModelMixin, ConfigMixin):
         """
         packed = find_packed(pretrained_model_name_or_path, kwargs)
         if packed is not None:
+            if kwargs.get("quantization_config") is not None:
+                raise BinarizeError(f"{packed} is packed, so it is converted already; leave quantization_config out.")
             return cls._from_packed(packed, kwargs.get("dtype", kwargs.get("torch_dtype")))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)

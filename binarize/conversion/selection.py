@@ -64,10 +64,12 @@ class Selection:
 
 
 def _picked(model: nn.Module, predicate: Callable[[str, nn.Module], bool]) -> list[str]:
-    picked = [n for n, module in model.named_modules(remove_duplicate=False) if n and predicate(n, module)]
+    picked = [(n, module) for n, module in model.named_modules(remove_duplicate=False) if n and predicate(n, module)]
     if not picked:
         raise BinarizeError(f"the predicate {predicate!r} in keep matches no module.")
-    return [glob.escape(name) for name in picked]
+    # A file holds these names in place of the predicate, and every pattern must match a layer.
+    has_layer = (any(isinstance(m, _CONVOLUTION | nn.Linear) for m in module.modules()) for _, module in picked)
+    return [glob.escape(name) for (name, _), has in zip(picked, has_layer, strict=True) if has]
 
 
 def _override(pattern: str, value: Any, method: Method) -> Method | None:
