@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from binarize import hosts, layers, methods, packed
+from binarize.conditioning import Timestep
 from binarize.conversion.convert import convert, plan, revert
 from binarize.conversion.export import binary_state, param_groups
 from binarize.conversion.memory import memory_mode
@@ -59,6 +60,7 @@ __all__ += [
     "unpack",
 ]
 __all__ += ["checkpoint_context", "memory_mode", "param_groups", "timesteps", "training_step"]
+__all__ += ["Timestep"]
 __all__ += ["Method", "get_method", "list_methods", "list_parts", "register_method", "register_part"]
 __all__ += ["hosts", "layers", "list_hosts", "methods", "packed", "register_host"]
 __all__ += ["diagnosis", "evaluation", "imaging", "inspect", "models", "recipes", "training"]

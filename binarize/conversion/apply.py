@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from binarize.conditioning import BY_STEPS
 from binarize.conversion.convert import repeat
 from binarize.conversion.packing import pack
 from binarize.conversion.record import FORMATS, conversion, is_converted
@@ -18,7 +19,7 @@ from binarize.modules import refuse_sharded
 from binarize.packed.files import PACKED_FORMAT, write_packed
 
 CONFIG = "config.json"
-_KEYS = {"method", "structure", "keep", "overrides", "linear", "num_train_timesteps"}
+_KEYS = {"method", "structure", "keep", "overrides", "linear", "num_train_timesteps", "timestep"}
 
 
 def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
@@ -38,6 +39,7 @@ def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
     unknown = sorted(set(options) - _KEYS)
     if unknown or "method" not in options:
         raise BinarizeError(f"the conversion has unknown or missing keys: {', '.join(unknown) or 'method'}.")
+    options.setdefault("timestep", BY_STEPS)  # the default for a name may have changed since
     with named_by_a_file():
         repeat(model, options.pop("method"), binary, **options)
     if packed is not None:

@@ -9,22 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from binarize.conditioning import TimestepLike
 from binarize.conversion.attention import allow_fusion, refuse_fusion
 from binarize.conversion.record import RECORD, Conversion, conversion, is_converted, record_config
 from binarize.conversion.report import ConversionReport, ReportRow
 from binarize.conversion.rules_0_1 import selected_by_0_1
 from binarize.conversion.selection import Decision, Selection, Selector, select
+from binarize.conversion.timesteps import timestep_context
 from binarize.errors import BinarizeError
 from binarize.hosts import Edit, Host, find_host
 from binarize.layers import BinaryConv2d, BinaryLinear, CPDown, CPUp, CSFusion
 from binarize.methods import Method, get_method
 from binarize.modules import WRAPPERS, call_arguments, meta_copy, refuse_lazy, replace_modules, unwrap
-from binarize.timestep import TimestepContext, detach_contexts, has_timestep, no_timestep_message
+from binarize.timestep import TimestepContext, detach_contexts
 
 MethodLike = str | Method | Mapping[str, Any]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-DEFAULT_TIMESTEPS = 1000
 STRUCTURES = ("auto", "keep", "cp_cs", "contract")
 
 
@@ -38,6 +39,7 @@ def convert(
     linear: bool | Sequence[str] = False,
     num_train_timesteps: int | None = None,
     example_inputs: Any = None,
+    timestep: TimestepLike | None = None,
 ) -> ModelT:
     """Binarize a network in place and return it.
 
@@ -60,6 +62,9 @@ def convert(
         example_inputs: Inputs of the model's forward: a tensor, a tuple of arguments or a dict of keyword arguments. A
             forward on the meta device, in which values do not matter, finds the layers that read the input, give the
             output or process the timestep. By default the inputs are guessed. SRUNet and diffusers' U-Nets need none.
+        timestep: Where a timestep-aware method finds the timestep, and what it is: an argument of the model's
+            ``forward`` ("sigma"), a `binarize.Timestep`, or a mapping of its fields. By default the host knows, else
+            the names of arguments tell.
 
     Raises:
         BinarizeError: If the method, an option or a pattern does not fit, a pattern matches nothing, nothing would be
@@ -75,6 +80,7 @@ def convert(
         linear=linear,
         num_train_timesteps=num_train_timesteps,
         example_inputs=example_inputs,
+        timestep=timestep,
     )
 
 
@@ -103,6 +109,7 @@ def _convert(
     linear: Any = False,
     num_train_timesteps: int | None = None,
     example_inputs: Any = None,
+    timestep: TimestepLike | None = None,
 ) -> ModelT:
     method = get_method(method)
     _check_model(model)
@@ -136,7 +143,8 @@ def _convert(
         decisions = select(model, method, selection, defaults, saved)
         binary_names = [d.names[0] for d in decisions if d.method is not None]
         share = _share(model, method, selection, defaults, decisions)
-        context, steps = _timestep_context(model, host, decisions, num_train_timesteps, notes)
+        timed = any(decision.method is not None and decision.method.needs_timestep for decision in decisions)
+        context, steps = timestep_context(model, host, timed, timestep, num_train_timesteps, notes)
         binary = {id(d.layer): _binary_layer(d.layer, d.method, context) for d in decisions if d.method is not None}
         for name, old in replace_modules(model, binary):
             undo.callback(model.set_submodule, name, old)
@@ -250,23 +258,6 @@ def _restore_config(model: Any, undo: ExitStack) -> None:
     if hasattr(model, "config") and hasattr(model, "register_to_config"):
         before = dict(model.config)
         undo.callback(lambda: dict(model.config) == before or model.register_to_config(**before))
-
-
-def _timestep_context(
-    model: nn.Module, host: Host, decisions: Sequence[Decision], given: int | None, notes: list[str]
-) -> tuple[TimestepContext | None, int | None]:
-    own = host.num_train_timesteps(model)
-    if given is not None and own is not None and given != own:
-        raise BinarizeError(f"num_train_timesteps={given}, but the model's configuration says {own}; leave it out.")
-    steps = own if own is not None else given
-    if not any(decision.method is not None and decision.method.needs_timestep for decision in decisions):
-        return None, steps
-    if not has_timestep(model):
-        raise BinarizeError(no_timestep_message(model))
-    if steps is None:
-        steps = DEFAULT_TIMESTEPS
-        notes.append(f"num_train_timesteps was not given and the host has none: {steps} assumed")
-    return TimestepContext(steps), steps
 
 
 def _binary_layer(layer: nn.Module, method: Method, context: TimestepContext | None) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from binarize.conditioning import BY_STEPS
 from binarize.conversion.report import ConversionReport
 from binarize.errors import BinarizeError
 from binarize.methods import Method
@@ -56,6 +57,8 @@ class Conversion:
         }
         if self.pinned is not None:
             config["binary"] = list(self.pinned)
+        if self.context is not None and self.context.timestep != BY_STEPS:
+            config["timestep"] = self.context.timestep.to_config()
         return {**config, "packed": PACKED_FORMAT} if self.packed else config
 
 
@@ -119,7 +122,12 @@ def report(model: nn.Module) -> ConversionReport:
 
 
 def timesteps(model: nn.Module, timestep: Tensor | float | int) -> AbstractContextManager[None]:
-    """Return a context manager that sets the timestep, ``(B,)`` or scalar, so that parts of a model can run alone."""
+    """Return a context manager that sets the timestep, ``(B,)`` or scalar, so that parts of a model can run alone.
+
+    It is also for checkpointing that recomputes layers in the backward pass without our knowledge, such as
+    guided-diffusion's or ``torch.utils.checkpoint(..., use_reentrant=True)``, if the loss comes from one forward pass:
+    ``with binarize.timesteps(model, t): loss.backward()``.
+    """
     context = conversion(model).context
     return nullcontext() if context is None else context.using(timestep)
 

@@ -9,8 +9,10 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from binarize.conditioning import Timestep
 from binarize.errors import BinarizeError
 from binarize.hosts.roles import Roles, find_roles
+from binarize.hosts.timesteps import known_timestep
 from binarize.methods import Method
 from binarize.modules import prefixes
 from binarize.registry import Registry
@@ -44,6 +46,10 @@ class Host:
     def num_train_timesteps(self, model: nn.Module) -> int | None:
         """Return T if the model's own configuration has it."""
         return None
+
+    def timestep(self, model: nn.Module) -> Timestep | None:
+        """Return where the model's timestep is and what it means, or None if names of arguments tell."""
+        return known_timestep(model)
 
     def has_structure(self, model: nn.Module) -> bool:
         """Return True if `rewire` can give the model CP-Down, CP-Up and CS-Fusion."""

@@ -1,11 +1,13 @@
 """diffusers' UNet2DModel and UNet2DConditionModel as hosts; importing this module does not import diffusers."""
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, cast
 
 from torch import nn
 
+from binarize.conditioning import BY_STEPS, Timestep
 from binarize.errors import BinarizeError
 from binarize.hosts.base import Edit, Host, named_embeddings, register_host
 from binarize.methods import Method
@@ -28,6 +30,8 @@ class DiffusersUNetHost(Host):
     output keeps its shape, and fusions have the widths of their inputs. It can also be asked for.
     """
 
+    fourier: Timestep  # what a Fourier embedding takes
+
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         """Return True for diffusers' class of that name, and for classes derived from it."""
@@ -37,6 +41,11 @@ class DiffusersUNetHost(Host):
         """Return T if the configuration has it, which is the case for learned time embeddings."""
         steps = cast(Any, model).config.get("num_train_timesteps")
         return None if steps is None else int(steps)
+
+    def timestep(self, model: nn.Module) -> Timestep | None:
+        """Return the noise level that a Fourier embedding takes; other embeddings take steps."""
+        fourier = cast(Any, model).config.get("time_embedding_type") == "fourier"
+        return self.fourier if fourier else BY_STEPS
 
     def has_structure(self, model: nn.Module) -> bool:
         """Return True if a block can be rewired."""
@@ -52,9 +61,7 @@ class DiffusersUNetHost(Host):
 
     def notes(self, model: nn.Module, structure: str) -> list[str]:
         """Return remarks on the form that the structure pass gives the model, and on blocks that it does not change."""
-        notes = []
-        if cast(Any, model).config.get("time_embedding_type") == "fourier":
-            notes.append("the host takes noise levels (fourier embedding), while timestep groups count schedule steps")
+        notes: list[str] = []
         if structure == "keep" or self.rewired(model):
             return notes
         notes.append(
@@ -122,10 +129,15 @@ class DiffusersUNetHost(Host):
 class UNet2DModelHost(DiffusersUNetHost):
     """diffusers' unconditional U-Net (DDPM, DDIM, ADM-like configurations)."""
 
+    fourier = Timestep("timestep", "sigma", (0.01, 1348.0))  # of ScoreSdeVeScheduler
+
 
 @register_host("UNet2DConditionModel")
 class UNet2DConditionModelHost(DiffusersUNetHost):
     """diffusers' U-Net with cross-attention (Stable Diffusion)."""
+
+    # Of the latent upscaler, which passes ln(sigma) / 4 with Stable Diffusion's sigmas.
+    fourier = Timestep("timestep", "log_sigma", (math.log(0.0292) / 4, math.log(14.615) / 4))
 
 
 def _blocks(model: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from binarize.errors import BinarizeError
 from binarize.modules import call_arguments, meta_copy, prefixes
-from binarize.timestep import timestep_argument
+from binarize.timestep_argument import timestep_argument
 
 Convolution = nn.modules.conv._ConvNd
 _Layers = dict[Any, tuple[str, nn.Module, int]]  # by the node of each output: name, layer, dimensions; as called

@@ -15,7 +15,7 @@ from binarize.errors import BinarizeError
 from binarize.inspect.distribution import Distribution, DistributionMeter
 from binarize.inspect.observe import Run, execute, find_module, not_called, observing
 from binarize.inspect.plot import Axes, get_axes
-from binarize.timestep import TIMESTEP_NAMES, timestep_argument
+from binarize.timestep_argument import TIMESTEP_NAMES, timestep_argument
 
 
 @dataclass(frozen=True)

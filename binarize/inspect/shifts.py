@@ -18,7 +18,7 @@ from binarize.layers import Shift
 class TarBiases:
     """The biases that layers add before the sign: by name, (K, C) float64 for K timestep groups.
 
-    K is 1 if all timesteps share the shift; ``num_train_timesteps`` is None if no layer uses the timestep.
+    K is 1 if all timesteps share the shift; ``num_train_timesteps`` is None if no layer counts steps.
     """
 
     biases: dict[str, np.ndarray]
@@ -49,8 +49,10 @@ class TarBiases:
 
     def _label(self, group: int, groups: int) -> str:
         steps = self.num_train_timesteps
-        if steps is None or groups == 1:
+        if groups == 1:
             return "all"
+        if steps is None:  # positions between clean data and noise
+            return f"{group / groups:.2g}-{(group + 1) / groups:.2g}"
         first, end = (-(-k * steps // groups) for k in (group, group + 1))
         return f"{first}-{end - 1}"
 
@@ -64,6 +66,7 @@ def tar_biases(model: nn.Module, layers: str | Sequence[str] | None = None) -> T
     if not shifts:
         fix = 'use bidiffsr (TaR), reactnet or bbcu, or the option pre="shift" or pre="tar" of another method'
         raise BinarizeError(f"none of these binary layers has a shift before its sign; {fix}.")
-    steps = [shift.context.num_train_timesteps for shift in shifts.values() if shift.context is not None]
+    contexts = [shift.context for shift in shifts.values() if shift.context is not None]
+    steps = [context.num_train_timesteps for context in contexts if context.timestep.needs_steps]
     biases = {name: shift.bias.detach().double().cpu().numpy() for name, shift in shifts.items()}
     return TarBiases(biases, steps[-1] if steps else None)

@@ -102,8 +102,9 @@ class _BinaryLayer(PartPipeline):
             return part.to(dtype=spec.weight.dtype)
         return part.to(device=spec.weight.device, dtype=spec.weight.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # as nn.Conv2d and nn.Linear name it, since some networks use the name
         """Apply the layer to ``(B, C_in, H, W)`` or ``(..., C_in)``."""
+        x = input
         shifted = self.shifted(x)
         y = self._product(self.activation(shifted), self.weight_binarizer(self.weight))
         return self.run_stages(self.stages(), y, x, shifted)
@@ -173,14 +174,14 @@ class BinaryConv2d(_BinaryLayer):
             self.dilation, method.groups, context, method.sign_zero,
         )  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``(B, C_in, H, W)``."""
         # A compiler fuses the modules itself, and chooses what to keep for the backward.
-        if self._trains_as_one_node() and not (x.is_meta or torch.compiler.is_compiling()):
+        if self._trains_as_one_node() and not (input.is_meta or torch.compiler.is_compiling()):
             lowered = lower(self)
             if lowered is not None:
-                return self._run_node(x, lowered)
-        return super().forward(x)
+                return self._run_node(input, lowered)
+        return super().forward(input)
 
     def _trains_as_one_node(self) -> bool:
         activation, binarizer = self.activation, self.weight_binarizer
@@ -209,7 +210,7 @@ class BinaryConv2d(_BinaryLayer):
             self.geometry, self.groups, activation.sign_zero, surrogate, binarizer.clip, transform.shortcut != 0,
             self.memory, compute_dtype(x),
         )  # fmt: skip
-        rows = map(lowered.gather, (lowered.shift, *transform.rprelu()))
+        rows = [lowered.gather(each, x.shape[0]) for each in (lowered.shift, *transform.rprelu())]
         scale = binarizer.weight_scale(self.weight)
         y: Tensor = BinaryConvFunction.apply(options, source, self.weight, scale, *rows)
         return self.run_stages(rest, y, x, source)

@@ -35,13 +35,13 @@ class LoweredLayer(NamedTuple):
         """Whether a kernel computes the whole layer."""
         return self.fuses_pre and not self.rest
 
-    def timestep_group(self) -> Tensor | None:
+    def timestep_group(self, batch: int) -> Tensor | None:
         """Return each sample's timestep group, ``(B,)`` or ``(1,)`` int64, or None if nothing depends on it."""
-        return None if self.context is None else self.context.group(self.groups)
+        return None if self.context is None else self.context.group(self.groups, batch)
 
-    def gather(self, rows: Tensor | None) -> Tensor | None:
-        """Return the rows ``(1 or B, C)`` of the running batch from ``(1 or K, C)``."""
-        group = None if rows is None or len(rows) == 1 else self.timestep_group()
+    def gather(self, rows: Tensor | None, batch: int) -> Tensor | None:
+        """Return the rows ``(1 or B, C)`` of a batch of B from ``(1 or K, C)``."""
+        group = None if rows is None or len(rows) == 1 else self.timestep_group(batch)
         if rows is None or group is None:
             return rows
         return F.embedding(group.to(rows.device), rows)

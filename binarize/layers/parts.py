@@ -281,6 +281,11 @@ def named_by_a_file() -> Iterator[None]:
         _FROM_FILE.reset(token)
 
 
+def is_named_by_a_file() -> bool:
+    """Return whether names are untrusted now, see `named_by_a_file`."""
+    return _FROM_FILE.get()
+
+
 def find_factory(kind: PartKind, name: str) -> Factory:
     """Return a factory by its registered name or as ``"module:name"``."""
     if ":" not in name:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.kernels.binary_conv import OutputTransform
 from binarize.layers.parts import LayerPart, LayerSpec, Site, register_part
-from binarize.timestep import TimestepContext
+from binarize.timestep import TimestepContext, repeat_for
 
 
 class _TimestepAware(LayerPart):
@@ -40,14 +40,14 @@ class _TimestepAware(LayerPart):
             self.register_parameter(name, nn.Parameter(torch.full((groups, channels), start)))
 
     def gather(self, parameter: Tensor) -> Tensor:
-        """Return the parameter's rows for the running batch, ``(B, C)`` or ``(1, C)``."""
+        """Return the parameter's rows for the running timesteps, ``(B, C)`` or ``(1, C)``."""
         if self.groups == 1 or self.context is None:
             return parameter
         return F.embedding(self.context.group(self.groups).to(parameter.device), parameter)
 
     def rows(self, parameter: Tensor, x: Tensor) -> Tensor:
         """Return the parameter's rows for the batch of ``x``, broadcastable against it, in its dtype."""
-        rows = self.gather(parameter)
+        rows = repeat_for(x.shape[0], self.gather(parameter))
         shape = [1] * x.dim()
         shape[0], shape[self.channel_dim] = rows.shape[0], self.channels
         return rows.reshape(shape).to(x.dtype)

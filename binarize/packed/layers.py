@@ -76,12 +76,12 @@ class _Compiled:
             and list(map(_kind, self._tensors)) == self._kinds
         )
 
-    def timestep_group(self) -> Tensor | None:
+    def timestep_group(self, batch: int) -> Tensor | None:
         """Return each sample's timestep group on the layer's device, or None."""
         lowered = self.lowered
         if lowered.context is None:
             return None
-        group = lowered.context.group(lowered.groups)
+        group = lowered.context.group(lowered.groups, batch)
         return group if group.device == self._device else group.to(self._device)
 
 
@@ -237,12 +237,12 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
         self.pad_codes = None if layer.padding_mode == "zeros" else layer.geometry.pad
         self._take(layer)
 
-    def forward(self, x: Tensor, input_norm: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, input_norm: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Apply the layer to ``silu(x * input_norm[0] + input_norm[1])`` and add ``residual`` to the output.
 
         Both are part of the kernel's call if it computes the whole layer; see `binarize.kernels.ops.binary_conv2d`.
         """
-        compiled = self.compiled()
+        x, compiled = input, self.compiled()
         lowered, added_last = compiled.lowered, None
         if not lowered.is_one_kernel:
             x = x if input_norm is None else norm_silu(x, input_norm)
@@ -250,7 +250,7 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
         source = x if lowered.fuses_pre else self.shifted(x)
         if self.pad_codes is not None:
             source = F.pad(source, self.pad_codes, mode=self.padding_mode)
-        group = compiled.timestep_group()
+        group = compiled.timestep_group(x.shape[0])
         y = binary_conv2d(source, compiled.convs[0], group, input_norm, residual=residual)
         for conv in compiled.convs[1:]:
             y = y + binary_conv2d(source, conv, group, input_norm)
@@ -278,14 +278,14 @@ class PackedLinear(_PackedLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._take(layer)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer. The tokens of a sample are the pixels of an image whose rows the threads share."""
-        compiled = self.compiled()
+        x, compiled = input, self.compiled()
         source = x if compiled.lowered.fuses_pre else self.shifted(x)
         batch, tokens = x.shape[0], x.shape[1:-1].numel()
         width = next(w for w in (64, 32, 16, 8, 4, 2, 1) if tokens % w == 0)
         pixels = source.reshape(batch, tokens // width, width, source.shape[-1]).permute(0, 3, 1, 2)
-        group = compiled.timestep_group()
+        group = compiled.timestep_group(x.shape[0])
         y = binary_conv2d(pixels, compiled.convs[0], group)
         for conv in compiled.convs[1:]:
             y = y + binary_conv2d(pixels, conv, group)

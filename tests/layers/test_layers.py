@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import binarize
 from binarize import layers
+from binarize.conditioning import timestep_group
 from binarize.layers import BinaryConv2d, BinaryLinear, PoolShortcut, ProjectionShortcut, hard_sign
 from binarize.layers.delayed import TwoStageWeight
 from binarize.layers.scales import TokenBatchNorm
 from binarize.layers.schedule import ede_schedule, recu_schedule
 from binarize.layers.shortcut import pool_channels
 from binarize.methods import Method
-from binarize.timestep import TimestepContext, timestep_group
+from binarize.timestep import TimestepContext
 
 
 def equal(actual: Tensor, expected: Any, tolerance: float = 1e-12) -> None:
