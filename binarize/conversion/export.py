@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.kernels.product import BinaryWeight
-from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.layers import BinaryLayer
 from binarize.modules import unwrap
-from binarize.packed.layers import PackedConv2d, PackedLinear
+from binarize.packed import PackedLayer
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class BinaryLayerState:
     zeros: int
 
 
-def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryConv2d | BinaryLinear]]:
+def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLayer]]:
     """Iterate over the name and module of each binary layer."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, BinaryConv2d | BinaryLinear))
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, BinaryLayer))
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedConv2d | PackedLinear]]:
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
     """Iterate over the name and module of each packed layer."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, PackedConv2d | PackedLinear))
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, PackedLayer))
 
 
 def binary_state(model: nn.Module, *, packed: bool = False) -> dict[str, BinaryLayerState]:

@@ -10,15 +10,27 @@ from binarize.conversion.export import binary_layers, check_binary, packed_layer
 from binarize.conversion.record import conversion, is_converted, record_config
 from binarize.errors import BinarizeError
 from binarize.kernels.backends import kernels_for
-from binarize.layers import ActivationBinarizer, BinaryConv2d, BinaryLinear, FixedWeight
+from binarize.layers import (
+    ActivationBinarizer,
+    BinaryConv1d,
+    BinaryConv2d,
+    BinaryConv3d,
+    BinaryLayer,
+    BinaryLinear,
+    FixedWeight,
+)
 from binarize.layers.parts import PartKind
 from binarize.methods import Method
 from binarize.modules import replace_modules
+from binarize.packed import PackedConv1d, PackedConv2d, PackedConv3d, PackedLayer, PackedLinear
 from binarize.packed.blocks import PackableBlock, PackedBlock
-from binarize.packed.layers import PackedConv2d, PackedLinear, check_levels
+from binarize.packed.layers import PackedConv, check_levels
 
 _log = logging.getLogger("binarize")
 ModelT = TypeVar("ModelT", bound=nn.Module)
+_PACKED: dict[type[BinaryLayer], type[Any]] = {
+    BinaryConv1d: PackedConv1d, BinaryConv2d: PackedConv2d, BinaryConv3d: PackedConv3d, BinaryLinear: PackedLinear
+}  # fmt: skip
 
 
 def pack(model: ModelT) -> ModelT:
@@ -39,7 +51,7 @@ def pack(model: ModelT) -> ModelT:
         check_binary(name, layer.binary_weight())
         check_levels(layer.activation)
     layers = [layer for _, layer in binary_layers(model)]
-    made = [PackedConv2d(x) if isinstance(x, BinaryConv2d) else PackedLinear(x) for x in layers]
+    made = [packed_form(layer) for layer in layers]
     replace_modules(model, dict(zip(map(id, layers), made, strict=True)))
     replace_modules(model, {id(b): b.packed_form() for b in model.modules() if isinstance(b, PackableBlock)})
     freeze(model)
@@ -54,6 +66,12 @@ def freeze(model: nn.Module) -> None:
         parameter.requires_grad_(False)
         if parameter.dim() == 4 and not parameter.is_meta:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def packed_form(layer: BinaryLayer) -> PackedLayer:
+    """Return the packed form of a binary layer, which takes over its parts."""
+    packed: PackedLayer = next(_PACKED[kind] for kind in type(layer).__mro__ if kind in _PACKED)(layer)
+    return packed
 
 
 def pack_if_possible(model: nn.Module, like: torch.Tensor | None = None) -> bool:
@@ -105,10 +123,12 @@ def unpack_layers(model: nn.Module) -> None:
     replace_modules(model, {id(b): b.unpacked_form() for b in model.modules() if isinstance(b, PackedBlock)})
 
 
-def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear:
+def _unpacked(layer: PackedLayer) -> BinaryLayer:
     codes, scales = layer.codes(), layer.weight_scales()
     latent = codes[0].to(layer.float_dtype)
-    weight = FixedWeight(latent, **_fixed_options(layer))
+    if isinstance(layer, PackedConv1d):  # whose weight binarizer sees a height of 1
+        codes = codes.unsqueeze(3)
+    weight = FixedWeight(codes[0].to(layer.float_dtype), **_fixed_options(layer))
     with torch.no_grad():
         weight.scales.copy_(scales)
         if weight.codes is not None:
@@ -117,24 +137,26 @@ def _unpacked(layer: PackedConv2d | PackedLinear) -> BinaryConv2d | BinaryLinear
     for inner in nn.ModuleList(part for part in parts.values() if part is not None).modules():
         if isinstance(inner, ActivationBinarizer):
             inner.sign_zero = "plus"
-    plain: nn.Module
-    if isinstance(layer, PackedConv2d):
-        plain = nn.Conv2d(
+    plain: Any
+    if isinstance(layer, PackedConv):
+        plain = cast(Any, layer.plain_class)(
             layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.declared_padding,
-            layer.dilation, layer.groups, bias=False, padding_mode=cast(Any, layer.padding_mode), device="meta",
+            layer.dilation, layer.groups, bias=False, padding_mode=layer.padding_mode, device="meta",
         )  # fmt: skip
     else:
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain = nn.Linear(*layer.widths, bias=False, device="meta")
     plain.weight, plain.bias = nn.Parameter(latent), layer.bias
-    kind = BinaryConv2d if isinstance(layer, PackedConv2d) else BinaryLinear
-    return kind.from_float(plain, _fixed_method(layer), parts=parts, had_bias=layer.had_bias).eval()
+    kind = next(binary for binary, packed in _PACKED.items() if type(layer) is packed)
+    binary = kind.from_float(plain, _fixed_method(layer), parts=parts, had_bias=layer.had_bias).eval()
+    binary.original = layer.original
+    return binary
 
 
-def _fixed_options(layer: PackedConv2d | PackedLinear) -> dict[str, Any]:
+def _fixed_options(layer: PackedLayer) -> dict[str, Any]:
     return {"terms": layer.shape.bases, "stored_scales": layer.stored_scales, "learned": layer.learned_scales}
 
 
-def _fixed_method(layer: PackedConv2d | PackedLinear) -> Method:
+def _fixed_method(layer: PackedLayer) -> Method:
     return layer.method.replace(weight={"name": "fixed", **_fixed_options(layer)}, sign_zero="plus")
 
 

@@ -26,13 +26,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from binarize.conversion.packing import unpack_layers
 from binarize.errors import BinarizeError
-from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.layers import BinaryLayer
 from binarize.modules import call_arguments, meta_copy, prefixes, unwrap
 from binarize.tables import Column, Table
 
 NORM_COST = {"native_group_norm": 5, "native_layer_norm": 5, "_fused_rms_norm": 5}
 BATCH_NORM_COST = 2
-_BINARY = BinaryConv2d | BinaryLinear
 
 
 @dataclass(frozen=True)
@@ -151,12 +150,12 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
 
 
 def _row(name: str, module: nn.Module, count: _Count, seen: set[int]) -> SummaryRow:
-    binary = isinstance(module, _BINARY)
+    binary = isinstance(module, BinaryLayer)
     owned = [p for p in module.parameters(recurse=binary) if id(p) not in seen]  # a tied parameter counts once
     seen.update(id(p) for p in owned)
     raw = sum(p.numel() for p in owned)
     packed, weights, bases, size = set[int](), 0, 1, 0
-    if isinstance(module, _BINARY):
+    if isinstance(module, BinaryLayer):
         binarizer = module.weight_binarizer
         packed = {id(t) for t in (module.weight, *binarizer.parameters(), *binarizer.buffers())}
         weights = sum(p.numel() for p in owned if p is module.weight)
@@ -182,7 +181,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], descri
     """Return the counts of each module; the parts of a binary layer count as the layer."""
     counts: dict[str, _Count] = {}
     stack: list[tuple[_Count, bool]] = []
-    layers = {name for name, module in model.named_modules() if isinstance(module, _BINARY)}
+    layers = {name for name, module in model.named_modules() if isinstance(module, BinaryLayer)}
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             owner = next((prefix for prefix in prefixes(name)[:-1] if prefix in layers), name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from binarize.conversion.export import binary_layers
 from binarize.conversion.packing import is_packed
 from binarize.errors import BinarizeError, did_you_mean
-from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.layers import BinaryLayer
 from binarize.modules import matches
 
 Run = Callable[[], object] | Tensor | Sequence[Any] | Mapping[str, Any]
@@ -68,9 +68,7 @@ def find_module(model: nn.Module, name: str, kind: type[ModuleT]) -> ModuleT:
     raise BinarizeError(f"{type(model).__name__} has no {what}; it has {shown or 'none'}.{did_you_mean(name, paths)}")
 
 
-def select_layers(
-    model: nn.Module, patterns: str | Sequence[str] | None
-) -> list[tuple[str, BinaryConv2d | BinaryLinear]]:
+def select_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> list[tuple[str, BinaryLayer]]:
     """Return the binary layers whose name, or the name of a module around them, matches a pattern; all without one."""
     _refuse_packed(model)
     layers = list(binary_layers(model))

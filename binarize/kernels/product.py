@@ -25,24 +25,28 @@ class BinaryWeight(NamedTuple):
     scales: Tensor  # ``(n, C_out)``, detached
 
 
-class _BinaryConv2d(torch.autograd.Function):
+_CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+class _BinaryConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, surrogate: Tensor, codes: Tensor, scales: Tensor, *geometry: Any) -> Tensor:
         ctx.save_for_backward(x, codes, scales)
         ctx.geometry, ctx.weight_dtype = geometry, surrogate.dtype  # stride, padding, dilation and groups
-        pairs = zip(codes, scales, strict=True)
-        return reduce(add, (F.conv2d(x, code, None, *geometry) * scale.view(-1, 1, 1) for code, scale in pairs))
+        convolve, columns = _CONVOLUTIONS[x.dim()], scales.view(*scales.shape, *[1] * (x.dim() - 2))
+        pairs = zip(codes, columns, strict=True)
+        return reduce(add, (convolve(x, code, None, *geometry) * scale for code, scale in pairs))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, codes, scales = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        weight = (codes * scales.view(*scales.shape, 1, 1, 1)).sum(0)
+        weight = (codes * scales.view(*scales.shape, *[1] * (codes.dim() - 2))).sum(0)
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
         if x.is_contiguous(memory_format=torch.channels_last):
             grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, needed
+            grad, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, needed
         )
         if grad_w is not None:
             grad_w = grad_w.to(ctx.weight_dtype)
@@ -86,9 +90,17 @@ def binary_conv2d(
     ``x`` is ``(B, C_in, H, W)``, in {-1, +1} or {0, 1}; ``weight`` has codes ``(n, C_out, C_in / groups, kh, kw)``.
     Padding adds zeros, which contribute 0. The result has x's dtype, or the autocast dtype under autocast.
     """
+    return binary_conv(x, weight, stride, padding, dilation, groups)
+
+
+def binary_conv(
+    x: Tensor, weight: BinaryWeight, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:  # fmt: skip
+    """Return `binary_conv2d` for one, two or three dimensions, ``(B, C_in, ...)``."""
     dtype = compute_dtype(x)
     codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)
-    return _BinaryConv2d.apply(x.to(dtype), weight.surrogate, codes, scales, stride, padding, dilation, groups)
+    return _BinaryConv.apply(x.to(dtype), weight.surrogate, codes, scales, stride, padding, dilation, groups)
 
 
 def binary_linear(x: Tensor, weight: BinaryWeight) -> Tensor:

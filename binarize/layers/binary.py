@@ -1,7 +1,7 @@
 """BinaryConv2d and BinaryLinear: a convolution or linear layer with 1-bit weights and activations.
 
-See `binarize.layers.pipeline.PartPipeline` for the stages. Padding is applied after the sign, so a tap outside the
-image contributes 0.
+`binarize.layers.conv_nd` adds one and three dimensions. See `binarize.layers.pipeline.PartPipeline` for the stages.
+Padding is applied after the sign, so a tap outside the image contributes 0.
 """
 
 from __future__ import annotations
@@ -17,24 +17,29 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.kernels.autograd import BinaryConvFunction, BinaryConvOptions, Memory
 from binarize.kernels.binary_conv import Geometry
-from binarize.kernels.product import BinaryWeight, binary_conv2d, binary_linear, compute_dtype
+from binarize.kernels.product import BinaryWeight, binary_conv, binary_linear, compute_dtype
 from binarize.layers import parts as layer_parts
+from binarize.layers.adapters import Original
 from binarize.layers.lowering import LoweredLayer, lower, trains_as_one_node
 from binarize.layers.method import Method, get_method
-from binarize.layers.parts import ActivationBinarizer, LayerSpec, PartKind, WeightBinarizer, runs_as_declared
-from binarize.layers.pipeline import PartPipeline
+from binarize.layers.parts import ActivationBinarizer, LayerKind, LayerSpec, PartKind, WeightBinarizer, runs_as_declared
+from binarize.layers.pipeline import Depth, PartPipeline
 from binarize.layers.timestep_aware import RPReLU
 from binarize.timestep import TimestepContext
 
-LayerT = TypeVar("LayerT", bound="_BinaryLayer")
+LayerT = TypeVar("LayerT", bound="BinaryLayer")
 Parts = Mapping[PartKind, nn.Module | None]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-class _BinaryLayer(PartPipeline):
-    """Base class of BinaryConv2d and BinaryLinear."""
+class BinaryLayer(PartPipeline):
+    """Base class of the binary convolutions and of BinaryLinear.
+
+    ``original`` is what `binarize.revert` puts in its place if that is not a plain layer of torch.nn.
+    """
 
     weight: nn.Parameter
+    original: Original | None = None
     weight_binarizer: nn.Module
     stored_scales: layer_parts.StoredScales
 
@@ -43,7 +48,7 @@ class _BinaryLayer(PartPipeline):
         cls: type[LayerT], plain: Any, method: Method | str, context: TimestepContext | None = None, *,
         parts: Parts | None = None, had_bias: bool | None = None,
     ) -> LayerT:  # fmt: skip
-        """Return the binary form of a plain layer, nn.Conv2d or nn.Linear, in its mode.
+        """Return the binary form of a plain layer, such as nn.Conv2d for BinaryConv2d, in its mode.
 
         The layer's weight becomes the latent weight, as the same Parameter. Timestep-aware parts read ``context``.
         ``parts`` are existing modules to use instead of the method's, by stage; a bias is then kept as it is, and
@@ -103,10 +108,10 @@ class _BinaryLayer(PartPipeline):
         return part.to(device=spec.weight.device, dtype=spec.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # as nn.Conv2d and nn.Linear name it, since some networks use the name
-        """Apply the layer to ``(B, C_in, H, W)`` or ``(..., C_in)``."""
+        """Apply the layer to ``(B, C_in, ...)``, or a linear one to ``(..., C_in)``."""
         x = input
         shifted = self.shifted(x)
-        y = self._product(self.activation(shifted), self.weight_binarizer(self.weight))
+        y = self._product(self.activation(shifted), self.weight_binarizer(self.latent()))
         return self.run_stages(self.stages(), y, x, shifted)
 
     def _take_geometry(self, plain: Any, method: Method, context: TimestepContext | None) -> LayerSpec:
@@ -114,6 +119,10 @@ class _BinaryLayer(PartPipeline):
 
     def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
         raise NotImplementedError  # pragma: no cover - both subclasses define it
+
+    def latent(self) -> Tensor:
+        """Return the latent weights as the weight binarizer takes them."""
+        return self.weight
 
     def clamp_latent_(self) -> None:
         """Clamp the latent weights to [-1, 1] if the method does so after each optimizer step (BNN)."""
@@ -124,7 +133,8 @@ class _BinaryLayer(PartPipeline):
     @torch.no_grad()
     def binary_weight(self) -> BinaryWeight:
         """Return the codes ``(n, *weight.shape)`` and scales ``(n, C_out)`` that the forward uses now."""
-        return cast(BinaryWeight, self.weight_binarizer(self.weight))
+        surrogate, codes, scales = self.weight_binarizer(self.latent())
+        return BinaryWeight(surrogate.view_as(self.weight), codes.view(-1, *self.weight.shape), scales)
 
     def _with_latents(self, plain: Any) -> Any:
         plain.weight = self.weight
@@ -133,7 +143,77 @@ class _BinaryLayer(PartPipeline):
         return plain.train(self.training)
 
 
-class BinaryConv2d(_BinaryLayer):
+class BinaryConvNd(BinaryLayer):
+    """Base class of the binary convolutions of one, two and three dimensions, with nn.Conv2d's arguments.
+
+    A 1-D convolution is computed as a 2-D one of height 1, which is what its parts see. Subclasses set ``plain_class``.
+    """
+
+    plain_class: type[nn.Conv1d | nn.Conv2d | nn.Conv3d]
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1, padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1, groups: int = 1, padding_mode: PaddingMode = "zeros", *,
+        method: Method | str = "bidiffsr", context: TimestepContext | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        conv = cast(Any, self.plain_class)(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False,
+            padding_mode=padding_mode, device=device, dtype=dtype,
+        )  # fmt: skip
+        self._build(conv, get_method(method), context)
+
+    def _take_geometry(self, conv: Any, method: Method, context: TimestepContext | None) -> LayerSpec:
+        self.in_channels, self.out_channels = self.widths = conv.in_channels, conv.out_channels
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.groups, self.padding_mode = conv.groups, conv.padding_mode
+        self.memory: Memory = "exact"
+        self.declared_padding = conv.padding
+        pad = explicit_padding(conv)
+        self.padding = pad[-2::-2]
+        symmetric = pad[::2] == pad[1::2]
+        flat = (1,) * (2 - len(pad) // 2)  # the height of a 1-D convolution
+        pad += (0, 0) * len(flat)
+        self.pad_codes = None if symmetric and conv.padding_mode == "zeros" else pad
+        kernel, stride, dilation = (*flat, *conv.kernel_size), (*flat, *conv.stride), (*flat, *conv.dilation)
+        padding = pad[-2::-2]
+        self.steps = stride, padding if self.pad_codes is None else (0,) * len(padding), dilation
+        self.kernel = kernel[-2:]
+        self.geometry = Geometry(stride[-2:], cast(Any, pad[:4]), dilation[-2:])
+        if len(kernel) == 3:
+            self.depth = Depth(kernel[0], stride[0], cast(Any, pad[4:]), dilation[0])
+        weight = conv.weight.detach().unsqueeze(2) if flat else conv.weight
+        return LayerSpec(
+            self.kind, *self.widths, weight, stride, padding, self.pad_codes, self.padding_mode, dilation,
+            method.groups, context, method.sign_zero,
+        )  # fmt: skip
+
+    def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
+        if self.pad_codes is not None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            codes = F.pad(codes, self.pad_codes, mode=mode)
+        return binary_conv(codes, weight, *self.steps, self.groups)
+
+    def to_float(self) -> Any:
+        """Return the plain convolution with the latent weights, as the same Parameter."""
+        conv = cast(Any, self.plain_class)(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.declared_padding, self.dilation,
+            self.groups, bias=self.had_bias, padding_mode=self.padding_mode, device="meta",
+        )  # fmt: skip
+        return self._with_latents(conv)
+
+    def extra_repr(self) -> str:
+        """Say what nn.Conv2d says, and the method."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", padding={self.padding}"
+        for name, usual in (("dilation", (1,) * len(self.dilation)), ("groups", 1), ("padding_mode", "zeros")):
+            text += "" if getattr(self, name) == usual else f", {name}={getattr(self, name)!r}"
+        return f"{text}, method={self.method.name!r}"
+
+
+class BinaryConv2d(BinaryConvNd):
     """A 2-D convolution with 1-bit weights and activations: ``(B, C_in, H, W)`` to ``(B, C_out, H', W')``.
 
     Sizes are given as to nn.Conv2d, and padding is applied after the sign. A ``padding_mode`` other than "zeros" pads
@@ -141,38 +221,8 @@ class BinaryConv2d(_BinaryLayer):
     layer; timestep-aware parts read ``context``.
     """
 
-    kind: Literal["conv2d", "linear"] = "conv2d"
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1, groups: int = 1, padding_mode: PaddingMode = "zeros", *,
-        method: Method | str = "bidiffsr", context: TimestepContext | None = None,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False,
-            padding_mode=padding_mode, device=device, dtype=dtype,
-        )  # fmt: skip
-        self._build(conv, get_method(method), context)
-
-    def _take_geometry(self, conv: nn.Conv2d, method: Method, context: TimestepContext | None) -> LayerSpec:
-        self.in_channels, self.out_channels = self.widths = conv.in_channels, conv.out_channels
-        self.kernel_size = self.kernel = cast(tuple[int, int], conv.kernel_size)
-        self.stride, self.dilation = cast(tuple[int, int], conv.stride), cast(tuple[int, int], conv.dilation)
-        self.groups, self.padding_mode = conv.groups, conv.padding_mode
-        self.memory: Memory = "exact"
-        self.declared_padding = cast(str | tuple[int, int], conv.padding)
-        self.geometry = Geometry(self.stride, _explicit_padding(conv), self.dilation)
-        self.padding = self.geometry.padding
-        left, right, top, bottom = self.geometry.pad
-        symmetric = left == right and top == bottom
-        self.pad_codes = None if symmetric and conv.padding_mode == "zeros" else self.geometry.pad
-        return LayerSpec(
-            "conv2d", *self.widths, conv.weight, self.stride, self.padding, self.pad_codes, self.padding_mode,
-            self.dilation, method.groups, context, method.sign_zero,
-        )  # fmt: skip
+    kind: LayerKind = "conv2d"
+    plain_class: type[nn.Conv1d | nn.Conv2d | nn.Conv3d] = nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``(B, C_in, H, W)``."""
@@ -211,42 +261,19 @@ class BinaryConv2d(_BinaryLayer):
             self.memory, compute_dtype(x),
         )  # fmt: skip
         rows = [lowered.gather(each, x.shape[0]) for each in (lowered.shift, *transform.rprelu())]
-        scale = binarizer.weight_scale(self.weight)
-        y: Tensor = BinaryConvFunction.apply(options, source, self.weight, scale, *rows)
+        latent = self.latent()
+        scale = binarizer.weight_scale(latent)
+        y: Tensor = BinaryConvFunction.apply(options, source, latent, scale, *rows)
         return self.run_stages(rest, y, x, source)
 
-    def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
-        padding = self.padding
-        if self.pad_codes is not None:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            codes = F.pad(codes, self.pad_codes, mode=mode)
-            padding = (0, 0)
-        return binary_conv2d(codes, weight, self.stride, padding, self.dilation, self.groups)
 
-    def to_float(self) -> nn.Conv2d:
-        """Return the plain convolution with the latent weights, as the same Parameter."""
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.declared_padding, self.dilation,
-            self.groups, bias=self.had_bias, padding_mode=cast(PaddingMode, self.padding_mode), device="meta",
-        )  # fmt: skip
-        return cast(nn.Conv2d, self._with_latents(conv))
-
-    def extra_repr(self) -> str:
-        """Say what nn.Conv2d says, and the method."""
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        text += f", padding={self.padding}"
-        for name, usual in (("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
-            text += "" if getattr(self, name) == usual else f", {name}={getattr(self, name)!r}"
-        return f"{text}, method={self.method.name!r}"
-
-
-class BinaryLinear(_BinaryLayer):
+class BinaryLinear(BinaryLayer):
     """A linear layer with 1-bit weights and activations: ``(B, ..., C_in)`` to ``(B, ..., C_out)``.
 
     ``method`` is a method's name or instance, whose parts make up the layer; timestep-aware parts read ``context``.
     """
 
-    kind: Literal["conv2d", "linear"] = "linear"
+    kind: LayerKind = "linear"
 
     def __init__(
         self, in_features: int, out_features: int, *, method: Method | str = "bidiffsr",
@@ -276,12 +303,12 @@ class BinaryLinear(_BinaryLayer):
         return f"{self.in_features}, {self.out_features}, method={self.method.name!r}"
 
 
-def _explicit_padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Return (left, right, top, bottom) of a convolution, strings resolved."""
+def explicit_padding(conv: Any) -> tuple[int, ...]:
+    """Return the padding of a convolution as F.pad takes it, (left, right, top, bottom, ...), strings resolved."""
     padding: Any = conv.padding
-    if padding == "same":
-        totals = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-        (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
-        return left, right, top, bottom
-    height, width = (0, 0) if padding == "valid" else padding
-    return width, width, height, height
+    sides: list[int] = []
+    for i in reversed(range(len(conv.kernel_size))):
+        total = conv.dilation[i] * (conv.kernel_size[i] - 1)
+        before = 0 if padding == "valid" else total // 2 if padding == "same" else padding[i]
+        sides += [before, total - before if padding == "same" else before]
+    return tuple(sides)

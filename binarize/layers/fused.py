@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,10 @@ from binarize.kernels.autograd import CompiledNormSiLUFunction, Conv3x3Function,
 from binarize.kernels.bitpack import LANES
 from binarize.layers.parts import runs_as_declared
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+
+def is_plain(module: nn.Module | None, kind: type[ModuleT]) -> TypeGuard[ModuleT]:
     """Return whether a module is exactly of one class and has no hooks, so that a fused node can replace it."""
     return type(module) is kind and runs_as_declared(module, "forward")
 

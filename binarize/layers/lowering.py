@@ -60,7 +60,8 @@ def lower(layer: PartPipeline) -> LoweredLayer | None:
             lowered.append(layer.pre)
     fuses_pre = layer.pre is None or shift is not None
     transform, present, done = OutputTransform(), layer.stages(), 0
-    for stage in present if layer.bases == 1 else ():  # several bases are added up before the first stage
+    summed = layer.bases > 1 or layer.depth is not None  # several products are added up before the first stage
+    for stage in () if summed else present:
         site = Site(layer.keeps_shape() and fuses_pre, post_follows="post" in present[done + 1 :])
         part = getattr(layer, stage)
         after: OutputTransform | None = None

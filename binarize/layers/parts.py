@@ -19,6 +19,7 @@ from operator import attrgetter
 from types import FunctionType
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError, did_you_mean
@@ -30,6 +31,7 @@ from binarize.timestep import TimestepContext
 
 PartKind = Literal["activation", "weight", "pre", "scale", "norm", "post", "shortcut"]
 PART_KINDS: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "norm", "post", "shortcut")
+LayerKind = Literal["conv2d", "conv3d", "linear"]
 StoredScales = Literal["filter", "tensor", "none"]
 Factory = Callable[..., nn.Module]
 _FROM_FILE: ContextVar[bool] = ContextVar("_FROM_FILE", default=False)
@@ -106,10 +108,10 @@ def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
     """Return whether an attribute or method of a module's class describes what calling the module does.
 
     It does not if a subclass of the class that declares it has another ``forward``, or if ``forward`` was replaced on
-    the instance. Unless ``hooks`` are allowed, the module must have none, and no subclass may have other methods, which
-    ``forward`` could call.
+    the instance or the class. Unless ``hooks`` are allowed, the module must have none, and no subclass may have other
+    methods, which ``forward`` could call.
     """
-    if not isinstance(part, nn.Module) or "forward" in vars(part):
+    if not isinstance(part, nn.Module) or "forward" in vars(part) or not calls_own_forward(type(part)):
         return False
     hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
     if hooked and not hooks:
@@ -128,6 +130,22 @@ def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
 
 
 _NO_CODE = (lambda: None).__code__
+_CALL = nn.Module.__call__
+
+
+def calls_own_forward(kind: type[nn.Module]) -> bool:
+    """Return whether calling a module runs the ``forward`` that its class was defined with.
+
+    A function that was assigned to the class afterwards comes from another place, and a decorated one has other code.
+    """
+    forward = kind.forward
+    if kind.__call__ is not _CALL or not isinstance(forward, FunctionType) or forward.__code__.co_name != "forward":
+        return False
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    if forward.__module__ != owner.__module__:
+        return False
+    # torch.compile cannot read a function's qualified name.
+    return torch.compiler.is_compiling() or forward.__qualname__ == f"{owner.__qualname__}.forward"
 
 
 def _has_methods(kind: type) -> bool:
@@ -153,15 +171,16 @@ def levels_of(activation: object) -> tuple[int, int] | None:
 class LayerSpec:
     """The layer that a part is built for, as its factory sees it."""
 
-    kind: Literal["conv2d", "linear"]  # with tensors (B, C, H, W) or (..., C)
+    kind: LayerKind  # with tensors (B, C, H, W), (B, C, D, H, W) or (..., C); a 1-D convolution is "conv2d" with H = 1
     in_channels: int  # C_in
     out_channels: int  # C_out
     weight: Tensor  # the latent weights, from which a part may initialise itself
-    stride: tuple[int, int] = (1, 1)  # of the convolution, (1, 1) for linear layers
-    padding: tuple[int, int] = (0, 0)  # zeros on each side of a convolution's input, (height, width)
-    pad: tuple[int, int, int, int] | None = None  # (left, right, top, bottom), if not zeros and the same on both sides
+    stride: tuple[int, ...] = (1, 1)  # of the convolution, (1, 1) for linear layers; three numbers if it is 3-D
+    padding: tuple[int, ...] = (0, 0)  # zeros on each side of a convolution's input, ([depth,] height, width)
+    # (left, right, top, bottom[, front, back]), if not zeros and the same on both sides
+    pad: tuple[int, ...] | None = None
     padding_mode: str = "zeros"  # as in nn.Conv2d
-    dilation: tuple[int, int] = (1, 1)  # of the convolution
+    dilation: tuple[int, ...] = (1, 1)  # of the convolution
     groups: int = 1  # K, the number of timestep groups
     context: TimestepContext | None = None  # where timestep-aware parts read the timestep, or None if the host has none
     sign_zero: SignZero = "plus"  # what sign(0) is
@@ -169,7 +188,7 @@ class LayerSpec:
     @property
     def channel_dim(self) -> int:
         """The dimension of the channels: 1 for convolutions, -1 for linear layers."""
-        return 1 if self.kind == "conv2d" else -1
+        return -1 if self.kind == "linear" else 1
 
 
 def with_sign_zero(part: type[nn.Module]) -> Factory:
@@ -180,6 +199,11 @@ def with_sign_zero(part: type[nn.Module]) -> Factory:
 
     factory.__signature__ = inspect.signature(part)  # type: ignore[attr-defined]  # names the options
     return factory
+
+
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Return ``(C,)`` as a factor or summand of ``(B, C, ...)``."""
+    return values.view(-1, *[1] * (x.dim() - 2))
 
 
 def feature_dims(x: Tensor, channel_dim: int) -> tuple[int, ...]:

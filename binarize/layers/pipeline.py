@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from binarize.kernels.binary_conv import Geometry
+from binarize.layers.parts import LayerKind, per_channel
 
 if TYPE_CHECKING:
     from binarize.layers.method import Method
 
 Stage = Literal["bias", "scale", "norm", "post", "shortcut"]
+
+
+class Depth(NamedTuple):
+    """How a 3-D convolution moves along the depth; height and width have a `Geometry`."""
+
+    kernel: int
+    stride: int
+    pad: tuple[int, int]  # (front, back)
+    dilation: int
+
+    def output(self, depth: int) -> int:
+        """Return the depth of the output."""
+        return (depth + sum(self.pad) - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+
+    def keeps_size(self) -> bool:
+        """Return whether the output has the depth of the input, whatever it is."""
+        return self.stride == 1 and sum(self.pad) == self.dilation * (self.kernel - 1)
 
 
 class PartPipeline(nn.Module):
@@ -22,7 +40,7 @@ class PartPipeline(nn.Module):
     IR-Net).
     """
 
-    kind: Literal["conv2d", "linear"]
+    kind: LayerKind
     pre: nn.Module | None
     activation: nn.Module
     scale: nn.Module | None
@@ -35,6 +53,7 @@ class PartPipeline(nn.Module):
     post_after_shortcut: bool
     geometry: Geometry  # of the convolution; a linear layer is a 1x1 convolution
     kernel: tuple[int, int]  # (kh, kw)
+    depth: Depth | None = None  # of a 3-D convolution
     widths: tuple[int, int]  # channels of the input and of the output
     bases: int  # how many scaled binary weights are added up
     padding_mode: str = "zeros"  # as in nn.Conv2d
@@ -48,8 +67,8 @@ class PartPipeline(nn.Module):
 
     def keeps_shape(self) -> bool:
         """Return whether the output has the shape of the input, and the input is not padded before the kernel."""
-        same_width = self.widths[0] == self.widths[1]
-        return same_width and self.padding_mode == "zeros" and self.geometry.keeps_size(self.kernel)
+        same_size = self.widths[0] == self.widths[1] and (self.depth is None or self.depth.keeps_size())
+        return same_size and self.padding_mode == "zeros" and self.geometry.keeps_size(self.kernel)
 
     def shifted(self, x: Tensor) -> Tensor:
         """Return what the activation binarizes."""
@@ -67,7 +86,7 @@ class PartPipeline(nn.Module):
         for stage in stages:
             part = getattr(self, stage)
             if stage == "bias":
-                y = y + (part.view(-1, 1, 1) if self.kind == "conv2d" else part).to(y.dtype)
+                y = y + (part if self.kind == "linear" else per_channel(part, y)).to(y.dtype)
             elif stage == "scale":
                 reads_input = getattr(part, "of_input", False)
                 y = part(y, x if reads_input else self.shifted(x) if shifted is None else shifted)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.kernels.binary_conv import OutputTransform
-from binarize.layers.parts import LayerPart, LayerSpec, Scale, Site, feature_dims, register_part
+from binarize.layers.parts import LayerPart, LayerSpec, Scale, Site, feature_dims, per_channel, register_part
 
 
 class ChannelScale(Scale):
@@ -36,7 +37,7 @@ class ChannelScale(Scale):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Scale the product ``y``; ``x`` is not used."""
-        y = y * (self.scale.view(-1, 1, 1) if self.channel_dim == 1 else self.scale).to(y.dtype)
+        y = y * (per_channel(self.scale, y) if self.channel_dim == 1 else self.scale).to(y.dtype)
         if self.row_scale is not None:
             y = y * self._leading(self.row_scale, y.shape[-2], "high").to(y.dtype)
         if self.column_scale is not None:
@@ -74,22 +75,23 @@ class KMapScale(Scale):
     """
 
     def __init__(
-        self, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
-        dilation: tuple[int, int], pad: tuple[int, int, int, int] | None = None, padding_mode: str = "zeros",
+        self, kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+        dilation: tuple[int, ...], pad: tuple[int, ...] | None = None, padding_mode: str = "zeros",
         of_input: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.pad, self.pad_mode = pad, "constant" if padding_mode == "zeros" else padding_mode
         self.of_input = of_input
-        self.weight = nn.Parameter(torch.full((1, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1])))
+        self.weight = nn.Parameter(torch.full((1, 1, *kernel_size), 1 / math.prod(kernel_size)))
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Scale the product ``y`` ``(B, C_out, H', W')`` by the map of ``x`` ``(B, C_in, H, W)``."""
+        """Scale the product ``y`` ``(B, C_out, H', W')`` by the map of ``x`` ``(B, C_in, H, W)``; or with a depth."""
         magnitude, padding = x.abs().mean(1, keepdim=True), self.padding
         if self.pad is not None:
-            magnitude, padding = F.pad(magnitude, self.pad, self.pad_mode), (0, 0)
-        return y * F.conv2d(magnitude, self.weight.to(x.dtype), None, self.stride, padding, self.dilation)
+            magnitude, padding = F.pad(magnitude, self.pad, self.pad_mode), (0,) * len(padding)
+        convolve: Any = F.conv2d if x.dim() == 4 else F.conv3d
+        return y * convolve(magnitude, self.weight.to(x.dtype), None, self.stride, padding, self.dilation)
 
 
 class _FoldedNorm(LayerPart):
@@ -110,6 +112,10 @@ class _FoldedNorm(LayerPart):
 
 class BatchNorm2d(_FoldedNorm, nn.BatchNorm2d):
     """BatchNorm2d as a part."""
+
+
+class BatchNorm3d(_FoldedNorm, nn.BatchNorm3d):
+    """BatchNorm3d as a part."""
 
 
 class TokenBatchNorm(_FoldedNorm, nn.BatchNorm1d):
@@ -139,7 +145,8 @@ class ReLU(LayerPart, nn.ReLU):
 
 
 def _batch_norm(channels: int, spec: LayerSpec) -> nn.Module:
-    return BatchNorm2d(channels) if spec.kind == "conv2d" else TokenBatchNorm(channels)
+    kinds = {"conv2d": BatchNorm2d, "conv3d": BatchNorm3d, "linear": TokenBatchNorm}
+    return kinds[spec.kind](channels)
 
 
 register_part("pre", "batch_norm")(lambda spec: _batch_norm(spec.in_channels, spec))
@@ -168,8 +175,9 @@ def _channel_scale(spec: LayerSpec, height: int | None = None, width: int | None
 
 @register_part("scale", "k_map")
 def _k_map(spec: LayerSpec, of_input: bool = False) -> nn.Module:
-    if spec.kind != "conv2d":
+    if spec.kind == "linear":
         # A linear layer is a 1x1 convolution: its K map is mean |x|, times one learnable number.
         return _TokenMap(of_input)
-    kernel = (spec.weight.shape[2], spec.weight.shape[3])
-    return KMapScale(kernel, spec.stride, spec.padding, spec.dilation, spec.pad, spec.padding_mode, of_input)
+    return KMapScale(
+        tuple(spec.weight.shape[2:]), spec.stride, spec.padding, spec.dilation, spec.pad, spec.padding_mode, of_input
+    )

@@ -7,6 +7,8 @@ where the layer widens.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,13 +18,23 @@ from binarize.layers.parts import LayerPart, LayerSpec, Site, register_part
 
 
 def pool_channels(x: Tensor, channels: int, channel_dim: int = 1) -> Tensor:
-    """Average-pool (or repeat) the channels of ``(B, C, H, W)``, or of ``(..., C)`` with ``channel_dim`` -1."""
+    """Average-pool (or repeat) the channels of ``(B, C, [D,] H, W)``, or of ``(..., C)`` with ``channel_dim`` -1."""
     width = x.shape[channel_dim]
     if width == channels:
         return x
     if channel_dim == 1:
-        return F.adaptive_avg_pool3d(x.unsqueeze(1), (channels, x.shape[2], x.shape[3])).squeeze(1)
+        planes = x.flatten(3)
+        pooled = F.adaptive_avg_pool3d(planes.unsqueeze(1), (channels, *planes.shape[2:])).squeeze(1)
+        return pooled.reshape(-1, channels, *x.shape[2:])
     return F.adaptive_avg_pool1d(x.reshape(-1, 1, width), channels).reshape(*x.shape[:-1], channels)
+
+
+def _pool_size(x: Tensor, size: torch.Size) -> Tensor:
+    """Average-pool ``(B, C, [D,] H, W)`` to a size."""
+    if x.shape[2:] == size:
+        return x
+    pool: Any = F.adaptive_avg_pool2d if x.dim() == 4 else F.adaptive_avg_pool3d
+    return cast(Tensor, pool(x, tuple(size)))
 
 
 class PoolShortcut(LayerPart):
@@ -40,8 +52,8 @@ class PoolShortcut(LayerPart):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + the shortcut of x."""
-        if self.channel_dim == 1 and x.shape[2:] != y.shape[2:]:
-            x = F.adaptive_avg_pool2d(x, (y.shape[2], y.shape[3]))
+        if self.channel_dim == 1:
+            x = _pool_size(x, y.shape[2:])
         return y + pool_channels(x, self.out_channels, self.channel_dim)
 
 
@@ -65,16 +77,15 @@ class ScaledShortcut(PoolShortcut):
 class ProjectionShortcut(nn.Module):
     """AvgPool -> full-precision 1x1 convolution -> BatchNorm where the shape changes (Bi-Real Net, section 3.3)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dimensions: int = 2) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
+        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dimensions == 2 else (nn.Conv3d, nn.BatchNorm3d)
+        self.conv = conv(in_channels, out_channels, 1, bias=False)
+        self.norm = norm(out_channels)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + the shortcut of x."""
-        if x.shape[2:] != y.shape[2:]:
-            x = F.adaptive_avg_pool2d(x, (y.shape[2], y.shape[3]))
-        return y + self.norm(self.conv(x))
+        return y + self.norm(self.conv(_pool_size(x, y.shape[2:])))
 
 
 @register_part("shortcut", "pool")
@@ -89,7 +100,7 @@ def _scaled(spec: LayerSpec, start: float = 0.0, magnitude: bool = False) -> nn.
 
 @register_part("shortcut", "projection")
 def _projection(spec: LayerSpec) -> nn.Module:
-    same = spec.in_channels == spec.out_channels and spec.stride == (1, 1)
+    same = spec.in_channels == spec.out_channels and set(spec.stride) == {1}
     if same or spec.kind == "linear":  # a projection of a linear layer would be that layer again, in full precision
         return _pool(spec)
-    return ProjectionShortcut(spec.in_channels, spec.out_channels)
+    return ProjectionShortcut(spec.in_channels, spec.out_channels, len(spec.stride))

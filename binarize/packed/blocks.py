@@ -13,10 +13,11 @@ from abc import abstractmethod
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.kernels.ops import conv3x3, norm_silu, shuffle
-from binarize.layers.fused import is_conv3x3, norm_factors
+from binarize.layers.fused import is_conv3x3, is_plain, norm_factors
 from binarize.layers.structure import CSFusion, sum_convs
 from binarize.packed.layers import PackedConv2d
 
@@ -41,6 +42,9 @@ def norm_silu_conv(
     norm: nn.GroupNorm, conv: nn.Module, x: Tensor, channel_bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """Return ``conv(silu(norm(x + channel_bias))) + residual``; the bias is ``(B, C_in)``."""
+    if not is_plain(norm, nn.GroupNorm):
+        out: Tensor = conv(F.silu(norm(x if channel_bias is None else x + channel_bias[:, :, None, None])))
+        return out if residual is None else out + residual
     factors = norm_factors(norm, x, channel_bias)
     if isinstance(conv, PackedConv2d):
         packed: Tensor = conv(x, factors, residual)
@@ -57,7 +61,7 @@ def fuse(fusion: nn.Module | None, hidden: Tensor, skip: Tensor) -> Tensor:
         joined = torch.cat([hidden, skip], dim=1)
         return joined if fusion is None else fusion(joined)
     first, second = fusion.convs
-    if type(first) is not nn.Conv2d or type(second) is not nn.Conv2d:
+    if not (is_plain(first, nn.Conv2d) and is_plain(second, nn.Conv2d)):
         return sum_convs(fusion.convs, shuffle(hidden, skip))
     # Two full-precision 1x1 convolutions of shuffled channels are two matrix products with shuffled weights.
     half = hidden.shape[1] // 2

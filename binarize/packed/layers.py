@@ -7,9 +7,10 @@ every method and every part of your own works.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from operator import attrgetter, is_, itemgetter
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,16 @@ from binarize.errors import BinarizeError
 from binarize.kernels.binary_conv import BinaryConv
 from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits, to_dense
 from binarize.kernels.ops import binary_conv2d, norm_silu
-from binarize.layers import BinaryConv2d, BinaryLinear
+from binarize.layers import BinaryConvNd, BinaryLayer, BinaryLinear
+from binarize.layers.adapters import Original
 from binarize.layers.delayed import Delayed
 from binarize.layers.lowering import LoweredLayer, lower
-from binarize.layers.parts import PART_KINDS, PartKind, StoredScales, levels_of
+from binarize.layers.parts import PART_KINDS, LayerKind, PartKind, StoredScales, levels_of
 from binarize.layers.pipeline import PartPipeline
 from binarize.layers.structure import AccumulatingConv
 
 _version, _kind, _training = attrgetter("_version"), attrgetter("dtype", "device"), itemgetter("training")
+_calls = attrgetter("forward", "__call__")
 
 
 class _Compiled:
@@ -35,7 +38,7 @@ class _Compiled:
     ``convs`` has a convolution per basis; their outputs are added up.
     """
 
-    def __init__(self, layer: _PackedLayer) -> None:
+    def __init__(self, layer: PackedLayer) -> None:
         lowered = lower(layer)
         if lowered is None:
             raise _undeclared_levels(layer.activation)
@@ -43,7 +46,7 @@ class _Compiled:
         self.convs = layer._lay_out(lowered)
         self._device = layer.words.device
 
-    def watch(self, layer: _PackedLayer) -> _Compiled:
+    def watch(self, layer: PackedLayer) -> _Compiled:
         """Remember the layer's modules and tensors for `is_current`."""
         held: list[tuple[dict[str, Any], str, Any]] = [
             (place, name, value)
@@ -58,14 +61,16 @@ class _Compiled:
         self._versioned = [t for t in self._tensors if not t.is_inference()]
         self._versions = list(map(_version, self._versioned))
         self._attributes = [vars(module) for module in layer.modules()]
+        self._classes = [type(part) for part in layer.parts().values() if part is not None]
         self._hooks = [d[name] for d in self._attributes for name in ("_forward_hooks", "_forward_pre_hooks")]
         self._state = self._modules_state()
         return self
 
-    def _modules_state(self) -> tuple[list[bool], list[int], list[int]]:
-        """Return each module's mode, and how many attributes (``forward`` may be one) and hooks it has."""
+    def _modules_state(self) -> tuple[list[Any], ...]:
+        """Return each module's mode, how many attributes (``forward`` may be one) and hooks it has, and its class's."""
         attributes = self._attributes
-        return list(map(_training, attributes)), list(map(len, attributes)), list(map(len, self._hooks))
+        own = list(map(_training, attributes)), list(map(len, attributes)), list(map(len, self._hooks))
+        return *own, list(map(_calls, self._classes))
 
     def is_current(self) -> bool:
         """Return whether nothing of the layer has been replaced, written to, hooked or switched to another mode."""
@@ -85,19 +90,23 @@ class _Compiled:
         return group if group.device == self._device else group.to(self._device)
 
 
-class _PackedLayer(PartPipeline):
-    """Base class of PackedConv2d and PackedLinear."""
+class PackedLayer(PartPipeline):
+    """Base class of the packed convolutions and of PackedLinear."""
 
     shape: FilterShape
     words: Tensor
     scales: Tensor | None
     stored_scales: StoredScales
     pad_codes: tuple[int, ...] | None = None
+    original: Original | None = None  # see `BinaryLayer`
 
-    def _take(self, layer: BinaryConv2d | BinaryLinear) -> None:
+    def _take(self, layer: BinaryLayer) -> None:
         self.widths, self.kernel, self.bases, self.geometry = layer.widths, layer.kernel, layer.bases, layer.geometry
-        groups = layer.groups if isinstance(layer, BinaryConv2d) else 1
-        shape = self.shape = FilterShape(self.widths[1], self.widths[0] // groups, self.kernel, groups, self.bases)
+        self.depth, self.original, self.weight_shape = layer.depth, layer.original, layer.weight.shape
+        groups = layer.groups if isinstance(layer, BinaryConvNd) else 1
+        rows = self.kernel[0] if self.depth is None else self.depth.kernel * self.kernel[0]
+        shape = FilterShape(self.widths[1], self.widths[0] // groups, (rows, self.kernel[1]), groups, self.bases)
+        self.shape = shape  # the depth of a filter is folded into its height
         for part in PART_KINDS:
             if part != "weight":
                 self.add_module(part, getattr(layer, part))
@@ -150,7 +159,7 @@ class _PackedLayer(PartPipeline):
     def codes(self) -> Tensor:
         """Return the weights, ``(bases, *weight shape)`` int8 in {-1, +1}."""
         codes = 2 * to_bits(self.words, self.shape).to(torch.int8) - 1
-        return codes if self.kind == "conv2d" else codes.flatten(2)
+        return codes.view(self.bases, *self.weight_shape)
 
     def weight_scales(self) -> Tensor:
         """Return the scale of every filter, ``(bases, C_out)``."""
@@ -210,15 +219,40 @@ class _PackedLayer(PartPipeline):
         if lowered.shift is not None:
             thresholds = thresholds - lowered.shift.to(acc_dtype)
         geometry = self.geometry if self.pad_codes is None else self.geometry._replace(pad=(0, 0, 0, 0))
-        shape = replace(self.shape, bases=1)
+        shape = replace(self.shape, bases=1, kernel=self.kernel)
         convs = []
-        for words, scale in zip(self.words, self.weight_scales().to(acc_dtype), strict=True):
+        for words, scale in self._products(acc_dtype):
             transform = replace(lowered.transform, scale=scale)
             convs.append(BinaryConv.lay_out(words, shape, geometry, thresholds, transform, unsigned=unsigned))
         return convs
 
+    def _products(self, dtype: torch.dtype) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Yield the words and scales of the products that the kernel computes."""
+        return zip(self.words, self.weight_scales().to(dtype), strict=True)
 
-class PackedConv2d(_PackedLayer, AccumulatingConv):
+    def _pad(self, x: Tensor) -> Tensor:
+        return x if self.pad_codes is None else F.pad(x, self.pad_codes, mode=self.padding_mode)
+
+
+class PackedConv(PackedLayer):
+    """Base class of the packed convolutions."""
+
+    def __init__(self, layer: BinaryConvNd) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+        self.padding, self.groups, self.padding_mode = layer.padding, layer.groups, layer.padding_mode
+        self.declared_padding, self.plain_class = layer.declared_padding, layer.plain_class
+        self.pad_codes = None if layer.padding_mode == "zeros" else layer.pad_codes
+        self._take(layer)
+
+    def extra_repr(self) -> str:
+        """Return what nn.Conv2d shows, and the method."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return f"{text}, padding={self.padding}, groups={self.groups}, method={self.method.name!r}"
+
+
+class PackedConv2d(PackedConv, AccumulatingConv):
     """A binary convolution for inference, with bits in memory: ``(B, C_in, H, W)`` to ``(B, C_out, H', W')``.
 
     CPUs compute it with xnor and population count, CUDA GPUs on tensor cores; inputs are ideally channels_last.
@@ -226,16 +260,7 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
     dict holds ``bits`` (dense, see the file format) and ``scales`` in place of latent weights.
     """
 
-    kind: Literal["conv2d", "linear"] = "conv2d"
-
-    def __init__(self, layer: BinaryConv2d) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
-        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
-        self.padding, self.groups, self.padding_mode = layer.padding, layer.groups, layer.padding_mode
-        self.declared_padding = layer.declared_padding
-        self.pad_codes = None if layer.padding_mode == "zeros" else layer.geometry.pad
-        self._take(layer)
+    kind: LayerKind = "conv2d"
 
     def forward(self, input: Tensor, input_norm: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Apply the layer to ``silu(x * input_norm[0] + input_norm[1])`` and add ``residual`` to the output.
@@ -247,9 +272,7 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
         if not lowered.is_one_kernel:
             x = x if input_norm is None else norm_silu(x, input_norm)
             input_norm, residual, added_last = None, None, residual
-        source = x if lowered.fuses_pre else self.shifted(x)
-        if self.pad_codes is not None:
-            source = F.pad(source, self.pad_codes, mode=self.padding_mode)
+        source = self._pad(x if lowered.fuses_pre else self.shifted(x))
         group = compiled.timestep_group(x.shape[0])
         y = binary_conv2d(source, compiled.convs[0], group, input_norm, residual=residual)
         for conv in compiled.convs[1:]:
@@ -262,16 +285,11 @@ class PackedConv2d(_PackedLayer, AccumulatingConv):
         """Return ``total + self(x)``, added while the output is written if the kernel can."""
         return cast(Tensor, self(x, residual=total))
 
-    def extra_repr(self) -> str:
-        """Return what nn.Conv2d shows, and the method."""
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        return f"{text}, padding={self.padding}, groups={self.groups}, method={self.method.name!r}"
 
-
-class PackedLinear(_PackedLayer):
+class PackedLinear(PackedLayer):
     """A binary linear layer for inference, ``(B, ..., C_in)`` to ``(B, ..., C_out)``; see `PackedConv2d`."""
 
-    kind: Literal["conv2d", "linear"] = "linear"
+    kind: LayerKind = "linear"
 
     def __init__(self, layer: BinaryLinear) -> None:
         super().__init__()
@@ -283,7 +301,7 @@ class PackedLinear(_PackedLayer):
         x, compiled = input, self.compiled()
         source = x if compiled.lowered.fuses_pre else self.shifted(x)
         batch, tokens = x.shape[0], x.shape[1:-1].numel()
-        width = next(w for w in (64, 32, 16, 8, 4, 2, 1) if tokens % w == 0)
+        width = row_width(tokens)
         pixels = source.reshape(batch, tokens // width, width, source.shape[-1]).permute(0, 3, 1, 2)
         group = compiled.timestep_group(x.shape[0])
         y = binary_conv2d(pixels, compiled.convs[0], group)
@@ -295,6 +313,11 @@ class PackedLinear(_PackedLayer):
     def extra_repr(self) -> str:
         """Return what nn.Linear shows, and the method."""
         return f"{self.in_features}, {self.out_features}, method={self.method.name!r}"
+
+
+def row_width(pixels: int) -> int:
+    """Return how wide to make an image of independent pixels; the threads share its rows."""
+    return next(w for w in (64, 32, 16, 8, 4, 2, 1) if pixels % w == 0)
 
 
 def check_levels(activation: nn.Module) -> None:
