@@ -22,7 +22,7 @@ from binarize.conversion.summary import Summary, summary
 from binarize.errors import BinarizeError
 from binarize.hosts import list_hosts, register_host
 from binarize.importing import after_import
-from binarize.layers import list_parts, register_part, training_step
+from binarize.layers import list_parts, register_layer, register_part, training_step
 from binarize.methods import Method, get_method, list_methods, register_method
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ __all__ += [
 __all__ += ["checkpoint_context", "memory_mode", "param_groups", "timesteps", "training_step"]
 __all__ += ["Timestep"]
 __all__ += ["Method", "get_method", "list_methods", "list_parts", "register_method", "register_part"]
-__all__ += ["hosts", "layers", "list_hosts", "methods", "packed", "register_host"]
+__all__ += ["hosts", "layers", "list_hosts", "methods", "packed", "register_host", "register_layer"]
 __all__ += ["diagnosis", "evaluation", "imaging", "inspect", "models", "recipes", "training"]
 
 

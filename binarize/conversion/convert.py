@@ -14,11 +14,20 @@ from binarize.conversion.attention import allow_fusion, refuse_fusion
 from binarize.conversion.record import RECORD, Conversion, conversion, is_converted, record_config
 from binarize.conversion.report import ConversionReport, ReportRow
 from binarize.conversion.rules_0_1 import selected_by_0_1
-from binarize.conversion.selection import Decision, Selection, Selector, select
+from binarize.conversion.selection import Decision, Selection, Selector, select, unknown_class, unknown_parameters
 from binarize.conversion.timesteps import timestep_context
 from binarize.errors import BinarizeError
 from binarize.hosts import Edit, Host, find_host
-from binarize.layers import BinaryConv2d, BinaryLinear, CPDown, CPUp, CSFusion
+from binarize.layers import (
+    BinaryConv1d,
+    BinaryConv2d,
+    BinaryConv3d,
+    BinaryLayer,
+    BinaryLinear,
+    CPDown,
+    CPUp,
+    CSFusion,
+)
 from binarize.methods import Method, get_method
 from binarize.modules import WRAPPERS, call_arguments, meta_copy, refuse_lazy, replace_modules, unwrap
 from binarize.timestep import TimestepContext, detach_contexts
@@ -27,6 +36,9 @@ MethodLike = str | Method | Mapping[str, Any]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 STRUCTURES = ("auto", "keep", "cp_cs", "contract")
+_BINARY: dict[type[nn.Module], type[BinaryLayer]] = {
+    nn.Conv1d: BinaryConv1d, nn.Conv2d: BinaryConv2d, nn.Conv3d: BinaryConv3d, nn.Linear: BinaryLinear
+}  # fmt: skip
 
 
 def convert(
@@ -140,17 +152,21 @@ def _convert(
         notes += host.role_notes()
         selected_before = selected_by_0_1(model, host, method, selection)
         saved = selected_before if given.selected_by_0_1 else given.binary
-        decisions = select(model, method, selection, defaults, saved)
+        decisions = select(model, method, selection, defaults, saved, given.selected_by_0_1)
         binary_names = [d.names[0] for d in decisions if d.method is not None]
         share = _share(model, method, selection, defaults, decisions)
         timed = any(decision.method is not None and decision.method.needs_timestep for decision in decisions)
         context, steps = timestep_context(model, host, timed, timestep, num_train_timesteps, notes)
-        binary = {id(d.layer): _binary_layer(d.layer, d.method, context) for d in decisions if d.method is not None}
+        unknown = [
+            ReportRow(name, f"{type(owner).__name__} {_shape(p)}", "kept", unknown_class(owner), p.numel())
+            for name, owner, p in unknown_parameters(model, decisions)
+        ]
+        binary = {id(d.layer): _binary_layer(d, d.method, context) for d in decisions if d.method is not None}
         for name, old in replace_modules(model, binary):
             undo.callback(model.set_submodule, name, old)
         undo.callback(allow_fusion, model)
         refuse_fusion(model)
-        rows = (*_structure_rows(edits, before), *(_row(decision, before) for decision in decisions))
+        rows = (*_structure_rows(edits, before), *(_row(decision, before) for decision in decisions), *unknown)
         report = ConversionReport(method.name, host.name, host.structure(model), rows, tuple(notes), **share)
         chosen = list(selection.keep), selection.overrides, selection.linear
         pinned = None if set(binary_names) == selected_before else binary_names
@@ -180,8 +196,8 @@ def revert(model: ModelT) -> ModelT:
     """
     if conversion(model).packed:
         raise BinarizeError("revert: this model is packed, so its latent weights are gone; revert the unpacked model.")
-    binary = [layer for layer in model.modules() if isinstance(layer, BinaryConv2d | BinaryLinear)]
-    replace_modules(model, {id(layer): layer.to_float() for layer in binary})
+    binary = [layer for layer in model.modules() if isinstance(layer, BinaryLayer)]
+    replace_modules(model, {id(layer): _float_layer(layer) for layer in binary})
     allow_fusion(model)
     detach_contexts(model)
     delattr(unwrap(model), RECORD)
@@ -197,7 +213,7 @@ def _check_model(model: nn.Module) -> None:
         by = conversion(model).method.name
         raise BinarizeError(f"this {type(model).__name__} is already converted, by method {by!r}; call revert first.")
     for name, module in model.named_modules():
-        if isinstance(module, BinaryConv2d | BinaryLinear) or is_converted(module):
+        if isinstance(module, BinaryLayer) or is_converted(module):
             raise BinarizeError(f"{name!r} is already binary; convert the whole network once.")
         if wrapper := _wrapper(module):
             name = name or type(model).__name__
@@ -212,6 +228,7 @@ def _wrapper(module: nn.Module) -> str | None:
         (parametrize.is_parametrized(module), "torch.nn.utils.parametrize"),
         (any(base.__name__ == "BaseTunerLayer" for base in cls.__mro__), "a PEFT adapter"),
         (cls.__module__.startswith(("torch.ao.nn", "torchao")), cls.__module__),
+        (any(hasattr(h, "apply_mask") for h in hooks), "torch.nn.utils.prune"),
         (any(hasattr(h, "name") and hasattr(h, "dim") for h in hooks), "torch.nn.utils.weight_norm or spectral_norm"),
     )
     return next((name for wrapped, name in found if wrapped), None)
@@ -246,7 +263,7 @@ def _share(
     """Return the report's numbers of parameters: all, the binary ones, and the binary ones under linear=True."""
 
     def count(found: Sequence[Decision]) -> int:
-        weights = {id(d.layer.weight): cast(Tensor, d.layer.weight).numel() for d in found if d.method is not None}
+        weights = {id(d.form.weight): d.form.weight.numel() for d in found if d.method is not None}
         return sum(weights.values())
 
     binary = count(decisions)
@@ -260,11 +277,18 @@ def _restore_config(model: Any, undo: ExitStack) -> None:
         undo.callback(lambda: dict(model.config) == before or model.register_to_config(**before))
 
 
-def _binary_layer(layer: nn.Module, method: Method, context: TimestepContext | None) -> nn.Module:
-    with torch.device("meta") if cast(Tensor, layer.weight).is_meta else nullcontext():
-        if isinstance(layer, nn.Conv2d):
-            return BinaryConv2d.from_float(layer, method, context)
-        return BinaryLinear.from_float(cast(nn.Linear, layer), method, context)
+def _binary_layer(decision: Decision, method: Method, context: TimestepContext | None) -> nn.Module:
+    plain = decision.form.plain
+    kind = next(binary for cls, binary in _BINARY.items() if isinstance(plain, cls))
+    with torch.device("meta") if decision.form.weight.is_meta else nullcontext():
+        layer = kind.from_float(plain, method, context)
+    layer.original = decision.form.original
+    return layer
+
+
+def _float_layer(layer: BinaryLayer) -> nn.Module:
+    plain = cast(nn.Module, cast(Any, layer).to_float())
+    return plain if layer.original is None else layer.original.restored(plain)
 
 
 def _structure_rows(edits: Sequence[Edit], before: set[int]) -> Iterator[ReportRow]:
@@ -276,22 +300,29 @@ def _structure_rows(edits: Sequence[Edit], before: set[int]) -> Iterator[ReportR
 
 
 def _row(decision: Decision, before: set[int]) -> ReportRow:
-    layer, weight = decision.layer, cast(Tensor, decision.layer.weight)
-    kind = f"{type(layer).__name__} {'x'.join(map(str, weight.shape))}"
+    layer, weight = decision.layer, decision.form.weight
+    kind = f"{type(layer).__name__} {_shape(weight)}"
     if decision.method is None:
         return ReportRow(decision.names[0], kind, "kept", decision.reason, weight.numel())
     new = "" if id(layer) in before else ", freshly initialized"
-    return ReportRow(decision.names[0], kind, "binary", _describe(layer, decision.method) + new, weight.numel())
+    detail = _describe(decision.form.plain, decision.method) + new
+    return ReportRow(decision.names[0], kind, "binary", detail, weight.numel())
+
+
+def _shape(weight: Tensor) -> str:
+    return "x".join(map(str, weight.shape))
 
 
 def _describe(layer: nn.Module, method: Method) -> str:
     notes = [method.name]
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.modules.conv._ConvNd):
         same = layer.in_channels == layer.out_channels
         strided = any(s != 1 for s in layer.stride)
         if method.part("shortcut") is not None and (not same or strided):
             how = "projected" if method.part("shortcut") == "projection" else "pooled"
-            over = " and ".join(text for text, yes in (("channels", not same), ("2-D average", strided)) if yes)
+            over = " and ".join(
+                text for text, yes in (("channels", not same), (f"{len(layer.stride)}-D average", strided)) if yes
+            )
             notes.append(f"shortcut {how} ({over})")
         if layer.groups != 1:
             notes.append(f"groups {layer.groups}")

@@ -1,4 +1,4 @@
-"""The report of a conversion: one row for each convolution, linear layer and new block, with the reason."""
+"""The report of a conversion: one row for each layer, new block and weight of an unknown class, with the reason."""
 
 import json
 from collections import Counter
@@ -64,7 +64,7 @@ class ConversionReport:
 
     @property
     def binary_share(self) -> float:
-        """Share of the weights of all convolutions and linear layers that are binary."""
+        """Share of the weights of all convolutions, linear layers and unknown classes that are binary."""
         total = sum(row.weights for row in self.rows if row.action != "new")
         return sum(row.weights for row in self.replaced) / total if total else 0.0
 

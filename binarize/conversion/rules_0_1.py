@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from binarize.conversion.selection import Selection, decide, examined
+from binarize.conversion.selection import Selection, decide
 from binarize.hosts import Host
 from binarize.methods import Method
 
@@ -23,9 +23,17 @@ def selected_by_0_1(model: nn.Module, host: Host, method: Method, selection: Sel
     defaults = {**_embeddings(then, model), **then.full_precision(model, method)}
     return {
         names[0]
-        for names, layer in examined(model)
+        for names, layer in _examined(model)
         if _supported(layer) and decide(names, layer, method, selection, defaults, None)[0] is not None
     }
+
+
+def _examined(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
+    layers: dict[int, tuple[list[str], nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            layers.setdefault(id(module), ([], module))[0].append(name)
+    return list(layers.values())
 
 
 def _heads(host: Host, model: nn.Module) -> dict[str, str]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.layers.adapters import Layer, find_layer
 from binarize.methods import Method, get_method
 from binarize.modules import matches, prefixes
 
 Selector = str | Callable[[str, nn.Module], bool]
 
 _CONVOLUTION = nn.modules.conv._ConvNd
+_ATTENTION_INPUT = re.compile(r"(to_)?(q|k|v|kv|qkv)|query|key|value")
+_ATTENTION_OUTPUT = re.compile(r"proj(_out)?|(to_)?out")
+_WITHOUT_ROW = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Decision:
 
     names: tuple[str, ...]
     layer: nn.Module
+    form: Layer
     method: Method | None
     reason: str = ""
 
@@ -82,29 +88,22 @@ def _override(pattern: str, value: Any, method: Method) -> Method | None:
     raise BinarizeError(f"overrides[{pattern!r}] must be a method, a mapping of options or None; got {value!r}.")
 
 
-def examined(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
-    """Return the names and the module of everything that a conversion decides on, in the model's order."""
-    layers: dict[int, tuple[list[str], nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and isinstance(module, _CONVOLUTION | nn.Linear):
-            layers.setdefault(id(module), ([], module))[0].append(name)
-    return list(layers.values())
-
-
 def select(
     model: nn.Module,
     method: Method,
     selection: Selection,
     defaults: Mapping[str, str],
     pinned: Collection[str] | None = None,
+    by_0_1: bool = False,
 ) -> list[Decision]:
-    """Return a decision for every layer that is examined.
+    """Return a decision for every layer; `binarize.layers.adapters` says what is one.
 
     ``defaults`` maps modules that stay full precision by default, with all layers below them, to the reason.
     ``pinned`` are the names of the layers that become binary whatever the rules for that are: those of a saved model.
+    With ``by_0_1``, version 0.1 saved it, which also replaced layers whose behavior had been changed.
     """
-    layers = examined(model)
-    _check_patterns(selection, layers)
+    layers = _find_layers(model)
+    _check_patterns(selection, [(names, form.plain) for names, _, form in layers])
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     if unknown := defaults.keys() - known:
         raise BinarizeError(f"the host keeps modules that {type(model).__name__} does not have: {sorted(unknown)}.")
@@ -112,23 +111,91 @@ def select(
         raise BinarizeError(
             f"the conversion names layers that {type(model).__name__} does not have: {sorted(missing)}."
         )
+    defaults = {**_added_defaults(model, layers, defaults), **defaults}
     decisions = []
-    for names, layer in layers:
-        unsupported = _unsupported(layer)
-        chosen, reason = decide(names, layer, method, selection, defaults, unsupported)
+    for names, layer, form in layers:
+        if by_0_1 and form.legacy and any(name in (pinned or ()) for name in names):
+            form = replace(form, obstacle=None)
+        chosen, reason = decide(names, form.plain, method, selection, defaults, form.obstacle)
         if pinned is not None:
-            if unsupported and any(name in pinned for name in names):
-                raise BinarizeError(f"{names[0]!r} is binary in the saved model, but here: {unsupported}.")
+            if form.obstacle and any(name in pinned for name in names):
+                raise BinarizeError(f"{names[0]!r} is binary in the saved model, but here: {form.obstacle}.")
             chosen, reason = _pin(names, chosen, reason, method, selection, pinned)
-        decisions.append(Decision(tuple(names), layer, chosen, reason))
+        decisions.append(Decision(tuple(names), layer, form, chosen, reason))
     if all(decision.method is None for decision in decisions):
-        reasons = "; ".join(sorted({decision.reason for decision in decisions}))
+        foreign = {unknown_class(owner) for _, owner, _ in unknown_parameters(model, decisions)}
+        reasons = "; ".join(sorted({decision.reason for decision in decisions} | foreign))
         raise BinarizeError(
             f"{method.name} would replace nothing in this {type(model).__name__}: "
             f"{reasons or 'it has no convolution or linear layer'}. "
             "Loosen keep, or pass linear=True for networks of linear layers."
         )
     return decisions
+
+
+def _find_layers(model: nn.Module) -> list[tuple[list[str], nn.Module, Layer]]:
+    found: dict[int, tuple[list[str], nn.Module, Layer | None]] = {}
+    inside: list[str] = []  # an adapted layer is replaced with everything in it
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or any(name.startswith(prefix) for prefix in inside):
+            continue
+        if id(module) not in found:
+            found[id(module)] = [], module, find_layer(module)
+        names, _, form = found[id(module)]
+        names.append(name)
+        if form is not None and form.adapted:
+            inside.append(f"{name}.")
+    return [(names, module, form) for names, module, form in found.values() if form is not None]
+
+
+def _added_defaults(
+    model: nn.Module, layers: list[tuple[list[str], nn.Module, Layer]], defaults: Mapping[str, str]
+) -> dict[str, str]:
+    """Return what a host leaves out: ends of other classes, if no forward has found any, and attention by its names."""
+    convolutions = [(names, form) for names, _, form in layers if isinstance(form.plain, _CONVOLUTION)]
+    what = "convolution" if convolutions else "layer"
+    ends = convolutions or [(names, form) for names, _, form in layers]
+    added = {}
+    if ends and not {f"first {what}", f"last {what}"} & set(defaults.values()):
+        for place, (names, form) in (("first", ends[0]), ("last", ends[-1])):
+            if form.adapted:
+                added[names[0]] = f"{place} {what}"
+    for names, _, form in layers:
+        if not form.legacy and any(_is_attention(model, name) for name in names):
+            added.setdefault(names[0], "attention projection")
+    return added
+
+
+def _is_attention(model: nn.Module, name: str) -> bool:
+    """Return whether a layer is a projection of attention by its name and those beside it."""
+    above, _, last = name.rpartition(".")
+    asks = any(_ATTENTION_INPUT.fullmatch(child) for child, _ in model.get_submodule(above).named_children())
+    return bool(_ATTENTION_INPUT.fullmatch(last)) or (asks and bool(_ATTENTION_OUTPUT.fullmatch(last)))
+
+
+def unknown_parameters(model: nn.Module, decisions: Sequence[Decision]) -> list[tuple[str, nn.Module, Tensor]]:
+    """Return name, owner and value of the weights that belong to no layer, norm or table.
+
+    They have two dimensions or more, the first larger than 1: positional embeddings and tokens are ``(1, ...)``.
+    """
+    known = {id(p) for d in decisions for p in (*d.layer.parameters(), *d.form.plain.parameters())}
+    found = []
+    for name, module in model.named_modules():
+        for key, parameter in () if isinstance(module, _WITHOUT_ROW) else module.named_parameters(recurse=False):
+            if (
+                id(parameter) not in known
+                and parameter.dim() > 1
+                and len(parameter) > 1
+                and parameter.is_floating_point()
+            ):
+                known.add(id(parameter))
+                found.append((f"{name}.{key}" if name else key, module, parameter))
+    return found
+
+
+def unknown_class(owner: nn.Module) -> str:
+    """Return the reason for keeping parameters of a class that has no binary form."""
+    return f"parameters in {type(owner).__name__}, a class the toolkit does not know (see binarize.register_layer)"
 
 
 def _pin(
@@ -196,17 +263,3 @@ def decide(
     if is_linear and not reason and linear is not True:
         reason = "linear layer (convert with linear=True or patterns)"
     return None if reason else method, reason
-
-
-def _unsupported(layer: nn.Module) -> str | None:
-    """Return why a layer has no binary form, or None if it has one."""
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads this layer's weight without calling the layer"
-    for cls, kind in ((nn.Conv2d, "convolution"), (nn.Linear, "linear layer")):
-        if isinstance(layer, cls):
-            if type(layer).forward is not cls.forward:
-                return f"{type(layer).__name__} has a forward of its own, which a binary {kind} would drop"
-            return None
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return "transposed convolution: no binary form is published"
-    return f"{type(layer).__name__}: only 2-D convolutions and linear layers have a binary form"

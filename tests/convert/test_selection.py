@@ -82,9 +82,7 @@ class OwnForward(nn.Conv2d):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.Conv1d(4, 4, 1), "Conv1d: only 2-D convolutions"),
-        (nn.Conv3d(4, 4, 1), "Conv3d: only 2-D convolutions"),
-        (nn.ConvTranspose2d(4, 4, 2, 2), "transposed convolution: no binary form is published"),
+        (nn.ConvTranspose2d(4, 4, 2, 2), "transposed convolution: it inserts zeros between the pixels"),
         (OwnForward(4, 4, 1), "OwnForward has a forward of its own, which a binary convolution would drop"),
         (nn.MultiheadAttention(4, 2).out_proj, "nn.MultiheadAttention reads this layer's weight"),
     ],
