@@ -8,6 +8,7 @@ import typer
 
 from binarize.cli.errors import print_report
 from binarize.cli.options import OverridesArgument
+from binarize.cli.streams import echo
 from binarize.tables import Table
 
 
@@ -36,21 +37,21 @@ def ablate(
     from binarize.training import TrainingInterrupted
 
     if listing:
-        typer.echo(Table(["study", "description"], [*list_studies().items()]).to_text(header=False))
+        echo(Table(["study", "description"], [*list_studies().items()]).to_text(header=False))
         return
     if study is None:
         raise typer.BadParameter("give one, such as small_methods; --list shows those installed.", param_hint="STUDY")
     try:
         result = run(study, overrides or (), only=only, force=force, dry_run=dry_run)
     except TrainingInterrupted as stop:
-        typer.echo(f"stopped by a signal; saved {stop.checkpoint}. The same command goes on from there.", err=True)
+        echo(f"stopped by a signal; saved {stop.checkpoint}. The same command goes on from there.", err=True)
         raise typer.Exit(stop.exit_code) from None
     print_report(result)
     if dry_run:
         return
     table = result.output_dir / "table.md"
     others = [kind for kind in (".csv", ".json", ".png") if table.with_suffix(kind).exists()]
-    typer.echo(f"table: {table}, and as {', '.join(others)}")
+    echo(f"table: {table}, and as {', '.join(others)}")
     if result.failed:
-        typer.echo(f"{len(result.failed)} of {len(result.runs)} runs failed; see error.txt in their folders", err=True)
+        echo(f"{len(result.failed)} of {len(result.runs)} runs failed; see error.txt in their folders", err=True)
         raise typer.Exit(1)

@@ -16,6 +16,7 @@ from binarize.cli.evaluate import evaluate
 from binarize.cli.import_official import import_official
 from binarize.cli.methods import methods
 from binarize.cli.pack import pack
+from binarize.cli.streams import echo
 from binarize.cli.summary import summary
 from binarize.cli.train import train
 from binarize.cli.upscale import upscale
@@ -33,7 +34,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"binarize {binarize.__version__}")
+        echo(f"binarize {binarize.__version__}")
         raise typer.Exit
 
 

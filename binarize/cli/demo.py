@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from binarize.cli.options import ForceOption, OverridesArgument
+from binarize.cli.streams import echo
 
 
 def demo(
@@ -27,7 +28,7 @@ def demo(
     from binarize.demo import run_demo
     from binarize.demo.report import verdict
 
-    result = run_demo(output, overrides=overrides or (), force=force, say=typer.echo)
-    typer.echo(f"\n{verdict(result.scores.mean, result.steps).replace('**', '')}\n")
+    result = run_demo(output, overrides=overrides or (), force=force, say=echo)
+    echo(f"\n{verdict(result.scores.mean, result.steps).replace('**', '')}\n")
     for name, path in (("images:", result.comparison), ("report:", result.report), ("model:", result.model)):
-        typer.echo(f"{name:<9}{path}")
+        echo(f"{name:<9}{path}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from binarize.cli.options import DeviceOption, ModelArgument, ScaleOption, SeedOption, StepsOption
+from binarize.cli.streams import echo
 
 
 def doctor(
@@ -35,6 +36,6 @@ def doctor(
     with ProgressBar(bar_format="{elapsed}  {desc}", leave=False) as bar:
         where, show = find_device(device), bar.set_description_str
         report = examine(model, scale=scale, steps=steps, seed=seed, device=where, try_all=try_all, advance=show)
-    typer.echo(report.to_text())
+    echo(report.to_text())
     if not report.healthy:
         raise typer.Exit(1)

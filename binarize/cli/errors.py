@@ -1,32 +1,57 @@
-"""What commands print: reports, and errors as one line and an exit status."""
+"""The boundary of the program: every error becomes one message on stderr and an exit status."""
 
 from __future__ import annotations
 
+import errno
+import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from binarize.errors import BinarizeError
+from binarize.cli.streams import echo, safe_streams
+from binarize.errors import BinarizeError, one_line
 
-_INTERRUPTED = 130
+_FAILED, _WRONG_USAGE, _INTERRUPTED = 1, 2, 130
+_LINES, _LINE = 10, 2000  # of a message
+_NEXT_STEP = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some of your quota, or write to another disk",
+    errno.EACCES: "check the permissions",
+    errno.EROFS: "write to another disk",
+    errno.EMFILE: "raise the limit with `ulimit -n`",
+}
 
 
 class OneLineErrors(TyperGroup):
-    """A group of commands that prints expected errors as one line; ``--debug`` adds the traceback."""
+    """A group of commands that ends with a message and an exit status, whatever happens and wherever output goes."""
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command and turn an expected error into a message on stderr and an exit status."""
+    def main(self, args: Any = None, prog_name: str | None = None, *_: Any, **options: Any) -> NoReturn:
+        """Run a command line and exit: 0 success, 1 an error, 2 wrong usage, 130 interrupted."""
+        with safe_streams() as stdout:
+            status = self._run(list(sys.argv[1:] if args is None else args), prog_name)
+            stdout.flush()
+            if stdout.failure is not None and not isinstance(stdout.failure, BrokenPipeError):
+                _print_error(f"the output could not be printed: {one_line(stdout.failure)}")
+                status = status or _FAILED
+        sys.exit(status)
+
+    def _run(self, args: list[str], prog_name: str | None) -> int:
+        debug = False
         try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # the reader of the output has gone; typer ends quietly
-        except (BinarizeError, OSError, KeyboardInterrupt) as error:
-            if ctx.params.get("debug"):
-                typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-            typer.echo(f"{typer.style('error:', fg='red', bold=True)} {_message(error)}", err=True)
-            raise typer.Exit(_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
+            if "" in args:
+                raise typer.BadParameter("an argument is empty. Is a variable in the command line unset?")
+            with self.make_context(prog_name or "binarize", args) as context:
+                debug = bool(context.params.get("debug"))
+                self.invoke(context)
+        except typer.Exit as done:
+            return done.exit_code
+        except BaseException as error:
+            if debug:
+                echo("".join(traceback.format_exception(error)), err=True, end="")
+            return _report(error)
+        return 0
 
 
 def print_report(report: Any) -> None:
@@ -37,12 +62,48 @@ def print_report(report: Any) -> None:
     if console.is_terminal:
         console.print(report)
     else:
-        typer.echo(report.to_markdown(), nl=False)
+        echo(report.to_markdown(), end="")
+
+
+def _report(error: BaseException) -> int:
+    """Print an error and return the exit status."""
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        _print_error("interrupted")
+        return _INTERRUPTED
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else _FAILED
+    usage = getattr(error, "format_message", None)  # of the exceptions of typer's parser
+    if usage is None:
+        _print_error(_message(error))
+        return _FAILED
+    context = getattr(error, "ctx", None)
+    if usage() and type(error).__name__ != "NoArgsIsHelpError":  # whose message, the help, has been printed
+        what = " ".join(usage().split())
+        where = "binarize" if context is None else context.command_path
+        _print_error(f"{what[:_LINE]}{'' if what.endswith(('.', '?')) else '.'} See `{where} --help`.")
+    return _WRONG_USAGE
+
+
+def _print_error(message: str) -> None:
+    lines = message.rstrip().split("\n")
+    shown = [line if len(line) <= _LINE else f"{line[: _LINE // 2]} ... {line[-_LINE // 2 :]}" for line in lines]
+    if len(shown) > _LINES:
+        shown[_LINES - 1 :] = [f"... and {len(shown) - _LINES + 1} more lines"]
+    if sys.stderr.isatty():
+        print("\033[1;31merror:\033[0m ", file=sys.stderr, end="")
+        echo("\n".join(shown), err=True)
+    else:
+        echo("error: " + "\n".join(shown), err=True)
 
 
 def _message(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+    if isinstance(error, BinarizeError):
+        return str(error)
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else one_line(error)
+        step = _NEXT_STEP.get(error.errno or 0)
+        return what if step is None else f"{what}; {step}."
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error).lower():
+        return f"not enough memory ({one_line(error, 200)}); use a smaller image, --tile or batch."
+    where = f"{type(error).__name__}: {one_line(error)}"
+    return f"unexpected {where} (a bug in binarize: please report it with what `binarize --debug ...` prints)"

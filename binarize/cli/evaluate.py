@@ -9,6 +9,7 @@ import typer
 
 from binarize.cli import options as opt
 from binarize.cli.errors import print_report
+from binarize.cli.streams import echo
 from binarize.cli.targets import check_evaluation_folder
 
 
@@ -66,4 +67,4 @@ def evaluate(
     print_report(report)
     if output is not None:
         for path in report.save(output, force=force):
-            typer.echo(f"wrote {path}", err=True)
+            echo(f"wrote {path}", err=True)

@@ -9,6 +9,7 @@ import typer
 import yaml
 
 from binarize.cli.options import ForceOption
+from binarize.cli.streams import echo
 from binarize.cli.targets import check_model_folder
 from binarize.errors import BinarizeError
 
@@ -43,8 +44,8 @@ def import_official(
     pipeline = SuperResolutionPipeline(load_official(checkpoint, sign_zero=sign_zero, **options), scale=scale)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(target, pipeline.save_pretrained)
-    typer.echo(f"wrote {target}")
-    typer.echo(f"next: binarize upscale IN OUT --model {target}")
+    echo(f"wrote {target}")
+    echo(f"next: binarize upscale IN OUT --model {target}")
 
 
 def _option(text: str) -> tuple[str, Any]:

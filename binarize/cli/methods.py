@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from binarize.cli.streams import echo
 from binarize.tables import Table
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, to see it
 
     if name is None:
         rows = [[each, _first_line(get_method(each))] for each in list_methods()]
-        typer.echo(Table(["method", "description"], rows).to_text(header=False))
+        echo(Table(["method", "description"], rows).to_text(header=False))
         return
     method = get_method(name)
     described = _described_fields(type(method))
     names = [field.name for field in dataclasses.fields(method)]
     options = [["", name, repr(getattr(method, name)), described.get(name, "")] for name in names]
-    typer.echo(f"{name}: {_first_line(method)}\n")
-    typer.echo(Table(["", "option", "default", "description"], options).to_text(header=False))
+    echo(f"{name}: {_first_line(method)}\n")
+    echo(Table(["", "option", "default", "description"], options).to_text(header=False))
 
 
 def _first_line(method: Method) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from binarize.cli.options import MODEL, Dtype, ForceOption, ScaleOption
+from binarize.cli.streams import echo
 from binarize.cli.targets import check_model_folder
 from binarize.errors import BinarizeError
 
@@ -56,5 +57,5 @@ def pack(
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(target, write)
     size = (target / inside / WEIGHTS).stat().st_size
-    typer.echo(f"wrote {target}, the network in {size / 1e6:.2f} MB")
-    typer.echo(f"next: binarize upscale IN OUT --model {target}{' --scale N' if pipeline is None else ''}")
+    echo(f"wrote {target}, the network in {size / 1e6:.2f} MB")
+    echo(f"next: binarize upscale IN OUT --model {target}{' --scale N' if pipeline is None else ''}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from binarize.cli.options import ForceOption, OverridesArgument
+from binarize.cli.streams import echo
 from binarize.tables import Table
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="List, show, copy and check recipes.")
@@ -25,7 +26,7 @@ def ls() -> None:
     """
     from binarize.recipes import list_recipes
 
-    typer.echo(Table(["recipe", "description"], [*list_recipes().items()]).to_text(header=False))
+    echo(Table(["recipe", "description"], [*list_recipes().items()]).to_text(header=False))
 
 
 @app.command("show")
@@ -44,9 +45,9 @@ def show(
     from binarize.recipes import load_recipe, recipe_path
 
     if full or overrides:
-        typer.echo(load_recipe(recipe, overrides or ()).to_yaml(), nl=False)
+        echo(load_recipe(recipe, overrides or ()).to_yaml(), end="")
     else:
-        typer.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
+        echo(recipe_path(recipe).read_text(encoding="utf-8"), end="")
 
 
 @app.command("cp")
@@ -63,7 +64,7 @@ def cp(
     """
     from binarize.recipes import copy_recipe
 
-    typer.echo(f"wrote {copy_recipe(recipe, target, force=force)}")
+    echo(f"wrote {copy_recipe(recipe, target, force=force)}")
 
 
 @app.command("validate")
@@ -77,4 +78,4 @@ def validate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> Non
     from binarize.recipes import validate as check
 
     check(recipe, overrides or ())
-    typer.echo(f"{recipe}: valid")
+    echo(f"{recipe}: valid")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from binarize.cli.streams import echo
 from binarize.errors import BinarizeError
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ def summary(
     network = _network(model)
     found = binarize.summary(network, _inputs(network, size))
     if style == "json":
-        typer.echo(found.to_json())
+        echo(found.to_json())
     else:
-        typer.echo((found.to_markdown if style == "markdown" else found.to_text)(layers=layers))
+        echo((found.to_markdown if style == "markdown" else found.to_text)(layers=layers))
 
 
 def _network(model: str) -> SRUNet:

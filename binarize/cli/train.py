@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from binarize.cli.options import ForceOption, OverridesArgument
+from binarize.cli.streams import echo
 from binarize.errors import BinarizeError
 
 
@@ -43,13 +44,13 @@ def train(
     try:
         result = run(load_recipe(recipe, changes), force=force)
     except TrainingInterrupted as stop:
-        typer.echo(str(stop), err=True)
+        echo(str(stop), err=True)
         raise typer.Exit(stop.exit_code) from None
     if os.environ.get("RANK", "0") != "0":
         return  # of several processes, only the first reports
     if result.history:
-        typer.echo(f"trained to step {result.steps} in {result.seconds:.0f} s, loss {result.history[-1].loss:.4f}")
+        echo(f"trained to step {result.steps} in {result.seconds:.0f} s, loss {result.history[-1].loss:.4f}")
     else:
-        typer.echo(f"step {result.steps} was already reached; raise max_train_steps to continue")
-    typer.echo(f"model: {result.model_dir}")
-    typer.echo(f"next:  binarize upscale IN OUT --model {result.model_dir}")
+        echo(f"step {result.steps} was already reached; raise max_train_steps to continue")
+    echo(f"model: {result.model_dir}")
+    echo(f"next:  binarize upscale IN OUT --model {result.model_dir}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from binarize.cli import options as opt
+from binarize.cli.streams import echo, printable
 from binarize.errors import BinarizeError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def upscale(
     with ProgressBar(total=passes, unit="pass") as bar:
         upscale_one = partial(sample, pipeline, steps=steps, seed=seed, overlap=overlap, on_pass=bar.update)
         for path, result in jobs:
-            bar.set_description(path.name)
+            bar.set_description(printable(path.name))
             image = read_image(path)
             before = time.perf_counter()
             large = upscale_one(image, tile=tiles[path])
@@ -96,9 +97,9 @@ def upscale(
             sampling += seconds
             save_image(large, result, force=force)
             with bar.external_write_mode():
-                typer.echo(f"{result}: {large.width}x{large.height}, {seconds:.1f} s")
+                echo(f"{result}: {large.width}x{large.height}, {seconds:.1f} s")
     each = f"{steps} step{'s' if steps > 1 else ''} per image"
-    typer.echo(f"start-up {start_up:.1f} s, sampling {sampling:.1f} s ({each}, on {pipeline.device.type})")
+    echo(f"start-up {start_up:.1f} s, sampling {sampling:.1f} s ({each}, on {pipeline.device.type})")
 
 
 def process_start() -> float:

@@ -51,11 +51,6 @@ def test_exit_statuses(monkeypatch: pytest.MonkeyPatch, error: BaseException, st
     assert result.stderr.count("\n") == 1
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("binarize.training.loop.train", raising(ZeroDivisionError("a bug")))
-    assert isinstance(run("train", "demo").exception, ZeroDivisionError)
-
-
 @pytest.mark.slow
 def test_a_real_process_reports_an_error_in_one_line(model: Path, photos: Path, tmp_path: Path) -> None:
     image = tmp_path / "cut.png"

@@ -1,0 +1,3 @@
+from cli_fixtures import model, packed, photos, small
+
+__all__ = ["model", "packed", "photos", "small"]
