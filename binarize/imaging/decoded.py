@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, one_line
 
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _GREY = ("1", "L", "LA", "La", *_DEEP)
 _COLOUR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV")
-# Exceptions of Pillow's EXIF reader for damaged tags.
-_METADATA_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -87,53 +85,72 @@ class DecodedImage:
 def to_image(image: Image.Image) -> DecodedImage:
     """Decode a Pillow image: apply its orientation, resolve palette, inks and transparency, keep its depth.
 
-    CMYK with a colour profile is converted to sRGB. 16-bit colour arrives from Pillow as 8-bit. An animation gives its
-    current frame. Floating-point images, integers beyond 16 bits and LAB have no defined black and white level, and
-    raise a BinarizeError.
+    CMYK with a colour profile is converted to sRGB. 16-bit colour arrives from Pillow as 8-bit, and 16-bit greyscale
+    with transparency is written as 8-bit. An animation gives its current frame. Floating-point images, integers beyond
+    16 bits and LAB have no defined black and white level, and raise a BinarizeError.
     """
+    if 0 in image.size:
+        raise BinarizeError(f"the image has no pixels: it is {image.width}x{image.height}")
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BinarizeError(f"cannot decode the image: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+        raise BinarizeError(f"cannot decode the image: {one_line(error)}") from error
     mode = image.mode
     if mode not in _GREY + _COLOUR:
         fix = "convert to 8-bit RGB, or to 8- or 16-bit greyscale, first"
         raise BinarizeError(f"images of mode {mode!r} are not supported; {fix}")
     upright, profile = image, image.info.get("icc_profile")
-    with contextlib.suppress(*_METADATA_ERRORS):  # the pixels may be sound although the metadata is damaged
+    with _sound_pixels():
         upright = ImageOps.exif_transpose(image)
     if mode in _DEEP:
-        return DecodedImage(_decode_deep(upright), None, mode, _matching_profile(profile, mode))
-    transparent = mode in ("RGBA", "LA", "PA", "La", "RGBa") or (mode != "CMYK" and "transparency" in image.info)
+        levels = _deep_levels(upright)
+        hidden = image.info.get("transparency")
+        alpha = torch.from_numpy(levels != hidden)[None].float() if isinstance(hidden, int) else None
+        values = torch.from_numpy(levels.astype(np.float32) / np.float32(65535)).repeat(3, 1, 1)
+        return DecodedImage(values, alpha, mode, _matching_profile(profile, mode))
+    transparent = mode != "CMYK" and image.has_transparency_data
     if mode == "CMYK":
         colour, profile = _cmyk_to_rgb(upright, profile), None
     else:
         colour = upright.convert("RGBA" if transparent else "RGB")
-    values = torch.from_numpy(np.array(colour, dtype=np.float32)).permute(2, 0, 1) / 255
-    alpha = values[3:].contiguous() if transparent else None
-    return DecodedImage(values[:3].contiguous(), alpha, mode, _matching_profile(profile, mode))
+    bands = [torch.from_numpy(np.array(band)) for band in colour.split()]
+    values = torch.stack(bands[:3]).to(torch.float32).div_(255)
+    alpha = bands[3][None].to(torch.float32).div_(255) if transparent else None
+    return DecodedImage(values, alpha, mode, _matching_profile(profile, mode))
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return height and width with the EXIF orientation applied."""
-    try:
+    transposed = False
+    with _sound_pixels():
         transposed = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except _METADATA_ERRORS:
-        transposed = False
     return (image.width, image.height) if transposed else (image.height, image.width)
 
 
-def _decode_deep(image: Image.Image) -> torch.Tensor:
-    levels = np.array(image, dtype=np.int64)
+@contextlib.contextmanager
+def _sound_pixels() -> Iterator[None]:
+    """Ignore damaged metadata, for which Pillow raises many kinds of exceptions: the pixels may be sound."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception:
+        return
+
+
+def _deep_levels(image: Image.Image) -> np.ndarray:
+    levels = np.array(image, dtype=np.int32)
     if levels.min() < 0 or levels.max() > 65535:
         found = f"{levels.min()}..{levels.max()}"
         raise BinarizeError(f"a 32-bit integer image must stay within 0..65535, got {found}; rescale it first")
-    return torch.from_numpy((levels / 65535).astype(np.float32)).repeat(3, 1, 1)
+    return levels
 
 
 def _cmyk_to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     converted = None
-    if profile:
+    if isinstance(profile, bytes):
         with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged or unrelated profile describes no inks
             source, target = io.BytesIO(profile), ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
@@ -143,7 +160,7 @@ def _cmyk_to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _matching_profile(profile: bytes | None, mode: str) -> bytes | None:
     """Return the profile if its colour space is that of the written pixels; otherwise it would mislead a viewer."""
     space = b"GRAY" if mode in _GREY else b"RGB "  # bytes 16 to 19 of an ICC.1 header
-    return profile if profile and profile[16:20] == space else None
+    return profile if isinstance(profile, bytes) and profile[16:20] == space else None
 
 
 def _levels(values: torch.Tensor, top: int) -> np.ndarray:
