@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.imaging import DecodedImage
 
+MAX_SCALE = 64
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
@@ -20,6 +21,32 @@ class OtherTimestepsError(BinarizeError):
     def __init__(self, message: str, trained: int, scheduled: int | None) -> None:
         super().__init__(message)
         self.trained, self.scheduled = trained, scheduled
+
+
+class NotFiniteError(BinarizeError):
+    """A network or its noise schedule does not give numbers that make an image."""
+
+
+_LARGEST = 1e6  # unit noise and images in [0, 1], predicted or scaled by a scheduler, stay far below
+_LARGEST_WEIGHT = 1e12
+_DAMAGED = "The likely cause is a damaged file; export, download or copy the model again."
+
+
+def check_prediction(largest: float, name: str | None, dtype: torch.dtype) -> None:
+    """Raise NotFiniteError if the largest magnitude of a network's predictions and of their sum is not plausible."""
+    if not largest <= _LARGEST:  # also if it is NaN
+        what = f"the network or its noise schedule gives values up to {largest:g}, which are no image"
+        half = " Or float16 overflowed: use bfloat16 or float32." if dtype == torch.float16 else ""
+        raise NotFiniteError(f"{name or 'the model'}: {what}. {_DAMAGED}{half}")
+
+
+def check_weights(network: nn.Module, name: str) -> None:
+    """Raise NotFiniteError for the first tensor with values that are not finite, or beyond 1e12."""
+    for key, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta":
+            low, high = (float(value) for value in torch.aminmax(tensor.detach()))
+            if not max(-low, high) <= _LARGEST_WEIGHT:
+                raise NotFiniteError(f"{name}: the tensor {key} has values from {low:g} to {high:g}. {_DAMAGED}")
 
 
 def is_whole(number: object, least: int = 1) -> bool:
@@ -32,10 +59,11 @@ def _is_positive(number: object) -> bool:
 
 
 def check_scales(scale: Any, residual_scale: Any, residual_strength: Any) -> None:
-    """Raise BinarizeError unless the scale is an integer of at least 1 and the residual's numbers fit together."""
-    if not is_whole(scale):
+    """Raise BinarizeError unless the scale is an integer from 1 to 64 and the residual's numbers fit together."""
+    if not is_whole(scale) or int(scale) > MAX_SCALE:
         raise BinarizeError(
-            f"scale={scale!r}: a pipeline needs the whole number, 1 or more, by which it upscales, as in scale=4."
+            f"scale={scale!r:.40}: a pipeline needs the whole number, from 1 to {MAX_SCALE}, by which it upscales, as "
+            "in scale=4."
         )
     if residual_scale is not None and not _is_positive(residual_scale):
         raise BinarizeError(

@@ -20,7 +20,7 @@ from binarize.conversion.packing import is_packed, pack_if_possible, unpack
 from binarize.errors import BinarizeError, one_line
 from binarize.imaging import DecodedImage
 from binarize.kernels.backends import kernels_for
-from binarize.models.checks import OtherTimestepsError
+from binarize.models.checks import OtherTimestepsError, check_weights
 from binarize.models.official import load_official
 from binarize.models.pipeline import SuperResolutionPipeline
 from binarize.models.unet import SRUNet
@@ -173,8 +173,9 @@ def sample(
     try:
         options: dict[str, Any] = {"num_inference_steps": steps, "tile": tile, "overlap": overlap, "return_dict": False}
         return pipeline(image, generator=torch.Generator().manual_seed(seed), **options)[0][0]
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(words in str(error) for words in ("allocate memory", "bad_alloc")):
             raise
         device, smaller = pipeline.device.type, "--tile 256" if tile is None else f"a --tile below {tile}"
         raise BinarizeError(f"the image is too large for the memory of {device}; try {smaller}.") from error
@@ -221,6 +222,7 @@ def _read_network(path: Path) -> SRUNet:
             raise BinarizeError(f"{path}: holds a {kind}, but the command line runs SRUNet. Run it from Python.")
     with _reading(path, "an SRUNet"):  # without accelerate's meta tensors, whose errors do not show both shapes
         network: SRUNet = SRUNet.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
+    check_weights(network, str(path))
     return network.eval()
 
 

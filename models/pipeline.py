@@ -26,6 +26,7 @@ from binarize.imaging import DecodedImage, upscale_bicubic
 from binarize.kernels.backends import kernels_for
 from binarize.models import checks
 from binarize.models.images import as_images, to_batch, to_output
+from binarize.models.memory import check_sampling_memory
 from binarize.models.target import image_of
 from binarize.models.tiling import TileGrid, pad_image, pad_noise, tile_grid
 
@@ -122,6 +123,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
             **kwargs: As in diffusers; a ``unet`` among them is used as it is.
         """
         pipe: SuperResolutionPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "unet" not in kwargs:
+            checks.check_weights(pipe.unet, str(pretrained_model_name_or_path))
         if pack and "unet" not in kwargs and not is_packed(pipe.unet):
             pipe._packed_in_memory = pack_if_possible(pipe.unet)
         return pipe
@@ -236,6 +239,9 @@ class SuperResolutionPipeline(DiffusionPipeline):
             tile_grid(*(self.scale * side for side in size), tile=tile, overlap=overlap, multiple=self.size_multiple)
             for size in (sources[chunk[0]].rgb.shape[-2:] for chunk in chunks)
         ]
+        if self._execution_device.type == "cpu":
+            for chunk, grid in zip(chunks, grids, strict=True):
+                check_sampling_memory(self.unet, grid, images=len(chunk), tiles=batch_size)
 
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         results: list[Any] = []
@@ -281,15 +287,19 @@ class SuperResolutionPipeline(DiffusionPipeline):
         # The scheduler keeps its position and the last predictions, so each sample starts it anew.
         self.scheduler.set_timesteps(num_inference_steps, device=condition.device)
         x = pad_noise(noise, *grid.shape) * self.scheduler.init_noise_sigma
+        largest = x.new_zeros(())
         for step, timestep in enumerate(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(x, timestep)
             epsilon = grid.blend(partial(self._predict, timestep), model_input, condition, batch_size=batch_size)
+            largest = torch.maximum(largest, _largest(epsilon))
             x = self.scheduler.step(epsilon, timestep, x, **step_options).prev_sample
             if callback is not None:
                 tensors = {"latents": x, "condition": condition}
                 returned = callback(self, step, timestep, {name: tensors[name] for name in callback_inputs})
                 x = x if returned is None else returned.get("latents", x)
             advance()
+        largest = torch.maximum(largest, _largest(x))  # read once, because reading it waits for a GPU
+        checks.check_prediction(largest.item(), self.name_or_path, self.unet.dtype)
         return image_of(x, condition, self.residual_factor)[..., :height, :width].clamp(0, 1)
 
     def _predict(self, timestep: Tensor, sample: Tensor, condition: Tensor) -> Tensor:
@@ -307,6 +317,11 @@ class SuperResolutionPipeline(DiffusionPipeline):
             return given.to(condition)
         shape = (1, *condition.shape[1:])
         return randn_tensor(shape, generator=generator, device=condition.device, dtype=condition.dtype)
+
+
+def _largest(values: Tensor) -> Tensor:
+    low, high = torch.aminmax(values)
+    return torch.maximum(-low, high)
 
 
 def _chunks(sources: list[DecodedImage], batch_size: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ from binarize.errors import BinarizeError, one_line
 
 _FAILED, _WRONG_USAGE, _INTERRUPTED = 1, 2, 130
 _LINES, _LINE = 10, 2000  # of a message
+_NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc")
 _NEXT_STEP = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some of your quota, or write to another disk",
@@ -103,7 +104,7 @@ def _message(error: BaseException) -> str:
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else one_line(error)
         step = _NEXT_STEP.get(error.errno or 0)
         return what if step is None else f"{what}; {step}."
-    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error).lower():
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
         return f"not enough memory ({one_line(error, 200)}); use a smaller image, --tile or batch."
     where = f"{type(error).__name__}: {one_line(error)}"
     return f"unexpected {where} (a bug in binarize: please report it with what `binarize --debug ...` prints)"

@@ -17,7 +17,7 @@ from binarize.errors import BinarizeError
 def import_official(
     checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A released .pth file.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
-    scale: Annotated[int, typer.Option(min=1, help="Scale of the network; the released ones have 2 or 4.")],
+    scale: Annotated[int, typer.Option(min=1, max=64, help="Scale of the network; the released ones have 2 or 4.")],
     config: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Differences from the released configuration.")
     ] = None,

@@ -20,20 +20,26 @@ Attention takes time quadratic in the number of pixels: 256x256 tiles take a thi
 
 MODEL = "A trained model: a folder, a run's folder, a packed or released file, or user/repository on the hub."
 ModelArgument = Annotated[Path, typer.Argument(help=MODEL)]
+MAX_SCALE, MAX_SEED, MAX_STEPS, MAX_SIDE = 64, 2**63 - 1, 100_000, 2**20
 ScaleOption = Annotated[
-    int | None, typer.Option(min=1, help="Scale of models that do not store it: .pth files and bare networks.")
+    int | None,
+    typer.Option(min=1, max=MAX_SCALE, help="Scale of models that do not store it: .pth files and bare networks."),
 ]
 StepsOption = Annotated[
-    int | None, typer.Option(min=1, help="Denoising steps; by default the number stored with the model, or 50.")
+    int | None,
+    typer.Option(min=1, max=MAX_STEPS, help="Denoising steps; by default the number stored with the model, or 50."),
 ]
 _TILE_HELP = "Side of the network's tiles in output pixels, which bounds memory"
-TileOption = Annotated[int | None, typer.Option(min=1, help=f"{_TILE_HELP}; by default no tiles.")]
+TileOption = Annotated[int | None, typer.Option(min=1, max=MAX_SIDE, help=f"{_TILE_HELP}; by default no tiles.")]
 _AUTO_TILE = f"{_TILE_HELP}; 0: no tiles; by default {TILE} if a side of the result exceeds {UNTILED}."
-AutoTileOption = Annotated[int | None, typer.Option(min=0, help=_AUTO_TILE)]
+AutoTileOption = Annotated[int | None, typer.Option(min=0, max=MAX_SIDE, help=_AUTO_TILE)]
 OverlapOption = Annotated[
-    int | None, typer.Option(min=0, help="Output pixels that tiles share; by default 32, or a quarter of the tile.")
+    int | None,
+    typer.Option(min=0, max=MAX_SIDE, help="Output pixels that tiles share; by default 32, or a quarter of the tile."),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the noise; each image starts from it anew.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise; each image starts from it anew.")
+]
 SchedulerOption = Annotated[Scheduler | None, typer.Option(help="The sampler; by default that of the model.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto uses a GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Data type of the network's computations.")]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from binarize.models import SRUNet
 
+_LONGEST = 65536  # far more than the side of any image that is upscaled at once
+
 
 def summary(
     model: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="Name or file of a recipe, or a model.")],
@@ -60,9 +62,10 @@ def _network(model: str) -> SRUNet:
 def _inputs(network: SRUNet, size: str) -> tuple[torch.Tensor, ...]:
     import torch
 
-    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", size)
-    if match is None:
-        raise BinarizeError(f"--size {size}: must be height and width in pixels, such as 256x256.")
+    match = re.fullmatch(r"([1-9]\d{0,9})[x×]([1-9]\d{0,9})", size)
+    if match is None or max(map(int, match.groups())) > _LONGEST:
+        what = f"must be height and width in pixels, from 1 to {_LONGEST}, such as 256x256."
+        raise BinarizeError(f"--size {size:.40}: {what}")
     height, width = map(int, match.groups())
     if height % (multiple := network.size_multiple) or width % multiple:
         raise BinarizeError(f"--size {size}: this network needs a multiple of {multiple} for both sides.")

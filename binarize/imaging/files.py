@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from binarize.errors import BinarizeError, did_you_mean, one_line
-from binarize.files import write_atomic
+from binarize.files import followed, write_atomic
 from binarize.imaging.decoded import DecodedImage, to_image, upright_size
 from binarize.imaging.limits import check_memory, check_pixels
 
@@ -50,9 +50,9 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int | None = None) -
     """
     path = Path(path)
     with _opened(path) as image:
-        fix = "pass a larger max_pixels if you trust the file."
-        check_pixels(path, image.height, image.width, max_pixels, least=_ALWAYS_READ, fix=fix)
-        check_memory(image.width * image.height * _DECODED_BYTES, f"{path}: decoding it", "use a smaller image.")
+        what, pixels = f"its size of {image.width}x{image.height}", image.width * image.height
+        check_pixels(path, what, pixels, max_pixels, _ALWAYS_READ, "pass a larger max_pixels if you trust the file.")
+        check_memory(pixels * _DECODED_BYTES, f"{path}: decoding it", "use a smaller image.")
         return to_image(image)
 
 
@@ -155,11 +155,12 @@ def check_writable(
     size: tuple[int, int] | None = None,
     icc_profile: bytes | None = None,
 ) -> None:
-    """Check that the format of the path's suffix can hold an image, and that the folder is writable.
+    """Check that the format of the path's suffix can hold an image, and that the path can be written to.
 
     `mode` is Pillow's, `size` is (H, W).
     """
     path, known = Path(path), sorted(_WRITERS)
+    followed(path)
     if path.suffix.lower() not in known:
         hint = f"use one of {' '.join(known)}.{did_you_mean(path.suffix, known)}"
         raise BinarizeError(f"{path}: cannot write images with the suffix {path.suffix!r}; {hint}")

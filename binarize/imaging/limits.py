@@ -13,17 +13,15 @@ PIXELS_PER_BYTE = 100
 """More pixels per byte of a file are taken for a damaged or hostile header. Photos have about 4, screenshots 40."""
 
 
-def check_pixels(
-    path: str | os.PathLike[str], height: int, width: int, max_pixels: int | None, *, least: int, fix: str
-) -> None:
-    """Check that an image to be read from, or made of, a file has at most `max_pixels` pixels.
+def check_pixels(path: str | os.PathLike[str], what: str, pixels: int, most: int | None, least: int, fix: str) -> None:
+    """Check that an image read from, or made of, a file has at most `most` pixels.
 
-    By default, that is 100 pixels for each byte of the file, but not less than `least`.
+    If `most` is None, that is 100 pixels for each byte of the file, but not less than `least`.
     """
-    most = max(least, PIXELS_PER_BYTE * os.path.getsize(path)) if max_pixels is None else max_pixels
-    if height * width > most:
-        why = f"more than the {most:,} allowed" + (" for a file of this size" if max_pixels is None else "")
-        raise BinarizeError(f"{path}: {width}x{height} pixels are {why}; {fix}")
+    allowed = max(least, PIXELS_PER_BYTE * os.path.getsize(path)) if most is None else most
+    if pixels > allowed:
+        why = f"more than the {allowed:,} pixels allowed" + (" for a file of this size" if most is None else "")
+        raise BinarizeError(f"{path}: {what} is {why}; {fix}")
 
 
 def check_memory(needed: float, what: str, fix: str) -> None:

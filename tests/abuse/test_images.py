@@ -94,19 +94,17 @@ def test_a_small_file_that_declares_a_large_image(name: str, size: tuple[int, in
     path = tmp_path / name
     path.write_bytes(headers(*size)[name])
     started = time.monotonic()
-    with pytest.raises(
-        BinarizeError, match=r"more than the 33,554,432 allowed for a file of this|exceeds limit|cannot"
-    ):
+    with pytest.raises(BinarizeError, match=r"more than the 33,554,432 pixels allowed for|exceeds limit|cannot"):
         read_image(path)
     assert time.monotonic() - started < 5
 
 
 def test_the_limit_on_pixels_is_an_argument(tmp_path: Path) -> None:
     Image.new("1", (6000, 6000)).save(tmp_path / "white.png")
-    with pytest.raises(BinarizeError, match="6000x6000 pixels are more than the 33,554,432 allowed for a file of this"):
+    with pytest.raises(BinarizeError, match="size of 6000x6000 is more than the 33,554,432 pixels allowed for a"):
         read_image(tmp_path / "white.png")
     assert read_image(tmp_path / "white.png", max_pixels=36_000_000).mode == "1"
-    with pytest.raises(BinarizeError, match="are more than the 35,999,999 allowed; pass a larger max_pixels"):
+    with pytest.raises(BinarizeError, match="is more than the 35,999,999 pixels allowed; pass a larger max_pixels"):
         read_image(tmp_path / "white.png", max_pixels=35_999_999)
 
 

@@ -94,7 +94,6 @@ def sources(tmp_path: Path) -> Path:
         ("fake.png out.png", "is not an image"),
         ("cut.png out.png", "cannot"),
         ("empty out.png", "holds no images"),
-        ("cut out", "cannot"),
         ("twins out", "would both become"),
         ("good.png no/large.png", "does not exist"),
         ("twins good.png", "is a file"),
