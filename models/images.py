@@ -45,11 +45,15 @@ def as_images(image: Any) -> list[DecodedImage]:
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
-    """Scale unsigned integers to [0, 1] by the range of their type; leave floating point as it is."""
-    if values.dtype in (np.uint8, np.uint16):
-        return values.astype(np.float32) / np.iinfo(values.dtype).max
-    if values.dtype.kind == "f":
-        return values if values.dtype.itemsize > 2 else values.astype(np.float32)
+    """Scale unsigned integers to [0, 1] by the range of their type; leave floating point as it is.
+
+    The result is contiguous and writable, in the byte order of the machine, as torch needs.
+    """
+    kind, size = values.dtype.kind, values.dtype.itemsize
+    if kind == "u" and size <= 2:
+        return np.ascontiguousarray(values, dtype=np.float32) / np.float32(256**size - 1)
+    if kind == "f":
+        return np.require(values, np.float64 if size > 4 else np.float32, ["C", "W"])
     raise BinarizeError(
         f"image has the type {values.dtype}; allowed: uint8, uint16, or floating point from 0 to 1. "
         "Convert it with .astype('uint8') or divide it by its largest level."

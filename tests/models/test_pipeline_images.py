@@ -50,7 +50,7 @@ def test_results_of_different_shapes_come_as_a_list(output_type):
 KEPT = [(mode, mode) for mode in ("RGB", "RGBA", "L", "LA", "I;16")]
 
 
-@pytest.mark.parametrize(("mode", "expected"), [*KEPT, ("P", "RGB"), ("1", "L"), ("CMYK", "RGB")])
+@pytest.mark.parametrize(("mode", "expected"), [*KEPT, ("P", "RGBA"), ("1", "L"), ("CMYK", "RGB")])
 def test_each_kind_of_image_comes_back_as_its_kind(mode, expected):
     if mode == "I;16":
         image = Image.fromarray((pixels(4, 6, 1)[..., 0] * 65535).astype(np.uint16))
@@ -111,6 +111,6 @@ def test_bad_arguments_are_refused_before_the_network_runs(options, message):
     assert not unet.seen
 
 
-@pytest.mark.parametrize("scale", [None, 0, 2.0, True])
+@pytest.mark.parametrize("scale", [None, 0, 2.0, True, 65, 2**70])
 def test_a_scale_is_needed(scale):
-    assert_error(r"a pipeline needs the whole number, 1 or more", pipeline, scale=scale)
+    assert_error(r"a pipeline needs the whole number, from 1 to 64", pipeline, scale=scale)
