@@ -17,6 +17,7 @@ from binarize.conversion.convert import convert
 from binarize.conversion.export import binary_layers
 from binarize.errors import BinarizeError
 from binarize.layers import undelayed
+from binarize.layers.parts import check_trusted
 from binarize.recipes.load import load_recipe
 from binarize.recipes.schema import Recipe
 from binarize.recipes.stages import last_stage_end, staged_overrides
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 def import_plugins(plugins: Sequence[str]) -> None:
     """Import a recipe's plugins (dotted names or .py files), once per process, so that their methods exist."""
     for plugin in plugins:
+        if (_module_name(plugin) if plugin.endswith(".py") else plugin) in sys.modules:
+            continue
+        check_trusted(f"the plugin {plugin!r}")
         try:
             (_import_file if plugin.endswith(".py") else importlib.import_module)(plugin)
         except BinarizeError:
@@ -43,9 +47,7 @@ def _import_file(plugin: str) -> None:
     path = Path(plugin).resolve()
     if not path.is_file():
         raise BinarizeError(f"plugins: there is no file {plugin!r}; paths are relative to the recipe's folder.")
-    name = f"binarize_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return
+    name = _module_name(plugin)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # the name ends in .py
     assert spec.loader is not None
@@ -56,6 +58,11 @@ def _import_file(plugin: str) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+
+
+def _module_name(plugin: str) -> str:
+    path = Path(plugin).resolve()
+    return f"binarize_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def build(recipe: str | os.PathLike[str] | Recipe, *overrides: str) -> SRUNet:

@@ -9,6 +9,7 @@ import typer
 from binarize.cli.errors import print_report
 from binarize.cli.options import OverridesArgument
 from binarize.cli.streams import echo
+from binarize.cli.trust import TrustOption, code_of
 from binarize.tables import Table
 
 
@@ -17,6 +18,7 @@ def ablate(
     overrides: OverridesArgument = None,
     only: Annotated[list[str] | None, typer.Option(metavar="CELL", help="Run only these; a glob, repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cells, cost and progress.")] = False,
+    trust: TrustOption = False,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace existing runs of other recipes.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="List the installed studies and exit.")] = False,
 ) -> None:
@@ -42,7 +44,8 @@ def ablate(
     if study is None:
         raise typer.BadParameter("give one, such as small_methods; --list shows those installed.", param_hint="STUDY")
     try:
-        result = run(study, overrides or (), only=only, force=force, dry_run=dry_run)
+        with code_of(study, trust, inspecting=dry_run):
+            result = run(study, overrides or (), only=only, force=force, dry_run=dry_run)
     except TrainingInterrupted as stop:
         echo(f"stopped by a signal; saved {stop.checkpoint}. The same command goes on from there.", err=True)
         raise typer.Exit(stop.exit_code) from None

@@ -9,6 +9,7 @@ import typer
 
 from binarize.cli.options import ForceOption, OverridesArgument
 from binarize.cli.streams import echo
+from binarize.cli.trust import TrustOption, code_of
 from binarize.tables import Table
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="List, show, copy and check recipes.")
@@ -68,8 +69,10 @@ def cp(
 
 
 @app.command("validate")
-def validate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def validate(recipe: RecipeArgument, overrides: OverridesArgument = None, trust: TrustOption = False) -> None:
     """Check a recipe without its data: keys, values, method, network, folders.
+
+    A recipe with code of its own, such as plugins, can only be checked with `--trust`.
 
     ```
     binarize recipes validate bidiffsr_x2 method.groups=10 train_data_dir=DF2K/HR
@@ -77,5 +80,6 @@ def validate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> Non
     """
     from binarize.recipes import validate as check
 
-    check(recipe, overrides or ())
+    with code_of(recipe, trust, inspecting=True):
+        check(recipe, overrides or ())
     echo(f"{recipe}: valid")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from binarize.cli.streams import echo
+from binarize.cli.trust import TrustOption, code_of
 from binarize.errors import BinarizeError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def summary(
     size: Annotated[str, typer.Option(metavar="HxW", help="Size of the upscaled image to count for.")] = "256x256",
     layers: Annotated[bool, typer.Option("--layers", help="Add a line per layer; JSON always has them.")] = False,
     style: Annotated[Literal["text", "markdown", "json"], typer.Option("--format", help="Output format.")] = "text",
+    trust: TrustOption = False,
 ) -> None:
     """Count parameters, operations and bytes.
 
@@ -36,7 +38,8 @@ def summary(
     """
     import binarize
 
-    network = _network(model)
+    with code_of(model, trust, inspecting=True):
+        network = _network(model)
     found = binarize.summary(network, _inputs(network, size))
     if style == "json":
         echo(found.to_json())

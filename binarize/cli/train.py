@@ -9,6 +9,7 @@ import typer
 
 from binarize.cli.options import ForceOption, OverridesArgument
 from binarize.cli.streams import echo
+from binarize.cli.trust import TrustOption, code_of
 from binarize.errors import BinarizeError
 
 
@@ -18,6 +19,7 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="latest|FOLDER", help="Continue from the newest checkpoint, or from this one.")
     ] = None,
+    trust: TrustOption = False,
     force: ForceOption = False,
 ) -> None:
     """Train the network that a recipe describes.
@@ -42,7 +44,8 @@ def train(
             raise BinarizeError("--resume and resume_from_checkpoint=... mean the same; give one of them.")
         changes.append(f"resume_from_checkpoint={resume}")
     try:
-        result = run(load_recipe(recipe, changes), force=force)
+        with code_of(recipe, trust):
+            result = run(load_recipe(recipe, changes), force=force)
     except TrainingInterrupted as stop:
         echo(str(stop), err=True)
         raise typer.Exit(stop.exit_code) from None

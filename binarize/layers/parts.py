@@ -34,7 +34,7 @@ PART_KINDS: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "nor
 LayerKind = Literal["conv2d", "conv3d", "linear"]
 StoredScales = Literal["filter", "tensor", "none"]
 Factory = Callable[..., nn.Module]
-_FROM_FILE: ContextVar[bool] = ContextVar("_FROM_FILE", default=False)
+_NAMED_BY: ContextVar[Literal["model", "recipe"] | None] = ContextVar("_NAMED_BY", default=None)
 Part = str | Mapping[str, Any] | Factory | None
 """A part as a method names it: a registered name, ``"module:name"``, ``{"name": ..., **options}``, a factory, or None.
 
@@ -298,11 +298,27 @@ def _check_options(kind: str, part: Any, factory: Factory, options: Mapping[str,
 @contextmanager
 def named_by_a_file() -> Iterator[None]:
     """Treat names of parts as untrusted, since they come from a file: import nothing and call no function."""
-    token = _FROM_FILE.set(True)
+    token = _NAMED_BY.set("model")
     try:
         yield
     finally:
-        _FROM_FILE.reset(token)
+        _NAMED_BY.reset(token)
+
+
+@contextmanager
+def named_by_a_recipe() -> Iterator[None]:
+    """Treat names of parts and plugins as untrusted, since they come from a recipe: run no code."""
+    token = _NAMED_BY.set("recipe")
+    try:
+        yield
+    finally:
+        _NAMED_BY.reset(token)
+
+
+def check_trusted(what: str) -> None:
+    """Raise BinarizeError within `named_by_a_recipe`; `what` is the code that would run."""
+    if _NAMED_BY.get() == "recipe":
+        raise BinarizeError(f"the recipe would run code: {what}. Read that code, then add --trust to run it.")
 
 
 def is_named_by_a_file() -> bool:
@@ -314,7 +330,7 @@ def find_factory(kind: PartKind, name: str) -> Factory:
     """Return a factory by its registered name or as ``"module:name"``."""
     if ":" not in name:
         return _registry(kind)[name]
-    (module_name, _, attribute), from_file = name.partition(":"), _FROM_FILE.get()
+    (module_name, _, attribute), from_file = name.partition(":"), _NAMED_BY.get() is not None
     target: Any = None
     try:
         module = sys.modules.get(module_name) if from_file else importlib.import_module(module_name)
@@ -324,6 +340,7 @@ def find_factory(kind: PartKind, name: str) -> Factory:
             raise BinarizeError(f"{kind} part {name!r} cannot be imported: {error}.") from error
     if not from_file or (isinstance(target, type) and issubclass(target, nn.Module)):
         return cast(Factory, target)
+    check_trusted(f"the {kind} part {name!r}")
     raise BinarizeError(
         f"the model's file names the {kind} part {name!r}, and a file may not have modules imported or functions "
         f"called. Import {module_name} first if that is a class of modules of yours; else give the part a name of its "
