@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 
 from binarize.conversion.packing import is_packed, pack_if_possible, unpack
@@ -21,6 +18,7 @@ from binarize.errors import BinarizeError, one_line
 from binarize.imaging import DecodedImage
 from binarize.kernels.backends import kernels_for
 from binarize.models.checks import OtherTimestepsError, check_weights
+from binarize.models.hub import HUB_NAME, download
 from binarize.models.official import load_official
 from binarize.models.pipeline import SuperResolutionPipeline
 from binarize.models.unet import SRUNet
@@ -34,9 +32,8 @@ CHECKPOINT_SUFFIXES, PACKED_SUFFIX = (".pth", ".pt"), ".safetensors"
 _ALLOWED = (
     "a folder that `binarize train`, `binarize import-official` or `binarize pack` wrote, a run's folder, an SRUNet's "
     "folder, a packed network's .safetensors file, a released .pth file, or a name on the Hugging Face hub "
-    "(user/repository or user/repository/folder)"
+    "(user/repository or user/repository/folder, with @revision if need be)"
 )
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)+")
 _SCHEDULERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
@@ -45,7 +42,7 @@ def locate(path: Path) -> Path:
 
     `path` is a pipeline's folder, a run's output folder, an SRUNet's folder, a packed network's ``.safetensors`` file,
     or a released ``.pth`` file. If there is no such file or folder, it is ``user/repository`` or
-    ``user/repository/folder`` on the Hugging Face hub, which is downloaded once.
+    ``user/repository/folder`` on the Hugging Face hub, with ``@revision`` if need be, which is downloaded once.
     """
     if path.is_file():
         if path.suffix.lower() not in (*CHECKPOINT_SUFFIXES, PACKED_SUFFIX):
@@ -54,7 +51,7 @@ def locate(path: Path) -> Path:
     if not path.is_dir():
         if not _may_be_on_the_hub(path):
             raise BinarizeError(f"{path}: no such file or folder; give {_ALLOWED}.")
-        path = _download(path.as_posix())
+        path = download(path.as_posix(), _ALLOWED)
     if (path / PIPELINE).is_file() or (path / NETWORK).is_file():
         return path
     if (path / RUN / PIPELINE).is_file():
@@ -192,27 +189,7 @@ def _pipeline_around(path: Path) -> Path:
 def _may_be_on_the_hub(path: Path) -> bool:
     is_file_name = path.suffix.lower() in (*CHECKPOINT_SUFFIXES, PACKED_SUFFIX)
     # If the first folder exists, the rest of a local path is misspelt.
-    return _HUB_NAME.fullmatch(path.as_posix()) is not None and not is_file_name and not Path(path.parts[0]).exists()
-
-
-def _download(name: str) -> Path:
-    """Download ``user/repository`` or ``user/repository/folder``, JSON and safetensors files only."""
-    user, repository, *inside = name.split("/")
-    repo, folder = f"{user}/{repository}", "/".join(inside)
-    patterns = [f"{folder}/{kind}" if folder else kind for kind in ("*.json", "*.safetensors")]
-    try:
-        found = Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        what = f"no such file or folder, and no repository {repo} on the Hugging Face hub (or it needs `hf auth login`)"
-        raise BinarizeError(f"{name}: {what}; give {_ALLOWED}.") from error
-    except LocalEntryNotFoundError as error:
-        what = f"no such file or folder, the Hugging Face hub cannot be reached, and {repo} was not downloaded before"
-        raise BinarizeError(f"{name}: {what}; go online, or give the path of a model.") from error
-    except Exception as error:  # the hub's client and the libraries below it raise many kinds
-        raise BinarizeError(f"{name}: cannot be downloaded from the Hugging Face hub: {one_line(error)}") from error
-    if not (found / folder).is_dir():
-        raise BinarizeError(f"{name}: the repository {repo} on the Hugging Face hub has no folder {folder}.")
-    return found / folder
+    return HUB_NAME.fullmatch(path.as_posix()) is not None and not is_file_name and not Path(path.parts[0]).exists()
 
 
 def _read_network(path: Path) -> SRUNet:

@@ -18,7 +18,9 @@ TILE, UNTILED = 256, 512
 Attention takes time quadratic in the number of pixels: 256x256 tiles take a third of the time of a whole 1024x1024.
 """
 
-MODEL = "A trained model: a folder, a run's folder, a packed or released file, or user/repository on the hub."
+MODEL = (
+    "A trained model: a folder, a run's folder, a packed or released file, or user/repository[@revision] on the hub."
+)
 ModelArgument = Annotated[Path, typer.Argument(help=MODEL)]
 MAX_SCALE, MAX_SEED, MAX_STEPS, MAX_SIDE = 64, 2**63 - 1, 100_000, 2**20
 ScaleOption = Annotated[

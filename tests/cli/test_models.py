@@ -4,48 +4,15 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
-from cli_case import NETWORK, WEIGHTS, contents, edit_json, fails, make_image, official_checkpoint, raising, succeeds
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from cli_case import NETWORK, WEIGHTS, contents, edit_json, fails, make_image, official_checkpoint, succeeds
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from binarize.models import SRUNet, SuperResolutionPipeline, load_official
-
-
-def test_a_model_on_the_hub_is_downloaded(model, small, tmp_path, monkeypatch):
-    download = Mock(return_value=str(model.parent))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    for name, given in (("a.png", f"someone/models/{model.name}"), ("b.png", model)):
-        succeeds("upscale", small, tmp_path / name, "--model", given, "--steps", "1")
-    patterns = [f"{model.name}/*.json", f"{model.name}/*.safetensors"]
-    download.assert_called_with("someone/models", allow_patterns=patterns)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert "has no folder sub" in fails("upscale", small, tmp_path / "c.png", "--model", "some/one/sub")
-
-
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        ("a/b", RepositoryNotFoundError("404", response=Mock()), "no repository a/b on the Hugging Face hub"),
-        ("a/b", HFValidationError("odd"), "no repository a/b"),
-        ("a/b", LocalEntryNotFoundError("offline"), "hub cannot be reached, and a/b was not downloaded"),
-        ("a/b", OSError("disk\nfull"), "cannot be downloaded from the Hugging Face hub: disk full"),
-        *(
-            (name, AssertionError("asked the hub"), "no such file or folder")
-            for name in ("{here}/missing", "runs/missing", "one", "some/BI-DiffSR_x2.pth", "a/b/x.safetensors")
-        ),
-    ],
-)
-def test_errors_of_the_hub_and_paths_that_are_not_looked_up_there(small, tmp_path, monkeypatch, name, error, message):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(error))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    assert message in fails("upscale", small, tmp_path / "large.png", "--model", name.format(here=tmp_path))
 
 
 def test_a_network_without_a_scale_needs_one(model: Path, small: Path, tmp_path: Path) -> None:
