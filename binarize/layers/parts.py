@@ -323,7 +323,7 @@ def check_trusted(what: str) -> None:
 
 def is_named_by_a_file() -> bool:
     """Return whether names are untrusted now, see `named_by_a_file`."""
-    return _FROM_FILE.get()
+    return _NAMED_BY.get() is not None
 
 
 def find_factory(kind: PartKind, name: str) -> Factory:

@@ -14,7 +14,7 @@ from PIL import Image
 from binarize.errors import BinarizeError
 from binarize.files import write_atomic, write_text_atomic
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 
 @pytest.fixture

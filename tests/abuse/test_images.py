@@ -19,7 +19,7 @@ from binarize.errors import BinarizeError
 from binarize.imaging import image_size, list_images, read_image, save_image, to_image
 
 COUNT = int(os.environ.get("BINARIZE_ABUSE", "25"))  # mutations of each variant
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 
 

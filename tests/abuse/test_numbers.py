@@ -15,7 +15,7 @@ from binarize.imaging import limits
 from binarize.models import SRUNet, SuperResolutionPipeline, memory
 from binarize.models.tiling import tile_grid
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 DIGITS = "9" * 5000
 ODD = [
     "-1",

@@ -17,6 +17,8 @@ from huggingface_hub.errors import (
 
 from binarize.models import hub
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, model: Path) -> SimpleNamespace:

@@ -13,6 +13,8 @@ import binarize
 from binarize.errors import BinarizeError
 from binarize.models import SRUNet, SuperResolutionPipeline, checks
 
+pytestmark = pytest.mark.slow
+
 
 def pipeline(**options: object) -> SuperResolutionPipeline:
     torch.manual_seed(0)
