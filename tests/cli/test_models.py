@@ -23,7 +23,7 @@ def test_a_network_without_a_scale_needs_one(model: Path, small: Path, tmp_path:
         assert large.size == (33, 27)
     assert "upscales by 2" in fails("upscale", small, tmp_path / "other.png", "--model", model, "--scale", "4")
     SRUNet(**NETWORK, num_train_timesteps=1000).save_pretrained(tmp_path / "short")
-    message = fails("upscale", small, target, "--model", tmp_path / "short", "--scale", "2", "--force")
+    message = fails("upscale", small, tmp_path / "new.png", "--model", tmp_path / "short", "--scale", "2")
     assert "is a network of 1000 timesteps without its noise schedule" in message
     assert "Give the folder of its pipeline" in message
 
