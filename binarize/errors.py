@@ -1,7 +1,9 @@
 """The toolkit's exception, and helpers for its messages."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+MAX_LINES, MAX_WIDTH = 10, 200
 
 
 class BinarizeError(ValueError):
@@ -21,3 +23,16 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def one_line(error: BaseException, limit: int = 400) -> str:
     """Return an exception's message as one line of at most `limit` characters; its class if it has no message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def clip(text: str, limit: int = MAX_WIDTH) -> str:
+    """Return a text of at most `limit` characters; a longer one ends with an ellipsis."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def listing(opening: str, lines: Sequence[str], closing: str = "") -> str:
+    """Return an opening, indented lines and a closing of at most ten lines in all; what is left out is counted."""
+    most = MAX_LINES - 1 - bool(closing)
+    shown = list(lines) if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
+    indented = [f"  {' '.join(line.split())}" for line in shown]
+    return "\n".join(clip(line) for line in (opening, *indented, *([closing] if closing else [])))

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
+import re
 import secrets
 import shutil
+import socket
 import stat
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, lru_cache
 from pathlib import Path
 
 from binarize.errors import BinarizeError, one_line
+
+_MARK = ".binarize-"
+_LEFTOVER = re.compile(r"(\.(?P<name>.+))?\.binarize-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{6}\.(tmp.*|old)")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+_RENAME_SWAP = 2  # of macOS's renamex_np
+
+
+def read_text(path: Path, most: int) -> str:
+    """Return a text file of at most ``most`` bytes in UTF-8; a pipe or a device is an error and is not opened."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BinarizeError(f"{path}: is not a file; a folder, a pipe or a device cannot be read here")
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise BinarizeError(f"{path}: is larger than {most} bytes, the most for a file of this kind")
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise BinarizeError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BinarizeError(f"{path}: cannot be read as text: {one_line(error)}") from error
 
 
 def write_atomic(path: str | os.PathLike[str], write_fn: Callable[[Path], object], *, force: bool = False) -> Path:
@@ -27,7 +55,8 @@ def write_atomic(path: str | os.PathLike[str], write_fn: Callable[[Path], object
         raise BinarizeError(f"{path}: is a folder; give the name of a file")
     if path.exists() and not force:
         raise BinarizeError(f"{path}: already exists; give another name, or force to replace it")
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")  # short, however long the name is
+    _tidy_once(path.parent, os.getpid())
+    temporary = _temporary(path.parent, f".tmp{path.suffix}")
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     try:
         if mode is not None:  # before there is content that others must not read
@@ -65,20 +94,24 @@ def write_text_atomic(path: str | os.PathLike[str], text: str, *, force: bool = 
 
 
 def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder so that ``target`` is the old one, absent for one rename, or the complete new one.
+    """Write a folder so that ``target`` is always either the old one or the complete new one.
 
-    `write` is called with an empty temporary folder beside the target, which is then flushed to disk and renamed. If
-    anything fails, including Ctrl-C, the old folder stays and the temporary folder is removed.
+    `write` is called with an empty temporary folder beside the target, which is then flushed to disk and takes the
+    target's name. (Where the system cannot exchange two folders, the target is absent between two renames.) If anything
+    fails, including Ctrl-C, the old folder stays and the temporary folder is removed. `tidy` is called first.
     """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    aside = temporary.with_suffix(".old")
+    tidy(target.parent)
+    temporary = _temporary(target.parent, ".tmp")
+    aside = target.with_name(f".{target.name}{temporary.stem}.old")
     try:
         temporary.mkdir()
         write(temporary)
         _flush(temporary)
-        if target.exists():
+        if not target.exists():
+            os.rename(temporary, target)
+        elif not _exchange(temporary, target):
             os.rename(target, aside)
-        os.rename(temporary, target)
+            os.rename(temporary, target)
         _flush_entry(target.parent)
     except BaseException:
         if aside.exists() and not target.exists():
@@ -87,6 +120,70 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, which is renamed first, so that an interrupted removal leaves no part of it under its name."""
+    removed = _temporary(path.parent, ".tmp")
+    path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes of this machine left in a folder, and undo their unfinished replacements."""
+    for path in folder.glob(f".*{_MARK[1:]}*"):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or match["host"] != _host() or is_alive(int(match["pid"])):
+            continue
+        with suppress(OSError):
+            if path.suffix == ".old" and match["name"] and not (target := path.with_name(match["name"])).exists():
+                path.rename(target)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=64)
+def _tidy_once(folder: Path, process: int) -> None:
+    tidy(folder)
+
+
+def _temporary(folder: Path, suffix: str) -> Path:
+    """Return a new hidden name that says which process made it; its length does not depend on the target's."""
+    return folder / f"{_MARK}{_host()}-{os.getpid()}-{secrets.token_hex(3)}{suffix}"
+
+
+@cache
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this machine has not ended, or cannot be known to have."""
+    if pid == os.getpid():
+        return True
+    if os.name == "nt":  # where os.kill ends a process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step, and return whether the system can."""
+    try:
+        system = ctypes.CDLL(None, use_errno=True)
+        names = os.fsencode(one), os.fsencode(other)
+        if sys.platform == "darwin":
+            return system.renamex_np(*names, _RENAME_SWAP) == 0
+        return system.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+    except (AttributeError, OSError, TypeError):  # an older system, or Windows
+        return False
 
 
 def _flush(folder: Path) -> None:

@@ -16,19 +16,21 @@ from typing import Any, cast
 
 import diffusers
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from binarize.conversion.apply import CONFIG, apply_conversion, check_saveable, write_packed_folder
 from binarize.conversion.record import QUANT_METHOD, QUANTIZATION, conversion
+from binarize.digests import check_sealed, seal
 from binarize.errors import BinarizeError, one_line
 from binarize.files import write_atomic, write_text_atomic
+from binarize.json_files import read_json
 from binarize.models.unet import SRUNet
 from binarize.modules import aligned, meta_copy, unwrap, update_config
 from binarize.packed.files import WEIGHTS as SRUNET_WEIGHTS
-from binarize.packed.files import count_tensors, read_config, read_packed
+from binarize.packed.files import check_same_config, count_tensors, read_config, read_packed
 
 WEIGHTS = "model.safetensors"
 
@@ -75,7 +77,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
         model.save_pretrained(folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / WEIGHTS, lambda path: save_model(model, str(path)), force=True)
+        write_atomic(folder / WEIGHTS, lambda path: _save_sealed(model, path), force=True)
         write_text_atomic(folder / CONFIG, text)
     return folder
 
@@ -110,8 +112,12 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     if missing:
         raise BinarizeError(f"load: {where} has no {' and no '.join(missing)}; it is not what save wrote.")
     if "packed" in config["conversion"]:
+        check_same_config(where, weights)
         return _load_packed(config, weights, model)
     with _errors(f"{weights} cannot be read"):
+        with safe_open(weights, framework="pt") as file:
+            metadata = file.metadata() or {}
+        check_sealed(weights, metadata)
         state = load_file(weights)
     host = _build_host(config["host"], folder) if model is None else model
     twin = meta_copy(host)  # finds a mismatch before the caller's instance is changed
@@ -196,11 +202,12 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise BinarizeError(f"load: {folder} has no {CONFIG}; give a folder that binarize.save wrote.")
-    with _errors(f"{folder / CONFIG} is not valid JSON"):  # RecursionError is a RuntimeError
-        config = json.loads((folder / CONFIG).read_text())
-    if not isinstance(config, dict):
-        raise BinarizeError(f"load: {folder / CONFIG} must hold a JSON object; got {type(config).__name__}.")
-    return config
+    return read_json(folder / CONFIG)
+
+
+def _save_sealed(model: nn.Module, path: Path) -> None:
+    save_model(model, str(path))
+    seal(path)
 
 
 def _describe_host(model: nn.Module) -> dict[str, Any]:

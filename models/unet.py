@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from binarize.conversion.apply import apply_conversion, check_saveable, write_packed_folder
 from binarize.conversion.packing import is_packed
+from binarize.digests import seal
 from binarize.errors import BinarizeError
 from binarize.layers.fused import norm_silu
 from binarize.models.blocks import DecoderLevel, EncoderLevel, ResBlock, SinusoidalTime, fine_detail
 from binarize.models.unet_config import DOWN, FUSIONS, UP, check_config, check_detail
 from binarize.modules import align_tensors
-from binarize.packed.files import WEIGHTS, find_packed, read_config, read_packed
+from binarize.packed.files import WEIGHTS, check_folder, find_packed, read_config, read_packed
 
 _UNBUILDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -137,6 +138,11 @@ class SRUNet(ModelMixin, ConfigMixin):
         """
         self._check_input(sample, condition)
         if not isinstance(timestep, Tensor):
+            most = self.config["num_train_timesteps"]
+            if not 0 <= timestep <= most:
+                raise BinarizeError(
+                    f"SRUNet: timestep {timestep} is outside the 0..{most - 1} that it was trained for."
+                )
             timestep = torch.as_tensor(timestep, device=sample.device)
         precise = torch.float64 if sample.dtype == torch.float64 else torch.float32
         if timestep.numel() not in (1, sample.shape[0]):
@@ -207,6 +213,7 @@ class SRUNet(ModelMixin, ConfigMixin):
             if kwargs.get("quantization_config") is not None:
                 raise BinarizeError(f"{packed} is packed, so it is converted already; leave quantization_config out.")
             return cls._from_packed(packed, kwargs.get("dtype", kwargs.get("torch_dtype")))
+        check_folder(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         wrong = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in _MISFITS if info.get(kind)]
@@ -250,3 +257,5 @@ class SRUNet(ModelMixin, ConfigMixin):
             save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size, push_to_hub,
             **kwargs,
         )  # fmt: skip
+        for path in Path(save_directory).glob("diffusion_pytorch_model*.safetensors"):
+            seal(path)

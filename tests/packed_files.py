@@ -41,6 +41,8 @@ def change_config(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     change(config)
     header["__metadata__"]["config"] = json.dumps(config)
     put_together(path, header, data)
+    if (path.parent / CONFIG).is_file():  # which must say the same
+        (path.parent / CONFIG).write_text(json.dumps(config))
 
 
 def flip(path: Path, position: int) -> None:

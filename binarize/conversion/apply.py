@@ -16,7 +16,7 @@ from binarize.files import write_text_atomic
 from binarize.hosts import find_host
 from binarize.layers.parts import named_by_a_file
 from binarize.modules import refuse_sharded
-from binarize.packed.files import PACKED_FORMAT, write_packed
+from binarize.packed.files import READABLE_FORMATS, write_packed
 
 CONFIG = "config.json"
 _KEYS = {"method", "structure", "keep", "overrides", "linear", "num_train_timesteps", "timestep"}
@@ -26,8 +26,8 @@ def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Convert ``model`` as a recorded conversion says, and pack it if the record says so."""
     options = dict(config)
     packed, version = options.pop("packed", None), options.pop("format", None)
-    if packed not in (None, PACKED_FORMAT):
-        raise BinarizeError(f"the model has packed format {packed!r}; this version of binarize reads {PACKED_FORMAT}.")
+    if packed not in (None, *READABLE_FORMATS):
+        raise BinarizeError(f"the model has packed format {packed!r}; this version of binarize reads 1 and 2.")
     if "unsaveable" in options:
         raise BinarizeError(f"this conversion was not saveable: {options['unsaveable']}")
     if version not in FORMATS:

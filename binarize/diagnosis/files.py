@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from binarize.errors import BinarizeError
+from binarize.json_files import read_json
 from binarize.models.unet import SRUNet
-from binarize.packed.files import is_packed_file, read_config
+from binarize.packed.files import config_differences, is_packed_file, read_config
 
 _SHOWN = 6
 
@@ -52,9 +52,7 @@ def find_mismatch(folder: Path) -> str | None:
 
 
 def _compare_configs(config: Mapping[str, Any], packed: Mapping[str, Any]) -> str | None:
-    keys = sorted(key for key in config.keys() | packed.keys() if not key.startswith("_"))
-    pairs = [(key, config.get(key), packed.get(key)) for key in keys]
-    found = [f"{key} is {there!r} there, {here!r} in the file" for key, there, here in pairs if there != here]
+    found = config_differences(config, packed)
     if not found:
         return None
     return f"unet/config.json differs from the configuration in the packed file, which is used: {_first(found)}."
@@ -78,10 +76,10 @@ def _hint(
 
 def _srunet_config(path: Path) -> dict[str, Any] | None:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(path)
+    except BinarizeError:
         return None
-    return config if isinstance(config, dict) and config.get("_class_name") == "SRUNet" else None
+    return config if config.get("_class_name") == "SRUNet" else None
 
 
 def _first(names: Sequence[str]) -> str:

@@ -1,9 +1,9 @@
 """The packed file: bits, full-precision tensors and everything needed to rebuild the network, in safetensors.
 
 The file's metadata hold ``binarize_packed`` (the format's version), ``config`` (JSON: the host and its conversion) and
-``sha256`` of that configuration's text followed by the tensors' bytes. A binary layer NAME has ``NAME.bits`` (uint8,
-dense, see `binarize.kernels.bitpack`) and, where its method has scales, ``NAME.scales``; everything else has the names
-that it has in the unpacked model.
+the digest of the whole file, see `binarize.digests`. In version 1 it was ``sha256``, of the configuration's text and
+the tensors' bytes alone. A binary layer NAME has ``NAME.bits`` (uint8, dense, see `binarize.kernels.bitpack`) and,
+where its method has scales, ``NAME.scales``; everything else has the names that it has in the unpacked model.
 
 Reading checks the header, every name, shape and dtype against the network that the configuration describes, and the
 digest, before the first tensor is made.
@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from binarize.errors import BinarizeError
+from binarize.digests import check_sealed, damaged, sealed_header
+from binarize.errors import BinarizeError, one_line
+from binarize.files import write_atomic
+from binarize.json_files import parse_json, read_json
 from binarize.modules import aligned
 
-PACKED_FORMAT = 1
-VERSION, CONFIG, DIGEST = "binarize_packed", "config", "sha256"
+PACKED_FORMAT, READABLE_FORMATS = 2, (1, 2)
+VERSION, CONFIG = "binarize_packed", "config"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _CHUNK = 1 << 20
@@ -43,8 +47,6 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
     ``config`` describes the host and its conversion, fit for JSON. Full-precision tensors are stored as ``dtype``, or
     as what they are if it is None.
     """
-    from binarize.imaging import write_atomic
-
     if dtype is not None and dtype not in _FLOATS.values():
         allowed = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS.values())
         raise BinarizeError(f"a packed file stores full-precision tensors as {allowed}; got {dtype}.")
@@ -55,14 +57,10 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
         first.setdefault(id(value), (name, value))
     state = {name: _stored(name, value.detach(), dtype).cpu().contiguous() for name, value in first.values()}
     plain = memoryview(serialize(state))
-    start, text = 8 + _header_size(plain[:8]), json.dumps(config)
-    digest = hashlib.sha256(text.encode())
-    digest.update(plain[start:])
-    metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: text, DIGEST: digest.hexdigest()}
-    # The library writes metadata in an arbitrary order; a model's file should be the same each time.
-    header = json.dumps({"__metadata__": metadata, **json.loads(bytes(plain[8:start]))}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    data = b"".join([struct.pack("<Q", len(header)), header, plain[start:]])
+    start = 8 + _header_size(plain[:8])
+    metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: json.dumps(config)}
+    header = sealed_header(metadata, json.loads(bytes(plain[8:start])), [plain[start:]])
+    data = b"".join([header, plain[start:]])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda temporary: temporary.write_bytes(data), force=True)
 
@@ -82,14 +80,23 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the configuration in a packed file."""
-    metadata = _metadata(path)
-    try:
-        config = json.loads(metadata.get(CONFIG, ""))
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-        raise BinarizeError(f"{path}: its configuration is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise BinarizeError(f"{path}: its configuration must be a JSON object; got {type(config).__name__}.")
-    return config
+    return parse_json(_metadata(path).get(CONFIG, ""), f"{path}: its configuration")
+
+
+def check_same_config(config: Path, path: Path) -> None:
+    """Raise BinarizeError if a ``config.json`` is there and says something else than the packed file beside it."""
+    if config.is_file() and (found := config_differences(read_json(config), read_config(path))):
+        raise BinarizeError(
+            f"{config}: differs from the configuration in {path.name}: {'; '.join(found[:3])}. The packed file's is "
+            "its own: copy both files again, or change the model before it is packed."
+        )
+
+
+def config_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return how a ``config.json`` (there) differs from the configuration in the packed file (here)."""
+    keys = sorted(key for key in there.keys() | here.keys() if not key.startswith("_"))
+    pairs = [(key, there.get(key), here.get(key)) for key in keys]
+    return [f"{key} is {one!r:.60} there, {other!r:.60} in the file" for key, one, other in pairs if one != other]
 
 
 def count_tensors(path: Path) -> int:
@@ -109,7 +116,10 @@ def find_packed(name: str | PathLike[str], options: Mapping[str, Any]) -> Path |
         return path if path.suffix == ".safetensors" or is_packed_file(path) else None
     if path.is_dir():
         folder = path / subfolder
-        return folder / WEIGHTS if _says_packed(folder / "config.json") else None
+        if not _says_packed(folder / "config.json"):
+            return None
+        check_same_config(folder / "config.json", folder / WEIGHTS)
+        return folder / WEIGHTS
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -124,9 +134,28 @@ def find_packed(name: str | PathLike[str], options: Mapping[str, Any]) -> Path |
 
 def _says_packed(config: Path) -> bool:
     try:
-        return "packed" in (json.loads(config.read_text()).get("conversion") or {})
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+        return "packed" in (read_json(config).get("conversion") or {})
+    except (BinarizeError, TypeError):
         return False
+
+
+def check_folder(folder: Path) -> None:
+    """Check the ``config.json`` and the digests of an unpacked network's folder, if it is one on this machine."""
+    if (folder / "config.json").is_file():
+        read_json(folder / "config.json")
+    for path in folder.glob("diffusion_pytorch_model*.safetensors"):
+        with _opened(path) as file:
+            check_sealed(path, file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        file = safe_open(path, framework="pt")
+    except _UNREADABLE as error:
+        raise BinarizeError(f"{path}: cannot be read as a safetensors file: {one_line(error)}") from error
+    with file as opened:
+        yield opened
 
 
 def is_packed_file(path: Path) -> bool:
@@ -154,10 +183,7 @@ def read_packed(
         held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in held.items()}
         _check_fit(expected, shapes, path)
-        if metadata.get(DIGEST) != _digest(metadata.get(CONFIG, ""), path):
-            raise BinarizeError(
-                f"{path}: is damaged: its content does not have the digest in its header; copy or download it again."
-            )
+        _check_digest(path, metadata)
         state = {}
         for name in held:
             value = aligned(file.get_tensor(name))
@@ -219,18 +245,15 @@ def _code(dtype: torch.dtype) -> str:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = dict(file.metadata() or {})
-    except _UNREADABLE as error:
-        raise BinarizeError(f"{path}: cannot be read as a safetensors file: {' '.join(str(error).split())}") from error
+    with _opened(path) as file:
+        metadata: dict[str, str] = dict(file.metadata() or {})
     version = metadata.get(VERSION)
     if version is None:
         raise BinarizeError(f"{path}: is a safetensors file, but holds no packed model; binarize.pack makes one.")
-    if version != str(PACKED_FORMAT):
+    if version not in map(str, READABLE_FORMATS):
         raise BinarizeError(
-            f"{path}: has packed format {version!r}; this version of binarize reads "
-            f"{PACKED_FORMAT}; install a newer binarize, or save the model again with this one."
+            f"{path}: has packed format {version!r}; this version of binarize reads 1 and 2; install a newer binarize, "
+            "or save the model again with this one."
         )
     return metadata
 
@@ -239,10 +262,15 @@ def _header_size(start: bytes | memoryview) -> int:
     return int(struct.unpack("<Q", start)[0])
 
 
-def _digest(config: str, path: Path) -> str:
-    digest = hashlib.sha256(config.encode())
+def _check_digest(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata[VERSION] != "1":
+        if not check_sealed(path, metadata):
+            raise damaged(path, "the digest in its header")
+        return
+    digest = hashlib.sha256(metadata.get(CONFIG, "").encode())
     with path.open("rb") as file:
         file.seek(8 + _header_size(file.read(8)))
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()
+    if metadata.get("sha256") != digest.hexdigest():
+        raise damaged(path, "the digest in its header")
