@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,14 @@ from PIL import Image
 from binarize.conversion.packing import is_packed, pack_if_possible, unpack
 from binarize.errors import BinarizeError, one_line
 from binarize.imaging import DecodedImage
+from binarize.json_files import read_json
 from binarize.kernels.backends import kernels_for
 from binarize.models.checks import OtherTimestepsError, check_weights
 from binarize.models.hub import HUB_NAME, download
 from binarize.models.official import load_official
 from binarize.models.pipeline import SuperResolutionPipeline
 from binarize.models.unet import SRUNet
+from binarize.packed.files import WEIGHTS
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -105,6 +106,8 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
             fix = f"Give the folder of its pipeline, which holds a {PIPELINE}."
             raise BinarizeError(f"{path}: {what} {error.scheduled}. {fix}") from error
     network = _read_network(path / "unet")
+    if any(_read_json(path / PIPELINE).get("scheduler") or ()):  # else the released one is used
+        _read_json(path / "scheduler" / "scheduler_config.json")
     with _reading(path, "a pipeline"):
         return SuperResolutionPipeline.from_pretrained(str(path), unet=network, local_files_only=True)
 
@@ -196,7 +199,13 @@ def _read_network(path: Path) -> SRUNet:
     if not path.is_file():
         kind = _read_json(path / NETWORK).get("_class_name")
         if kind != "SRUNet":
-            raise BinarizeError(f"{path}: holds a {kind}, but the command line runs SRUNet. Run it from Python.")
+            host = _read_json(path / NETWORK).get("host")
+            kind = host.get("class") if isinstance(host, dict) else kind
+            raise BinarizeError(
+                f"{path}: holds a {kind}, but the command line runs SRUNet; use `binarize.load` in Python."
+            )
+        if not any(path.glob("diffusion_pytorch_model*")):
+            raise BinarizeError(f"{path / WEIGHTS}: is missing; the model is incomplete. Copy or save it again.")
     with _reading(path, "an SRUNet"):  # without accelerate's meta tensors, whose errors do not show both shapes
         network: SRUNet = SRUNet.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
     check_weights(network, str(path))
@@ -218,15 +227,9 @@ def _reading(path: Path, what: str) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BinarizeError(f"{path}: is missing; the model is incomplete.") from None
-    except ValueError as error:
-        raise BinarizeError(f"{path}: is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise BinarizeError(f"{path}: must hold a JSON object; it holds a {type(content).__name__}.")
-    return content
+    if not path.is_file():
+        raise BinarizeError(f"{path}: is missing; the model is incomplete. Copy or save it again.")
+    return read_json(path)
 
 
 @contextmanager

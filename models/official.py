@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from binarize.conversion.convert import convert
-from binarize.errors import BinarizeError, did_you_mean
+from binarize.digests import check_torch_file
+from binarize.errors import BinarizeError, clip, did_you_mean
 from binarize.methods import BiDiffSR
 from binarize.models.unet import SRUNet
 
@@ -45,8 +46,8 @@ def load_official(path: str | PathLike[str], *, sign_zero: str = "zero", **offic
         if key not in OFFICIAL_CONFIG:
             names, hint = ", ".join(OFFICIAL_CONFIG), did_you_mean(key, OFFICIAL_CONFIG)
             raise BinarizeError(f"load_official: unknown configuration name {key!r}; names: {names}.{hint}")
+    config = _checked({**OFFICIAL_CONFIG, **official_config_names})
     state = _read(path)
-    config = {**OFFICIAL_CONFIG, **official_config_names}
     model = official_network(config, sign_zero=sign_zero)
     mapped, unexpected = _map_keys(state, model, config["dynamic_group"])
     expected = model.state_dict()
@@ -61,6 +62,19 @@ def load_official(path: str | PathLike[str], *, sign_zero: str = "zero", **offic
         raise BinarizeError(_mismatch(path, missing, unexpected, wrong))
     model.to(next(iter(mapped.values())).dtype).load_state_dict(mapped)
     return model.eval()
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    from binarize.models.official_config import OfficialConfig, ValidationError
+
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    try:
+        OfficialConfig.model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        given = clip(repr(first["input"]), 80)
+        raise BinarizeError(f"load_official: {first['loc'][0]} has {given}: {first['msg'].lower()}.") from None
+    return config
 
 
 def official_network(config: dict[str, Any], *, sign_zero: str = "zero") -> SRUNet:
@@ -96,6 +110,7 @@ def official_network(config: dict[str, Any], *, sign_zero: str = "zero") -> SRUN
 def _read(path: str | PathLike[str]) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise BinarizeError(f"load_official: {path} is not a file.")
+    check_torch_file(Path(path))
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -105,6 +120,9 @@ def _read(path: str | PathLike[str]) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
         keys = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__
         raise BinarizeError(f"load_official: {path} must hold {{'params': state_dict}}; it holds {keys}.")
+    for name, value in state.items():  # a tensor of a few bytes can claim any size, with strides of 0
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise BinarizeError(f"load_official: {path}: {name!r:.80} is larger than its data in the file.")
     return state
 
 

@@ -15,7 +15,7 @@ import torch
 
 from binarize.conversion.convert import convert
 from binarize.conversion.export import binary_layers
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, listing
 from binarize.layers import undelayed
 from binarize.layers.parts import check_trusted
 from binarize.recipes.load import load_recipe
@@ -133,6 +133,10 @@ def build_scheduler(recipe: Recipe) -> DDIMScheduler:
     return DDIMScheduler(**recipe.scheduler.model_dump())
 
 
+def _is_folder(path: Path) -> bool:
+    return (path.parent if "{}" in path.name else path).is_dir()  # the last part can be a pattern of names
+
+
 def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Return a recipe after all checks that need no data and no memory for weights.
 
@@ -145,7 +149,7 @@ def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()
         build_model(recipe)
     keys = ("train_data_dir", "train_lr_data_dir", "validation_data_dir", "validation_lr_data_dir")
     folders = {key: folder for key in keys if (folder := getattr(recipe, key)) is not None}
-    missing = [f"  {key}: there is no folder {str(path)!r}." for key, path in folders.items() if not path.is_dir()]
+    missing = [f"{key}: there is no folder {str(path)!r}." for key, path in folders.items() if not _is_folder(path)]
     if missing:
-        raise BinarizeError("\n".join([f"recipe {str(name_or_path)!r} names folders that do not exist:", *missing]))
+        raise BinarizeError(listing(f"recipe {str(name_or_path)!r} names folders that do not exist:", missing))
     return recipe

@@ -1,4 +1,4 @@
-"""Error messages for recipes and studies: one line for each error that pydantic finds."""
+"""Error messages for recipes and studies: a line for each error that pydantic finds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from binarize.errors import did_you_mean
+from binarize.errors import clip, did_you_mean, listing
 from binarize.recipes.schema import Recipe
 
 
@@ -15,15 +15,17 @@ def explain(error: ValidationError, source: str, kind: str = "recipe", schema: t
     """Return all errors that pydantic found, one per line: the dotted key, the given value, what is allowed."""
     lines = [_line(item, schema) for item in error.errors(include_url=False)]
     count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
-    return "\n".join([f"{kind} {source!r} has {count}:", *(f"  {line}" for line in lines)])
+    return listing(f"{kind} {source!r} has {count}:", lines)
 
 
 def _line(item: Any, schema: type[BaseModel]) -> str:
     path = tuple(str(part) for part in item["loc"])
-    key, kind, given = ".".join(path), item["type"], item["input"]
+    key, kind, given = clip(".".join(path), 80), item["type"], item["input"]
     if kind == "extra_forbidden":
         allowed = _keys(path[:-1], schema)
-        return f"{key}: unknown key.{did_you_mean(path[-1], allowed) or ' Allowed: ' + ', '.join(allowed) + '.'}"
+        names = f" Allowed: {', '.join(allowed)}."
+        names = names if len(names) < 120 else " `binarize recipes show NAME --full` lists all keys."
+        return f"{key}: unknown key.{did_you_mean(path[-1][:80], allowed) or names}"
     if kind == "missing":
         return f"{key}: missing; give it a value."
     message = item["msg"].removeprefix("Value error, ").replace("Input should", "must")
@@ -33,8 +35,8 @@ def _line(item: Any, schema: type[BaseModel]) -> str:
         return f"{key}: {message}."
     hint = ""
     if kind == "literal_error" and isinstance(given, str):
-        hint = did_you_mean(given, re.findall(r"'([^']*)'", message))
-    return f"{key}: got {given!r}; {message}.{hint}"
+        hint = did_you_mean(given[:80], re.findall(r"'([^']*)'", message))
+    return f"{key}: got {clip(repr(given), 80)}; {message}.{hint}"
 
 
 def _keys(sections: tuple[str, ...], schema: type[BaseModel]) -> list[str]:

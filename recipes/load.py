@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from binarize.errors import BinarizeError, did_you_mean
-from binarize.imaging import write_atomic
+from binarize.errors import BinarizeError, clip, did_you_mean
+from binarize.files import read_text, write_atomic
 from binarize.recipes.errors import explain
 from binarize.recipes.schema import Recipe
-from binarize.recipes.yaml_text import parse_yaml
+from binarize.recipes.yaml_text import MAX_BYTES, parse_yaml
 
 RECIPE_DIR = Path(__file__).parent
 STUDY_DIR = RECIPE_DIR / "ablations"
@@ -21,6 +21,7 @@ YAML_SUFFIXES = (".yaml", ".yml")
 # A derived recipe changes the keys of these sections one by one. Any other value replaces the base's value as a whole.
 MERGED_SECTIONS = ("model", "scheduler", "method", "distillation", "progressive")
 # Keys that describe one recipe and are not inherited from its base.
+_MAX_BASES = 16
 _NOT_INHERITED = ("description", "published", "base", "output_dir")
 
 
@@ -81,10 +82,7 @@ def copy_recipe(name: str, dest: str | os.PathLike[str], *, force: bool = False)
 
 def read_yaml(path: Path, kind: str) -> dict[str, Any]:
     """Return the top-level mapping of a recipe or study, with plugin files relative to the file's folder."""
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BinarizeError(f"cannot read the {kind} {path}: {error}.") from error
+    data = parse_yaml(read_text(path, MAX_BYTES), str(path))
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise BinarizeError(f"{path} is not a {kind}: it must hold `key: value` lines at its top level.")
     if isinstance(data.get("plugins"), list):
@@ -100,15 +98,16 @@ def beside(folder: Path, plugins: Sequence[Any]) -> list[Any]:
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Apply one ``"key=value"`` string to a recipe or study in place; a dotted key reaches into a section."""
     key, equals, text = map(str.strip, override.partition("="))
+    name = clip(repr(override), 80)
     if not equals or not key:
-        raise BinarizeError(f"the override {override!r} is not key=value; write, for example, learning_rate=2e-4.")
-    value = parse_yaml(text, f"the override {override!r}")
+        raise BinarizeError(f"the override {name} is not key=value; write, for example, learning_rate=2e-4.")
+    value = parse_yaml(text, f"the override {name}")
     *sections, last = key.split(".")
     for depth, section in enumerate(sections, 1):
         below = _as_section(section, data.get(section))
         if below is not None and not isinstance(below, dict):
-            name = ".".join(sections[:depth])
-            raise BinarizeError(f"the override {override!r} reaches into {name}, which is {below!r} and has no keys.")
+            inside = f"{'.'.join(sections[:depth])}, which is {clip(repr(below), 60)} and has no keys"
+            raise BinarizeError(f"the override {name} reaches into {inside}.")
         data[section] = dict(below or {})
         data = data[section]
     data[last] = value
@@ -131,12 +130,18 @@ def _with_bases(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in derived:
         chain = " -> ".join(p.name for p in (*derived, path))
         raise BinarizeError(f"recipes are each other's base: {chain}; remove one `base:`.")
+    if len(derived) > _MAX_BASES:
+        raise BinarizeError(
+            f"{path}: is the base of more than {_MAX_BASES} recipes, each of the next; write fewer files."
+        )
     data = read_yaml(path, "recipe")
     base = data.pop("base", None)
     if base is None:
         return data
     if not isinstance(base, str):
-        raise BinarizeError(f"{path}: base is {base!r}; it must be a recipe's name or a YAML file's path.")
+        raise BinarizeError(
+            f"{path}: base is {clip(repr(base), 60)}; it must be a recipe's name or a YAML file's path."
+        )
     origin = path.parent / base if Path(base).suffix in YAML_SUFFIXES else recipe_path(base)
     if not origin.is_file():
         raise BinarizeError(f"{path}: its base {base!r} does not exist beside it.")

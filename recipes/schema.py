@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from binarize.recipes import sections
-from binarize.recipes.sections import ModelSection
+from binarize.recipes.sections import ModelSection, UserPath
 from binarize.recipes.yaml_text import to_yaml
 
 _WARMED_UP = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -50,10 +50,12 @@ class Recipe(sections.Section):
     two_stage: float | None = Field(default=None, gt=0, lt=1, description="Share of steps with full-precision weights.")
     progressive: sections.ProgressiveSection | None = None
     """Blocks that become binary one after another: `{blocks: [globs], until: share}`."""
-    init_from: Path | None = Field(default=None, description="Trained network to start from, full precision or binary.")
+    init_from: UserPath | None = Field(
+        default=None, description="Trained network to start from, full precision or binary."
+    )
 
-    train_data_dir: Path | None = Field(default=None, description="Folder of high-resolution training images.")
-    train_lr_data_dir: Path | None = None
+    train_data_dir: UserPath | None = Field(default=None, description="Folder of high-resolution training images.")
+    train_lr_data_dir: UserPath | None = None
     """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
     resolution: PositiveInt = Field(default=128, validate_default=True)
     """Side of a training patch in high-resolution pixels."""
@@ -61,7 +63,9 @@ class Recipe(sections.Section):
     patch_candidates: PositiveInt = Field(default=1, description="Random positions; the most textured one is used.")
     dataloader_num_workers: NonNegativeInt = Field(default=0, description="Worker processes; 0 loads in this process.")
 
-    output_dir: Path = Field(default=Path("runs/unnamed"), description="Output folder; default: runs/ and the name.")
+    output_dir: UserPath = Field(
+        default=Path("runs/unnamed"), description="Output folder; default: runs/ and the name."
+    )
     seed: NonNegativeInt = Field(default=0, description="Seed of weights, patches, timesteps, noise and dropout.")
     train_batch_size: PositiveInt = Field(default=16, description="Patches per process and forward pass.")
     gradient_accumulation_steps: PositiveInt = Field(default=1, description="Forward passes per optimiser step.")
@@ -110,8 +114,10 @@ class Recipe(sections.Section):
     checkpoints_total_limit: PositiveInt | None = Field(default=3, description="Newest checkpoints kept; null: all.")
     resume_from_checkpoint: str | None = Field(default=None, description="`latest`, or a checkpoint's folder.")
 
-    validation_data_dir: Path | None = Field(default=None, description="Folder of high-resolution validation images.")
-    validation_lr_data_dir: Path | None = None
+    validation_data_dir: UserPath | None = Field(
+        default=None, description="Folder of high-resolution validation images."
+    )
+    validation_lr_data_dir: UserPath | None = None
     """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
     validation_steps: PositiveInt = Field(default=5000, description="Steps between validations.")
     num_validation_images: PositiveInt = Field(default=4, description="Images that a validation upscales.")

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationInfo, model_validator
+
+
+def _expanded(value: Any) -> Any:
+    """Return a path with ``~`` and variables replaced; a name that is left is an error, not a folder's name."""
+    if not isinstance(value, str | Path):
+        return value
+    text = os.path.expandvars(os.path.expanduser(str(value)))
+    if not text.strip():
+        raise ValueError("is empty; name a file or a folder")
+    if text.startswith("~") or re.search(r"\$\w|\$\{", text) or "\0" in text:
+        raise ValueError("has a user or a variable that does not exist here; write the path out")
+    return Path(text)
+
+
+UserPath = Annotated[Path, BeforeValidator(_expanded)]
+"""A path that a person writes, with ``~`` and ``$VARIABLE``."""
 
 
 class Section(BaseModel):
@@ -72,7 +90,7 @@ class ProgressiveSection(Section):
 class DistillationSection(Section):
     """Knowledge distillation: loss = task * task loss + output * output distance + features * feature distance."""
 
-    teacher: Path = Field(description="A trained model: a run's folder, a pipeline's, or a network's.")
+    teacher: UserPath = Field(description="A trained model: a run's folder, a pipeline's, or a network's.")
     task: float = Field(default=1.0, ge=0, description="Weight of the loss on the training data.")
     output: float = Field(default=1.0, ge=0, description="Weight of the distance of the predictions, by `loss`.")
     features: float = Field(default=0.0, ge=0, description="Weight of the distance of normalised block outputs.")
@@ -89,7 +107,7 @@ class DistillationSection(Section):
 class SchedulerSection(Section):
     """The noise schedule: the arguments of diffusers' `DDIMScheduler`, with the released settings as defaults."""
 
-    num_train_timesteps: PositiveInt = Field(default=2000, description="Training timesteps T.")
+    num_train_timesteps: int = Field(default=2000, ge=1, le=100_000, description="Training timesteps T.")
     beta_start: float = Field(default=1e-6, gt=0, lt=1, description="First noise variance.")
     beta_end: float = Field(default=1e-2, gt=0, lt=1, description="Last noise variance.")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"

@@ -19,18 +19,46 @@ _INT = re.compile(r"^[-+]?(?:0|[1-9][\d_]*)$")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 
 
+MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 32, 40
+"""Limits of a file: its size, the depth of nesting, and the digits of a whole number."""
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the plain scalars of YAML 1.2."""
+    """PyYAML's safe loader with the plain scalars of YAML 1.2, without aliases and tags, and with limits."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise BinarizeError(f"line {line} has an alias, *{event.anchor:.40}; write its value out.")
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise BinarizeError(f"line {line} has a tag, {event.tag!r:.60}; write the plain value.")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise BinarizeError(f"line {line} is nested more than {MAX_DEPTH} levels deep.")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Hashable, int] = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise BinarizeError(f"line {line} has a list or a mapping as a key; a key is a name.")
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise BinarizeError(f"the key {key!r} is given twice, on lines {seen[key]} and {line}; keep one.")
+                raise BinarizeError(f"the key {key!r:.80} is given twice, on lines {seen[key]} and {line}; keep one.")
             seen[key] = line
         return super().construct_mapping(node, deep=deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        if len(node.value) > MAX_DIGITS:
+            line = node.start_mark.line + 1
+            raise BinarizeError(f"line {line} has a number of {len(node.value)} digits; at most {MAX_DIGITS}.")
+        return super().construct_yaml_int(node)
 
 
 _FLOAT_TAG, _INT_TAG, _BOOL_TAG = (f"tag:yaml.org,2002:{name}" for name in ("float", "int", "bool"))
@@ -39,6 +67,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_constructor(_INT_TAG, _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver(_BOOL_TAG, _BOOL, list("tTfF"))
 _Loader.add_implicit_resolver(_INT_TAG, _INT, list("-+0123456789"))
 _Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+.0123456789"))
@@ -47,13 +76,24 @@ _Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+.0123456789"))
 def parse_yaml(text: str, source: str) -> Any:
     """Return the data of one YAML document; errors name the source and the lines of what is wrong."""
     try:
+        if len(text) > MAX_BYTES:
+            raise BinarizeError(f"is longer than {MAX_BYTES} characters.")
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain data only
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" at line {mark.line + 1}"
-        raise BinarizeError(f"{source} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from error
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise BinarizeError(f"{source} is not valid YAML{where}: {problem:.150}.") from error
     except BinarizeError as error:
         raise BinarizeError(f"{source}: {error}") from error
+
+
+def parse_mapping(text: str, source: str) -> dict[str, Any]:
+    """Return a YAML document that is a mapping with strings as keys."""
+    data = parse_yaml(text, source)
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise BinarizeError(f"{source}: must hold `key: value` lines at its top level.")
+    return data
 
 
 class _Dumper(yaml.SafeDumper):

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
 from binarize.cli.options import ForceOption
 from binarize.cli.streams import echo
 from binarize.cli.targets import check_model_folder
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, clip
 
 
 def import_official(
@@ -49,10 +48,9 @@ def import_official(
 
 
 def _option(text: str) -> tuple[str, Any]:
+    from binarize.recipes.yaml_text import parse_yaml
+
     key, equals, value = text.partition("=")
     if not equals:
-        raise BinarizeError(f"{text!r} is not KEY=VALUE; write, for example, inner_channel=32.")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise BinarizeError(f"{text!r}: {value!r} is not a value; give a number or a list, such as [1,2,4].") from None
+        raise BinarizeError(f"{clip(text, 80)!r} is not KEY=VALUE; write, for example, inner_channel=32.")
+    return key, parse_yaml(value, clip(text, 80))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import shutil
 import traceback
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 
 from binarize.conversion.summary import Summary, summary
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, listing
 from binarize.evaluation import Lpips, LpipsUnavailable, evaluate
 from binarize.evaluation.quality import scikit_image_ssim
+from binarize.files import remove_folder
 from binarize.imaging import ImagePairs
 from binarize.models import SuperResolutionPipeline
 from binarize.progress import ProgressBar
@@ -27,6 +27,7 @@ from binarize.studies.schema import Study, load_study
 from binarize.studies.state import RunState, StudyRun
 from binarize.training import TrainingInterrupted, loop
 from binarize.training.folder import MODEL
+from binarize.training.processes import launched_processes
 
 
 def ablate(
@@ -62,7 +63,7 @@ def ablate(
         BinarizeError: Before anything is run, listing all errors of the study, its recipes, data and folders.
         TrainingInterrupted: After SIGINT or SIGTERM, once a checkpoint is saved.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         raise BinarizeError("a study runs in one process; start it without a launcher, and share cells by --only.")
     loaded, of_recipes = load_study(study, overrides)
     name = "study" if isinstance(study, Mapping) else Path(study).stem
@@ -95,16 +96,12 @@ class _Ablation:
         """Check everything that can be checked before the first run, and with force remove runs of other recipes."""
         changed = [run for run in self._unfinished(None) if self.states[run].changes]
         if changed and not force:
-            lines = [f"  {run}: {change}" for run in changed for change in self.states[run].changes]
+            lines = [f"{run}: {change}" for run in changed for change in self.states[run].changes]
             opening = f"{self.study.output_dir} holds runs of these cells with other recipes:"
             closing = "Choose another output_dir, or repeat these runs with --force."
-            raise BinarizeError("\n".join([opening, *lines, closing]))
+            raise BinarizeError(listing(opening, lines, closing))
         for run in changed:
-            # Rename first, so that an interrupted removal leaves nothing that looks like a run.
-            removed = run.folder.with_name(f".{run.folder.name}.removed")
-            shutil.rmtree(removed, ignore_errors=True)
-            run.folder.rename(removed)
-            shutil.rmtree(removed, ignore_errors=True)
+            remove_folder(run.folder)
             self.states[run] = RunState.read(run)
         evaluation = self.study.evaluation
         if self.lpips is not None and any(self.states[run].value("lpips") is None for run in self.chosen):
@@ -208,9 +205,9 @@ def _measure_sizes(recipes: Mapping[str, Recipe]) -> dict[str, Summary]:
             with torch.device("meta"):
                 sizes[cell] = summary(build_model(recipe))
         except BinarizeError as error:
-            errors.append(f"  {cell}: {error}")
+            errors.append(f"{cell}: {error}")
     if errors:
-        raise BinarizeError("\n".join(["the networks of some cells cannot be built:", *errors]))
+        raise BinarizeError(listing("the networks of some cells cannot be built:", errors))
     return sizes
 
 
@@ -242,5 +239,5 @@ def _check_data(runs: Iterable[StudyRun]) -> None:
         except BinarizeError as error:
             errors[f"evaluation.data_dir: {error}"].append(cell)
     if errors:
-        lines = [f"  {message} ({', '.join(cells)})" for message, cells in errors.items()]
-        raise BinarizeError("\n".join(["the study cannot be run with these data:", *lines]))
+        lines = [f"{message} ({', '.join(cells)})" for message, cells in errors.items()]
+        raise BinarizeError(listing("the study cannot be run with these data:", lines))

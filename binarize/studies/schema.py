@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, ValidationInfo, field_validator
 
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, listing
 from binarize.recipes import load as files
 from binarize.recipes.errors import explain
 from binarize.recipes.schema import Recipe
-from binarize.recipes.sections import Section, needs_high_resolution
+from binarize.recipes.sections import Section, UserPath, needs_high_resolution
 
+MAX_CELLS = 1000
 # Keys of a recipe that the study sets for every run.
 _RESERVED = {
     "seed": "the study's seeds decide it; write seeds: [0, 1]",
@@ -48,16 +50,18 @@ class CellSection(Section):
 class EvaluationSection(Section):
     """The images that every run is measured on, and how."""
 
-    data_dir: Path | None = None
+    data_dir: UserPath | None = None
     """Folder of high-resolution images; by default the recipes' validation_data_dir."""
-    lr_data_dir: Path | None = None
+    lr_data_dir: UserPath | None = None
     """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
     dataset: str | None = Field(default=None, description="Name of the images, to show published results beside.")
     limit: PositiveInt | None = Field(default=None, description="Use only this many images.")
     num_inference_steps: PositiveInt | None = Field(default=None, description="Sampling steps; default: the recipes'.")
     tile: PositiveInt | None = Field(default=None, description="Tile size, to bound memory; by default no tiles.")
     lpips: Literal["alex", "vgg", "squeeze"] | None = Field(default="alex", description="Backbone of LPIPS, or null.")
-    lpips_backbone: Path | None = Field(default=None, description="The backbone's file, for machines without network.")
+    lpips_backbone: UserPath | None = Field(
+        default=None, description="The backbone's file, for machines without network."
+    )
 
     _needs_hr = field_validator("lr_data_dir")(needs_high_resolution)
 
@@ -73,7 +77,7 @@ class Study(Section):
     """Key of the recipe -> values. Each combination is a row; with cells, each combination and cell is."""
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0,), description="Seeds; every cell is run with each.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured.")
-    output_dir: Path = Field(description="Output folder; by default runs/ablations/ and the study's name.")
+    output_dir: UserPath = Field(description="Output folder; by default runs/ablations/ and the study's name.")
 
     _not_reserved = field_validator("overrides")(_check_keys)
 
@@ -123,8 +127,8 @@ class Study(Section):
             except BinarizeError as error:
                 errors.setdefault(str(error), []).append(name)
         if errors:
-            lines = [f"  {', '.join(names)}: {message}" for message, names in errors.items()]
-            raise BinarizeError("\n".join(["some cells of the study have no valid recipe:", *lines]))
+            lines = [f"{', '.join(names)}: {message}" for message, names in errors.items()]
+            raise BinarizeError(listing("some cells of the study have no valid recipe:", lines))
         first: dict[str, str] = {}
         for name, recipe in found.items():
             content = recipe.model_copy(update={"description": "", "published": None, "output_dir": Path()}).to_yaml()
@@ -136,6 +140,8 @@ class Study(Section):
     def _cells(self) -> list[tuple[str, str, list[str]]]:
         """Return the name, base and overrides of every row."""
         cells = [(cell.name, cell.base, as_strings(cell.overrides)) for cell in self.cells] or [("", None, [])]
+        if (rows_wanted := math.prod(map(len, self.grid.values())) * len(cells)) > MAX_CELLS:
+            raise BinarizeError(f"grid: the study has {rows_wanted} cells; at most {MAX_CELLS}. Give fewer values.")
         points = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
         rows = []
         for (name, base, own), point in itertools.product(cells, points):

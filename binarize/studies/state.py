@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+
 from binarize.errors import BinarizeError
 from binarize.evaluation import EvaluationReport
 from binarize.files import write_text_atomic
+from binarize.json_files import read_json
 from binarize.recipes import Recipe
 from binarize.studies.schema import Study
 from binarize.training.checkpoint import Checkpoints
@@ -21,6 +24,35 @@ from binarize.training.resume import BOOKKEEPING, changes, with_defaults
 RUN = "run.json"
 RESULT = "result.json"
 FAILURE = "error.txt"
+
+
+Number = FiniteFloat | None
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Trained(_Section):
+    loss: Number
+    train_step_seconds: Number
+
+
+class _RunFile(_Section):
+    training: dict[str, Any]
+    trained: _Trained | None
+
+
+class _ResultFile(_Section):
+    cell: str
+    seed: int
+    fingerprint: str
+    psnr: Number
+    ssim: Number
+    lpips: Number = None
+    loss: Number
+    train_step_seconds: Number
+    sample_step_seconds: Number
 
 
 class StudyRun:
@@ -92,7 +124,7 @@ class RunState:
     @classmethod
     def read(cls, run: StudyRun) -> RunState:
         """Read the state of the run's folder, ignoring training and results of another recipe."""
-        started, result = _load(run.folder / RUN), _load(run.folder / RESULT)
+        started, result = _load(run.folder / RUN, _RunFile), _load(run.folder / RESULT, _ResultFile)
         checkpoint = max(Checkpoints(run.folder, None).list(), default=0)
         if started is None:
             return cls(run, checkpoint=checkpoint)
@@ -172,13 +204,20 @@ def _plugin(plugin: str) -> str:
     return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
-def _load(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+def _load(path: Path, schema: type[BaseModel]) -> dict[str, Any] | None:
+    if not path.exists():
         return None
-    except ValueError as error:
-        raise BinarizeError(f"{path} is not a file of a study ({error}); remove it to repeat its run.") from error
+    try:
+        content = read_json(path)
+        schema.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except BinarizeError as error:
+        reason = str(error)
+    else:
+        return content
+    raise BinarizeError(f"{path} is not a file of a study ({reason:.200}); remove it to repeat its run.")
 
 
 def _store(path: Path, content: dict[str, Any]) -> None:

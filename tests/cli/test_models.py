@@ -107,7 +107,7 @@ def test_import_official_refuses_a_configuration_that_does_not_fit(tmp_path: Pat
         (checkpoint, "new", [], "does not fit the configuration"),
         (checkpoint, "new", ["inner_chanel=32"], "Did you mean 'inner_channel'"),
         (checkpoint, "new", ["inner_channel"], "is not KEY=VALUE"),
-        (checkpoint, "new", ["channel_mults=[1,2"], "is not a value"),
+        (checkpoint, "new", ["channel_mults=[1,2"], "is not valid YAML"),
         (tmp_path / "none.pth", "new", [], "is not a file"),
         (tmp_path / "cut.pth", "new", [], "not a readable"),
         (checkpoint, "thesis", ["--force", *config], "is not a model's folder"),

@@ -113,7 +113,7 @@ def test_overrides_are_yaml_and_reach_into_sections(override: str, key: str, val
 
 # PyYAML writes some control characters and line separators in a way that it does not read back; no recipe has them.
 words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Zl", "Zp"]))
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words
+scalars = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False) | words
 
 
 @given(st.dictionaries(words, scalars | st.lists(scalars) | st.dictionaries(words, scalars)))
@@ -139,7 +139,7 @@ def test_all_errors_are_listed_at_once() -> None:
         r"model\.fusion: got 'css'; must be 'wide', 'concat', 'add', 'split' or 'cs'\. Did you mean 'cs'\?",
         r"scheduler\.beta_start: got 2; must be less than 1\.",
         r"lr_warmup_steps: got 'ten'; must be a valid integer.*",
-        r"qqq: unknown key\. Allowed: adam_beta1, .*, validation_steps\.",
+        r"qqq: unknown key\. `binarize recipes show NAME --full` lists all keys\.",
     ]
     for pattern in expected:
         assert sum(re.fullmatch("  " + pattern, line) is not None for line in lines[1:]) == 1, pattern
@@ -179,9 +179,9 @@ def test_invalid_values(overrides: list[str], message: str) -> None:
         ("scale: [2", "seed=2", r"mine\.yaml is not valid YAML at line"),
         ("- scale", "seed=2", r"is not a recipe: it must hold `key: value` lines"),
         ("", "seed=2", r"is not a recipe"),
-        ("\xff", "seed=2", r"cannot read the recipe"),
+        ("\xff", "seed=2", r"mine\.yaml: cannot be read as text"),
         ("scale: 2\nscale: 4", "seed=2", r"the key 'scale' is given twice, on lines 1 and 2"),
-        ("scale: !!python/object:os.system {}", "seed=2", r"is not valid YAML"),
+        ("scale: !!python/object:os.system {}", "seed=2", r"line 1 has a tag"),
         ("base: [a]", "seed=2", r"base is \['a'\]; it must be a recipe's name"),
         ("base: other.yaml", "seed=2", r"its base 'other\.yaml' does not exist beside it"),
         ("base: dem", "seed=2", r"unknown recipe 'dem'.* Did you mean 'demo'\?"),
