@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ from binarize.errors import BinarizeError, did_you_mean
 Backend = Literal["auto", "numba", "triton", "torch"]
 BACKENDS = ("auto", "numba", "triton", "torch")
 VARIABLE = "BINARIZE_BACKEND"
+_NUMBA_THREADS = "NUMBA_NUM_THREADS"
 _MODULES = {"numba": ("binarize.kernels.cpu.backend", "CPU"), "triton": ("binarize.kernels.cuda", "CUDA")}
 _DTYPES = {"numba": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -89,8 +91,19 @@ def _check(backend: str, where: str) -> None:
         )
 
 
+def _check_numba_threads() -> None:
+    given = os.environ.get(_NUMBA_THREADS, "1")
+    if not re.fullmatch(r"\s*0*[1-9]\d{0,5}\s*", given):
+        raise BinarizeError(
+            f"{_NUMBA_THREADS}={given!r:.40}: numba, which compiles the CPU kernels, needs a number of at least 1; "
+            "unset it. The kernels use torch's threads, which OMP_NUM_THREADS sets."
+        )
+
+
 @cache
 def _kernels_if_any(name: str, gpu: int | None) -> ModuleType | None:
+    if name == "numba":
+        _check_numba_threads()
     try:
         kernels = _kernels(name)
         if gpu is not None:

@@ -7,7 +7,6 @@ computed in float32. Sums over pixels are float32 over `CHUNK` pixels, and float
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from binarize.kernels.cpu.compile import cached
+from binarize.kernels.cpu.cache import cache_of
 
 CHUNK = 128
 _DIGEST = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
@@ -92,7 +91,9 @@ def _compiled_set(array: Any, i: Any, c: Any, value: Any) -> Any:
 def compiled(function: Any) -> Any:
     """Compile a loop ``f(start, stop, ...)``; its cached code is dropped when this file changes."""
     function.__qualname__ = f"{function.__name__}_{_DIGEST}"
-    return cached(partial(njit, nogil=True, boundscheck=False, error_model="numpy"), function)
+    loop = njit(nogil=True, boundscheck=False, error_model="numpy")(function)
+    loop._cache = cache_of(function)
+    return loop
 
 
 def as_array(x: Tensor) -> Any:

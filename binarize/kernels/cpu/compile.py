@@ -6,15 +6,17 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from numba import cfunc, types
+from numba import types
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 
 from binarize.kernels import bitpack
 from binarize.kernels.cpu import conv_worker, fields, norm_worker, popcount, simd, tile, winograd_simd, winograd_worker
+from binarize.kernels.cpu.cache import cache_of
 
 _SOURCES = (bitpack, fields, simd, popcount, tile, conv_worker, norm_worker, winograd_simd, winograd_worker)
 _WORKERS = {
@@ -29,6 +31,7 @@ _WORKERS = {
     "winograd_output": winograd_worker.output_worker,
     "winograd_filter_gradient": winograd_worker.filter_gradient_worker,
 }
+_SIGNATURE = normalize_signature(types.void(types.int64))
 _log = logging.getLogger("binarize")
 _lock = threading.Lock()
 _alive: list[Any] = []  # compiled code lives as long as its function object
@@ -50,17 +53,10 @@ def _compiled() -> dict[str, int]:
     addresses = {}
     for name, function in _WORKERS.items():
         function.__qualname__ = f"{function.__name__}_{digest}"
-        _alive.append(cached(partial(cfunc, types.void(types.int64), nopython=True), function))
+        worker: Any = CFunc(function, _SIGNATURE, {}, {"nopython": True})
+        worker._cache = cache_of(function)
+        worker.compile()
+        _alive.append(worker)
         addresses[name] = _alive[-1].address
     _log.info("CPU kernels ready after %.1f s.", time.perf_counter() - started)
     return addresses
-
-
-def cached(decorator: Callable[..., Any], function: Any) -> Any:
-    """Return ``decorator(cache=True)(function)``, without numba's cache on disk where there is no folder for it."""
-    try:
-        return decorator(cache=True)(function)
-    except RuntimeError as error:  # neither the package's folder nor the user's can be written
-        if "cache" not in str(error):
-            raise
-        return decorator(cache=False)(function)

@@ -2,7 +2,8 @@
 
 A second runtime in the process would cost milliseconds per call, because its idle workers spin on the cores that
 torch's need; so no threading layer of numba's is used. GNU's, LLVM's and Intel's runtimes have `GOMP_parallel`.
-Without it, plain Python threads run the tasks. A forked child has lost the runtime's workers and uses one thread.
+Without it, plain Python threads run the tasks. A forked child has lost the runtime's workers and uses one thread, as
+does torch there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def _after_fork() -> None:
     global _forked
     _forked = True
     _executor.cache_clear()
+    torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
