@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from binarize.conversion.record import conversion, is_converted
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.imaging import DecodedImage
+from binarize.models.sampling import check_samples
 
 MAX_SCALE = 64
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -78,7 +80,7 @@ def check_scales(scale: Any, residual_scale: Any, residual_strength: Any) -> Non
 
 
 def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
-    """Raise BinarizeError if the scheduler does not predict noise over the network's number of discrete timesteps."""
+    """Raise BinarizeError if the scheduler does not sample from noise over the network's discrete timesteps."""
     kind = type(scheduler).__name__
     if not all(hasattr(scheduler, name) for name in ("scale_model_input", "init_noise_sigma", "step")):
         raise BinarizeError(
@@ -86,6 +88,8 @@ def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
             "scale_model_input and init_noise_sigma, such as DDIMScheduler or DPMSolverMultistepScheduler."
         )
     trained = getattr(getattr(unet, "config", None), "num_train_timesteps", None)
+    if trained is None and is_converted(unet):
+        trained = conversion(unet).num_train_timesteps
     scheduled = getattr(scheduler.config, "num_train_timesteps", None)
     if trained is not None and trained != scheduled:
         message = (
@@ -94,6 +98,7 @@ def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
             f"{kind}.from_config(pipe.scheduler.config)."
         )
         raise OtherTimestepsError(message, trained, scheduled)
+    check_samples(scheduler)
 
 
 def check_numbers(scheduler: Any, num_inference_steps: Any, batch_size: Any, eta: float) -> None:

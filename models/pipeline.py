@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from binarize.kernels.backends import kernels_for
 from binarize.models import checks
 from binarize.models.images import as_images, to_batch, to_output
 from binarize.models.memory import check_sampling_memory
+from binarize.models.sampling import check_scheduler_file, set_timesteps
 from binarize.models.target import image_of
 from binarize.models.tiling import TileGrid, pad_image, pad_noise, tile_grid
 
@@ -122,6 +125,9 @@ class SuperResolutionPipeline(DiffusionPipeline):
                 network that was saved packed stays packed.
             **kwargs: As in diffusers; a ``unet`` among them is used as it is.
         """
+        schedule = Path(pretrained_model_name_or_path, "scheduler", "scheduler_config.json")
+        if schedule.is_file() and "scheduler" not in kwargs:
+            check_scheduler_file(schedule)
         pipe: SuperResolutionPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "unet" not in kwargs:
             checks.check_weights(pipe.unet, str(pretrained_model_name_or_path))
@@ -243,14 +249,16 @@ class SuperResolutionPipeline(DiffusionPipeline):
             for chunk, grid in zip(chunks, grids, strict=True):
                 check_sampling_memory(self.unet, grid, images=len(chunk), tiles=batch_size)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        scheduler = copy.deepcopy(self.scheduler)  # it keeps its position, and threads may share the pipeline
+        set_timesteps(scheduler, num_inference_steps, self._execution_device)
         results: list[Any] = []
-        with _evaluating(self.unet), self.progress_bar(total=len(chunks) * len(self.scheduler.timesteps)) as bar:
+        with _evaluating(self.unet), self.progress_bar(total=len(chunks) * len(scheduler.timesteps)) as bar:
             for chunk, grid in zip(chunks, grids, strict=True):
                 own = [generators[i] for i in chunk] if isinstance(generator, list | tuple) else generator
                 options = {"eta": eta, "generator": own}
                 condition = self._condition([sources[i] for i in chunk])
                 samples = self._sample(
+                    scheduler,
                     noise=torch.cat([self._noise(noises[i], generators[i], condition) for i in chunk]),
                     condition=condition,
                     grid=grid,
@@ -271,6 +279,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
     def _sample(
         self,
+        scheduler: Any,
         noise: Tensor,
         condition: Tensor,
         grid: TileGrid,
@@ -285,14 +294,14 @@ class SuperResolutionPipeline(DiffusionPipeline):
         height, width = condition.shape[-2:]
         condition = pad_image(condition, *grid.shape)
         # The scheduler keeps its position and the last predictions, so each sample starts it anew.
-        self.scheduler.set_timesteps(num_inference_steps, device=condition.device)
-        x = pad_noise(noise, *grid.shape) * self.scheduler.init_noise_sigma
+        scheduler.set_timesteps(num_inference_steps, device=condition.device)
+        x = pad_noise(noise, *grid.shape) * scheduler.init_noise_sigma
         largest = x.new_zeros(())
-        for step, timestep in enumerate(self.scheduler.timesteps):
-            model_input = self.scheduler.scale_model_input(x, timestep)
+        for step, timestep in enumerate(scheduler.timesteps):
+            model_input = scheduler.scale_model_input(x, timestep)
             epsilon = grid.blend(partial(self._predict, timestep), model_input, condition, batch_size=batch_size)
             largest = torch.maximum(largest, _largest(epsilon))
-            x = self.scheduler.step(epsilon, timestep, x, **step_options).prev_sample
+            x = scheduler.step(epsilon, timestep, x, **step_options).prev_sample
             if callback is not None:
                 tensors = {"latents": x, "condition": condition}
                 returned = callback(self, step, timestep, {name: tensors[name] for name in callback_inputs})
