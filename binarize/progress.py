@@ -17,15 +17,23 @@ class ProgressBar(tqdm):
     if there was progress and `leave` is not false.
     """
 
+    _logs = False
     _line: tuple[float, float] | None = None  # items and seconds at the last line
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         """Redraw the bar on a terminal. Elsewhere, write a line if one is due."""
         if not self._writes_lines():
             return super().display(msg, pos)
-        if hasattr(self, "start_t") and self._line_is_due():
+        if hasattr(self, "start_t") and not self._logs and self._line_is_due():
             self._write_line()
         return True
+
+    def log(self, text: str) -> None:
+        """Away from a terminal, write a line of the caller's, which from now on replace those of the bar."""
+        if self._writes_lines():
+            self.fp.write(f"{text}\n")
+            self.fp.flush()
+            self._logs = True
 
     def clear(self, nolock: bool = False) -> None:
         """Clear the bar from a terminal. Elsewhere, do nothing."""
@@ -36,7 +44,7 @@ class ProgressBar(tqdm):
         """Close the bar. Away from a terminal, write the last line first."""
         if self._writes_lines():
             leave = self.pos == 0 if self.leave is None else self.leave
-            if leave and self.n != (self.initial if self._line is None else self._line[0]):
+            if leave and not self._logs and self.n != (self.initial if self._line is None else self._line[0]):
                 self._write_line()
             self.sp = None  # tqdm's own close ends without output if there is no printer
         super().close()

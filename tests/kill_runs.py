@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from training_case import RESUME, assert_close, differences
 
+from binarize import files
 from binarize.recipes import load_recipe
 from binarize.training import Checkpoints, checkpoint, load_checkpoint, objective, train, validation
 
@@ -36,7 +37,7 @@ MOMENTS = (
     ("step", 3),  # in the forward pass of step 3, after checkpoint-2
     ("validation", 1),  # at step 4, after the model was saved
     ("half a state", 1),  # in checkpoint-4
-    ("renamed model", 2),  # after the model moved aside and the new one took its place
+    ("renamed model", 2),  # after the second model was exchanged for the first
     ("renamed checkpoint-4", 1),
     ("flushed", 2),  # between the files of checkpoint-6
     ("removed checkpoint-2", 1),  # checkpoint-2 was renamed and is not yet deleted
@@ -62,9 +63,7 @@ def kill_at(event: str, number: int) -> None:
         setattr(owner, name, call)
 
     def renamed(source: Path, target: Path) -> str:
-        if target.name.startswith(".checkpoint"):
-            return f"removed {source.name}"
-        return f"renamed {source.name if target.name.startswith('.') else target.name}"
+        return f"removed {source.name}" if target.name.startswith(".") else f"renamed {target.name}"
 
     def half_saved(state: Any, path: Path) -> None:
         save(state, path)
@@ -79,6 +78,7 @@ def kill_at(event: str, number: int) -> None:
     for owner, name, describe in (
         (os, "fsync", lambda *_: "flushed"),
         (os, "rename", renamed),
+        (files, "_exchange", renamed),
         (Path, "rename", renamed),
         (objective, "sample_losses", lambda *_: "step"),
         (validation, "psnr", lambda *_: "validation"),

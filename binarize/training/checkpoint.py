@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-import secrets
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
-import yaml
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from torch import Tensor
 
+from binarize.digests import check_sums, check_torch_file, write_sums
 from binarize.errors import BinarizeError, one_line
-from binarize.files import replace_folder
+from binarize.files import read_text, remove_folder, replace_folder, tidy
 from binarize.recipes import Recipe
+from binarize.recipes.errors import explain
+from binarize.recipes.yaml_text import MAX_BYTES, parse_mapping
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "state.pt"
@@ -43,26 +45,27 @@ class Checkpoints:
         """
         target = self.folder / f"checkpoint-{step}"
 
+        failures: list[OSError] = []
+
         def write(folder: Path) -> None:
-            torch.save(state, folder / STATE)
+            with (folder / STATE).open("wb") as file:
+                torch.save(state, cast(BinaryIO, _Recorder(file, failures)))
             (folder / RECIPE).write_text(recipe, encoding="utf-8")
+            write_sums(folder)
 
         earlier = [path for other, path in self.list().items() if other != step]
         try:
             replace_folder(target, write)
-        except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
+        except (OSError, RuntimeError) as error:
             kept = f"the previous checkpoint, {earlier[-1]}, is intact" if earlier else "there is no earlier checkpoint"
             raise BinarizeError(
-                f"cannot write {target}: {one_line(error)}; {kept}. "
+                f"cannot write {target}: {one_line(failures[0] if failures else error)}; {kept}. "
                 "Free disk space and continue with resume_from_checkpoint=latest."
             ) from error
         if self.limit is not None:
             oldest = earlier[: max(0, len(earlier) + 1 - self.limit)]
             for path in (path for path in oldest if path.name != f"checkpoint-{best}"):
-                # Rename first, so that an interrupted removal never leaves a damaged checkpoint under a valid name.
-                removed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-                path.rename(removed)
-                shutil.rmtree(removed, ignore_errors=True)
+                remove_folder(path)
         return target
 
     def find(self, which: str) -> Path | None:
@@ -78,34 +81,77 @@ class Checkpoints:
 
     def clean_up(self) -> None:
         """Remove the temporary files of killed runs, and undo an interrupted replacement."""
-        for path in self.folder.glob(".*.old"):
-            target = path.with_name(path.name[1:].rsplit(".", 2)[0])
-            if not target.exists():
-                path.rename(target)
-        for pattern in (".*.tmp", ".*.old"):
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.rglob(".*.tmp.*"):  # single files
-            path.unlink(missing_ok=True)
+        for folder in (self.folder, *filter(Path.is_dir, self.folder.glob("*"))):
+            tidy(folder)
+
+
+class _Recorder:
+    """A file that remembers why a write failed: torch.save turns that into a RuntimeError about positions."""
+
+    def __init__(self, file: BinaryIO, failures: list[OSError]) -> None:
+        self.file, self.failures = file, failures
+
+    def write(self, content: Any) -> int:
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.failures.append(error)
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class CheckpointState(BaseModel):
+    """What a checkpoint's ``state.pt`` must hold to be resumed from."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+    step: NonNegativeInt
+    samples_per_step: PositiveInt
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    lr_scheduler: dict[str, Any]
+    ema: dict[str, Any] | None
+    scaler: dict[str, Any] | None
+    validated: NonNegativeInt
+    best: tuple[NonNegativeInt, float] | None
+    images: dict[str, str] | None = None
+    """Name -> digest of the training images; None in checkpoints of version 0.1."""
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return a checkpoint's state, on the CPU, and its recipe as YAML."""
+    """Return a checkpoint's state, on the CPU, and its recipe as YAML, after comparing both with their digests."""
     try:
+        if not check_sums(folder, (STATE, RECIPE)):
+            check_torch_file(folder / STATE)
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        return state, (folder / RECIPE).read_text(encoding="utf-8")
+        if not isinstance(state, dict):
+            raise BinarizeError(f"{STATE} holds a {type(state).__name__}, not the state of a run")
+        return state, read_text(folder / RECIPE, MAX_BYTES)
     except Exception as error:  # torch.load raises many types for a damaged file
-        raise BinarizeError(
-            f"cannot read the checkpoint {folder}: {one_line(error, 200)}; remove it and resume from an earlier one."
-        ) from error
+        raise _unreadable(folder, one_line(error, 200)) from error
+
+
+def read_state(folder: Path) -> tuple[CheckpointState, dict[str, Any]]:
+    """Return a checkpoint's validated state and its recipe's keys."""
+    state, text = load_checkpoint(folder)
+    try:
+        recipe = parse_mapping(text, str(folder / RECIPE))
+        return CheckpointState.model_validate(state), recipe
+    except ValidationError as error:
+        raise _unreadable(folder, explain(error, STATE, "state", CheckpointState).replace("\n", "")) from None
+
+
+def _unreadable(folder: Path, reason: str) -> BinarizeError:
+    return BinarizeError(f"cannot read the checkpoint {folder}: {reason}; remove it and resume from an earlier one.")
 
 
 def with_saved_residual_scale(recipe: Recipe, folder: Path) -> Recipe:
     """Return a recipe with the residual scale of a checkpoint's recipe, if it needs one and does not set it."""
     if recipe.target != "residual" or recipe.residual_scale is not None:
         return recipe
-    try:
-        saved = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise BinarizeError(f"cannot read {folder / RECIPE}: {error}.") from error
-    return recipe.model_copy(update={"residual_scale": saved.get("residual_scale")})
+    saved = parse_mapping(read_text(folder / RECIPE, MAX_BYTES), str(folder / RECIPE)).get("residual_scale")
+    if saved is not None and not (isinstance(saved, float | int) and saved > 0):
+        raise BinarizeError(f"{folder / RECIPE}: residual_scale is {saved!r:.80}; it must be a positive number.")
+    return recipe.model_copy(update={"residual_scale": saved})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from binarize.imaging.pairs import raise_all
 RESIDUAL_PATCHES = 512
 """Number of patches that `residual_std` measures."""
 _FILTER_RADIUS = 2  # of both resampling filters, in low-resolution pixels
+_EDGE = 1 << 16
 _ORDER_STREAM, _PATCH_STREAM = 0, 1
 
 
@@ -111,6 +114,16 @@ class PairedPatches(Dataset[dict[str, Any]]):
         return int(order[position])
 
 
+def image_digests(pairs: ImagePairs) -> dict[str, str]:
+    """Return the name of each file -> a digest of its size and of its first and last 64 KiB.
+
+    That is the whole of a small file; a larger PNG ends with the checksum of its pixels.
+    """
+    named = {files.hr.name: files.hr for files in pairs.files}
+    named |= {f"lr/{files.lr.name}": files.lr for files in pairs.files if files.lr is not None}
+    return {name: _digest(path) for name, path in named.items()}
+
+
 def residual_std(patches: PairedPatches, count: int = RESIDUAL_PATCHES) -> float:
     """Return the root mean square of (high-resolution - upscaled image) over the first ``count`` patches.
 
@@ -121,6 +134,19 @@ def residual_std(patches: PairedPatches, count: int = RESIDUAL_PATCHES) -> float
     if std == 0:
         raise BinarizeError("target: residual: the training images equal their upscaled versions; use sharper images")
     return std
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(size).encode())
+            for start in sorted({0, max(0, size - _EDGE)}):
+                file.seek(start)
+                digest.update(file.read(_EDGE))
+    except OSError as error:
+        raise BinarizeError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()[:16]
 
 
 def _fill_cache(pairs: ImagePairs, budget: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -33,6 +33,7 @@ class Distillation:
         self._recording = False
         self._outputs: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         self.blocks = matching_blocks(section.blocks, student, teacher) if section.features else ()
+        self.parts = ("task", "output", "features") if self.blocks else ("task", "output")
         for name in self.blocks:
             for network, outputs in zip((student, teacher), self._outputs, strict=True):
                 network.get_submodule(name).register_forward_hook(self._store_in(outputs, name))

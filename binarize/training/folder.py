@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from binarize.errors import BinarizeError
 from binarize.files import write_text_atomic
+from binarize.locks import locked
 from binarize.recipes import Recipe
 from binarize.training.checkpoint import RECIPE, Checkpoints
+from binarize.training.csv_log import NAME as LOG
 
 MODEL = "model"
 SAMPLES = "samples"
@@ -36,12 +40,23 @@ def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | 
     return found
 
 
-def prepare_folder(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> None:
-    """Create the output folder with the recipe in it; with force, remove the files of an existing run first."""
-    folder = recipe.output_dir
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Create the output folder and hold its lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BinarizeError(f"output_dir: cannot write {folder}: {error.strerror}.") from error
+    with locked(folder):
+        yield
+
+
+def prepare_folder(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> None:
+    """Write the recipe into the output folder; with force, remove the files of an existing run first."""
+    folder = recipe.output_dir
+    try:
         if force:
+            (folder / LOG).unlink(missing_ok=True)
             for path in (*checkpoints.list().values(), *(folder / name for name in (MODEL, BEST, SAMPLES, *TRACKERS))):
                 if path.exists():
                     shutil.rmtree(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from binarize.conversion.packing import is_packed
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, listing
 from binarize.models.loading import PIPELINE, RUN, load_network, load_pipeline
 from binarize.recipes import Recipe, build_model
 from binarize.training.data import PairedPatches, residual_std
@@ -93,6 +93,6 @@ def _check_equal(message: str, found: Mapping[str, Any], expected: Mapping[str, 
         return list(value) if isinstance(value, tuple) else value
 
     wrong = [key for key, value in expected.items() if as_list(found.get(key)) != as_list(value)]
-    different = [f"  {key}: {found.get(key)!r} there, {expected[key]!r} here" for key in wrong]
+    different = [f"{key}: {found.get(key)!r} there, {expected[key]!r} here" for key in wrong]
     if different:
-        raise BinarizeError("\n".join(filter(None, [f"{message}:", *different, fix])))
+        raise BinarizeError(listing(f"{message}:", different, fix))

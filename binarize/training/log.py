@@ -19,6 +19,7 @@ from binarize.files import write_text_atomic
 from binarize.inspect import FlipTracker
 from binarize.progress import ProgressBar
 from binarize.recipes import Recipe
+from binarize.training.csv_log import CsvLog
 
 if TYPE_CHECKING:
     from binarize.training.validation import ValidationResult
@@ -45,10 +46,10 @@ class LogEntry:
 
 
 class Log:
-    """The log of one process and of its unwrapped model; that of the main process feeds the trackers."""
+    """The log of one process and of its unwrapped model; the main process's has a table and feeds the trackers."""
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
-        self.accelerator, self.model = accelerator, model
+    def __init__(self, accelerator: Accelerator, model: nn.Module, table: CsvLog | None) -> None:
+        self.accelerator, self.model, self.table = accelerator, model, table
         self.entries: list[LogEntry] = []
         self._losses: list[Mapping[str, float]] = []
         self._since = time.perf_counter()
@@ -68,11 +69,14 @@ class Log:
         entry = LogEntry(step, loss, rate, speed, means, flips, peak_memory(self.accelerator.device))
         self.entries.append(entry)
         bar.set_postfix_str(_line(entry))
+        bar.log(f"step {step}: {_line(entry)}")
         values = {"loss": loss, "learning_rate": rate, "samples_per_second": speed, **flips_of_layers}
         values |= {f"loss/{name}": value for name, value in means.items()}
         values |= {} if flips is None else {"flips": flips}
         values |= {} if entry.memory is None else {"memory_bytes": entry.memory}
         self.accelerator.log(values, step=step)
+        if self.table is not None:
+            self.table.write(step=step, **{name: v for name, v in values.items() if name not in flips_of_layers})
         self._losses = []
         self._since = time.perf_counter()
 
@@ -81,8 +85,10 @@ class Log:
         self._since += seconds
 
     def add_psnr(self, step: int, psnr: float) -> None:
-        """Send a validation's PSNR to the trackers."""
+        """Log a validation's PSNR."""
         self.accelerator.log({"validation/psnr": psnr}, step=step)
+        if self.table is not None:
+            self.table.write(step=step, validation_psnr=psnr)
 
     def add_image(self, step: int, result: ValidationResult) -> None:
         """Send a validation image to the trackers; called in the main process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -16,22 +17,24 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from binarize.conversion.memory import memory_mode
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, one_line
 from binarize.layers import training_step
 from binarize.progress import ProgressBar
 from binarize.recipes import Recipe, build_pipeline, build_scheduler, last_stage_end, remove_stages
 from binarize.training import initial
-from binarize.training.checkpoint import Checkpoints, load_checkpoint, with_saved_residual_scale
+from binarize.training.checkpoint import Checkpoints, CheckpointState, read_state, with_saved_residual_scale
+from binarize.training.csv_log import CsvLog
+from binarize.training.data import image_digests
 from binarize.training.distillation import Distillation
 from binarize.training.errors import DivergedError, TrainingInterrupted
-from binarize.training.folder import BEST, MODEL, SAMPLES, find_start, prepare_folder
+from binarize.training.folder import BEST, MODEL, SAMPLES, find_start, lock_folder, prepare_folder
 from binarize.training.log import Log, LogEntry, start_tracker
 from binarize.training.malloc import keep_large_blocks_apart
 from binarize.training.objective import Objective
 from binarize.training.optim import build_lr_scheduler, build_optimizer
 from binarize.training.processes import accelerator_for, on_main, reduce_losses
 from binarize.training.randomness import torch_seed
-from binarize.training.resume import check_resumable
+from binarize.training.resume import check_resumable, check_same_images
 from binarize.training.samples import BatchPlan, batch_loader, close, training_samples
 from binarize.training.signals import StopRequest
 from binarize.training.validation import Validator, averaged_weights, export
@@ -74,16 +77,17 @@ def train(recipe: Recipe, *, force: bool = False, progress: bool = True) -> Trai
         DivergedError: If the loss or the gradient became NaN or infinite.
         TrainingInterrupted: After SIGINT or SIGTERM, once a checkpoint is saved.
     """
-    with accelerator_for(recipe) as accelerator, StopRequest() as stop:
-        return _Run(recipe, accelerator, stop, force=force, progress=progress).train()
+    with accelerator_for(recipe) as accelerator, StopRequest() as stop, ExitStack() as held:
+        return _Run(recipe, accelerator, stop, held, force=force, progress=progress).train()
 
 
 class _Run:
     """One call of `train`: the objects that a step needs, and the steps."""
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, stop: StopRequest, *, force: bool, progress: bool
-    ) -> None:
+        self, recipe: Recipe, accelerator: Accelerator, stop: StopRequest, held: ExitStack, *, force: bool,
+        progress: bool,
+    ) -> None:  # fmt: skip
         self.accelerator, self.stop = accelerator, stop
         self.shows_progress = progress and accelerator.is_main_process
         size, accumulation = recipe.train_batch_size, recipe.gradient_accumulation_steps
@@ -91,6 +95,7 @@ class _Run:
         self.checkpoints = Checkpoints(recipe.output_dir, recipe.checkpoints_total_limit)
         self.start = find_start(recipe, self.checkpoints, force)
         self.samples = training_samples(recipe, self.plan)
+        self.images = image_digests(self.samples.patches.pairs)
         self.validator = Validator(recipe)
         section = recipe.distillation
         teacher = None if section is None else initial.read_trained("distillation", section.teacher)
@@ -120,14 +125,24 @@ class _Run:
         self.ema = EMAModel(self.unet.parameters(), decay=recipe.ema_decay, foreach=True) if recipe.use_ema else None
         self.step, self.validated = 0, 0
         self.best: tuple[int, float] | None = None
-        if state is not None:
-            self._restore(state)
+        if state is not None and self.start is not None:
+            self._restore(state, self.start)
 
-        on_main(accelerator, lambda: prepare_folder(recipe, self.checkpoints, force))
+        on_main(accelerator, lambda: self._enter_folder(held, force))
         on_main(accelerator, lambda: start_tracker(recipe, accelerator, self.step))
-        self.log = Log(accelerator, self.unet)
+        parts = () if distillation is None else distillation.parts
+        table = CsvLog(recipe.output_dir, self.step, parts) if accelerator.is_main_process else None
+        self.log = Log(accelerator, self.unet, table)
         self.validation: dict[int, float] = {}
         self._print_start()
+
+    def _enter_folder(self, held: ExitStack, force: bool) -> None:
+        held.enter_context(lock_folder(self.recipe.output_dir))
+        if find_start(self.recipe, self.checkpoints, force) != self.start:
+            raise BinarizeError(
+                f"output_dir: {self.recipe.output_dir} was changed by another run; start this one again."
+            )
+        prepare_folder(self.recipe, self.checkpoints, force)
 
     def _distillation(self, teacher: initial.TrainedModel | None) -> Distillation | None:
         if teacher is None or self.recipe.distillation is None:
@@ -264,30 +279,36 @@ class _Run:
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "validated": self.validated,
                 "best": self.best,
+                "images": self.images,
             }
             best = None if self.best is None else self.best[0]
             return self.checkpoints.save(self.step, state, self.recipe.to_yaml(), best)
 
         return on_main(self.accelerator, write)
 
-    def _read(self, folder: Path) -> dict[str, Any]:
-        state, recipe = load_checkpoint(folder)
-        check_resumable(self.recipe, self.plan.total, recipe, state["samples_per_step"], folder)
+    def _read(self, folder: Path) -> CheckpointState:
+        state, recipe = read_state(folder)
+        check_resumable(self.recipe, self.plan.total, recipe, state.samples_per_step, folder)
+        check_same_images(self.images, state.images, folder)
         return state
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.unet.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.accelerator.device)
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.validated = state["validated"]
+    def _restore(self, state: CheckpointState, folder: Path) -> None:
+        self.step = state.step
+        try:
+            self.unet.load_state_dict(state.model)
+            self.optimizer.load_state_dict(state.optimizer)
+            self.lr_scheduler.load_state_dict(state.lr_scheduler)
+            if self.ema is not None:
+                self.ema.load_state_dict(state.ema)
+                self.ema.to(self.accelerator.device)
+            if self.accelerator.scaler is not None and state.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state.scaler)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = f"its state does not fit the recipe: {one_line(error, 150)}"
+            raise BinarizeError(f"cannot resume from {folder}: {reason}. Use another checkpoint.") from error
+        self.validated = state.validated
         # The best model of a run that continues in another folder is not in this folder, so its score does not count.
-        self.best = state["best"] if (self.recipe.output_dir / BEST).is_dir() else None
+        self.best = state.best if (self.recipe.output_dir / BEST).is_dir() else None
 
     def _validate(self) -> None:
         """Save the model as a pipeline, validate it, and save it as the best model if it is."""

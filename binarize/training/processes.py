@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from binarize.errors import BinarizeError
 from binarize.recipes import Recipe
 
 T = TypeVar("T")
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 _PACKAGES = {"wandb": "wandb", "tensorboard": "'binarize-diffusion[train]'"}
 
@@ -32,8 +35,10 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
     if recipe.mixed_precision == "fp16" and on_cpu:
         raise BinarizeError("mixed_precision: fp16 needs a GPU; use mixed_precision=bf16 or no.")
     embedded = PartialState._shared_state != {}
+    wanted = launched_processes()
     try:
         accelerator = Accelerator(
+            cpu=on_cpu and wanted > 1,  # without it, Accelerate starts no process group on a machine without GPUs
             mixed_precision=recipe.mixed_precision,
             gradient_accumulation_steps=recipe.gradient_accumulation_steps,
             log_with=recipe.report_to,
@@ -44,6 +49,12 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
+        if accelerator.num_processes != wanted and not embedded:
+            fix = f"torchrun --nproc_per_node {wanted} -m binarize train ..." if on_cpu else "accelerate config"
+            raise BinarizeError(
+                f"the launcher was asked for {wanted} processes, but {accelerator.num_processes} would train together; "
+                f"each of the others would be a run of its own. Use `{fix}`, or one process."
+            )
         if accelerator.distributed_type in _SHARDED:
             reason = f"{accelerator.distributed_type.value}: it shards the parameters"
             raise BinarizeError(f"training cannot be launched with {reason}. Use data parallelism: --num_processes N.")
@@ -59,6 +70,25 @@ def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
             # Accelerate keeps the precision for the life of the process, and the next run may need another one.
             accelerator.state.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def launched_processes() -> int:
+    """Return how many processes the program's launcher was asked for, or 1 without one."""
+    for name in _WORLD_SIZES:
+        given = os.environ.get(name)
+        if given is not None:
+            if not re.fullmatch(r"\d{1,6}", given) or int(given) < 1:
+                raise BinarizeError(
+                    f"{name}={given!r:.40}: must be the number of processes; unset it without a launcher."
+                )
+            return int(given)
+    # On a machine without GPUs, `accelerate launch` starts one process and sets no variable.
+    with suppress(OSError):
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace")
+        asked = re.search(r"accelerate\0launch\0(?:.*\0)?--num[_-]processes[=\0](\d{1,6})\0", command)
+        if asked is not None and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            return int(asked[1])
+    return 1
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import TypeAdapter
 
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, listing
 from binarize.layers.schedule import Scheduled
 from binarize.recipes import Recipe, build_model
 
@@ -28,22 +27,38 @@ _RESUMABLE = BOOKKEEPING | {
 }  # fmt: skip
 
 
-def check_resumable(recipe: Recipe, total: int, saved: str, saved_total: int, checkpoint: Path) -> None:
-    """Check that a checkpoint's recipe, as YAML, differs only in keys that do not change the result.
+def check_resumable(recipe: Recipe, total: int, saved: dict[str, Any], saved_total: int, checkpoint: Path) -> None:
+    """Check that the keys of a checkpoint's recipe differ only in keys that do not change the result.
 
     ``max_train_steps`` may change if nothing depends on it. The totals are samples per optimiser step.
     """
     free = _RESUMABLE | (set() if _depends_on_length(recipe) else {"max_train_steps"})
     if recipe.sampling_timesteps_share > 0:
         free = free - {"num_inference_steps"}
-    changed = changes(with_defaults(yaml.safe_load(saved)), yaml.safe_load(recipe.to_yaml()), free)
+    changed = changes(with_defaults(saved), recipe.model_dump(mode="json", by_alias=True), free)
     if total != saved_total:
         factors = "train_batch_size * gradient_accumulation_steps * processes"
         changed.append(f"samples per optimiser step: were {saved_total}, are {total}; they are {factors}")
     if changed:
         opening = f"cannot resume from {checkpoint}: the recipe differs in keys that change the result:"
         closing = "Set these back, or start a new run in another output_dir."
-        raise BinarizeError("\n".join([opening, *(f"  {line}" for line in changed), closing]))
+        raise BinarizeError(listing(opening, changed, closing))
+
+
+def check_same_images(now: Mapping[str, str], then: Mapping[str, str] | None, checkpoint: Path) -> None:
+    """Check that the training images are those of a checkpoint: name -> digest, or None where it did not keep them."""
+    if then is None or now == then:
+        return
+    kinds = (
+        ("new", now.keys() - then.keys()),
+        ("missing", then.keys() - now.keys()),
+        ("changed", {name for name in now.keys() & then.keys() if now[name] != then[name]}),
+    )
+    found = "; ".join(f"{len(names)} {kind}, such as {min(names):.80}" for kind, names in kinds if names)
+    fix = "Restore them, or start a new run from this one's model with init_from"
+    raise BinarizeError(
+        f"cannot resume from {checkpoint}: the training images are not those of the run: {found}. {fix}."
+    )
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:

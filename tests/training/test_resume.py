@@ -17,6 +17,7 @@ from errors_case import assert_error
 from PIL import Image
 from training_case import RESUME, differences
 
+from binarize import files
 from binarize.errors import BinarizeError
 from binarize.files import replace_folder
 from binarize.training import Checkpoints, load_checkpoint, train
@@ -141,6 +142,7 @@ def test_a_failure_at_any_call_keeps_the_folder(call: str, tmp_path: Path, monke
     target = tmp_path / "model"
     replace_folder(target, lambda folder: (folder / "a").write_text("old"))
 
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # which takes one step more
     real = getattr(os, call)
     for number in range(1, 10):
         calls = itertools.count(1)
@@ -163,20 +165,26 @@ def test_a_failure_at_any_call_keeps_the_folder(call: str, tmp_path: Path, monke
     assert (target / "a").read_text() == "new"
 
 
+def left_by(process: int, name: str = "", end: str = "tmp") -> str:
+    return f"{name and '.' + name}.binarize-{files._host()}-{process}-abcdef.{end}"
+
+
 def test_incomplete_folders_are_ignored_and_cleaned_up(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
     checkpoints = Checkpoints(tmp_path, limit=3)
     checkpoints.save(5, state_of(5), "")
-    (tmp_path / ".checkpoint-9.abcd0123.tmp").mkdir()
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / ".step-1.abcd0123.tmp.png").touch()
-    (tmp_path / "checkpoint-8").mkdir()  # without a state
+    for name in (left_by(ended.pid), left_by(os.getpid()), "samples", "checkpoint-8"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "samples" / left_by(ended.pid, end="tmp.png")).touch()
+    (tmp_path / ".binarize-notes").touch()
     assert list(checkpoints.list()) == [5]
     # A run killed between the two renames of a replacement leaves this.
-    (tmp_path / "checkpoint-5").rename(tmp_path / ".checkpoint-5.abcd0123.old")
+    (tmp_path / "checkpoint-5").rename(tmp_path / left_by(ended.pid, "checkpoint-5", "old"))
     assert list(checkpoints.list()) == []
     checkpoints.clean_up()
     assert list(checkpoints.list()) == [5]
-    assert not list(tmp_path.rglob(".*"))
+    assert sorted(path.name for path in tmp_path.rglob(".*")) == sorted([left_by(os.getpid()), ".binarize-notes"])
 
 
 def test_a_damaged_checkpoint_is_an_error(tmp_path: Path) -> None:
