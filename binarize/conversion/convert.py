@@ -27,6 +27,7 @@ from binarize.layers import (
     CPDown,
     CPUp,
     CSFusion,
+    Scheduled,
 )
 from binarize.methods import Method, get_method
 from binarize.modules import WRAPPERS, call_arguments, meta_copy, refuse_lazy, replace_modules, unwrap
@@ -166,6 +167,8 @@ def _convert(
             undo.callback(model.set_submodule, name, old)
         undo.callback(allow_fusion, model)
         refuse_fusion(model)
+        if any(isinstance(module, Scheduled) for module in model.modules()):
+            notes.append("the method changes during training: call binarize.training_step after each optimizer step")
         rows = (*_structure_rows(edits, before), *(_row(decision, before) for decision in decisions), *unknown)
         report = ConversionReport(method.name, host.name, host.structure(model), rows, tuple(notes), **share)
         chosen = list(selection.keep), selection.overrides, selection.linear

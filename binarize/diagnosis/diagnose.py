@@ -52,6 +52,9 @@ def doctor(
     most 10 denoising steps, unless they change them, and on a model that is better than bicubic only with `try_all`.
     `advance` is called with the name of each change before it is tried.
     """
+    if not isinstance(model, str | PathLike | SuperResolutionPipeline):
+        fix = "SuperResolutionPipeline(network, scale=...) makes one of a network"
+        raise BinarizeError(f"doctor: takes a pipeline or a model's folder; got {type(model).__name__}. {fix}.")
     name = type(model).__name__ if isinstance(model, SuperResolutionPipeline) else str(model)
     pipeline = model if isinstance(model, SuperResolutionPipeline) else _load(Path(model), scale, device)
     if isinstance(pipeline, Finding):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -40,8 +40,9 @@ class ImagePairs(Sequence[ImagePair]):
     """The pairs of a folder in the order of their names, each read on access.
 
     Without `lr_dir`, low-resolution images are made by `degrade`. With it, files are matched by name: ``baby.png``
-    matches ``baby.*``, ``babyx2.*`` or ``baby_x2.*`` at scale 2, as in DIV2K and Set5. If `lr_dir` holds no images but
-    a folder ``X2``, that folder is used.
+    matches ``baby.*``, ``babyx2.*`` or ``baby_x2.*`` at scale 2, as in DIV2K and Set5, in this order. The last part of
+    `lr_dir` can be a pattern instead, such as ``LR/{}_bicLRx2``, with the name in place of the braces. If `lr_dir`
+    holds no images but a folder ``X2``, that folder is used.
 
     Images may have any format and mode that `read_image` reads. Transparency is ignored; greyscale is repeated over the
     channels. `min_side` is the smallest side of a high-resolution image in pixels, by default `scale`.
@@ -111,24 +112,31 @@ def raise_all(folder: Folder, problems: Sequence[str]) -> None:
         raise BinarizeError(f"{folder}: {len(problems)} images cannot be used: {'; '.join(problems[:_SHOWN])}{more}")
 
 
-def _match(high: Iterable[Path], lr_dir: Path, scale: int, problems: list[str]) -> dict[Path, Path | None]:
+def _match(high: Sequence[Path], lr_dir: Path, scale: int, problems: list[str]) -> dict[Path, Path | None]:
+    pattern = lr_dir.name if "{}" in lr_dir.name else None
+    lr_dir = lr_dir if pattern is None else lr_dir.parent
     nested = lr_dir / f"X{scale}"
     if nested.is_dir() and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in lr_dir.iterdir()):
         lr_dir = nested
     unmatched: dict[str, list[Path]] = {}
     for path in list_images(lr_dir):
         unmatched.setdefault(path.stem.lower(), []).append(path)
+    found: dict[Path, list[Path]] = {}
+    patterns = ["{}", f"{{}}x{scale}", f"{{}}_x{scale}"] if pattern is None else [pattern]
+    for form in patterns:  # an equal name comes before a longer one
+        for hr in high:
+            if hr not in found and (paths := unmatched.pop(form.replace("{}", hr.stem).lower(), None)):
+                found[hr] = paths
     partners: dict[Path, Path | None] = {}
     for hr in high:
-        stem = hr.stem.lower()
-        names = (stem, f"{stem}x{scale}", f"{stem}_x{scale}")
-        found = [path for name in names for path in unmatched.pop(name, [])]
-        if len(found) == 1:
-            partners[hr] = found[0]
-        elif found:
-            problems.append(f"{hr}: several low-resolution partners: {', '.join(path.name for path in found)}")
+        paths = found.get(hr, [])
+        if len(paths) == 1:
+            partners[hr] = paths[0]
+        elif paths:
+            problems.append(f"{hr}: several low-resolution partners: {', '.join(path.name for path in paths)}")
         else:
-            problems.append(f"{hr}: no low-resolution partner in {lr_dir}; looked for {', '.join(names)}")
+            names = ", ".join(form.replace("{}", hr.stem) for form in patterns)
+            problems.append(f"{hr}: no low-resolution partner in {lr_dir}; looked for {names}")
     problems.extend(f"{path}: no high-resolution partner" for paths in unmatched.values() for path in paths)
     return partners
 
