@@ -19,28 +19,47 @@ _INT = re.compile(r"^[-+]?(?:0|[1-9][\d_]*)$")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 
 
-MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 32, 40
-"""Limits of a file: its size, the depth of nesting, and the digits of a whole number."""
+MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 20_000, 32, 40
+"""Limits of a file: its size, values with aliases written out, the depth of nesting, the digits of a whole number."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the plain scalars of YAML 1.2, without aliases and tags, and with limits."""
+    """PyYAML's safe loader with the plain scalars of YAML 1.2, without tags, and with limits."""
 
-    depth = 0
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.depth = self.deepest = self.values = 0
+        self.sizes: dict[str, tuple[int, int]] = {}  # anchor -> values and levels of what it names
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise BinarizeError(f"line {line} has an alias, *{event.anchor:.40}; write its value out.")
+            if event.anchor not in self.sizes:
+                raise BinarizeError(f"line {line} has an alias, *{event.anchor:.40}, of nothing above it or of itself.")
+            self._count(*self.sizes[event.anchor], line)
+            return super().compose_node(parent, index)
         if getattr(event, "tag", None) not in (None, "!"):
             raise BinarizeError(f"line {line} has a tag, {event.tag!r:.60}; write the plain value.")
+        values, deepest = self.values, self.deepest
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise BinarizeError(f"line {line} is nested more than {MAX_DEPTH} levels deep.")
+        self.deepest = self.depth
+        self._count(1, 0, line)
         node = super().compose_node(parent, index)
+        if event.anchor is not None:
+            self.sizes[event.anchor] = self.values - values, self.deepest - self.depth + 1
         self.depth -= 1
+        self.deepest = max(deepest, self.deepest)
         return node
+
+    def _count(self, values: int, levels: int, line: int) -> None:
+        """Count values and levels, those of an alias as if they were written out."""
+        self.values += values
+        self.deepest = max(self.deepest, self.depth + levels)
+        if self.deepest > MAX_DEPTH:
+            raise BinarizeError(f"line {line} is nested more than {MAX_DEPTH} levels deep.")
+        if self.values > MAX_VALUES:
+            raise BinarizeError(f"line {line} is beyond {MAX_VALUES} values, aliases written out; write fewer.")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Hashable, int] = {}
