@@ -37,7 +37,7 @@ MOMENTS = (
     ("step", 3),  # in the forward pass of step 3, after checkpoint-2
     ("validation", 1),  # at step 4, after the model was saved
     ("half a state", 1),  # in checkpoint-4
-    ("renamed model", 2),  # after the second model was exchanged for the first
+    ("renamed model", 1),  # after the second model was exchanged for the first
     ("renamed checkpoint-4", 1),
     ("flushed", 2),  # between the files of checkpoint-6
     ("removed checkpoint-2", 1),  # checkpoint-2 was renamed and is not yet deleted
@@ -65,12 +65,14 @@ def kill_at(event: str, number: int) -> None:
     def renamed(source: Path, target: Path) -> str:
         return f"removed {source.name}" if target.name.startswith(".") else f"renamed {target.name}"
 
-    def half_saved(state: Any, path: Path) -> None:
-        save(state, path)
+    def half_saved(state: Any, target: Any) -> None:
+        save(state, target)
         if event == "half a state":
-            os.truncate(path, path.stat().st_size // 2)
+            target.flush()
+            os.truncate(target.file.name, os.path.getsize(target.file.name) // 2)
             happened("half a state")
-            save(state, path)
+            target.file.seek(0)
+            save(state, target)
 
     save = torch.save
     assert checkpoint.torch is torch

@@ -132,7 +132,7 @@ def test_mistakes_of_cells_are_listed_at_once_each_with_its_cells() -> None:
     study, _ = load_study({**BASE, "cells": cells})
     twice, same = (load_study({**BASE, "grid": {"loss": losses}})[0] for losses in (["l1", "l1"], ["l1", "l2"]))
     for one, overrides, message in (
-        (study, [], r"(?s)no valid recipe:\n  a, c: recipe 'small_x2' has 1 error:\n  loss: got 'l3'"),
+        (study, [], r"(?s)no valid recipe:\n  a, c: recipe 'small_x2' has 1 error: loss: got 'l3'"),
         (twice, [], r"two cells of the study are called 'loss=l1'"),
         (same, ["loss=l1"], r"the cells 'loss=l1' and 'loss=l2' are the same run"),
     ):
