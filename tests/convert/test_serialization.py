@@ -58,7 +58,7 @@ def test_a_diffusers_host_is_rebuilt(tmp_path):
     [
         (None, r"has no config\.json"),
         ("{", "is not valid JSON"),
-        ("[]", "must hold a JSON object"),
+        ("[]", "must be a JSON object"),
         ('{"binarize_format": 1}', "has no host and no conversion"),
         ('{"binarize_format": 9}', "binarize_format 9; this version reads 1"),
         ('{"_class_name": "SRUNet"}', "is rebuilt from its files; leave model out"),
@@ -89,7 +89,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     SRUNet(**TINY).save_pretrained(tmp_path / "unet")
     weights = next((tmp_path / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert_error("does not hold a readable SRUNet", binarize.load, tmp_path / "unet")
+    assert_error("cannot be read as a safetensors file", binarize.load, tmp_path / "unet")
 
 
 def test_weights_that_are_missing_or_extra_are_refused(tmp_path):
