@@ -37,7 +37,7 @@ def in_threads(call: Callable[[int], Tensor], cases: int, rounds: int) -> list[i
     return wrong
 
 
-@pytest.mark.parametrize("method", ["bbcu", "bnn"])
+@pytest.mark.parametrize("method", ["bidiffsr", "bbcu"])
 def test_a_network_is_shared(method: str) -> None:
     network = binarize.pack(binarize.convert(SRUNet(**SMALL), method))
     images = [torch.randn(1, 3, size, size) for size in SIZES]
