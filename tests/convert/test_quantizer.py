@@ -135,7 +135,7 @@ OPTIONS = {
     "overrides": {"up_blocks.1.*": "bidiffsr"},
     "linear": True,
     "structure": "keep",
-    "num_train_timesteps": 500,
+    "num_train_timesteps": 950,
 }
 
 
