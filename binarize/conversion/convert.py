@@ -174,11 +174,11 @@ def _convert(
         chosen = list(selection.keep), selection.overrides, selection.linear
         pinned = None if set(binary_names) == selected_before else binary_names
         record = Conversion(method, structure, *chosen, steps, report, context, pinned=pinned)
+        record_config(model, record)  # writes to the host's configuration, which may fail
         if context is not None:
             context.attach(model)
         undo.pop_all()  # the conversion has succeeded
     setattr(model, RECORD, record)
-    record_config(model, record)
     return model
 
 
@@ -200,11 +200,12 @@ def revert(model: ModelT) -> ModelT:
     if conversion(model).packed:
         raise BinarizeError("revert: this model is packed, so its latent weights are gone; revert the unpacked model.")
     binary = [layer for layer in model.modules() if isinstance(layer, BinaryLayer)]
-    replace_modules(model, {id(layer): _float_layer(layer) for layer in binary})
+    plain = {id(layer): _float_layer(layer) for layer in binary}
+    record_config(model, None)  # writes to the host's configuration, which may fail
+    replace_modules(model, plain)
     allow_fusion(model)
     detach_contexts(model)
     delattr(unwrap(model), RECORD)
-    record_config(model, None)
     return model
 
 
@@ -275,7 +276,7 @@ def _share(
 
 
 def _restore_config(model: Any, undo: ExitStack) -> None:
-    if hasattr(model, "config") and hasattr(model, "register_to_config"):
+    if hasattr(model, "register_to_config") and isinstance(getattr(model, "config", None), Mapping):
         before = dict(model.config)
         undo.callback(lambda: dict(model.config) == before or model.register_to_config(**before))
 

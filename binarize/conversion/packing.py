@@ -1,6 +1,7 @@
 """binarize.pack: latent weights out, bits in; and binarize.unpack, the way back."""
 
 import logging
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -52,11 +53,11 @@ def pack(model: ModelT) -> ModelT:
         check_levels(layer.activation)
     layers = [layer for _, layer in binary_layers(model)]
     made = [packed_form(layer) for layer in layers]
+    record_config(model, replace(record, packed=True))  # writes to the host's configuration, which may fail
     replace_modules(model, dict(zip(map(id, layers), made, strict=True)))
     replace_modules(model, {id(b): b.packed_form() for b in model.modules() if isinstance(b, PackableBlock)})
     freeze(model)
     record.packed = True
-    record_config(model, record)
     return model.eval()
 
 
@@ -103,17 +104,17 @@ def unpack(model: ModelT) -> ModelT:
     if not record.packed:
         raise BinarizeError(f"unpack: this {type(model).__name__} is not packed.")
     fixed = [(layer.method, _fixed_method(layer)) for _, layer in packed_layers(model)]  # parts may be unhashable
-    unpack_layers(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
 
     def with_fixed_weights(method: Method) -> Method:
         return next((new for old, new in fixed if old == method), method)
 
-    record.method = with_fixed_weights(record.method)
-    record.overrides = {k: None if v is None else with_fixed_weights(v) for k, v in record.overrides.items()}
-    record.packed = False
-    record_config(model, record)
+    overrides = {k: None if v is None else with_fixed_weights(v) for k, v in record.overrides.items()}
+    fixed_record = replace(record, method=with_fixed_weights(record.method), overrides=overrides, packed=False)
+    record_config(model, fixed_record)  # writes to the host's configuration, which may fail
+    unpack_layers(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    record.method, record.overrides, record.packed = fixed_record.method, overrides, False
     return model.eval()
 
 

@@ -3,16 +3,21 @@
 import copy
 import json
 from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from errors_case import assert_error
 from hosts_zoo import state_of
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import binarize
+from binarize.conversion.record import is_converted
 from binarize.errors import BinarizeError
 from binarize.layers import CPDown, CPUp, CSFusion
 from binarize.models import SRUNet
@@ -229,3 +234,50 @@ def test_a_folded_bias_is_exact():
     x, c = torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.rand(1, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(folded.eval()(x, 9, c).sample, kept.eval()(x, 9, c).sample, rtol=0, atol=1e-10)
     assert any("bias folded" in row.detail for row in binarize.report(folded).replaced)
+
+
+class _Configured(nn.Module):
+    """A host with a configuration that is none of diffusers'."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.proj_in, self.body = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.proj_out = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_out(self.body(self.proj_in(x)))
+
+    def register_to_config(self, **options: Any) -> None:
+        raise TypeError("this configuration is frozen")
+
+
+@dataclass(frozen=True)
+class _Config:
+    width: int = 16
+
+
+STEPS = (lambda model: binarize.convert(model, "bnn"), binarize.pack, binarize.unpack, binarize.revert)
+
+
+@pytest.mark.parametrize("config", [{"width": 16}, _Config(), SimpleNamespace(width=16), None])
+def test_a_host_may_have_any_configuration(config: Any) -> None:
+    model = _Configured(config)
+    for step in STEPS:
+        step(model)
+    assert type(model.body) is nn.Conv2d
+    assert model.config is config
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_network_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    for step in STEPS:
+        modules, config = dict(model.named_modules()), dict(model.config)
+        with monkeypatch.context() as patch:
+            patch.setattr("binarize.conversion.record.update_config", Mock(side_effect=TypeError("frozen")))
+            with pytest.raises(TypeError, match="frozen"):
+                step(model)
+        assert dict(model.named_modules()) == modules
+        assert dict(model.config) == config
+        step(model)
+    assert not is_converted(model)
