@@ -13,12 +13,13 @@ from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils import _python_dispatch
 
 from binarize.errors import BinarizeError
 from binarize.kernels import backends, reference
 from binarize.kernels.binary_conv import BinaryConv, Shortcut
+from binarize.kernels.capture import is_captured
 from binarize.kernels.checks import check_devices, check_shape
 
 P = ParamSpec("P")
@@ -51,6 +52,8 @@ class Operator(Generic[P, R]):
         """Run the operator."""
         if skips_dispatcher(*args, *kwargs.values()):
             return self._function(*args, **kwargs)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, [*args, *kwargs.values()])):
+            _refuse_gradient(None)  # the dispatcher would drop the tangent
         return self.overload(*args, **kwargs)
 
 
@@ -64,22 +67,21 @@ def skips_dispatcher(*values: object) -> bool:
 
     Compilers, tracers, dispatch modes and the profiler have to see the call, so it then goes through the dispatcher.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: compilers cannot trace the next line
-        return False
-    if _python_dispatch.is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
+    if is_captured() or torch.autograd._profiler_enabled():
         return False
     grad = torch.is_grad_enabled()
     for value in values:
         if type(value) is Tensor or type(value) is Parameter:
             plain = value.device.type == "cpu" and value.layout is torch.strided and not value.is_neg()
-            if not plain or (grad and value.requires_grad) or _is_transformed(value):
+            if not plain or (grad and value.requires_grad):
                 return False
         elif hasattr(type(value), "__torch_function__"):  # a tensor of another kind, or a stand-in for one
             return False
     return True
 
 
-_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by torch.func.vmap, jvp, ...
+def _has_tangent(value: object) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from binarize.kernels.capture import is_transformed
+
 
 class BinaryWeight(NamedTuple):
     """The result of a weight binarizer: ``w_hat = sum_k scales[k] * codes[k]``."""
@@ -28,47 +30,75 @@ class BinaryWeight(NamedTuple):
 _CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-class _BinaryConv(torch.autograd.Function):
+class _ScaledCodes(torch.autograd.Function):
+    """The scaled weights ``w_hat``, in the dtype of the product, whose gradient is passed on to the surrogate."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, surrogate: Tensor, codes: Tensor, scales: Tensor, *geometry: Any) -> Tensor:
-        ctx.save_for_backward(x, codes, scales)
-        ctx.geometry, ctx.weight_dtype = geometry, surrogate.dtype  # stride, padding, dilation and groups
-        convolve, columns = _CONVOLUTIONS[x.dim()], scales.view(*scales.shape, *[1] * (x.dim() - 2))
-        pairs = zip(codes, columns, strict=True)
-        return reduce(add, (convolve(x, code, None, *geometry) * scale for code, scale in pairs))
+    def forward(ctx: Any, surrogate: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        ctx.dtype = surrogate.dtype
+        shape = (-1, *[1] * (surrogate.dim() - 1))
+        return reduce(add, (code * scale.view(shape) for code, scale in zip(codes, scales, strict=True)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.to(ctx.dtype), None, None
+
+
+class _BinaryConv(torch.autograd.Function):
+    """The product with codes, scaled afterwards. Its gradients, of any order, are those of a product with ``w_hat``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_hat: Tensor, codes: Tensor, scales: Tensor, *geometry: Any) -> Tensor:
+        ctx.save_for_backward(x, w_hat)
+        ctx.geometry = geometry  # stride, padding, dilation and groups
+        return _scaled_convs(x, codes, scales, geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, codes, scales = ctx.saved_tensors
+        x, w_hat = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        weight = (codes * scales.view(*scales.shape, *[1] * (codes.dim() - 2))).sum(0)
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
         if x.is_contiguous(memory_format=torch.channels_last):
             grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, needed
+            grad, x, w_hat, None, stride, padding, dilation, False, [0] * len(stride), groups, needed
         )
-        if grad_w is not None:
-            grad_w = grad_w.to(ctx.weight_dtype)
         return grad_x, grad_w, None, None, None, None, None, None
 
 
 class _BinaryLinear(torch.autograd.Function):
+    """The product with codes, as `_BinaryConv`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, surrogate: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        ctx.save_for_backward(x, codes, scales)
-        ctx.weight_dtype = surrogate.dtype
-        return reduce(add, (F.linear(x, code) * scale for code, scale in zip(codes, scales, strict=True)))
+    def forward(ctx: Any, x: Tensor, w_hat: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w_hat)
+        return _scaled_products(x, codes, scales)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, codes, scales = ctx.saved_tensors
-        weight = (codes * scales.unsqueeze(-1)).sum(0)
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        x, w_hat = ctx.saved_tensors
+        grad_x = grad @ w_hat if ctx.needs_input_grad[0] else None
         grad_w = None
         if ctx.needs_input_grad[1]:
-            grad_w = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+            grad_w = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         return grad_x, grad_w, None, None
+
+
+def _scaled_convs(x: Tensor, codes: Tensor, scales: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+    convolve, columns = _CONVOLUTIONS[x.dim()], scales.view(*scales.shape, *[1] * (x.dim() - 2))
+    pairs = zip(codes, columns, strict=True)
+    return reduce(add, (convolve(x, code, None, *geometry) * scale for code, scale in pairs))
+
+
+def _scaled_products(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return reduce(add, (F.linear(x, code) * scale for code, scale in zip(codes, scales, strict=True)))
+
+
+def _without_values(surrogate: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return weights that are 0 and have the surrogate's derivatives, or None if it has none."""
+    if torch.jit.is_tracing() and not (surrogate.requires_grad and torch.is_grad_enabled()):
+        return None
+    return (surrogate - surrogate.detach()).to(dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -99,12 +129,23 @@ def binary_conv(
 ) -> Tensor:  # fmt: skip
     """Return `binary_conv2d` for one, two or three dimensions, ``(B, C_in, ...)``."""
     dtype = compute_dtype(x)
-    codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)
-    return _BinaryConv.apply(x.to(dtype), weight.surrogate, codes, scales, stride, padding, dilation, groups)
+    x, codes, scales = x.to(dtype), weight.codes.to(dtype), weight.scales.to(dtype)
+    geometry = stride, padding, dilation, groups
+    if is_transformed():
+        y, zeros = _scaled_convs(x, codes, scales, geometry), _without_values(weight.surrogate, dtype)
+        return y if zeros is None else y + _CONVOLUTIONS[x.dim()](x, zeros, None, *geometry)
+    if not torch.is_grad_enabled():
+        return _scaled_convs(x, codes, scales, geometry)
+    return _BinaryConv.apply(x, _ScaledCodes.apply(weight.surrogate, codes, scales), codes, scales, *geometry)
 
 
 def binary_linear(x: Tensor, weight: BinaryWeight) -> Tensor:
     """Multiply two-valued activations ``(..., C_in)`` with binary weights, codes ``(n, C_out, C_in)``, and scale."""
     dtype = compute_dtype(x)
-    codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)
-    return _BinaryLinear.apply(x.to(dtype), weight.surrogate, codes, scales)
+    x, codes, scales = x.to(dtype), weight.codes.to(dtype), weight.scales.to(dtype)
+    if is_transformed():
+        y, zeros = _scaled_products(x, codes, scales), _without_values(weight.surrogate, dtype)
+        return y if zeros is None else y + F.linear(x, zeros)
+    if not torch.is_grad_enabled():
+        return _scaled_products(x, codes, scales)
+    return _BinaryLinear.apply(x, _ScaledCodes.apply(weight.surrogate, codes, scales), codes, scales)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from binarize.kernels.capture import is_transformed
+
 SignZero = Literal["plus", "zero"]
 
 
@@ -29,6 +31,11 @@ def sign_(x: Tensor, zero: SignZero = "plus") -> Tensor:
 def _round_up(signs: Tensor, zero: SignZero) -> Tensor:
     # On a CPU, many times faster than torch.where with two numbers.
     return signs if zero == "zero" else signs.add_(0.5).sign_()
+
+
+def straight_through(values: Tensor, smooth: Tensor) -> Tensor:
+    """Return the values with all derivatives of ``smooth``, by plain operators; see `binarize.kernels.capture`."""
+    return values.detach() + (smooth - smooth.detach())
 
 
 class _Sign(torch.autograd.Function):
@@ -74,16 +81,23 @@ class _Masked(torch.autograd.Function):
 
 def clipped_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
     """STE-clip: forward sign(x); backward g * 1{|x| <= 1} (Hubara et al. 2016, "Binarized Neural Networks", eq. 4)."""
+    if is_transformed():
+        return straight_through(hard_sign(x, zero), x.clamp(-1, 1))
     return _Sign.apply(x, "clip", zero)
 
 
 def approx_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
     """ApproxSign: forward sign(x); backward g * max(0, 2 - 2|x|) (Liu et al. 2018, "Bi-Real Net", eq. 7)."""
+    if is_transformed():
+        inside = x.clamp(-1, 1)
+        return straight_through(hard_sign(x, zero), inside * (2 - inside.abs()))
     return _Sign.apply(x, "approx", zero)
 
 
 def identity_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
     """Straight-through sign: forward sign(x); backward g."""
+    if is_transformed():
+        return straight_through(hard_sign(x, zero), x)
     return _Sign.apply(x, "identity", zero)
 
 
@@ -92,14 +106,20 @@ def ede_sign(x: Tensor, t: Tensor, k: Tensor, zero: SignZero = "plus") -> Tensor
 
     ``t``, the steepness of the estimator, and ``k``, max(1 / t, 1), are scalar tensors.
     """
+    if is_transformed():
+        return straight_through(hard_sign(x, zero), k * torch.tanh(t * x))
     return _EDESign.apply(x, t, k, zero)
 
 
 def unit_round(x: Tensor) -> Tensor:
     """DoReFa's 1-bit activation: forward round(clip(x, 0, 1)) in {0, 1}, ties to even; backward g * 1{0 <= x <= 1}."""
+    if is_transformed():
+        return straight_through(x.detach().clamp(0, 1).round(), x.clamp(0, 1))
     return _Masked.apply(x, True)
 
 
 def clipped_identity(x: Tensor) -> Tensor:
     """Forward x; backward g * 1{|x| <= 1}: for a latent weight whose sign is taken elsewhere."""
+    if is_transformed():
+        return straight_through(x, x.clamp(-1, 1))
     return _Masked.apply(x, False)

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from binarize.kernels import backends
 from binarize.kernels.binary_conv import SAME_3X3, Geometry
+from binarize.kernels.capture import is_captured
 from binarize.kernels.cpu.threads import has_amx
 from binarize.kernels.signs import SignZero, sign_
 
 Surrogate = Literal["approx", "clip", "identity"]
 LEVELS = 127  # of the magnitudes in [0, 1] that `encode` distinguishes
+_PLAIN = (Tensor, torch.nn.Parameter)  # a tensor of another class may have no memory
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.int16, torch.uint8)
 
 
@@ -35,8 +37,10 @@ class RPReLURows(NamedTuple):
 
 def compiled(first: Tensor, *others: Tensor | None) -> Any:
     """Return the CPU backend if it runs and supports these tensors, else None."""
+    if is_captured():
+        return None
     for t in (first, *others):
-        on_cpu = t is None or (t.device.type == "cpu" and t.dtype in _COMPILED_DTYPES)
+        on_cpu = t is None or (type(t) in _PLAIN and t.device.type == "cpu" and t.dtype in _COMPILED_DTYPES)
         if not on_cpu or (t is not None and not t.is_contiguous(memory_format=torch.channels_last)):
             return None
     return backends.cpu_kernels()

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from binarize.kernels.signs import SignZero, approx_sign, clipped_sign, ede_sign, identity_sign, unit_round
+from binarize.kernels.capture import is_transformed
+from binarize.kernels.signs import (
+    SignZero,
+    approx_sign,
+    clipped_sign,
+    ede_sign,
+    hard_sign,
+    identity_sign,
+    straight_through,
+    unit_round,
+)  # fmt: skip
 from binarize.layers.parts import ActivationBinarizer, feature_dims, register_part, with_sign_zero
 from binarize.layers.schedule import Scheduled, check_ede_range, ede_schedule
 
@@ -97,6 +107,9 @@ class MeanClippedSign(_Sign):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, H, W)`` or ``(..., C)`` to {-1, +1} of the same shape."""
         mean = x.detach().abs().mean(feature_dims(x, self.channel_dim), keepdim=True)
+        if is_transformed():
+            scaled = torch.where(mean == 0, 0.0, x.clamp(-1, 1) / mean)
+            return straight_through(hard_sign(x, self.sign_zero), scaled)
         return clipped_sign(_MeanGradient.apply(x, mean), self.sign_zero)
 
 
@@ -126,7 +139,7 @@ class NormalizedApproxSign(_Sign):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, H, W)`` or ``(..., C)`` to {-1, +1} of the same shape."""
-        if torch.is_grad_enabled() and x.requires_grad:
+        if (torch.is_grad_enabled() and x.requires_grad) or is_transformed():  # a tangent shows in neither
             x = self.normalize(x)
         return approx_sign(x, self.sign_zero)
 

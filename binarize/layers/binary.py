@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.kernels.autograd import BinaryConvFunction, BinaryConvOptions, Memory
 from binarize.kernels.binary_conv import Geometry
+from binarize.kernels.capture import is_captured
 from binarize.kernels.product import BinaryWeight, binary_conv, binary_linear, compute_dtype
 from binarize.layers import parts as layer_parts
 from binarize.layers.adapters import Original
@@ -227,7 +228,7 @@ class BinaryConv2d(BinaryConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``(B, C_in, H, W)``."""
         # A compiler fuses the modules itself, and chooses what to keep for the backward.
-        if self._trains_as_one_node() and not (input.is_meta or torch.compiler.is_compiling()):
+        if self._trains_as_one_node() and not (input.is_meta or is_captured()):
             lowered = lower(self)
             if lowered is not None:
                 return self._run_node(input, lowered)

@@ -12,6 +12,7 @@ from binarize.deprecation import renamed_argument
 from binarize.kernels import ops, training
 from binarize.kernels.autograd import CompiledNormSiLUFunction, Conv3x3Function, NormSiLUFunction
 from binarize.kernels.bitpack import LANES
+from binarize.kernels.capture import is_captured
 from binarize.layers.parts import runs_as_declared
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -31,10 +32,6 @@ def is_conv3x3(module: nn.Module) -> bool:
     return widths_fit and geometry == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros", 1)
 
 
-def _is_captured(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta
-
-
 def norm_factors(norm: nn.GroupNorm, x: Tensor, channel_bias: Tensor | None = None) -> Tensor:
     """Return `binarize.kernels.ops.norm_factors` of a GroupNorm."""
     return ops.norm_factors(x, channel_bias, norm.num_groups, norm.weight, norm.bias, norm.eps)
@@ -51,7 +48,7 @@ def norm_silu(
     nn.GroupNorm, or one with hooks, is called as a module. ``channel_bias`` is ``(B, C)``.
     """
     drops = dropout is not None and dropout.training and dropout.p > 0
-    plain = is_plain(norm, nn.GroupNorm) and not _is_captured(x)
+    plain = is_plain(norm, nn.GroupNorm) and not (x.is_meta or is_captured())
     compiled = plain and training.compiled(x) is not None and (dropout is None or is_plain(dropout, nn.Dropout))
     if compiled and not torch.is_grad_enabled() and not drops:
         return ops.norm_silu(x, norm_factors(norm, x, channel_bias))
@@ -76,7 +73,7 @@ def conv3x3(conv: nn.Module, x: Tensor) -> Tensor:
     It computes a plain nn.Conv2d that `is_conv3x3`, with float32 weights, widths of at least 32 and channels_last
     images of at least 4x4; in bfloat16 unless the processor has AMX tiles. Any other module is called.
     """
-    if torch.is_grad_enabled() and not _is_captured(x) and is_conv3x3(conv):
+    if torch.is_grad_enabled() and not (x.is_meta or is_captured()) and is_conv3x3(conv):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         kernels, weight = training.compiled(x), cast(Tensor, conv.weight)
         if kernels is not None and kernels.winograd.trains(x.new_empty((0, *x.shape[1:]), dtype=dtype), weight):

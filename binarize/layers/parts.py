@@ -130,7 +130,6 @@ def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
 
 
 _NO_CODE = (lambda: None).__code__
-_CALL = nn.Module.__call__
 
 
 def calls_own_forward(kind: type[nn.Module]) -> bool:
@@ -139,7 +138,12 @@ def calls_own_forward(kind: type[nn.Module]) -> bool:
     A function that was assigned to the class afterwards comes from another place, and a decorated one has other code.
     """
     forward = kind.forward
-    if kind.__call__ is not _CALL or not isinstance(forward, FunctionType) or forward.__code__.co_name != "forward":
+    # A tracer may have replaced the call of all modules.
+    if (
+        kind.__call__ is not nn.Module.__call__
+        or not isinstance(forward, FunctionType)
+        or forward.__code__.co_name != "forward"
+    ):
         return False
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     if forward.__module__ != owner.__module__:

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from binarize.errors import BinarizeError
+from binarize.kernels.capture import is_captured
 from binarize.layers.shortcut import pool_channels
 
 
@@ -82,7 +82,6 @@ class _Shuffle(torch.autograd.Function):
         return tuple(torch.cat(pair, dim=1) for pair in _opposite_parities(x, hidden))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         b, _, h, w = grads[0].shape
         channels_last = grads[0].is_contiguous(memory_format=torch.channels_last)
@@ -124,7 +123,7 @@ class CSFusion(nn.Module):
     def mix(self, x: Tensor) -> list[Tensor]:
         """Return the shuffled inputs of the convolutions."""
         if self.form == "published":
-            if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and x.requires_grad and not is_captured():
                 return list(_Shuffle.apply(x, self.hidden_channels))
             return [torch.cat(pair, dim=1) for pair in _opposite_parities(x, self.hidden_channels)]
         if self.form == "strided":

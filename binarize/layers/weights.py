@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.kernels.product import BinaryWeight
-from binarize.kernels.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign
+from binarize.kernels.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign, straight_through
 from binarize.layers.parts import LayerSpec, StoredScales, WeightBinarizer, register_part, with_sign_zero
 from binarize.layers.schedule import Scheduled, check_ede_range, check_tau_range, ede_schedule, recu_schedule
 
@@ -76,20 +76,42 @@ class ScaledSignWeight(_WeightBinarizer):
 
 
 class _XnorGradient(torch.autograd.Function):
+    """The identity with XNOR-Net's gradient. No composition of operators has it, hence the rules for torch.func."""
+
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, w: Tensor, centred: Tensor, alpha: Tensor, sgd: bool) -> Tensor:
-        ctx.save_for_backward(centred, alpha)
-        ctx.sgd = sgd
+    def forward(w: Tensor, sgd: bool) -> Tensor:
         return w.view_as(w)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        centred, alpha = ctx.saved_tensors
-        n, channels = centred[0].numel(), centred.shape[1]
-        factor = _column(alpha, centred) * (centred.abs() < 1) + 1 / n
-        if channels > 1:
-            factor = factor * (1 - 1 / channels)
-        return grad * (factor * n if ctx.sgd else factor), None, None, None
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        w, ctx.sgd = inputs
+        ctx.save_for_backward(w)
+        ctx.save_for_forward(w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * _xnor_slope(ctx.saved_tensors[0], ctx.sgd), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent * _xnor_slope(ctx.saved_tensors[0], ctx.sgd)
+
+
+def _xnor_centred(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the centred and clamped weights, and the scale of each filter."""
+    centred = (w - w.mean(1, keepdim=True) if w.shape[1] > 1 else w).clamp(-1, 1)
+    return centred, centred.abs().mean(_per_filter(w))
+
+
+def _xnor_slope(w: Tensor, sgd: bool) -> Tensor:
+    centred, alpha = _xnor_centred(w)
+    n, channels = w[0].numel(), w.shape[1]
+    factor = _column(alpha, w) * (centred.abs() < 1) + 1 / n
+    if channels > 1:
+        factor = factor * (1 - 1 / channels)
+    return factor * n if sgd else factor
 
 
 class XnorWeight(_WeightBinarizer):
@@ -108,10 +130,11 @@ class XnorWeight(_WeightBinarizer):
 
     def forward(self, w: Tensor) -> BinaryWeight:
         """Binarize latent weights."""
-        with torch.no_grad():
-            centred = (w - w.mean(1, keepdim=True) if w.shape[1] > 1 else w).clamp(-1, 1)
-            alpha = centred.abs().mean(_per_filter(w))
-        surrogate = _XnorGradient.apply(w, centred, alpha, self.sgd)
+        centred, alpha = _xnor_centred(w.detach())
+        if torch.jit.is_tracing():  # which cannot save the function
+            surrogate = straight_through(w, w * _xnor_slope(w.detach(), self.sgd))
+        else:
+            surrogate = _XnorGradient.apply(w, self.sgd)
         return self._single(surrogate, centred, alpha)
 
 

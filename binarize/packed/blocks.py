@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.kernels.ops import conv3x3, norm_silu, shuffle
+from binarize.kernels.product import compute_dtype
 from binarize.layers.fused import is_conv3x3, is_plain, norm_factors
 from binarize.layers.structure import CSFusion, sum_convs
 from binarize.packed.layers import PackedConv2d
@@ -52,7 +53,7 @@ def norm_silu_conv(
     if is_conv3x3(conv):
         return conv3x3(x, cast(Tensor, conv.weight), cast("Tensor | None", conv.bias), factors, residual)
     y: Tensor = conv(norm_silu(x, factors))
-    return y if residual is None else y.add_(residual)
+    return y if residual is None else y + residual
 
 
 def fuse(fusion: nn.Module | None, hidden: Tensor, skip: Tensor) -> Tensor:
@@ -64,15 +65,15 @@ def fuse(fusion: nn.Module | None, hidden: Tensor, skip: Tensor) -> Tensor:
     if not (is_plain(first, nn.Conv2d) and is_plain(second, nn.Conv2d)):
         return sum_convs(fusion.convs, shuffle(hidden, skip))
     # Two full-precision 1x1 convolutions of shuffled channels are two matrix products with shuffled weights.
-    half = hidden.shape[1] // 2
-    weights = [conv.weight.flatten(1) for conv in (first, second)]
+    half, dtype = hidden.shape[1] // 2, compute_dtype(hidden)
+    weights = [conv.weight.flatten(1).to(dtype) for conv in (first, second)]
     of_hidden = torch.stack([weights[1][:, :half], weights[0][:, :half]], dim=2).flatten(1)
     of_skip = torch.stack([weights[0][:, half:], weights[1][:, half:]], dim=2).flatten(1)
-    pixels = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in (hidden, skip)]
+    pixels = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).to(dtype) for x in (hidden, skip)]
     if first.bias is None or second.bias is None:
         out = pixels[0] @ of_hidden.T
     else:
-        out = torch.addmm(first.bias + second.bias, pixels[0], of_hidden.T)
+        out = torch.addmm((first.bias + second.bias).to(dtype), pixels[0], of_hidden.T)
     out.addmm_(pixels[1], of_skip.T)
     batch, _, height, width = hidden.shape
     return out.view(batch, height, width, -1).permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from binarize.kernels.ops import binary_conv2d
 from binarize.layers.parts import LayerKind, per_channel
-from binarize.packed.layers import PackedConv, PackedConv2d, row_width
+from binarize.packed.layers import PackedConv, PackedConv2d, as_under_autocast, row_width
 
 
 class PackedConv1d(PackedConv2d):
@@ -49,7 +49,7 @@ class PackedConv3d(PackedConv):
         source = self._pad(x if compiled.lowered.fuses_pre else self.shifted(x))
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         batch, _, frames, height, width = source.shape
-        images, group = source.to(exact).transpose(1, 2), compiled.timestep_group(batch)
+        images, group = source.to(exact).transpose(1, 2), compiled.timestep_group(x)
         front = depth.pad[0] if self.pad_codes is None else 0
         out_frames = (depth if self.pad_codes is None else depth._replace(pad=(0, 0))).output(frames)
         plane = self.geometry if self.pad_codes is None else self.geometry._replace(pad=(0, 0, 0, 0))
@@ -73,4 +73,4 @@ class PackedConv3d(PackedConv):
             y = y * per_channel(scale, y)
             total = y if total is None else total + y
         assert total is not None
-        return self.run_stages(compiled.lowered.rest, total, x)
+        return self.run_stages(compiled.lowered.rest, as_under_autocast(total, x, compiled), x)

@@ -7,6 +7,7 @@ every method and every part of your own works.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from dataclasses import replace
 from operator import attrgetter, is_, itemgetter
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.kernels.binary_conv import BinaryConv
 from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits, to_dense
+from binarize.kernels.capture import is_captured
 from binarize.kernels.ops import binary_conv2d, norm_silu
+from binarize.kernels.product import compute_dtype
 from binarize.layers import BinaryConvNd, BinaryLayer, BinaryLinear
 from binarize.layers.adapters import Original
 from binarize.layers.delayed import Delayed
@@ -29,7 +32,11 @@ from binarize.layers.pipeline import PartPipeline
 from binarize.layers.structure import AccumulatingConv
 
 _version, _kind, _training = attrgetter("_version"), attrgetter("dtype", "device"), itemgetter("training")
-_calls = attrgetter("forward", "__call__")
+
+
+def _extent(t: Tensor) -> int:
+    """Return the bytes from a tensor's first element to its last."""
+    return (sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
 
 
 class _Compiled:
@@ -60,33 +67,53 @@ class _Compiled:
         self._kinds = list(map(_kind, self._tensors))
         self._versioned = [t for t in self._tensors if not t.is_inference()]
         self._versions = list(map(_version, self._versioned))
+        self._laid_out = [t for t in self._sources(layer) if type(t) in (Tensor, nn.Parameter) and t.numel()]
+        self._pointers = list(map(Tensor.data_ptr, self._laid_out))
+        on_cpu = [(pointer, _extent(t)) for pointer, t in zip(self._pointers, self._laid_out, strict=True) if t.is_cpu]
+        self._memory = tuple(zip(*on_cpu, strict=True)) if on_cpu else ((), ())
+        self._contents = list(map(ctypes.string_at, *self._memory))
         self._attributes = [vars(module) for module in layer.modules()]
         self._classes = [type(part) for part in layer.parts().values() if part is not None]
         self._hooks = [d[name] for d in self._attributes for name in ("_forward_hooks", "_forward_pre_hooks")]
         self._state = self._modules_state()
         return self
 
+    def _sources(self, layer: PackedLayer) -> list[Tensor]:
+        """Return the tensors, but for the bits, of which ``convs`` have copies: the others are read where they are."""
+        stages = ("pre", *self.lowered.stages) if self.lowered.shift is not None else self.lowered.stages
+        held = [layer.scales, *(getattr(layer, stage) for stage in stages)]
+        modules = [module for module in held if isinstance(module, nn.Module)]
+        inside = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        return inside + [t for t in held if isinstance(t, Tensor)]
+
     def _modules_state(self) -> tuple[list[Any], ...]:
         """Return each module's mode, how many attributes (``forward`` may be one) and hooks it has, and its class's."""
         attributes = self._attributes
         own = list(map(_training, attributes)), list(map(len, attributes)), list(map(len, self._hooks))
-        return *own, list(map(_calls, self._classes))
+        call = nn.Module.__call__  # which tracers replace
+        return *own, [(kind.forward, kind.__call__ is call) for kind in self._classes]
 
     def is_current(self) -> bool:
-        """Return whether nothing of the layer has been replaced, written to, hooked or switched to another mode."""
+        """Return whether nothing of the layer has been replaced, written to, hooked or switched to another mode.
+
+        Versions do not count writes through ``.data``, so the parameters themselves are compared, which are small.
+        On GPUs that would wait for the device; there, only a ``.data`` that was replaced is seen.
+        """
         return (
             self._modules_state() == self._state
             and all(map(is_, map(dict.get, self._places, self._names), self._values))
             and list(map(_version, self._versioned)) == self._versions
             and list(map(_kind, self._tensors)) == self._kinds
+            and list(map(Tensor.data_ptr, self._laid_out)) == self._pointers
+            and list(map(ctypes.string_at, *self._memory)) == self._contents
         )
 
-    def timestep_group(self, batch: int) -> Tensor | None:
-        """Return each sample's timestep group on the layer's device, or None."""
+    def timestep_group(self, x: Tensor) -> Tensor | None:
+        """Return the timestep group of each sample of ``x``, on the layer's device, or None."""
         lowered = self.lowered
         if lowered.context is None:
             return None
-        group = lowered.context.group(lowered.groups, batch)
+        group = lowered.context.group(lowered.groups, x.shape[0])
         return group if group.device == self._device else group.to(self._device)
 
 
@@ -199,8 +226,11 @@ class PackedLayer(PartPipeline):
     # The kernel
 
     def compiled(self) -> _Compiled:
-        """Return what the layer runs; it is made once, and again when the layer changes."""
-        if torch.compiler.is_compiling():
+        """Return what the layer runs; it is made once, and again when the layer changes.
+
+        Within a graph that is captured, and under transforms, it is made anew, from the parameters as they are there.
+        """
+        if is_captured():
             return _Compiled(self)
         compiled = self._compiled
         if compiled is None or not compiled.is_current():
@@ -234,6 +264,16 @@ class PackedLayer(PartPipeline):
         return x if self.pad_codes is None else F.pad(x, self.pad_codes, mode=self.padding_mode)
 
 
+def as_under_autocast(y: Tensor, x: Tensor, compiled: _Compiled) -> Tensor:
+    """Return an output in the dtype that autocast gives an unpacked layer: that of products, or of a sum with x."""
+    if not torch._C._is_any_autocast_enabled():
+        return y
+    dtype = compute_dtype(x)
+    if dtype == y.dtype or compiled.lowered.transform.shortcut:
+        return y
+    return y.to(dtype)
+
+
 class PackedConv(PackedLayer):
     """Base class of the packed convolutions."""
 
@@ -257,7 +297,9 @@ class PackedConv2d(PackedConv, AccumulatingConv):
 
     CPUs compute it with xnor and population count, CUDA GPUs on tensor cores; inputs are ideally channels_last.
     `binarize.pack` makes it from a `BinaryConv2d`, whose parts and parameters are taken over, not copied. Its state
-    dict holds ``bits`` (dense, see the file format) and ``scales`` in place of latent weights.
+    dict holds ``bits`` (dense, see the file format) and ``scales`` in place of latent weights. The next call follows
+    every change of its parameters and modules, except, on a GPU, one written through a parameter's ``.data``: call
+    ``layer.to(device)`` after it. ``words`` must be loaded, not written to.
     """
 
     kind: LayerKind = "conv2d"
@@ -273,10 +315,11 @@ class PackedConv2d(PackedConv, AccumulatingConv):
             x = x if input_norm is None else norm_silu(x, input_norm)
             input_norm, residual, added_last = None, None, residual
         source = self._pad(x if lowered.fuses_pre else self.shifted(x))
-        group = compiled.timestep_group(x.shape[0])
+        group = compiled.timestep_group(x)
         y = binary_conv2d(source, compiled.convs[0], group, input_norm, residual=residual)
         for conv in compiled.convs[1:]:
             y = y + binary_conv2d(source, conv, group, input_norm)
+        y = as_under_autocast(y, x, compiled)
         if lowered.rest:
             y = self.run_stages(lowered.rest, y, x)
         return y if added_last is None else y + added_last
@@ -303,11 +346,11 @@ class PackedLinear(PackedLayer):
         batch, tokens = x.shape[0], x.shape[1:-1].numel()
         width = row_width(tokens)
         pixels = source.reshape(batch, tokens // width, width, source.shape[-1]).permute(0, 3, 1, 2)
-        group = compiled.timestep_group(x.shape[0])
+        group = compiled.timestep_group(x)
         y = binary_conv2d(pixels, compiled.convs[0], group)
         for conv in compiled.convs[1:]:
             y = y + binary_conv2d(pixels, conv, group)
-        y = y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+        y = as_under_autocast(y, x, compiled).permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
         return self.run_stages(compiled.lowered.rest, y, x)
 
     def extra_repr(self) -> str:

@@ -232,7 +232,7 @@ REFUSING: dict[str, tuple[Any, str, dict[str, Any]]] = {
         "x",
         {"weight": torch.randn(16, 32, 3, 3), "bias": None, "input_norm": None, "residual": None},
     ),
-    "packed_conv2d": (PackedConv2d(BinaryConv2d(32, 6, 3, padding=1, method=Method()).eval()), "x", {}),
+    "packed_conv2d": (PackedConv2d(BinaryConv2d(32, 6, 3, padding=1, method=Method()).eval()), "input", {}),
 }
 
 

@@ -134,6 +134,17 @@ def draw_dropout(p: float) -> Dropout:
     return Dropout(keys, np.uint32(min(round(p * 2**32), 2**32 - 1)), np.float32(1 / (1 - p)))
 
 
+def kept_by_dropout(x: Tensor, dropout: Dropout) -> Tensor | None:
+    """Return what a dropout multiplies a channels_last tensor of x's shape by, in float32; None if it drops nothing."""
+    if dropout.limit == 0:
+        return None
+    images, channels = x.shape[0], x.shape[1]
+    ones = torch.ones(x.shape, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    still = Moments(*torch.zeros(2, images, channels, dtype=torch.float64))
+    kept = norm_silu(ones, still, torch.zeros(channels), torch.ones(channels), dropout)
+    return (kept > 0) * float(dropout.boost)
+
+
 class Moments(NamedTuple):
     """Statistics of a GroupNorm, expanded to channels, ``(B, C)``, float64."""
 
