@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_networks import ADMUNet, SR3UNet
 from torch import Tensor, nn
+from zoo.adm import ADMUNet
+from zoo.sr3 import SR3UNet
 
 from binarize.layers import BinaryConv2d, BinaryLinear
 
@@ -109,7 +110,7 @@ HOSTS: dict[str, ZooHost] = {
     "unet2d_resnet_sampling": ZooHost(partial(unet2d, (8, 16), (0, 1), **RESNETS), _timed, form="contract"),
     "stable_diffusion": ZooHost(unet2d_condition, _conditioned, form="published", options={"linear": True}),
     "adm": ZooHost(ADMUNet, _labelled, kept=("input_blocks.0.0", "out.2")),
-    "sr3": ZooHost(SR3UNet, _timed, kept=("downs.0", "final_conv")),
+    "sr3": ZooHost(SR3UNet, _timed, kept=("downs.0", "final_conv.2")),
     "resnet18": ZooHost(resnet18, _classified(32), timed=False, kept=("conv1",), library="torchvision"),
     "convnext": ZooHost(convnext, _classified(32), False, ("stem.0",), library="timm"),
     "vit": ZooHost(vit, _classified(SIZE), False, ("patch_embed.proj",), {"linear": True}, library="timm"),
