@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_networks import ADMUNet
 from packed_case import scatter
 from torch import nn
+from zoo.adm import ADMUNet
 
 import binarize
 from binarize.layers import BinaryConv1d, BinaryConv3d

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from errors_case import assert_error
-from foreign_networks import sinusoid
 from torch import Tensor, nn
+from zoo.parts import sinusoid
 
 import binarize
 from binarize.hosts import find_host

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_networks import SR3UNet, sinusoid
 from hosts_zoo import SIZE, unet2d, unet2d_condition
 from torch import Tensor, nn
+from zoo.parts import sinusoid
+from zoo.sr3 import SR3UNet
 
 import binarize
 from binarize import Timestep
