@@ -132,14 +132,14 @@ class OutputTransform:
 
     def coefficients(self, groups: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the six coefficients of every output channel, ``(6, K, C_out)``."""
+        table = torch.zeros(COEFFICIENTS, groups, channels, dtype=dtype, device=device)
         columns = (self.scale, self.factor, self.offset, self.shift_in, self.slope, self.shift_out)
-        made = [
-            torch.full((1, 1), float(default), dtype=dtype, device=device)
-            if values is None
-            else values.detach().to(dtype)
-            for values, default in zip(columns, (1, 1, 0, 0, 1, 0), strict=True)
-        ]
-        return torch.stack([values.expand(groups, channels) for values in made])
+        for i, (values, default) in enumerate(zip(columns, (1, 1, 0, 0, 1, 0), strict=True)):
+            if values is not None:  # indexed, since what iterates over a tensor cannot be replayed with gradients
+                table[i].copy_(values.detach())
+            elif default:
+                table[i].fill_(default)
+        return table
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.kernels.capture import is_transformed
 from binarize.kernels.product import BinaryWeight
 from binarize.kernels.signs import SignZero, clipped_identity, clipped_sign, ede_sign, hard_sign, straight_through
 from binarize.layers.parts import LayerSpec, StoredScales, WeightBinarizer, register_part, with_sign_zero
@@ -76,9 +77,7 @@ class ScaledSignWeight(_WeightBinarizer):
 
 
 class _XnorGradient(torch.autograd.Function):
-    """The identity with XNOR-Net's gradient. No composition of operators has it, hence the rules for torch.func."""
-
-    generate_vmap_rule = True
+    """The identity with XNOR-Net's gradient, which no composition of operators has."""
 
     @staticmethod
     def forward(w: Tensor, sgd: bool) -> Tensor:
@@ -93,6 +92,12 @@ class _XnorGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * _xnor_slope(ctx.saved_tensors[0], ctx.sgd), None
+
+
+class _TransformedXnorGradient(_XnorGradient):
+    """The same with rules for torch.func and forward mode, which compilers cannot read."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -134,7 +139,7 @@ class XnorWeight(_WeightBinarizer):
         if torch.jit.is_tracing() or torch.compiler.is_compiling():  # which cannot record the function
             surrogate = straight_through(w, w * _xnor_slope(w.detach(), self.sgd))
         else:
-            surrogate = _XnorGradient.apply(w, self.sgd)
+            surrogate = (_TransformedXnorGradient if is_transformed() else _XnorGradient).apply(w, self.sgd)
         return self._single(surrogate, centred, alpha)
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from operator import attrgetter, is_, itemgetter
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,9 +35,11 @@ from binarize.layers.structure import AccumulatingConv
 _version, _kind, _training = attrgetter("_version"), attrgetter("dtype", "device"), itemgetter("training")
 
 
-def _extent(t: Tensor) -> int:
-    """Return the bytes from a tensor's first element to its last."""
-    return (sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+def _bytes_at(pointer: int, t: Tensor) -> np.ndarray:
+    """Return the memory from a tensor's first element to its last, which must not be read once the tensor is gone."""
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    memory: Any = (ctypes.c_uint8 * ((last + 1) * t.element_size())).from_address(pointer)
+    return np.frombuffer(memory, np.uint8)
 
 
 class _Compiled:
@@ -63,15 +66,16 @@ class _Compiled:
         ]
         self._places, self._names = [place for place, _, _ in held], [name for _, name, _ in held]
         self._values = [value for *_, value in held]
-        self._tensors: list[Tensor] = [value for value in self._values if isinstance(value, Tensor)]
+        # Of these, ``convs`` have copies: where they lie and what is there is compared, which no version misses.
+        laid_out = [t for t in self._sources(layer) if type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.numel()]
+        self._laid_out, self._pointers = laid_out, list(map(Tensor.data_ptr, laid_out))
+        self._memory = [_bytes_at(pointer, t) for pointer, t in zip(self._pointers, laid_out, strict=True)]
+        self._contents = list(map(np.ndarray.tobytes, self._memory))
+        compared = set(map(id, laid_out))
+        self._tensors = [t for t in self._values if isinstance(t, Tensor) and id(t) not in compared]
         self._kinds = list(map(_kind, self._tensors))
         self._versioned = [t for t in self._tensors if not t.is_inference()]
         self._versions = list(map(_version, self._versioned))
-        self._laid_out = [t for t in self._sources(layer) if type(t) in (Tensor, nn.Parameter) and t.numel()]
-        self._pointers = list(map(Tensor.data_ptr, self._laid_out))
-        on_cpu = [(pointer, _extent(t)) for pointer, t in zip(self._pointers, self._laid_out, strict=True) if t.is_cpu]
-        self._memory = tuple(zip(*on_cpu, strict=True)) if on_cpu else ((), ())
-        self._contents = list(map(ctypes.string_at, *self._memory))
         self._attributes = [vars(module) for module in layer.modules()]
         self._classes = [type(part) for part in layer.parts().values() if part is not None]
         self._hooks = [d[name] for d in self._attributes for name in ("_forward_hooks", "_forward_pre_hooks")]
@@ -96,8 +100,8 @@ class _Compiled:
     def is_current(self) -> bool:
         """Return whether nothing of the layer has been replaced, written to, hooked or switched to another mode.
 
-        Versions do not count writes through ``.data``, so the parameters themselves are compared, which are small.
-        On GPUs that would wait for the device; there, only a ``.data`` that was replaced is seen.
+        Versions do not count writes through ``.data``, so parameters on a CPU are compared themselves; they are small.
+        On a GPU that would wait for the device.
         """
         return (
             self._modules_state() == self._state
@@ -105,7 +109,7 @@ class _Compiled:
             and list(map(_version, self._versioned)) == self._versions
             and list(map(_kind, self._tensors)) == self._kinds
             and list(map(Tensor.data_ptr, self._laid_out)) == self._pointers
-            and list(map(ctypes.string_at, *self._memory)) == self._contents
+            and list(map(np.ndarray.tobytes, self._memory)) == self._contents
         )
 
     def timestep_group(self, x: Tensor) -> Tensor | None:
