@@ -136,7 +136,7 @@ class XnorWeight(_WeightBinarizer):
     def forward(self, w: Tensor) -> BinaryWeight:
         """Binarize latent weights."""
         centred, alpha = _xnor_centred(w.detach())
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():  # which cannot record the function
+        if torch.jit.is_tracing():  # which cannot save the function
             surrogate = straight_through(w, w * _xnor_slope(w.detach(), self.sgd))
         else:
             surrogate = (_TransformedXnorGradient if is_transformed() else _XnorGradient).apply(w, self.sgd)
