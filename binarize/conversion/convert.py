@@ -150,7 +150,7 @@ def _convert(
             notes += _discarded(parameters, _sizes(model))
         selection = Selection.of(model, method, keep, overrides, linear)
         defaults = {**host.embeddings(model), **host.full_precision(model, method)}
-        notes += host.role_notes()
+        notes += host.role_notes(bool(linear))
         selected_before = selected_by_0_1(model, host, method, selection)
         saved = selected_before if given.selected_by_0_1 else given.binary
         decisions = select(model, method, selection, defaults, saved, given.selected_by_0_1)

@@ -133,9 +133,14 @@ class Host:
             self._roles[model] = find_roles(model, self.example_inputs, known, self.original)
         return self._roles[model]
 
-    def role_notes(self) -> list[str]:
-        """Return the report's remarks on how the roles were found."""
+    def role_notes(self, linear: bool = False) -> list[str]:
+        """Return the report's remarks on how the roles were found, those of linear layers if they become binary."""
         notes = []
+        if linear and any(roles.by != "forward" for roles in self._roles.values()):
+            notes.append(
+                "no forward showed which linear layers process the timestep or a condition; their names and widths "
+                "decided: pass example_inputs, or name the right ones in keep"
+            )
         if any(roles.by == "order" for roles in self._roles.values()):
             notes.append(
                 "the first and the last layer are those registered first and last, which need not be the ones that "

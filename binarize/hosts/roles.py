@@ -1,12 +1,14 @@
 """The roles of a network's layers: which read its input, which give its output, which see only its conditioning.
 
 One forward on the meta device records an autograd graph and computes nothing; the graph tells what each layer reads.
+Arguments that nothing tells are made up where a layer reads them.
 Where that forward is not possible the numbers of channels decide, and else the order of registration.
 """
 
 import copy
 import inspect
 import itertools
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +31,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 _LABELS = ("class_labels", "class_label", "labels", "classes", "y")
 _SIZES = ("image_size", "img_size", "img_resolution", "sample_size", "resolution")
 _MOST_CALLS = 20_000  # calls of layers: a forward that is a whole sampler is not followed to its end
+_MOST_TRIES = 64  # shapes of the inputs that layers lack
+_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def find_roles(
     """
     if example_inputs is not None:
         return _by_example(model, call_arguments(example_inputs, "convert"), original)
-    return _by_guess(model) or _by_channels(model, known) or _by_order(model)
+    return _by_guess(model) or _by_channels(model, known) or _by_widths(model) or _by_order(model)
 
 
 def _by_example(model: nn.Module, call: Call, original: nn.Module | None) -> Roles:
@@ -90,13 +94,21 @@ def _by_guess(model: nn.Module) -> Roles | None:
         for call in _guessed_calls(model):
             shape = call[0][0].shape
             try:
-                return probe.roles(call)
+                return probe.filled_roles(call)
             except Exception as error:  # a foreign forward, called with guesses, can fail in every way
                 if failures.setdefault(str(error), shape) != shape:  # the image makes no difference
                     return None
     except Exception:  # a module that cannot be copied, or whose forward has no signature
         return None
     return None
+
+
+class _Missing(Exception):
+    """A layer was called with None for its input, which may have any of ``shapes``."""
+
+    def __init__(self, layer: str, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__(f"{layer} has no input")
+        self.layer, self.shapes = layer, shapes
 
 
 class _Probe:
@@ -107,13 +119,27 @@ class _Probe:
         self.layers: _Layers = {}
         self.images: set[Any] = set()
         self.ran: set[str] = set()
+        self.filled: dict[str, tuple[int, ...]] | None = None  # shapes of the inputs that layers lack
+        self.image: tuple[int, ...] = ()
         for name, module in twin.named_modules():
             module._forward_hooks.clear()  # the user's own
             module._forward_pre_hooks.clear()
             if getattr(module, "gradient_checkpointing", False) is True:
                 vars(module)["gradient_checkpointing"] = False
             if _is_layer(module):
+                module.register_forward_pre_hook(partial(self._fill, name))
                 module.register_forward_hook(partial(self._note, name))
+
+    def _fill(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Give a layer that was called with None, since nothing told an argument of the forward, an input that fits."""
+        if self.filled is None or not args or args[0] is not None:
+            return None
+        if name not in self.filled:
+            raise _Missing(name, _accepted_shapes(module, self.image))
+        value = torch.zeros(self.filled[name]).requires_grad_() * 1
+        if value.dim() >= len(self.image):
+            self.images.add(value.grad_fn)
+        return (value, *args[1:])
 
     def _note(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
         self.ran.add(name)
@@ -121,6 +147,27 @@ class _Probe:
             raise RuntimeError(f"more than {_MOST_CALLS} calls of layers")
         if isinstance(out, Tensor) and out.grad_fn is not None:
             self.layers[out.grad_fn] = (name, module, out.dim())
+
+    def filled_roles(self, call: Call) -> Roles:
+        """Return the roles that a call with one image shows, in which None stands for arguments that nothing tells.
+
+        A layer that is then called with None gets an input of the first shape with which the forward succeeds.
+        """
+        self.image = tuple(call[0][0].shape)
+        untried: list[dict[str, tuple[int, ...]]] = [{}]
+        error: Exception | None = None
+        for _ in range(_MOST_TRIES):
+            self.filled = untried.pop()
+            try:
+                return self.roles(call)
+            except _Missing as missing:
+                untried += [{**self.filled, missing.layer: shape} for shape in reversed(missing.shapes)]
+                error = error or missing
+            except Exception as failure:
+                error = failure
+            if not untried:
+                break
+        raise RuntimeError(str(error))
 
     def roles(self, call: Call) -> Roles:
         """Return the roles that a call of the network shows."""
@@ -152,6 +199,16 @@ def _is_layer(module: nn.Module) -> bool:
     """Return True for a module that multiplies by a weight, of whatever class."""
     weighted = any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
     return weighted and not isinstance(module, nn.Embedding) and not any(module.children())
+
+
+def _accepted_shapes(layer: nn.Module, image: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return the shapes of a condition that a layer may read beside an image: tokens, a vector, or a smaller image."""
+    if isinstance(layer, nn.Linear):
+        return [(1, _TOKENS, layer.in_features), (1, layer.in_features)]
+    if not isinstance(layer, Convolution) or len(image) != len(layer.kernel_size) + 2:
+        return []
+    scales = [(1, 1), *((1, 2**i) for i in range(1, 5)), *((2**i, 1) for i in range(1, 4))]
+    return [(1, layer.in_channels, *(size * up // down for size in image[2:])) for up, down in scales]
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
@@ -209,9 +266,22 @@ def _guessed_calls(model: nn.Module) -> Iterator[Call]:
                 kwargs[parameter.name] = torch.ones(1, dtype=dtype, device="meta")
             elif with_label and parameter.name in _LABELS:
                 kwargs[parameter.name] = torch.zeros(1, dtype=torch.long, device="meta")
+            elif (condition := _configured_condition(model, parameter.name)) is not None:
+                kwargs[parameter.name] = torch.ones(condition, device="meta")
             elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
                 kwargs[parameter.name] = None
         yield (torch.zeros(shape, device="meta"),), kwargs
+
+
+def _configured_condition(model: nn.Module, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a condition of diffusers' transformers that they use before a layer reads it."""
+    if name in ("img_ids", "txt_ids"):
+        axes = _value(model, "axes_dims_rope")
+        return (_TOKENS, len(axes)) if isinstance(axes, Sequence) else None
+    if name == "pooled_projections":
+        width = _setting(model, "pooled_projection_dim")
+        return None if width is None else (1, width)
+    return (1,) if name == "guidance" and _value(model, "guidance_embeds") is True else None
 
 
 def _guessed_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
@@ -219,7 +289,8 @@ def _guessed_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     convolutions = [(m, p) for m in model.modules() if _is_layer(m) for p in m.parameters(recurse=False) if p.dim() > 2]
     if not convolutions:
         widths = dict.fromkeys(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
-        yield from ((1, 16, width) for width in list(widths)[:5])
+        told = [width for width in widths if width == _setting(model, "in_channels")]
+        yield from ((1, _TOKENS, width) for width in dict.fromkeys([*told, *list(widths)[:5]]))
         return
     dims = Counter(weight.dim() - 2 for _, weight in convolutions).most_common(1)[0][0]
     configured = [_setting(model, key) for key in ("in_channels", "channels")]
@@ -232,10 +303,14 @@ def _guessed_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 def _setting(model: nn.Module, key: str) -> int | None:
     """Return a number from a model's configuration, or else from its attributes."""
+    value = _value(model, key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _value(model: nn.Module, key: str) -> Any:
     config = getattr(model, "config", None)
     value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-    value = getattr(model, key, None) if value is None and not isinstance(config, Mapping) else value
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return getattr(model, key, None) if value is None and not isinstance(config, Mapping) else value
 
 
 def _by_channels(model: nn.Module, known: Sequence[str]) -> Roles | None:
@@ -259,8 +334,25 @@ def _by_channels(model: nn.Module, known: Sequence[str]) -> Roles | None:
             return None
         found.append([] if ambiguous else [name for name, width in widths.items() if width == image])
     inputs, outputs = found
-    outputs += [name for name in _by_order(model).outputs if isinstance(model.get_submodule(name), nn.Linear)]
+    last = _linear_ends(model)[1] or _by_order(model).outputs
+    outputs += [name for name in last if isinstance(model.get_submodule(name), nn.Linear)]
     return Roles(tuple(inputs), tuple(outputs), by="channels")
+
+
+def _by_widths(model: nn.Module) -> Roles | None:
+    """Return the linear layers that read or give an image by their widths, if there is no convolution to do it."""
+    inputs, outputs = _linear_ends(model)
+    has_convolution = any(isinstance(module, Convolution) for module in model.modules())
+    return None if has_convolution or not inputs or not outputs else Roles(inputs, outputs, by="channels")
+
+
+def _linear_ends(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the linear layers outside blocks that read an image's configured channels, and that give its patches."""
+    channels, patch = _setting(model, "in_channels"), _setting(model, "patch_size") or 1
+    given = (_setting(model, "out_channels") or channels or 0) * patch**2
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search(r"(^|\.)\d", n)}
+    inputs = tuple(name for name, layer in layers.items() if layer.in_features == channels)
+    return inputs, tuple(name for name, layer in layers.items() if layer.out_features == given)
 
 
 def _squeezes(layers: Mapping[str, Any]) -> set[str]:

@@ -1,12 +1,6 @@
 """What the zoo still shows to be wrong: the expectations are final, and each line is removed with its fault."""
 
-_FAULTS: dict[str, dict[str, str]] = {
-    "linear layers that read the input or the time, or give the output, under linear=True": {
-        "srdiff": "layers",
-        "pixart": "layers",
-        "flux": "layers",
-    },
-}
+_FAULTS: dict[str, dict[str, str]] = {}
 
 
 def fault(name: str, stage: str) -> str | None:
