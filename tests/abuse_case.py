@@ -18,6 +18,18 @@ from cli_case import contents
 from binarize.cli import app
 
 SECONDS, BYTES = 60, 2 * 10**9
+ABUSE = int(os.environ.get("BINARIZE_ABUSE", "0"))
+"""How many mutations a test makes of each of its inputs, times the test's own weight; 0 for a sample of all cases."""
+
+
+def amount(weight: float = 1.0) -> int:
+    """Return how many mutations a test makes."""
+    return max(2, round((ABUSE or 4) * weight))
+
+
+def sampled(cases: Sequence[Any]) -> Sequence[Any]:
+    """Return all cases of a loop, or every fifth for a sample."""
+    return cases if ABUSE else cases[::5]
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ def forked(call: Callable[[], Any], *, stdout: str = "file", stderr: str = "file
                 _connect(1, stdout, out.fileno())
                 _connect(2, stderr, err.fileno())
                 signal.alarm(SECONDS)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 torch.set_num_threads(1)
                 if memory is not None:
                     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -69,11 +69,12 @@ def mutations(variant: str, count: int, seed: int = 0) -> Iterator[bytes]:
     for _ in range(count):
         data = bytearray(whole)
         for _ in range(int(random.integers(1, 4))):
-            _mutate(data, random)
+            mutate(data, random)
         yield _with_checksums(bytes(data)) if variant.startswith("png") and random.random() < 0.7 else bytes(data)
 
 
-def _mutate(data: bytearray, random: np.random.Generator) -> None:
+def mutate(data: bytearray, random: np.random.Generator) -> None:
+    """Change a bit, a byte, a number or a part of a file, most often near its beginning."""
     # Headers matter more than pixels, and TIFF has its header at the end.
     ends = (len(data), min(len(data), 64), min(len(data), 200))
     at = int(random.integers(0, ends[int(random.integers(3))]))

@@ -7,30 +7,29 @@ import time
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from abuse_case import assert_bounded, assert_refused, forked
+from abuse_case import amount, assert_bounded, assert_refused, forked
 from abuse_images import VARIANTS, encoded, mutations, source
 from PIL import Image
 
 from binarize.errors import BinarizeError
 from binarize.imaging import image_size, list_images, read_image, save_image, to_image
 
-COUNT = int(os.environ.get("BINARIZE_ABUSE", "25"))  # mutations of each variant
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_mutated_files(variant: str, tmp_path: Path) -> None:
+def test_mutated_files(variant: str, tmp_path: Path, record_property: Any) -> None:
     path = tmp_path / f"a.{VARIANTS[variant][0]}"
 
     def read_all() -> None:
         warnings.simplefilter("error")
         messages = []
-        for data in mutations(variant, COUNT):
+        for data in mutations(variant, amount(2)):
             path.write_bytes(data)
             try:
                 image = read_image(path)
@@ -42,6 +41,7 @@ def test_mutated_files(variant: str, tmp_path: Path) -> None:
             assert image.to_pil().mode == image.saved_mode
         assert all(each.startswith(f"{path}: ") and each.isprintable() and len(each) < 1000 for each in messages)
 
+    record_property("cases", amount(2))
     result = forked(read_all)
     assert (result.status, result.out, result.err) == (0, "", ""), result
     assert_bounded(result)
@@ -117,7 +117,7 @@ def test_an_image_larger_than_the_free_memory_is_refused(tmp_path: Path, monkeyp
         ):
             read_image(tmp_path / "a.png")
     monkeypatch.undo()
-    source("RGB", (5000, 5000)).save(tmp_path / "b.png")
+    Image.new("RGB", (5000, 5000)).save(tmp_path / "b.png")
 
     def read() -> None:
         with pytest.raises(BinarizeError, match="memory"):

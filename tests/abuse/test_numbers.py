@@ -1,6 +1,5 @@
 """Numbers out of range, on the command line and in a model's index: refused before any work, with the range."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from binarize.imaging import limits
 from binarize.models import SRUNet, SuperResolutionPipeline, memory
 from binarize.models.tiling import tile_grid
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 DIGITS = "9" * 5000
 ODD = [
     "-1",

@@ -18,7 +18,6 @@ from binarize.errors import BinarizeError
 
 STREAMS = ["file", "closed", "broken", pytest.param("full", marks=pytest.mark.skipif(
     not Path("/dev/full").exists(), reason="needs /dev/full"))]  # fmt: skip
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 
 @pytest.mark.parametrize("stderr", STREAMS)

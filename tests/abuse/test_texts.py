@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from abuse_case import amount, sampled
 
 from binarize.errors import MAX_LINES, MAX_WIDTH, BinarizeError
 from binarize.json_files import parse_json, read_json
@@ -23,8 +24,6 @@ from binarize.recipes.yaml_text import parse_yaml
 from binarize.studies.schema import load_study
 from binarize.training import Checkpoints
 from binarize.training.checkpoint import read_state
-
-SEEDED = 300
 
 _NAMES = "bcdefghijklm"
 ALIASES = "a: &a [x, x]\n" + "\n".join(
@@ -176,20 +175,24 @@ def mutated(text: str, seed: int) -> str:
     return "".join(letters)
 
 
-def test_mutated_recipes(tmp_path: Path) -> None:
+def test_mutated_recipes(tmp_path: Path, record_property: Any) -> None:
+    count = amount(3)
+    record_property("cases", count)
     text, path = load_recipe("bidiffsr_x2").to_yaml(), tmp_path / "mine.yaml"
     found = 0
-    for seed in range(SEEDED):
+    for seed in range(count):
         path.write_text(mutated(text, seed), encoding="utf-8")
         found += refused(lambda: load_recipe(path))
-    assert found > SEEDED // 3
+    assert found > count // 3
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine.yaml"]
 
 
-def test_mutated_yaml_and_json() -> None:
+def test_mutated_yaml_and_json(record_property: Any) -> None:
+    count = amount(6)
+    record_property("cases", 2 * count)
     text = recipe_path("small_x2").read_text(encoding="utf-8")
     config = json.dumps({"a": [1, 2.5, None, "x"], "b": {"c": {"d": True}}, "e": "\u00e9"}, indent=1)
-    for seed in range(2 * SEEDED):
+    for seed in range(count):
         refused(lambda seed=seed: parse_yaml(mutated(text, seed), "text"))
         refused(lambda seed=seed: parse_json(mutated(config, seed), "text"))
 
@@ -198,10 +201,11 @@ VALUES: tuple[Any, ...] = (None, "x", "", -1, 0, 2**70, 1.5, float("nan"), [], [
 
 
 @pytest.mark.parametrize("key", OFFICIAL_CONFIG)
-def test_configurations_of_released_checkpoints(key: str, tmp_path: Path) -> None:
+def test_configurations_of_released_checkpoints(key: str, tmp_path: Path, record_property: Any) -> None:
+    record_property("cases", len(sampled(VALUES)))
     path = tmp_path / "a.pth"
     torch.save({"params": {"w": torch.zeros(1)}}, path)
-    for value in VALUES:
+    for value in sampled(VALUES):
         assert refused(lambda value=value: load_official(path, **{key: value}))
 
 
@@ -211,12 +215,14 @@ STATE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_checkpoints(tmp_path: Path) -> None:
+def test_checkpoints(tmp_path: Path, record_property: Any) -> None:
+    values = (..., *sampled(VALUES))
+    record_property("cases", len(STATE) * len(values) + 10)
     checkpoints = Checkpoints(tmp_path, None)
     folder = checkpoints.save(3, STATE, "scale: 2\n")
     assert read_state(folder)[0].best == (3, 20.5)
     for key in STATE:
-        for value in (..., *VALUES):
+        for value in values:
             state = copy.copy(STATE)
             if value is ...:
                 del state[key]
@@ -236,8 +242,9 @@ def test_checkpoints(tmp_path: Path) -> None:
         assert refused(lambda folder=folder: read_state(folder))
 
 
-def test_flipped_bits_and_cuts_of_checkpoints(tmp_path: Path) -> None:
+def test_flipped_bits_and_cuts_of_checkpoints(tmp_path: Path, record_property: Any) -> None:
     folder = Checkpoints(tmp_path, None).save(3, STATE, "scale: 2\n")
+    record_property("cases", 80 * len(list(folder.iterdir())) + 100)
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
         for at in range(0, len(whole), max(1, len(whole) // 40)):

@@ -8,7 +8,6 @@ from cli_case import fails, run, succeeds
 from binarize.errors import BinarizeError
 from binarize.recipes import Recipe, build_model
 
-pytestmark = pytest.mark.slow
 RECIPE = "base: demo\nresolution: 16\ntrain_data_dir: {images}\noutput_dir: {out}\n"
 STUDY = (
     "base: demo\nseeds: [0]\noutput_dir: {out}\nevaluation: {{data_dir: {images}, lpips: null}}\n"
