@@ -5,12 +5,14 @@
 #   VENV=.venv              folder of the environment
 #   CONSTRAINTS=            install the newest allowed releases instead of those in constraints.txt
 #   JOBS=2                  number of test processes, each with one thread; 0 runs the tests in one process
+#   ABUSE=60                mutations of each input in `make test-abuse`
 #   ARGS="-k timestep -x"   more arguments for pytest
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+ABUSE ?= 60
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-paths test-arm lint format bench docs clean distclean
+.PHONY: help demo test test-fast test-abuse test-paths test-arm lint format bench docs clean distclean
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -29,9 +31,10 @@ help:
 	@echo "make demo        train a small 1-bit super-resolution model, compare it with bicubic, write demo-output/"
 	@echo "make test        run every test"
 	@echo "make test-fast   run the tests that are not marked slow"
+	@echo "make test-abuse  try all bad inputs and faults of tests/abuse, of which 'make test' has a sample"
 	@echo "make test-paths  run the numeric tests with the code that other x86 processors run"
 	@echo "make test-arm    run the kernel and packing tests on an emulated 64-bit ARM processor (Debian only)"
-	@echo "make lint        ruff check, ruff format --check, mypy and the import rules"
+	@echo "make lint        ruff check, ruff format --check, mypy, the import rules and bandit"
 	@echo "make format      fix and format the code with ruff"
 	@echo "make bench       run the benchmarks"
 	@echo "make docs        build the documentation into site/"
@@ -47,6 +50,9 @@ test: $(VENV)/.installed-test
 test-fast: $(VENV)/.installed-test
 	$(PYTEST) -m "not slow" $(ARGS)
 
+test-abuse: $(VENV)/.installed-test
+	BINARIZE_ABUSE=$(ABUSE) $(PYTEST) tests/abuse $(ARGS)
+
 test-paths: $(VENV)/.installed-test
 	$(BIN)/python tools/test_paths.py --jobs $(JOBS) $(ARGS)
 
@@ -59,6 +65,7 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-lint
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/bandit -q -c pyproject.toml -r binarize models recipes
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix

@@ -106,7 +106,8 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
             fix = f"Give the folder of its pipeline, which holds a {PIPELINE}."
             raise BinarizeError(f"{path}: {what} {error.scheduled}. {fix}") from error
     network = _read_network(path / "unet")
-    if any(_read_json(path / PIPELINE).get("scheduler") or ()):  # else the released one is used
+    scheduler = _read_json(path / PIPELINE).get("scheduler")
+    if isinstance(scheduler, list) and any(scheduler):  # else the released one is used
         _read_json(path / "scheduler" / "scheduler_config.json")
     with _reading(path, "a pipeline"):
         return SuperResolutionPipeline.from_pretrained(str(path), unet=network, local_files_only=True)

@@ -48,6 +48,8 @@ def check_config(
             raise BinarizeError(
                 f"SRUNet: unknown {key} {value!r}; allowed: {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
             )
+    if any(isinstance(number, bool) for number in (base_channels, res_blocks, norm_groups, *channel_mults)):
+        raise BinarizeError("SRUNet: the options are numbers; got true or false for one of them.")
     levels, mults = len(channel_mults), tuple(channel_mults)
     if levels > _MOST_LEVELS or res_blocks > _MOST_BLOCKS:
         raise BinarizeError(

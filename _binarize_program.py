@@ -1,0 +1,23 @@
+"""The `binarize` command. It is outside the package, whose import loads PyTorch and takes a second or more."""
+
+import os
+import signal
+from typing import Any
+
+
+def main() -> None:
+    """Run the command line. Ctrl-C while libraries are imported ends the program with status 130 and no traceback."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, _stop)
+    from binarize.cli import main as run
+
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    run()
+
+
+def _stop(*_: Any) -> None:
+    # Not an exception, which the libraries being imported may catch or turn into another; nothing needs cleaning up yet.
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
