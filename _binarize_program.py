@@ -18,6 +18,6 @@ def main() -> None:
 
 
 def _stop(*_: Any) -> None:
-    # Not an exception, which the libraries being imported may catch or turn into another; nothing needs cleaning up yet.
+    # Libraries may catch an exception while they are imported, or turn it into another. Nothing needs cleaning up yet.
     os.write(2, b"error: interrupted\n")
     os._exit(130)

@@ -58,7 +58,8 @@ def upscale(
     Greyscale stays greyscale, 16-bit greyscale stays 16-bit (other 16-bit images become 8-bit), and transparency is
     upscaled too. The same seed gives the same bytes with the same model, settings, number of threads, processor and
     versions; otherwise single pixels may differ by a few levels of 255. A result is written completely or not at all,
-    and replaces nothing without `--force`. Images of a folder that cannot be read do not stop the others; the exit status is then 1.
+    and replaces nothing without `--force`. Images of a folder that cannot be read do not stop the others; the exit
+    status is then 1.
 
     ```
     binarize upscale photo.jpg    # writes photo_x2.png beside it

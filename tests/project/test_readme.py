@@ -76,7 +76,7 @@ def test_commands_that_pages_name_exist(page: str) -> None:
     assert set(re.findall(r"(?:^\$ |`)binarize ([a-z][a-z-]*)", read(page), re.MULTILINE)) <= commands
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])  # mkdocs checks those inside docs/
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])  # mkdocs checks those inside docs/
 def test_links_lead_somewhere(page: str) -> None:
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", read(page))
     assert targets
