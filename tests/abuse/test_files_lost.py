@@ -84,6 +84,7 @@ def test_a_broken_image_does_not_stop_a_folder(model: Path, photos: Path, tmp_pa
     assert_refused(["upscale", folder, tmp_path / "none", "--model", model], tmp_path, "3 images cannot be used")
 
 
+@pytest.mark.abuse
 def test_an_image_that_breaks_while_a_folder_runs(model, photos, tmp_path, monkeypatch):
     from binarize.models import loading
 
@@ -123,6 +124,7 @@ def test_what_the_format_cannot_hold_is_found_before_sampling(model, tmp_path, n
     assert_refused(["upscale", tmp_path / "long.png", tmp_path / name, "--model", model], tmp_path, words)
 
 
+@pytest.mark.abuse
 def test_a_large_profile_is_found_before_sampling(model: Path, tmp_path: Path) -> None:
     profile = bytes(16) + b"RGB " + np.random.default_rng(0).bytes(2**20)
     make_image(6, 6).save(tmp_path / "a.tif", icc_profile=profile)
@@ -133,6 +135,7 @@ def test_a_large_profile_is_found_before_sampling(model: Path, tmp_path: Path) -
         assert large.info["icc_profile"] == profile
 
 
+@pytest.mark.abuse
 @pytest.mark.parametrize("length", [100, 230, 251])
 def test_long_names(model: Path, small: Path, tmp_path: Path, length: int) -> None:
     for name in (f"{'n' * length}.png", f"{chr(233) * (length // 2)}.png"):
@@ -180,6 +183,7 @@ class TestWriteAtomic:
         assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.abuse
 def test_targets_that_are_no_files(model: Path, small: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")

@@ -99,6 +99,7 @@ def test_a_small_file_that_declares_a_large_image(name: str, size: tuple[int, in
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.abuse
 def test_the_limit_on_pixels_is_an_argument(tmp_path: Path) -> None:
     Image.new("1", (6000, 6000)).save(tmp_path / "white.png")
     with pytest.raises(BinarizeError, match="size of 6000x6000 is more than the 33,554,432 pixels allowed for a"):

@@ -50,6 +50,7 @@ def test_an_image_is_made_wherever_output_goes(model, small, tmp_path, stdout, s
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
+@pytest.mark.abuse
 def test_names_reach_the_terminal_as_text(model: Path, tmp_path: Path) -> None:
     for number, name in enumerate(["a\033[31mb", "\u202egnp", "caf\u00e9", "line\nend", os.fsdecode(b"\xff")]):
         source = tmp_path / f"{name}.png"
