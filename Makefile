@@ -5,14 +5,14 @@
 #   VENV=.venv              folder of the environment
 #   CONSTRAINTS=            install the newest allowed releases instead of those in constraints.txt
 #   JOBS=2                  number of test processes, each with one thread; 0 runs the tests in one process
-#   ABUSE=60                mutations of each input in `make test-abuse`
+#   ABUSE=40                mutations of each input in `make test-abuse`
 #   ARGS="-k timestep -x"   more arguments for pytest
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
-ABUSE ?= 60
+ABUSE ?= 40
 ARGS ?=
 
 BIN := $(VENV)/bin

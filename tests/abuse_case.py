@@ -24,7 +24,7 @@ ABUSE = int(os.environ.get("BINARIZE_ABUSE", "0"))
 
 def amount(weight: float = 1.0) -> int:
     """Return how many mutations a test makes."""
-    return max(2, round((ABUSE or 4) * weight))
+    return max(2, round((ABUSE or 3) * weight))
 
 
 def sampled(cases: Sequence[Any]) -> Sequence[Any]:

@@ -1,10 +1,9 @@
 """Which cases of tests/abuse run, and how many they were.
 
-`make test-abuse` runs all; elsewhere a sample runs: SAMPLE cases of each test's table, and few mutations.
+`make test-abuse` runs all; elsewhere a sample runs: one case of each test's table, and few mutations.
 """
 
 import os
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from abuse_case import ABUSE
 from cli_fixtures import model, packed, photos, small
 
 __all__ = ["model", "packed", "photos", "small"]
-SAMPLE = 2
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -24,12 +22,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs fork"))
     if ABUSE:
         return
-    table = [item.nodeid.partition("[")[0] for item in own]
-    sizes, seen, left = Counter(table), Counter[str](), []
-    for item, name in zip(own, table, strict=True):
-        if item.get_closest_marker("abuse") or seen[name] % -(-sizes[name] // SAMPLE) != 0:
+    seen, left = set[str](), []
+    for item in own:
+        name = item.nodeid.partition("[")[0]
+        if item.get_closest_marker("abuse") or name in seen:
             left.append(item)
-        seen[name] += 1
+        seen.add(name)
     dropped = set(map(id, left))
     items[:] = [item for item in items if id(item) not in dropped]
     config.hook.pytest_deselected(items=left)
