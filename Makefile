@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-abuse test-paths test-arm lint format bench docs clean distclean
+.PHONY: help demo test test-fast test-zoo test-abuse test-paths test-arm lint format bench docs clean distclean
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -31,6 +31,7 @@ help:
 	@echo "make demo        train a small 1-bit super-resolution model, compare it with bicubic, write demo-output/"
 	@echo "make test        run every test"
 	@echo "make test-fast   run the tests that are not marked slow"
+	@echo "make test-zoo    take networks of many families through a conversion's life"
 	@echo "make test-abuse  try all bad inputs and faults of tests/abuse, of which 'make test' has a sample"
 	@echo "make test-paths  run the numeric tests with the code that other x86 processors run"
 	@echo "make test-arm    run the kernel and packing tests on an emulated 64-bit ARM processor (Debian only)"
@@ -45,10 +46,13 @@ demo: $(VENV)/.installed-all
 	$(BIN)/binarize demo --force
 
 test: $(VENV)/.installed-test
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not zoo" $(ARGS)
 
 test-fast: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not zoo" $(ARGS)
+
+test-zoo: $(VENV)/.installed-test
+	$(PYTEST) -m zoo $(ARGS)
 
 test-abuse: $(VENV)/.installed-test
 	BINARIZE_ABUSE=$(ABUSE) $(PYTEST) tests/abuse $(ARGS)

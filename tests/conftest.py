@@ -16,11 +16,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 
 # Seconds that the tests may take in all on the two processes of a machine with two cores, by pytest's -m.
-DURATION_BUDGETS = {"": 2 * 300, "not slow": 2 * 90}
+DURATION_BUDGETS = {"not zoo": 2 * 300, "not slow and not zoo": 2 * 90}
 
 # Files whose tests train networks, run the snippets of the documentation or Triton's interpreter: all of them are slow.
 SLOW_FILES = ("test_ablation", "test_changes", "test_cuda", "test_doctor", "test_objectives", "test_options")
 SLOW_FILES += ("test_readme", "test_stages", "test_textbook")
+ZOO_FILES = ("test_families", "test_zoo")
 
 # Small tensors gain nothing from more threads. Each process of `pytest -n`, and each program that it starts, has one
 # thread, because more would compete for the cores.
@@ -102,6 +103,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW_FILES:
             item.add_marker("slow")
+        if item.path.stem in ZOO_FILES:
+            item.add_marker("zoo")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
