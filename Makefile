@@ -29,7 +29,7 @@ BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 help:
 	@echo "make demo        train a small 1-bit super-resolution model, compare it with bicubic, write demo-output/"
-	@echo "make test        run every test"
+	@echo "make test        run the tests, except for those of test-zoo and most of test-abuse"
 	@echo "make test-fast   run the tests that are not marked slow"
 	@echo "make test-zoo    take networks of many families through a conversion's life"
 	@echo "make test-abuse  try all bad inputs and faults of tests/abuse, of which 'make test' has a sample"
