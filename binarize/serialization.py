@@ -112,7 +112,8 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
     if missing:
         raise BinarizeError(f"load: {where} has no {' and no '.join(missing)}; it is not what save wrote.")
     if "packed" in config["conversion"]:
-        check_same_config(where, weights)
+        if where != weights:
+            check_same_config(where, weights)
         return _load_packed(config, weights, model)
     with _errors(f"{weights} cannot be read"):
         with safe_open(weights, framework="pt") as file:

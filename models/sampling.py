@@ -75,11 +75,11 @@ def _check_range(scheduler: Any, steps: int) -> None:
 
 
 @lru_cache(maxsize=64)
-def _problem(kind: Any, config: str) -> str | None:
+def _problem(kind: Any, settings: str) -> str | None:
     """Return what is wrong with a scheduler of this class and configuration."""
     with torch.device("cpu"), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scheduler = kind.from_config(json.loads(config))
+        scheduler = kind.from_config(json.loads(settings))
         if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
             return "it has no amount of noise for each timestep (alphas_cumprod)"
         a = scheduler.alphas_cumprod.double()
@@ -87,7 +87,9 @@ def _problem(kind: Any, config: str) -> str | None:
             return "its betas are not one for each timestep, from 0 to 1"
         _take_steps(scheduler, len(a))
         source = torch.Generator().manual_seed(0)
-        clean = 0.1 + 0.8 * torch.rand(1, 3, 2, 2, generator=source, dtype=torch.float32)
+        config = scheduler.config
+        inside = min(1.0, config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else 1.0
+        clean = inside * (0.1 + 0.8 * torch.rand(1, 3, 2, 2, generator=source, dtype=torch.float32))
         x = torch.randn(clean.shape, generator=source, dtype=torch.float32) * scheduler.init_noise_sigma
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": source} if takes_generator else {}
