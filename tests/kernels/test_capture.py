@@ -81,8 +81,9 @@ def test_second_derivatives_are_those_of_plain_operators(method: str, backend: A
         found = twice(layer(x), inputs)
         expected = twice(oracle(layer, x), inputs)
     bound = 1e-9 if backend == "float64" else 2e-3
+    largest = max(float(wanted.detach().abs().max()) for wanted in expected)  # of whose sums some cancel
     for value, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, wanted, rtol=bound, atol=bound * (1 + float(wanted.detach().abs().max())))
+        torch.testing.assert_close(value, wanted, rtol=bound, atol=bound * (1 + largest))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
