@@ -50,4 +50,4 @@ def test_a_network_has_the_unpacked_dtype(name: str, method: str, dtype: torch.d
         exact = output_of(model, inputs)
     assert found.dtype == expected.dtype == dtype
     noise = (expected.float() - exact).norm()
-    assert (found.float() - exact).norm() < 2 * noise + 0.02 * exact.norm()  # signs flip near 0, as they do unpacked
+    assert (found.float() - exact).norm() < 2 * noise + 0.05 * exact.norm()  # signs flip near 0, as they do unpacked
