@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from zoo.adm import ADMResBlock, AttentionBlock
-from zoo.faults import fault
 from zoo.rows import GROUPS, ROWS, Inputs, Row
 
 import binarize
@@ -182,9 +181,7 @@ def cases() -> Iterator[Any]:
         }
         for stage in STAGES:
             if applies.get(stage, True) and (row.convertible or stage == "layers"):
-                reason = fault(name, stage)
-                marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-                marks += [pytest.mark.slow] if row.slow else []
+                marks = [pytest.mark.slow] if row.slow else []
                 yield pytest.param(name, stage, id=f"{name}-{stage}", marks=marks)
 
 
