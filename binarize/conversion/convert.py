@@ -14,7 +14,16 @@ from binarize.conversion.attention import allow_fusion, refuse_fusion
 from binarize.conversion.record import RECORD, Conversion, conversion, is_converted, record_config
 from binarize.conversion.report import ConversionReport, ReportRow
 from binarize.conversion.rules_0_1 import selected_by_0_1
-from binarize.conversion.selection import Decision, Selection, Selector, select, unknown_class, unknown_parameters
+from binarize.conversion.selection import (
+    Decision,
+    Found,
+    Selection,
+    Selector,
+    find_layers,
+    select,
+    unknown_class,
+    unknown_parameters,
+)  # fmt: skip
 from binarize.conversion.timesteps import timestep_context
 from binarize.errors import BinarizeError
 from binarize.hosts import Edit, Host, find_host
@@ -153,9 +162,10 @@ def _convert(
         notes += host.role_notes(bool(linear))
         selected_before = selected_by_0_1(model, host, method, selection)
         saved = selected_before if given.selected_by_0_1 else given.binary
-        decisions = select(model, method, selection, defaults, saved, given.selected_by_0_1)
+        layers = find_layers(model)
+        decisions = select(model, layers, method, selection, defaults, saved, given.selected_by_0_1)
         binary_names = [d.names[0] for d in decisions if d.method is not None]
-        share = _share(model, method, selection, defaults, decisions)
+        share = _share(model, layers, method, selection, defaults, decisions)
         timed = any(decision.method is not None and decision.method.needs_timestep for decision in decisions)
         context, steps = timestep_context(model, host, timed, timestep, num_train_timesteps, notes)
         unknown = [
@@ -262,8 +272,9 @@ def _discarded(before: Mapping[int, int], after: Mapping[int, int]) -> list[str]
 
 
 def _share(
-    model: nn.Module, method: Method, selection: Selection, defaults: Mapping[str, str], decisions: Sequence[Decision]
-) -> dict[str, int]:
+    model: nn.Module, layers: Found, method: Method, selection: Selection, defaults: Mapping[str, str],
+    decisions: Sequence[Decision],
+) -> dict[str, int]:  # fmt: skip
     """Return the report's numbers of parameters: all, the binary ones, and the binary ones under linear=True."""
 
     def count(found: Sequence[Decision]) -> int:
@@ -271,7 +282,9 @@ def _share(
         return sum(weights.values())
 
     binary = count(decisions)
-    widened = decisions if selection.linear is not False else select(model, method, selection.with_linear(), defaults)
+    widened = decisions
+    if selection.linear is False:
+        widened = select(model, layers, method, selection.with_linear(), defaults)
     return {"parameters": sum(_sizes(model).values()), "binary_parameters": binary, "with_linear": count(widened)}
 
 

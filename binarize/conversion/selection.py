@@ -16,6 +16,7 @@ from binarize.methods import Method, get_method
 from binarize.modules import matches, prefixes
 
 Selector = str | Callable[[str, nn.Module], bool]
+Found = list[tuple[list[str], nn.Module, Layer]]
 
 _CONVOLUTION = nn.modules.conv._ConvNd
 _ATTENTION_INPUT = re.compile(r"(to_)?(q|k|v|kv|qkv)|query|key|value")
@@ -90,19 +91,19 @@ def _override(pattern: str, value: Any, method: Method) -> Method | None:
 
 def select(
     model: nn.Module,
+    layers: Found,
     method: Method,
     selection: Selection,
     defaults: Mapping[str, str],
     pinned: Collection[str] | None = None,
     by_0_1: bool = False,
 ) -> list[Decision]:
-    """Return a decision for every layer; `binarize.layers.adapters` says what is one.
+    """Return a decision for every layer of a model, given its `find_layers`.
 
     ``defaults`` maps modules that stay full precision by default, with all layers below them, to the reason.
     ``pinned`` are the names of the layers that become binary whatever the rules for that are: those of a saved model.
     With ``by_0_1``, version 0.1 saved it, which also replaced layers whose behavior had been changed.
     """
-    layers = _find_layers(model)
     _check_patterns(selection, [(names, form.plain) for names, _, form in layers])
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     if unknown := defaults.keys() - known:
@@ -133,7 +134,8 @@ def select(
     return decisions
 
 
-def _find_layers(model: nn.Module) -> list[tuple[list[str], nn.Module, Layer]]:
+def find_layers(model: nn.Module) -> Found:
+    """Return the names, the module and the plain form of every layer, in the model's order."""
     found: dict[int, tuple[list[str], nn.Module, Layer | None]] = {}
     inside: list[str] = []  # an adapted layer is replaced with everything in it
     for name, module in model.named_modules(remove_duplicate=False):
@@ -148,9 +150,7 @@ def _find_layers(model: nn.Module) -> list[tuple[list[str], nn.Module, Layer]]:
     return [(names, module, form) for names, module, form in found.values() if form is not None]
 
 
-def _added_defaults(
-    model: nn.Module, layers: list[tuple[list[str], nn.Module, Layer]], defaults: Mapping[str, str]
-) -> dict[str, str]:
+def _added_defaults(model: nn.Module, layers: Found, defaults: Mapping[str, str]) -> dict[str, str]:
     """Return what a host leaves out: ends of other classes, if no forward has found any, and attention by its names."""
     convolutions = [(names, form) for names, _, form in layers if isinstance(form.plain, _CONVOLUTION)]
     what = "convolution" if convolutions else "layer"
