@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.layers.parts import is_hooked
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 ToPlain = Callable[[Any], nn.Module | str]
 FromPlain = Callable[[Any, Any], None]
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _CALLS = ("forward", "_conv_forward", "__call__", "_call_impl")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _changed(layer: nn.Module) -> str | None:
     replaced = next((name for name in _CALLS if name in vars(layer)), None)
     if replaced is not None:
         return f"its {replaced} was replaced on the instance, which a binary layer would drop"
-    if any(getattr(layer, hooks) for hooks in _HOOKS):
+    if is_hooked(layer):
         return "it has hooks, which a binary layer would drop; register them after the conversion"
     if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear) and layer._parameters.get("weight") is None:
         return "its weight is a buffer or a plain tensor, not an nn.Parameter"

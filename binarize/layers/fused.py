@@ -13,14 +13,14 @@ from binarize.kernels import ops, training
 from binarize.kernels.autograd import CompiledNormSiLUFunction, Conv3x3Function, NormSiLUFunction
 from binarize.kernels.bitpack import LANES
 from binarize.kernels.capture import is_captured
-from binarize.layers.parts import runs_as_declared
+from binarize.layers.parts import is_hooked, runs_own_forward
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def is_plain(module: nn.Module | None, kind: type[ModuleT]) -> TypeGuard[ModuleT]:
     """Return whether a module is exactly of one class and has no hooks, so that a fused node can replace it."""
-    return type(module) is kind and runs_as_declared(module, "forward")
+    return type(module) is kind and runs_own_forward(module) and not is_hooked(module)
 
 
 def is_conv3x3(module: nn.Module) -> bool:

@@ -111,10 +111,7 @@ def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
     the instance or the class. Unless ``hooks`` are allowed, the module must have none, and no subclass may have other
     methods, which ``forward`` could call.
     """
-    if not isinstance(part, nn.Module) or "forward" in vars(part) or not calls_own_forward(type(part)):
-        return False
-    hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    if hooked and not hooks:
+    if not isinstance(part, nn.Module) or not (runs_own_forward(part) and (hooks or not is_hooked(part))):
         return False
     kinds = type(part).__mro__
     if name in vars(part):  # set by a class's constructor, or by the user on this module
@@ -130,6 +127,18 @@ def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
 
 
 _NO_CODE = (lambda: None).__code__
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Return whether calling a module runs the ``forward`` of its class, which has not been replaced."""
+    return "forward" not in vars(module) and calls_own_forward(type(module))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether a module has hooks of its forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def calls_own_forward(kind: type[nn.Module]) -> bool:
