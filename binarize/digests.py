@@ -47,16 +47,16 @@ def sealed_header(metadata: Mapping[str, str], tensors: Mapping[str, Any], data:
 def seal(path: Path) -> None:
     """Give a safetensors file its digest. It is replaced in one step; the tensors are not read into memory."""
     with path.open("rb") as file:
-        header = json.loads(file.read(_header_size(file.read(8))))
+        header = json.loads(file.read(header_size(file.read(8))))
         metadata = dict(sorted(header.pop("__metadata__", {}).items()))
         first = file.tell()
-        start = sealed_header(metadata, header, _chunks(file))
+        start = sealed_header(metadata, header, chunks(file))
 
     def write(temporary: Path) -> None:
         with path.open("rb") as source, temporary.open("wb") as target:
             source.seek(first)
             target.write(start)
-            target.writelines(_chunks(source))
+            target.writelines(chunks(source))
 
     write_atomic(path, write, force=True)
 
@@ -71,9 +71,9 @@ def check_sealed(path: Path, metadata: Mapping[str, str]) -> bool:
         return False
     with path.open("rb") as file:
         start = file.read(8)
-        header = file.read(_header_size(start))
+        header = file.read(header_size(start))
         digest = hashlib.sha256(start + header.replace(expected.encode(), _ZEROS.encode(), 1))
-        for chunk in _chunks(file):
+        for chunk in chunks(file):
             digest.update(chunk)
     if digest.hexdigest() != expected:
         raise damaged(path, "the digest in its header")
@@ -133,14 +133,16 @@ def damaged(path: Path, what: str) -> BinarizeError:
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        for chunk in _chunks(file):
+        for chunk in chunks(file):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def _chunks(file: Any) -> Iterator[bytes]:
+def chunks(file: Any) -> Iterator[bytes]:
+    """Yield the rest of a file that is open for reading bytes."""
     return iter(lambda: file.read(_CHUNK), b"")
 
 
-def _header_size(start: bytes) -> int:
+def header_size(start: bytes | memoryview) -> int:
+    """Return the size of a safetensors file's header from its first eight bytes."""
     return int(struct.unpack("<Q", start)[0])

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from binarize.errors import BinarizeError
 from binarize.files import is_alive, write_text_atomic
@@ -34,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     with _one_at_a_time(folder):
         _check_free(path)
-        own = {"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}
+        own = {"host": socket.gethostname(), "process": os.getpid(), "started": start_ticks(os.getpid())}
         write_text_atomic(path, json.dumps(own) + "\n")
     ended = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, ended), name="binarize-lock", daemon=True)
@@ -56,7 +55,7 @@ def _check_free(path: Path) -> None:
         return
     host, process = held.get("host"), held.get("process")
     if host == socket.gethostname() and isinstance(process, int):
-        if not is_alive(process) or _started(process) != held.get("started"):
+        if not is_alive(process) or start_ticks(process) != held.get("started"):
             return
     elif not _is_touched(path):
         return
@@ -83,8 +82,11 @@ def _beat(path: Path, ended: threading.Event) -> None:
             os.utime(path)
 
 
-def _started(process: int) -> Any:
-    """Return when a process started, where the system says so, because numbers of processes are used again."""
+def start_ticks(process: int) -> int | None:
+    """Return when a process started, in clock ticks since the system did, or None where the system does not say it.
+
+    Numbers of processes are used again; with this, they name one.
+    """
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

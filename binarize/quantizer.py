@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from binarize.conversion.apply import apply_conversion, check_saveable
 from binarize.conversion.convert import convert, revert
-from binarize.conversion.packing import freeze, is_packed
+from binarize.conversion.packing import is_packed
 from binarize.conversion.record import QUANT_METHOD, QUANTIZATION, conversion, recorded_conversion
 from binarize.errors import BinarizeError
 from binarize.modules import align_tensors
-from binarize.packed.layers import PackedConv2d, PackedLinear
+from binarize.packed.layers import PackedConv2d, PackedLinear, freeze
 
 
 class _QuantMethod(str, Enum):

@@ -24,7 +24,7 @@ def hold(folder: Path) -> None:
 
 
 def leave(folder: Path, **changes: Any) -> None:
-    own = {"host": socket.gethostname(), "process": os.getpid(), "started": locks._started(os.getpid())}
+    own = {"host": socket.gethostname(), "process": os.getpid(), "started": locks.start_ticks(os.getpid())}
     (folder / LOCK).write_text(json.dumps({**own, **changes}))
 
 

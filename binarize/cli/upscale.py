@@ -14,6 +14,7 @@ import typer
 from binarize.cli import options as opt
 from binarize.cli.streams import echo, printable
 from binarize.errors import BinarizeError
+from binarize.locks import start_ticks
 
 if TYPE_CHECKING:
     from binarize.models import SuperResolutionPipeline
@@ -140,12 +141,10 @@ def process_start() -> float:
     program = Path(sys.argv[0])
     if program.stem != "binarize" and program.parts[-2:] not in (("binarize", "__main__.py"), ("cli", "__main__.py")):
         return time.time()
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, ValueError, IndexError):
+    ticks = start_ticks(os.getpid())
+    if ticks is None:
         return time.time()
-    return time.time() - age
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _default_target(source: Path, scale: int) -> Path:

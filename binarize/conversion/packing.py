@@ -25,7 +25,7 @@ from binarize.methods import Method
 from binarize.modules import replace_modules
 from binarize.packed import PackedConv1d, PackedConv2d, PackedConv3d, PackedLayer, PackedLinear
 from binarize.packed.blocks import PackableBlock, PackedBlock
-from binarize.packed.layers import PackedConv, check_levels
+from binarize.packed.layers import PackedConv, check_levels, freeze
 
 _log = logging.getLogger("binarize")
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -59,14 +59,6 @@ def pack(model: ModelT) -> ModelT:
     freeze(model)
     record.packed = True
     return model.eval()
-
-
-def freeze(model: nn.Module) -> None:
-    """Give the parameters of a packed model what inference needs: no gradient, and the layout of the kernels."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dim() == 4 and not parameter.is_meta:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def packed_form(layer: BinaryLayer) -> PackedLayer:

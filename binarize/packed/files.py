@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -25,17 +24,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from binarize.digests import check_sealed, damaged, sealed_header
+from binarize.digests import check_sealed, chunks, damaged, header_size, sealed_header
 from binarize.errors import BinarizeError, one_line
 from binarize.files import write_atomic
 from binarize.json_files import parse_json, read_json
 from binarize.modules import aligned
+from binarize.packed.layers import freeze
 
 PACKED_FORMAT, READABLE_FORMATS = 2, (1, 2)
 VERSION, CONFIG = "binarize_packed", "config"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-_CHUNK = 1 << 20
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _UNREADABLE = (OSError, SafetensorError, MemoryError, RuntimeError)  # the last two: larger than what can be mapped
 _HALVES = (torch.float16, torch.bfloat16)
@@ -57,7 +56,7 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
         first.setdefault(id(value), (name, value))
     state = {name: _stored(name, value.detach(), dtype).cpu().contiguous() for name, value in first.values()}
     plain = memoryview(serialize(state))
-    start = 8 + _header_size(plain[:8])
+    start = 8 + header_size(plain[:8])
     metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: json.dumps(config)}
     header = sealed_header(metadata, json.loads(bytes(plain[8:start])), [plain[start:]])
     data = b"".join([header, plain[start:]])
@@ -200,10 +199,7 @@ def read_packed(
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise BinarizeError(f"{path}: has no value for {name}, which its network needs.")
-        if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(False)
-            if tensor.dim() == 4:
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    freeze(model)
     model.eval()
 
 
@@ -258,10 +254,6 @@ def _metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def _header_size(start: bytes | memoryview) -> int:
-    return int(struct.unpack("<Q", start)[0])
-
-
 def _check_digest(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata[VERSION] != "1":
         if not check_sealed(path, metadata):
@@ -269,8 +261,8 @@ def _check_digest(path: Path, metadata: Mapping[str, str]) -> None:
         return
     digest = hashlib.sha256(metadata.get(CONFIG, "").encode())
     with path.open("rb") as file:
-        file.seek(8 + _header_size(file.read(8)))
-        while chunk := file.read(_CHUNK):
+        file.seek(8 + header_size(file.read(8)))
+        for chunk in chunks(file):
             digest.update(chunk)
     if metadata.get("sha256") != digest.hexdigest():
         raise damaged(path, "the digest in its header")

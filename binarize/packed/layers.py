@@ -367,6 +367,14 @@ def row_width(pixels: int) -> int:
     return next(w for w in (64, 32, 16, 8, 4, 2, 1) if pixels % w == 0)
 
 
+def freeze(model: nn.Module) -> None:
+    """Give the parameters of a packed model what inference needs: no gradient, and the layout of the kernels."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dim() == 4 and not parameter.is_meta:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 def check_levels(activation: nn.Module) -> None:
     """Raise BinarizeError unless an activation is binary now and declares its two values."""
     if isinstance(activation, Delayed) and not activation.progress.is_meta and not activation.active:
