@@ -192,9 +192,9 @@ class TimestepContext:
         running.timesteps, running.groups = timesteps, {}
 
     def _check(self, timesteps: Tensor) -> None:
-        """Warn once about values that are not what the model's timestep is said to be.
+        """Warn once if values do not fit the declared kind of timestep.
 
-        Values on another device are copied while it works, and looked at in a later forward.
+        Values on another device are copied asynchronously and checked in a later forward.
         """
         if (
             torch.compiler.is_compiling()

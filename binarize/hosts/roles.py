@@ -1,8 +1,8 @@
 """The roles of a network's layers: which read its input, which give its output, which see only its conditioning.
 
 One forward on the meta device records an autograd graph and computes nothing; the graph tells what each layer reads.
-Arguments that nothing tells are made up where a layer reads them.
-Where that forward is not possible the numbers of channels decide, and else the order of registration.
+If an argument is unknown, the layer that reads it gets an input of a shape that fits. If no such forward is possible,
+the numbers of channels decide, and otherwise the order of registration.
 """
 
 import copy
