@@ -11,8 +11,9 @@ from binarize.kernels.binary_conv import BinaryConv
 
 def check_devices(what: str, x: Tensor, *others: Tensor | None) -> None:
     """Raise BinarizeError, naming both devices, unless all tensors are on the device of ``x``."""
+    on_cpu = x.is_cpu  # cheaper to ask for than a device
     for other in others:
-        if other is not None and other.device != x.device:
+        if other is not None and not (on_cpu and other.is_cpu) and other.device != x.device:
             raise BinarizeError(
                 f"{what}: the input is on {x.device} and the layer on {other.device}; move one of them, such as "
                 f"x.to({str(other.device)!r})."
@@ -21,7 +22,7 @@ def check_devices(what: str, x: Tensor, *others: Tensor | None) -> None:
 
 def check_shape(what: str, tensor: Tensor | None, expected: tuple[int | None, ...]) -> None:
     """Raise BinarizeError unless ``tensor``, if given, has the expected shape; None stands for any size."""
-    if tensor is None:
+    if tensor is None or tensor.shape == expected:
         return
     shape = tuple(tensor.shape)
     if len(shape) != len(expected) or any(want not in (None, size) for size, want in zip(shape, expected, strict=True)):

@@ -71,8 +71,10 @@ def skips_dispatcher(*values: object) -> bool:
         return False
     grad = torch.is_grad_enabled()
     for value in values:
+        if value is None:
+            continue
         if type(value) is Tensor or type(value) is Parameter:
-            plain = value.device.type == "cpu" and value.layout is torch.strided and not value.is_neg()
+            plain = value.is_cpu and value.layout is torch.strided and not value.is_neg()
             if not plain or (grad and value.requires_grad):
                 return False
         elif hasattr(type(value), "__torch_function__"):  # a tensor of another kind, or a stand-in for one

@@ -13,7 +13,6 @@ from dataclasses import replace
 from operator import attrgetter, is_, itemgetter
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,11 +34,10 @@ from binarize.layers.structure import AccumulatingConv
 _version, _kind, _training = attrgetter("_version"), attrgetter("dtype", "device"), itemgetter("training")
 
 
-def _bytes_at(pointer: int, t: Tensor) -> np.ndarray:
+def _bytes_at(pointer: int, t: Tensor) -> memoryview:
     """Return the memory from a tensor's first element to its last, which must not be read once the tensor is gone."""
     last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    memory: Any = (ctypes.c_uint8 * ((last + 1) * t.element_size())).from_address(pointer)
-    return np.frombuffer(memory, np.uint8)
+    return memoryview((ctypes.c_uint8 * ((last + 1) * t.element_size())).from_address(pointer)).cast("B")
 
 
 class _Compiled:
@@ -70,7 +68,7 @@ class _Compiled:
         laid_out = [t for t in self._sources(layer) if type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.numel()]
         self._laid_out, self._pointers = laid_out, list(map(Tensor.data_ptr, laid_out))
         self._memory = [_bytes_at(pointer, t) for pointer, t in zip(self._pointers, laid_out, strict=True)]
-        self._contents = list(map(np.ndarray.tobytes, self._memory))
+        self._contents = list(map(bytearray, self._memory))  # which compare with other memory without a copy
         compared = set(map(id, laid_out))
         self._tensors = [t for t in self._values if isinstance(t, Tensor) and id(t) not in compared]
         self._kinds = list(map(_kind, self._tensors))
@@ -109,7 +107,7 @@ class _Compiled:
             and list(map(_version, self._versioned)) == self._versions
             and list(map(_kind, self._tensors)) == self._kinds
             and list(map(Tensor.data_ptr, self._laid_out)) == self._pointers
-            and list(map(np.ndarray.tobytes, self._memory)) == self._contents
+            and self._contents == self._memory
         )
 
     def timestep_group(self, x: Tensor) -> Tensor | None:

@@ -15,7 +15,15 @@ from binarize.kernels.checks import as_channels_last, check_inputs
 from binarize.kernels.cpu import threads
 from binarize.kernels.cpu.compile import workers
 from binarize.kernels.cpu.fields import Conv
-from binarize.kernels.cpu.parameters import STRIP_BYTES, TASKS_PER_THREAD, aligned, as_floats, set_image, set_scratch
+from binarize.kernels.cpu.parameters import (
+    STRIP_BYTES,
+    TASKS_PER_THREAD,
+    aligned,
+    as_floats,
+    empty_fields,
+    set_image,
+    set_scratch,
+)
 
 COMPILED_SIZES = 8  # how many input sizes a layer keeps the parameters of
 
@@ -142,7 +150,7 @@ def _plan(
         Conv.SHORTCUT: int(shortcut != Shortcut.NONE), Conv.EARLY: int(shortcut == Shortcut.FIRST),
         Conv.LIMITS: array("q", array("f", limits).tobytes())[0],
     }  # fmt: skip
-    p = array("q", bytes(8 * len(Conv)))
+    p = empty_fields(Conv)
     for field, value in values.items():
         p[field] = value
     return _Plan(p, tasks, scratch, out_height, out_width)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import MutableSequence
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -19,6 +21,11 @@ TASKS_PER_THREAD = 4
 def aligned(size: int) -> int:
     """Return the size rounded up to whole cache lines."""
     return -(-size // ALIGN) * ALIGN
+
+
+def empty_fields(fields: type[IntEnum]) -> array[int]:
+    """Return a block of zeros for these fields."""
+    return array("q", bytes(8 * len(fields)))
 
 
 def set_image(p: Fields, field: int, x: Tensor) -> None:
