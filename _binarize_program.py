@@ -1,4 +1,4 @@
-"""The `binarize` command. It is outside the package, whose import loads PyTorch and takes a second or more."""
+"""The `binarize` command, which stops at once while libraries are imported."""
 
 import os
 import signal

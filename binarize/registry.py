@@ -1,5 +1,6 @@
 """A registry of named objects: methods, their parts and hosts."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -9,11 +10,22 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A mapping from name to object whose errors name the ``kind`` of object and suggest the nearest name."""
+    """A mapping from name to object whose errors name the ``kind`` of object and suggest the nearest name.
 
-    def __init__(self, kind: str) -> None:
+    ``built_in`` is the package whose import registers the toolkit's own objects; the first use imports it.
+    """
+
+    def __init__(self, kind: str, built_in: str | None = None) -> None:
         self.kind = kind
-        self._items: dict[str, T] = {}
+        self._registered: dict[str, T] = {}
+        self._built_in = built_in
+
+    @property
+    def _items(self) -> dict[str, T]:
+        if self._built_in is not None:
+            package, self._built_in = self._built_in, None
+            importlib.import_module(package)
+        return self._registered
 
     def register(self, name: str, *, replace: bool = False) -> Callable[[T], T]:
         """Return a decorator that registers an object under ``name``, or ``replace`` the registered one."""

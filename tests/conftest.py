@@ -94,7 +94,8 @@ def registries() -> Iterator[None]:
     before, aware = [dict(registry._items) for registry in registries], set(_TIMESTEP_AWARE)
     yield
     for registry, items in zip(registries, before, strict=True):
-        registry._items = items
+        registry._items.clear()
+        registry._items.update(items)
     _TIMESTEP_AWARE.clear()
     _TIMESTEP_AWARE.update(aware)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -16,7 +17,7 @@ from binarize.cli.evaluate import evaluate
 from binarize.cli.import_official import import_official
 from binarize.cli.methods import methods
 from binarize.cli.pack import pack
-from binarize.cli.streams import echo
+from binarize.cli.streams import EchoHandler, echo
 from binarize.cli.summary import summary
 from binarize.cli.train import train
 from binarize.cli.upscale import upscale
@@ -53,6 +54,10 @@ def _root(
     Exit status: 0 success, 1 an error (one line on stderr), 2 a wrong command line, 130 and 143 stopped by Ctrl-C and
     SIGTERM.
     """
+    log = logging.getLogger("binarize")
+    if not log.handlers:  # called once by a program, more often by tests
+        log.addHandler(EchoHandler())
+        log.setLevel(logging.INFO)
     if plugin:
         from binarize.recipes import import_plugins
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -79,3 +80,11 @@ def printable(text: str) -> str:
 def echo(text: object = "", *, err: bool = False, end: str = "\n") -> None:
     """Print a line, or text with another `end`, at once."""
     print(printable(str(text)), file=sys.stderr if err else sys.stdout, end=end, flush=True)
+
+
+class EchoHandler(logging.Handler):
+    """Prints log records on stderr by `echo`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        echo(self.format(record), err=True)

@@ -178,8 +178,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return {}
 
 
-METHODS: Registry[type[Method]] = Registry("method")
-METHODS.register(Method.name)(Method)
+METHODS: Registry[type[Method]] = Registry("method", built_in="binarize.methods")
 M = TypeVar("M", bound=type[Method])
 
 

@@ -1,6 +1,6 @@
 """Binarization methods: one paper, one file, one frozen dataclass whose fields are the recipe's keys."""
 
-from binarize.layers.method import Method, get_method, list_methods, register_method
+from binarize.layers.method import METHODS, Method, get_method, list_methods, register_method
 from binarize.methods._bbcu import BBCU
 from binarize.methods._bidiffsr import BiDiffSR
 from binarize.methods._bidm import BiDM
@@ -14,6 +14,7 @@ from binarize.methods._recu import ReCU
 from binarize.methods._xnor import XNOR
 from binarize.methods._xnorpp import XNORPlusPlus
 
+METHODS.register(Method.name)(Method)  # "custom"
 bbcu, bidiffsr, bidm, binarydm, bireal, bnn = BBCU, BiDiffSR, BiDM, BinaryDM, BiReal, BNN
 dorefa, irnet, reactnet, recu, xnor, xnorpp = DoReFa, IRNet, ReActNet, ReCU, XNOR, XNORPlusPlus
 

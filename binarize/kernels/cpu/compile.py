@@ -37,26 +37,39 @@ _lock = threading.Lock()
 _alive: list[Any] = []  # compiled code lives as long as its function object
 
 
-def workers() -> dict[str, int]:
-    """Return the addresses of the compiled workers by name."""
-    with _lock:
-        return _compiled()
+class _Worker(CFunc):
+    """A compiled function, which says when it is compiled and not loaded from the cache."""
+
+    def _compile_uncached(self) -> Any:
+        _say_once()
+        return super()._compile_uncached()  # type: ignore[misc]
 
 
 @cache
-def _compiled() -> dict[str, int]:
-    started = time.perf_counter()
-    _log.info("Loading the CPU kernels; the first run on a machine compiles them, which takes some twenty seconds.")
+def _say_once() -> None:
+    _log.info("Compiling CPU kernels, which takes up to twenty seconds; later runs on this machine load them.")
+
+
+def worker(name: str) -> int:
+    """Return the address of a compiled worker; a process compiles or loads only those that it calls."""
+    with _lock:
+        return _compiled(name)
+
+
+@cache
+def _digest() -> str:
     # Numba's cache looks only at a function's own file, and would keep code that an older version of another made.
     contents = b"".join(Path(str(module.__file__)).read_bytes() for module in _SOURCES)
-    digest = hashlib.sha256(contents).hexdigest()[:16]
-    addresses = {}
-    for name, function in _WORKERS.items():
-        function.__qualname__ = f"{function.__name__}_{digest}"
-        worker: Any = CFunc(function, _SIGNATURE, {}, {"nopython": True})
-        worker._cache = cache_of(function)
-        worker.compile()
-        _alive.append(worker)
-        addresses[name] = _alive[-1].address
-    _log.info("CPU kernels ready after %.1f s.", time.perf_counter() - started)
-    return addresses
+    return hashlib.sha256(contents).hexdigest()[:16]
+
+
+@cache
+def _compiled(name: str) -> int:
+    started, function = time.perf_counter(), _WORKERS[name]
+    function.__qualname__ = f"{function.__name__}_{_digest()}"
+    compiled: Any = _Worker(function, _SIGNATURE, {}, {"nopython": True})
+    compiled._cache = cache_of(function)
+    compiled.compile()
+    _alive.append(compiled)
+    _log.debug("CPU kernel %s ready after %.1f s.", name, time.perf_counter() - started)
+    return int(compiled.address)

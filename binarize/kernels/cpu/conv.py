@@ -13,7 +13,7 @@ from binarize.kernels.binary_conv import BinaryConv, Geometry, Shortcut
 from binarize.kernels.bitpack import FilterShape
 from binarize.kernels.checks import as_channels_last, check_inputs
 from binarize.kernels.cpu import threads
-from binarize.kernels.cpu.compile import workers
+from binarize.kernels.cpu.compile import worker
 from binarize.kernels.cpu.fields import Conv
 from binarize.kernels.cpu.parameters import (
     STRIP_BYTES,
@@ -65,7 +65,7 @@ class CompiledConv:
         count, limits = threads.count(), (conv.low, conv.high)
         input_size = size[0], size[2], size[3], dtype.itemsize
         plan = _plan(input_size, conv.shape, conv.geometry, conv.unsigned, has_norm, count, limits, conv.shortcut)
-        self._plan, self._threads, self._worker = plan, min(count, plan.tasks), workers()["conv"]
+        self._plan, self._threads, self._worker = plan, min(count, plan.tasks), worker("conv")
         self._size = size[0], conv.shape.out_channels, plan.height, plan.width
         self._dtype, self._lanes, self._tensors = dtype, conv.shape.lanes, _dense_tensors(conv)
 

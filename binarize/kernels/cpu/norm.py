@@ -10,7 +10,7 @@ from torch import Tensor
 
 from binarize.kernels.checks import as_channels_last
 from binarize.kernels.cpu import threads
-from binarize.kernels.cpu.compile import workers
+from binarize.kernels.cpu.compile import worker
 from binarize.kernels.cpu.fields import Norm, Shuffle
 from binarize.kernels.cpu.parameters import (
     STRIP_BYTES,
@@ -38,8 +38,8 @@ def norm_factors(
     p[Norm.WEIGHT], p[Norm.BIAS], p[Norm.SHIFT] = (0 if t is None else t.data_ptr() for t in alive)
     set_image(p, Norm.X, x)
     _set_norm(p, out)
-    threads.run(workers()["moments"], p.buffer_info()[0], tasks)
-    threads.run(workers()["factors"], p.buffer_info()[0], 1)
+    threads.run(worker("moments"), p.buffer_info()[0], tasks)
+    threads.run(worker("factors"), p.buffer_info()[0], 1)
     return out
 
 
@@ -53,7 +53,7 @@ def norm_silu(x: Tensor, input_norm: Tensor) -> Tensor:
     set_image(p, Norm.X, x)
     set_image(p, Norm.OUT, out)
     _set_norm(p, input_norm)
-    threads.run(workers()["silu"], p.buffer_info()[0], tasks)
+    threads.run(worker("silu"), p.buffer_info()[0], tasks)
     return out
 
 
@@ -70,7 +70,7 @@ def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     set_image(p, Shuffle.HIDDEN, hidden)
     set_image(p, Shuffle.SKIP, skip)
     p[Shuffle.FIRST], p[Shuffle.SECOND] = (out.data_ptr() for out in outs)
-    threads.run(workers()["shuffle"], p.buffer_info()[0], batch * height)
+    threads.run(worker("shuffle"), p.buffer_info()[0], batch * height)
     return outs[0], outs[1]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from binarize.kernels.bitpack import LANES
 from binarize.kernels.checks import as_channels_last
 from binarize.kernels.cpu import threads
-from binarize.kernels.cpu.compile import workers
+from binarize.kernels.cpu.compile import worker
 from binarize.kernels.cpu.fields import Tiles, Winograd
 from binarize.kernels.cpu.parameters import ALIGN, TASKS_PER_THREAD, aligned, as_floats, set_image, set_scratch
 from binarize.kernels.cpu.simd import AVX512
@@ -83,7 +83,7 @@ def conv3x3(
         (4 * LANES, 4 * out_channels) if apart else (4 * LANES * channels, 64)
     )
     p[Winograd.WEIGHT_OUT : Winograd.WEIGHT_COLUMN + 1] = strides
-    threads.run(workers()["winograd_filter"], p.ctypes.data, out_channels // LANES)
+    threads.run(worker("winograd_filter"), p.ctypes.data, out_channels // LANES)
     if apart:
         _convolve_apart(x, filters, bias, tile, out)
         return out
@@ -111,7 +111,7 @@ def conv3x3(
     if residual is not None:
         held.append(as_channels_last(residual.to(x.dtype)))
         set_image(p, Winograd.RESIDUAL, held[-1])
-    threads.run(workers()["winograd"], p.ctypes.data, tasks)
+    threads.run(worker("winograd"), p.ctypes.data, tasks)
     return out
 
 
@@ -143,7 +143,7 @@ def _convolve_apart(x: Tensor, filters: Tensor, bias: Tensor | None, tile: Liter
         with torch.autocast("cpu", enabled=False):  # a backward may run inside autocast
             torch.bmm(patches[:, :here], filters, out=products[:, :here])
         p[Tiles.WORKERS] = p[Tiles.TASKS] = 0
-        threads.run(workers()["winograd_output"], p.ctypes.data, int(p[Tiles.COUNT]))
+        threads.run(worker("winograd_output"), p.ctypes.data, int(p[Tiles.COUNT]))
 
 
 def _tiles(x: Tensor, tile: int) -> tuple[np.ndarray, int]:
@@ -177,7 +177,7 @@ def _sums_in_cache(p: np.ndarray, tiles: int) -> Tensor:
     p[Tiles.COUNT_TILES], p[Tiles.GROUPS] = tiles, -(-tiles // TILES_TOGETHER)
     p[Tiles.TASK_GROUPS], p[Tiles.SUMS] = -(-p[Tiles.GROUPS] // count), sums.data_ptr()
     p[Tiles.COUNT] = -(-p[Tiles.GROUPS] // p[Tiles.TASK_GROUPS])
-    threads.run(workers()["winograd_tiles"], p.ctypes.data, int(p[Tiles.COUNT]))
+    threads.run(worker("winograd_tiles"), p.ctypes.data, int(p[Tiles.COUNT]))
     del memory
     return sums.sum(0)
 
@@ -204,7 +204,7 @@ def _in_planes(p: np.ndarray, tiles: int) -> Iterator[tuple[int, Tensor, Tensor]
         p[Tiles.WORKERS] = p[Tiles.TASKS] = 0
         p[Tiles.COUNT_TILES], p[Tiles.FIRST], p[Tiles.TASK_GROUPS] = here, first, 1
         p[Tiles.COUNT] = p[Tiles.GROUPS] = -(-here // TILES_TOGETHER)
-        threads.run(workers()["winograd_tiles"], p.ctypes.data, int(p[Tiles.COUNT]))
+        threads.run(worker("winograd_tiles"), p.ctypes.data, int(p[Tiles.COUNT]))
         yield here, patches, products
     del memory
 
@@ -216,7 +216,7 @@ def _filter_gradient(p: np.ndarray, sums: Tensor) -> Tensor:
     memory = set_scratch(p, Tiles.SCRATCH, threads.count(), 4 * 9 * LANES**2)
     p[Tiles.WORKERS] = p[Tiles.TASKS] = 0
     p[Tiles.COUNT], p[Tiles.SUMS], p[Tiles.OUT] = out_channels // LANES, sums.data_ptr(), out.data_ptr()
-    threads.run(workers()["winograd_filter_gradient"], p.ctypes.data, int(p[Tiles.COUNT]))
+    threads.run(worker("winograd_filter_gradient"), p.ctypes.data, int(p[Tiles.COUNT]))
     del memory
     return out
 
