@@ -20,6 +20,14 @@ def default_model(scale: int = 2) -> Path:
     return folder
 
 
+def default_generator() -> Path:
+    """Return the folder of the trained model that comes with the package for generating images."""
+    folder = FOLDER / "emoji"
+    if not (folder / _INDEX).is_file():
+        raise BinarizeError("this installation has no model that generates images; train one, and name it by --model.")
+    return folder
+
+
 def shipped_scales() -> list[int]:
     """Return the scales of the models that come with the package, ascending."""
     names = (index.parent.name for index in FOLDER.glob(f"x*/{_INDEX}"))

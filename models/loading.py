@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -18,6 +18,7 @@ from binarize.imaging import DecodedImage
 from binarize.json_files import read_json
 from binarize.kernels.backends import kernels_for
 from binarize.models.checks import OtherTimestepsError, check_weights
+from binarize.models.generation import GenerationPipeline
 from binarize.models.hub import HUB_NAME, download
 from binarize.models.official import load_official
 from binarize.models.pipeline import SuperResolutionPipeline
@@ -27,8 +28,10 @@ from binarize.packed.files import WEIGHTS
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scheduler = Literal["ddim", "dpm++"]
+PipelineT = TypeVar("PipelineT", SuperResolutionPipeline, GenerationPipeline)
 
 PIPELINE, NETWORK, RUN = "model_index.json", "config.json", "model"
+_NETWORK_FOLDERS = ("unet", "transformer")
 CHECKPOINT_SUFFIXES, PACKED_SUFFIX = (".pth", ".pt"), ".safetensors"
 _ALLOWED = (
     "a folder that `binarize train`, `binarize import-official` or `binarize pack` wrote, a run's folder, an SRUNet's "
@@ -61,6 +64,16 @@ def locate(path: Path) -> Path:
         where = f"the model is in {path.parent / RUN} after the first validation"
         raise BinarizeError(f"{path}: is a training checkpoint, for `binarize train --resume`; {where}.")
     raise BinarizeError(f"{path}: holds no model (no {PIPELINE} or {NETWORK}); give {_ALLOWED}.")
+
+
+def network_folder(path: Path) -> Path:
+    """Return the folder of the network of a diffusers pipeline or network."""
+    if (path / NETWORK).is_file():
+        return path
+    found = [path / name for name in _NETWORK_FOLDERS if (path / name / NETWORK).is_file()]
+    if not found:
+        raise BinarizeError(f"{path}: holds no network; looked for {NETWORK} in {', '.join(_NETWORK_FOLDERS)}.")
+    return found[0]
 
 
 def scale_of(path: Path, scale: int | None = None) -> int:
@@ -113,6 +126,34 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
         return SuperResolutionPipeline.from_pretrained(str(path), unet=network, local_files_only=True)
 
 
+def generates(path: Path) -> bool:
+    """Whether a model is the folder of a pipeline for another task than super-resolution."""
+    path = locate(path)
+    if not path.is_dir() or not (path / PIPELINE).is_file():
+        return False
+    return _read_json(path / PIPELINE).get("_class_name") != SuperResolutionPipeline.__name__
+
+
+def load_generator(path: Path) -> GenerationPipeline:
+    """Load a model that generates images as a pipeline on the CPU: a run's folder, or the folder of a pipeline.
+
+    A `DDPMPipeline` or another pipeline of diffusers with a ``unet`` and a ``scheduler`` alone is unconditional.
+    """
+    path = locate(path)
+    if not (path / PIPELINE).is_file():
+        raise BinarizeError(f"{path}: is no pipeline's folder; give one that holds a {PIPELINE}.")
+    index = _read_json(path / PIPELINE)
+    parts = {name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]}
+    if index.get("_class_name") != "GenerationPipeline" and parts != {"unet", "scheduler"}:
+        raise BinarizeError(f"{path}: is a {index.get('_class_name')}, not a pipeline that generates images.")
+    _read_json(path / "scheduler" / "scheduler_config.json")
+    _read_json(path / "unet" / NETWORK)
+    with _reading(path, "a pipeline"):
+        pipeline = GenerationPipeline.from_pretrained(str(path), local_files_only=True)
+    pipeline.unet.eval()
+    return pipeline
+
+
 def find_device(name: Device) -> torch.device:
     """Return a device of this machine by name; "auto" is a GPU if there is one."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -125,13 +166,13 @@ def find_device(name: Device) -> torch.device:
 
 
 def prepare(
-    pipeline: SuperResolutionPipeline,
+    pipeline: PipelineT,
     device: Device = "auto",
     dtype: Dtype = "float32",
     scheduler: Scheduler | None = None,
     *,
     pack: bool = True,
-) -> SuperResolutionPipeline:
+) -> PipelineT:
     """Move a pipeline in place to a device and a dtype, replace its scheduler if one is named, and return it.
 
     A binary network is packed if `pack` is true and the device has kernels for its bits, and unpacked otherwise.

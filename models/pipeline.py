@@ -252,7 +252,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
         scheduler = copy.deepcopy(self.scheduler)  # it keeps its position, and threads may share the pipeline
         set_timesteps(scheduler, num_inference_steps, self._execution_device)
         results: list[Any] = []
-        with _evaluating(self.unet), self.progress_bar(total=len(chunks) * len(scheduler.timesteps)) as bar:
+        with evaluating(self.unet), self.progress_bar(total=len(chunks) * len(scheduler.timesteps)) as bar:
             for chunk, grid in zip(chunks, grids, strict=True):
                 own = [generators[i] for i in chunk] if isinstance(generator, list | tuple) else generator
                 options = {"eta": eta, "generator": own}
@@ -340,7 +340,7 @@ def _chunks(sources: list[DecodedImage], batch_size: int) -> list[list[int]]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, and each of its submodules back into its previous mode afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()

@@ -8,27 +8,32 @@ from binarize.recipes.build import (
     build_model,
     build_pipeline,
     build_scheduler,
-    import_plugins,
     remove_stages,
     validate,
 )
-from binarize.recipes.load import copy_recipe, list_recipes, load_recipe, recipe_path
-from binarize.recipes.schema import Recipe
+from binarize.recipes.code import import_plugins
+from binarize.recipes.generation_recipe import GenerationDistillation, GenerationRecipe, NetworkSection, SamplerSection
+from binarize.recipes.load import copy_recipe, list_recipes, load_recipe, recipe_class, recipe_path
+from binarize.recipes.schema import TrainingRecipe
 from binarize.recipes.sections import (
     DistillationSection,
     Figures,
     MethodSection,
     ModelSection,
+    NoiseSchedule,
     ProgressiveSection,
     PublishedSection,
     SchedulerSection,
 )
 from binarize.recipes.stages import last_stage_end
+from binarize.recipes.super_resolution_recipe import Recipe
 
 __all__ = [
-    "DistillationSection", "Figures", "MethodSection", "ModelSection", "ProgressiveSection", "PublishedSection",
-    "Recipe", "SchedulerSection", "build", "build_model", "build_pipeline", "build_scheduler", "copy_recipe",
-    "import_plugins", "last_stage_end", "list_recipes", "load_recipe", "recipe_path", "remove_stages", "validate",
+    "DistillationSection", "Figures", "GenerationDistillation", "GenerationRecipe", "MethodSection", "ModelSection",
+    "NetworkSection", "NoiseSchedule", "ProgressiveSection", "PublishedSection", "Recipe", "SamplerSection",
+    "SchedulerSection", "TrainingRecipe", "build", "build_model", "build_pipeline", "build_scheduler", "copy_recipe",
+    "import_plugins", "last_stage_end", "list_recipes", "load_recipe", "recipe_class", "recipe_path", "remove_stages",
+    "validate",
 ]  # fmt: skip
 
 _IN_STUDIES = ("CellSection", "EvaluationSection", "Study", "list_studies", "load_study", "study_path")

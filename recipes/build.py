@@ -2,90 +2,49 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from binarize.conversion.convert import convert
 from binarize.conversion.export import binary_layers
 from binarize.errors import BinarizeError, listing
 from binarize.layers import undelayed
-from binarize.layers.parts import check_trusted
+from binarize.recipes.code import import_plugins
+from binarize.recipes.generation_recipe import GenerationRecipe
 from binarize.recipes.load import load_recipe
-from binarize.recipes.schema import Recipe
+from binarize.recipes.networks import generation_network, generation_pipeline, generation_scheduler
+from binarize.recipes.schema import TrainingRecipe
 from binarize.recipes.stages import last_stage_end, staged_overrides
+from binarize.recipes.super_resolution_recipe import Recipe
 
 if TYPE_CHECKING:
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    from binarize.models import SRUNet, SuperResolutionPipeline
+    from binarize.models import GenerationPipeline, SuperResolutionPipeline
 
 
-def import_plugins(plugins: Sequence[str]) -> None:
-    """Import a recipe's plugins (dotted names or .py files), once per process, so that their methods exist."""
-    for plugin in plugins:
-        if (_module_name(plugin) if plugin.endswith(".py") else plugin) in sys.modules:
-            continue
-        check_trusted(f"the plugin {plugin!r}")
-        try:
-            (_import_file if plugin.endswith(".py") else importlib.import_module)(plugin)
-        except BinarizeError:
-            raise
-        except Exception as error:  # a user's file can raise anything
-            hint = "" if plugin.endswith(".py") else " Name a file of your own by its path, ending in .py."
-            raise BinarizeError(f"plugins: cannot import {plugin!r}: {type(error).__name__}: {error}.{hint}") from error
-
-
-def _import_file(plugin: str) -> None:
-    path = Path(plugin).resolve()
-    if not path.is_file():
-        raise BinarizeError(f"plugins: there is no file {plugin!r}; paths are relative to the recipe's folder.")
-    name = _module_name(plugin)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None  # the name ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-
-
-def _module_name(plugin: str) -> str:
-    path = Path(plugin).resolve()
-    return f"binarize_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-
-
-def build(recipe: str | os.PathLike[str] | Recipe, *overrides: str) -> SRUNet:
+def build(recipe: str | os.PathLike[str] | TrainingRecipe, *overrides: str) -> nn.Module:
     """Return the converted, untrained network of a recipe: ``binarize.build("bidiffsr_x4")``.
 
-    The recipe is an installed recipe's name, the path of a YAML file, or a loaded `binarize.recipes.Recipe`; overrides
+    The recipe is an installed recipe's name, the path of a YAML file, or a loaded recipe; overrides
     are ``"key=value"`` strings that change it, such as ``"method.groups=2"``.
     """
-    if isinstance(recipe, Recipe) and overrides:
+    if isinstance(recipe, TrainingRecipe) and overrides:
         raise BinarizeError(f"build: a loaded recipe takes no overrides; got {overrides}. Give them to load_recipe.")
-    return build_model(recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides))
+    return build_model(recipe if isinstance(recipe, TrainingRecipe) else load_recipe(recipe, overrides))
 
 
-def build_model(recipe: Recipe, network: SRUNet | None = None) -> SRUNet:
+def build_model(recipe: TrainingRecipe, network: nn.Module | None = None) -> nn.Module:
     """Return a recipe's converted, untrained network on torch's current default device.
 
     Initial weights come from torch's global random state; `binarize.training.train` seeds it with the recipe's seed.
     A full-precision ``network`` is converted in place instead of a new one.
     """
-    from binarize.models import SRUNet
-
     import_plugins(recipe.plugins)
-    model = SRUNet(**recipe.model.config(recipe.scheduler.num_train_timesteps)) if network is None else network
+    model = _network(recipe) if network is None else network
     if recipe.method is None:
         return model
     overrides = recipe.overrides
@@ -95,28 +54,45 @@ def build_model(recipe: Recipe, network: SRUNet | None = None) -> SRUNet:
     keep = None if recipe.keep is None else list(recipe.keep)
     linear = recipe.linear if isinstance(recipe.linear, bool) else list(recipe.linear)
     options: dict[str, Any] = {"structure": recipe.structure, "overrides": overrides}
+    options["num_train_timesteps"] = recipe.scheduler.num_train_timesteps
     return convert(model, recipe.method.spec, keep=keep, linear=linear, **options)
 
 
-def remove_stages(recipe: Recipe, model: SRUNet) -> SRUNet:
+def _network(recipe: TrainingRecipe) -> nn.Module:
+    if isinstance(recipe, GenerationRecipe):
+        return generation_network(recipe)
+    from binarize.models import SRUNet
+
+    recipe = cast(Recipe, recipe)
+    return SRUNet(**recipe.model.config(recipe.scheduler.num_train_timesteps))
+
+
+def remove_stages(recipe: TrainingRecipe, model: nn.Module) -> nn.Module:
     """Return a network whose stages are over as its method's network without stages, with the same tensors."""
     plain = _network_without_stages(recipe)
     plain.load_state_dict(undelayed(model, plain), assign=True)
+    for name, buffer in list(plain.named_buffers()):
+        if buffer.is_meta:  # a buffer that is not part of the state
+            owner, _, own = name.rpartition(".")
+            setattr(plain.get_submodule(owner), own, model.get_buffer(name))
     return plain.train(model.training)
 
 
-def _network_without_stages(recipe: Recipe) -> SRUNet:
+def _network_without_stages(recipe: TrainingRecipe) -> nn.Module:
     with torch.device("meta"):
         return build_model(recipe.model_copy(update={"two_stage": None, "progressive": None}))
 
 
-def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
+def build_pipeline(recipe: TrainingRecipe, unet: nn.Module) -> SuperResolutionPipeline | GenerationPipeline:
     """Return the pipeline that samples from a recipe's network.
 
     If residuals are diffused, ``residual_scale`` must be set, as it is in the ``recipe.yaml`` of a run.
     """
+    if isinstance(recipe, GenerationRecipe):
+        return generation_pipeline(recipe, unet)
     from binarize.models import SuperResolutionPipeline
 
+    recipe = cast(Recipe, recipe)
     if recipe.target == "residual" and recipe.residual_scale is None:
         raise BinarizeError("residual_scale: not set, and the pipeline needs it; copy it from the run's recipe.yaml.")
     # A schedule with fewer timesteps than sampling steps must not make saving fail at the end of a long training.
@@ -126,8 +102,10 @@ def build_pipeline(recipe: Recipe, unet: SRUNet) -> SuperResolutionPipeline:
     return SuperResolutionPipeline(unet, build_scheduler(recipe), num_inference_steps=steps, **options)
 
 
-def build_scheduler(recipe: Recipe) -> DDIMScheduler:
-    """Return the noise schedule of a recipe, for training and sampling."""
+def build_scheduler(recipe: TrainingRecipe) -> Any:
+    """Return the noise schedule of a recipe, for sampling and, with its ``alphas_cumprod``, for training."""
+    if isinstance(recipe, GenerationRecipe):
+        return generation_scheduler(recipe)
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return DDIMScheduler(**recipe.scheduler.model_dump())
@@ -137,7 +115,7 @@ def _is_folder(path: Path) -> bool:
     return (path.parent if "{}" in path.name else path).is_dir()  # the last part can be a pattern of names
 
 
-def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainingRecipe:
     """Return a recipe after all checks that need no data and no memory for weights.
 
     In addition to the checks of `load_recipe`, this imports the plugins, builds the converted network on the meta
@@ -145,10 +123,11 @@ def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()
     and checks that the data folders exist.
     """
     recipe = load_recipe(name_or_path, overrides)
+    build_scheduler(recipe)
     with torch.device("meta"):
         build_model(recipe)
     keys = ("train_data_dir", "train_lr_data_dir", "validation_data_dir", "validation_lr_data_dir")
-    folders = {key: folder for key in keys if (folder := getattr(recipe, key)) is not None}
+    folders = {key: folder for key in keys if (folder := getattr(recipe, key, None)) is not None}
     missing = [f"{key}: there is no folder {str(path)!r}." for key, path in folders.items() if not _is_folder(path)]
     if missing:
         raise BinarizeError(listing(f"recipe {str(name_or_path)!r} names folders that do not exist:", missing))

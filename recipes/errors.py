@@ -8,10 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from binarize.errors import clip, did_you_mean, listing
-from binarize.recipes.schema import Recipe
 
 
-def explain(error: ValidationError, source: str, kind: str = "recipe", schema: type[BaseModel] = Recipe) -> str:
+def explain(error: ValidationError, source: str, kind: str, schema: type[BaseModel]) -> str:
     """Return all errors that pydantic found, one per line: the dotted key, the given value, what is allowed."""
     lines = [_line(item, schema) for item in error.errors(include_url=False)]
     count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"

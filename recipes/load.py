@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from binarize.errors import BinarizeError, clip, did_you_mean
 from binarize.files import read_text, write_atomic
 from binarize.recipes.errors import explain
-from binarize.recipes.schema import Recipe
+from binarize.recipes.generation_recipe import GenerationRecipe
+from binarize.recipes.schema import DEFAULT_TASK, TrainingRecipe
+from binarize.recipes.super_resolution_recipe import Recipe
 from binarize.recipes.yaml_text import MAX_BYTES, parse_yaml
 
 RECIPE_DIR = Path(__file__).parent
@@ -23,6 +25,8 @@ MERGED_SECTIONS = ("model", "scheduler", "method", "distillation", "progressive"
 # Keys that describe one recipe and are not inherited from its base.
 _MAX_BASES = 16
 _NOT_INHERITED = ("description", "published", "base", "output_dir")
+_TASKS: dict[str, type[TrainingRecipe]] = {cls.task: cls for cls in (Recipe, GenerationRecipe)}
+_SOURCES = {"method": ("name",), "model": ("from_pretrained", "factory")}
 
 
 def list_recipes() -> dict[str, str]:
@@ -48,8 +52,8 @@ def find_file(kind: str, name_or_path: str | os.PathLike[str], installed: Mappin
     raise BinarizeError(f"unknown {kind} {text!r}; installed: {', '.join(_abbreviated(installed))}. {hint}")
 
 
-def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Return a validated recipe, or raise an error that lists everything that is wrong, one per line.
+def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainingRecipe:
+    """Return a validated recipe of its task's class, or raise an error that lists everything that is wrong.
 
     Args:
         name_or_path: An installed recipe's name, or the path of a YAML file.
@@ -63,10 +67,21 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     data.pop("base", None)
     if data.get("output_dir") is None:
         data["output_dir"] = f"runs/{path.stem}"
+    schema = recipe_class(data, str(name_or_path))
+    data.pop("task", None)
     try:
-        return Recipe.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
-        raise BinarizeError(explain(error, str(name_or_path))) from None
+        raise BinarizeError(explain(error, str(name_or_path), "recipe", schema)) from None
+
+
+def recipe_class(data: Mapping[str, Any], source: str) -> type[TrainingRecipe]:
+    """Return the class of a recipe's keys; ``source`` names the recipe in errors."""
+    task = data.get("task", DEFAULT_TASK)
+    if task not in _TASKS:
+        hint = did_you_mean(str(task), _TASKS)
+        raise BinarizeError(f"{source}: unknown task {clip(repr(task), 60)}; tasks: {', '.join(_TASKS)}.{hint}")
+    return _TASKS[task]
 
 
 def copy_recipe(name: str, dest: str | os.PathLike[str], *, force: bool = False) -> Path:
@@ -87,6 +102,10 @@ def read_yaml(path: Path, kind: str) -> dict[str, Any]:
         raise BinarizeError(f"{path} is not a {kind}: it must hold `key: value` lines at its top level.")
     if isinstance(data.get("plugins"), list):
         data["plugins"] = beside(path.parent, data["plugins"])
+    model = data.get("model")
+    factory = model.get("factory") if isinstance(model, dict) else model
+    if isinstance(factory, str) and factory.partition(":")[0].endswith(".py"):
+        data["model"] = {**(model if isinstance(model, dict) else {}), "factory": str(path.parent / factory)}
     return data
 
 
@@ -158,8 +177,9 @@ def _merge(base: Mapping[str, Any], derived: Mapping[str, Any]) -> dict[str, Any
 
 
 def merges(key: str, value: Any) -> bool:
-    """Whether a value changes a section's keys one by one. One that names a method replaces the section."""
-    return key in MERGED_SECTIONS and isinstance(value, Mapping) and not (key == "method" and "name" in value)
+    """Whether a value changes a section's keys one by one. One that names a method or network replaces the section."""
+    replaces = isinstance(value, Mapping) and any(name in value for name in _SOURCES.get(key, ()))
+    return key in MERGED_SECTIONS and isinstance(value, Mapping) and not replaces
 
 
 def _as_section(key: str, value: Any) -> Any:

@@ -104,7 +104,15 @@ class DistillationSection(Section):
         return self
 
 
-class SchedulerSection(Section):
+class NoiseSchedule(Section):
+    """What the noise schedules of all tasks have."""
+
+    num_train_timesteps: int = Field(default=1000, ge=1, le=100_000, description="Training timesteps T.")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    """What the network predicts: the noise, the velocity, or the clean image."""
+
+
+class SchedulerSection(NoiseSchedule):
     """The noise schedule: the arguments of diffusers' `DDIMScheduler`, with the released settings as defaults."""
 
     num_train_timesteps: int = Field(default=2000, ge=1, le=100_000, description="Training timesteps T.")
@@ -112,8 +120,6 @@ class SchedulerSection(Section):
     beta_end: float = Field(default=1e-2, gt=0, lt=1, description="Last noise variance.")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     """Course of the variances from first to last."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    """What the network predicts: the noise, the velocity, or the clean image."""
     clip_sample: bool = Field(default=True, description="Clip the predicted image while sampling.")
     clip_sample_range: float = Field(default=1.0, gt=0, description="Largest magnitude after clipping.")
     set_alpha_to_one: bool = Field(default=True, description="Make the last sampling step noise-free.")

@@ -10,10 +10,10 @@ from binarize.layers import delayed
 from binarize.layers.parts import PartKind
 from binarize.methods import Method
 from binarize.modules import matches
-from binarize.recipes.schema import Recipe
+from binarize.recipes.schema import TrainingRecipe
 
 
-def staged_overrides(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, Any]:
+def staged_overrides(recipe: TrainingRecipe, methods: Mapping[str, Method]) -> dict[str, Any]:
     """Return the overrides of `binarize.convert` that delay the parts of each layer as the recipe's stages say.
 
     ``methods`` has the method of each binary layer without stages.
@@ -32,13 +32,13 @@ def staged_overrides(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str,
     return overrides
 
 
-def last_stage_end(recipe: Recipe) -> float | None:
+def last_stage_end(recipe: TrainingRecipe) -> float | None:
     """Return the share of the training steps after which all layers are binary, or None without stages."""
     ends = [recipe.two_stage, None if recipe.progressive is None else recipe.progressive.until]
     return max((end for end in ends if end is not None), default=None)
 
 
-def _binary_from(recipe: Recipe, layers: Iterable[str]) -> dict[str, float]:
+def _binary_from(recipe: TrainingRecipe, layers: Iterable[str]) -> dict[str, float]:
     """Return the share of the steps after which a layer becomes binary, for the layers that are not binary at once."""
     if recipe.progressive is None:
         return {}

@@ -23,7 +23,7 @@ from training_case import RESUME, assert_close, differences
 
 from binarize import files
 from binarize.recipes import load_recipe
-from binarize.training import Checkpoints, checkpoint, load_checkpoint, objective, train, validation
+from binarize.training import Checkpoints, checkpoint, load_checkpoint, objective, super_resolution, train
 
 OPTIONS = (
     "model.base_channels=8", "model.channel_mults=[1]", "model.res_blocks=1", "model.norm_groups=4", "model.dropout=0",
@@ -83,7 +83,7 @@ def kill_at(event: str, number: int) -> None:
         (files, "_exchange", renamed),
         (Path, "rename", renamed),
         (objective, "sample_losses", lambda *_: "step"),
-        (validation, "psnr", lambda *_: "validation"),
+        (super_resolution, "psnr", lambda *_: "validation"),
     ):
         after(owner, name, describe)
 

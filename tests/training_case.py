@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from binarize.training import load_checkpoint, objective, validation
+from binarize.training import load_checkpoint, objective, super_resolution
 
 TINY = (
     "model.base_channels=8", "model.channel_mults=[1, 2]", "model.norm_groups=4", "resolution=16", "train_batch_size=4",
@@ -73,4 +73,4 @@ def interrupt_at(forward_pass: int, patch: pytest.MonkeyPatch, signum: int) -> N
 def set_scores(scores: list[float], patch: pytest.MonkeyPatch) -> None:
     """Make validations report the given PSNRs, one after another."""
     remaining: Iterator[float] = iter(scores)
-    patch.setattr(validation, "psnr", lambda *arguments, **options: next(remaining))
+    patch.setattr(super_resolution, "psnr", lambda *arguments, **options: next(remaining))

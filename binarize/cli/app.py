@@ -14,6 +14,7 @@ from binarize.cli.demo import demo
 from binarize.cli.doctor import doctor
 from binarize.cli.errors import OneLineErrors
 from binarize.cli.evaluate import evaluate
+from binarize.cli.generate import generate
 from binarize.cli.import_official import import_official
 from binarize.cli.methods import methods
 from binarize.cli.pack import pack
@@ -49,7 +50,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Make diffusion models 1-bit, and upscale images with them.
+    """Make diffusion models 1-bit, and upscale or generate images with them.
 
     Exit status: 0 success, 1 an error (one line on stderr), 2 a wrong command line, 130 and 143 stopped by Ctrl-C and
     SIGTERM.
@@ -64,7 +65,7 @@ def _root(
         import_plugins(plugin)
 
 
-for command in (upscale, train, evaluate, summary, methods, import_official, pack, doctor, ablate, demo):
+for command in (upscale, generate, train, evaluate, summary, methods, import_official, pack, doctor, ablate, demo):
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,16 +13,16 @@ from binarize.cli.trust import TrustOption, code_of
 from binarize.errors import BinarizeError
 
 if TYPE_CHECKING:
-    import torch
-
-    from binarize.models import SRUNet
+    from torch import nn
 
 _LONGEST = 65536  # far more than the side of any image that is upscaled at once
+
+_SIZE = "Size of the image to count for; by default 256x256 for super-resolution, else that of the model."
 
 
 def summary(
     model: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="Name or file of a recipe, or a model.")],
-    size: Annotated[str, typer.Option(metavar="HxW", help="Size of the upscaled image to count for.")] = "256x256",
+    size: Annotated[str | None, typer.Option(metavar="HxW", show_default=False, help=_SIZE)] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Add a line per layer; JSON always has them.")] = False,
     style: Annotated[Literal["text", "markdown", "json"], typer.Option("--format", help="Output format.")] = "text",
     trust: TrustOption = False,
@@ -47,11 +47,11 @@ def summary(
         echo((found.to_markdown if style == "markdown" else found.to_text)(layers=layers))
 
 
-def _network(model: str) -> SRUNet:
+def _network(model: str) -> nn.Module:
     """Return the network of a recipe or a model. A recipe's name wins; a folder of that name needs a ``./``."""
     import torch
 
-    from binarize.models.loading import load_network
+    from binarize.models.loading import generates, load_generator, load_network
     from binarize.recipes import build, list_recipes, recipe_path
 
     if model in list_recipes() or Path(model).suffix in (".yaml", ".yml"):
@@ -59,17 +59,27 @@ def _network(model: str) -> SRUNet:
             return build(model)
     if not Path(model).exists():
         recipe_path(model)  # its error names the recipes and the nearest one
-    return load_network(Path(model))
+    return load_generator(Path(model)).unet if generates(Path(model)) else load_network(Path(model))
 
 
-def _inputs(network: SRUNet, size: str) -> tuple[torch.Tensor, ...]:
+def _inputs(network: Any, size: str | None) -> Any:
+    """Return meta tensors for `binarize.summary`, or None for its defaults."""
     import torch
 
+    if size is None:
+        return None
     match = re.fullmatch(r"([1-9]\d{0,9})[x×]([1-9]\d{0,9})", size)
     if match is None or max(map(int, match.groups())) > _LONGEST:
         what = f"must be height and width in pixels, from 1 to {_LONGEST}, such as 256x256."
         raise BinarizeError(f"--size {size:.40}: {what}")
     height, width = map(int, match.groups())
+    if type(network).__name__ != "SRUNet":
+        from binarize.conversion.summary import default_inputs
+
+        inputs = default_inputs(network)
+        if not isinstance(inputs, dict):
+            raise BinarizeError(f"--size {size}: a {type(network).__name__} has one size; leave it out.")
+        return {**inputs, "sample": torch.empty(1, inputs["sample"].shape[1], height, width, device="meta")}
     if height % (multiple := network.size_multiple) or width % multiple:
         raise BinarizeError(f"--size {size}: this network needs a multiple of {multiple} for both sides.")
     channels = network.config["out_channels"]

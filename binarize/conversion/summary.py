@@ -253,6 +253,8 @@ def default_inputs(model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
             sides, width = get("sample_size") or 64, get("cross_attention_dim", 1280)
             sides = (sides, sides) if isinstance(sides, int) else sides
             given = {"sample": torch.empty(1, get("in_channels", 3), *sides), "timestep": timestep}
+            if get("num_class_embeds") is not None:
+                given["class_labels"] = timestep
             if "UNet2DConditionModel" in names:
                 given["encoder_hidden_states"] = torch.empty(1, 77, width if isinstance(width, int) else width[-1])
             return given

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from binarize.evaluation import EvaluationReport, evaluate
 from binarize.files import write_text_atomic
 from binarize.imaging import degrade, read_image, save_image, upscale_bicubic
 from binarize.models.loading import load_pipeline, sample
-from binarize.recipes import load_recipe
+from binarize.recipes import Recipe, load_recipe
 from binarize.training import train
 
 RECIPE = "demo"
@@ -63,7 +63,7 @@ def run_demo(
         raise BinarizeError(f"{output}: holds a demonstration; choose another folder, or --force to replace it.")
     source = image_folder()
     folders = [f"train_data_dir={images / 'training'}", f"validation_data_dir={held_out}"]
-    recipe = load_recipe(RECIPE, [*folders, f"output_dir={output / 'run'}", *overrides])
+    recipe = cast(Recipe, load_recipe(RECIPE, [*folders, f"output_dir={output / 'run'}", *overrides]))
     pixels = prepare_images(source, images, recipe.scale)
     low, bicubic = _to_pil(pixels), _to_pil(upscale_bicubic(pixels, recipe.scale))
 

@@ -15,8 +15,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, Valida
 from binarize.errors import BinarizeError, listing
 from binarize.recipes import load as files
 from binarize.recipes.errors import explain
-from binarize.recipes.schema import Recipe
 from binarize.recipes.sections import Section, UserPath, needs_high_resolution
+from binarize.recipes.super_resolution_recipe import Recipe
 
 MAX_CELLS = 1000
 # Keys of a recipe that the study sets for every run.
@@ -123,7 +123,10 @@ class Study(Section):
             if name in found:
                 raise BinarizeError(f"two cells of the study are called {name!r}; a value is twice in its grid.")
             try:
-                found[name] = files.load_recipe(base, [*common, *own, *overrides])
+                recipe = files.load_recipe(base, [*common, *own, *overrides])
+                if not isinstance(recipe, Recipe):
+                    raise BinarizeError(f"{base}: its task is {recipe.task}; studies measure super_resolution alone.")
+                found[name] = recipe
             except BinarizeError as error:
                 errors.setdefault(str(error), []).append(name)
         if errors:

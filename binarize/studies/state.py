@@ -83,7 +83,7 @@ class StudyRun:
 
     def training_keys(self) -> dict[str, Any]:
         """Return everything that determines the trained weights."""
-        dumped = self.recipe.model_dump(mode="json", by_alias=True)
+        dumped = self.recipe.to_keys()
         keys = {key: value for key, value in dumped.items() if key not in BOOKKEEPING}
         if self.recipe.sampling_timesteps_share > 0:
             keys["num_inference_steps"] = self.recipe.num_inference_steps

@@ -13,7 +13,6 @@ from torch import Tensor
 from binarize.digests import check_sums, check_torch_file, write_sums
 from binarize.errors import BinarizeError, one_line
 from binarize.files import read_text, remove_folder, replace_folder, tidy
-from binarize.recipes import Recipe
 from binarize.recipes.errors import explain
 from binarize.recipes.yaml_text import MAX_BYTES, parse_mapping
 
@@ -145,13 +144,3 @@ def read_state(folder: Path) -> tuple[CheckpointState, dict[str, Any]]:
 
 def _unreadable(folder: Path, reason: str) -> BinarizeError:
     return BinarizeError(f"cannot read the checkpoint {folder}: {reason}; remove it and resume from an earlier one.")
-
-
-def with_saved_residual_scale(recipe: Recipe, folder: Path) -> Recipe:
-    """Return a recipe with the residual scale of a checkpoint's recipe, if it needs one and does not set it."""
-    if recipe.target != "residual" or recipe.residual_scale is not None:
-        return recipe
-    saved = parse_mapping(read_text(folder / RECIPE, MAX_BYTES), str(folder / RECIPE)).get("residual_scale")
-    if saved is not None and not (isinstance(saved, float | int) and saved > 0):
-        raise BinarizeError(f"{folder / RECIPE}: residual_scale is {saved!r:.80}; it must be a positive number.")
-    return recipe.model_copy(update={"residual_scale": saved})

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from binarize.errors import BinarizeError
 from binarize.imaging import ImagePairs, degrade, upscale_bicubic
 from binarize.imaging.pairs import raise_all
+from binarize.training.draws import PATCH_STREAM, below, draws, shuffled
 
 RESIDUAL_PATCHES = 512
 """Number of patches that `residual_std` measures."""
 _FILTER_RADIUS = 2  # of both resampling filters, in low-resolution pixels
-_EDGE = 1 << 16
-_ORDER_STREAM, _PATCH_STREAM = 0, 1
 
 
 class PairedPatches(Dataset[dict[str, Any]]):
@@ -90,38 +86,25 @@ class PairedPatches(Dataset[dict[str, Any]]):
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} is outside 0..{self.length - 1}")
         which = self._image_index(index)
-        draw = _draws(self.seed, _PATCH_STREAM, index, 1 + 2 * self.candidates)
+        draw = draws(self.seed, PATCH_STREAM, index, 1 + 2 * self.candidates)
         height, width = (side // self.scale for side in self.pairs.files[which].size)
         side = self.patch_size // self.scale
         hr, lr = self._cache[which] if which < len(self._cache) else self.pairs.read(which)
         places = [
-            (_below(rows, height - side + 1), _below(columns, width - side + 1))
+            (below(rows, height - side + 1), below(columns, width - side + 1))
             for rows, columns in zip((draw[0], *draw[3::2]), (draw[1], *draw[4::2]), strict=True)
         ]
         top, left = places[0]
         if len(places) > 1:
             top, left = max(places, key=lambda place: _texture(hr, self.scale, place, side))
         patches = _cut(hr, lr, self.scale, top, left, side)
-        turn = _below(draw[2], 8) if self.augment else 0
+        turn = below(draw[2], 8) if self.augment else 0
         high, low, condition = (_turned(patch, turn) for patch in patches)
         name = self.pairs.files[which].hr.stem
         return {"hr": high, "lr": low, "condition": condition, "index": index, "name": name}
 
     def _image_index(self, index: int) -> int:
-        epoch, position = divmod(index, len(self.pairs))
-        # A stable sort breaks ties (probability n**2 / 2**65) the same way on every machine.
-        order = np.argsort(_draws(self.seed, _ORDER_STREAM, epoch, len(self.pairs)), kind="stable")
-        return int(order[position])
-
-
-def image_digests(pairs: ImagePairs) -> dict[str, str]:
-    """Return the name of each file -> a digest of its size and of its first and last 64 KiB.
-
-    That is the whole of a small file; a larger PNG ends with the checksum of its pixels.
-    """
-    named = {files.hr.name: files.hr for files in pairs.files}
-    named |= {f"lr/{files.lr.name}": files.lr for files in pairs.files if files.lr is not None}
-    return {name: _digest(path) for name, path in named.items()}
+        return shuffled(self.seed, index, len(self.pairs))
 
 
 def residual_std(patches: PairedPatches, count: int = RESIDUAL_PATCHES) -> float:
@@ -134,19 +117,6 @@ def residual_std(patches: PairedPatches, count: int = RESIDUAL_PATCHES) -> float
     if std == 0:
         raise BinarizeError("target: residual: the training images equal their upscaled versions; use sharper images")
     return std
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest = hashlib.sha256(str(size).encode())
-            for start in sorted({0, max(0, size - _EDGE)}):
-                file.seek(start)
-                digest.update(file.read(_EDGE))
-    except OSError as error:
-        raise BinarizeError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()[:16]
 
 
 def _fill_cache(pairs: ImagePairs, budget: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -165,19 +135,6 @@ def _fill_cache(pairs: ImagePairs, budget: int) -> list[tuple[torch.Tensor, torc
             problems.append(str(error))
     raise_all(pairs.files[0].hr.parent, problems)
     return cache
-
-
-def _draws(seed: int, stream: int, counter: int, count: int) -> np.ndarray:
-    """Return ``count`` uint64 of a counter-based generator, whose raw stream NumPy guarantees not to change."""
-    key = np.array([seed, stream], dtype=np.uint64)
-    # The generator increments the first word of its counter, so the item's number is the second.
-    start = np.array([0, counter, 0, 0], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=start).random_raw(count)
-
-
-def _below(draw: np.uint64, bound: int) -> int:
-    """Map a uniform 64-bit integer to 0..bound - 1."""
-    return int(draw) * bound >> 64
 
 
 def _cut(

@@ -49,21 +49,24 @@ class Distillation:
             for outputs in self._outputs:
                 outputs.clear()
 
-    def compare(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run the teacher on the input of the student's last forward pass, inside `recording`.
+    def compare(self, predict: Callable[[nn.Module], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Run the teacher, as ``predict`` ran the student in its last forward pass, inside `recording`.
 
         Returns:
-            The teacher's prediction, (B, 3, H, W), and the mean over the blocks of |f / |f| - g / |g||^2 for the
+            The teacher's prediction, (B, C, H, W), and the mean over the blocks of |f / |f| - g / |g||^2 for the
             outputs f and g of student and teacher, (B,) in [0, 4]; None without features.
         """
         with torch.no_grad(), self.autocast():
-            prediction = self.teacher(noisy, timesteps, condition).sample
+            prediction = predict(self.teacher)
         if not self.blocks:
             return prediction, None
         return prediction, torch.stack([self._distance(name) for name in self.blocks]).mean(dim=0)
 
     def _distance(self, name: str) -> Tensor:
         ours, theirs = (outputs[name] for outputs in self._outputs)
+        if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor)):
+            kinds = f"{type(ours).__name__} in the student and {type(theirs).__name__} in the teacher"
+            raise BinarizeError(f"distillation.blocks: the output of {name} is a {kinds}; name blocks inside it.")
         if ours.shape != theirs.shape:
             shapes = f"{tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the teacher"
             raise BinarizeError(f"distillation.blocks: the outputs of {name} are {shapes}; leave the block out.")
@@ -89,7 +92,10 @@ def matching_blocks(patterns: tuple[str, ...], student: nn.Module, teacher: nn.M
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in names):
             found = f"the pattern {pattern!r} matches no module that student and teacher both have"
-            raise BinarizeError(f"distillation.blocks: {found}; names look like encoder.0.blocks.0.")
+            depth = len(pattern.split("."))
+            similar = [name for name in names if len(name.split(".")) == depth]
+            examples = ", ".join((similar or names)[:3])
+            raise BinarizeError(f"distillation.blocks: {found}; names look like {examples}.")
     return tuple(name for name in names if any(_matches(pattern, name) for pattern in patterns))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from binarize.errors import BinarizeError
 from binarize.files import write_text_atomic
 from binarize.locks import locked
-from binarize.recipes import Recipe
+from binarize.recipes import TrainingRecipe
 from binarize.training.checkpoint import RECIPE, Checkpoints
 from binarize.training.csv_log import NAME as LOG
 
@@ -20,7 +20,7 @@ BEST = "best"
 TRACKERS = ("tensorboard", "wandb")
 
 
-def find_start(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> Path | None:
+def find_start(recipe: TrainingRecipe, checkpoints: Checkpoints, force: bool) -> Path | None:
     """Return the checkpoint that a recipe resumes from, or None for a new run, without changing anything."""
     folder, which = recipe.output_dir, recipe.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
@@ -51,7 +51,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def prepare_folder(recipe: Recipe, checkpoints: Checkpoints, force: bool) -> None:
+def prepare_folder(recipe: TrainingRecipe, checkpoints: Checkpoints, force: bool) -> None:
     """Write the recipe into the output folder; with force, remove the files of an existing run first."""
     folder = recipe.output_dir
     try:

@@ -1,26 +1,27 @@
-"""The network that a run starts from, its teacher, and the scale of its residuals."""
+"""The network that a run starts from, and its teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
+
+from torch import nn
 
 from binarize.conversion.packing import is_packed
+from binarize.conversion.record import QUANTIZATION, conversion, is_converted, recorded_conversion
 from binarize.errors import BinarizeError, listing
-from binarize.models.loading import PIPELINE, RUN, load_network, load_pipeline
-from binarize.recipes import Recipe, build_model
-from binarize.training.data import PairedPatches, residual_std
-
-if TYPE_CHECKING:
-    from binarize.models import SRUNet
+from binarize.models.loading import PIPELINE, RUN, load_generator, load_network, load_pipeline
+from binarize.recipes import GenerationRecipe, TrainingRecipe, build_model, build_scheduler
 
 # Keys of a noise schedule that define what a prediction means; the others are for sampling only.
 _PREDICTION_KEYS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr",
     "residual_scale",
 )  # fmt: skip
+# Keys of a network's configuration that do not define its tensors, and the one for which there is its conversion.
+_FREE_KEYS = ("dropout", "sample_size", QUANTIZATION)
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,17 @@ class TrainedModel:
     """A trained network, on the CPU in evaluation mode, with its pipeline's noise schedule and residual scale."""
 
     path: Path
-    network: SRUNet
+    network: nn.Module
     scheduler: dict[str, Any] | None
     residual_scale: float | None
 
 
-def read_trained(key: str, path: Path) -> TrainedModel:
+def read_trained(key: str, path: Path, recipe: TrainingRecipe) -> TrainedModel:
     """Read the folder of a run, a pipeline or a network, or a released checkpoint; errors name the recipe's key."""
     try:
+        if isinstance(recipe, GenerationRecipe):
+            generator = load_generator(path)
+            return TrainedModel(path, generator.unet, dict(generator.scheduler.config), None)
         if (path / PIPELINE).is_file() or (path / RUN / PIPELINE).is_file():
             pipeline = load_pipeline(path)
             return TrainedModel(path, pipeline.unet, dict(pipeline.scheduler.config), pipeline.residual_scale)
@@ -44,26 +48,18 @@ def read_trained(key: str, path: Path) -> TrainedModel:
         raise BinarizeError(f"{key}: {error}") from error
 
 
-def with_residual_scale(recipe: Recipe, patches: PairedPatches, trained: Iterable[TrainedModel | None]) -> Recipe:
-    """Return the recipe with its residual scale: that of the trained models, or measured on the training patches."""
-    if recipe.target != "residual" or recipe.residual_scale is not None:
-        return recipe
-    known = [model.residual_scale for model in trained if model is not None and model.residual_scale is not None]
-    return recipe.model_copy(update={"residual_scale": known[0] if known else residual_std(patches)})
-
-
-def check_same_prediction(key: str, recipe: Recipe, trained: TrainedModel) -> None:
+def check_same_prediction(key: str, recipe: TrainingRecipe, trained: TrainedModel) -> None:
     """Raise an error if a trained model predicts another quantity than the recipe, as far as its files say."""
     if trained.scheduler is None:
         return
-    own = {**recipe.scheduler.model_dump(), "residual_scale": recipe.residual_scale}
-    expected = {name: own[name] for name in _PREDICTION_KEYS}
+    own = {**build_scheduler(recipe).config, "residual_scale": getattr(recipe, "residual_scale", None)}
     found = {**trained.scheduler, "residual_scale": trained.residual_scale}
+    expected = {name: own[name] for name in _PREDICTION_KEYS if name in own and name in found}
     message = f"{key}: {trained.path} was trained to predict something else"
     _check_equal(message, found, expected, "Make the recipe's scheduler and target those of the trained model.")
 
 
-def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
+def initial_network(recipe: TrainingRecipe, start: TrainedModel | None) -> nn.Module:
     """Return the network at step 0, converted as the recipe says: a new one, or the one that ``init_from`` names.
 
     A full-precision network is converted: its weights become the latent weights, and parts are initialised from them.
@@ -73,19 +69,26 @@ def initial_network(recipe: Recipe, start: TrainedModel | None) -> SRUNet:
         return build_model(recipe)
     network = start.network
     different = f"init_from: {start.path} holds another network than the recipe's"
-    if network.config["conversion"] is None:
-        expected = recipe.model.config(recipe.scheduler.num_train_timesteps)
-        _check_equal(different, network.config, {key: expected[key] for key in expected if key != "dropout"})
+    if not is_converted(network):
+        # Built anew, it has the recipe's dropout and the current default dtype.
         full = build_model(recipe.model_copy(update={"method": None, "two_stage": None, "progressive": None}))
-        full.load_state_dict(network.state_dict())  # keeps the recipe's dropout and the current default dtype
+        _check_equal(different, _settings(network), _settings(full))
+        full.load_state_dict(network.state_dict())
         return build_model(recipe, full)
     if is_packed(network):
         raise BinarizeError(f"init_from: {start.path} is packed; give the model that it was packed from.")
     model = build_model(recipe)
-    expected = {key: value for key, value in model.config.items() if key != "dropout" and not key.startswith("_")}
-    _check_equal(different, network.config, expected)
+    _check_equal(different, _settings(network), _settings(model))
     model.load_state_dict(network.state_dict())
     return model
+
+
+def _settings(network: nn.Module) -> dict[str, Any]:
+    """Return what defines a network's tensors: its class, its configuration and its conversion."""
+    config = {key: value for key, value in cast(Any, network).config.items() if not key.startswith("_")}
+    kept = {key: value for key, value in config.items() if key not in _FREE_KEYS}
+    converted = recorded_conversion(conversion(network)) if is_converted(network) else None
+    return {"class": type(network).__name__, **kept, "conversion": converted}
 
 
 def _check_equal(message: str, found: Mapping[str, Any], expected: Mapping[str, Any], fix: str = "") -> None:

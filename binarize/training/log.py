@@ -18,11 +18,11 @@ from binarize.errors import BinarizeError, one_line
 from binarize.files import write_text_atomic
 from binarize.inspect import FlipTracker
 from binarize.progress import ProgressBar
-from binarize.recipes import Recipe
+from binarize.recipes import TrainingRecipe
 from binarize.training.csv_log import CsvLog
 
 if TYPE_CHECKING:
-    from binarize.training.validation import ValidationResult
+    from binarize.training.tasks import ValidationResult
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Log:
         return flips, {f"flips/{name}": float(share) for name, share in shares}
 
 
-def start_tracker(recipe: Recipe, accelerator: Accelerator, step: int) -> None:
+def start_tracker(recipe: TrainingRecipe, accelerator: Accelerator, step: int) -> None:
     """Start the recipe's tracker in the run's folder, which exists; a resumed run continues its records."""
     if recipe.report_to is None:
         return

@@ -20,14 +20,22 @@ from binarize.conversion.memory import memory_mode
 from binarize.errors import BinarizeError, one_line
 from binarize.layers import training_step
 from binarize.progress import ProgressBar
-from binarize.recipes import Recipe, build_pipeline, build_scheduler, last_stage_end, remove_stages
+from binarize.recipes import (
+    GenerationRecipe,
+    Recipe,
+    TrainingRecipe,
+    build_pipeline,
+    build_scheduler,
+    last_stage_end,
+    remove_stages,
+)
 from binarize.training import initial
-from binarize.training.checkpoint import Checkpoints, CheckpointState, read_state, with_saved_residual_scale
+from binarize.training.checkpoint import Checkpoints, CheckpointState, read_state
 from binarize.training.csv_log import CsvLog
-from binarize.training.data import image_digests
 from binarize.training.distillation import Distillation
 from binarize.training.errors import DivergedError, TrainingInterrupted
 from binarize.training.folder import BEST, MODEL, SAMPLES, find_start, lock_folder, prepare_folder
+from binarize.training.generation import Generation
 from binarize.training.log import Log, LogEntry, start_tracker
 from binarize.training.malloc import keep_large_blocks_apart
 from binarize.training.objective import Objective
@@ -35,9 +43,11 @@ from binarize.training.optim import build_lr_scheduler, build_optimizer
 from binarize.training.processes import accelerator_for, on_main, reduce_losses
 from binarize.training.randomness import torch_seed
 from binarize.training.resume import check_resumable, check_same_images
-from binarize.training.samples import BatchPlan, batch_loader, close, training_samples
+from binarize.training.samples import BatchPlan, batch_loader, close
 from binarize.training.signals import StopRequest
-from binarize.training.validation import Validator, averaged_weights, export
+from binarize.training.super_resolution import SuperResolution
+from binarize.training.tasks import Task
+from binarize.training.validation import averaged_weights, export
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class TrainResult:
     """The result of a finished run.
 
     Attributes:
-        model_dir: A saved `SuperResolutionPipeline`.
+        model_dir: A saved `SuperResolutionPipeline` or `GenerationPipeline`.
         steps: Number of optimiser steps, including those before a resume.
         history: The log since the start or the resume.
         validation: Step -> mean PSNR on luma without the border, in dB.
@@ -63,7 +73,7 @@ class TrainResult:
     seconds: float
 
 
-def train(recipe: Recipe, *, force: bool = False, progress: bool = True) -> TrainResult:
+def train(recipe: TrainingRecipe, *, force: bool = False, progress: bool = True) -> TrainResult:
     """Train a recipe, in as many processes as the program was launched in.
 
     Every random number is a function of the recipe's seed and of the sample or step that uses it. A resumed run is
@@ -81,11 +91,18 @@ def train(recipe: Recipe, *, force: bool = False, progress: bool = True) -> Trai
         return _Run(recipe, accelerator, stop, held, force=force, progress=progress).train()
 
 
+def open_task(recipe: TrainingRecipe, plan: BatchPlan) -> Task:
+    """Return the task of a recipe, or raise an error if its training or validation images cannot be used."""
+    if isinstance(recipe, GenerationRecipe):
+        return Generation(recipe, plan)
+    return SuperResolution(cast(Recipe, recipe), plan)
+
+
 class _Run:
     """One call of `train`: the objects that a step needs, and the steps."""
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, stop: StopRequest, held: ExitStack, *, force: bool,
+        self, recipe: TrainingRecipe, accelerator: Accelerator, stop: StopRequest, held: ExitStack, *, force: bool,
         progress: bool,
     ) -> None:  # fmt: skip
         self.accelerator, self.stop = accelerator, stop
@@ -94,27 +111,23 @@ class _Run:
         self.plan = BatchPlan(size, accumulation, accelerator.num_processes, accelerator.process_index)
         self.checkpoints = Checkpoints(recipe.output_dir, recipe.checkpoints_total_limit)
         self.start = find_start(recipe, self.checkpoints, force)
-        self.samples = training_samples(recipe, self.plan)
-        self.images = image_digests(self.samples.patches.pairs)
-        self.validator = Validator(recipe)
+        self.task = open_task(recipe, self.plan)
         section = recipe.distillation
-        teacher = None if section is None else initial.read_trained("distillation", section.teacher)
+        teacher = None if section is None else initial.read_trained("distillation", section.teacher, recipe)
         trained = None
-        if self.start is not None:
-            recipe = with_saved_residual_scale(recipe, self.start)
-        elif recipe.init_from is not None:
-            trained = initial.read_trained("init_from", recipe.init_from)
-        self.recipe = recipe = initial.with_residual_scale(recipe, self.samples.patches, [teacher, trained])
+        if self.start is None and recipe.init_from is not None:
+            trained = initial.read_trained("init_from", recipe.init_from, recipe)
+        self.recipe = recipe = self.task.complete(recipe, self.start, [teacher, trained])
         state = None if self.start is None else self._read(self.start)
 
         torch.manual_seed(torch_seed(recipe.seed, "weights"))
-        self.unet = initial.initial_network(recipe, trained).train()
+        self.unet: Any = initial.initial_network(recipe, trained).train()
         if recipe.memory_mode == "compact":
             if accelerator.device.type == "cpu":
                 keep_large_blocks_apart()
             memory_mode(self.unet, "compact")
         if recipe.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self._checkpoint_activations()
         optimizer = build_optimizer(recipe, self.unet)
         self.lr_scheduler = build_lr_scheduler(recipe, optimizer)
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
@@ -135,6 +148,12 @@ class _Run:
         self.log = Log(accelerator, self.unet, table)
         self.validation: dict[int, float] = {}
         self._print_start()
+
+    def _checkpoint_activations(self) -> None:
+        try:
+            self.unet.enable_gradient_checkpointing()
+        except ValueError as error:  # of diffusers
+            raise BinarizeError(f"gradient_checkpointing: {one_line(error)}; set it to false.") from error
 
     def _enter_folder(self, held: ExitStack, force: bool) -> None:
         held.enter_context(lock_folder(self.recipe.output_dir))
@@ -165,7 +184,7 @@ class _Run:
             self._validate()
         steps, cuda = range(self.step, recipe.max_train_steps), self.accelerator.device.type == "cuda"
         workers = recipe.dataloader_num_workers
-        batches = iter(batch_loader(self.samples, self.plan, steps, workers=workers, pin_memory=cuda))
+        batches = iter(batch_loader(self.task.samples, self.plan, steps, workers=workers, pin_memory=cuda))
         try:
             # A run without steps was resumed from a checkpoint.
             checkpoint = cast(Path, self._train_steps(batches))
@@ -247,8 +266,9 @@ class _Run:
                 "dataloader_num_workers and continue with resume_from_checkpoint=latest."
             ) from error
         device, dtype = self.accelerator.device, self.unet.dtype
-        tensors = {name: batch[name].to(device, dtype, non_blocking=True) for name in ("hr", "noise", "condition")}
-        return {**tensors, "timestep": batch["timestep"].to(device, non_blocking=True)}, batch["name"]
+        tensors = {name: batch[name] for name in (*self.objective.inputs.tensors, "noise", "timestep")}
+        dtypes = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+        return {name: t.to(device, dtypes[name], non_blocking=True) for name, t in tensors.items()}, batch["name"]
 
     def _gradient_is_finite(self) -> bool:
         grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -279,7 +299,7 @@ class _Run:
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "validated": self.validated,
                 "best": self.best,
-                "images": self.images,
+                "images": self.task.images,
             }
             best = None if self.best is None else self.best[0]
             return self.checkpoints.save(self.step, state, self.recipe.to_yaml(), best)
@@ -289,7 +309,7 @@ class _Run:
     def _read(self, folder: Path) -> CheckpointState:
         state, recipe = read_state(folder)
         check_resumable(self.recipe, self.plan.total, recipe, state.samples_per_step, folder)
-        check_same_images(self.images, state.images, folder)
+        check_same_images(self.task.images, state.images, folder)
         return state
 
     def _restore(self, state: CheckpointState, folder: Path) -> None:
@@ -322,8 +342,9 @@ class _Run:
                 pipeline = build_pipeline(self.recipe, network)
                 pipeline.set_progress_bar_config(disable=True)
                 export(pipeline, folder / MODEL)
-                results = list(self.validator(pipeline))
-                psnr = sum(result.psnr for result in results) / len(results) if results else None
+                results = list(self.task.validate(pipeline))
+                values = [result.psnr for result in results if result.psnr is not None]
+                psnr = sum(values) / len(values) if values else None
                 if psnr is not None and self._is_best(psnr):
                     export(pipeline, folder / BEST)
             for result in results:
@@ -357,7 +378,7 @@ class _Run:
             self._print("there is no checkpoint yet; starting a new run")
         factors = f"{plan.size} samples x {plan.accumulation} forward passes x {plan.processes} processes"
         self._print(f"{factors} = {plan.total} per step, on {self.accelerator.device}")
-        if self.recipe.residual_scale is not None:
+        if isinstance(self.recipe, Recipe) and self.recipe.residual_scale is not None:
             self._print(f"residuals are divided by {self.recipe.residual_scale:.6g}")
 
     def _print(self, text: str) -> None:

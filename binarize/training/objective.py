@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from binarize.errors import BinarizeError
-from binarize.models.target import diffused_of
-from binarize.recipes import Recipe
+from binarize.recipes import TrainingRecipe
+from binarize.training.inputs import Network, inputs_of
 
 if TYPE_CHECKING:
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
     from binarize.training.distillation import Distillation
 
 _CHARBONNIER_EPSILON = 1e-3
@@ -28,19 +25,24 @@ class Losses(NamedTuple):
 
 
 class Objective:
-    """The loss of a recipe as a function of a batch; ``residual_scale`` must be set if residuals are diffused."""
+    """The loss of a recipe as a function of a batch; ``residual_scale`` must be set if residuals are diffused.
 
-    def __init__(self, recipe: Recipe, scheduler: DDIMScheduler, distillation: Distillation | None = None) -> None:
-        self.recipe, self.scheduler, self.distillation = recipe, scheduler, distillation
+    The noise is that of DDPM, whatever the scheduler: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise. Schedulers over noise
+    levels, such as Euler's, give a network the same x_t in sampling, by ``scale_model_input``.
+    """
 
-    def __call__(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Losses:
-        """Return the losses of a batch for a model that is called as ``model(noisy, timesteps, condition).sample``.
+    def __init__(self, recipe: TrainingRecipe, scheduler: Any, distillation: Distillation | None = None) -> None:
+        self.recipe, self.distillation = recipe, distillation
+        self.scheduler, self.inputs = diffusion_of(scheduler), inputs_of(recipe)
 
-        The batch has ``hr``, ``condition`` and ``noise``, (B, 3, H, W), and ``timestep``, (B,), on the model's device.
+    def __call__(self, model: Network, batch: dict[str, Tensor]) -> Losses:
+        """Return the losses of a batch, whose entries are on the model's device, for a model as `Inputs` calls it.
+
+        The batch has the tensors of the recipe's `Inputs`, ``noise``, (B, C, H, W), and ``timestep``, (B,).
         """
-        recipe, timesteps, condition = self.recipe, batch["timestep"], batch["condition"]
-        clean = diffused_of(batch["hr"], condition, recipe.residual_scale)
-        noisy = self.scheduler.add_noise(clean, batch["noise"], cast(Any, timesteps))
+        recipe, timesteps = self.recipe, batch["timestep"]
+        clean = self.inputs.clean(batch)
+        noisy = self.scheduler.add_noise(clean, batch["noise"], timesteps)
         target = prediction_target(self.scheduler, clean, batch["noise"], timesteps)
         weights = None
         if recipe.snr_gamma is not None:
@@ -50,12 +52,19 @@ class Objective:
             losses = sample_losses(recipe.loss, prediction, target)
             return losses if weights is None else losses * weights.to(losses.dtype)
 
+        def predict(network: Network) -> Tensor:
+            prediction = self.inputs.predict(network, noisy, timesteps, batch)
+            if prediction.shape != target.shape:
+                shapes = f"{tuple(prediction.shape)} for a target of {tuple(target.shape)}"
+                raise BinarizeError(f"the network's prediction has the shape {shapes}; they must be equal.")
+            return prediction
+
         if self.distillation is None:
-            return Losses(distance(model(noisy, timesteps, condition).sample, target), {})
+            return Losses(distance(predict(model), target), {})
         section = self.distillation.section
         with self.distillation.recording():
-            prediction = model(noisy, timesteps, condition).sample
-            teacher_prediction, features = self.distillation.compare(noisy, timesteps, condition)
+            prediction = predict(model)
+            teacher_prediction, features = self.distillation.compare(predict)
         parts = {"task": distance(prediction, target), "output": distance(prediction, teacher_prediction)}
         total = section.task * parts["task"] + section.output * parts["output"]
         if features is not None:
@@ -64,7 +73,17 @@ class Objective:
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 
 
-def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def diffusion_of(scheduler: Any) -> Any:
+    """Return a scheduler with the same betas and prediction type whose ``add_noise`` is that of DDPM."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    if isinstance(scheduler, DDIMScheduler):
+        return scheduler
+    kind = scheduler.config["prediction_type"]
+    return DDIMScheduler(len(scheduler.betas), trained_betas=scheduler.betas.tolist(), prediction_type=kind)
+
+
+def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Return the training target for the scheduler's ``prediction_type``, (B, C, H, W).
 
     It is the noise for "epsilon", the clean x_0 for "sample", and sqrt(a_t) noise - sqrt(1 - a_t) x_0 for
@@ -76,11 +95,11 @@ def prediction_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, ti
     if kind == "sample":
         return clean
     if kind == "v_prediction":
-        return scheduler.get_velocity(clean, noise, cast(Any, timesteps))
+        return scheduler.get_velocity(clean, noise, timesteps)
     raise BinarizeError(f"unknown prediction_type {kind!r}; it must be 'epsilon', 'sample' or 'v_prediction'.")
 
 
-def snr_weights(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float, loss: str) -> Tensor:
+def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float, loss: str) -> Tensor:
     """Return the Min-SNR weight of each sample (Hang et al. 2023, "Min-SNR Weighting Strategy"), (B,) float64.
 
     With snr = a_t / (1 - a_t), the squared error of x_0 is weighted by min(snr, gamma), whatever the network predicts:

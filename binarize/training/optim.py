@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from binarize.conversion.export import param_groups
 from binarize.errors import BinarizeError, did_you_mean
-from binarize.recipes import Recipe
+from binarize.recipes import TrainingRecipe
 
 _OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _TIMM = "timm/"
@@ -44,7 +44,7 @@ class TimmSchedule:
         self.schedule.step_update(self.updates)
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+def build_optimizer(recipe: TrainingRecipe, model: nn.Module) -> Optimizer:
     """Return the recipe's optimiser, with weight decay only for the parameters that `param_groups` gives it."""
     groups = param_groups(model, weight_decay=recipe.adam_weight_decay)
     betas, options = (recipe.adam_beta1, recipe.adam_beta2), recipe.optimizer_options
@@ -60,7 +60,7 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
         raise BinarizeError(f"optimizer: {recipe.optimizer} cannot be built with {given}: {error}.") from error
 
 
-def _timm_optimizer(recipe: Recipe, groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
+def _timm_optimizer(recipe: TrainingRecipe, groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
     _require_timm("optimizer", recipe.optimizer)
     from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
@@ -79,7 +79,7 @@ def _timm_optimizer(recipe: Recipe, groups: list[dict[str, Any]], options: dict[
     return create_optimizer_v2([group for group in groups if group["params"]], name, **options)
 
 
-def build_lr_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | TimmSchedule:
+def build_lr_scheduler(recipe: TrainingRecipe, optimizer: Optimizer) -> LRScheduler | TimmSchedule:
     """Return the recipe's learning-rate schedule, to be stepped once per optimiser step."""
     if not recipe.lr_scheduler.startswith(_TIMM):
         steps = {"num_warmup_steps": recipe.lr_warmup_steps, "num_training_steps": recipe.max_train_steps}

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from torch import Tensor
 
 from binarize.errors import BinarizeError
-from binarize.recipes import Recipe
+from binarize.recipes import TrainingRecipe
 
 T = TypeVar("T")
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -26,7 +26,7 @@ _PACKAGES = {"wandb": "wandb", "tensorboard": "'binarize-diffusion[train]'"}
 
 
 @contextmanager
-def accelerator_for(recipe: Recipe) -> Iterator[Accelerator]:
+def accelerator_for(recipe: TrainingRecipe) -> Iterator[Accelerator]:
     """Set Accelerate up as the recipe says, and restore torch's random state and TF32 flags at the end."""
     if recipe.report_to is not None and importlib.util.find_spec(recipe.report_to) is None:
         package = _PACKAGES[recipe.report_to]

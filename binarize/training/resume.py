@@ -11,14 +11,14 @@ from pydantic import TypeAdapter
 
 from binarize.errors import BinarizeError, listing
 from binarize.layers.schedule import Scheduled
-from binarize.recipes import Recipe, build_model
+from binarize.recipes import TrainingRecipe, build_model, recipe_class
 
 # Keys that do not change the trained weights. Sampling steps do if `sampling_timesteps_share` is positive.
 BOOKKEEPING = {
     "description", "published", "plugins", "output_dir", "dataloader_num_workers", "gradient_checkpointing",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_data_dir",
     "validation_lr_data_dir", "validation_steps", "num_validation_images", "num_inference_steps", "report_to",
-    "logging_steps", "residual_strength",
+    "logging_steps", "residual_strength", "guidance_scale",
 }  # fmt: skip
 # Keys that may change in addition when a run moves to another machine. The batch is compared as a whole.
 _RESUMABLE = BOOKKEEPING | {
@@ -27,7 +27,9 @@ _RESUMABLE = BOOKKEEPING | {
 }  # fmt: skip
 
 
-def check_resumable(recipe: Recipe, total: int, saved: dict[str, Any], saved_total: int, checkpoint: Path) -> None:
+def check_resumable(
+    recipe: TrainingRecipe, total: int, saved: dict[str, Any], saved_total: int, checkpoint: Path
+) -> None:
     """Check that the keys of a checkpoint's recipe differ only in keys that do not change the result.
 
     ``max_train_steps`` may change if nothing depends on it. The totals are samples per optimiser step.
@@ -35,7 +37,7 @@ def check_resumable(recipe: Recipe, total: int, saved: dict[str, Any], saved_tot
     free = _RESUMABLE | (set() if _depends_on_length(recipe) else {"max_train_steps"})
     if recipe.sampling_timesteps_share > 0:
         free = free - {"num_inference_steps"}
-    changed = changes(with_defaults(saved), recipe.model_dump(mode="json", by_alias=True), free)
+    changed = changes(with_defaults(saved), recipe.to_keys(), free)
     if total != saved_total:
         factors = "train_batch_size * gradient_accumulation_steps * processes"
         changed.append(f"samples per optimiser step: were {saved_total}, are {total}; they are {factors}")
@@ -73,12 +75,12 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection
 
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     """Return a stored recipe with the defaults of top-level keys that its version did not have."""
-    fields = Recipe.model_fields.items()
+    fields = recipe_class(saved, "recipe").model_fields.items()
     values = {name: f.get_default(call_default_factory=True) for name, f in fields if not f.is_required()}
     return {**TypeAdapter(Any).dump_python(values, mode="json"), **saved}
 
 
-def _depends_on_length(recipe: Recipe) -> bool:
+def _depends_on_length(recipe: TrainingRecipe) -> bool:
     """Whether a step depends on ``max_train_steps``: by the learning rate, stages or a method's schedule."""
     if not recipe.lr_scheduler.startswith("constant") or recipe.two_stage or recipe.progressive:
         return True

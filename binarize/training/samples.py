@@ -1,4 +1,4 @@
-"""The stream of training samples: the patch, timestep and noise of the n-th sample of a run."""
+"""The stream of training samples: the image, timestep and noise of the n-th sample of a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from binarize.errors import BinarizeError
-from binarize.recipes import Recipe, build_scheduler
-from binarize.training.data import RESIDUAL_PATCHES, PairedPatches
+from binarize.recipes import TrainingRecipe, build_scheduler
+from binarize.training.inputs import inputs_of
 from binarize.training.randomness import generator
 
 
@@ -45,13 +45,15 @@ class BatchPlan:
 
 @dataclass
 class NoisySamples(Dataset[dict[str, Any]]):
-    """Training patches with their timestep and noise, each a function of the sample's global index.
+    """Training images with their timestep and noise, each a function of the sample's global index.
 
-    Timesteps are uniform in 0..``num_train_timesteps`` - 1, except that with probability ``favoured_share`` they are
-    uniform in ``favoured``. ``share_timestep`` consecutive samples have the same timestep.
+    An item of ``data`` is a dict; its entry ``clean`` is the image that gets the noise. Timesteps are uniform in
+    0..``num_train_timesteps`` - 1, except that with probability ``favoured_share`` they are uniform in ``favoured``.
+    ``share_timestep`` consecutive samples have the same timestep.
     """
 
-    patches: PairedPatches
+    data: Dataset[dict[str, Any]]
+    clean: str
     num_train_timesteps: int
     seed: int
     share_timestep: int = 1
@@ -59,10 +61,10 @@ class NoisySamples(Dataset[dict[str, Any]]):
     favoured_share: float = 0.0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the patch's entries, its ``noise`` (3, P, P) float32 and its ``timestep``."""
-        patch = self.patches[index]
-        noise = generator(self.seed, "noise", index).standard_normal(tuple(patch["hr"].shape), dtype="float32")
-        return {**patch, "noise": torch.from_numpy(noise), "timestep": self._timestep(index // self.share_timestep)}
+        """Return the image's entries, its ``noise``, float32 of its shape, and its ``timestep``."""
+        item = self.data[index]
+        noise = generator(self.seed, "noise", index).standard_normal(tuple(item[self.clean].shape), dtype="float32")
+        return {**item, "noise": torch.from_numpy(noise), "timestep": self._timestep(index // self.share_timestep)}
 
     def _timestep(self, index: int) -> int:
         draw = generator(self.seed, "timestep", index)
@@ -72,20 +74,24 @@ class NoisySamples(Dataset[dict[str, Any]]):
         return uniform
 
 
-def training_samples(recipe: Recipe, plan: BatchPlan) -> NoisySamples:
-    """Return the stream of samples of a recipe, or raise an error if its training images cannot be used."""
-    if recipe.train_data_dir is None:
-        raise BinarizeError("train_data_dir: missing; name the folder of high-resolution training images.")
-    length = max(recipe.max_train_steps * plan.total, RESIDUAL_PATCHES)
-    options: dict[str, Any] = {"scale": recipe.scale, "augment": recipe.augment, "seed": recipe.seed, "length": length}
-    options |= {"patch_size": recipe.resolution, "candidates": recipe.patch_candidates}
-    patches = PairedPatches(recipe.train_data_dir, recipe.train_lr_data_dir, **options)
+def noisy_samples(recipe: TrainingRecipe, plan: BatchPlan, data: Dataset[dict[str, Any]]) -> NoisySamples:
+    """Return the stream of samples of a recipe's training images."""
     share = plan.total if recipe.timesteps_per == "batch" else 1
-    timesteps = recipe.scheduler.num_train_timesteps
+    timesteps, visited = recipe.scheduler.num_train_timesteps, list[int]()
+    if recipe.sampling_timesteps_share > 0:
+        visited = _visited(recipe, timesteps)
+    clean = inputs_of(recipe).tensors[0]
+    return NoisySamples(data, clean, timesteps, recipe.seed, share, visited, recipe.sampling_timesteps_share)
+
+
+def _visited(recipe: TrainingRecipe, timesteps: int) -> list[int]:
     scheduler = build_scheduler(recipe)
     scheduler.set_timesteps(min(recipe.num_inference_steps, timesteps))
     visited = sorted(set(scheduler.timesteps.tolist()))
-    return NoisySamples(patches, timesteps, recipe.seed, share, visited, recipe.sampling_timesteps_share)
+    if any(timestep != int(timestep) for timestep in visited):
+        between = f"{type(scheduler).__name__} samples between training timesteps"
+        raise BinarizeError(f"sampling_timesteps_share: {between}; use a scheduler such as DDIMScheduler, or 0.")
+    return [int(timestep) for timestep in visited]
 
 
 def batch_loader(

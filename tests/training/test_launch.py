@@ -15,7 +15,7 @@ from training_case import RESUME, SMALLEST, TINY
 from binarize.imaging import ImagePairs
 from binarize.locks import locked
 from binarize.training import Checkpoints, train
-from binarize.training.data import image_digests
+from binarize.training.images import image_digests
 from binarize.training.processes import launched_processes
 from binarize.training.resume import check_same_images
 

@@ -22,8 +22,9 @@ from binarize.models import SRUNet, SuperResolutionPipeline
 from binarize.recipes import build_pipeline, build_scheduler, load_recipe
 from binarize.training import train
 from binarize.training.data import PairedPatches, residual_std
+from binarize.training.loop import open_task
 from binarize.training.objective import Objective, prediction_target, snr_weights
-from binarize.training.samples import BatchPlan, training_samples
+from binarize.training.samples import BatchPlan
 
 UNCLIPPED = ("target=residual", "scheduler.clip_sample=false")
 KINDS = ["epsilon", "sample", "v_prediction"]
@@ -173,7 +174,7 @@ FOUR_STEPS = ("scheduler.num_train_timesteps=100", "scheduler.timestep_spacing=t
 
 
 def timesteps_of(recipe: Any, count: int) -> list[int]:
-    samples = training_samples(recipe, BatchPlan(2))
+    samples = open_task(recipe, BatchPlan(2)).samples
     return [samples[i]["timestep"] for i in range(count)]
 
 

@@ -1,0 +1,82 @@
+"""Generation as a training task: images of a folder, and a grid of samples as the validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from binarize.errors import BinarizeError
+from binarize.imaging import save_image
+from binarize.models import GenerationPipeline
+from binarize.models.generation import generate_images
+from binarize.models.grid import image_grid
+from binarize.recipes import GenerationRecipe
+from binarize.recipes.networks import generation_network
+from binarize.training.image_folder import LabelledImages
+from binarize.training.images import file_digests
+from binarize.training.samples import BatchPlan, noisy_samples
+from binarize.training.tasks import Task
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    """Samples side by side."""
+
+    image: Image.Image
+    name: str = "samples"
+    psnr: None = None
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The grid as uint8 (H, W, 3)."""
+        return np.asarray(self.image.convert("RGB"))
+
+    def save(self, folder: Path, step: int) -> Path:
+        """Write the grid as a PNG named by the step."""
+        return save_image(self.image, folder / f"step-{step:07d}-{self.name}.png", force=True)
+
+
+class Generation(Task):
+    """The training images of a recipe, and ``num_validation_images`` samples, of all classes in turn."""
+
+    def __init__(self, recipe: GenerationRecipe, plan: BatchPlan) -> None:
+        if recipe.train_data_dir is None:
+            raise BinarizeError("train_data_dir: missing; name the folder of training images.")
+        images = LabelledImages(
+            recipe.train_data_dir,
+            resolution=recipe.resolution,
+            channels=_channels(recipe),
+            classes=recipe.classes,
+            class_dropout=recipe.class_dropout,
+            center_crop=recipe.center_crop,
+            random_flip=recipe.random_flip,
+            seed=recipe.seed,
+        )
+        self.samples = noisy_samples(recipe, plan, images)
+        self.images = file_digests({name: path for name, (_, path) in images.files.items()})
+        self.seed, self.count = recipe.seed, recipe.num_validation_images
+
+    def validate(self, pipeline: GenerationPipeline) -> Iterator[SampleGrid]:
+        """Yield a grid of samples, see `binarize.models.generation.generate_images`."""
+        images = list(generate_images(pipeline, self.count, seed=self.seed, batch_size=self.count))
+        columns = len(pipeline.classes or ()) or math.ceil(math.sqrt(len(images)))
+        yield SampleGrid(image_grid(images, columns))
+
+
+def _channels(recipe: GenerationRecipe) -> int:
+    """Return the number of channels of a recipe's network, which must be of the recipe's resolution."""
+    with torch.device("meta"):
+        config = getattr(generation_network(recipe), "config", {})
+    size, channels = config.get("sample_size"), config.get("in_channels")
+    if size not in (recipe.resolution, (recipe.resolution,) * 2, [recipe.resolution] * 2):
+        fix = "set resolution to it, or change it"
+        raise BinarizeError(f"resolution: is {recipe.resolution}, but the network's sample_size is {size}; {fix}.")
+    if not isinstance(channels, int):
+        raise BinarizeError("model: the network's configuration has no in_channels; add it to its __init__.")
+    return channels

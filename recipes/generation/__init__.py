@@ -1,0 +1,1 @@
+"""Recipes that generate images: full-precision networks, and their 1-bit forms."""

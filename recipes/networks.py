@@ -1,0 +1,157 @@
+"""Build the network, the scheduler and the pipeline of a recipe for generation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from binarize.conversion.record import is_converted, is_diffusers_model
+from binarize.errors import BinarizeError, did_you_mean, one_line
+from binarize.layers.parts import check_trusted
+from binarize.recipes.code import import_code
+from binarize.recipes.generation_recipe import GenerationRecipe, NetworkSection
+
+if TYPE_CHECKING:
+    from binarize.models import GenerationPipeline
+
+_LABELS = "num_class_embeds"
+
+
+def generation_network(recipe: GenerationRecipe) -> nn.Module:
+    """Return the network of a recipe before conversion; under ``torch.device("meta")``, without its weights."""
+    section = recipe.model
+    if section.class_name is not None:
+        network = _of_class(recipe, section.class_name, section.options)
+    elif section.factory is not None:
+        network = _of_factory(section.factory, section.options)
+    else:
+        network = _saved(section)
+    if is_converted(network):
+        raise BinarizeError("model: the network is already binary; name it in init_from to train it further.")
+    _check_network(recipe, network)
+    return network
+
+
+def generation_scheduler(recipe: GenerationRecipe) -> Any:
+    """Return the scheduler of a recipe for generation, which must sample what a network over timesteps predicts."""
+    import diffusers
+
+    from binarize.models.sampling import check_samples
+
+    section = recipe.scheduler
+    cls = getattr(diffusers, section.class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+        hint = did_you_mean(section.class_name, known)
+        raise BinarizeError(f"scheduler.class: diffusers has no scheduler {section.class_name!r}.{hint}")
+    scheduler = _called("scheduler", cls, section.options)
+    try:
+        check_samples(scheduler)
+    except BinarizeError as error:
+        raise BinarizeError(f"scheduler: {error}") from error
+    return scheduler
+
+
+def generation_pipeline(recipe: GenerationRecipe, unet: nn.Module) -> GenerationPipeline:
+    """Return the pipeline that samples from a recipe's network."""
+    from binarize.models import GenerationPipeline
+
+    classes = None if recipe.classes is None else list(recipe.classes)
+    steps = min(recipe.num_inference_steps, recipe.scheduler.num_train_timesteps)
+    options: dict[str, Any] = {"guidance_scale": recipe.guidance_scale, "num_inference_steps": steps}
+    return GenerationPipeline(unet, generation_scheduler(recipe), classes=classes, **options)
+
+
+def _of_class(recipe: GenerationRecipe, name: str, options: dict[str, Any]) -> nn.Module:
+    cls = _diffusers_model("model.class", name)
+    parameters = inspect.signature(cls).parameters
+    defaults: dict[str, Any] = {"sample_size": recipe.resolution, _LABELS: recipe.num_labels}
+    defaults = {key: value for key, value in defaults.items() if key in parameters and value is not None}
+    return _called("model", cls, {**defaults, **options})
+
+
+def _of_factory(name: str, options: dict[str, Any]) -> nn.Module:
+    module, _, attribute = name.rpartition(":")
+    what = f"the network {name!r}"
+    check_trusted(what)  # also of a module that is imported already
+    try:
+        function = attrgetter(attribute)(import_code(module, "model.factory", what))
+    except AttributeError as error:
+        raise BinarizeError(f"model.factory: {name!r}: {error}.") from error
+    network = _called("model", function, options)
+    if not is_diffusers_model(network):
+        kind, base = type(network).__name__, "diffusers' ModelMixin and ConfigMixin"
+        raise BinarizeError(
+            f"model.factory: {name!r} returns a {kind}; derive it from {base}, so that it can be saved."
+        )
+    return network
+
+
+def _saved(section: NetworkSection) -> nn.Module:
+    from binarize.json_files import read_json
+    from binarize.models.loading import NETWORK, locate, network_folder
+
+    folder = network_folder(locate(Path(str(section.from_pretrained))))
+    config = read_json(folder / NETWORK)
+    cls = _diffusers_model(str(folder / NETWORK), str(config.get("_class_name")))
+    if torch.get_default_device().type == "meta":
+        network: nn.Module = cls.from_config(config)
+        return network
+    try:
+        loaded: nn.Module = cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # diffusers and safetensors raise many kinds
+        raise BinarizeError(f"model.from_pretrained: {folder} cannot be read: {one_line(error)}") from error
+    return loaded
+
+
+def _diffusers_model(key: str, name: str) -> Any:
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        hint = did_you_mean(name, [each for each in dir(diffusers) if each.endswith("Model")])
+        raise BinarizeError(f"{key}: diffusers has no model {name!r}.{hint} Your own is named by factory.")
+    return cls
+
+
+def _called(key: str, function: Any, options: Mapping[str, Any]) -> Any:
+    """Call a class or function with a recipe's keys; YAML's lists become tuples, as diffusers' configurations have."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    name = getattr(function, "__name__", str(function))
+    for option in options:
+        if not takes_all and option not in parameters:
+            raise BinarizeError(f"{key}.{option}: {name} has no such argument.{did_you_mean(option, parameters)}")
+    try:
+        return function(**{name: _frozen(value) for name, value in options.items()})
+    except BinarizeError:
+        raise
+    except Exception as error:  # a constructor can raise anything
+        raise BinarizeError(f"{key}: {name} cannot be built: {one_line(error)}") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _check_network(recipe: GenerationRecipe, network: nn.Module) -> None:
+    """Check that a network takes the recipe's labels, and predicts as many channels as it takes."""
+    config: Mapping[str, Any] = getattr(network, "config", {})
+    labels, found = recipe.num_labels, config.get(_LABELS)
+    if labels is not None and found is not None and found < labels:
+        needed = f"{labels} labels, one per class{' and one for none' if recipe.class_dropout else ''}"
+        raise BinarizeError(f"model: its {_LABELS} is {found}, but the recipe has {needed}.")
+    if labels is None and found is not None:
+        raise BinarizeError(f"model: its {_LABELS} is {found}, but the recipe has no classes; name them.")
+    if labels is not None and "class_labels" not in inspect.signature(network.forward).parameters:
+        raise BinarizeError(f"classes: {type(network).__name__} takes no class_labels; set classes to null.")
+    channels = config.get("in_channels"), config.get("out_channels")
+    if None not in channels and channels[0] != channels[1]:
+        what = f"takes {channels[0]} channels and predicts {channels[1]}"
+        raise BinarizeError(f"model: {type(network).__name__} {what}; set in_channels and out_channels to the same.")
