@@ -9,8 +9,9 @@ from PIL import Image
 from binarize.recipes import GenerationRecipe, load_recipe
 
 CLASSES = ("bars", "dots")
+TINY_NETWORK = ("model.block_out_channels=[8, 16]", "model.layers_per_block=1", "model.norm_num_groups=4")
 TINY = (
-    "model.block_out_channels=[8, 16]", "model.layers_per_block=1", "model.norm_num_groups=4", "train_batch_size=4",
+    *TINY_NETWORK, "train_batch_size=4",
     "max_train_steps=6", "learning_rate=1e-3", "lr_scheduler=constant", "lr_warmup_steps=0", "use_ema=false",
     "checkpointing_steps=3", "validation_steps=1000", "num_validation_images=4", "num_inference_steps=2",
     "logging_steps=1",

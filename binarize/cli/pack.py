@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,11 +34,18 @@ def pack(
 
     import binarize
     from binarize.files import replace_folder
-    from binarize.models.loading import PIPELINE, load_network, load_pipeline, locate
+    from binarize.models.loading import PIPELINE, generates, load_generator, load_network, load_pipeline, locate
     from binarize.packed.files import WEIGHTS
 
     check_model_folder(target, source, force=force)
-    if scale is None and not (locate(source) / PIPELINE).is_file():
+    pipeline: Any
+    draws = generates(source)
+    if draws and scale is not None:
+        raise BinarizeError(f"--scale {scale}: {source} generates images; leave it out.")
+    if draws:
+        pipeline = load_generator(source)
+        network, inside = pipeline.unet, "unet"
+    elif scale is None and not (locate(source) / PIPELINE).is_file():
         pipeline, network, inside = None, load_network(source), ""
     else:
         pipeline = load_pipeline(source, scale=scale)
@@ -50,6 +57,10 @@ def pack(
             raise BinarizeError(f"{source}: {error}") from error
 
     def write(folder: Path) -> None:
+        if draws:
+            torch.nn.Module.to(network, getattr(torch, dtype))  # diffusers' own warns of nothing
+            pipeline.save_pretrained(folder)
+            return
         if pipeline is not None:
             pipeline.save_pretrained(folder)
         binarize.save(network, folder / inside, dtype=getattr(torch, dtype))
@@ -58,4 +69,7 @@ def pack(
     replace_folder(target, write)
     size = (target / inside / WEIGHTS).stat().st_size
     echo(f"wrote {target}, the network in {size / 1e6:.2f} MB")
+    if draws:
+        echo(f"next: binarize generate OUT --model {target}")
+        return
     echo(f"next: binarize upscale IN OUT --model {target}{' --scale N' if pipeline is None else ''}")

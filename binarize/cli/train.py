@@ -29,6 +29,7 @@ def train(
     ```
     binarize train demo train_data_dir=photos
     binarize train bidiffsr_x2 train_data_dir=DF2K/HR output_dir=runs/first train_batch_size=8
+    binarize train generation/digits train_data_dir=digits
     binarize train mine.yaml model.base_channels=32 method.groups=10 seed=1
     binarize train bidiffsr_x2 train_data_dir=DF2K/HR --resume latest
     accelerate launch --num_processes 4 -m binarize train bidiffsr_x2 train_data_dir=DF2K/HR train_batch_size=4
@@ -45,7 +46,8 @@ def train(
         changes.append(f"resume_from_checkpoint={resume}")
     try:
         with code_of(recipe, trust):
-            result = run(load_recipe(recipe, changes), force=force)
+            loaded = load_recipe(recipe, changes)
+            result = run(loaded, force=force)
     except TrainingInterrupted as stop:
         echo(str(stop), err=True)
         raise typer.Exit(stop.exit_code) from None
@@ -56,4 +58,5 @@ def train(
     else:
         echo(f"step {result.steps} was already reached; raise max_train_steps to continue")
     echo(f"model: {result.model_dir}")
-    echo(f"next:  binarize upscale IN OUT --model {result.model_dir}")
+    command = "generate OUT" if loaded.task == "generation" else "upscale IN OUT"
+    echo(f"next:  binarize {command} --model {result.model_dir}")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from errors_case import assert_error
+from generation_case import write_images
 from PIL import Image
 from training_case import RESUME, differences
 
@@ -29,13 +30,15 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and lim
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_runs_end_as_uninterrupted_ones(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["super_resolution", "generation"])
+def test_killed_runs_end_as_uninterrupted_ones(task: str, pictures: Path, tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "kill_runs.py"
+    images = pictures if task == "super_resolution" else write_images(tmp_path / "images")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(pictures), str(tmp_path)]
+    command = [sys.executable, str(script), str(images), str(tmp_path), task]
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr
-    assert len(outcome.stdout.splitlines()) == 3
+    assert len(outcome.stdout.splitlines()) == (3 if task == "super_resolution" else 2)
 
 
 @contextmanager

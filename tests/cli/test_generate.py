@@ -1,0 +1,72 @@
+"""`binarize generate`, `binarize pack` and `binarize summary` of models that generate images."""
+
+from pathlib import Path
+
+import pytest
+from cli_case import WEIGHTS, fails, pixels, succeeds
+from generation_case import CLASSES, CONDITIONAL, tiny, write_images
+
+from binarize.training import train
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    """Return the folder of a run with two classes."""
+    recipe = tiny(write_images(folder / "images"), folder / "run", CONDITIONAL, "max_train_steps=1", *overrides)
+    return train(recipe, progress=False).output_dir
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in full precision, where rounding flips no sign."""
+    return trained(tmp_path_factory.mktemp("generators"), "method=null", "structure=auto")
+
+
+def test_a_grid_holds_the_images_of_a_folder(generator: Path, tmp_path: Path) -> None:
+    options = ("--model", str(generator), "--seed", "5", "--steps", "3", "--no-pack")
+    succeeds("generate", str(tmp_path / "grid.png"), *options, "-n", "5")
+    out = succeeds("generate", str(tmp_path / "each"), *options, "-n", "5", "--batch-size", "2")
+    assert "5 images, " in out
+    grid, each = pixels(tmp_path / "grid.png"), [pixels(tmp_path / "each" / f"{i}.png") for i in range(5)]
+    assert grid.shape == (18, 28)  # three columns
+    for number, image in enumerate(each):
+        row, column = divmod(number, 3)
+        assert abs(grid[10 * row : 10 * row + 8, 10 * column : 10 * column + 8] - image).max() <= 1
+    succeeds("generate", str(tmp_path / "dots.png"), *options, "--class", "dots", "-n", "1")
+    second = ("--seed", "6", "--steps", "3", "-n", "1", "--class", CLASSES[1])
+    succeeds("generate", str(tmp_path / "second"), "--model", str(generator), *second)
+    assert abs(pixels(tmp_path / "second" / "0.png") - each[1]).max() <= 1  # one more seed, the second class
+    assert abs(pixels(tmp_path / "dots.png") - each[0]).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--class", "bar"), "unknown class 'bar'; classes: bars, dots. Did you mean 'bars'?"),
+        (("--steps", "2000"), "num_inference_steps=2000"),
+        (("--columns", "2"), "is a folder for single images"),
+    ],
+)
+def test_wrong_options_are_named(options: tuple[str, ...], message: str, generator: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out" if "--columns" in options else tmp_path / "out.png"
+    assert message in fails("generate", str(target), "--model", str(generator), *options)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_existing_files_are_kept(generator: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.png").write_text("mine")
+    assert "already exists" in fails("generate", str(tmp_path / "out.png"), "--model", str(generator))
+
+
+def test_a_packed_generator_draws_the_same(tmp_path: Path) -> None:
+    binary = trained(tmp_path)
+    assert "binarize generate OUT" in succeeds("pack", binary, tmp_path / "packed")
+    succeeds("pack", binary, tmp_path / "half", "--dtype", "float16")
+    sizes = [(tmp_path / name / "unet" / WEIGHTS).stat().st_size for name in ("packed", "half")]
+    assert sizes[1] < 0.7 * sizes[0]
+    succeeds("generate", tmp_path / "half.png", "--model", tmp_path / "half", "-n", "1")
+    for name, source in (("one", binary), ("two", tmp_path / "packed")):
+        succeeds("generate", tmp_path / f"{name}.png", "--model", source, "-n", "2", "--steps", "2")
+    assert abs(pixels(tmp_path / "one.png") - pixels(tmp_path / "two.png")).mean() < 2
+    assert "generates images; leave it out" in fails("pack", binary, tmp_path / "again", "--scale", "2")
+    assert "1x1x8x8" in succeeds("summary", binary)
+    assert "1x1x16x16" in succeeds("summary", binary, "--size", "16x16")
