@@ -12,8 +12,16 @@ from binarize.recipes.build import (
     validate,
 )
 from binarize.recipes.code import import_plugins
+from binarize.recipes.degradation import Degradation, DegradationStep
 from binarize.recipes.generation_recipe import GenerationDistillation, GenerationRecipe, NetworkSection, SamplerSection
-from binarize.recipes.load import copy_recipe, list_recipes, load_recipe, recipe_class, recipe_path
+from binarize.recipes.load import (
+    copy_recipe,
+    list_recipes,
+    load_degradation,
+    load_recipe,
+    recipe_class,
+    recipe_path,
+)
 from binarize.recipes.schema import TrainingRecipe
 from binarize.recipes.sections import (
     DistillationSection,
@@ -29,11 +37,11 @@ from binarize.recipes.stages import last_stage_end
 from binarize.recipes.super_resolution_recipe import Recipe
 
 __all__ = [
-    "DistillationSection", "Figures", "GenerationDistillation", "GenerationRecipe", "MethodSection", "ModelSection",
-    "NetworkSection", "NoiseSchedule", "ProgressiveSection", "PublishedSection", "Recipe", "SamplerSection",
-    "SchedulerSection", "TrainingRecipe", "build", "build_model", "build_pipeline", "build_scheduler", "copy_recipe",
-    "import_plugins", "last_stage_end", "list_recipes", "load_recipe", "recipe_class", "recipe_path", "remove_stages",
-    "validate",
+    "Degradation", "DegradationStep", "DistillationSection", "Figures", "GenerationDistillation", "GenerationRecipe",
+    "MethodSection", "ModelSection", "NetworkSection", "NoiseSchedule", "ProgressiveSection", "PublishedSection",
+    "Recipe", "SamplerSection", "SchedulerSection", "TrainingRecipe", "build", "build_model", "build_pipeline",
+    "build_scheduler", "copy_recipe", "import_plugins", "last_stage_end", "list_recipes", "load_degradation",
+    "load_recipe", "recipe_class", "recipe_path", "remove_stages", "validate",
 ]  # fmt: skip
 
 _IN_STUDIES = ("CellSection", "EvaluationSection", "Study", "list_studies", "load_study", "study_path")

@@ -42,7 +42,8 @@ def _keys(sections: tuple[str, ...], schema: type[BaseModel]) -> list[str]:
     """Return the allowed keys of a nested section, or of the last section on the way that is a model."""
     for name in sections:
         fields = {field.alias or key: field for key, field in schema.model_fields.items()}
-        annotation: Any = fields[name].annotation if name in fields else None
+        field = fields.get(name, fields.get("root"))  # an item of a list that is a model has its number as a name
+        annotation: Any = None if field is None else field.annotation
         for option in (annotation, *getattr(annotation, "__args__", ())):
             if isinstance(option, type) and issubclass(option, BaseModel):
                 schema = option

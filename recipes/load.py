@@ -11,9 +11,11 @@ from pydantic import ValidationError
 
 from binarize.errors import BinarizeError, clip, did_you_mean
 from binarize.files import read_text, write_atomic
+from binarize.recipes.degradation import Degradation
 from binarize.recipes.errors import explain
 from binarize.recipes.generation_recipe import GenerationRecipe
 from binarize.recipes.schema import DEFAULT_TASK, TrainingRecipe
+from binarize.recipes.sections import Section
 from binarize.recipes.super_resolution_recipe import Recipe
 from binarize.recipes.yaml_text import MAX_BYTES, parse_yaml
 
@@ -82,6 +84,21 @@ def recipe_class(data: Mapping[str, Any], source: str) -> type[TrainingRecipe]:
         hint = did_you_mean(str(task), _TASKS)
         raise BinarizeError(f"{source}: unknown task {clip(repr(task), 60)}; tasks: {', '.join(_TASKS)}.{hint}")
     return _TASKS[task]
+
+
+class _Degraded(Section):
+    degradation: Degradation
+
+
+def load_degradation(value: Any) -> Degradation:
+    """Return a degradation given as in a recipe: a preset's name, or a list of steps, or YAML text of such a list."""
+    if isinstance(value, Degradation):
+        return value
+    parsed = parse_yaml(value, "the degradation") if isinstance(value, str) else value
+    try:
+        return _Degraded.model_validate({"degradation": parsed}).degradation
+    except ValidationError as error:
+        raise BinarizeError(explain(error, clip(str(value), 80), "degradation", _Degraded)) from None
 
 
 def copy_recipe(name: str, dest: str | os.PathLike[str], *, force: bool = False) -> Path:

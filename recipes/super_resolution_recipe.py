@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from binarize.recipes import sections
+from binarize.recipes.degradation import Degradation
 from binarize.recipes.schema import DEFAULT_TASK, TrainingRecipe
 from binarize.recipes.sections import ModelSection, UserPath
 
@@ -26,7 +27,9 @@ class Recipe(TrainingRecipe):
     model: ModelSection = Field(default_factory=ModelSection, validate_default=True, description="The network.")
 
     train_lr_data_dir: UserPath | None = None
-    """Folder of the low-resolution training images; by default they are made as MATLAB's imresize does."""
+    """Folder of the low-resolution training images; by default they are made as `degradation` says."""
+    degradation: Degradation = Degradation()
+    """How low-resolution images are made: `bicubic` (MATLAB's imresize), `photo`, or a list of steps."""
     resolution: PositiveInt = Field(default=128, validate_default=True)
     """Side of a training patch in high-resolution pixels."""
     augment: bool = Field(default=True, description="Apply one of the eight flips and rotations to each patch.")
@@ -42,7 +45,7 @@ class Recipe(TrainingRecipe):
         default=None, description="Folder of high-resolution validation images."
     )
     validation_lr_data_dir: UserPath | None = None
-    """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
+    """Folder of the matching low-resolution images; by default they are made as `degradation` says."""
 
     @field_validator("model")
     @classmethod
@@ -55,6 +58,13 @@ class Recipe(TrainingRecipe):
         return value
 
     _needs_hr = field_validator("train_lr_data_dir", "validation_lr_data_dir")(sections.needs_high_resolution)
+
+    @field_validator("degradation")
+    @classmethod
+    def _degrades(cls, value: Degradation, info: ValidationInfo) -> Degradation:
+        if value.root and info.data.get("train_lr_data_dir") is not None:
+            raise ValueError("has no effect on the images of train_lr_data_dir; remove one of them")
+        return value
 
     @field_validator("resolution")
     @classmethod

@@ -12,6 +12,8 @@ from binarize.cli.errors import print_report
 from binarize.cli.streams import echo
 from binarize.cli.targets import check_evaluation_folder
 
+_DEGRADATION = "How low resolution is made of --data: bicubic, photo, or a recipe's list of steps."
+
 
 def evaluate(
     model: opt.ModelArgument,
@@ -19,6 +21,7 @@ def evaluate(
     lr: Annotated[
         Path | None, typer.Option(help="Folder of low-resolution images; by default made from --data.")
     ] = None,
+    degradation: Annotated[str, typer.Option(help=_DEGRADATION)] = "bicubic",
     scale: opt.ScaleOption = None,
     lpips: Annotated[
         Literal["alex", "squeeze", "vgg", "none"], typer.Option(help="Backbone of LPIPS; papers report alex.")
@@ -45,12 +48,17 @@ def evaluate(
     ```
     binarize evaluate runs/bidiffsr_x2/model --data Set5/HR --lr Set5/LR_bicubic --output results
     binarize evaluate BI-DiffSR_x4.pth --scale 4 --data Urban100/HR --limit 10 --lpips none
+    binarize evaluate my-model --data photos --degradation '[{reduce: box}, {jpeg: 75}]'
     binarize evaluate my-model --data Set5/HR --lpips squeeze --lpips-backbone squeezenet1_1.pth
     ```
     """
     from binarize.evaluation import evaluate as measure
     from binarize.models.loading import load_pipeline, prepare, sample
+    from binarize.recipes import load_degradation
 
+    made_by = load_degradation(degradation)
+    if made_by.root and lr is not None:
+        raise typer.BadParameter("--lr gives the low-resolution images that --degradation would make; give one.")
     if output is not None:
         check_evaluation_folder(output, force=force)
     pipeline = prepare(load_pipeline(model, scale=scale), device, dtype, scheduler, pack=packing)
@@ -58,6 +66,7 @@ def evaluate(
         lambda image: sample(pipeline, image, steps=steps, seed=seed, tile=tile, overlap=overlap),
         data if lr is None else (data, lr),
         scale=pipeline.scale,
+        degradation=made_by,
         lpips=None if lpips == "none" else lpips,
         lpips_backbone=lpips_backbone,
         limit=limit,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,11 @@ from binarize.imaging import ImagePair, ImagePairs, to_image, upscale_bicubic
 from binarize.imaging.pairs import raise_all
 from binarize.progress import ProgressBar
 
+if TYPE_CHECKING:
+    from binarize.recipes import Degradation
+
 Folder = str | os.PathLike[str]
+_DEGRADATION_SEED = 0
 
 
 def evaluate(
@@ -27,6 +31,7 @@ def evaluate(
     data: Folder | tuple[Folder, Folder],
     *,
     scale: int,
+    degradation: Degradation | None = None,
     lpips: str | None = "alex",
     lpips_backbone: str | os.PathLike[str] | None = None,
     border: int | None = None,
@@ -48,6 +53,8 @@ def evaluate(
             (H, W, 3), or a uint8 tensor (3, H, W) or (1, 3, H, W).
         data: A folder of high-resolution images, or one of high and one of low resolution; see `imaging.ImagePairs`.
         scale: The scale factor.
+        degradation: How the low-resolution images are made; by default as MATLAB's ``imresize`` does. Random steps
+            are the same in every evaluation. See `binarize.recipes.load_degradation`.
         lpips: Backbone of LPIPS, ``alex``, ``vgg`` or ``squeeze``, or None. If it is not available, the report's notes
             say how to get it.
         lpips_backbone: The backbone's file, for machines without network; see :class:`~binarize.evaluation.Lpips`.
@@ -74,7 +81,13 @@ def evaluate(
             distance = Lpips(lpips, backbone=lpips_backbone, device=device)
         except LpipsUnavailable as reason:
             notes = (f"LPIPS is left out. {reason}",)
-    pairs = ImagePairs(*data, scale=scale) if isinstance(data, tuple) else ImagePairs(data, scale=scale)
+    high, low = data if isinstance(data, tuple) else (data, None)
+    degrader = None if degradation is None else degradation.seeded(_DEGRADATION_SEED)
+    if degradation is not None and degrader is not None:
+        if low is not None:
+            raise BinarizeError("evaluate: degradation has no effect on given low-resolution images; give one of them")
+        notes = (*notes, f"Low-resolution images are made by {degradation.to_text()}")
+    pairs = ImagePairs(high, low, scale=scale, degrader=degrader)
     pairs = pairs.first(len(pairs) if limit is None else limit)
     smallest = 2 * border + (SSIM_MIN_SIDE if distance is None else max(SSIM_MIN_SIDE, distance.min_side))
     needed = f"the metrics need {smallest}x{smallest} with a border of {border}"

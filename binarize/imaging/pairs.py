@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -16,6 +16,8 @@ from binarize.imaging.files import IMAGE_SUFFIXES, image_size, list_images, read
 from binarize.imaging.resize import degrade
 
 Folder = str | os.PathLike[str]
+Degrader = Callable[[torch.Tensor, int, int], torch.Tensor]
+"""``make(hr, scale, index)``: uint8 (3, H, W) -> (3, H // scale, W // scale); a pure function of its arguments."""
 _SHOWN = 20
 
 
@@ -39,10 +41,10 @@ class PairFiles(NamedTuple):
 class ImagePairs(Sequence[ImagePair]):
     """The pairs of a folder in the order of their names, each read on access.
 
-    Without `lr_dir`, low-resolution images are made by `degrade`. With it, files are matched by name: ``baby.png``
-    matches ``baby.*``, ``babyx2.*`` or ``baby_x2.*`` at scale 2, as in DIV2K and Set5, in this order. The last part of
-    `lr_dir` can be a pattern instead, such as ``LR/{}_bicLRx2``, with the name in place of the braces. If `lr_dir`
-    holds no images but a folder ``X2``, that folder is used.
+    Without `lr_dir`, low-resolution images are made by `degrader`, by default `degrade`. With it, files are matched by
+    name: ``baby.png`` matches ``baby.*``, ``babyx2.*`` or ``baby_x2.*`` at scale 2, as in DIV2K and Set5, in this
+    order. The last part of `lr_dir` can be a pattern instead, such as ``LR/{}_bicLRx2``, with the name in place of the
+    braces. If `lr_dir` holds no images but a folder ``X2``, that folder is used.
 
     Images may have any format and mode that `read_image` reads. Transparency is ignored; greyscale is repeated over the
     channels. `min_side` is the smallest side of a high-resolution image in pixels, by default `scale`.
@@ -53,9 +55,15 @@ class ImagePairs(Sequence[ImagePair]):
     """
 
     def __init__(
-        self, hr_dir: Folder, lr_dir: Folder | None = None, *, scale: int, min_side: int | None = None
+        self,
+        hr_dir: Folder,
+        lr_dir: Folder | None = None,
+        *,
+        scale: int,
+        min_side: int | None = None,
+        degrader: Degrader | None = None,
     ) -> None:
-        self.scale, high = scale, list_images(hr_dir)
+        self.scale, self.degrader, high = scale, degrader, list_images(hr_dir)
         problems: list[str] = []
         partners = dict.fromkeys(high, None) if lr_dir is None else _match(high, Path(lr_dir), scale, problems)
         files: list[PairFiles] = []
@@ -78,7 +86,10 @@ class ImagePairs(Sequence[ImagePair]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         hr, lr = self.read(index)
-        return ImagePair(self.files[index].hr.stem, hr, degrade(hr, self.scale) if lr is None else lr)
+        if lr is None:
+            at = range(len(self))[index]
+            lr = degrade(hr, self.scale) if self.degrader is None else self.degrader(hr, self.scale, at)
+        return ImagePair(self.files[index].hr.stem, hr, lr)
 
     def first(self, count: int) -> ImagePairs:
         """Return the first `count` pairs, or all if there are fewer."""

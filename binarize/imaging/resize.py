@@ -101,7 +101,7 @@ def _exact_dtype(scale: int) -> torch.dtype:
 
 def _shrink(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
     """Downscale one axis, with the kernel stretched against aliasing."""
-    lines = _mirror(planes, 2 * scale, axis).transpose(axis, -1)
+    lines = mirror(planes, 2 * scale, axis).transpose(axis, -1)
     last = lines.shape[-1] - 5 * scale  # of the windows' starts
     taps = [(2 * scale + at, weight) for at, weight in _taps((scale - 1) / 2, scale)]
     windows = (lines[..., start : start + last + 1 : scale] * weight for start, weight in taps)
@@ -110,7 +110,7 @@ def _shrink(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
 
 def _grow(planes: torch.Tensor, scale: int, axis: int) -> torch.Tensor:
     """Upscale one axis; every ``scale``-th result has the same weights."""
-    lines = _mirror(planes, 2, axis).transpose(axis, -1)
+    lines = mirror(planes, 2, axis).transpose(axis, -1)
     size = lines.shape[-1] - 4
     phases = []
     for phase in range(scale):
@@ -138,7 +138,7 @@ def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(torch.Tensor.add_, products)
 
 
-def _mirror(planes: torch.Tensor, pad: int, axis: int) -> torch.Tensor:
+def mirror(planes: torch.Tensor, pad: int, axis: int) -> torch.Tensor:
     """Pad an axis on both sides by repeated mirroring with the edge repeated."""
     size = planes.shape[axis]
     index = torch.arange(-pad, size + pad, device=planes.device) % (2 * size)

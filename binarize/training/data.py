@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
 from binarize.errors import BinarizeError
 from binarize.imaging import ImagePairs, degrade, upscale_bicubic
-from binarize.imaging.pairs import raise_all
-from binarize.training.draws import PATCH_STREAM, below, draws, shuffled
+from binarize.imaging.pairs import Degrader, raise_all
+from binarize.training.draws import GRID_STREAM, PATCH_STREAM, below, draws, shuffled
 
 RESIDUAL_PATCHES = 512
 """Number of patches that `residual_std` measures."""
 _FILTER_RADIUS = 2  # of both resampling filters, in low-resolution pixels
+_MARGIN = 8  # low-resolution pixels around a patch that is degraded; more of its filters' tails are mirrored
+_GRID = 16  # pixels: the blocks of JPEG and WebP with reduced chroma
+
+
+class _Reduction(NamedTuple):
+    """How a part of an image is reduced, and the low-resolution pixels that it needs before and after the patch."""
+
+    reduce: Callable[[torch.Tensor], torch.Tensor]
+    before: tuple[int, int]
+    after: int
 
 
 class PairedPatches(Dataset[dict[str, Any]]):
@@ -39,6 +51,8 @@ class PairedPatches(Dataset[dict[str, Any]]):
         hr_dir: Folder of high-resolution images.
         lr_dir: Folder of low-resolution images; by default they are made by :func:`~binarize.imaging.degrade`.
             :class:`~binarize.imaging.ImagePairs` documents how files are matched.
+        degrader: Makes the low-resolution patch of item ``i`` instead, as ``degrader(hr, scale, i)`` of a part of the
+            image around it. The phase of the grid of compressed blocks is random.
         scale: Integer scale factor.
         patch_size: P, the side of the high-resolution patch in pixels, a multiple of ``scale``.
         augment: Apply a random flip and rotation (one of eight) to each item.
@@ -60,6 +74,7 @@ class PairedPatches(Dataset[dict[str, Any]]):
         *,
         scale: int,
         patch_size: int,
+        degrader: Degrader | None = None,
         augment: bool = True,
         seed: int = 0,
         candidates: int = 1,
@@ -73,7 +88,9 @@ class PairedPatches(Dataset[dict[str, Any]]):
         for name, value in (("candidates", candidates), ("length", length)):
             if value is not None and value < 1:
                 raise BinarizeError(f"{name} must be at least 1, got {value}")
-        self.pairs = ImagePairs(hr_dir, lr_dir, scale=scale, min_side=patch_size)
+        if degrader is not None and lr_dir is not None:
+            raise BinarizeError("degrader has no effect on the images of lr_dir; give one of them")
+        self.pairs = ImagePairs(hr_dir, lr_dir, scale=scale, min_side=patch_size, degrader=degrader)
         self.scale, self.patch_size, self.seed = scale, patch_size, seed
         self.augment, self.candidates = augment, candidates
         self.length = len(self.pairs) if length is None else length
@@ -97,11 +114,18 @@ class PairedPatches(Dataset[dict[str, Any]]):
         top, left = places[0]
         if len(places) > 1:
             top, left = max(places, key=lambda place: _texture(hr, self.scale, place, side))
-        patches = _cut(hr, lr, self.scale, top, left, side)
+        patches = _cut(hr, lr, self.scale, top, left, side, self._reduction(index))
         turn = below(draw[2], 8) if self.augment else 0
         high, low, condition = (_turned(patch, turn) for patch in patches)
         name = self.pairs.files[which].hr.stem
         return {"hr": high, "lr": low, "condition": condition, "index": index, "name": name}
+
+    def _reduction(self, index: int) -> _Reduction:
+        degrader = self.pairs.degrader
+        if degrader is None:
+            return _Reduction(partial(degrade, scale=self.scale), (_FILTER_RADIUS, _FILTER_RADIUS), _FILTER_RADIUS)
+        rows, columns = (_MARGIN + below(draw, _GRID) for draw in draws(self.seed, GRID_STREAM, index, 2))
+        return _Reduction(lambda part: degrader(part, self.scale, index), (rows, columns), _MARGIN)
 
     def _image_index(self, index: int) -> int:
         return shuffled(self.seed, index, len(self.pairs))
@@ -138,16 +162,17 @@ def _fill_cache(pairs: ImagePairs, budget: int) -> list[tuple[torch.Tensor, torc
 
 
 def _cut(
-    hr: torch.Tensor, lr: torch.Tensor | None, scale: int, top: int, left: int, side: int
+    hr: torch.Tensor, lr: torch.Tensor | None, scale: int, top: int, left: int, side: int, reduction: _Reduction
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return hr, lr and condition in [0, 1] of the patch at low-resolution position ``top``, ``left``."""
     height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
     # The patch with the pixels that upscaling reads around it. Both filters mirror at the borders of the image.
     rows, columns = _around(top, side, _FILTER_RADIUS, height), _around(left, side, _FILTER_RADIUS, width)
     if lr is None:
-        outer_rows = _around(top, side, 2 * _FILTER_RADIUS, height)
-        outer_columns = _around(left, side, 2 * _FILTER_RADIUS, width)
-        context = degrade(hr[..., _scaled(outer_rows, scale), _scaled(outer_columns, scale)], scale)
+        (above, before), after = reduction.before, reduction.after
+        outer_rows = slice(max(rows.start - above, 0), min(rows.stop + after, height))
+        outer_columns = slice(max(columns.start - before, 0), min(columns.stop + after, width))
+        context = reduction.reduce(hr[..., _scaled(outer_rows, scale), _scaled(outer_columns, scale)])
         context = context[..., _shifted(rows, outer_rows.start), _shifted(columns, outer_columns.start)]
     else:
         context = lr[..., rows, columns]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_ORDER_STREAM, PATCH_STREAM = 0, 1
+_ORDER_STREAM, PATCH_STREAM, GRID_STREAM = 0, 1, 2
 
 
 def draws(seed: int, stream: int, counter: int, count: int) -> np.ndarray:

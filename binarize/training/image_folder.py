@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from binarize.errors import BinarizeError
 from binarize.imaging import IMAGE_SUFFIXES, image_size, list_images, read_image
 from binarize.imaging.pairs import raise_all
+from binarize.randomness import generator
 from binarize.training.draws import PATCH_STREAM, below, draws, shuffled
-from binarize.training.randomness import generator
 
 _MODES = {1: "L", 3: "RGB"}
 

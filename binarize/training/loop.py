@@ -20,6 +20,7 @@ from binarize.conversion.memory import memory_mode
 from binarize.errors import BinarizeError, one_line
 from binarize.layers import training_step
 from binarize.progress import ProgressBar
+from binarize.randomness import torch_seed
 from binarize.recipes import (
     GenerationRecipe,
     Recipe,
@@ -41,7 +42,6 @@ from binarize.training.malloc import keep_large_blocks_apart
 from binarize.training.objective import Objective
 from binarize.training.optim import build_lr_scheduler, build_optimizer
 from binarize.training.processes import accelerator_for, on_main, reduce_losses
-from binarize.training.randomness import torch_seed
 from binarize.training.resume import check_resumable, check_same_images
 from binarize.training.samples import BatchPlan, batch_loader, close
 from binarize.training.signals import StopRequest

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from binarize.errors import BinarizeError
+from binarize.randomness import generator
 from binarize.recipes import TrainingRecipe, build_scheduler
 from binarize.training.inputs import inputs_of
-from binarize.training.randomness import generator
 
 
 @dataclass(frozen=True)

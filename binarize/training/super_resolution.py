@@ -40,7 +40,8 @@ class SuperResolution(Task):
         self.steps, self.seed = recipe.num_inference_steps, recipe.seed
         self.validation = []
         if recipe.validation_data_dir is not None:
-            pairs = ImagePairs(recipe.validation_data_dir, recipe.validation_lr_data_dir, scale=recipe.scale)
+            high, low = recipe.validation_data_dir, recipe.validation_lr_data_dir
+            pairs = ImagePairs(high, low, scale=recipe.scale, degrader=recipe.degradation.seeded(recipe.seed))
             self.validation = pairs[: recipe.num_validation_images]
 
     def complete(self, recipe: Any, start: Path | None, trained: Iterable[TrainedModel | None]) -> Recipe:
@@ -72,6 +73,7 @@ def training_patches(recipe: Recipe, plan: BatchPlan) -> PairedPatches:
     length = max(recipe.max_train_steps * plan.total, RESIDUAL_PATCHES)
     options: dict[str, Any] = {"scale": recipe.scale, "augment": recipe.augment, "seed": recipe.seed, "length": length}
     options |= {"patch_size": recipe.resolution, "candidates": recipe.patch_candidates}
+    options["degrader"] = recipe.degradation.seeded(recipe.seed)
     return PairedPatches(recipe.train_data_dir, recipe.train_lr_data_dir, **options)
 
 

@@ -52,6 +52,7 @@ def _recipe_keys() -> str:
         "scheduler": recipes.SchedulerSection,
         "distillation": recipes.DistillationSection,
         "progressive": recipes.ProgressiveSection,
+        "degradation": recipes.DegradationStep,
     }
     parts = [
         "# Recipe keys",

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_case import contents, fails, make_image, succeeds
+from cli_case import contents, fails, make_image, run, succeeds
 from PIL import Image
 from training_case import TINY
 
@@ -59,6 +59,11 @@ def test_evaluate_reads_low_resolution_files(model: Path, photos: Path, tmp_path
         Image.fromarray(degrade(read_image(path).pixels(), 2).permute(1, 2, 0).numpy()).save(lr / path.name)
     command = ["evaluate", str(model), "--data", str(photos), "--lpips", "none", "--steps", "1"]
     assert succeeds(*command, "--lr", str(lr)) == succeeds(*command)
+    degraded = succeeds(*command, "--degradation", "[{reduce: box}, {jpeg: 50}]")
+    assert "made by [{reduce: " in degraded
+    assert run(*command, "--lr", str(lr), "--degradation", "photo").exit_code == 2
+    wrong = fails(*command, "--degradation", "jpeg", lines=2)
+    assert "degradation: got 'jpeg'; must be one of bicubic, photo" in wrong
     make_image(7, 9).save(lr / "p1.png")
     message = fails(*command, "--lr", str(lr), "--output", str(tmp_path / "results"))
     assert "p1.png is 9x7; at scale 2 the latter must be 17x16" in message

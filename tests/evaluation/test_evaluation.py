@@ -24,6 +24,7 @@ from binarize.errors import BinarizeError
 from binarize.evaluation import EvaluationReport, ImageScores, Lpips, LpipsUnavailable, Scores, evaluate
 from binarize.evaluation.quality import luma, psnr, ssim
 from binarize.imaging import ImagePairs, upscale_bicubic
+from binarize.recipes import load_degradation
 
 SHARED = Path(os.environ.get("BINARIZE_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 SET5 = SHARED / "data" / "Set5"
@@ -230,6 +231,19 @@ class TestEvaluate:
         assert report.mean.bicubic is None
         assert "bicubic" not in report.to_json() + report.to_csv() + report.to_markdown()
         assert len(evaluate(bicubic(2), folder, scale=2, lpips=None, limit=9, progress=False).rows) == 2
+
+    def test_degraded_images(self, folder: Path, tmp_path: Path) -> None:
+        options = {"scale": 2, "lpips": None, "progress": False}
+        degradation = load_degradation("[{reduce: box}, {gaussian_noise: 8}, {jpeg: 60}]")
+        seen: list[np.ndarray] = []
+        upscale = lambda lr: seen.append(np.array(lr)) or bicubic(2)(lr)  # noqa: E731
+        report = evaluate(upscale, folder, degradation=degradation, **options)
+        assert report.mean.model == report.mean.bicubic
+        assert report.mean.model.psnr < evaluate(bicubic(2), folder, **options).mean.model.psnr - 1
+        assert "made by [{reduce: {" in report.to_markdown()
+        evaluate(upscale, folder, degradation=degradation, limit=1, **options)
+        np.testing.assert_array_equal(seen[0], seen[2])
+        assert_error("has no effect on given", evaluate, upscale, (folder, folder), degradation=degradation, **options)
 
     @pytest.mark.parametrize(
         ("result", "options", "message"),

@@ -85,6 +85,34 @@ class TestPatches:
             assert positions(lr, item["lr"])
             assert positions(upscale_bicubic(lr[None], 2)[0], item["condition"])
 
+    def test_degraded_patches(self, folder: Path) -> None:
+        parts: list[tuple[int, ...]] = []
+
+        def degrader(hr: torch.Tensor, scale: int, index: int) -> torch.Tensor:
+            parts.append((index, *hr.shape))
+            return hr[..., ::scale, ::scale] // 2
+
+        write(folder.parent / "large" / "a.png", 120, 130)
+        options = {"scale": 2, "patch_size": 8, "length": 60, "degrader": degrader}
+        for index, item in enumerate(PairedPatches(folder.parent / "large", augment=False, **options)):
+            assert torch.equal(item["lr"], (item["hr"][..., ::2, ::2] * 255).round() // 2 / 255)
+            assert parts[-1][0] == index
+        assert len({shape[2] for shape in parts}) > 10  # the grid of compressed blocks has a random phase
+        (pair,) = ImagePairs(folder.parent / "large", scale=2, degrader=degrader)
+        assert torch.equal(pair.lr, pair.hr[..., ::2, ::2] // 2)
+        message = "degrader has no effect on the images of lr_dir"
+        assert_error(message, PairedPatches, folder, folder, scale=2, patch_size=8, degrader=degrader)
+
+    def test_degraded_patches_have_the_condition_of_sampling(self, folder: Path) -> None:
+        def box(hr: torch.Tensor, scale: int, index: int) -> torch.Tensor:
+            return torch.nn.functional.avg_pool2d(hr.float(), scale).round().to(torch.uint8)
+
+        for item in PairedPatches(folder, scale=2, patch_size=12, length=20, augment=False, degrader=box):
+            pair = next(pair for pair in ImagePairs(folder, scale=2, degrader=box) if pair.name == item["name"])
+            places = positions(pair.lr.float() / 255, item["lr"])
+            whole = upscale_bicubic(pair.lr.float()[None] / 255, 2)[0]
+            assert any((2 * row, 2 * column) in positions(whole, item["condition"]) for row, column in places)
+
     def test_all_eight_symmetries_alike_for_the_three(self, folder: Path) -> None:
         plain = PairedPatches(folder, scale=2, patch_size=8, seed=3, length=200, augment=False)
         turned = PairedPatches(folder, scale=2, patch_size=8, seed=3, length=200)
