@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 # Name -> suffix, mode, options for Pillow.
 VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -38,6 +38,8 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gif": ("gif", "P", {"transparency": 2}),
     "gif-animation": ("gif", "P", {"save_all": True, "append_images": [Image.new("P", (19, 13), 9)]}),
 }
+if features.check("avif"):
+    VARIANTS["avif"] = ("avif", "RGB", {})
 _ODD = (0, 1, 2, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
 
 

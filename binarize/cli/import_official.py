@@ -44,7 +44,7 @@ def import_official(
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(target, pipeline.save_pretrained)
     echo(f"wrote {target}")
-    echo(f"next: binarize upscale IN OUT --model {target}")
+    echo(f"next: binarize upscale IN -o OUT --model {target}")
 
 
 def _option(text: str) -> tuple[str, Any]:

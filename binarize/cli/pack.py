@@ -72,4 +72,4 @@ def pack(
     if draws:
         echo(f"next: binarize generate OUT --model {target}")
         return
-    echo(f"next: binarize upscale IN OUT --model {target}{' --scale N' if pipeline is None else ''}")
+    echo(f"next: binarize upscale IN -o OUT --model {target}{' --scale N' if pipeline is None else ''}")

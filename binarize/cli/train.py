@@ -58,5 +58,5 @@ def train(
     else:
         echo(f"step {result.steps} was already reached; raise max_train_steps to continue")
     echo(f"model: {result.model_dir}")
-    command = "generate OUT" if loaded.task == "generation" else "upscale IN OUT"
+    command = "generate OUT" if loaded.task == "generation" else "upscale IN -o OUT"
     echo(f"next:  binarize {command} --model {result.model_dir}")

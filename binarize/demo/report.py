@@ -95,6 +95,6 @@ def make_report(recipe: Recipe, trained: TrainResult, cost: Summary, scores: Eva
 
 {Table(["file", "content"], files).to_markdown()}
 
-Next: `binarize upscale IN OUT --model run/model` upscales your own image; `binarize recipes cp demo mine.yaml` starts a
-longer training.
+Next: `binarize upscale IN -o OUT --model run/model` upscales your own image; `binarize recipes cp demo mine.yaml`
+starts a longer training.
 """

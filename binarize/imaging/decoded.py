@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from binarize.errors import BinarizeError, one_line
+from binarize.imaging.metadata import lasting_exif, sound_pixels
 
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _GREY = ("1", "L", "LA", "La", *_DEEP)
@@ -23,13 +23,18 @@ _LUMA = (0.299, 0.587, 0.114)
 class DecodedImage:
     """A decoded image, made by `read_image` or `to_image`.
 
-    ``alpha`` and ``icc_profile``, the colour profile of ``rgb``, are None if the source has none.
+    ``alpha``, ``icc_profile``, the colour profile of ``rgb``, and ``exif``, which describes the scene and the camera,
+    are None if the source has none. ``animated`` says that the source is the first frame of an animation, and ``notes``
+    what else of a file was not read.
     """
 
     rgb: torch.Tensor  # float32 (3, H, W) in [0, 1]; greyscale is repeated over the channels
     alpha: torch.Tensor | None  # float32 (1, H, W) in [0, 1]
     mode: str  # Pillow's mode of the source: "RGB", "RGBA", "L", "LA", "1", "I;16", "P", "CMYK", ...
     icc_profile: bytes | None = None
+    exif: bytes | None = None
+    animated: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def is_grey(self) -> bool:
@@ -77,8 +82,9 @@ class DecodedImage:
         else:
             bands = [Image.fromarray(_levels(plane, 255).astype(np.uint8)) for plane in planes]
             image = bands[0] if len(bands) == 1 else Image.merge(mode, bands)
-        if self.icc_profile is not None:
-            image.info["icc_profile"] = self.icc_profile
+        for name, data in (("icc_profile", self.icc_profile), ("exif", self.exif)):
+            if data is not None:
+                image.info[name] = data
         return image
 
 
@@ -101,15 +107,15 @@ def to_image(image: Image.Image) -> DecodedImage:
     if mode not in _GREY + _COLOUR:
         fix = "convert to 8-bit RGB, or to 8- or 16-bit greyscale, first"
         raise BinarizeError(f"images of mode {mode!r} are not supported; {fix}")
-    upright, profile = image, image.info.get("icc_profile")
-    with _sound_pixels():
+    upright, profile, exif = image, image.info.get("icc_profile"), lasting_exif(image)
+    with sound_pixels():
         upright = ImageOps.exif_transpose(image)
     if mode in _DEEP:
         levels = _deep_levels(upright)
         hidden = image.info.get("transparency")
         alpha = torch.from_numpy(levels != hidden)[None].float() if isinstance(hidden, int) else None
         values = torch.from_numpy(levels.astype(np.float32) / np.float32(65535)).repeat(3, 1, 1)
-        return DecodedImage(values, alpha, mode, _matching_profile(profile, mode))
+        return DecodedImage(values, alpha, mode, _matching_profile(profile, mode), exif)
     transparent = mode != "CMYK" and image.has_transparency_data
     if mode == "CMYK":
         colour, profile = _cmyk_to_rgb(upright, profile), None
@@ -118,26 +124,15 @@ def to_image(image: Image.Image) -> DecodedImage:
     bands = [torch.from_numpy(np.array(band)) for band in colour.split()]
     values = torch.stack(bands[:3]).to(torch.float32).div_(255)
     alpha = bands[3][None].to(torch.float32).div_(255) if transparent else None
-    return DecodedImage(values, alpha, mode, _matching_profile(profile, mode))
+    return DecodedImage(values, alpha, mode, _matching_profile(profile, mode), exif)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return height and width with the EXIF orientation applied."""
     transposed = False
-    with _sound_pixels():
+    with sound_pixels():
         transposed = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (image.width, image.height) if transposed else (image.height, image.width)
-
-
-@contextlib.contextmanager
-def _sound_pixels() -> Iterator[None]:
-    """Ignore damaged metadata, for which Pillow raises many kinds of exceptions: the pixels may be sound."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception:
-        return
 
 
 def _deep_levels(image: Image.Image) -> np.ndarray:

@@ -8,20 +8,25 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
 from binarize.errors import BinarizeError, did_you_mean, one_line
 from binarize.files import followed, write_atomic
 from binarize.imaging.decoded import DecodedImage, to_image, upright_size
 from binarize.imaging.limits import check_memory, check_pixels
+from binarize.imaging.metadata import what_is_lost
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".avif", ".bmp", ".ppm", ".pgm", ".gif",
+)  # fmt: skip
 
 # Pillow tries these decoders, whatever the suffix, and no others: its PostScript decoder starts a program.
-_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM", "GIF")
+_HAS_AVIF = features.check("avif")  # Pillow 11.3 and newer, if it was built with it
+_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM", "GIF", *(("AVIF",) if _HAS_AVIF else ()))
 _MAX_FILE = 2**31
 _ALWAYS_READ = 2**25  # pixels: 800 MB while they are decoded
 _DECODED_BYTES = 24  # per pixel while an image is decoded: Pillow's pixels twice, and three float32 channels
@@ -34,9 +39,13 @@ _WRITERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     ".webp": ("WEBP", ("L", "LA", "RGB", "RGBA"), {"lossless": True}),
     ".bmp": ("BMP", ("1", "L", "P", "RGB"), {}),
 }
-_WRITERS |= {".tiff": _WRITERS[".tif"], ".jpeg": _WRITERS[".jpg"]}
+_WRITERS |= {".tiff": _WRITERS[".tif"], ".jpeg": _WRITERS[".jpg"], ".jfif": _WRITERS[".jpg"]}
+if _HAS_AVIF:
+    _WRITERS[".avif"] = ("AVIF", ("RGB", "RGBA"), {"quality": 90, "subsampling": "4:4:4"})
+_LOSSY: dict[str, dict[str, Any]] = {"JPEG": {}, "WEBP": {"lossless": False}, "AVIF": {}}  # options beside quality
 _STDERR = threading.RLock()  # two threads must not redirect it at the same time
-_LONGEST_SIDE = {"WEBP": 16383, "JPEG": 65500, "PNG": 2**31 - 1}  # of libwebp, libjpeg and the PNG specification
+# Of libwebp, libjpeg, the PNG specification, and what libavif reads.
+_LONGEST_SIDE = {"WEBP": 16383, "JPEG": 65500, "PNG": 2**31 - 1, "AVIF": 32768}
 _MOST_BYTES = {"TIFF": 2**32, "BMP": 2**31}  # their offsets have 32 bits
 _LARGEST_PROFILE = {"PNG": PngImagePlugin.MAX_TEXT_CHUNK, "JPEG": 255 * 65519}  # Pillow reads, or JPEG holds, no more
 
@@ -53,7 +62,8 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int | None = None) -
         what, pixels = f"its size of {image.width}x{image.height}", image.width * image.height
         check_pixels(path, what, pixels, max_pixels, _ALWAYS_READ, "pass a larger max_pixels if you trust the file.")
         check_memory(pixels * _DECODED_BYTES, f"{path}: decoding it", "use a smaller image.")
-        return to_image(image)
+        animated, notes = what_is_lost(image)
+        return replace(to_image(image), animated=animated, notes=notes)
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -111,40 +121,57 @@ def _quiet_libtiff(image: Image.Image) -> Iterator[None]:
             os.close(null)
 
 
-def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """List the image files directly in a folder by name, without hidden ones; raise an error if there are none.
+def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
+    """List the image files of a folder by name, without hidden ones; raise an error if there are none.
 
-    A link to a file that does not exist is listed, so that it is not missed in silence.
+    `recursive` adds those of all folders in it; links to folders are not followed. A link to a file that does not exist
+    is listed, so that it is not missed in silence.
     """
     folder = Path(folder)
     if not folder.exists():
         raise BinarizeError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise BinarizeError(f"{folder}: is a file; a folder of images is needed")
-    found = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")
-        and (path.is_file() or (path.is_symlink() and not path.exists()))
-    )
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists()):
+                found.append(path)
+    found.sort()
     if not found:
         raise BinarizeError(f"{folder}: holds no images; looked for {' '.join(IMAGE_SUFFIXES)}")
     return found
 
 
-def save_image(image: Image.Image | DecodedImage, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Write an image atomically in the format of the path's suffix, JPEG at quality 95, WebP lossless.
+def _raise(error: OSError) -> None:
+    raise BinarizeError(f"{error.filename}: cannot be listed: {error.strerror}") from error
 
-    The folder must exist, and an existing file is replaced only by `force`. The colour profile in the image's ``info``
-    is kept; other tags (EXIF, orientation) are not written. A format that cannot hold the image's transparency or
-    depth is refused.
+
+def save_image(
+    image: Image.Image | DecodedImage,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    quality: int | None = None,
+) -> Path:
+    """Write an image atomically in the format of the path's suffix.
+
+    Without `quality`, 1 to 100, JPEG has 95, AVIF 90, and WebP is lossless; with it, WebP is lossy, and formats that
+    are always lossless are refused. The folder must exist, and an existing file is replaced only by `force`. The colour
+    profile and the EXIF data in the image's ``info``, as `DecodedImage.to_pil` sets them, are written. A format that
+    cannot hold the image's transparency or depth is refused.
     """
     source = image.to_pil() if isinstance(image, DecodedImage) else image
     profile = source.info.get("icc_profile")
-    check_writable(source.mode, path, size=(source.height, source.width), icc_profile=profile)
+    check_writable(source.mode, path, size=(source.height, source.width), icc_profile=profile, quality=quality)
     name, _, options = _WRITERS[Path(path).suffix.lower()]
     options = {**options, "format": name, "icc_profile": profile}
+    if "exif" in source.info:
+        options["exif"] = source.info["exif"]
+        options.pop("compression", None)  # libtiff, which compresses, cannot write the directories of EXIF data
+    if quality is not None:
+        options |= {**_LOSSY[name], "quality": quality}
     return write_atomic(path, lambda temporary: source.save(temporary, **options), force=force)
 
 
@@ -154,10 +181,11 @@ def check_writable(
     *,
     size: tuple[int, int] | None = None,
     icc_profile: bytes | None = None,
+    quality: int | None = None,
 ) -> None:
     """Check that the format of the path's suffix can hold an image, and that the path can be written to.
 
-    `mode` is Pillow's, `size` is (H, W).
+    `mode` is Pillow's, `size` is (H, W); for `quality`, see `save_image`.
     """
     path, known = Path(path), sorted(_WRITERS)
     followed(path)
@@ -167,6 +195,10 @@ def check_writable(
     name, modes, _ = _WRITERS[path.suffix.lower()]
     if mode not in modes:
         raise BinarizeError(f"{path}: {name} cannot hold an image of mode {mode!r}; use .png or .tif")
+    if quality is not None and name not in _LOSSY:
+        raise BinarizeError(f"{path}: {name} is lossless and has no quality; use .jpg or .webp, or omit the quality")
+    if quality is not None and not 1 <= quality <= 100:
+        raise BinarizeError(f"{path}: the quality must be within 1..100, got {quality}")
     if size is not None:
         longest, most = _LONGEST_SIDE.get(name), _MOST_BYTES.get(name)
         if longest is not None and max(size) > longest:

@@ -20,6 +20,7 @@ def inputs(tmp_path: Path) -> Path:
     """A folder of images of several formats, with links, and the results of one."""
     for name, size in (("a.png", (9, 11)), ("b.png", (9, 11)), ("c.jpg", (20, 20)), ("d.tif", (7, 5))):
         make_image(*size).save(tmp_path / name)
+    make_image(18, 22).save(tmp_path / "two.png")
     (tmp_path / "link.png").symlink_to("b.png")
     os.link(tmp_path / "a.png", tmp_path / "hard.png")
     return tmp_path
@@ -28,17 +29,24 @@ def inputs(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ("a.png b.png --force", "b.png: is an image of 11x9 pixels, not an earlier result, which has 22x18"),
-        ("a.png c.jpg --force", "is an image of 20x20 pixels"),
-        ("a.png d.tif --force", "is an image of 5x7 pixels"),
-        ("a.png link.png --force", "is an image of 11x9"),
+        ("a.png -o b.png --force", "b.png: is an image of 11x9 pixels, not an earlier result, which has 22x18"),
+        ("a.png -o c.jpg --force", "is an image of 20x20 pixels"),
+        ("a.png -o d.tif --force", "is an image of 5x7 pixels"),
+        ("a.png -o link.png --force", "is an image of 11x9"),
+        ("a.png two.png --force", "two.png: already exists, and may be a result or another image; add --output"),
+        ("a.png -o a.png --force", "is one of the source images"),
+        ("a.png c.jpg -o . --force", "is one of the source images"),
+        ("a.png c.jpg -o two.png --force", "two.png: is a file; several images need a folder"),
+        ("a.png c.jpg -o new.png", "new.png: is the name of one image; several images need a folder"),
+        ("a.png c.jpg none.png", "none.png: no such file"),
+        ("a.png -o a.webp --format jpeg", "a.webp: is not the name of a jpeg file"),
+        ("a.png --quality 80", "PNG is lossless and has no quality"),
         ("b.png link.png --force", "is one of the source images"),
         ("link.png b.png --force", "is one of the source images"),
         ("a.png hard.png --force", "is one of the source images"),
         ("a.png ./a.png --force", "is one of the source images"),
-        ("a.png b.png", "already exists"),
+        ("a.png -o b.png", "already exists"),
         ("a.png b.png --force --skip-existing", "give one"),
-        ("a.png b.png c.jpg --force", "unexpected extra argument"),
         (
             "a.png new.webp --max-pixels 10",
             "a result of 22x18 is more than the 10 pixels allowed; add --max-pixels 396",
@@ -57,7 +65,7 @@ def test_an_earlier_result_is_replaced(model: Path, small: Path, tmp_path: Path)
         if target in ("empty.png", "words.png"):
             (tmp_path / target).write_text("" if target == "empty.png" else "no image")
         for seed in ("1", "2"):
-            succeeds("upscale", small, tmp_path / target, *options, "--seed", seed)
+            succeeds("upscale", small, "--output", tmp_path / target, *options, "--seed", seed)
     make_image(3, 3).save(tmp_path / "small_x2.png")
     succeeds("upscale", small, *options)
     with Image.open(tmp_path / "small_x2.png") as large:

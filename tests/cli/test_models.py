@@ -31,7 +31,7 @@ def test_a_network_without_a_scale_needs_one(model: Path, small: Path, tmp_path:
 def test_the_network_of_a_pipeline_stands_for_the_pipeline(model: Path, small: Path, tmp_path: Path) -> None:
     images = set()
     for given in (model, model / "unet", model / "unet" / WEIGHTS):
-        succeeds("upscale", small, tmp_path / "a.png", "--model", given, "--steps", "2", "--force")
+        succeeds("upscale", small, "-o", tmp_path / "a.png", "--model", given, "--steps", "2", "--force")
         images.add((tmp_path / "a.png").read_bytes())
     assert len(images) == 1
     assert "upscales by 2" in fails("upscale", small, tmp_path / "x.png", "--model", model / "unet", "--scale", "3")

@@ -20,7 +20,9 @@ def test_a_packed_pipeline_gives_the_images_of_the_binary_one(model, packed, sma
 
     def upscale(given: Path, *options: str) -> np.ndarray:
         target = tmp_path / "large.png"
-        succeeds("upscale", small, target, "--model", given, "--steps", "2", "--device", "cpu", "--force", *options)
+        succeeds(
+            "upscale", small, "-o", target, "--model", given, "--steps", "2", "--device", "cpu", "--force", *options
+        )
         return pixels(target)
 
     unpacked, bits = upscale(model, "--no-pack"), upscale(model)

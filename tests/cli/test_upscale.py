@@ -49,7 +49,7 @@ def test_tiles_schedulers_and_dtypes_change_the_result(model: Path, small: Path,
     results = []
     variants = ("", "--scheduler dpm++", "--tile 8 --overlap 2", "--dtype bfloat16", "--scheduler ddim")
     for options in variants:
-        command = ["upscale", small, tmp_path / "large.png", "--model", model, "--steps", "2", "--force"]
+        command = ["upscale", small, "-o", tmp_path / "large.png", "--model", model, "--steps", "2", "--force"]
         succeeds(*command, *options.split())
         results.append((tmp_path / "large.png").read_bytes())
     assert len(set(results)) == len(variants) - 1
@@ -99,7 +99,7 @@ def sources(tmp_path: Path) -> Path:
         ("twins good.png", "is a file"),
         ("twins twins --force", "is one of the source images"),
         ("good.png good.png --force", "is one of the source images"),
-        ("good.png old.png", "old.png: already exists"),
+        ("good.png -o old.png", "old.png: already exists"),
         ("good.png out.png --device cuda", "finds no such device here"),
     ],
 )
