@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from binarize.conversion.summary import Summary, summary
     from binarize.diagnosis import doctor
     from binarize.hosts import list_hosts, register_host
-    from binarize.layers import list_parts, register_layer, register_part, training_step
+    from binarize.layers import calibrate, list_parts, register_layer, register_part, training_step
     from binarize.methods import Method, get_method, list_methods, register_method
     from binarize.quantizer import BinarizeConfig
     from binarize.recipes.build import build
@@ -58,7 +58,7 @@ _NAMES = {
     "conversion.summary": ("Summary", "summary"),
     "diagnosis": ("doctor",),
     "hosts": ("list_hosts", "register_host"),
-    "layers": ("list_parts", "register_layer", "register_part", "training_step"),
+    "layers": ("calibrate", "list_parts", "register_layer", "register_part", "training_step"),
     "methods": ("Method", "get_method", "list_methods", "register_method"),
     "quantizer": ("BinarizeConfig",),
     "recipes.build": ("build",),
@@ -69,7 +69,8 @@ _MODULE_OF = {name: f"binarize.{module}" for module, names in _NAMES.items() for
 
 __all__ = ["BinarizeError", "ConversionReport", "Summary", "convert", "plan", "report", "revert", "summary"]
 __all__ += ["BinarizeConfig", "ablate", "binary_state", "build", "doctor", "is_packed", "load", "pack", "save"]
-__all__ += ["Timestep", "checkpoint_context", "memory_mode", "param_groups", "timesteps", "training_step", "unpack"]
+__all__ += ["Timestep", "calibrate", "checkpoint_context", "memory_mode", "param_groups", "timesteps"]
+__all__ += ["training_step", "unpack"]
 __all__ += ["Method", "get_method", "list_methods", "list_parts", "register_method", "register_part"]
 __all__ += ["list_hosts", "register_host", "register_layer"]
 __all__ += ["diagnosis", "evaluation", "hosts", "imaging", "inspect", "layers", "methods", "models", "packed"]

@@ -29,6 +29,7 @@ class Form:
     post: str | None = None
     shortcut: str | None = None
     post_last: bool = False
+    branch: bool = False
     options: tuple[tuple[str, float], ...] = ()
 
     def option(self, name: str, default: float) -> float:
@@ -48,9 +49,20 @@ def ede_t(form: Form, progress: float) -> float:
     return 10 ** (math.log10(low) + (math.log10(high) - math.log10(low)) * progress)
 
 
+def learned_step(form: Form, x: Array, step: float) -> tuple[Array, Vjp, Callable[[Array], Array]]:
+    """LSQ's values, and the vector-Jacobian products of x and of the step (signed, 2^(bits - 1) levels below 0)."""
+    low, high = -(2 ** (form.option("bits", 8) - 1)), 2 ** (form.option("bits", 8) - 1) - 1
+    ratio = x / step
+    inside, levels = (low < ratio) & (ratio < high), np.round(np.clip(ratio, low, high))
+    slope = np.where(inside, levels - ratio, np.where(ratio <= low, low, high)) / math.sqrt(x[0].size * high)
+    return levels * step, lambda g: g * inside, lambda g: (g * slope).sum()
+
+
 def activation(form: Form, x: Array, progress: float = 0.0, zero: str = "plus") -> tuple[Array, Vjp]:
     """Return the activation's values and its vector-Jacobian product; one sample per first index."""
     hat = sign(x, zero)
+    if form.activation == "none":
+        return x, lambda g: g
     slopes: dict[str, Callable[[], Any]] = {
         "ste": lambda: np.abs(x) <= 1,
         "identity": lambda: 1,
@@ -60,7 +72,8 @@ def activation(form: Form, x: Array, progress: float = 0.0, zero: str = "plus") 
     if form.activation in slopes:
         return hat, lambda g: g * slopes[form.activation]()
     if form.activation == "round":
-        return np.where(x > 0.5, 1.0, 0.0), lambda g: g * ((x >= 0) & (x <= 1))
+        n = 2 ** form.option("bits", 1) - 1
+        return np.round(np.clip(x, 0, 1) * n) / n, lambda g: g * ((x >= 0) & (x <= 1))
     if form.activation == "mean":  # values of magnitude mean |x|, whose own gradient is clipped
         mean = np.abs(x).mean(axis=tuple(range(1, x.ndim)), keepdims=True)
         return mean * hat, lambda g: np.where(mean == 0, 0.0, g * (np.abs(x) <= 1))
@@ -114,6 +127,14 @@ def weights(form: Form, parameters: dict[str, Array], progress: float = 0.0, zer
         return single(sign(w, zero), scale, lambda g: g * slope)
     if form.weight == "real":
         return single(w, one, lambda g: g)
+    if form.weight in ("twn", "twn_filter", "absmean"):
+        rows = w.reshape(len(w) if form.weight == "twn_filter" else 1, -1)
+        mean = np.abs(rows).mean(1, keepdims=True)
+        kept = np.abs(rows) > 0.7 * mean if form.weight != "absmean" else np.abs(np.round(rows / mean)) >= 1
+        ternary = np.where(kept, np.sign(rows), 0.0).reshape(w.shape)
+        scale = mean if form.weight == "absmean" else (np.abs(rows) * kept).sum(1) / np.maximum(kept.sum(1), 1)
+        halves = np.stack([np.where(ternary >= 0, 1.0, -1.0), np.where(ternary > 0, 1.0, -1.0)])
+        return Weights(halves, np.stack([scale.ravel() * one / 2] * 2), lambda g: {"weight": g})
     if form.weight == "xnor":
         centred = np.clip(w - w.mean(1, keepdims=True), -1, 1)
         alpha = np.abs(centred).mean(axes)
@@ -162,7 +183,8 @@ def layer(
     form: Form, p: dict[str, Array], x: Array, upstream: Vjp, group: Array, progress: float = 0.0, zero: str = "plus"
 ) -> tuple[Array, dict[str, Array]]:
     """Return the output and the gradients of ``x`` and of ``p``; ``group`` is (B,), each sample's timestep group."""
-    t = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in {"x": x, **p}.items()}
+    leaves = {"x": x, **{name: value for name, value in p.items() if value.dtype == np.float64}}
+    t = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in leaves.items()}
     image = t["x"]
 
     def rows(name: str) -> Tensor:
@@ -180,10 +202,15 @@ def layer(
     shifted = image
     if form.pre is not None:
         shifted = image + rows("pre.bias") if form.pre == "shift" else batch_norm(image, "pre")
-    codes, code_vjp = activation(form, shifted.detach().numpy(), progress, zero)
+    inputs, vjps = [shifted], []
+    if form.activation == "lsq":
+        inputs.append(t["activation.step"])
+        codes, *vjps = learned_step(form, shifted.detach().numpy(), float(p["activation.step"]))
+    else:
+        codes, *vjps = activation(form, shifted.detach().numpy(), progress, zero)
     w, learned = weights(form, p, progress, zero), [name for name in ("weight", "weight_binarizer.scale") if name in p]
     w_hat = (w.scales[:, :, None, None, None] * w.codes).sum(0)
-    signs = Known.apply(codes, lambda g: [code_vjp(g)], shifted)
+    signs = Known.apply(codes, lambda g: [np.asarray(vjp(g)) for vjp in vjps], *inputs)
     filters = Known.apply(w_hat, lambda g: [w.vjp(g)[name] for name in learned], *(t[name] for name in learned))
     y = F.conv2d(signs, filters, padding=1)
     if form.scale == "channel":
@@ -192,6 +219,8 @@ def layer(
             y = y * t["scale.row_scale"].view(-1, 1)[: x.shape[2]] * t["scale.column_scale"][: x.shape[3]]
     elif form.scale == "k_map":
         y = y * F.conv2d(image.abs().mean(1, keepdim=True), t["scale.weight"], padding=1)
+    elif form.scale == "k_box":
+        y = y * F.avg_pool2d(image.detach().abs().mean(1, keepdim=True), 3, 1, 1)
     if form.norm:
         y = batch_norm(y, "norm")
     if form.post and not form.post_last:
@@ -201,6 +230,11 @@ def layer(
         y = y + (factor.abs() if form.shortcut == "magnitude" else factor) * image
     if form.post and form.post_last:
         y = post(y)
+    if form.branch:
+        sparse = torch.zeros(w_hat[:, :, 0, 0].size, dtype=torch.float64)
+        sparse = sparse.index_put([torch.from_numpy(p["branch.indices"]).long()], t["branch.values"])
+        matrix = sparse.view(w_hat.shape[:2]) + t["branch.up"] @ t["branch.down"]
+        y = y + torch.einsum("oc,bchw->bohw", matrix, image)
     out = y.detach().numpy()
     y.backward(torch.from_numpy(upstream(out)))
     return out, {name: leaf.grad.numpy() for name, leaf in t.items() if leaf.grad is not None}

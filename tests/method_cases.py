@@ -1,6 +1,6 @@
 """Every registered method and variant, and the form that its paper and released code give its layers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from closed_forms import Form
@@ -71,6 +71,20 @@ VARIANTS = [
     Case("binarydm", Form("ste", "two_basis", shortcut="identity"), {"shortcut": True}),
 ]
 
-CASES = DEFAULTS + VARIANTS
+# More bits than one: BWN, BinaryDM's W1A32 and W1A4, W1A8, DoReFa's W1A2; ternary weights with each kind of activation.
+LSQ4, LSQ8 = ({"name": "lsq", "bits": bits} for bits in (4, 8))
+UNIT2 = {"name": "unit_round", "bits": 2}
+BITS = [
+    Case("xnor", Form("none", "xnor", norm=True), {"activation": "none"}),
+    Case("binarydm", Form("none", "two_basis", shortcut="magnitude"), {"activation": "none"}),
+    Case("binarydm", Form("lsq", "two_basis", shortcut="magnitude", options=(("bits", 4),)), {"activation": LSQ4}),
+    Case("bidiffsr", replace(BIDIFFSR, activation="lsq"), {"activation": LSQ8}),
+    Case("dorefa", Form("round", "tensor", norm=True, options=(("bits", 2),)), {"activation": UNIT2}),
+    Case("custom", Form("ste", "twn"), {"weight": "twn"}),
+    Case("custom", Form("none", "twn_filter"), {"weight": {"name": "twn", "per_filter": True}, "activation": "none"}),
+    Case("custom", Form("lsq", "absmean"), {"weight": "absmean", "activation": LSQ8}),
+]
+
+CASES = DEFAULTS + VARIANTS + BITS
 # What the toolkit registers; other tests register methods of their own.
 METHODS = [name for name in binarize.list_methods() if type(get_method(name)).__module__.startswith("binarize.")]

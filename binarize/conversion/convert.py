@@ -65,7 +65,8 @@ def convert(
 ) -> ModelT:
     """Binarize a network in place and return it.
 
-    A call that fails leaves the model as it was. The latent weights are the model's own Parameter objects.
+    A call that fails leaves the model as it was. The latent weights are the model's own Parameter objects, except where
+    a branch takes a share of them.
 
     Args:
         model: Any nn.Module; a diffusion U-Net for timestep-aware methods.
@@ -203,9 +204,10 @@ def plan(model: nn.Module, method: MethodLike, **options: Any) -> ConversionRepo
 def revert(model: ModelT) -> ModelT:
     """Replace binary layers by plain ones with the latent weights, in place; the structure stays.
 
-    The weights are the same Parameter objects. Shifts, activations, norms and shortcuts of the binary layers are gone;
-    a layer that had a bias gets it back if the method kept it, else a bias of zero. A rewired diffusers host keeps
-    blocks that its own class cannot rebuild: keep its state dict, or convert it again and use `binarize.save`.
+    The weights are the same Parameter objects; a branch's share is added to them, in new ones. Shifts, activations,
+    norms and shortcuts of the binary layers are gone. A layer that had a bias gets it back if the method kept it, else
+    a bias of zero. A rewired diffusers host keeps blocks that its own class cannot rebuild: keep its state dict, or
+    convert it again and use `binarize.save`.
     """
     if conversion(model).packed:
         raise BinarizeError("revert: this model is packed, so its latent weights are gone; revert the unpacked model.")

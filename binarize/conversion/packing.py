@@ -25,7 +25,7 @@ from binarize.methods import Method
 from binarize.modules import replace_modules
 from binarize.packed import PackedConv1d, PackedConv2d, PackedConv3d, PackedLayer, PackedLinear
 from binarize.packed.blocks import PackableBlock, PackedBlock
-from binarize.packed.layers import PackedConv, check_levels, freeze
+from binarize.packed.layers import PackedConv, check_activation, freeze
 
 _log = logging.getLogger("binarize")
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -43,14 +43,15 @@ def pack(model: ModelT) -> ModelT:
 
     Raises:
         BinarizeError: If the model is not converted or already packed, a layer still has full-precision weights (the
-            first stage of a two-stage training) or activations, or a custom activation does not declare ``levels``.
+            first stage of a two-stage training) or activations, or a custom activation declares neither ``levels`` nor
+            ``bits``.
     """
     record = conversion(model)
     if record.packed:
         raise BinarizeError(f"pack: this {type(model).__name__} is packed already.")
     for name, layer in binary_layers(model):
         check_binary(name, layer.binary_weight())
-        check_levels(layer.activation)
+        check_activation(layer.activation)
     layers = [layer for _, layer in binary_layers(model)]
     made = [packed_form(layer) for layer in layers]
     record_config(model, replace(record, packed=True))  # writes to the host's configuration, which may fail
@@ -70,12 +71,15 @@ def packed_form(layer: BinaryLayer) -> PackedLayer:
 def pack_if_possible(model: nn.Module, like: torch.Tensor | None = None) -> bool:
     """Pack any model if it is binary and there are kernels for it; return whether it is packed.
 
+    A model whose activations all have more than two values stays as it is, since packing it saves memory, not time.
     ``like`` is a tensor with the device and dtype for which kernels are needed; None for those of the parameters.
     """
     if is_packed(model):
         return True
     tensors = model.parameters() if like is None else [like]
     if not is_converted(model) or any(kernels_for(tensor) is None for tensor in tensors):
+        return False
+    if all(layer.has_many_values() for _, layer in binary_layers(model)):
         return False
     try:
         pack(model)

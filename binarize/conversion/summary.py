@@ -1,9 +1,11 @@
 """Parameters, operations and bytes of a network, by the rules of published comparisons.
 
-- Parameters: all of them, a binary weight as 1/32.
-- Operations: multiply-accumulates, a binary one as 1/64; products inside attention count as MACs; 5 per element for
-  GroupNorm and LayerNorm, 2 for BatchNorm in eval mode, 1 for nearest-neighbor upsampling. Biases, shifts, signs,
-  scales, activations, additions, softmax and shuffles are not counted.
+- Parameters: all of them, a binary weight as 1/32 and a ternary one as 2/32.
+- Operations: multiply-accumulates, a binary one as 1/64; that of a binary weight and a k-bit activation as k/64, and
+  with a float as 1. Ternary and two-basis weights are two binary ones, but one with floats. Products inside attention
+  and parts count as MACs; 5 per element for GroupNorm and LayerNorm, 2 for BatchNorm in eval mode, 1 for
+  nearest-neighbor upsampling. Biases, shifts, signs, scales, activations, additions, softmax and shuffles are not
+  counted.
 - Bytes: the size of a packed file: 1 bit for a binary weight, 4 bytes for everything else, scales included.
 
 These rules reproduce the figures of BI-DiffSR's Table 2. A copy of the network runs on the meta device, without
@@ -26,7 +28,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from binarize.conversion.packing import unpack_layers
 from binarize.errors import BinarizeError
-from binarize.layers import BinaryLayer
+from binarize.layers import BinaryLayer, Branch
+from binarize.layers.parts import activation_bits
 from binarize.modules import call_arguments, meta_copy, prefixes, unwrap
 from binarize.tables import Column, Table
 
@@ -40,6 +43,7 @@ class SummaryRow:
 
     Attributes:
         bits: 1 for a binary layer, else 32.
+        activation_bits: Bits of the activations that a layer multiplies; 32 for floats.
         output: Shape of its last output, or () if it did not run.
         params: Parameters, a binary weight as 1/32 for each of its bits (two in two-basis weights).
     """
@@ -47,6 +51,7 @@ class SummaryRow:
     name: str
     type: str
     bits: int
+    activation_bits: int
     output: tuple[int, ...]
     raw_params: int
     params: float
@@ -62,7 +67,7 @@ class Summary:
     Attributes:
         params: Parameters, a binary weight as 1/32; ``raw_params`` counts them as stored for training.
         ops: Operations, a binary MAC as 1/64.
-        macs_by_bits: Multiply-accumulates by bit width, {1: ..., 32: ...}.
+        macs_by_bits: Multiply-accumulates by the bits of the activations, {1: ..., 32: ...}; full precision is 32.
         bytes: Bytes on disk when packed.
         rows: One `SummaryRow` per module.
         input: Shapes of the inputs.
@@ -99,7 +104,8 @@ class Summary:
         rows = []
         for r in self.rows:
             macs, ops = sum(r.macs.values()) / 1e6, r.ops / 1e6
-            rows.append((r.name, r.type, r.output, r.bits, r.raw_params, r.params, macs, ops, r.bytes))
+            bits = r.bits if r.bits == r.activation_bits else f"{r.bits}/{r.activation_bits}"
+            rows.append((r.name, r.type, r.output, bits, r.raw_params, r.params, macs, ops, r.bytes))
         return Table(columns, rows)
 
     def _totals(self) -> str:
@@ -168,31 +174,48 @@ def _row(name: str, module: nn.Module, count: _Count, seen: set[int]) -> Summary
         name=name,
         type=type(module).__name__,
         bits=1 if binary else 32,
+        activation_bits=_activation_bits(module),
         output=count.output,
         raw_params=raw,
         params=raw - weights + bases * weights / 32,
         macs=dict(count.macs),
-        ops=sum(macs / (64 if bits == 1 else 1) for bits, macs in count.macs.items()) + count.other,
+        ops=sum(macs * (1 if bits == 32 else bits / 64) for bits, macs in count.macs.items()) + count.other,
         bytes=size,
     )
+
+
+def _activation_bits(module: nn.Module) -> int:
+    """Return the bits of what a module multiplies itself; 1 for a binary layer's activation that declares nothing."""
+    if not isinstance(module, BinaryLayer):
+        return 32
+    bits = activation_bits(module.activation)
+    return 1 if bits is None else bits
+
+
+def _products(module: nn.Module, bits: int) -> int:
+    """Return how many products each MAC of a module is: one operator does the work of all bases of k-bit layers."""
+    return module.bases if isinstance(module, BinaryLayer) and 1 < bits < 32 else 1
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], described: str) -> dict[str, _Count]:
     """Return the counts of each module; the parts of a binary layer count as the layer."""
     counts: dict[str, _Count] = {}
-    stack: list[tuple[_Count, bool]] = []
+    stack: list[tuple[_Count, int, int]] = []
     layers = {name for name, module in model.named_modules() if isinstance(module, BinaryLayer)}
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             owner = next((prefix for prefix in prefixes(name)[:-1] if prefix in layers), name)
-            count = counts.setdefault(owner, _Count())
+            count, bits = counts.setdefault(owner, _Count()), _activation_bits(module)
+            entry = count, bits, _products(module, bits)
 
-            def enter(module: nn.Module, args: Any, entry: Any = (count, owner in layers)) -> None:
+            def enter(module: nn.Module, args: Any, entry: Any = entry) -> None:
                 stack.append(entry)
 
-            def leave(module: nn.Module, args: Any, output: Any, count: Any = count if owner == name else None) -> None:
-                stack.pop()
-                if count is not None and isinstance(output, Tensor):
+            def leave(module: nn.Module, args: Any, output: Any, whole: bool = owner == name) -> None:
+                count, *_ = stack.pop()
+                if isinstance(module, Branch):
+                    count.macs[32] += module.macs(output.numel())
+                if whole and isinstance(output, Tensor):
                     count.output = tuple(output.shape)
 
             hooks.callback(module.register_forward_pre_hook(enter).remove)
@@ -211,7 +234,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], descri
 class _Counter(TorchDispatchMode):
     """Adds each operation that reaches the dispatcher to the innermost module that is running."""
 
-    def __init__(self, stack: Sequence[tuple[_Count, bool]]) -> None:
+    def __init__(self, stack: Sequence[tuple[_Count, int, int]]) -> None:
         super().__init__()
         from torch.utils.flop_counter import flop_registry  # imports triton where it is installed
 
@@ -222,9 +245,10 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         name = packet.__name__
-        count, binary = self.stack[-1]
+        count, bits, products = self.stack[-1]
         if packet in self.flops:
-            count.macs[1 if binary else 32] += int(self.flops[packet](*args, **(kwargs or {}), out_val=out)) // 2
+            macs = int(self.flops[packet](*args, **(kwargs or {}), out_val=out)) // 2
+            count.macs[bits] += products * macs
         elif name in NORM_COST or "batch_norm" in name:
             count.other += NORM_COST.get(name, BATCH_NORM_COST) * args[0].numel()
         elif "upsample_nearest" in name:

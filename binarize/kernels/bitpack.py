@@ -6,7 +6,7 @@ kw)``, most significant bit first, 1 for +1. So a width that is no multiple of a
 In memory, a filter's word holds 32 input channels of one kernel tap, and words of 16 output channels stand side by
 side: ``(groups * blocks, kh * kw * words, 16)`` int32. The product reads them as one vector and broadcasts the word of
 a pixel against it. 32 bits rather than 64 since CP-Down convolves 32 channels, and half of a longer word would be idle;
-vector instructions count both at the same speed.
+vector instructions count both at the same speed. Layers that no kernel computes keep the form of the file.
 """
 
 from __future__ import annotations
@@ -66,18 +66,39 @@ def to_dense(words: Tensor, shape: FilterShape) -> Tensor:
     """Return the bits as a file has them, uint8 ``shape.dense``, of words as memory has them."""
     if words.is_meta:
         return torch.empty(shape.dense, dtype=torch.uint8, device="meta")
-    flat = F.pad(to_bits(words, shape).reshape(shape.bases, -1), (0, -shape.weights % 8))
-    place = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=words.device)
-    return (flat.view(shape.bases, -1, 8) * place).sum(-1, dtype=torch.uint8)
+    return join_bytes(to_bits(words, shape))
+
+
+def join_bytes(bits: Tensor) -> Tensor:
+    """Return bits as a file has them, uint8 ``(bases, ceil(weights / 8))``, of uint8 bits ``(bases, ...)``."""
+    flat = F.pad(bits.reshape(len(bits), -1), (0, -bits[0].numel() % 8))
+    place = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bits.device)
+    return (flat.view(len(bits), -1, 8) * place).sum(-1, dtype=torch.uint8)
 
 
 def from_dense(dense: Tensor, shape: FilterShape) -> Tensor:
     """Return the words as memory has them, int32 ``shape.memory``, of bits as a file has them."""
     if dense.is_meta:
         return torch.empty(shape.memory, dtype=torch.int32, device="meta")
+    return from_bits(split_bytes(dense, shape), shape)
+
+
+def split_bytes(dense: Tensor, shape: FilterShape) -> Tensor:
+    """Return uint8 bits ``(bases, C_out, C_in / groups, kh, kw)`` of bits as a file has them."""
     place = torch.arange(7, -1, -1, dtype=torch.uint8, device=dense.device)
     bits = (dense.unsqueeze(-1) >> place & 1).reshape(shape.bases, -1)[:, : shape.weights]
-    return from_bits(bits.view(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel), shape)
+    return bits.view(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel)
+
+
+def dense_codes(dense: Tensor, shape: FilterShape, dtype: torch.dtype) -> Tensor:
+    """Return weights in {-1, +1}, ``(bases, C_out, C_in / groups, kh, kw)``, of bits as a file has them.
+
+    A table of the 256 bytes makes it one pass over memory.
+    """
+    octets = torch.arange(256, dtype=torch.uint8, device=dense.device)
+    table = 2 * split_bytes(octets.unsqueeze(0), FilterShape(256, 8, (1, 1))).view(256, 8).to(dtype) - 1
+    codes = F.embedding(dense.int(), table).flatten(1)[:, : shape.weights]
+    return codes.reshape(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel)
 
 
 def from_bits(bits: Tensor, shape: FilterShape) -> Tensor:

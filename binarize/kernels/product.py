@@ -36,8 +36,7 @@ class _ScaledCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, surrogate: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         ctx.dtype = surrogate.dtype
-        shape = (-1, *[1] * (surrogate.dim() - 1))
-        return reduce(add, (code * scale.view(shape) for code, scale in zip(codes, scales, strict=True)))
+        return _scaled_sum(codes, scales)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -84,6 +83,11 @@ class _BinaryLinear(torch.autograd.Function):
         return grad_x, grad_w, None, None
 
 
+def _scaled_sum(codes: Tensor, scales: Tensor) -> Tensor:
+    columns = scales.view(*scales.shape, *[1] * (codes.dim() - 2))
+    return reduce(add, (code * scale for code, scale in zip(codes, columns, strict=True)))
+
+
 def _scaled_convs(x: Tensor, codes: Tensor, scales: Tensor, geometry: tuple[Any, ...]) -> Tensor:
     convolve, columns = _CONVOLUTIONS[x.dim()], scales.view(*scales.shape, *[1] * (x.dim() - 2))
     pairs = zip(codes, columns, strict=True)
@@ -99,6 +103,26 @@ def _without_values(surrogate: Tensor, dtype: torch.dtype) -> Tensor | None:
     if torch.jit.is_tracing() and not (surrogate.requires_grad and torch.is_grad_enabled()):
         return None
     return (surrogate - surrogate.detach()).to(dtype)
+
+
+def scaled_weight(weight: BinaryWeight, dtype: torch.dtype) -> Tensor:
+    """Return the scaled weights ``w_hat``, whose gradient is passed on to the surrogate."""
+    codes, scales = weight.codes.to(dtype), weight.scales.to(dtype)
+    if is_transformed():
+        w_hat, zeros = _scaled_sum(codes, scales), _without_values(weight.surrogate, dtype)
+        return w_hat if zeros is None else w_hat + zeros
+    out: Tensor = _ScaledCodes.apply(weight.surrogate, codes, scales)
+    return out
+
+
+def float_product(x: Tensor, w_hat: Tensor, *geometry: Any) -> Tensor:
+    """Multiply activations of many values with scaled weights: a convolution with a geometry, else a linear layer.
+
+    One operator for any number of bases. Two-valued activations are multiplied with the codes instead, and scaled
+    afterwards, which keeps the dot products whole numbers.
+    """
+    x = x.to(w_hat.dtype)
+    return _CONVOLUTIONS[x.dim()](x, w_hat, None, *geometry) if geometry else F.linear(x, w_hat)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,6 +1,6 @@
-"""Sign functions and the surrogate gradients of published binarizers.
+"""Sign functions and uniform quantizers of activations, with the surrogate gradients of published binarizers.
 
-Every function maps to {-1, +1} (or {0, 1} for DoReFa's activation); they differ only in the backward. ``zero`` is the
+Sign functions map to {-1, +1} (or {0, 1} for DoReFa's activation) and differ only in the backward. ``zero`` is the
 value of sign(0): "plus" gives +1, so that every value fits one bit; "zero" gives torch.sign's 0, with which the
 checkpoints of the original repositories were trained. For the backward, identity_sign saves nothing, approx_sign and
 ede_sign save x itself, and the others save one byte per element.
@@ -67,16 +67,41 @@ class _EDESign(torch.autograd.Function):
 
 
 class _Masked(torch.autograd.Function):
-    """x, or x rounded to {0, 1}, whose gradient passes where x is in [-1, 1], or in [0, 1]."""
+    """x, or x rounded to one of so many steps in [0, 1]; the gradient passes where x is in [-1, 1], or in [0, 1]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rounds: bool) -> Tensor:
-        ctx.save_for_backward((x >= 0) & (x <= 1) if rounds else x.abs() <= 1)
-        return x.clamp(0, 1).round() if rounds else x.view_as(x)
+    def forward(ctx: Any, x: Tensor, steps: int) -> Tensor:
+        ctx.save_for_backward((x >= 0) & (x <= 1) if steps else x.abs() <= 1)
+        return _round_to(x, steps) if steps else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.saved_tensors[0], None
+
+
+def _round_to(x: Tensor, steps: int) -> Tensor:
+    clipped = x.clamp(0, 1)
+    return clipped.round() if steps == 1 else (clipped * steps).round() / steps
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
+        ctx.save_for_backward(x, step)
+        ctx.range, ctx.gradient_scale = (low, high), gradient_scale
+        return (x / step).clamp(low, high).round() * step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        (x, step), (low, high) = ctx.saved_tensors, ctx.range
+        inside, slope = _step_slopes(x / step, low, high)
+        return grad * inside, (grad * slope).sum() * ctx.gradient_scale, None, None, None
+
+
+def _step_slopes(ratio: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Return where x passes its gradient on, and the derivative by the step; ``ratio`` is x / step."""
+    inside = (ratio > low) & (ratio < high)
+    return inside, ratio.clamp(low, high).round() - torch.where(inside, ratio, 0.0)
 
 
 def clipped_sign(x: Tensor, zero: SignZero = "plus") -> Tensor:
@@ -111,15 +136,33 @@ def ede_sign(x: Tensor, t: Tensor, k: Tensor, zero: SignZero = "plus") -> Tensor
     return _EDESign.apply(x, t, k, zero)
 
 
-def unit_round(x: Tensor) -> Tensor:
-    """DoReFa's 1-bit activation: forward round(clip(x, 0, 1)) in {0, 1}, ties to even; backward g * 1{0 <= x <= 1}."""
+def unit_round(x: Tensor, bits: int = 1) -> Tensor:
+    """DoReFa's k-bit activation: forward round(n clip(x, 0, 1)) / n with n = 2^k - 1; backward g * 1{0 <= x <= 1}.
+
+    Ties are rounded to even (Zhou et al. 2016, eqs. 5 and 11).
+    """
+    steps = 2**bits - 1
     if is_transformed():
-        return straight_through(x.detach().clamp(0, 1).round(), x.clamp(0, 1))
-    return _Masked.apply(x, True)
+        return straight_through(_round_to(x.detach(), steps), x.clamp(0, 1))
+    return _Masked.apply(x, steps)
+
+
+def learned_step(x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
+    """LSQ: forward round(clip(x / s, low, high)) s; ties to even (Esser et al. 2020, eqs. 1 and 2).
+
+    Backward, by x: g * 1{low < x / s < high}. By the step s, times ``gradient_scale``: the sum of g * (round(x / s) -
+    x / s) inside that range, g * low below and g * high above it (eqs. 3 and 5). ``step`` is a positive scalar.
+    """
+    if is_transformed():
+        ratio = (x / step).detach()
+        inside, slope = _step_slopes(ratio, low, high)
+        smooth = x * inside + step * (slope * gradient_scale)
+        return straight_through(ratio.clamp(low, high).round() * step.detach(), smooth)
+    return _LearnedStep.apply(x, step, low, high, gradient_scale)
 
 
 def clipped_identity(x: Tensor) -> Tensor:
     """Forward x; backward g * 1{|x| <= 1}: for a latent weight whose sign is taken elsewhere."""
     if is_transformed():
         return straight_through(x, x.clamp(-1, 1))
-    return _Masked.apply(x, False)
+    return _Masked.apply(x, 0)

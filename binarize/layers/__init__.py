@@ -32,8 +32,10 @@ from binarize.layers.delayed import (
     undelayed,
 )
 from binarize.layers.fused import norm_silu
+from binarize.layers.multibit import FullPrecisionActivation, LearnedStep, calibrate
 from binarize.layers.parts import (
     ActivationBinarizer,
+    Branch,
     LayerPart,
     LayerSpec,
     Part,
@@ -57,6 +59,7 @@ from binarize.layers.structure import (
     PixelUp,
     SplitFusion,
 )
+from binarize.layers.ternary import AbsMeanWeight, TernaryWeight, TWNWeight
 from binarize.layers.timestep_aware import RPReLU, Shift
 from binarize.layers.weights import (
     FixedWeight,
@@ -70,6 +73,7 @@ from binarize.layers.weights import (
 )
 
 __all__ = [
+    "AbsMeanWeight",
     "ActivationBinarizer",
     "AddFusion",
     "ApproxSign",
@@ -80,6 +84,7 @@ __all__ = [
     "BinaryLayer",
     "BinaryLinear",
     "BinaryWeight",
+    "Branch",
     "CPDown",
     "CPUp",
     "CSFusion",
@@ -94,11 +99,13 @@ __all__ = [
     "DelayedWeight",
     "EDESign",
     "FixedWeight",
+    "FullPrecisionActivation",
     "IdentitySign",
     "InputMeanScale",
     "KMapScale",
     "LayerPart",
     "LayerSpec",
+    "LearnedStep",
     "LibraWeight",
     "MeanClippedSign",
     "NormalizedApproxSign",
@@ -116,7 +123,9 @@ __all__ = [
     "Shift",
     "SignWeight",
     "SplitFusion",
+    "TWNWeight",
     "TensorScaledWeight",
+    "TernaryWeight",
     "TwoBasisWeight",
     "TwoStageWeight",
     "UnitRound",
@@ -125,6 +134,7 @@ __all__ = [
     "approx_sign",
     "binary_conv2d",
     "binary_linear",
+    "calibrate",
     "clipped_identity",
     "clipped_sign",
     "delayed",

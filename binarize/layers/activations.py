@@ -1,12 +1,13 @@
-"""Activation binarizers: modules that map their input to two values and define a surrogate gradient."""
+"""Activation binarizers: modules that map their input to two values, or to few, and define a surrogate gradient."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from binarize.errors import BinarizeError
 from binarize.kernels.capture import is_transformed
 from binarize.kernels.signs import (
     SignZero,
@@ -18,7 +19,7 @@ from binarize.kernels.signs import (
     straight_through,
     unit_round,
 )  # fmt: skip
-from binarize.layers.parts import ActivationBinarizer, feature_dims, register_part, with_sign_zero
+from binarize.layers.parts import ActivationBinarizer, LayerSpec, feature_dims, register_part, with_sign_zero
 from binarize.layers.schedule import Scheduled, check_ede_range, ede_schedule
 
 
@@ -113,14 +114,30 @@ class MeanClippedSign(_Sign):
         return clipped_sign(_MeanGradient.apply(x, mean), self.sign_zero)
 
 
-class UnitRound(ActivationBinarizer):
-    """Forward round(clip(x, 0, 1)) in {0, 1}; backward g * 1{0 <= x <= 1} (DoReFa-Net, section 2.4)."""
+def checked_bits(owner: str, bits: int, fewest: int) -> int:
+    """Return ``bits`` if it is a whole number from ``fewest`` to 16; else raise BinarizeError."""
+    if type(bits) is not int or not fewest <= bits <= 16:
+        raise BinarizeError(f"{owner}: bits must be a whole number from {fewest} to 16; got {bits!r}.")
+    return bits
 
-    levels = (0, 1)
+
+class UnitRound(ActivationBinarizer):
+    """Forward round(n clip(x, 0, 1)) / n, n = 2^bits - 1; backward g * 1{0 <= x <= 1} (DoReFa-Net, section 2.4)."""
+
+    bits: int
+
+    def __init__(self, bits: int = 1) -> None:
+        super().__init__()
+        self.bits = checked_bits("unit_round", bits, 1)
+        self.levels = (0, 1) if bits == 1 else None
+
+    def extra_repr(self) -> str:
+        """Return ``bits`` for the module's repr."""
+        return f"bits={self.bits}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map any shape to {0, 1} of the same shape."""
-        return unit_round(x)
+        """Map any shape to multiples of 1 / n in [0, 1] of the same shape."""
+        return unit_round(x, self.bits)
 
 
 class NormalizedApproxSign(_Sign):
@@ -155,5 +172,9 @@ register_part("activation", "mean_ste")(lambda spec: MeanClippedSign(spec.sign_z
 register_part("activation", "identity_ste")(with_sign_zero(IdentitySign))
 register_part("activation", "approx_sign")(with_sign_zero(ApproxSign))
 register_part("activation", "ede")(with_sign_zero(EDESign))
-register_part("activation", "unit_round")(lambda spec: UnitRound())
 register_part("activation", "recu")(lambda spec: NormalizedApproxSign(spec.sign_zero, spec.channel_dim))
+
+
+@register_part("activation", "unit_round")
+def _unit_round(spec: LayerSpec, bits: int = 1) -> nn.Module:
+    return UnitRound(bits)

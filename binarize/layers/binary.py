@@ -8,22 +8,37 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.kernels.autograd import BinaryConvFunction, BinaryConvOptions, Memory
 from binarize.kernels.binary_conv import Geometry
 from binarize.kernels.capture import is_captured
-from binarize.kernels.product import BinaryWeight, binary_conv, binary_linear, compute_dtype
+from binarize.kernels.product import (
+    BinaryWeight,
+    binary_conv,
+    binary_linear,
+    compute_dtype,
+    float_product,
+    scaled_weight,
+)
 from binarize.layers import parts as layer_parts
 from binarize.layers.adapters import Original
 from binarize.layers.lowering import LoweredLayer, lower, trains_as_one_node
 from binarize.layers.method import Method, get_method
-from binarize.layers.parts import ActivationBinarizer, LayerKind, LayerSpec, PartKind, WeightBinarizer, runs_as_declared
+from binarize.layers.parts import (
+    ActivationBinarizer,
+    Branch,
+    LayerKind,
+    LayerSpec,
+    PartKind,
+    WeightBinarizer,
+    runs_as_declared,
+)
 from binarize.layers.pipeline import Depth, PartPipeline
 from binarize.layers.timestep_aware import RPReLU
 from binarize.timestep import TimestepContext
@@ -51,7 +66,8 @@ class BinaryLayer(PartPipeline):
     ) -> LayerT:  # fmt: skip
         """Return the binary form of a plain layer, such as nn.Conv2d for BinaryConv2d, in its mode.
 
-        The layer's weight becomes the latent weight, as the same Parameter. Timestep-aware parts read ``context``.
+        The layer's weight becomes the latent weight, as the same Parameter unless a branch takes a share of it.
+        Timestep-aware parts read ``context``.
         ``parts`` are existing modules to use instead of the method's, by stage; a bias is then kept as it is, and
         ``had_bias`` says whether the layer before conversion had one.
         """
@@ -75,7 +91,10 @@ class BinaryLayer(PartPipeline):
         spec = self._take_geometry(plain, method, context)
         self.weight, keeps_bias = plain.weight, method.keep_bias or parts is not None
         if parts is None:
-            parts = {kind: self._built(kind, method, spec) for kind in layer_parts.PART_KINDS}
+            branch = self._built("branch", method, spec)
+            spec = self._give_to(branch, spec)
+            kinds = [kind for kind in layer_parts.PART_KINDS if kind != "branch"]
+            parts = {**{kind: self._built(kind, method, spec) for kind in kinds}, "branch": branch}
         for kind, part in parts.items():
             self.add_module("weight_binarizer" if kind == "weight" else kind, part)
         self.method, self.post_after_shortcut, self.clamps_latent = method, method.post_after_shortcut, method.clamps
@@ -89,7 +108,7 @@ class BinaryLayer(PartPipeline):
                 bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
             self.bias = bias
         elif plain.bias is not None and method.fold_bias:
-            stages = set(self.stages()) - {"shortcut", "post"}
+            stages = set(self.stages()) - {"shortcut", "post", "branch"}
             if not isinstance(self.post, RPReLU) or stages or self.post_after_shortcut:
                 raise BinarizeError(
                     f"{method.name}: fold_bias=True needs an RPReLU right after the convolution (post='taa' or "
@@ -97,6 +116,16 @@ class BinaryLayer(PartPipeline):
                     "dropped."
                 )
             self.post.fold_bias_(plain.bias.detach())
+
+    @torch.no_grad()
+    def _give_to(self, branch: nn.Module | None, spec: LayerSpec) -> LayerSpec:
+        """Take a branch's share from the latent weights, as a new Parameter, and return the spec with what remains."""
+        share = branch.as_weight() if isinstance(branch, Branch) else None
+        if share is None:
+            return spec
+        rest = spec.weight.detach() - share
+        self.weight = nn.Parameter(rest.view_as(self.weight), requires_grad=self.weight.requires_grad)
+        return replace(spec, weight=rest)
 
     def _built(self, kind: PartKind, method: Method, spec: LayerSpec) -> nn.Module | None:
         part = layer_parts.build_part(kind, method.part(kind), spec)
@@ -112,13 +141,16 @@ class BinaryLayer(PartPipeline):
         """Apply the layer to ``(B, C_in, ...)``, or a linear one to ``(..., C_in)``."""
         x = input
         shifted = self.shifted(x)
-        y = self._product(self.activation(shifted), self.weight_binarizer(self.latent()))
+        values, weight = self.padded(self.activation(shifted)), self.weight_binarizer(self.latent())
+        if self.has_many_values():
+            y = float_product(values, scaled_weight(weight, compute_dtype(values)), *self.steps)
+        elif self.steps:
+            y = binary_conv(values, weight, *self.steps)
+        else:
+            y = binary_linear(values, weight)
         return self.run_stages(self.stages(), y, x, shifted)
 
     def _take_geometry(self, plain: Any, method: Method, context: TimestepContext | None) -> LayerSpec:
-        raise NotImplementedError  # pragma: no cover - both subclasses define it
-
-    def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
         raise NotImplementedError  # pragma: no cover - both subclasses define it
 
     def latent(self) -> Tensor:
@@ -138,7 +170,11 @@ class BinaryLayer(PartPipeline):
         return BinaryWeight(surrogate.view_as(self.weight), codes.view(-1, *self.weight.shape), scales)
 
     def _with_latents(self, plain: Any) -> Any:
+        share = self.branch.as_weight() if isinstance(self.branch, Branch) else None
         plain.weight = self.weight
+        if share is not None:
+            whole = self.weight.detach() + share.detach().view_as(self.weight)
+            plain.weight = nn.Parameter(whole, requires_grad=self.weight.requires_grad)
         if self.had_bias:
             plain.bias = nn.Parameter(self.weight.new_zeros(self.widths[1])) if self.bias is None else self.bias
         return plain.train(self.training)
@@ -180,7 +216,7 @@ class BinaryConvNd(BinaryLayer):
         self.pad_codes = None if symmetric and conv.padding_mode == "zeros" else pad
         kernel, stride, dilation = (*flat, *conv.kernel_size), (*flat, *conv.stride), (*flat, *conv.dilation)
         padding = pad[-2::-2]
-        self.steps = stride, padding if self.pad_codes is None else (0,) * len(padding), dilation
+        self.steps = stride, padding if self.pad_codes is None else (0,) * len(padding), dilation, conv.groups
         self.kernel = kernel[-2:]
         self.geometry = Geometry(stride[-2:], cast(Any, pad[:4]), dilation[-2:])
         if len(kernel) == 3:
@@ -191,14 +227,8 @@ class BinaryConvNd(BinaryLayer):
             method.groups, context, method.sign_zero,
         )  # fmt: skip
 
-    def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
-        if self.pad_codes is not None:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            codes = F.pad(codes, self.pad_codes, mode=mode)
-        return binary_conv(codes, weight, *self.steps, self.groups)
-
     def to_float(self) -> Any:
-        """Return the plain convolution with the latent weights, as the same Parameter."""
+        """Return the plain convolution with the latent weights, as the same Parameter unless a branch has a share."""
         conv = cast(Any, self.plain_class)(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.declared_padding, self.dilation,
             self.groups, bias=self.had_bias, padding_mode=self.padding_mode, device="meta",
@@ -291,11 +321,8 @@ class BinaryLinear(BinaryLayer):
         shared = {"groups": method.groups, "context": context, "sign_zero": method.sign_zero}
         return LayerSpec("linear", *self.widths, linear.weight, **shared)  # type: ignore[arg-type]
 
-    def _product(self, codes: Tensor, weight: BinaryWeight) -> Tensor:
-        return binary_linear(codes, weight)
-
     def to_float(self) -> nn.Linear:
-        """Return the plain linear layer with the latent weights, as the same Parameter."""
+        """Return the plain linear layer with the latent weights, as the same Parameter unless a branch has a share."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.had_bias, device="meta")
         return cast(nn.Linear, self._with_latents(linear))
 

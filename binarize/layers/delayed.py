@@ -45,7 +45,7 @@ class DelayedActivation(Delayed, ActivationBinarizer):
 
     def __init__(self, part: nn.Module, until: float) -> None:
         super().__init__(part, until)
-        self.levels = parts.levels_of(part)
+        self.levels, self.bits = parts.levels_of(part), parts.activation_bits(part)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to the same shape."""

@@ -52,6 +52,7 @@ class Method:
         norm: Normalization after the product.
         post: Activation function after it.
         shortcut: Added around the layer: True for "pool" (the identity if the shapes agree), a part, or None.
+        branch: Full-precision branch beside the binary product, added last.
         post_after_shortcut: Apply ``post`` after the shortcut is added.
         groups: K, the number of timestep groups of timestep-aware parts.
         sign_zero: Value of sign(0): "plus" for +1, which fits one bit, or "zero".
@@ -72,6 +73,7 @@ class Method:
     norm: Part = None
     post: Part = None
     shortcut: Part | bool = None
+    branch: Part = None
     post_after_shortcut: bool = False
     groups: int = 1
     sign_zero: SignZero = "plus"

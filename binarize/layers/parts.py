@@ -1,8 +1,8 @@
 """Parts: the exchangeable pieces of a binary layer, registered by name.
 
 A binary layer is a pipeline ``pre -> activation -> product with binary weights -> scale -> norm -> post`` with a
-shortcut around it. Each stage is a *part*: a factory that takes a `LayerSpec` and returns a module. A method names its
-parts, and each of them can be replaced alone.
+shortcut around it and a branch beside it. Each stage is a *part*: a factory that takes a `LayerSpec` and returns a
+module. A method names its parts, and each of them can be replaced alone.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from binarize.kernels.training import Surrogate
 from binarize.registry import Registry
 from binarize.timestep import TimestepContext
 
-PartKind = Literal["activation", "weight", "pre", "scale", "norm", "post", "shortcut"]
-PART_KINDS: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "norm", "post", "shortcut")
+PartKind = Literal["activation", "weight", "pre", "scale", "norm", "post", "shortcut", "branch"]
+PART_KINDS: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "norm", "post", "shortcut", "branch")
 LayerKind = Literal["conv2d", "conv3d", "linear"]
 StoredScales = Literal["filter", "tensor", "none"]
 Factory = Callable[..., nn.Module]
@@ -45,7 +45,7 @@ follows:
 - ``weight(w)`` returns a `BinaryWeight`;
 - ``scale(y, x)`` multiplies the product ``y``; ``x`` is the input of the sign, or the layer's own input if the module
   is a `Scale` with ``of_input``;
-- ``shortcut(y, x)`` adds something computed from the layer's input ``x`` to ``y``.
+- ``shortcut(y, x)`` and ``branch(y, x)`` add something computed from the layer's input ``x`` to ``y``.
 """
 
 
@@ -75,9 +75,10 @@ class LayerPart(nn.Module):
 
 
 class ActivationBinarizer(LayerPart):
-    """Base class of activation binarizers."""
+    """Base class of activation binarizers. To be packed, one declares ``levels`` or ``bits``."""
 
-    levels: tuple[int, int] | None = None  # (-1, 1) for sign(x) or (0, 1) for x > 0.5; None cannot be packed
+    levels: tuple[int, int] | None = None  # (-1, 1) for sign(x), (0, 1) for x > 0.5; a kernel counts their bits
+    bits: int | None = None  # of more values: k for 2^k of them, or 32 for floats; plain operators multiply them
     surrogate: Surrogate | None = None  # its gradient, if the training kernels know it
     sign_zero: SignZero = "plus"  # what sign(0) is
 
@@ -96,6 +97,18 @@ class WeightBinarizer(LayerPart):
     def weight_scale(self, w: Tensor) -> Tensor | None:
         """Return the scales ``(C_out,)`` of the first basis, or None where they are 1."""
         return None
+
+
+class Branch(LayerPart):
+    """Base class of full-precision branches that take over a share of the weights."""
+
+    def as_weight(self) -> Tensor | None:
+        """Return this share, of the shape of `LayerSpec.weight`, or None; the latent weights are what remains."""
+        return None
+
+    def macs(self, outputs: int) -> int:
+        """Return the multiply-accumulates for so many output elements that are no operators of matrix products."""
+        return 0
 
 
 class Scale(LayerPart):
@@ -178,6 +191,15 @@ def levels_of(activation: object) -> tuple[int, int] | None:
     levels = getattr(activation, "levels", None)
     declared = levels in ((-1, 1), (0, 1)) and runs_as_declared(activation, "levels", hooks=True)
     return levels if declared else None
+
+
+def activation_bits(activation: object) -> int | None:
+    """Return the bits of an activation's values, 32 for floats, or None if its class declares neither form."""
+    if levels_of(activation) is not None:
+        return 1
+    bits = getattr(activation, "bits", None)
+    declared = type(bits) is int and bits > 1 and runs_as_declared(activation, "bits", hooks=True)
+    return bits if declared else None
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.kernels.binary_conv import Geometry
@@ -13,7 +14,7 @@ from binarize.layers.parts import LayerKind, per_channel
 if TYPE_CHECKING:
     from binarize.layers.method import Method
 
-Stage = Literal["bias", "scale", "norm", "post", "shortcut"]
+Stage = Literal["bias", "scale", "norm", "post", "shortcut", "branch"]
 
 
 class Depth(NamedTuple):
@@ -37,7 +38,7 @@ class PartPipeline(nn.Module):
     """``pre -> activation -> product with binary weights -> bias -> scale -> norm -> post``, with a shortcut around it.
 
     The shortcut is added after ``post`` (BI-DiffSR, BBCU), or before it with ``post_after_shortcut`` (ReActNet,
-    IR-Net).
+    IR-Net). A branch beside the product is added last.
     """
 
     kind: LayerKind
@@ -47,6 +48,7 @@ class PartPipeline(nn.Module):
     norm: nn.Module | None
     post: nn.Module | None
     shortcut: nn.Module | None
+    branch: nn.Module | None
     bias: nn.Parameter | None
     method: Method
     had_bias: bool
@@ -57,12 +59,16 @@ class PartPipeline(nn.Module):
     widths: tuple[int, int]  # channels of the input and of the output
     bases: int  # how many scaled binary weights are added up
     padding_mode: str = "zeros"  # as in nn.Conv2d
+    pad_codes: tuple[int, ...] | None = (
+        None  # added to the activation's values before the convolution, as F.pad takes it
+    )
+    steps: tuple[Any, ...] = ()  # stride, padding, dilation and groups of the convolution after that; () if linear
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the stages after the product that this layer has, in order."""
-        order: tuple[Stage, ...] = ("bias", "scale", "norm", "post", "shortcut")
+        order: tuple[Stage, ...] = ("bias", "scale", "norm", "post", "shortcut", "branch")
         if self.post_after_shortcut:
-            order = ("bias", "scale", "norm", "shortcut", "post")
+            order = ("bias", "scale", "norm", "shortcut", "post", "branch")
         return tuple(stage for stage in order if getattr(self, stage) is not None)
 
     def keeps_shape(self) -> bool:
@@ -74,6 +80,17 @@ class PartPipeline(nn.Module):
         """Return what the activation binarizes."""
         out: Tensor = x if self.pre is None else self.pre(x)
         return out
+
+    def has_many_values(self) -> bool:
+        """Return whether the activation declares more than two values, so that nothing is gained by scaling last."""
+        bits = getattr(self.activation, "bits", None)
+        return bits is not None and bits > 1
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Return the activation's values with the padding that the convolution does not add itself."""
+        if self.pad_codes is None:
+            return x
+        return F.pad(x, self.pad_codes, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def clamp_latent_(self) -> None:
         """Clamp the latent weights after an optimizer step, if the layer does so; see `binarize.training_step`."""
@@ -91,5 +108,5 @@ class PartPipeline(nn.Module):
                 reads_input = getattr(part, "of_input", False)
                 y = part(y, x if reads_input else self.shifted(x) if shifted is None else shifted)
             else:
-                y = part(y, x) if stage == "shortcut" else part(y)
+                y = part(y, x) if stage in ("shortcut", "branch") else part(y)
         return y

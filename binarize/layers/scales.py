@@ -71,27 +71,32 @@ class KMapScale(Scale):
 
     The geometry is that of the binary convolution; ``pad`` (left, right, top, bottom) replaces ``padding`` if opposite
     sides differ. ``of_input`` computes the map from the layer's input (BiDM), not from the input of the sign, after
-    shift or BatchNorm.
+    shift or BatchNorm. Unless ``learned``, the kernel stays a box filter and no gradient flows through the map.
     """
 
     def __init__(
         self, kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
         dilation: tuple[int, ...], pad: tuple[int, ...] | None = None, padding_mode: str = "zeros",
-        of_input: bool = False,
+        of_input: bool = False, learned: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.pad, self.pad_mode = pad, "constant" if padding_mode == "zeros" else padding_mode
         self.of_input = of_input
-        self.weight = nn.Parameter(torch.full((1, 1, *kernel_size), 1 / math.prod(kernel_size)))
+        self.shape, self.start = (1, 1, *kernel_size), 1 / math.prod(kernel_size)
+        self.weight = nn.Parameter(torch.full(self.shape, self.start)) if learned else None
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Scale the product ``y`` ``(B, C_out, H', W')`` by the map of ``x`` ``(B, C_in, H, W)``; or with a depth."""
+        if self.weight is None:
+            x, weight = x.detach(), x.new_full(self.shape, self.start)
+        else:
+            weight = self.weight.to(x.dtype)
         magnitude, padding = x.abs().mean(1, keepdim=True), self.padding
         if self.pad is not None:
             magnitude, padding = F.pad(magnitude, self.pad, self.pad_mode), (0,) * len(padding)
         convolve: Any = F.conv2d if x.dim() == 4 else F.conv3d
-        return y * convolve(magnitude, self.weight.to(x.dtype), None, self.stride, padding, self.dilation)
+        return y * convolve(magnitude, weight, None, self.stride, padding, self.dilation)
 
 
 class _FoldedNorm(LayerPart):
@@ -174,10 +179,9 @@ def _channel_scale(spec: LayerSpec, height: int | None = None, width: int | None
 
 
 @register_part("scale", "k_map")
-def _k_map(spec: LayerSpec, of_input: bool = False) -> nn.Module:
+def _k_map(spec: LayerSpec, of_input: bool = False, learned: bool = True) -> nn.Module:
     if spec.kind == "linear":
         # A linear layer is a 1x1 convolution: its K map is mean |x|, times one learnable number.
-        return _TokenMap(of_input)
-    return KMapScale(
-        tuple(spec.weight.shape[2:]), spec.stride, spec.padding, spec.dilation, spec.pad, spec.padding_mode, of_input
-    )
+        return _TokenMap(of_input) if learned or of_input else InputMeanScale(spec.channel_dim)
+    kernel, options = tuple(spec.weight.shape[2:]), {"of_input": of_input, "learned": learned}
+    return KMapScale(kernel, spec.stride, spec.padding, spec.dilation, spec.pad, spec.padding_mode, **options)

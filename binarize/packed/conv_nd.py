@@ -9,7 +9,8 @@ from torch import Tensor
 
 from binarize.kernels.ops import binary_conv2d
 from binarize.layers.parts import LayerKind, per_channel
-from binarize.packed.layers import PackedConv, PackedConv2d, as_under_autocast, row_width
+from binarize.packed.compiled import as_under_autocast
+from binarize.packed.layers import PackedConv, PackedConv2d, row_width
 
 
 class PackedConv1d(PackedConv2d):
@@ -18,8 +19,8 @@ class PackedConv1d(PackedConv2d):
     def forward(self, input: Tensor, input_norm: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Apply the layer to an image of height 1, or of more rows if the positions are independent."""
         x = input
-        lowered = self.compiled().lowered
-        pointwise = self.kernel_size == self.stride == (1,) and self.padding == (0,) and lowered.is_one_kernel
+        pointwise = self.kernel_size == self.stride == (1,) and self.padding == (0,) and self.has_kernel
+        pointwise = pointwise and self.compiled().lowered.is_one_kernel
         rows = x.shape[2] // row_width(x.shape[2]) if pointwise else 1
 
         def image(line: Tensor) -> Tensor:
@@ -44,15 +45,18 @@ class PackedConv3d(PackedConv):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        x, compiled, depth = input, self.compiled(), self.depth
+        x, depth = input, self.depth
+        if not self.has_kernel:
+            return self.run_without_kernel(x)
+        compiled = self.compiled()
         assert depth is not None
         source = self._pad(x if compiled.lowered.fuses_pre else self.shifted(x))
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         batch, _, frames, height, width = source.shape
         images, group = source.to(exact).transpose(1, 2), compiled.timestep_group(x)
-        front = depth.pad[0] if self.pad_codes is None else 0
-        out_frames = (depth if self.pad_codes is None else depth._replace(pad=(0, 0))).output(frames)
-        plane = self.geometry if self.pad_codes is None else self.geometry._replace(pad=(0, 0, 0, 0))
+        front = depth.pad[0] if self.padding_mode == "zeros" else 0
+        out_frames = (depth if self.padding_mode == "zeros" else depth._replace(pad=(0, 0))).output(frames)
+        plane = self.geometry if self.padding_mode == "zeros" else self.geometry._replace(pad=(0, 0, 0, 0))
         out_size = plane.output(height, width, self.kernel)
         total: Tensor | None = None
         for basis, scale in enumerate(self.weight_scales().to(x.dtype)):

@@ -3,130 +3,52 @@
 A packed layer takes over the parts of the binary layer that it replaces, under the same names.
 `binarize.layers.lowering` decides which of them run inside the kernel; the others run as modules before or after it, so
 every method and every part of your own works.
+
+Where activations have more than two values, there is no kernel: the layer's weights become floats for the time of its
+call, and one plain operator of PyTorch multiplies them. No two layers' float weights exist at once.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from dataclasses import replace
-from operator import attrgetter, is_, itemgetter
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.kernels.binary_conv import BinaryConv
-from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits, to_dense
+from binarize.kernels.bitpack import (
+    FilterShape,
+    dense_codes,
+    from_bits,
+    from_dense,
+    join_bytes,
+    split_bytes,
+    to_bits,
+    to_dense,
+)  # fmt: skip
 from binarize.kernels.capture import is_captured
 from binarize.kernels.ops import binary_conv2d, norm_silu
-from binarize.kernels.product import compute_dtype
+from binarize.kernels.product import compute_dtype, float_product
 from binarize.layers import BinaryConvNd, BinaryLayer, BinaryLinear
 from binarize.layers.adapters import Original
 from binarize.layers.delayed import Delayed
-from binarize.layers.lowering import LoweredLayer, lower
-from binarize.layers.parts import PART_KINDS, LayerKind, PartKind, StoredScales, levels_of
+from binarize.layers.lowering import LoweredLayer
+from binarize.layers.parts import PART_KINDS, LayerKind, PartKind, StoredScales, activation_bits
 from binarize.layers.pipeline import PartPipeline
 from binarize.layers.structure import AccumulatingConv
-
-_version, _kind, _training = attrgetter("_version"), attrgetter("dtype", "device"), itemgetter("training")
-
-
-def _bytes_at(pointer: int, t: Tensor) -> memoryview:
-    """Return the memory from a tensor's first element to its last, which must not be read once the tensor is gone."""
-    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    return memoryview((ctypes.c_uint8 * ((last + 1) * t.element_size())).from_address(pointer)).cast("B")
-
-
-class _Compiled:
-    """What a packed layer runs, and the tensors and modules that it was made from.
-
-    ``convs`` has a convolution per basis; their outputs are added up.
-    """
-
-    def __init__(self, layer: PackedLayer) -> None:
-        lowered = lower(layer)
-        if lowered is None:
-            raise _undeclared_levels(layer.activation)
-        self.lowered = lowered
-        self.convs = layer._lay_out(lowered)
-        self._device = layer.words.device
-
-    def watch(self, layer: PackedLayer) -> _Compiled:
-        """Remember the layer's modules and tensors for `is_current`."""
-        held: list[tuple[dict[str, Any], str, Any]] = [
-            (place, name, value)
-            for module in layer.modules()
-            for place in (module._modules, module._parameters, module._buffers)
-            for name, value in cast(dict[str, Any], place).items()
-        ]
-        self._places, self._names = [place for place, _, _ in held], [name for _, name, _ in held]
-        self._values = [value for *_, value in held]
-        # Of these, ``convs`` have copies: where they lie and what is there is compared, which no version misses.
-        laid_out = [t for t in self._sources(layer) if type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.numel()]
-        self._laid_out, self._pointers = laid_out, list(map(Tensor.data_ptr, laid_out))
-        self._memory = [_bytes_at(pointer, t) for pointer, t in zip(self._pointers, laid_out, strict=True)]
-        self._contents = list(map(bytearray, self._memory))  # which compare with other memory without a copy
-        compared = set(map(id, laid_out))
-        self._tensors = [t for t in self._values if isinstance(t, Tensor) and id(t) not in compared]
-        self._kinds = list(map(_kind, self._tensors))
-        self._versioned = [t for t in self._tensors if not t.is_inference()]
-        self._versions = list(map(_version, self._versioned))
-        self._attributes = [vars(module) for module in layer.modules()]
-        self._classes = [type(part) for part in layer.parts().values() if part is not None]
-        self._hooks = [d[name] for d in self._attributes for name in ("_forward_hooks", "_forward_pre_hooks")]
-        self._state = self._modules_state()
-        return self
-
-    def _sources(self, layer: PackedLayer) -> list[Tensor]:
-        """Return the tensors, but for the bits, of which ``convs`` have copies: the others are read where they are."""
-        stages = ("pre", *self.lowered.stages) if self.lowered.shift is not None else self.lowered.stages
-        held = [layer.scales, *(getattr(layer, stage) for stage in stages)]
-        modules = [module for module in held if isinstance(module, nn.Module)]
-        inside = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        return inside + [t for t in held if isinstance(t, Tensor)]
-
-    def _modules_state(self) -> tuple[list[Any], ...]:
-        """Return each module's mode, how many attributes (``forward`` may be one) and hooks it has, and its class's."""
-        attributes = self._attributes
-        own = list(map(_training, attributes)), list(map(len, attributes)), list(map(len, self._hooks))
-        call = nn.Module.__call__  # which tracers replace
-        return *own, [(kind.forward, kind.__call__ is call) for kind in self._classes]
-
-    def is_current(self) -> bool:
-        """Return whether nothing of the layer has been replaced, written to, hooked or switched to another mode.
-
-        Versions do not count writes through ``.data``, so parameters on a CPU are compared themselves; they are small.
-        On a GPU that would wait for the device.
-        """
-        return (
-            self._modules_state() == self._state
-            and all(map(is_, map(dict.get, self._places, self._names), self._values))
-            and list(map(_version, self._versioned)) == self._versions
-            and list(map(_kind, self._tensors)) == self._kinds
-            and list(map(Tensor.data_ptr, self._laid_out)) == self._pointers
-            and self._contents == self._memory
-        )
-
-    def timestep_group(self, x: Tensor) -> Tensor | None:
-        """Return the timestep group of each sample of ``x``, on the layer's device, or None."""
-        lowered = self.lowered
-        if lowered.context is None:
-            return None
-        group = lowered.context.group(lowered.groups, x.shape[0])
-        return group if group.device == self._device else group.to(self._device)
+from binarize.packed.compiled import CompiledLayer, as_under_autocast
 
 
 class PackedLayer(PartPipeline):
     """Base class of the packed convolutions and of PackedLinear."""
 
     shape: FilterShape
-    words: Tensor
+    words: Tensor  # in a kernel's form, int32, or in the file's, uint8, where there is no kernel
     scales: Tensor | None
     stored_scales: StoredScales
-    pad_codes: tuple[int, ...] | None = None
     original: Original | None = None  # see `BinaryLayer`
 
     def _take(self, layer: BinaryLayer) -> None:
@@ -147,12 +69,17 @@ class PackedLayer(PartPipeline):
         weight = layer.binary_weight()
         bits = (weight.codes >= 0).to(torch.uint8)
         bits = bits.view(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel)
-        words = torch.empty(shape.memory, dtype=torch.int32, device="meta") if bits.is_meta else from_bits(bits, shape)
+        check_activation(self.activation)
+        if self.has_many_values():
+            words = join_bytes(bits)
+        elif bits.is_meta:
+            words = torch.empty(shape.memory, dtype=torch.int32, device="meta")
+        else:
+            words = from_bits(bits, shape)
         self.register_buffer("words", words, persistent=False)
         stored = {"filter": weight.scales, "tensor": weight.scales[:, :1], "none": None}[self.stored_scales]
         self.register_buffer("scales", None if stored is None else stored.detach().clone())
-        check_levels(self.activation)
-        self._compiled: _Compiled | None = None
+        self._compiled: CompiledLayer | None = None
         self.train(layer.training)
 
     # The state dict holds the bits densely.
@@ -179,16 +106,21 @@ class PackedLayer(PartPipeline):
     @property
     def bits(self) -> Tensor:
         """The weights as the state dict has them: uint8 ``(bases, ceil(weights / 8))``, most significant bit first."""
-        return to_dense(self.words, self.shape)
+        return to_dense(self.words, self.shape) if self.has_kernel else self.words
 
     def load_bits(self, bits: Tensor) -> None:
         """Replace the weights by those of `bits`, and move them to its device."""
-        self.words, self._compiled = from_dense(bits, self.shape), None
+        self.words, self._compiled = from_dense(bits, self.shape) if self.has_kernel else bits, None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a kernel counts the bits; else activations have more than two values."""
+        return self.words.dtype == torch.int32
 
     def codes(self) -> Tensor:
         """Return the weights, ``(bases, *weight shape)`` int8 in {-1, +1}."""
-        codes = 2 * to_bits(self.words, self.shape).to(torch.int8) - 1
-        return codes.view(self.bases, *self.weight_shape)
+        bits = to_bits(self.words, self.shape) if self.has_kernel else split_bytes(self.words, self.shape)
+        return (2 * bits.to(torch.int8) - 1).view(self.bases, *self.weight_shape)
 
     def weight_scales(self) -> Tensor:
         """Return the scale of every filter, ``(bases, C_out)``."""
@@ -225,18 +157,30 @@ class PackedLayer(PartPipeline):
             "binarize.unpack(model), which gives +-1 latent weights and fixed scales."
         )
 
+    def run_without_kernel(self, x: Tensor) -> Tensor:
+        """Apply a layer that has no kernel, by modules and one operator with float weights that exist for its time."""
+        shifted = self.shifted(x)
+        values = self.padded(self.activation(shifted))
+        dtype, shape = compute_dtype(values), self.shape
+        w_hat = dense_codes(self.words, shape, dtype)
+        w_hat *= self.weight_scales().to(dtype).view(shape.bases, -1, 1, 1, 1)
+        depth = () if self.depth is None else (self.depth.kernel,)
+        kernel = (*depth, *self.kernel) if self.steps else ()
+        w_hat = (w_hat[0] if len(w_hat) == 1 else w_hat.sum(0)).view(shape.out_channels, shape.in_channels, *kernel)
+        return self.run_stages(self.stages(), float_product(values, w_hat, *self.steps), x, shifted)
+
     # The kernel
 
-    def compiled(self) -> _Compiled:
+    def compiled(self) -> CompiledLayer:
         """Return what the layer runs; it is made once, and again when the layer changes.
 
         Within a graph that is captured, and under transforms, it is made anew, from the parameters as they are there.
         """
         if is_captured():
-            return _Compiled(self)
+            return CompiledLayer(self)
         compiled = self._compiled
         if compiled is None or not compiled.is_current():
-            compiled = self._compiled = _Compiled(self).watch(self)
+            compiled = self._compiled = CompiledLayer(self).watch(self)
         return compiled
 
     @torch.no_grad()
@@ -250,7 +194,7 @@ class PackedLayer(PartPipeline):
             thresholds = torch.nextafter(thresholds + 0.5, thresholds + 1)
         if lowered.shift is not None:
             thresholds = thresholds - lowered.shift.to(acc_dtype)
-        geometry = self.geometry if self.pad_codes is None else self.geometry._replace(pad=(0, 0, 0, 0))
+        geometry = self.geometry if self.padding_mode == "zeros" else self.geometry._replace(pad=(0, 0, 0, 0))
         shape = replace(self.shape, bases=1, kernel=self.kernel)
         convs = []
         for words, scale in self._products(acc_dtype):
@@ -263,17 +207,8 @@ class PackedLayer(PartPipeline):
         return zip(self.words, self.weight_scales().to(dtype), strict=True)
 
     def _pad(self, x: Tensor) -> Tensor:
-        return x if self.pad_codes is None else F.pad(x, self.pad_codes, mode=self.padding_mode)
-
-
-def as_under_autocast(y: Tensor, x: Tensor, compiled: _Compiled) -> Tensor:
-    """Return an output in the dtype that autocast gives an unpacked layer: that of products, or of a sum with x."""
-    if not torch._C._is_any_autocast_enabled():
-        return y
-    dtype = compute_dtype(x)
-    if dtype == y.dtype or compiled.lowered.transform.shortcut:
-        return y
-    return y.to(dtype)
+        """Return what the kernel reads: it pads with zeros itself."""
+        return x if self.padding_mode == "zeros" else self.padded(x)
 
 
 class PackedConv(PackedLayer):
@@ -285,7 +220,7 @@ class PackedConv(PackedLayer):
         self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
         self.padding, self.groups, self.padding_mode = layer.padding, layer.groups, layer.padding_mode
         self.declared_padding, self.plain_class = layer.declared_padding, layer.plain_class
-        self.pad_codes = None if layer.padding_mode == "zeros" else layer.pad_codes
+        self.pad_codes, self.steps = layer.pad_codes, layer.steps
         self._take(layer)
 
     def extra_repr(self) -> str:
@@ -311,7 +246,11 @@ class PackedConv2d(PackedConv, AccumulatingConv):
 
         Both are part of the kernel's call if it computes the whole layer; see `binarize.kernels.ops.binary_conv2d`.
         """
-        x, compiled = input, self.compiled()
+        x = input
+        if not self.has_kernel:
+            y = self.run_without_kernel(x if input_norm is None else norm_silu(x, input_norm))
+            return y if residual is None else y + residual
+        compiled = self.compiled()
         lowered, added_last = compiled.lowered, None
         if not lowered.is_one_kernel:
             x = x if input_norm is None else norm_silu(x, input_norm)
@@ -343,7 +282,10 @@ class PackedLinear(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer. The tokens of a sample are the pixels of an image whose rows the threads share."""
-        x, compiled = input, self.compiled()
+        x = input
+        if not self.has_kernel:
+            return self.run_without_kernel(x)
+        compiled = self.compiled()
         source = x if compiled.lowered.fuses_pre else self.shifted(x)
         batch, tokens = x.shape[0], x.shape[1:-1].numel()
         width = row_width(tokens)
@@ -373,20 +315,21 @@ def freeze(model: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def check_levels(activation: nn.Module) -> None:
-    """Raise BinarizeError unless an activation is binary now and declares its two values."""
+def check_activation(activation: nn.Module) -> None:
+    """Raise BinarizeError unless an activation has few bits now and declares its values."""
     if isinstance(activation, Delayed) and not activation.progress.is_meta and not activation.active:
         raise BinarizeError(
             "pack: activations are still full precision, since training has not reached the step from which they are "
             "binary; call binarize.training_step(model, 1.0) to make them binary."
         )
-    if levels_of(activation) is None:
-        raise _undeclared_levels(activation)
+    if activation_bits(activation) is None:
+        raise _undeclared(activation)
 
 
-def _undeclared_levels(activation: nn.Module) -> BinarizeError:
+def _undeclared(activation: nn.Module) -> BinarizeError:
     return BinarizeError(
         f"pack: {type(activation).__name__} does not declare the two values that it returns; give it an attribute "
-        "levels = (-1, 1) if it is sign(x), or (0, 1) if it is 1 for x > 0.5. Got "
-        f"{getattr(activation, 'levels', None)!r}."
+        "levels = (-1, 1) if it is sign(x), or (0, 1) if it is 1 for x > 0.5. If it returns more values, give it "
+        f"bits = k for 2^k values, or 32 for floats. Got levels {getattr(activation, 'levels', None)!r} and bits "
+        f"{getattr(activation, 'bits', None)!r}."
     )

@@ -1,0 +1,192 @@
+"""Weight-only and k-bit layers, and ternary weights: declared values, calibration, packing and accounting."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from errors_case import assert_error
+from torch import Tensor, nn
+
+import binarize
+from binarize.conversion.export import packed_layers
+from binarize.conversion.packing import pack_if_possible
+from binarize.layers import BinaryConv2d, LayerSpec, LearnedStep, delayed
+from binarize.layers.parts import activation_bits
+from binarize.methods import Method, get_method
+from binarize.packed import PackedConv2d
+
+LSQ4 = {"name": "lsq", "bits": 4}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.line, self.last = nn.Linear(8, 8), nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.middle(torch.tanh(self.first(x)))
+        return self.last(self.line(hidden.movedim(1, -1)).movedim(-1, 1))
+
+
+def net(**options: Any) -> Any:
+    return binarize.convert(Net(), get_method("custom", **options), linear=["line"]).eval()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "lsq", "bits": 1}, "lsq: bits must be a whole number from 2 to 16; got 1"),
+        ({"name": "lsq", "bits": 4.0}, "got 4.0"),
+        ({"name": "lsq", "bits": 17}, "got 17"),
+        ({"name": "unit_round", "bits": 0}, "unit_round: bits must be a whole number from 1 to 16; got 0"),
+    ],
+)
+def test_impossible_bits_are_refused(options: dict[str, Any], message: str) -> None:
+    assert_error(message, lambda: net(activation=options))
+
+
+def undeclared(spec: LayerSpec) -> nn.Module:
+    return nn.Hardtanh()
+
+
+@pytest.mark.parametrize(
+    ("part", "bits"),
+    [
+        ("ste", 1),
+        ("unit_round", 1),
+        ({"name": "unit_round", "bits": 2}, 2),
+        (LSQ4, 4),
+        ("none", 32),
+        (delayed("ste", 0.5), 1),
+        (delayed(LSQ4, 0.5), 4),
+        (undeclared, None),
+    ],
+)
+def test_an_activation_declares_its_bits(part: Any, bits: int | None) -> None:
+    layer = BinaryConv2d(8, 8, 3, padding=1, method=Method(activation=part))
+    assert activation_bits(layer.activation) == bits
+
+
+def test_unsigned_codes_and_their_range() -> None:
+    activation = LearnedStep(bits=2, signed=False)
+    activation.step.data.fill_(0.5)
+    x = torch.tensor([[-1.0, 0.2, 0.3, 0.75, 1.2, 9.0]])
+    assert activation(x).tolist() == [[0, 0, 0.5, 1.0, 1.0, 1.5]]
+
+
+def test_calibration_is_that_of_a_first_batch() -> None:
+    model, x = net(activation=LSQ4), torch.randn(2, 3, 6, 6)
+    before = copy.deepcopy(model)
+    assert binarize.calibrate(model, x) == 2
+    hidden = torch.tanh(model.first(x))
+    expected = 2 * hidden.abs().mean() / 7**0.5
+    torch.testing.assert_close(model.middle.activation.step, expected, check_dtype=False)
+    line = 2 * model.middle(hidden).abs().mean() / 7**0.5  # of what the first one lets through
+    torch.testing.assert_close(model.line.activation.step, line)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not torch.equal(before(x), model(x))
+    assert LearnedStep(4).step.item() == pytest.approx(2 * math.sqrt(2 / math.pi) / math.sqrt(7))
+
+
+def test_calibration_of_what_cannot_be_calibrated() -> None:
+    assert_error("no k-bit activation", binarize.calibrate, net(), torch.randn(1, 3, 4, 4))
+    model = net(activation=LSQ4)
+    steps = [p.clone() for name, p in model.named_parameters() if name.endswith("step")]
+    with torch.no_grad():
+        model.first.weight.zero_()
+        model.first.bias.zero_()
+    message = "the mean magnitude of the input of 'middle.activation' is 0.0; use other data"
+    assert_error(message, binarize.calibrate, model, torch.ones(1, 3, 4, 4))
+    assert [p for name, p in model.named_parameters() if name.endswith("step")] == steps
+
+
+@pytest.mark.parametrize("weight", ["scaled_sign", "two_basis", "twn", "absmean"])
+@pytest.mark.parametrize("activation", ["none", LSQ4, {"name": "unit_round", "bits": 3}], ids=str)
+def test_a_packed_layer_holds_bits_and_computes_the_same(weight: str, activation: Any, tmp_path: Path) -> None:
+    model, x = net(weight=weight, activation=activation), torch.randn(2, 3, 7, 7)
+    with torch.no_grad():
+        expected = model(x)
+        packed = binarize.pack(copy.deepcopy(model))
+        assert torch.equal(packed(x), expected)
+        layers = dict(packed_layers(packed))
+        bases = 1 if weight == "scaled_sign" else 2
+        assert {name: (layer.words.dtype, layer.words.numel()) for name, layer in layers.items()} == {
+            "middle": (torch.uint8, bases * 8 * 8 * 9 // 8), "line": (torch.uint8, bases * 8 * 8 // 8)
+        }  # fmt: skip
+        binarize.save(packed, tmp_path)
+        loaded = binarize.load(tmp_path, Net())
+        assert torch.equal(loaded(x), expected)
+        unpacked = binarize.unpack(packed)
+        torch.testing.assert_close(unpacked(x), expected)
+        assert torch.equal(binarize.pack(unpacked)(x), expected)
+
+
+@pytest.mark.parametrize("weight", ["twn", "absmean"])
+def test_ternary_weights_with_signs_are_two_products_of_the_kernel(weight: str) -> None:
+    model, x = net(weight=weight, activation="ste").double(), torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    state = binarize.binary_state(model)["middle"]
+    ternary = (state.codes[0] + state.codes[1]) // 2
+    assert set(ternary.unique().tolist()) == {-1, 0, 1}
+    with torch.no_grad():
+        expected = model(x)
+        binarize.pack(model)
+        assert model.middle.words.dtype == torch.int32
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_padding_modes_pad_the_quantized_values() -> None:
+    for options in ({"padding_mode": "circular"}, {"padding": "same", "dilation": 3}, {"padding_mode": "reflect"}):
+        conv = nn.Conv2d(4, 6, (3, 4), **{"padding": 1, **options}).double()
+        layer = BinaryConv2d.from_float(conv, Method(activation=LSQ4)).eval()
+        x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+        twin = copy.deepcopy(conv)
+        with torch.no_grad():
+            _, codes, scales = layer.binary_weight()
+            twin.weight.copy_(codes[0] * scales[0].view(-1, 1, 1, 1))
+            twin.bias.zero_()
+            torch.testing.assert_close(layer(x), twin(layer.activation(x)))
+            torch.testing.assert_close(PackedConv2d(layer)(x), twin(layer.activation(x)))
+
+
+def test_what_has_no_kernel_is_not_packed_for_speed() -> None:
+    assert not pack_if_possible(net(activation="none"))
+    mixed = binarize.convert(Net(), "custom", overrides={"middle": {"activation": "none"}}, linear=["line"])
+    assert pack_if_possible(mixed) == pack_if_possible(net())
+
+
+def test_an_activation_replaced_after_packing() -> None:
+    packed, x = binarize.pack(net(activation=LSQ4)), torch.randn(1, 3, 5, 5)
+    two = binarize.pack(net())
+    two.middle.activation = packed.middle.activation
+    assert_error("was packed with a two-valued activation, which was replaced by LearnedStep", two, x)
+    packed.middle.activation = binarize.layers.ClippedSign()
+    codes, hidden = packed.middle.codes()[0].float(), torch.tanh(packed.first(x))
+    expected = torch.nn.functional.conv2d(torch.where(hidden >= 0, 1.0, -1.0), codes, padding=1)
+    torch.testing.assert_close(packed.middle(hidden), expected * packed.middle.scales[0].view(-1, 1, 1))
+
+
+def test_accounting_by_bits() -> None:
+    x, pixels, weights = torch.randn(1, 3, 6, 6), 36, 8 * 8 * 9 + 8 * 8
+    kinds: list[tuple[dict[str, Any], int, int]] = [
+        ({}, 1, 1),
+        ({"weight": "twn"}, 1, 2),
+        ({"activation": LSQ4}, 4, 1),
+        ({"activation": LSQ4, "weight": "twn"}, 4, 2),
+    ]
+    for options, bits, products in kinds:
+        counted = binarize.summary(net(**options), x)
+        full = counted.macs_by_bits[32]
+        assert counted.macs_by_bits == {bits: products * weights * pixels, 32: full}
+        assert counted.ops == pytest.approx(full + products * weights * pixels * bits / 64)
+        assert [row.activation_bits for row in counted.rows if row.bits == 1] == [bits, bits]
+        assert f"1/{bits}" in counted.to_text() or bits == 1
+    floats = binarize.summary(net(activation="none", weight="two_basis"), x)
+    assert floats.macs_by_bits == {32: full + weights * pixels}
+    rows = {row.name: row for row in floats.rows}
+    assert rows["middle"].params == 2 * 8 * 8 * 9 / 32 + 16
+    assert "1/32" in floats.to_text()
