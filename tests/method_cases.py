@@ -50,6 +50,7 @@ DEFAULTS = [
     Case("bidiffsr", BIDIFFSR),
     Case("bidm", Form("approx", "scaled", pre="shift", scale="k_map", shortcut="factor")),
     Case("binarydm", Form("ste", "two_basis", shortcut="magnitude")),
+    Case("bimacosr", Form("approx", "scaled", scale="k_box", post="rprelu", branch=True)),
 ]
 
 VARIANTS = [

@@ -23,6 +23,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, to see it
     binarize methods bidiffsr
     ```
     """
+    from binarize.layers.parts import PART_KINDS, list_parts
     from binarize.methods import get_method, list_methods
 
     if name is None:
@@ -32,6 +33,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, to see it
     method = get_method(name)
     described = _described_fields(type(method))
     names = [field.name for field in dataclasses.fields(method)]
+    for kind in PART_KINDS:
+        described[kind] = f"{described.get(kind, '')} Parts: {', '.join(list_parts(kind))}."
     options = [["", name, repr(getattr(method, name)), described.get(name, "")] for name in names]
     echo(f"{name}: {_first_line(method)}\n")
     echo(Table(["", "option", "default", "description"], options).to_text(header=False))

@@ -21,6 +21,7 @@ from binarize.layers.activations import (
 )
 from binarize.layers.adapters import register_layer
 from binarize.layers.binary import BinaryConv2d, BinaryConvNd, BinaryLayer, BinaryLinear
+from binarize.layers.branches import LowRankSparse
 from binarize.layers.conv_nd import BinaryConv1d, BinaryConv3d
 from binarize.layers.delayed import (
     Delayed,
@@ -107,6 +108,7 @@ __all__ = [
     "LayerSpec",
     "LearnedStep",
     "LibraWeight",
+    "LowRankSparse",
     "MeanClippedSign",
     "NormalizedApproxSign",
     "Part",

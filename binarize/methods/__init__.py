@@ -4,6 +4,7 @@ from binarize.layers.method import METHODS, Method, get_method, list_methods, re
 from binarize.methods._bbcu import BBCU
 from binarize.methods._bidiffsr import BiDiffSR
 from binarize.methods._bidm import BiDM
+from binarize.methods._bimacosr import BiMaCoSR
 from binarize.methods._binarydm import BinaryDM
 from binarize.methods._bireal import BiReal
 from binarize.methods._bnn import BNN
@@ -15,10 +16,10 @@ from binarize.methods._xnor import XNOR
 from binarize.methods._xnorpp import XNORPlusPlus
 
 METHODS.register(Method.name)(Method)  # "custom"
-bbcu, bidiffsr, bidm, binarydm, bireal, bnn = BBCU, BiDiffSR, BiDM, BinaryDM, BiReal, BNN
+bbcu, bidiffsr, bidm, bimacosr, binarydm, bireal, bnn = BBCU, BiDiffSR, BiDM, BiMaCoSR, BinaryDM, BiReal, BNN
 dorefa, irnet, reactnet, recu, xnor, xnorpp = DoReFa, IRNet, ReActNet, ReCU, XNOR, XNORPlusPlus
 
 __all__ = ["Method", "get_method", "list_methods", "register_method"]
-__all__ += ["BBCU", "BNN", "XNOR", "BiDM", "BiDiffSR", "BiReal", "BinaryDM", "DoReFa", "IRNet", "ReActNet", "ReCU"]
-__all__ += ["XNORPlusPlus", "bbcu", "bidiffsr", "bidm", "binarydm", "bireal", "bnn", "dorefa", "irnet", "reactnet"]
-__all__ += ["recu", "xnor", "xnorpp"]
+__all__ += ["BBCU", "BNN", "XNOR", "BiDM", "BiDiffSR", "BiMaCoSR", "BiReal", "BinaryDM", "DoReFa", "IRNet", "ReActNet"]
+__all__ += ["ReCU", "XNORPlusPlus", "bbcu", "bidiffsr", "bidm", "bimacosr", "binarydm", "bireal", "bnn", "dorefa"]
+__all__ += ["irnet", "reactnet", "recu", "xnor", "xnorpp"]

@@ -129,6 +129,19 @@ def packing_computes_the_same(name: str, folder: Path) -> None:
 
 
 @torch.no_grad()
+def more_bits_and_branches_pack_and_load(name: str, folder: Path) -> None:
+    row, model = built(name)
+    bits: dict[str, Any] = {"activation": {"name": "lsq", "bits": 4}, "weight": "twn", "branch": "low_rank_sparse"}
+    binarize.convert(model, {**binarize.get_method(method(row)).to_config(), **bits}, **options(row))
+    inputs = row.inputs()
+    expected = prediction(model.eval(), inputs)
+    binarize.pack(model)
+    torch.testing.assert_close(prediction(model, inputs), expected, rtol=1e-9, atol=1e-9)
+    binarize.save(model, folder)
+    assert torch.equal(prediction(loaded(name, folder), inputs), prediction(model, inputs))
+
+
+@torch.no_grad()
 def saving_and_loading_changes_nothing(name: str, folder: Path) -> None:
     model, inputs, expected = converted(name)
     binarize.save(model, folder)
@@ -166,6 +179,7 @@ STAGES: dict[str, Callable[[str, Path], None]] = {
     "backward": every_parameter_gets_a_gradient,
     "deepcopy": a_deepcopy_is_independent,
     "pack": packing_computes_the_same,
+    "bits": more_bits_and_branches_pack_and_load,
     "save": saving_and_loading_changes_nothing,
     "pretrained": diffusers_own_calls_save_and_load_it,
 }
