@@ -67,7 +67,7 @@ def binary_state(model: nn.Module, *, packed: bool = False) -> dict[str, BinaryL
 def check_binary(name: str, weight: BinaryWeight) -> None:
     """Raise BinarizeError if a layer is in the first stage of a two-stage training."""
     codes = weight.codes
-    if not codes.is_meta and bool(((codes.abs() != 1) & (codes != 0)).any()):
+    if not codes.is_meta and not torch.equal(codes, codes.sign()):
         raise BinarizeError(
             f"{name}: its weights are still full precision, in the first stage of a two-stage training; "
             "binarize.training_step(model, 1.0) makes them binary."

@@ -25,7 +25,7 @@ from binarize.methods import Method
 from binarize.modules import replace_modules
 from binarize.packed import PackedConv1d, PackedConv2d, PackedConv3d, PackedLayer, PackedLinear
 from binarize.packed.blocks import PackableBlock, PackedBlock
-from binarize.packed.layers import PackedConv, check_activation, freeze
+from binarize.packed.layers import PackedConv, PackedWeight, freeze, pack_weight
 
 _log = logging.getLogger("binarize")
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -49,22 +49,26 @@ def pack(model: ModelT) -> ModelT:
     record = conversion(model)
     if record.packed:
         raise BinarizeError(f"pack: this {type(model).__name__} is packed already.")
-    for name, layer in binary_layers(model):
-        check_binary(name, layer.binary_weight())
-        check_activation(layer.activation)
-    layers = [layer for _, layer in binary_layers(model)]
-    made = [packed_form(layer) for layer in layers]
+    layers = dict(binary_layers(model))
+    weights = [_checked_weight(name, layer) for name, layer in layers.items()]
+    made = [packed_form(layer, weight) for layer, weight in zip(layers.values(), weights, strict=True)]
     record_config(model, replace(record, packed=True))  # writes to the host's configuration, which may fail
-    replace_modules(model, dict(zip(map(id, layers), made, strict=True)))
+    replace_modules(model, dict(zip(map(id, layers.values()), made, strict=True)))
     replace_modules(model, {id(b): b.packed_form() for b in model.modules() if isinstance(b, PackableBlock)})
     freeze(model)
     record.packed = True
     return model.eval()
 
 
-def packed_form(layer: BinaryLayer) -> PackedLayer:
-    """Return the packed form of a binary layer, which takes over its parts."""
-    packed: PackedLayer = next(_PACKED[kind] for kind in type(layer).__mro__ if kind in _PACKED)(layer)
+def _checked_weight(name: str, layer: BinaryLayer) -> PackedWeight:
+    weight = layer.binary_weight()
+    check_binary(name, weight)
+    return pack_weight(layer, weight)
+
+
+def packed_form(layer: BinaryLayer, weight: PackedWeight | None = None) -> PackedLayer:
+    """Return the packed form of a binary layer, which takes over its parts, and its weights if they are packed."""
+    packed: PackedLayer = next(_PACKED[kind] for kind in type(layer).__mro__ if kind in _PACKED)(layer, weight)
     return packed
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from binarize.kernels.bitpack import (
 )  # fmt: skip
 from binarize.kernels.capture import is_captured
 from binarize.kernels.ops import binary_conv2d, norm_silu
-from binarize.kernels.product import compute_dtype, float_product
+from binarize.kernels.product import BinaryWeight, compute_dtype, float_product
 from binarize.layers import BinaryConvNd, BinaryLayer, BinaryLinear
 from binarize.layers.adapters import Original
 from binarize.layers.delayed import Delayed
@@ -42,22 +42,46 @@ from binarize.layers.structure import AccumulatingConv
 from binarize.packed.compiled import CompiledLayer, as_under_autocast
 
 
+class PackedWeight(NamedTuple):
+    """The weights of a layer as a packed layer holds them."""
+
+    shape: FilterShape  # the depth of a 3-D filter is folded into its height
+    words: Tensor  # in a kernel's form, int32, or in the file's, uint8, where there is no kernel
+    scales: Tensor | None  # ``(bases, C_out)``, ``(bases, 1)``, or None where they are 1
+
+
+@torch.no_grad()
+def pack_weight(layer: BinaryLayer, weight: BinaryWeight) -> PackedWeight:
+    """Return the packed form of a layer's `binary_weight`; raise BinarizeError for an activation that has none."""
+    check_activation(layer.activation)
+    groups = layer.groups if isinstance(layer, BinaryConvNd) else 1
+    rows = layer.kernel[0] if layer.depth is None else layer.depth.kernel * layer.kernel[0]
+    shape = FilterShape(layer.widths[1], layer.widths[0] // groups, (rows, layer.kernel[1]), groups, layer.bases)
+    bits = (weight.codes >= 0).to(torch.uint8)
+    bits = bits.view(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel)
+    if layer.has_many_values():
+        words = join_bytes(bits)
+    elif bits.is_meta:
+        words = torch.empty(shape.memory, dtype=torch.int32, device="meta")
+    else:
+        words = from_bits(bits, shape)
+    scales = {"filter": weight.scales, "tensor": weight.scales[:, :1], "none": None}[layer.stored_scales]
+    return PackedWeight(shape, words, None if scales is None else scales.detach().clone())
+
+
 class PackedLayer(PartPipeline):
     """Base class of the packed convolutions and of PackedLinear."""
 
     shape: FilterShape
-    words: Tensor  # in a kernel's form, int32, or in the file's, uint8, where there is no kernel
+    words: Tensor  # see `PackedWeight`
     scales: Tensor | None
     stored_scales: StoredScales
     original: Original | None = None  # see `BinaryLayer`
 
-    def _take(self, layer: BinaryLayer) -> None:
+    def _take(self, layer: BinaryLayer, weight: PackedWeight | None) -> None:
         self.widths, self.kernel, self.bases, self.geometry = layer.widths, layer.kernel, layer.bases, layer.geometry
         self.depth, self.original, self.weight_shape = layer.depth, layer.original, layer.weight.shape
-        groups = layer.groups if isinstance(layer, BinaryConvNd) else 1
-        rows = self.kernel[0] if self.depth is None else self.depth.kernel * self.kernel[0]
-        shape = FilterShape(self.widths[1], self.widths[0] // groups, (rows, self.kernel[1]), groups, self.bases)
-        self.shape = shape  # the depth of a filter is folded into its height
+        self.shape, words, scales = pack_weight(layer, layer.binary_weight()) if weight is None else weight
         for part in PART_KINDS:
             if part != "weight":
                 self.add_module(part, getattr(layer, part))
@@ -66,19 +90,8 @@ class PackedLayer(PartPipeline):
         self.register_parameter("bias", layer.bias)
         self.stored_scales = layer.stored_scales
         self.learned_scales = any(True for _ in layer.weight_binarizer.parameters())
-        weight = layer.binary_weight()
-        bits = (weight.codes >= 0).to(torch.uint8)
-        bits = bits.view(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel)
-        check_activation(self.activation)
-        if self.has_many_values():
-            words = join_bytes(bits)
-        elif bits.is_meta:
-            words = torch.empty(shape.memory, dtype=torch.int32, device="meta")
-        else:
-            words = from_bits(bits, shape)
         self.register_buffer("words", words, persistent=False)
-        stored = {"filter": weight.scales, "tensor": weight.scales[:, :1], "none": None}[self.stored_scales]
-        self.register_buffer("scales", None if stored is None else stored.detach().clone())
+        self.register_buffer("scales", scales)
         self._compiled: CompiledLayer | None = None
         self.train(layer.training)
 
@@ -214,14 +227,14 @@ class PackedLayer(PartPipeline):
 class PackedConv(PackedLayer):
     """Base class of the packed convolutions."""
 
-    def __init__(self, layer: BinaryConvNd) -> None:
+    def __init__(self, layer: BinaryConvNd, weight: PackedWeight | None = None) -> None:
         super().__init__()
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
         self.padding, self.groups, self.padding_mode = layer.padding, layer.groups, layer.padding_mode
         self.declared_padding, self.plain_class = layer.declared_padding, layer.plain_class
         self.pad_codes, self.steps = layer.pad_codes, layer.steps
-        self._take(layer)
+        self._take(layer, weight)
 
     def extra_repr(self) -> str:
         """Return what nn.Conv2d shows, and the method."""
@@ -275,10 +288,10 @@ class PackedLinear(PackedLayer):
 
     kind: LayerKind = "linear"
 
-    def __init__(self, layer: BinaryLinear) -> None:
+    def __init__(self, layer: BinaryLinear, weight: PackedWeight | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._take(layer)
+        self._take(layer, weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer. The tokens of a sample are the pixels of an image whose rows the threads share."""
