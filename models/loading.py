@@ -13,7 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from binarize.conversion.packing import is_packed, pack_if_possible, unpack
-from binarize.errors import BinarizeError, one_line
+from binarize.errors import BinarizeError, clip, one_line
 from binarize.imaging import DecodedImage
 from binarize.json_files import read_json
 from binarize.kernels.backends import kernels_for
@@ -39,6 +39,22 @@ _ALLOWED = (
     "(user/repository or user/repository/folder, with @revision if need be)"
 )
 _SCHEDULERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+
+
+def at_revision(path: Path, revision: str | None) -> Path:
+    """Return a name on the Hugging Face hub with the revision that ``--revision`` gives, or `path` if it is None."""
+    if revision is None:
+        return path
+    named = Path(f"{path}@{revision}")
+    if path.exists():
+        problem = f"{path} is on this machine; leave the revision out."
+    elif "@" in str(path):
+        problem = f"{path} has a revision; give one of them."
+    elif len(revision) > 200 or not _may_be_on_the_hub(named):
+        problem = "needs a model on the Hugging Face hub, user/repository, and its branch, tag or commit, such as main."
+    else:
+        return named
+    raise BinarizeError(f"--revision {clip(revision, 80)}: {problem}")
 
 
 def locate(path: Path) -> Path:
@@ -119,9 +135,6 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
             fix = f"Give the folder of its pipeline, which holds a {PIPELINE}."
             raise BinarizeError(f"{path}: {what} {error.scheduled}. {fix}") from error
     network = _read_network(path / "unet")
-    scheduler = _read_json(path / PIPELINE).get("scheduler")
-    if isinstance(scheduler, list) and any(scheduler):  # else the released one is used
-        _read_json(path / "scheduler" / "scheduler_config.json")
     with _reading(path, "a pipeline"):
         return SuperResolutionPipeline.from_pretrained(str(path), unet=network, local_files_only=True)
 

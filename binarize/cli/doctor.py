@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from binarize.cli.options import DeviceOption, ModelArgument, ScaleOption, SeedOption, StepsOption
+from binarize.cli.options import DeviceOption, ModelArgument, RevisionOption, ScaleOption, SeedOption, StepsOption
 from binarize.cli.streams import echo
 
 
 def doctor(
     model: ModelArgument,
+    revision: RevisionOption = None,
     scale: ScaleOption = None,
     steps: StepsOption = None,
     try_all: Annotated[bool, typer.Option("--all", help="Try the changes even if the model is healthy.")] = False,
@@ -30,12 +31,20 @@ def doctor(
     ```
     """
     from binarize.diagnosis import doctor as examine
-    from binarize.models.loading import find_device
+    from binarize.models.loading import at_revision, find_device
     from binarize.progress import ProgressBar
 
     with ProgressBar(bar_format="{elapsed}  {desc}", leave=False) as bar:
         where, show = find_device(device), bar.set_description_str
-        report = examine(model, scale=scale, steps=steps, seed=seed, device=where, try_all=try_all, advance=show)
+        report = examine(
+            at_revision(model, revision),
+            scale=scale,
+            steps=steps,
+            seed=seed,
+            device=where,
+            try_all=try_all,
+            advance=show,
+        )
     echo(report.to_text())
     if not report.healthy:
         raise typer.Exit(1)

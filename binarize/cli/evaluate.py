@@ -22,6 +22,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of low-resolution images; by default made from --data.")
     ] = None,
     degradation: Annotated[str, typer.Option(help=_DEGRADATION)] = "bicubic",
+    revision: opt.RevisionOption = None,
     scale: opt.ScaleOption = None,
     lpips: Annotated[
         Literal["alex", "squeeze", "vgg", "none"], typer.Option(help="Backbone of LPIPS; papers report alex.")
@@ -53,7 +54,7 @@ def evaluate(
     ```
     """
     from binarize.evaluation import evaluate as measure
-    from binarize.models.loading import load_pipeline, prepare, sample
+    from binarize.models.loading import at_revision, load_pipeline, prepare, sample
     from binarize.recipes import load_degradation
 
     made_by = load_degradation(degradation)
@@ -61,6 +62,7 @@ def evaluate(
         raise typer.BadParameter("--lr gives the low-resolution images that --degradation would make; give one.")
     if output is not None:
         check_evaluation_folder(output, force=force)
+    model = at_revision(model, revision)
     pipeline = prepare(load_pipeline(model, scale=scale), device, dtype, scheduler, pack=packing)
     report = measure(
         lambda image: sample(pipeline, image, steps=steps, seed=seed, tile=tile, overlap=overlap),

@@ -22,6 +22,8 @@ MODEL = (
     "A trained model: a folder, a run's folder, a packed or released file, or user/repository[@revision] on the hub."
 )
 ModelArgument = Annotated[Path, typer.Argument(help=MODEL)]
+_REVISION = "Branch, tag or commit of a model on the Hugging Face hub; the same as user/repository@REVISION."
+RevisionOption = Annotated[str | None, typer.Option(show_default=False, help=_REVISION)]
 MAX_SCALE, MAX_SEED, MAX_STEPS, MAX_SIDE = 64, 2**63 - 1, 100_000, 2**20
 ScaleOption = Annotated[
     int | None,

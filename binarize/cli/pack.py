@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from binarize.cli.options import MODEL, Dtype, ForceOption, ScaleOption
+from binarize.cli.options import MODEL, Dtype, ForceOption, RevisionOption, ScaleOption
 from binarize.cli.streams import echo
 from binarize.cli.targets import check_model_folder
 from binarize.errors import BinarizeError
@@ -17,6 +17,7 @@ def pack(
     source: Annotated[Path, typer.Argument(metavar="IN", help=MODEL)],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
     dtype: Annotated[Dtype, typer.Option(help="Data type of the stored tensors that are not bits.")] = "float32",
+    revision: RevisionOption = None,
     scale: ScaleOption = None,
     force: ForceOption = False,
 ) -> None:
@@ -34,10 +35,19 @@ def pack(
 
     import binarize
     from binarize.files import replace_folder
-    from binarize.models.loading import PIPELINE, generates, load_generator, load_network, load_pipeline, locate
+    from binarize.models.loading import (
+        PIPELINE,
+        at_revision,
+        generates,
+        load_generator,
+        load_network,
+        load_pipeline,
+        locate,
+    )
     from binarize.packed.files import WEIGHTS
 
     check_model_folder(target, source, force=force)
+    source = at_revision(source, revision)
     pipeline: Any
     draws = generates(source)
     if draws and scale is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from binarize.cli.options import RevisionOption
 from binarize.cli.streams import echo
 from binarize.cli.trust import TrustOption, code_of
 from binarize.errors import BinarizeError
@@ -25,6 +26,7 @@ def summary(
     size: Annotated[str | None, typer.Option(metavar="HxW", show_default=False, help=_SIZE)] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Add a line per layer; JSON always has them.")] = False,
     style: Annotated[Literal["text", "markdown", "json"], typer.Option("--format", help="Output format.")] = "text",
+    revision: RevisionOption = None,
     trust: TrustOption = False,
 ) -> None:
     """Count parameters, operations and bytes.
@@ -39,7 +41,7 @@ def summary(
     import binarize
 
     with code_of(model, trust, inspecting=True):
-        network = _network(model)
+        network = _network(model, revision)
     found = binarize.summary(network, _inputs(network, size))
     if style == "json":
         echo(found.to_json())
@@ -47,19 +49,21 @@ def summary(
         echo((found.to_markdown if style == "markdown" else found.to_text)(layers=layers))
 
 
-def _network(model: str) -> nn.Module:
+def _network(model: str, revision: str | None) -> nn.Module:
     """Return the network of a recipe or a model. A recipe's name wins; a folder of that name needs a ``./``."""
     import torch
 
-    from binarize.models.loading import generates, load_generator, load_network
+    from binarize.models.loading import at_revision, generates, load_generator, load_network
     from binarize.recipes import build, list_recipes, recipe_path
 
-    if model in list_recipes() or Path(model).suffix in (".yaml", ".yml"):
+    path, recipes = at_revision(Path(model), revision), list_recipes()
+    if model in recipes or path.suffix in (".yaml", ".yml"):
         with torch.device("meta"):  # no count depends on the weights' values
             return build(model)
-    if not Path(model).exists():
+    folders = {name.partition("/")[0] for name in recipes if "/" in name}
+    if not path.exists() and ("/" not in model or model.partition("/")[0] in folders):
         recipe_path(model)  # its error names the recipes and the nearest one
-    return load_generator(Path(model)).unet if generates(Path(model)) else load_network(Path(model))
+    return load_generator(path).unet if generates(path) else load_network(path)
 
 
 def _inputs(network: Any, size: str | None) -> Any:

@@ -41,6 +41,7 @@ def upscale(
     form: Annotated[Format | None, typer.Option("--format", show_default=False, help=_FORMAT)] = None,
     quality: Annotated[int | None, typer.Option(min=1, max=100, show_default=False, help=_QUALITY)] = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", show_default=False, help=_MODEL)] = None,
+    revision: opt.RevisionOption = None,
     scale: Annotated[int | None, typer.Option(min=1, max=opt.MAX_SCALE, show_default=False, help=_SCALE)] = None,
     steps: opt.StepsOption = None,
     tile: opt.AutoTileOption = None,
@@ -76,7 +77,7 @@ def upscale(
     from binarize.imaging.pairs import raise_all
     from binarize.models import default_model
     from binarize.models.checks import NotFiniteError
-    from binarize.models.loading import load_pipeline, prepare, sample, scale_of
+    from binarize.models.loading import at_revision, load_pipeline, prepare, sample, scale_of
     from binarize.models.memory import check_sampling_memory
     from binarize.models.tiling import tile_grid
     from binarize.progress import ProgressBar
@@ -89,6 +90,7 @@ def upscale(
     if model is None:
         scale = DEFAULT_SCALE if scale is None else scale
         model = default_model(scale)
+    model = at_revision(model, revision)
     factor = scale_of(model, scale)
     sources = paths
     if output is None:

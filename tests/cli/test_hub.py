@@ -56,6 +56,35 @@ def test_revisions(fake: Any, small: Path, tmp_path: Path, name: str) -> None:
     assert fake.model_info.call_args.kwargs["revision"] == (name.partition("@")[2] or None)
 
 
+def test_a_revision_is_an_option(fake: Any, model: Path, photos: Path, small: Path, tmp_path: Path) -> None:
+    name = f"someone/models/{model.name}"
+    succeeds("upscale", small, tmp_path / "a.png", "--model", name, "--steps", "1", "--revision", "v1.0")
+    assert fake.model_info.call_args.kwargs["revision"] == "v1.0"
+    before = contents(tmp_path)
+    for given, words in (
+        (("--model", model), "is on this machine; leave the revision out."),
+        ((), "is on this machine"),
+        (("--model", f"{name}@v1"), "has a revision; give one of them."),
+        (("--model", "nowhere"), "needs a model on the Hugging Face hub"),
+        (("--model", "nowhere.pth"), "needs a model on the Hugging Face hub"),
+    ):
+        assert words in fails("upscale", small, tmp_path / "b.png", *given, "--revision", "main")
+    for revision in ("a b", "x" * 5000, "@", "a@b"):
+        message = fails("upscale", small, tmp_path / "b.png", "--model", name, "--revision", revision)
+        assert "needs a model on the Hugging Face hub" in message
+        assert len(message) < 300
+    fake.model_info.side_effect = RevisionNotFoundError("404", response=Mock())
+    for command in (
+        ("upscale", small, tmp_path / "b.png", "--model", name),
+        ("evaluate", name, "--data", photos),
+        ("summary", name),
+        ("pack", name, tmp_path / "packed"),
+        ("doctor", name),
+    ):
+        assert "has no revision refs/pr/2." in fails(*command, "--revision", "refs/pr/2")
+    assert contents(tmp_path) == before
+
+
 def test_an_earlier_download_does_offline(fake: Any, model: Path, small: Path, tmp_path: Path) -> None:
     fake.model_info.side_effect = OSError("no network")
     fake.snapshot_download.side_effect = lambda repo, **_: str(model.parent)
