@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-zoo test-abuse test-paths test-arm lint format bench docs clean distclean
+.PHONY: help demo test test-fast test-zoo test-abuse test-paths test-arm lint audit format bench docs clean distclean
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -36,6 +36,7 @@ help:
 	@echo "make test-paths  run the numeric tests with the code that other x86 processors run"
 	@echo "make test-arm    run the kernel and packing tests on an emulated 64-bit ARM processor (Debian only)"
 	@echo "make lint        ruff check, ruff format --check, mypy, the import rules and bandit"
+	@echo "make audit       compare the installed packages with published vulnerabilities, where PyPI can be reached"
 	@echo "make format      fix and format the code with ruff"
 	@echo "make bench       run the benchmarks"
 	@echo "make docs        build the documentation into site/"
@@ -70,6 +71,9 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/bandit -q -c pyproject.toml -r binarize models recipes
+
+audit: $(VENV)/.installed-test $(VENV)/.installed-lint
+	$(BIN)/python tools/audit.py
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix
