@@ -7,17 +7,27 @@ from typing import Any
 
 def main() -> None:
     """Run the command line. Ctrl-C while libraries are imported ends the program with status 130 and no traceback."""
-    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if interruptible:
-        signal.signal(signal.SIGINT, _stop)
+    end_on_interrupt()
     from binarize.cli import main as run
 
-    if interruptible:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    run()
+    try:
+        if signal.getsignal(signal.SIGINT) is _end:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        run()
+    except KeyboardInterrupt:  # just before the command line handles it, or just after
+        _end()
+    finally:  # while Python ends
+        end_on_interrupt()
 
 
-def _stop(*_: Any) -> None:
-    # Libraries may catch an exception while they are imported, or turn it into another. Nothing needs cleaning up yet.
-    os.write(2, b"error: interrupted\n")
-    os._exit(130)
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end the program at once; libraries may catch an exception while they are imported, or change it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(*_: Any) -> None:
+    try:
+        os.write(2, b"error: interrupted\n")
+    finally:
+        os._exit(130)

@@ -1,6 +1,6 @@
 """``python -m binarize``: the same as the `binarize` command."""
 
-from binarize.cli import main
+from _binarize_program import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """``python -m binarize.cli``: the same as ``python -m binarize``."""
 
-from binarize.cli import main
+from _binarize_program import main
 
 if __name__ == "__main__":
     main()
