@@ -89,8 +89,19 @@ def _has_tangent(value: object) -> bool:
 def _refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:
     raise BinarizeError(
         "packed layers have no gradient; train the unpacked model, or call binarize.unpack(model), which gives +-1 "
-        "latent weights and fixed scales."
+        "latent weights and fixed scales. A packed network that stays as it is runs under torch.no_grad()."
     )
+
+
+class WithoutGradient(torch.autograd.Function):
+    """The identity, whose backward raises BinarizeError."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x.view_as(x)
+
+    backward = staticmethod(_refuse_gradient)
 
 
 def binary_conv2d(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from binarize.packed.layers import PackedLayer
 
 _version, _kind, _training = attrgetter("_version"), attrgetter("dtype", "device"), itemgetter("training")
+_requires_grad = attrgetter("requires_grad")
 
 
 def _bytes_at(pointer: int, t: Tensor) -> memoryview:
@@ -41,6 +42,7 @@ class CompiledLayer:
         self.lowered = lowered
         self.convs = layer._lay_out(lowered)
         self._device = layer.words.device
+        self._copied: list[nn.Parameter] = []  # filled by `watch`
 
     def watch(self, layer: PackedLayer) -> CompiledLayer:
         """Remember the layer's modules and tensors for `is_current`."""
@@ -53,7 +55,9 @@ class CompiledLayer:
         self._places, self._names = [place for place, _, _ in held], [name for _, name, _ in held]
         self._values = [value for *_, value in held]
         # Of these, ``convs`` have copies: where they lie and what is there is compared, which no version misses.
-        laid_out = [t for t in self._sources(layer) if type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.numel()]
+        sources = self._sources(layer)
+        self._copied = [t for t in sources if isinstance(t, nn.Parameter)]
+        laid_out = [t for t in sources if type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.numel()]
         self._laid_out, self._pointers = laid_out, list(map(Tensor.data_ptr, laid_out))
         self._memory = [_bytes_at(pointer, t) for pointer, t in zip(self._pointers, laid_out, strict=True)]
         self._contents = list(map(bytearray, self._memory))  # which compare with other memory without a copy
@@ -97,6 +101,10 @@ class CompiledLayer:
             and list(map(Tensor.data_ptr, self._laid_out)) == self._pointers
             and self._contents == self._memory
         )
+
+    def is_trained(self) -> bool:
+        """Return whether a parameter of which ``convs`` have a copy requires a gradient, which it cannot get."""
+        return any(map(_requires_grad, self._copied))
 
     def timestep_group(self, x: Tensor) -> Tensor | None:
         """Return the timestep group of each sample of ``x``, on the layer's device, or None."""

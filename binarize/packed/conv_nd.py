@@ -45,10 +45,10 @@ class PackedConv3d(PackedConv):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        x, depth = input, self.depth
         if not self.has_kernel:
-            return self.run_without_kernel(x)
-        compiled = self.compiled()
+            return self.run_without_kernel(input)
+        compiled, depth = self.compiled(), self.depth
+        x = self._input(input, compiled)
         assert depth is not None
         source = self._pad(x if compiled.lowered.fuses_pre else self.shifted(x))
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -30,16 +30,16 @@ from binarize.kernels.bitpack import (
     to_dense,
 )  # fmt: skip
 from binarize.kernels.capture import is_captured
-from binarize.kernels.ops import binary_conv2d, norm_silu
+from binarize.kernels.ops import WithoutGradient, binary_conv2d, norm_silu
 from binarize.kernels.product import BinaryWeight, compute_dtype, float_product
 from binarize.layers import BinaryConvNd, BinaryLayer, BinaryLinear
 from binarize.layers.adapters import Original
-from binarize.layers.delayed import Delayed
 from binarize.layers.lowering import LoweredLayer
-from binarize.layers.parts import PART_KINDS, LayerKind, PartKind, StoredScales, activation_bits
+from binarize.layers.parts import PART_KINDS, LayerKind, PartKind, StoredScales
 from binarize.layers.pipeline import PartPipeline
 from binarize.layers.structure import AccumulatingConv
 from binarize.packed.compiled import CompiledLayer, as_under_autocast
+from binarize.packed.levels import check_activation
 
 
 class PackedWeight(NamedTuple):
@@ -160,8 +160,10 @@ class PackedLayer(PartPipeline):
         return {**self.__dict__, "_compiled": None}  # a copy compiles its own
 
     def train(self, mode: bool = True) -> Any:
-        """Stay in evaluation mode."""
-        return super().train(False)
+        """Keep the parts in evaluation mode. In training mode, `backward()` of the output raises BinarizeError."""
+        super().train(False)
+        self.training = mode
+        return self
 
     def clamp_latent_(self) -> None:
         """Raise BinarizeError: a packed layer cannot be trained. `binarize.training_step` calls this."""
@@ -180,7 +182,12 @@ class PackedLayer(PartPipeline):
         depth = () if self.depth is None else (self.depth.kernel,)
         kernel = (*depth, *self.kernel) if self.steps else ()
         w_hat = (w_hat[0] if len(w_hat) == 1 else w_hat.sum(0)).view(shape.out_channels, shape.in_channels, *kernel)
-        return self.run_stages(self.stages(), float_product(values, w_hat, *self.steps), x, shifted)
+        y = self.run_stages(self.stages(), float_product(values, w_hat, *self.steps), x, shifted)
+        if torch.is_grad_enabled() and not is_captured():
+            # As with a kernel: some parameters would get a gradient, and the weights would not.
+            trained = self.training or x.requires_grad or any(p.requires_grad for p in self.parameters())
+            y = WithoutGradient.apply(y.detach().requires_grad_()) if trained else y
+        return y
 
     # The kernel
 
@@ -218,6 +225,14 @@ class PackedLayer(PartPipeline):
     def _products(self, dtype: torch.dtype) -> Iterable[tuple[Tensor, Tensor | None]]:
         """Yield the words and scales of the products that the kernel computes."""
         return zip(self.words, self.weight_scales().to(dtype), strict=True)
+
+    def _input(self, x: Tensor, compiled: CompiledLayer) -> Tensor:
+        """Return the input; if the layer is being trained, as one that requires a gradient, so that backward() fails.
+
+        Otherwise PyTorch would say that nothing requires one, or leave out the layer's parameters without a word.
+        """
+        trained = torch.is_grad_enabled() and not x.requires_grad and (self.training or compiled.is_trained())
+        return x.detach().requires_grad_() if trained and not (x.is_inference() or is_captured()) else x
 
     def _pad(self, x: Tensor) -> Tensor:
         """Return what the kernel reads: it pads with zeros itself."""
@@ -259,12 +274,11 @@ class PackedConv2d(PackedConv, AccumulatingConv):
 
         Both are part of the kernel's call if it computes the whole layer; see `binarize.kernels.ops.binary_conv2d`.
         """
-        x = input
         if not self.has_kernel:
-            y = self.run_without_kernel(x if input_norm is None else norm_silu(x, input_norm))
+            y = self.run_without_kernel(input if input_norm is None else norm_silu(input, input_norm))
             return y if residual is None else y + residual
         compiled = self.compiled()
-        lowered, added_last = compiled.lowered, None
+        x, lowered, added_last = self._input(input, compiled), compiled.lowered, None
         if not lowered.is_one_kernel:
             x = x if input_norm is None else norm_silu(x, input_norm)
             input_norm, residual, added_last = None, None, residual
@@ -295,10 +309,10 @@ class PackedLinear(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer. The tokens of a sample are the pixels of an image whose rows the threads share."""
-        x = input
         if not self.has_kernel:
-            return self.run_without_kernel(x)
+            return self.run_without_kernel(input)
         compiled = self.compiled()
+        x = self._input(input, compiled)
         source = x if compiled.lowered.fuses_pre else self.shifted(x)
         batch, tokens = x.shape[0], x.shape[1:-1].numel()
         width = row_width(tokens)
@@ -326,23 +340,3 @@ def freeze(model: nn.Module) -> None:
         parameter.requires_grad_(False)
         if parameter.dim() == 4 and not parameter.is_meta:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-
-def check_activation(activation: nn.Module) -> None:
-    """Raise BinarizeError unless an activation has few bits now and declares its values."""
-    if isinstance(activation, Delayed) and not activation.progress.is_meta and not activation.active:
-        raise BinarizeError(
-            "pack: activations are still full precision, since training has not reached the step from which they are "
-            "binary; call binarize.training_step(model, 1.0) to make them binary."
-        )
-    if activation_bits(activation) is None:
-        raise _undeclared(activation)
-
-
-def _undeclared(activation: nn.Module) -> BinarizeError:
-    return BinarizeError(
-        f"pack: {type(activation).__name__} does not declare the two values that it returns; give it an attribute "
-        "levels = (-1, 1) if it is sign(x), or (0, 1) if it is 1 for x > 0.5. If it returns more values, give it "
-        f"bits = k for 2^k values, or 32 for floats. Got levels {getattr(activation, 'levels', None)!r} and bits "
-        f"{getattr(activation, 'bits', None)!r}."
-    )
