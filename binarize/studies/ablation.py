@@ -24,7 +24,7 @@ from binarize.progress import ProgressBar
 from binarize.recipes import Recipe, build_model
 from binarize.studies.results import AblationResult, RunResult
 from binarize.studies.schema import Study, load_study
-from binarize.studies.state import RunState, StudyRun
+from binarize.studies.state import ImageDigests, RunState, StudyRun
 from binarize.training import TrainingInterrupted, loop
 from binarize.training.folder import MODEL
 from binarize.training.processes import launched_processes
@@ -82,7 +82,8 @@ class _Ablation:
     ) -> None:
         self.name, self.study, self.progress = name, study, progress
         recipes = study.recipes(overrides)
-        self.runs = [StudyRun(cell, seed, recipe, study) for cell, recipe in recipes.items() for seed in study.seeds]
+        seeds, digests = study.seeds, ImageDigests()
+        self.runs = [StudyRun(cell, seed, recipe, study, digests) for cell, recipe in recipes.items() for seed in seeds]
         _check_folders(self.runs)
         chosen = _choose(recipes, only)
         self.chosen = [run for run in self.runs if run.cell in chosen]
@@ -97,7 +98,7 @@ class _Ablation:
         changed = [run for run in self._unfinished(None) if self.states[run].changes]
         if changed and not force:
             lines = [f"{run}: {change}" for run in changed for change in self.states[run].changes]
-            opening = f"{self.study.output_dir} holds runs of these cells with other recipes:"
+            opening = f"{self.study.output_dir} holds runs of these cells with other recipes or images:"
             closing = "Choose another output_dir, or repeat these runs with --force."
             raise BinarizeError(listing(opening, lines, closing))
         for run in changed:

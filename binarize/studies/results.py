@@ -31,7 +31,7 @@ class RunResult:
     """One cell with one seed.
 
     Attributes:
-        state: "done", "failed", "trained" (not yet measured), "step N", "to do", or "other recipe".
+        state: "done", "failed", "trained" (not yet measured), "step N", "to do", "other recipe" or "other images".
         params: Parameters; a binary weight counts 1/32.
         ops: Operations at 3x256x256; a binary MAC counts 1/64.
         psnr: In dB on Y; None if it is infinite or not measured.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from binarize.errors import BinarizeError
 from binarize.evaluation import EvaluationReport
 from binarize.files import write_text_atomic
+from binarize.imaging import ImagePairs
 from binarize.json_files import read_json
 from binarize.recipes import Recipe
 from binarize.studies.schema import Study
 from binarize.training.checkpoint import Checkpoints
-from binarize.training.resume import BOOKKEEPING, changes, with_defaults
+from binarize.training.data import image_digests
+from binarize.training.resume import BOOKKEEPING, changes, image_changes, with_defaults
 
 RUN = "run.json"
 RESULT = "result.json"
 FAILURE = "error.txt"
+_IMAGES = "training images"
 
 
 Number = FiniteFloat | None
@@ -41,6 +45,7 @@ class _Trained(_Section):
 class _RunFile(_Section):
     training: dict[str, Any]
     trained: _Trained | None
+    images: dict[str, str] | None = None  # absent in version 0.1, here and below
 
 
 class _ResultFile(_Section):
@@ -53,13 +58,32 @@ class _ResultFile(_Section):
     loss: Number
     train_step_seconds: Number
     sample_step_seconds: Number
+    images: dict[str, str] | None = None
+
+
+class ImageDigests:
+    """The digests of images by name, for folders that are each read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], dict[str, str]] = {}
+
+    def read(self, high: Path | None, low: Path | None, scale: int, limit: int | None = None) -> dict[str, str] | None:
+        """Return the digests of a folder's first images, or None if there is no such folder."""
+        if high is None or not high.is_dir():
+            return None
+        key = high, low, scale, limit
+        if key not in self._known:
+            pairs = ImagePairs(high, low, scale=scale)
+            self._known[key] = image_digests(pairs if limit is None else pairs.first(limit))
+        return self._known[key]
 
 
 class StudyRun:
     """One cell of a study with one seed, which sets the seed, output folder and resuming of the cell's recipe."""
 
-    def __init__(self, cell: str, seed: int, recipe: Recipe, study: Study) -> None:
+    def __init__(self, cell: str, seed: int, recipe: Recipe, study: Study, digests: ImageDigests | None = None) -> None:
         self.cell, self.seed, self.study = cell, seed, study
+        self._digests = ImageDigests() if digests is None else digests
         self.folder = study.output_dir / "cells" / folder_name(cell) / f"seed-{seed}"
         changes = {"seed": seed, "output_dir": self.folder, "resume_from_checkpoint": "latest"}
         self.recipe = recipe.model_copy(update=changes)
@@ -100,6 +124,15 @@ class StudyRun:
         folders = {"data_dir": _absolute(high), "lr_data_dir": _absolute(low)}
         return {**folders, **own, "num_inference_steps": steps, "residual_strength": strength}
 
+    def training_images(self) -> dict[str, str] | None:
+        """Return the digests of the training images by name, or None if they are not there."""
+        recipe = self.recipe
+        return self._digests.read(recipe.train_data_dir, recipe.train_lr_data_dir, recipe.scale)
+
+    def evaluation_images(self) -> dict[str, str] | None:
+        """Return the digests of the images of the evaluation by name, or None if they are not there."""
+        return self._digests.read(*self.images, self.recipe.scale, self.study.evaluation.limit)
+
     def fingerprint(self) -> str:
         """Return a SHA-256 of everything that determines the results."""
         text = json.dumps({"training": self.training_keys(), "evaluation": self.evaluation_keys()}, sort_keys=True)
@@ -123,7 +156,7 @@ class RunState:
 
     @classmethod
     def read(cls, run: StudyRun) -> RunState:
-        """Read the state of the run's folder, ignoring training and results of another recipe."""
+        """Read the state of the run's folder, ignoring training and results of another recipe or of other images."""
         started, result = _load(run.folder / RUN, _RunFile), _load(run.folder / RESULT, _ResultFile)
         checkpoint = max(Checkpoints(run.folder, None).list(), default=0)
         if started is None:
@@ -131,10 +164,15 @@ class RunState:
         keys = json.loads(json.dumps(run.training_keys()))  # lists instead of tuples, as in the file
         stored = {name: value for name, value in with_defaults(started["training"]).items() if name in keys}
         different = changes({**stored, **started["training"]}, keys)
+        if not different and (images := _image_changes(started.get("images"), run.training_images)):
+            different = [f"{_IMAGES}: {images}"]
         if different:
             return cls(run, tuple(different), checkpoint)
-        valid = result is not None and result["fingerprint"] == run.fingerprint()
-        return cls(run, (), checkpoint, started["trained"], result if valid else None)
+        if result is not None and (
+            result["fingerprint"] != run.fingerprint() or _image_changes(result.get("images"), run.evaluation_images)
+        ):
+            result = None
+        return cls(run, (), checkpoint, started["trained"], result)
 
     @classmethod
     def start(cls, run: StudyRun) -> RunState:
@@ -158,7 +196,7 @@ class RunState:
         trained = {"loss": None, "train_step_seconds": None} if self.trained is None else self.trained
         times = {**trained, "sample_step_seconds": step_seconds}
         result = {"cell": run.cell, "seed": run.seed, "fingerprint": run.fingerprint(), **quality, **times}
-        _store(self.run.folder / RESULT, result)
+        _store(self.run.folder / RESULT, {**result, "images": run.evaluation_images()})
         (self.run.folder / FAILURE).unlink(missing_ok=True)
         return replace(self, result=result)
 
@@ -175,13 +213,15 @@ class RunState:
         if self.result is not None:
             return "done"
         if self.changes:
-            return "other recipe"
+            return "other images" if self.changes[0].startswith(_IMAGES) else "other recipe"
         if self.trained is not None:
             return "trained"
         return f"step {self.checkpoint}" if self.checkpoint else "to do"
 
     def _write_run(self, trained: dict[str, Any] | None) -> None:
-        _store(self.run.folder / RUN, {"training": self.run.training_keys(), "trained": trained})
+        run = self.run
+        content = {"training": run.training_keys(), "trained": trained, "images": run.training_images()}
+        _store(run.folder / RUN, content)
 
 
 def folder_name(cell: str) -> str:
@@ -190,6 +230,12 @@ def folder_name(cell: str) -> str:
     if plain and len(plain) <= 80:
         return plain
     return f"{plain[:60]}-{hashlib.sha256(cell.encode()).hexdigest()[:8]}"
+
+
+def _image_changes(then: dict[str, str] | None, read: Callable[[], dict[str, str] | None]) -> str:
+    """Return how images differ from those of a file, or "" if the file or this machine does not have them."""
+    now = None if then is None else read()
+    return "" if then is None or now is None else image_changes(then, now)
 
 
 def _absolute(path: Path | None) -> str | None:

@@ -51,16 +51,21 @@ def check_same_images(now: Mapping[str, str], then: Mapping[str, str] | None, ch
     """Check that the training images are those of a checkpoint: name -> digest, or None where it did not keep them."""
     if then is None or now == then:
         return
+    found = image_changes(then, now)
+    fix = "Restore them, or start a new run from this one's model with init_from"
+    raise BinarizeError(
+        f"cannot resume from {checkpoint}: the training images are not those of the run: {found}. {fix}."
+    )
+
+
+def image_changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return how digests of images, by name, differ; an empty string if they are the same."""
     kinds = (
         ("new", now.keys() - then.keys()),
         ("missing", then.keys() - now.keys()),
         ("changed", {name for name in now.keys() & then.keys() if now[name] != then[name]}),
     )
-    found = "; ".join(f"{len(names)} {kind}, such as {min(names):.80}" for kind, names in kinds if names)
-    fix = "Restore them, or start a new run from this one's model with init_from"
-    raise BinarizeError(
-        f"cannot resume from {checkpoint}: the training images are not those of the run: {found}. {fix}."
-    )
+    return "; ".join(f"{len(names)} {kind}, such as {min(names):.80}" for kind, names in kinds if names)
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:

@@ -125,7 +125,7 @@ def test_another_recipe_is_refused_or_repeats_its_runs_alone(pictures: Path, tmp
     study = make(pictures, tmp_path, grid={}, cells=cells)
     first = ablate(study, progress=False)
     cells[1]["overrides"] = {"method": "bidiffsr", "learning_rate": 3e-3}
-    message = r"holds runs of these cells with other recipes:\n  fast: learning_rate: was 0.002, is 0.003\n.*--force"
+    message = r"with other recipes or images:\n  fast: learning_rate: was 0.002, is 0.003\n.*--force"
     assert_error(message, ablate, study, progress=False)
     assert [run.state for run in ablate(study, dry_run=True).runs] == ["done", "other recipe"]
     second = ablate(study, force=True, progress=False)
@@ -133,6 +133,39 @@ def test_another_recipe_is_refused_or_repeats_its_runs_alone(pictures: Path, tmp
     assert second.runs[0] == first.runs[0]
     assert second.runs[1].loss != first.runs[1].loss
     assert sorted(path.name for path in second.runs[1].folder.parent.iterdir()) == ["seed-0"]
+
+
+def test_results_are_of_the_images_that_are_there(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    training, test = (Path(shutil.copytree(pictures, tmp_path / name)) for name in ("training", "test"))
+    study = make(training, tmp_path / "out", grid={"method": ["bidiffsr"]})
+    study["evaluation"] |= {"data_dir": str(test)}
+    first = ablate(study, progress=False).runs[0]
+    names = sorted(path.name for path in test.iterdir())
+    whole = {folder / name: (folder / name).read_bytes() for folder in (training, test) for name in names}
+
+    def states() -> list[str]:
+        return [run.state for run in ablate(study, dry_run=True).runs]
+
+    (test / "zz.png").write_bytes(whole[test / names[0]])  # beyond the limit of two images
+    assert states() == ["done"]
+    (test / names[0]).write_bytes(whole[test / names[2]])
+    assert states() == ["trained"]
+    with monkeypatch.context() as patch:
+        forbid_training(patch)
+        second = ablate(study, progress=False).runs[0]
+    assert second.psnr != first.psnr
+    (training / names[1]).write_bytes(whole[training / names[2]])
+    assert states() == ["other images"]
+    message = rf"method=bidiffsr: training images: 1 changed, such as {names[1]}\n.*--force"
+    assert_error(message, ablate, study, progress=False)
+    (training / names[1]).write_bytes(whole[training / names[1]])
+    assert states() == ["done"]
+    training.rename(tmp_path / "elsewhere")
+    assert states() == ["done"]
+    record = json.loads((first.folder / "run.json").read_text())
+    assert record.pop("images").keys() == set(names)
+    (first.folder / "run.json").write_text(json.dumps(record))  # as version 0.1 wrote it
+    assert states() == ["done"]
 
 
 def test_an_interrupted_run_resumes_exactly(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
