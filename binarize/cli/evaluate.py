@@ -1,9 +1,9 @@
-"""`binarize evaluate`: measure a model on a folder of images."""
+"""`binarize evaluate`: measure a model against a folder of images."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,13 +11,14 @@ from binarize.cli import options as opt
 from binarize.cli.errors import print_report
 from binarize.cli.streams import echo
 from binarize.cli.targets import check_evaluation_folder
+from binarize.errors import BinarizeError
 
 _DEGRADATION = "How low resolution is made of --data: bicubic, photo, or a recipe's list of steps."
 
 
 def evaluate(
     model: opt.ModelArgument,
-    data: Annotated[Path, typer.Option("--data", "-d", help="Folder of high-resolution images.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Folder of high-resolution or real images.")],
     lr: Annotated[
         Path | None, typer.Option(help="Folder of low-resolution images; by default made from --data.")
     ] = None,
@@ -34,27 +35,40 @@ def evaluate(
     seed: opt.SeedOption = 0,
     scheduler: opt.SchedulerOption = None,
     limit: opt.LimitOption = None,
+    features: Annotated[
+        str | None, typer.Option(help="For generation: pixels, inception, a SqueezeNet .pth file, or module:function.")
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option("--number", "-n", min=1, help="For generation: images to draw; by default as in --data."),
+    ] = None,
     output: opt.OutputOption = None,
     force: opt.ForceOption = False,
     device: opt.DeviceOption = "auto",
     dtype: opt.DtypeOption = "float32",
     packing: opt.PackOption = True,
 ) -> None:
-    """Measure PSNR, SSIM and LPIPS of a model.
+    """Measure PSNR, SSIM and LPIPS of a model, or of one that generates images FID, KID, precision and recall.
 
-    For each image and on average, beside bicubic upscaling. PSNR and SSIM are computed on Y with the border shaved, as
-    in the papers. Prints a table on a terminal and Markdown elsewhere; `--output` also writes evaluation.json, .csv and
-    .md.
+    Super-resolution: for each image and on average, beside bicubic upscaling. PSNR and SSIM are computed on Y with the
+    border shaved, as in the papers. Prints a table on a terminal and Markdown elsewhere; `--output` also writes
+    evaluation.json, .csv and .md.
+
+    Generation: the distances are in the features of a network, by default plain pixels. `--output` also writes
+    nearest.png, which shows some images above the nearest ones of the folder.
 
     ```
     binarize evaluate runs/bidiffsr_x2/model --data Set5/HR --lr Set5/LR_bicubic --output results
     binarize evaluate BI-DiffSR_x4.pth --scale 4 --data Urban100/HR --limit 10 --lpips none
     binarize evaluate my-model --data photos --degradation '[{reduce: box}, {jpeg: 75}]'
+    binarize evaluate runs/digits --data digits -n 2000 --steps 20
     binarize evaluate my-model --data Set5/HR --lpips squeeze --lpips-backbone squeezenet1_1.pth
     ```
     """
     from binarize.evaluation import evaluate as measure
-    from binarize.models.loading import at_revision, load_pipeline, prepare, sample
+    from binarize.evaluation.features import PIXELS
+    from binarize.evaluation.generation import evaluate_generator
+    from binarize.models.loading import at_revision, generates, load_generator, load_pipeline, prepare, sample
     from binarize.recipes import load_degradation
 
     made_by = load_degradation(degradation)
@@ -63,6 +77,22 @@ def evaluate(
     if output is not None:
         check_evaluation_folder(output, force=force)
     model = at_revision(model, revision)
+    if generates(model):
+        wrong = {"--lr": lr, "--scale": scale, "--tile": tile, "--overlap": overlap, "--limit": limit}
+        wrong["--lpips-backbone"] = lpips_backbone
+        if given := [name for name, value in wrong.items() if value is not None]:
+            raise BinarizeError(f"{given[0]}: {model} generates images; leave it out.")
+        generator = prepare(load_generator(model), device, dtype, scheduler, pack=packing)
+        options: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+        options |= {"features": PIXELS if features is None else features, "count": count, "seed": seed}
+        found = evaluate_generator(generator, data, name=str(model), **options)
+        print_report(found)
+        for path in found.save(output, force=force) if output is not None else ():
+            echo(f"wrote {path}", err=True)
+        return
+    for name, value in (("--features", features), ("--number", count)):
+        if value is not None:
+            raise BinarizeError(f"{name}: {model} upscales images; leave it out.")
     pipeline = prepare(load_pipeline(model, scale=scale), device, dtype, scheduler, pack=packing)
     report = measure(
         lambda image: sample(pipeline, image, steps=steps, seed=seed, tile=tile, overlap=overlap),

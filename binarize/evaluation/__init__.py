@@ -1,4 +1,4 @@
-"""Evaluate super-resolution: PSNR and SSIM on luma, LPIPS, and reports."""
+"""Evaluate super-resolution by PSNR, SSIM and LPIPS, and generation by FID, KID and nearest neighbors."""
 
 from __future__ import annotations
 

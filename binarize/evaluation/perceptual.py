@@ -50,7 +50,7 @@ class Lpips:
             import lpips
         except ImportError as error:
             raise LpipsUnavailable("LPIPS needs the lpips package: pip install 'binarize-diffusion[eval]'") from error
-        state = _download(net) if backbone is None else _read(Path(backbone))
+        state = _download(net) if backbone is None else read_weights(Path(backbone))
         # The random initialisation, which is replaced at once, must not change the caller's random state.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # lpips 0.1.4 passes an argument that torchvision has deprecated.
@@ -84,9 +84,10 @@ def lpips_label(net: str) -> str:
     return f"LPIPS ({net})"
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, what: str = "LPIPS backbone file") -> dict[str, torch.Tensor]:
+    """Return the state dict of a torch file; ``what`` it is says an error."""
     if not path.is_file():
-        raise BinarizeError(f"{path}: no such LPIPS backbone file")
+        raise BinarizeError(f"{path}: no such {what}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types

@@ -59,7 +59,7 @@ class Generation(Task):
             seed=recipe.seed,
         )
         self.samples = noisy_samples(recipe, plan, images)
-        self.images = file_digests({name: path for name, (_, path) in images.files.items()})
+        self.images = file_digests({name: path for name, (_, path) in images.images.files.items()})
         self.seed, self.count = recipe.seed, recipe.num_validation_images
 
     def validate(self, pipeline: GenerationPipeline) -> Iterator[SampleGrid]:

@@ -70,3 +70,12 @@ def test_a_packed_generator_draws_the_same(tmp_path: Path) -> None:
     assert "generates images; leave it out" in fails("pack", binary, tmp_path / "again", "--scale", "2")
     assert "1x1x8x8" in succeeds("summary", binary)
     assert "1x1x16x16" in succeeds("summary", binary, "--size", "16x16")
+
+
+def test_a_generator_is_measured(generator: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    options = ("--data", generator.parent / "images", "--steps", "2")
+    out = succeeds("evaluate", generator, *options, "-n", "8", "--output", tmp_path / "out")
+    assert "8 images in 2 steps against 12, by pixels" in out
+    assert (tmp_path / "out" / "nearest.png").is_file()
+    assert "--tile: " in fails("evaluate", generator, *options, "--tile", "8")

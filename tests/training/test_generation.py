@@ -158,7 +158,9 @@ def test_large_images_are_resized_cropped_and_flipped(tmp_path: Path) -> None:
 def test_unusable_images_are_named(symbols: Path, tmp_path: Path) -> None:
     assert_error("there is no folder", LabelledImages, tmp_path / "no", **DATA)
     assert_error("holds no images", LabelledImages, tmp_path, **DATA)
-    assert_error("no sub-folder 'stars'; it has bars, dots", LabelledImages, symbols, **DATA, classes=("stars",))
+    assert_error(
+        "no sub-folder for the class 'stars'; it has bars, dots", LabelledImages, symbols, **DATA, classes=("stars",)
+    )
     assert_error("1 or 3 channels, but the network has 4", LabelledImages, symbols, resolution=8, channels=4)
     shutil.copytree(symbols, tmp_path / "copy")
     Image.new("L", (7, 9)).save(tmp_path / "copy" / "bars" / "small.png")
