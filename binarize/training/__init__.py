@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from binarize.training.checkpoint import Checkpoints, load_checkpoint
 from binarize.training.data import PairedPatches
+from binarize.training.distillation import distill
 from binarize.training.errors import DivergedError, TrainingInterrupted
 from binarize.training.malloc import keep_large_blocks_apart
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoints", "DivergedError", "LogEntry", "PairedPatches", "TrainResult", "TrainingInterrupted",
-    "keep_large_blocks_apart", "load_checkpoint", "train",
+    "distill", "keep_large_blocks_apart", "load_checkpoint", "train",
 ]  # fmt: skip
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
-from binarize.recipes import DistillationSection
+from binarize.recipes import DistillationSection, GenerationDistillation
+from binarize.recipes.errors import explain
 
 
 class Distillation:
@@ -30,6 +33,7 @@ class Distillation:
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.section, self.teacher, self.autocast = section, teacher.eval().requires_grad_(False), autocast
+        self.student = student
         self._recording = False
         self._outputs: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         self.blocks = matching_blocks(section.blocks, student, teacher) if section.features else ()
@@ -37,6 +41,38 @@ class Distillation:
         for name in self.blocks:
             for network, outputs in zip((student, teacher), self._outputs, strict=True):
                 network.get_submodule(name).register_forward_hook(self._store_in(outputs, name))
+
+    def __call__(self, predict: Callable[[Any], Tensor], target: Tensor, student: Any = None) -> Tensor:
+        """Return the mean loss of a batch, with squared errors, for training loops of your own.
+
+        ``predict`` calls a network on the batch, as ``lambda network: network(noisy, timesteps).sample``. ``student``
+        is the student in the wrapper of data parallelism or of ``torch.compile``, if it has one.
+        """
+
+        def squared(one: Tensor, other: Tensor) -> Tensor:
+            return (one - other).square().flatten(1).mean(dim=1)
+
+        total, _ = self.losses(predict, target, self.student if student is None else student, squared)
+        return total.mean()
+
+    def losses(
+        self,
+        predict: Callable[[Any], Tensor],
+        target: Tensor,
+        student: Any,
+        distance: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of the terms, and the terms, (B,) each, for a distance of two predictions."""
+        section = self.section
+        with self.recording():
+            prediction = predict(student)
+            teacher_prediction, features = self.compare(predict)
+        parts = {"task": distance(prediction, target), "output": distance(prediction, teacher_prediction)}
+        total = section.task * parts["task"] + section.output * parts["output"]
+        if features is not None:
+            total = total + section.features * features
+            parts["features"] = features
+        return total, parts
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -80,6 +116,41 @@ class Distillation:
                 outputs[name] = output
 
         return hook
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    task: float = 1.0,
+    output: float = 1.0,
+    features: float = 0.0,
+    blocks: tuple[str, ...] | None = None,
+) -> Distillation:
+    """Return a loss for a training loop of your own, by which a network learns from the data and from a teacher.
+
+    ``loss = distill(student, teacher)`` before the loop, then in each step
+    ``loss(lambda network: network(noisy, timesteps).sample, target).backward()``.
+
+    Args:
+        student: The network that is trained.
+        teacher: A trained network on the same device; it is put into evaluation mode and gets no gradients.
+        task: Weight of the squared error against the target.
+        output: Weight of the squared error against the teacher's prediction.
+        features: Weight of the mean over ``blocks`` of |f / |f| - g / |g||^2, for a block's outputs f and g.
+        blocks: Names of blocks that both networks have; a star matches one part of a name. By default those of
+            diffusers' U-Nets.
+
+    Raises:
+        BinarizeError: If a weight is negative, the teacher has none, or a pattern matches no block.
+    """
+    options: dict[str, Any] = {"task": task, "output": output, "features": features, "blocks": blocks}
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        section = GenerationDistillation(teacher=Path(), **options)
+    except ValidationError as error:
+        raise BinarizeError(explain(error, "distill", "call", GenerationDistillation)) from None
+    return Distillation(section, student, teacher, nullcontext)
 
 
 def matching_blocks(patterns: tuple[str, ...], student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:

@@ -61,15 +61,7 @@ class Objective:
 
         if self.distillation is None:
             return Losses(distance(predict(model), target), {})
-        section = self.distillation.section
-        with self.distillation.recording():
-            prediction = predict(model)
-            teacher_prediction, features = self.distillation.compare(predict)
-        parts = {"task": distance(prediction, target), "output": distance(prediction, teacher_prediction)}
-        total = section.task * parts["task"] + section.output * parts["output"]
-        if features is not None:
-            total = total + section.features * features
-            parts["features"] = features
+        total, parts = self.distillation.losses(predict, target, model, distance)
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 
 

@@ -144,7 +144,7 @@ def test_a_model_saved_between_stages_stays_as_it_is(recipe: Any, monkeypatch: p
 def test_a_binary_network_starts_from_full_precision_weights(inside: str, twin: Path) -> None:
     trained = SRUNet.from_pretrained(twin / "model" / "unet")
     recipe = load_recipe("small_x2", [*TINY, f"init_from={twin / inside}", "method=binarydm", "model.dropout=0.1"])
-    network = initial_network(recipe, read_trained("init_from", twin / inside))
+    network = initial_network(recipe, read_trained("init_from", twin / inside, recipe))
     assert network.config["dropout"] == 0.1
     latents = dict(network.named_parameters())
     for name, value in trained.named_parameters():
@@ -188,7 +188,7 @@ def test_invalid_binary_networks_to_start_from(recipe: Any, trained: Any, tmp_pa
 
 def lesson(twin: Path, section: str, *overrides: str) -> tuple[Any, SRUNet, SRUNet, Any]:
     recipe = load_recipe("small_x2", [*TINY, f"distillation={{teacher: {twin}, {section}}}", *overrides])
-    student, teacher = built(*overrides), read_trained("distillation", twin).network
+    student, teacher = built(*overrides), read_trained("distillation", twin, recipe).network
     assert recipe.distillation is not None
     distillation = Distillation(recipe.distillation, student, teacher, contextlib.nullcontext)
     return recipe, student, teacher, Objective(recipe, build_scheduler(recipe), distillation)
