@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from typing import Any, get_args
 
 import yaml
@@ -56,19 +57,25 @@ def _recipe_keys() -> str:
     }
     parts = [
         "# Recipe keys",
+        "The key `task` is `super_resolution`, the default, or `generation`. "
         "Keys have the names and meanings of the arguments of diffusers' training scripts. A key without a default is "
         "required. [Write a recipe](../howto/recipes.md) explains how recipes are combined.",
         _keys(recipes.Recipe),
     ]
     for name, section in sections.items():
         parts += [f"## `{name}`", _keys(section)]
+    shared = set(recipes.TrainingRecipe.model_fields) - set(recipes.GenerationRecipe.__annotations__)
+    parts += ["## Keys of `task: generation`", _keys(recipes.GenerationRecipe, without=shared)]
+    for name, section in {"model": recipes.NetworkSection, "scheduler": recipes.SamplerSection}.items():
+        parts += [f"### `{name}` of `task: generation`", _keys(section)]
     return "\n\n".join(parts) + "\n"
 
 
-def _keys(section: type[BaseModel]) -> str:
+def _keys(section: type[BaseModel], without: Collection[str] = ()) -> str:
     rows = [
         [f"`{field.alias or name}`", _default(field), f"{field.description}{_choices(field.annotation)}"]
         for name, field in section.model_fields.items()
+        if name not in without
     ]
     return Table(["key", "default", "meaning"], rows).to_markdown()
 

@@ -10,11 +10,20 @@ from typer.main import get_command
 
 from binarize.cli import app
 from binarize.models import SRUNet, SuperResolutionPipeline
-from binarize.recipes import DistillationSection, ModelSection, ProgressiveSection, Recipe, SchedulerSection
+from binarize.recipes import (
+    DistillationSection,
+    GenerationRecipe,
+    ModelSection,
+    NetworkSection,
+    ProgressiveSection,
+    Recipe,
+    SamplerSection,
+    SchedulerSection,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # The tests of each topic run the other pages.
-TOPICS = ("data", "inspect", "pack", "recipes", "save-and-load", "upscale")
+TOPICS = ("data", "inspect", "pack", "recipes", "save-and-load", "train-your-own", "upscale")
 PAGES = ("README", "docs/index", *(f"docs/howto/{topic}" for topic in TOPICS))
 WRITTEN = {"docs/howto/inspect": "fusion.png", "docs/howto/upscale": "large.png"}
 EVERY_PAGE = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))]
@@ -93,5 +102,6 @@ def test_files_that_pages_name_exist(page: str) -> None:
 
 def test_every_recipe_key_is_described() -> None:  # mkdocs generates the page of the keys from the descriptions
     sections = (Recipe, ModelSection, SchedulerSection, DistillationSection, ProgressiveSection)
+    sections += (GenerationRecipe, NetworkSection, SamplerSection)
     fields = {f"{s.__name__}.{name}": field for s in sections for name, field in s.model_fields.items()}
     assert [name for name, field in fields.items() if not field.description] == []
