@@ -1,6 +1,10 @@
 """Generation as a task: its data, loss, validation, resuming, distillation, and the folder that it saves."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +21,11 @@ from training_case import RESUME, assert_same, weights
 
 import binarize
 from binarize.conversion.packing import is_packed
+from binarize.layers.parts import named_by_a_recipe
 from binarize.models import GenerationPipeline
 from binarize.models.loading import load_generator
 from binarize.recipes import build_model, build_scheduler, load_recipe
-from binarize.training import TrainResult, train
+from binarize.training import TrainResult, distill, train
 from binarize.training.image_folder import LabelledImages
 from binarize.training.objective import Objective
 
@@ -240,3 +245,53 @@ def test_wrong_recipes_are_named() -> None:
 def test_the_resolution_is_that_of_the_network(symbols: Path, tmp_path: Path) -> None:
     recipe = tiny(symbols, tmp_path / "run", "model.sample_size=16")
     assert_error("resolution: is 8, but the network's sample_size is 16", train, recipe, progress=False)
+
+
+def test_a_strangers_factory_is_not_called(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("raise SystemExit('it ran')")
+    recipe = load_recipe("generation/digits", [f"model={tmp_path}/net.py:build"])
+    with named_by_a_recipe():
+        assert_error("the recipe would run code: the network .*--trust", build_model, recipe)
+
+
+def test_the_loss_of_an_own_loop_is_the_documented_sum() -> None:
+    student, teacher = (torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.Conv2d(2, 1, 1)) for _ in range(2))
+    x, target = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    loss = distill(student, teacher, task=0.5, output=2.0, features=3.0, blocks=("0",))
+    found = loss(lambda network: network(x), target)
+    blocks = [torch.nn.functional.normalize(network[0](x).flatten(1)) for network in (student, teacher)]
+    expected = 0.5 * (student(x) - target).square().mean() + 2 * (student(x) - teacher(x)).square().mean()
+    expected = expected + 3 * (blocks[0] - blocks[1]).square().sum(1).mean()
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert student[0].weight.grad is not None
+    assert_error("features: .* greater than or equal to 0", distill, student, teacher, features=-1)
+    assert_error("matches no module that student and teacher both have", distill, student, teacher, features=1)
+
+
+@pytest.mark.slow
+def test_the_example_trains_packs_and_writes_a_card(symbols: Path, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1}
+    config |= {"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1}
+    config |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "config.json").write_text(json.dumps(config))
+    script = Path(__file__).parents[2] / "examples" / "train_unconditional.py"
+    options = (
+        "--num_epochs",
+        "1",
+        "--train_batch_size",
+        "6",
+        "--eval_batch_size",
+        "1",
+        "--ddpm_num_inference_steps",
+        "2",
+    )
+    options += ("--model_config_name_or_path", str(tmp_path / "net"), "--resolution", "8", "--use_ema")
+    where = ("--train_data_dir", str(symbols), "--output_dir", str(tmp_path / "out"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([sys.executable, str(script), *options, *where], env=environment, check=True, capture_output=True)
+    assert is_packed(diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").unet)
+    assert "1-bit weights and activations (bidiffsr)" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "samples" / "00.png").is_file()
