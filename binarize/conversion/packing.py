@@ -20,6 +20,7 @@ from binarize.layers import (
     BinaryLinear,
     FixedWeight,
 )
+from binarize.layers.lowering import lower
 from binarize.layers.parts import PartKind
 from binarize.methods import Method
 from binarize.modules import replace_modules
@@ -49,7 +50,8 @@ def pack(model: ModelT) -> ModelT:
     record = conversion(model)
     if record.packed:
         raise BinarizeError(f"pack: this {type(model).__name__} is packed already.")
-    layers = dict(binary_layers(model))
+    # The largest first: otherwise bits would lie above the temporaries of smaller layers in the heap, and pin them.
+    layers = dict(sorted(binary_layers(model), key=lambda item: -item[1].weight.numel()))
     weights = [_checked_weight(name, layer) for name, layer in layers.items()]
     made = [packed_form(layer, weight) for layer, weight in zip(layers.values(), weights, strict=True)]
     record_config(model, replace(record, packed=True))  # writes to the host's configuration, which may fail
@@ -75,7 +77,7 @@ def packed_form(layer: BinaryLayer, weight: PackedWeight | None = None) -> Packe
 def pack_if_possible(model: nn.Module, like: torch.Tensor | None = None) -> bool:
     """Pack any model if it is binary and there are kernels for it; return whether it is packed.
 
-    A model whose activations all have more than two values stays as it is, since packing it saves memory, not time.
+    A model of which no layer has a kernel, since all activations are floats, stays as it is.
     ``like`` is a tensor with the device and dtype for which kernels are needed; None for those of the parameters.
     """
     if is_packed(model):
@@ -83,7 +85,7 @@ def pack_if_possible(model: nn.Module, like: torch.Tensor | None = None) -> bool
     tensors = model.parameters() if like is None else [like]
     if not is_converted(model) or any(kernels_for(tensor) is None for tensor in tensors):
         return False
-    if all(layer.has_many_values() for _, layer in binary_layers(model)):
+    if all(layer.has_many_values() and lower(layer) is None for _, layer in binary_layers(model)):
         return False
     try:
         pack(model)

@@ -130,6 +130,7 @@ class UnitRound(ActivationBinarizer):
         super().__init__()
         self.bits = checked_bits("unit_round", bits, 1)
         self.levels = (0, 1) if bits == 1 else None
+        self.plane_weights = tuple(1 << place for place in range(bits)) if bits <= 8 else ()
 
     def extra_repr(self) -> str:
         """Return ``bits`` for the module's repr."""
@@ -138,6 +139,11 @@ class UnitRound(ActivationBinarizer):
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to multiples of 1 / n in [0, 1] of the same shape."""
         return unit_round(x, self.bits)
+
+    def integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values times n, uint8, and 1 / n."""
+        steps = 2**self.bits - 1
+        return (x.clamp(0, 1) * steps).round().to(torch.uint8), x.new_tensor(1 / steps)
 
 
 class NormalizedApproxSign(_Sign):

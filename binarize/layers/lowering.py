@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from binarize.kernels.binary_conv import OutputTransform, Shortcut
-from binarize.layers.parts import LayerPart, Site, levels_of, runs_as_declared
+from binarize.layers.parts import ActivationBinarizer, LayerPart, Site, levels_of, runs_as_declared
 from binarize.layers.pipeline import PartPipeline, Stage
 from binarize.timestep import TimestepContext
 
@@ -29,6 +29,7 @@ class LoweredLayer(NamedTuple):
     rest: tuple[Stage, ...]  # the stages that run as modules afterwards
     context: TimestepContext | None  # where the timestep group comes from, or None if nothing depends on it
     groups: int  # K, the rows of timestep-aware parameters
+    planes: tuple[int, ...] = ()  # what each bit of a k-bit activation counts; each bit is an activation of its own
 
     @property
     def is_one_kernel(self) -> bool:
@@ -48,10 +49,13 @@ class LoweredLayer(NamedTuple):
 
 
 def lower(layer: PartPipeline) -> LoweredLayer | None:
-    """Return the formula of a binary or packed layer, or None if its activation does not declare its two values."""
+    """Return the formula of a binary or packed layer, or None if no kernel knows its activation.
+
+    Kernels know two declared values. The bits of whole numbers of up to 8 bits are such activations in {0, 1}.
+    """
     levels = levels_of(layer.activation)
     if levels is None:
-        return None
+        return _lower_planes(layer)
     lowered: list[LayerPart] = []
     shift = None
     if isinstance(layer.pre, LayerPart) and levels == (-1, 1) and runs_as_declared(layer.pre, "input_shift"):
@@ -79,6 +83,16 @@ def lower(layer: PartPipeline) -> LoweredLayer | None:
         levels, shift, fuses_pre, transform, present[:done], present[done:],
         timed[0].context if timed else None, timed[0].groups if timed else 1,
     )  # fmt: skip
+
+
+def _lower_planes(layer: PartPipeline) -> LoweredLayer | None:
+    activation = layer.activation
+    if not isinstance(activation, ActivationBinarizer) or not runs_as_declared(activation, "plane_weights"):
+        return None
+    if not activation.plane_weights or layer.depth is not None:  # 3-D convolutions add up products over the depth
+        return None
+    rest, planes = layer.stages(), activation.plane_weights
+    return LoweredLayer((0, 1), None, False, OutputTransform(), (), rest, None, 1, planes)
 
 
 def _timestep_aware(parts: list[LayerPart]) -> list[LayerPart]:

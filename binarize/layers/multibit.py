@@ -44,6 +44,8 @@ class LearnedStep(ActivationBinarizer):
         self.signed, self.channel_dim = signed, channel_dim
         self.low: int = -(2 ** (bits - 1)) if signed else 0
         self.high: int = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+        planes = [1 << place for place in range(bits)] if bits <= 8 else []
+        self.plane_weights = (*planes[:-1], *(-weight if signed else weight for weight in planes[-1:]))
         self.step = nn.Parameter(torch.tensor(self.start(math.sqrt(2 / math.pi))))
 
     def extra_repr(self) -> str:
@@ -58,8 +60,18 @@ class LearnedStep(ActivationBinarizer):
         """Map any shape to multiples of the step of the same shape; in half precision, rounded afterwards."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         features = x.shape[1:].numel() if self.channel_dim == 1 else x.shape[-1]
-        step = self.step.to(dtype).abs().clamp_min(torch.finfo(torch.float32).tiny)
-        return learned_step(x.to(dtype), step, self.low, self.high, (features * self.high) ** -0.5).to(x.dtype)
+        scale = (features * self.high) ** -0.5
+        return learned_step(x.to(dtype), self._positive_step(dtype), self.low, self.high, scale).to(x.dtype)
+
+    def integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values over the step, int8 or uint8, and the step."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        step = self._positive_step(dtype)
+        codes = (x.to(dtype) / step).clamp(self.low, self.high).round()
+        return codes.to(torch.int8 if self.signed else torch.uint8), step
+
+    def _positive_step(self, dtype: torch.dtype) -> Tensor:
+        return self.step.to(dtype).abs().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @torch.no_grad()

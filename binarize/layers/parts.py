@@ -78,9 +78,14 @@ class ActivationBinarizer(LayerPart):
     """Base class of activation binarizers. To be packed, one declares ``levels`` or ``bits``."""
 
     levels: tuple[int, int] | None = None  # (-1, 1) for sign(x), (0, 1) for x > 0.5; a kernel counts their bits
-    bits: int | None = None  # of more values: k for 2^k of them, or 32 for floats; plain operators multiply them
+    bits: int | None = None  # of more values: k for 2^k of them, or 32 for floats
+    plane_weights: tuple[int, ...] = ()  # what each bit of `integers` counts, the lowest first; () if there are none
     surrogate: Surrogate | None = None  # its gradient, if the training kernels know it
     sign_zero: SignZero = "plus"  # what sign(0) is
+
+    def integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values as whole numbers, int8 or uint8 of x's shape, and the scalar step that multiplies them."""
+        raise NotImplementedError
 
 
 class WeightBinarizer(LayerPart):

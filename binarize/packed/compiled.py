@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from binarize.errors import BinarizeError
 from binarize.kernels.product import compute_dtype
-from binarize.layers.lowering import lower
+from binarize.layers.lowering import LoweredLayer
 
 if TYPE_CHECKING:
     from binarize.packed.layers import PackedLayer
@@ -32,13 +31,7 @@ class CompiledLayer:
     ``convs`` has a convolution per basis; their outputs are added up.
     """
 
-    def __init__(self, layer: PackedLayer) -> None:
-        lowered = lower(layer)
-        if lowered is None:
-            raise BinarizeError(
-                f"this {type(layer).__name__} was packed with a two-valued activation, which was replaced by "
-                f"{type(layer.activation).__name__}; replace it before binarize.pack, or call binarize.unpack first."
-            )
+    def __init__(self, layer: PackedLayer, lowered: LoweredLayer) -> None:
         self.lowered = lowered
         self.convs = layer._lay_out(lowered)
         self._device = layer.words.device

@@ -19,8 +19,9 @@ class PackedConv1d(PackedConv2d):
     def forward(self, input: Tensor, input_norm: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Apply the layer to an image of height 1, or of more rows if the positions are independent."""
         x = input
-        pointwise = self.kernel_size == self.stride == (1,) and self.padding == (0,) and self.has_kernel
-        pointwise = pointwise and self.compiled().lowered.is_one_kernel
+        compiled = self.compiled()
+        pointwise = self.kernel_size == self.stride == (1,) and self.padding == (0,)
+        pointwise = pointwise and compiled is not None and compiled.lowered.is_one_kernel
         rows = x.shape[2] // row_width(x.shape[2]) if pointwise else 1
 
         def image(line: Tensor) -> Tensor:
@@ -45,9 +46,9 @@ class PackedConv3d(PackedConv):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        if not self.has_kernel:
+        compiled, depth = self.kernel_for(input), self.depth
+        if compiled is None:
             return self.run_without_kernel(input)
-        compiled, depth = self.compiled(), self.depth
         x = self._input(input, compiled)
         assert depth is not None
         source = self._pad(x if compiled.lowered.fuses_pre else self.shifted(x))

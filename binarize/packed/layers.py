@@ -4,8 +4,9 @@ A packed layer takes over the parts of the binary layer that it replaces, under 
 `binarize.layers.lowering` decides which of them run inside the kernel; the others run as modules before or after it, so
 every method and every part of your own works.
 
-Where activations have more than two values, there is no kernel: the layer's weights become floats for the time of its
-call, and one plain operator of PyTorch multiplies them. No two layers' float weights exist at once.
+Where activations have k bits, the kernel counts each bit's product. Where they are floats, or no kernel runs, a layer's
+weights become floats for the time of its call, and one plain operator of PyTorch multiplies them. No two layers' float
+weights exist at once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.kernels.backends import kernels_for
 from binarize.kernels.binary_conv import BinaryConv
 from binarize.kernels.bitpack import (
     FilterShape,
@@ -34,8 +36,8 @@ from binarize.kernels.ops import WithoutGradient, binary_conv2d, norm_silu
 from binarize.kernels.product import BinaryWeight, compute_dtype, float_product
 from binarize.layers import BinaryConvNd, BinaryLayer, BinaryLinear
 from binarize.layers.adapters import Original
-from binarize.layers.lowering import LoweredLayer
-from binarize.layers.parts import PART_KINDS, LayerKind, PartKind, StoredScales
+from binarize.layers.lowering import LoweredLayer, lower
+from binarize.layers.parts import PART_KINDS, ActivationBinarizer, LayerKind, PartKind, StoredScales
 from binarize.layers.pipeline import PartPipeline
 from binarize.layers.structure import AccumulatingConv
 from binarize.packed.compiled import CompiledLayer, as_under_autocast
@@ -59,7 +61,7 @@ def pack_weight(layer: BinaryLayer, weight: BinaryWeight) -> PackedWeight:
     shape = FilterShape(layer.widths[1], layer.widths[0] // groups, (rows, layer.kernel[1]), groups, layer.bases)
     bits = (weight.codes >= 0).to(torch.uint8)
     bits = bits.view(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel)
-    if layer.has_many_values():
+    if lower(layer) is None:
         words = join_bytes(bits)
     elif bits.is_meta:
         words = torch.empty(shape.memory, dtype=torch.int32, device="meta")
@@ -127,7 +129,7 @@ class PackedLayer(PartPipeline):
 
     @property
     def has_kernel(self) -> bool:
-        """Whether a kernel counts the bits; else activations have more than two values."""
+        """Whether a kernel can count the bits; else the activations are floats."""
         return self.words.dtype == torch.int32
 
     def codes(self) -> Tensor:
@@ -177,31 +179,78 @@ class PackedLayer(PartPipeline):
         shifted = self.shifted(x)
         values = self.padded(self.activation(shifted))
         dtype, shape = compute_dtype(values), self.shape
-        w_hat = dense_codes(self.words, shape, dtype)
+        w_hat = dense_codes(self.bits, shape, dtype)
         w_hat *= self.weight_scales().to(dtype).view(shape.bases, -1, 1, 1, 1)
         depth = () if self.depth is None else (self.depth.kernel,)
         kernel = (*depth, *self.kernel) if self.steps else ()
         w_hat = (w_hat[0] if len(w_hat) == 1 else w_hat.sum(0)).view(shape.out_channels, shape.in_channels, *kernel)
         y = self.run_stages(self.stages(), float_product(values, w_hat, *self.steps), x, shifted)
-        if torch.is_grad_enabled() and not is_captured():
+        if self._requires_gradient(x) and not is_captured():
             # As with a kernel: some parameters would get a gradient, and the weights would not.
-            trained = self.training or x.requires_grad or any(p.requires_grad for p in self.parameters())
-            y = WithoutGradient.apply(y.detach().requires_grad_()) if trained else y
+            y = WithoutGradient.apply(y.detach().requires_grad_())
         return y
+
+    def _requires_gradient(self, x: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return self.training or x.requires_grad or any(p.requires_grad for p in self.parameters())
 
     # The kernel
 
-    def compiled(self) -> CompiledLayer:
-        """Return what the layer runs; it is made once, and again when the layer changes.
+    def compiled(self) -> CompiledLayer | None:
+        """Return what the kernel runs, or None; it is made once, and again when the layer changes.
 
         Within a graph that is captured, and under transforms, it is made anew, from the parameters as they are there.
         """
-        if is_captured():
-            return CompiledLayer(self)
+        if not self.has_kernel:
+            return None
         compiled = self._compiled
-        if compiled is None or not compiled.is_current():
-            compiled = self._compiled = CompiledLayer(self).watch(self)
+        if is_captured() or compiled is None or not compiled.is_current():
+            lowered = lower(self)
+            if lowered is None:
+                check_activation(self.activation)  # which may have been replaced
+            compiled = None if lowered is None else CompiledLayer(self, lowered)
+            if compiled is not None and not is_captured():
+                self._compiled = compiled.watch(self)
         return compiled
+
+    def kernel_for(self, x: Tensor) -> CompiledLayer | None:
+        """Return what the kernel runs for inputs like ``x``, or None if plain operators have to run.
+
+        Bits would cut off the gradient of an activation without a word, so plain operators run if one is required.
+        """
+        compiled = self.compiled()
+        if compiled is None or not compiled.lowered.planes:
+            return compiled
+        if self._requires_gradient(x):
+            return None
+        if is_captured():
+            return compiled
+        plane = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        return None if kernels_for(plane) is None else compiled
+
+    def count(
+        self, x: Tensor, compiled: CompiledLayer, input_norm: Tensor | None = None, residual: Tensor | None = None,
+        group: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the sum of the products of images ``(B, C_in, H, W)`` with all bases, for all bits of their values."""
+        planes, convs = compiled.lowered.planes, compiled.convs
+        if not planes:
+            x = self._pad(x)
+            y = binary_conv2d(x, convs[0], group, input_norm, residual=residual)
+            for conv in convs[1:]:
+                y = y + binary_conv2d(x, conv, group, input_norm)
+            return y
+        integers, step = cast(ActivationBinarizer, self.activation).integers(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total: Tensor | None = None
+        for place, weight in enumerate(planes):
+            plane = self._pad((integers >> place & 1).to(dtype))
+            for conv in convs:
+                y = binary_conv2d(plane, conv) * weight
+                total = y if total is None else total + y
+        assert total is not None
+        return (total * step.to(dtype)).to(x.dtype)
 
     @torch.no_grad()
     def _lay_out(self, lowered: LoweredLayer) -> list[BinaryConv]:
@@ -274,19 +323,16 @@ class PackedConv2d(PackedConv, AccumulatingConv):
 
         Both are part of the kernel's call if it computes the whole layer; see `binarize.kernels.ops.binary_conv2d`.
         """
-        if not self.has_kernel:
+        compiled = self.kernel_for(input)
+        if compiled is None:
             y = self.run_without_kernel(input if input_norm is None else norm_silu(input, input_norm))
             return y if residual is None else y + residual
-        compiled = self.compiled()
         x, lowered, added_last = self._input(input, compiled), compiled.lowered, None
         if not lowered.is_one_kernel:
             x = x if input_norm is None else norm_silu(x, input_norm)
             input_norm, residual, added_last = None, None, residual
-        source = self._pad(x if lowered.fuses_pre else self.shifted(x))
-        group = compiled.timestep_group(x)
-        y = binary_conv2d(source, compiled.convs[0], group, input_norm, residual=residual)
-        for conv in compiled.convs[1:]:
-            y = y + binary_conv2d(source, conv, group, input_norm)
+        source = x if lowered.fuses_pre else self.shifted(x)
+        y = self.count(source, compiled, input_norm, residual, compiled.timestep_group(x))
         y = as_under_autocast(y, x, compiled)
         if lowered.rest:
             y = self.run_stages(lowered.rest, y, x)
@@ -309,18 +355,15 @@ class PackedLinear(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer. The tokens of a sample are the pixels of an image whose rows the threads share."""
-        if not self.has_kernel:
+        compiled = self.kernel_for(input)
+        if compiled is None:
             return self.run_without_kernel(input)
-        compiled = self.compiled()
         x = self._input(input, compiled)
         source = x if compiled.lowered.fuses_pre else self.shifted(x)
         batch, tokens = x.shape[0], x.shape[1:-1].numel()
         width = row_width(tokens)
         pixels = source.reshape(batch, tokens // width, width, source.shape[-1]).permute(0, 3, 1, 2)
-        group = compiled.timestep_group(x)
-        y = binary_conv2d(pixels, compiled.convs[0], group)
-        for conv in compiled.convs[1:]:
-            y = y + binary_conv2d(pixels, conv, group)
+        y = self.count(pixels, compiled, group=compiled.timestep_group(x))
         y = as_under_autocast(y, x, compiled).permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
         return self.run_stages(compiled.lowered.rest, y, x)
 

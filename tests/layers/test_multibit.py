@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 import binarize
 from binarize.conversion.export import packed_layers
-from binarize.conversion.packing import pack_if_possible
-from binarize.layers import BinaryConv2d, LayerSpec, LearnedStep, delayed
+from binarize.conversion.packing import pack_if_possible, packed_form
+from binarize.kernels import backends
+from binarize.layers import BinaryConv1d, BinaryConv2d, BinaryConv3d, BinaryLinear, LayerSpec, LearnedStep, delayed
 from binarize.layers.parts import activation_bits
 from binarize.methods import Method, get_method
 from binarize.packed import PackedConv2d
 
+BINARY: dict[type[nn.Module], Any] = {
+    nn.Conv1d: BinaryConv1d, nn.Conv2d: BinaryConv2d, nn.Conv3d: BinaryConv3d, nn.Linear: BinaryLinear
+}  # fmt: skip
 LSQ4 = {"name": "lsq", "bits": 4}
 
 
@@ -109,14 +113,15 @@ def test_calibration_of_what_cannot_be_calibrated() -> None:
 def test_a_packed_layer_holds_bits_and_computes_the_same(weight: str, activation: Any, tmp_path: Path) -> None:
     model, x = net(weight=weight, activation=activation), torch.randn(2, 3, 7, 7)
     with torch.no_grad():
-        expected = model(x)
         packed = binarize.pack(copy.deepcopy(model))
-        assert torch.equal(packed(x), expected)
+        expected = packed(x)
+        torch.testing.assert_close(expected, model(x))
         layers = dict(packed_layers(packed))
         bases = 1 if weight == "scaled_sign" else 2
-        assert {name: (layer.words.dtype, layer.words.numel()) for name, layer in layers.items()} == {
-            "middle": (torch.uint8, bases * 8 * 8 * 9 // 8), "line": (torch.uint8, bases * 8 * 8 // 8)
-        }  # fmt: skip
+        assert {name: layer.bits.numel() for name, layer in layers.items()} == {"middle": bases * 72, "line": bases * 8}
+        assert {layer.words.dtype for layer in layers.values()} == {
+            torch.uint8 if activation == "none" else torch.int32
+        }
         binarize.save(packed, tmp_path)
         loaded = binarize.load(tmp_path, Net())
         assert torch.equal(loaded(x), expected)
@@ -153,21 +158,78 @@ def test_padding_modes_pad_the_quantized_values() -> None:
             torch.testing.assert_close(PackedConv2d(layer)(x), twin(layer.activation(x)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8, 9])
+@pytest.mark.parametrize("signed", [True, False])
+@torch.no_grad()
+def test_bit_planes_of_the_kernel_give_the_product_of_the_values(bits: int, signed: bool, dtype: torch.dtype) -> None:
+    part = {"name": "lsq", "bits": bits, "signed": signed}
+    geometries: list[tuple[Any, Any]] = [
+        (nn.Conv2d(5, 6, 3, stride=2, padding=1), (9, 8)),
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", groups=2), (5, 6)),
+        (nn.Conv2d(4, 4, 4, padding="same"), (5, 6)),
+        (nn.Conv1d(33, 3, 3, dilation=2), (11,)),
+        (nn.Conv3d(3, 4, 3, padding=1), (3, 5, 4)),
+        (nn.Linear(7, 6), (5, 3)),
+    ]
+    for plain, size in geometries:
+        layer = BINARY[type(plain)].from_float(plain.to(dtype), Method(activation=part, weight="twn", scale="channel"))
+        layer = layer.eval()
+        x = torch.randn(2, *((*size, 7) if isinstance(plain, nn.Linear) else (plain.in_channels, *size)), dtype=dtype)
+        packed, expected = packed_form(layer), layer(x)
+        assert (packed.compiled() is not None) == (bits <= 8 and not isinstance(plain, nn.Conv3d))
+        close = {"rtol": 3e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(packed(x), expected, **close)
+        with backends.use("torch"):
+            torch.testing.assert_close(packed(x), expected, **close)
+
+
+@pytest.mark.parametrize("activation", ["none", LSQ4], ids=str)
+def test_a_packed_layer_refuses_a_gradient(activation: Any) -> None:
+    packed, x = packed_form(BinaryConv2d(4, 6, 3, method=Method(activation=activation)).eval()), torch.randn(2, 4, 5, 5)
+    expected = packed(x.requires_grad_())
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), expected.detach())
+    assert_error("packed layers have no gradient; train the unpacked model", expected.sum().backward)
+
+
+@pytest.mark.slow
+def test_bit_planes_are_in_a_captured_graph() -> None:
+    packed, x = binarize.pack(net(activation=LSQ4)), torch.randn(2, 3, 6, 6)
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), packed(x))
+
+
 def test_what_has_no_kernel_is_not_packed_for_speed() -> None:
+    possible = pack_if_possible(net())
     assert not pack_if_possible(net(activation="none"))
     mixed = binarize.convert(Net(), "custom", overrides={"middle": {"activation": "none"}}, linear=["line"])
-    assert pack_if_possible(mixed) == pack_if_possible(net())
+    assert [pack_if_possible(mixed), pack_if_possible(net(activation=LSQ4))] == [possible, possible]
 
 
 def test_an_activation_replaced_after_packing() -> None:
-    packed, x = binarize.pack(net(activation=LSQ4)), torch.randn(1, 3, 5, 5)
-    two = binarize.pack(net())
-    two.middle.activation = packed.middle.activation
-    assert_error("was packed with a two-valued activation, which was replaced by LearnedStep", two, x)
-    packed.middle.activation = binarize.layers.ClippedSign()
-    codes, hidden = packed.middle.codes()[0].float(), torch.tanh(packed.first(x))
-    expected = torch.nn.functional.conv2d(torch.where(hidden >= 0, 1.0, -1.0), codes, padding=1)
-    torch.testing.assert_close(packed.middle(hidden), expected * packed.middle.scales[0].view(-1, 1, 1))
+    x, signs = torch.randn(1, 8, 5, 5), binarize.layers.ClippedSign()
+    for before, after in ((LSQ4, "none"), ("ste", LSQ4), ("none", "ste"), (LSQ4, "ste"), ("ste", "none")):
+        made, other = (BinaryConv2d(8, 8, 3, padding=1, method=Method(activation=part)) for part in (before, after))
+        packed = PackedConv2d(made.eval())
+        with torch.no_grad():
+            packed(x)
+            made.activation = packed.activation = other.activation
+            torch.testing.assert_close(packed(x), made(x))
+    packed.activation = nn.Hardtanh()
+    assert_error("Hardtanh does not declare the two values that it returns.*bits = k", packed, x)
+    packed.activation = signs
+    packed(x)
+
+
+@torch.no_grad()
+def test_a_watched_activation_is_called() -> None:
+    packed, seen = PackedConv2d(BinaryConv2d(8, 8, 3, method=Method(activation=LSQ4)).eval()), []
+    expected = packed(x := torch.randn(1, 8, 5, 5))
+    packed.activation.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(packed(x), expected)
+    assert len(seen) == 1
 
 
 def test_accounting_by_bits() -> None:

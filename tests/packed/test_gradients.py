@@ -18,9 +18,10 @@ SHAPES: dict[Any, tuple[int, ...]] = {
 
 
 WEIGHT_ONLY = {"name": "reactnet", "activation": "none"}
+W1A4 = {"name": "reactnet", "activation": {"name": "lsq", "bits": 4}}
 
 
-@pytest.mark.parametrize("method", ["reactnet", "bnn", "binarydm", WEIGHT_ONLY])
+@pytest.mark.parametrize("method", ["reactnet", "bnn", "binarydm", WEIGHT_ONLY, W1A4])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_training_says_that_there_is_no_gradient(kind: Any, method: Any) -> None:
     layers = [kind(16, 16) if kind is nn.Linear else kind(16, 16, 3, padding=1) for _ in range(4)]
