@@ -171,6 +171,40 @@ def training(results: Results) -> str:
     return Table(["results", "network", "batch", *columns], lines).to_markdown()
 
 
+def bits_layers(results: Results) -> str:
+    """Return the milliseconds of a packed layer by the bits of its weights and activations."""
+    (rows,) = results.values()
+    names = list(rows[0]["ms"])
+    lines = [[f"{r['channels']} -> {r['channels']}, 3x3, {r['side']}x{r['side']}", *r["ms"].values()] for r in rows]
+    return Table(["layer, ms", *map(numbers, names)], lines).to_markdown()
+
+
+def bits_unet(results: Results) -> str:
+    """Return seconds, peak memory and file sizes of a U-Net of Stable Diffusion's size."""
+    (rows,) = results.values()
+    whole = next(row for row in rows if row["stage"] == "float")
+    lines: list[list[Any]] = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = [row for row in rows if row["method"] == method]
+        seconds = {key: value for row in found for key, value in row["seconds"].items()}
+        peaks = {key: value for row in found for key, value in row.items() if key.startswith("peak")}
+        packing = peaks.get("peak after save")
+        lines.append(
+            [
+                method,
+                *(seconds.get(name) for name in ("convert", "pack", "save", "load", "step")),
+                None if packing is None else packing / whole["peak after build"],
+                (peaks["peak after load"] if "peak after load" in peaks else peaks["peak after build"]) / 1e6,
+                peaks["peak after step"] / 1e6,
+                next((row["file bytes"] for row in found if "file bytes" in row), 4 * whole["parameters"]) / 1e6,
+            ]
+        )
+    columns = [numbers(f"{name}, s", ".1f") for name in ("convert", "pack", "save", "load", "step")]
+    columns += [numbers("peak of packing / float model", ".2f"), numbers("peak once loaded, MB", ".0f")]
+    columns += [numbers("peak of a step, MB", ".0f"), numbers("file, MB", ".0f")]
+    return Table(["weights/activations", *columns], lines).to_markdown()
+
+
 def quality(rows: list[dict[str, Any]]) -> str:
     """Return the quality of a model by number of denoising steps."""
     lines = [[row["steps"] or "bicubic", row["psnr"], row["ssim"], row["lpips"]] for row in rows]
@@ -188,6 +222,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "gpu-networks": gpu_networks,
     "gpu-training": gpu_training,
     "training": training,
+    "bits-layers": bits_layers,
+    "bits-unet": bits_unet,
 }
 
 
@@ -225,13 +261,13 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     found = {
         path.stem: json.loads(path.read_text())
-        for kind in ("packed", "training", "gpu")
+        for kind in ("packed", "training", "gpu", "bits")
         for path in sorted(RESULTS.glob(f"{kind}*.json"))
         if path.stem not in OUTDATED
     }
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"<!-- ((?:machines|packed|training|gpu|quality)[\w-]*):begin -->", text):
+        for name in re.findall(r"<!-- ((?:machines|packed|training|gpu|quality|bits)[\w-]*):begin -->", text):
             text = replace_between(text, name, section(name, found))
         page.write_text(text, encoding="utf-8")
         print(f"wrote {page.relative_to(ROOT)}")
