@@ -56,7 +56,9 @@ class LowRankSparse(Branch):
             whole = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]
             u, s, vh = torch.linalg.svd(whole, full_matrices=False)
             root = s[:rank].sqrt()
-            self.up, self.down = nn.Parameter(u[:, :rank] * root), nn.Parameter(root.unsqueeze(1) * vh[:rank])
+            up, down = u[:, :rank] * root, root.unsqueeze(1) * vh[:rank]
+            # Contiguous, as they are once loaded from a file: sums then round in the same way.
+            self.up, self.down = nn.Parameter(up.contiguous()), nn.Parameter(down.contiguous())
 
     def _in_whole_matrix(self, chosen: Tensor) -> Tensor:
         """Return indices into ``(C_out, C_in)`` of those into ``(C_out, C_in / groups)``."""
