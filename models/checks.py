@@ -60,6 +60,13 @@ def _is_positive(number: object) -> bool:
     return isinstance(number, int | float) and not isinstance(number, bool) and number > 0
 
 
+def check_overshoot(overshoot: Any) -> None:
+    """Raise BinarizeError unless the share of the local range by which results may leave it is a number of 0 to 1."""
+    if overshoot is not None and not (overshoot == 0 or (_is_positive(overshoot) and overshoot <= 1)):
+        what = "pass the share of the local range by which results may leave it, 0 to 1, or None for no limit."
+        raise BinarizeError(f"overshoot={overshoot!r}: {what}")
+
+
 def check_scales(scale: Any, residual_scale: Any, residual_strength: Any) -> None:
     """Raise BinarizeError unless the scale is an integer from 1 to 64 and the residual's numbers fit together."""
     if not is_whole(scale) or int(scale) > MAX_SCALE:

@@ -29,6 +29,7 @@ from binarize.kernels.backends import kernels_for
 from binarize.models import checks
 from binarize.models.images import as_images, to_batch, to_output
 from binarize.models.memory import check_sampling_memory
+from binarize.models.overshoot import limit_overshoot
 from binarize.models.sampling import check_scheduler_file, set_timesteps
 from binarize.models.target import image_of
 from binarize.models.tiling import TileGrid, pad_image, pad_noise, tile_grid
@@ -67,6 +68,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
         residual_strength: A further factor of predicted residuals, saved with the pipeline. A network that was trained
             with the L1 loss predicts the median of the possible images, which has less detail than each of them; 1.2
             to 1.5 restores some of it, at a small loss of PSNR.
+        overshoot: How far results may leave the range of the low-resolution pixels around (5x5), as a share of that
+            range, saved with the pipeline; None for no limit. It keeps the colours of lines and letters.
         num_inference_steps: Default number of denoising steps, saved with the pipeline; None for the published 50. At
             most the scheduler's number of training timesteps.
 
@@ -94,9 +97,11 @@ class SuperResolutionPipeline(DiffusionPipeline):
         residual_scale: float | None = None,
         num_inference_steps: int | None = None,
         residual_strength: float = 1.0,
+        overshoot: float | None = None,
     ) -> None:
         super().__init__()
         checks.check_scales(scale, residual_scale, residual_strength)
+        checks.check_overshoot(overshoot)
         scheduler = default_scheduler() if scheduler is None else scheduler
         checks.check_scheduler(unet, scheduler)
         if num_inference_steps is not None:
@@ -108,6 +113,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             residual_strength=residual_strength,
         )
+        if overshoot is not None:  # older versions, which do not know it, ignore it with a warning
+            self.register_to_config(overshoot=overshoot)
 
     @classmethod
     def from_pretrained(
@@ -269,7 +276,9 @@ class SuperResolutionPipeline(DiffusionPipeline):
                     callback_inputs=callback_on_step_end_tensor_inputs,
                     advance=bar.update,
                 )
+                overshoot = self.config.get("overshoot")
                 for i, rgb in zip(chunk, samples, strict=True):
+                    rgb = rgb if overshoot is None else limit_overshoot(rgb, sources[i].rgb.to(rgb), overshoot)
                     alpha = sources[i].alpha
                     alpha = None if alpha is None else upscale_bicubic(alpha.to(rgb), self.scale)
                     results.append(to_output(sources[i], rgb, alpha, output_type))

@@ -97,7 +97,7 @@ def build_pipeline(recipe: TrainingRecipe, unet: nn.Module) -> SuperResolutionPi
         raise BinarizeError("residual_scale: not set, and the pipeline needs it; copy it from the run's recipe.yaml.")
     # A schedule with fewer timesteps than sampling steps must not make saving fail at the end of a long training.
     steps = min(recipe.num_inference_steps, recipe.scheduler.num_train_timesteps)
-    names = ("scale", "residual_scale", "residual_strength")
+    names = ("scale", "residual_scale", "residual_strength", "overshoot")
     options: dict[str, Any] = {name: getattr(recipe, name) for name in names}
     return SuperResolutionPipeline(unet, build_scheduler(recipe), num_inference_steps=steps, **options)
 

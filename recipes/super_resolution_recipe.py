@@ -40,6 +40,8 @@ class Recipe(TrainingRecipe):
     residual_scale: float | None = Field(default=None, gt=0, validate_default=True)
     """Standard deviation of the residuals; by default measured on the training images."""
     residual_strength: float = Field(default=1.0, gt=0, description="Factor on sampled residuals; above 1 sharpens.")
+    overshoot: float | None = Field(default=None, ge=0, le=1)
+    """How far samples may leave the levels of the pixels around, as a share of their range; null: no limit."""
 
     validation_data_dir: UserPath | None = Field(
         default=None, description="Folder of high-resolution validation images."

@@ -21,7 +21,7 @@ from binarize.json_files import read_json
 from binarize.recipes import Recipe
 from binarize.studies.schema import Study
 from binarize.training.checkpoint import Checkpoints
-from binarize.training.data import image_digests
+from binarize.training.images import image_digests
 from binarize.training.resume import BOOKKEEPING, changes, image_changes, with_defaults
 
 RUN = "run.json"
@@ -113,6 +113,8 @@ class StudyRun:
             keys["num_inference_steps"] = self.recipe.num_inference_steps
         for name in ("train_data_dir", "train_lr_data_dir"):
             keys[name] = _absolute(getattr(self.recipe, name))
+        if not self.recipe.degradation.root:  # the key did not exist in 0.1, whose results stay valid
+            del keys["degradation"]
         keys["plugins"] = [_plugin(plugin) for plugin in self.recipe.plugins]
         return keys
 
@@ -122,7 +124,9 @@ class StudyRun:
         own = settings.model_dump(include={"limit", "tile", "lpips"})
         steps, strength = self.inference_steps, self.recipe.residual_strength
         folders = {"data_dir": _absolute(high), "lr_data_dir": _absolute(low)}
-        return {**folders, **own, "num_inference_steps": steps, "residual_strength": strength}
+        keys = {**folders, **own, "num_inference_steps": steps, "residual_strength": strength}
+        overshoot = self.recipe.overshoot
+        return keys if overshoot is None else {**keys, "overshoot": overshoot}
 
     def training_images(self) -> dict[str, str] | None:
         """Return the digests of the training images by name, or None if they are not there."""

@@ -18,7 +18,7 @@ BOOKKEEPING = {
     "description", "published", "plugins", "output_dir", "dataloader_num_workers", "gradient_checkpointing",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_data_dir",
     "validation_lr_data_dir", "validation_steps", "num_validation_images", "num_inference_steps", "report_to",
-    "logging_steps", "residual_strength", "guidance_scale",
+    "logging_steps", "residual_strength", "guidance_scale", "overshoot",
 }  # fmt: skip
 # Keys that may change in addition when a run moves to another machine. The batch is compared as a whole.
 _RESUMABLE = BOOKKEEPING | {
