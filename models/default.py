@@ -5,19 +5,27 @@ from pathlib import Path
 from binarize.errors import BinarizeError
 
 FOLDER = Path(__file__).parent / "pretrained"
-"""Contains a folder ``x2``, ``x4``, ... per scale, each a saved SuperResolutionPipeline with a model card."""
+"""Contains a folder per kind and scale, each a saved SuperResolutionPipeline with a model card."""
 _INDEX = "model_index.json"
+KINDS = {"photo": "photo_x", "clean": "x"}
+"""The kinds of models and the names of their folders without the scale: for photographs with JPEG artefacts, noise and
+blur, and for images that were reduced bicubically, as in papers. The default is the first that there is."""
 
 
-def default_model(scale: int = 2) -> Path:
-    """Return the folder of the trained model that comes with the package for a scale, for ``from_pretrained``."""
-    folder = FOLDER / f"x{scale}"
-    if not (folder / _INDEX).is_file():
-        shipped = ", ".join(map(str, shipped_scales()))
-        allowed = f"scales with one: {shipped}" if shipped else "this installation has none at all"
-        fix = "Name a model of your own, or train one with `binarize train`."
-        raise BinarizeError(f"no model for scale {scale} comes with binarize; {allowed}. {fix}")
-    return folder
+def default_model(scale: int = 2, kind: str | None = None) -> Path:
+    """Return the folder of the trained model that comes with the package for a scale, for ``from_pretrained``.
+
+    `kind` is one of `KINDS`; by default ``photo``, or ``clean`` where there is no model for photographs.
+    """
+    for each in KINDS if kind is None else (kind,):
+        folder = FOLDER / f"{KINDS[each]}{scale}"
+        if (folder / _INDEX).is_file():
+            return folder
+    shipped = ", ".join(map(str, shipped_scales(kind)))
+    allowed = f"scales with one: {shipped}" if shipped else "this installation has none at all"
+    fix = "Name a model of your own, or train one with `binarize train`."
+    what = "model" if kind is None else f"{kind} model"
+    raise BinarizeError(f"no {what} for scale {scale} comes with binarize; {allowed}. {fix}")
 
 
 def default_generator() -> Path:
@@ -28,7 +36,10 @@ def default_generator() -> Path:
     return folder
 
 
-def shipped_scales() -> list[int]:
-    """Return the scales of the models that come with the package, ascending."""
-    names = (index.parent.name for index in FOLDER.glob(f"x*/{_INDEX}"))
-    return sorted(int(name[1:]) for name in names if name[1:].isdecimal())
+def shipped_scales(kind: str | None = None) -> list[int]:
+    """Return the scales of the models of a kind, or of all kinds, that come with the package, ascending."""
+    prefixes = KINDS.values() if kind is None else (KINDS[kind],)
+    scales = {
+        index.parent.name.removeprefix(prefix) for prefix in prefixes for index in FOLDER.glob(f"{prefix}*/{_INDEX}")
+    }
+    return sorted(int(scale) for scale in scales if scale.isdecimal())

@@ -28,7 +28,7 @@ _OUT = "The new image, or a folder for the results. By default they are beside I
 _RECURSIVE = "Include the folders in folders."
 _FORMAT = "Format of results whose name is not given; by default png."
 _QUALITY = "Of JPEG (default 95), AVIF (90) and lossy WebP (by default, WebP is lossless)."
-_MODEL = f"{opt.MODEL} By default the one that comes with binarize."
+_MODEL = f"{opt.MODEL} Or photo or clean, which come with binarize: for photographs, and for clean reductions."
 _MAX_PIXELS = "Largest result in pixels; by default 100 per byte of the file, but at least 8 million."
 _SKIP = "Leave existing results as they are: goes on after an interruption."
 _SCALE = "2 or 4, by default 2. With --model, the scale of models that do not store it: .pth files and bare networks."
@@ -77,6 +77,7 @@ def upscale(
     from binarize.imaging.pairs import raise_all
     from binarize.models import default_model
     from binarize.models.checks import NotFiniteError
+    from binarize.models.default import KINDS
     from binarize.models.loading import at_revision, load_pipeline, prepare, sample, scale_of
     from binarize.models.memory import check_sampling_memory
     from binarize.models.tiling import tile_grid
@@ -87,9 +88,9 @@ def upscale(
     for path in paths[:1] if output is None and len(paths) == 2 else paths:  # before anything is downloaded
         if not path.exists():
             raise BinarizeError(f"{path}: no such file or folder; give images, or folders of images.")
-    if model is None:
+    if model is None or (str(model) in KINDS and not model.exists()):
         scale = DEFAULT_SCALE if scale is None else scale
-        model = default_model(scale)
+        model = default_model(scale, None if model is None else str(model))
     model = at_revision(model, revision)
     factor = scale_of(model, scale)
     sources = paths

@@ -1,1 +1,1 @@
-"""The trained models that come with the package, a folder for each scale; see `binarize.models.default_model`."""
+"""The trained models that come with the package, a folder each; see `binarize.models.default_model`."""

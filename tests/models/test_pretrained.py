@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_case import NETWORK, fails, succeeds
+from cli_case import NETWORK, edit_json, fails, succeeds
 from errors_case import assert_error
 from PIL import Image
 from pipeline_case import pipeline
@@ -47,6 +47,21 @@ def test_a_scale_that_is_not_shipped_is_refused_with_those_that_are(models: Path
     assert_error(r"scales with one: 2\.", default_model, 4)
     shutil.rmtree(models / "x2")
     assert_error("this installation has none at all", default_model, 2)
+
+
+def test_models_for_photographs_come_first_and_kinds_have_names(models: Path, photo: Path, tmp_path: Path) -> None:
+    assert "no photo model for scale 2 comes with binarize; this installation has none" in fails(
+        "upscale", photo, "--model", "photo"
+    )
+    shutil.copytree(models / "x2", models / "photo_x2")
+    edit_json(models / "photo_x2" / "model_index.json", num_inference_steps=2)
+    assert default_model() == default_model(2, "photo") == models / "photo_x2"
+    assert (default_model(2, "clean"), default_model(4)) == (models / "x2", models / "x4")
+    assert_error(r"no photo model for scale 4 .*; scales with one: 2\.", default_model, 4, "photo")
+    for options, steps in (([], "2 steps"), (["--model", "photo"], "2 steps"), (["--model", "clean"], "3 steps")):
+        assert f"({steps} per image" in succeeds(
+            "upscale", photo, "-o", tmp_path / f"{len(options)}{steps}.png", *options
+        )
 
 
 @pytest.mark.parametrize(("options", "scale"), [([], 2), (["--scale", "4"], 4)])
