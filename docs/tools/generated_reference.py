@@ -53,7 +53,7 @@ def _recipe_keys() -> str:
         "scheduler": recipes.SchedulerSection,
         "distillation": recipes.DistillationSection,
         "progressive": recipes.ProgressiveSection,
-        "degradation": recipes.DegradationStep,
+        "degradation": recipes.DegradationStep,  # the last one: the tables of its steps follow
     }
     parts = [
         "# Recipe keys",
@@ -64,6 +64,8 @@ def _recipe_keys() -> str:
     ]
     for name, section in sections.items():
         parts += [f"## `{name}`", _keys(section)]
+    for name, field in recipes.DegradationStep.model_fields.items():
+        parts += [f"### `{name}`", _keys(get_args(field.annotation)[0])]
     shared = set(recipes.TrainingRecipe.model_fields) - set(recipes.GenerationRecipe.__annotations__)
     parts += ["## Keys of `task: generation`", _keys(recipes.GenerationRecipe, without=shared)]
     for name, section in {"model": recipes.NetworkSection, "scheduler": recipes.SamplerSection}.items():

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from typer.main import get_command
 from binarize.cli import app
 from binarize.models import SRUNet, SuperResolutionPipeline
 from binarize.recipes import (
+    DegradationStep,
     DistillationSection,
     GenerationRecipe,
     ModelSection,
@@ -101,7 +103,8 @@ def test_files_that_pages_name_exist(page: str) -> None:
 
 
 def test_every_recipe_key_is_described() -> None:  # mkdocs generates the page of the keys from the descriptions
-    sections = (Recipe, ModelSection, SchedulerSection, DistillationSection, ProgressiveSection)
-    sections += (GenerationRecipe, NetworkSection, SamplerSection)
+    sections = [Recipe, ModelSection, SchedulerSection, DistillationSection, ProgressiveSection, DegradationStep]
+    sections += [GenerationRecipe, NetworkSection, SamplerSection]
+    sections += [get_args(field.annotation)[0] for field in DegradationStep.model_fields.values()]
     fields = {f"{s.__name__}.{name}": field for s in sections for name, field in s.model_fields.items()}
     assert [name for name, field in fields.items() if not field.description] == []
