@@ -17,8 +17,8 @@ from binarize.cli import app
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.utime")
 COMMANDS = {
-    "upscale": "upscale in/p0.png new.png --model model --steps 1",
-    "upscale again": "upscale in/p0.png old.png --model model --steps 1 --force",
+    "upscale": "upscale in/p0.png --output new.png --model model --steps 1",
+    "upscale again": "upscale in/p0.png --output old.png --model model --steps 1 --force",
     "upscale a folder": "upscale in out --model model --steps 1 --force",
     "pack": "pack model new",
     "pack again": "pack model packed --force",
