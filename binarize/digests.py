@@ -10,11 +10,16 @@ import hashlib
 import json
 import re
 import struct
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from binarize.errors import BinarizeError, one_line
 from binarize.files import write_atomic
@@ -80,6 +85,17 @@ def check_sealed(path: Path, metadata: Mapping[str, str]) -> bool:
     return True
 
 
+@contextmanager
+def meanwhile(check: Callable[[], object]) -> Iterator[None]:
+    """Run a check in a thread while the body reads the same files; its error takes the place of the body's."""
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(check)
+        try:
+            yield
+        finally:
+            checked.result()
+
+
 def check_torch_file(path: Path) -> None:
     """Compare a torch file with the CRC-32 of its parts, which ``torch.load`` ignores; older formats have none."""
     if not zipfile.is_zipfile(path):
@@ -95,6 +111,18 @@ def check_torch_file(path: Path) -> None:
         raise BinarizeError(f"{path}: is damaged: {one_line(error)}; copy or download it again.") from error
     if bad is not None:
         raise damaged(path, f"the checksum of its part {bad!r}")
+
+
+def load_torch_file(path: Path, *, checked: bool = False) -> Any:
+    """Return what a torch file holds, on the CPU, after `check_torch_file` unless it was ``checked`` otherwise.
+
+    It runs no code. ``torch.load`` raises many kinds of exceptions for damaged files.
+    """
+    if not checked:
+        check_torch_file(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch asks for reports of pickles that it did not write
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_sums(folder: Path) -> None:

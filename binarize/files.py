@@ -20,6 +20,7 @@ from binarize.errors import BinarizeError, one_line
 
 _MARK = ".binarize-"
 _LEFTOVER = re.compile(r"(\.(?P<name>.+))?\.binarize-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{6}\.(tmp.*|old)")
+_WEIGHTS = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.(safetensors|bin)(?:\.index(\..+)?\.json)?")  # diffusers' names
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 _RENAME_SWAP = 2  # of macOS's renamex_np
 
@@ -106,6 +107,8 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
     try:
         temporary.mkdir()
         write(temporary)
+        if target.is_dir():
+            shutil.copymode(target, temporary)
         _flush(temporary)
         if not target.exists():
             os.rename(temporary, target)
@@ -120,6 +123,78 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def update_folder(target: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Write files into a folder, of which other files stay, by `replace_folder`.
+
+    A folder that cannot be exchanged, because it is a mount point or holds the working folder, gets one file after
+    another, each in one step. Shards and their index of an earlier save of the same weights are left out. An OSError
+    becomes a BinarizeError.
+    """
+    target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_dir():
+        raise BinarizeError(f"{target}: is a file; give a folder")
+
+    def write_all(temporary: Path) -> None:
+        write(temporary)
+        if target.exists():
+            _keep_others(target, temporary)
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and (os.path.ismount(target) or Path.cwd().is_relative_to(target)):
+            _write_each(target, write)
+        else:
+            replace_folder(target, write_all)
+    except OSError as error:
+        raise BinarizeError(f"{target}: cannot be written: {one_line(error)}") from error
+
+
+def _write_each(target: Path, write: Callable[[Path], object]) -> None:
+    tidy(target)
+    temporary = _temporary(target, ".tmp")
+    try:
+        temporary.mkdir()
+        write(temporary)
+        _flush(temporary)
+        for path in sorted(temporary.rglob("*")):
+            there = target / path.relative_to(temporary)
+            if path.is_dir():
+                there.mkdir(exist_ok=True)
+            else:
+                os.replace(path, there)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Link what a folder holds, and another does not, into the other; a file that both hold keeps its permissions."""
+    written = {_weights(path.name) for path in new.iterdir()} - {None}
+    for path in old.iterdir():
+        there = new / path.name
+        if path.is_dir() and not path.is_symlink():
+            if there.is_dir():
+                _keep_others(path, there)
+            else:
+                shutil.copytree(path, there, symlinks=True, copy_function=_link)
+        elif there.exists():
+            shutil.copymode(path, there)
+        elif _weights(path.name) not in written:
+            _link(path, there)
+
+
+def _weights(name: str) -> tuple[str, ...] | None:
+    """Return what a file of weights, its shards and their index have in common; None for other files."""
+    match = _WEIGHTS.fullmatch(name)
+    return None if match is None else (match[1] + (match[3] or ""), match[2])
+
+
+def _link(path: str | Path, there: str | Path) -> None:
+    try:
+        os.link(path, there, follow_symlinks=False)
+    except OSError:  # a file system without links
+        shutil.copy2(path, there, follow_symlinks=False)
 
 
 def remove_folder(path: Path) -> None:

@@ -11,6 +11,8 @@ import functools
 import inspect
 from collections.abc import Callable
 from enum import Enum
+from os import PathLike
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,9 +26,12 @@ from torch import Tensor, nn
 from binarize.conversion.apply import apply_conversion, check_saveable
 from binarize.conversion.convert import convert, revert
 from binarize.conversion.packing import is_packed
-from binarize.conversion.record import QUANT_METHOD, QUANTIZATION, conversion, recorded_conversion
+from binarize.conversion.record import QUANT_METHOD, QUANTIZATION, conversion, is_converted, recorded_conversion
+from binarize.digests import meanwhile
 from binarize.errors import BinarizeError
+from binarize.files import update_folder
 from binarize.modules import align_tensors
+from binarize.packed.files import check_folder, seal_folder
 from binarize.packed.layers import PackedConv2d, PackedLinear, freeze
 
 
@@ -146,11 +151,12 @@ class BinarizeQuantizer(DiffusersQuantizer):
 
 
 def register() -> None:
-    """Register the quantizer, and wrap the two methods of diffusers that have no place for one."""
+    """Register the quantizer, and wrap the methods of diffusers that have no place for one."""
     if QUANT_METHOD in AUTO_QUANTIZER_MAPPING:
         return
     ConfigMixin.from_config = classmethod(_converts(ConfigMixin.from_config.__func__))
-    ModelMixin.save_pretrained = _checks(ModelMixin.save_pretrained)
+    ModelMixin.save_pretrained = _saves_whole(ModelMixin.save_pretrained)
+    ModelMixin.from_pretrained = classmethod(_compares_digests(ModelMixin.from_pretrained.__func__))
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = BinarizeConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = BinarizeQuantizer  # last: it shows that all of this fits diffusers
 
@@ -171,15 +177,48 @@ def _converts(from_config: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _checks(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``save_pretrained``: what could not be loaded is refused before anything is written."""
+def _saves_whole(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``save_pretrained``: what could not be loaded is refused before anything is written.
+
+    A converted model, and one of this package, replaces an earlier one in one step, and its weights get digests.
+    """
+    signature = inspect.signature(save_pretrained)
 
     @functools.wraps(save_pretrained)
-    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: nn.Module, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
         check_saveable(self)
-        return save_pretrained(self, *args, **kwargs)
+        target = Path(save_directory)
+        if not (_is_own(type(self)) or is_converted(self)):
+            return save_pretrained(self, save_directory, *args, **kwargs)
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        if given.get("push_to_hub"):
+            kwargs.setdefault("repo_id", target.name)
+
+        def write(folder: Path) -> None:
+            save_pretrained(self, folder, *args, **kwargs)
+            seal_folder(folder, given.get("variant"))
+
+        return update_folder(target, write)
 
     return wrapper
+
+
+def _compares_digests(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``from_pretrained``: weights on this machine are compared with their digests, if they have one."""
+
+    @functools.wraps(from_pretrained)
+    def wrapper(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(pretrained_model_name_or_path, str | PathLike):
+            return from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        with meanwhile(lambda: check_folder(folder, kwargs.get("variant"), own=_is_own(cls))):
+            return from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    return wrapper
+
+
+def _is_own(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "binarize"
 
 
 register()

@@ -23,9 +23,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from binarize.conversion.apply import CONFIG, apply_conversion, check_saveable, write_packed_folder
 from binarize.conversion.record import QUANT_METHOD, QUANTIZATION, conversion
-from binarize.digests import check_sealed, seal
+from binarize.digests import check_sealed, meanwhile, seal
 from binarize.errors import BinarizeError, one_line
-from binarize.files import write_atomic, write_text_atomic
+from binarize.files import update_folder, write_text_atomic
 from binarize.json_files import read_json
 from binarize.models.unet import SRUNet
 from binarize.modules import aligned, meta_copy, unwrap, update_config
@@ -76,9 +76,13 @@ def save(model: nn.Module, folder: str | PathLike[str], *, dtype: torch.dtype | 
     elif isinstance(model, SRUNet):
         model.save_pretrained(folder)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / WEIGHTS, lambda path: _save_sealed(model, path), force=True)
-        write_text_atomic(folder / CONFIG, text)
+
+        def write(temporary: Path) -> None:
+            save_model(model, str(temporary / WEIGHTS))
+            seal(temporary / WEIGHTS)
+            write_text_atomic(temporary / CONFIG, text)
+
+        update_folder(folder, write)
     return folder
 
 
@@ -113,13 +117,13 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
         raise BinarizeError(f"load: {where} has no {' and no '.join(missing)}; it is not what save wrote.")
     if "packed" in config["conversion"]:
         if where != weights:
-            check_same_config(where, weights)
+            check_same_config(config, weights)
         return _load_packed(config, weights, model)
     with _errors(f"{weights} cannot be read"):
         with safe_open(weights, framework="pt") as file:
             metadata = file.metadata() or {}
-        check_sealed(weights, metadata)
-        state = load_file(weights)
+        with meanwhile(lambda: check_sealed(weights, metadata)):
+            state = load_file(weights)
     host = _build_host(config["host"], folder) if model is None else model
     twin = meta_copy(host)  # finds a mismatch before the caller's instance is changed
     with _building(where), torch.device("meta"):
@@ -204,11 +208,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise BinarizeError(f"load: {folder} has no {CONFIG}; give a folder that binarize.save wrote.")
     return read_json(folder / CONFIG)
-
-
-def _save_sealed(model: nn.Module, path: Path) -> None:
-    save_model(model, str(path))
-    seal(path)
 
 
 def _describe_host(model: nn.Module) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def check_prediction(largest: float, name: str | None, dtype: torch.dtype) -> No
 
 def check_weights(network: nn.Module, name: str) -> None:
     """Raise NotFiniteError for the first tensor with values that are not finite, or beyond 1e12."""
-    for key, tensor in network.state_dict().items():
+    for key, tensor in (*network.named_parameters(), *network.named_buffers()):  # not bits, which are converted
         if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta":
             low, high = (float(value) for value in torch.aminmax(tensor.detach()))
             if not max(-low, high) <= _LARGEST_WEIGHT:
@@ -88,6 +88,8 @@ def check_scales(scale: Any, residual_scale: Any, residual_strength: Any) -> Non
 
 def check_scheduler(unet: nn.Module, scheduler: Any) -> None:
     """Raise BinarizeError if the scheduler does not sample from noise over the network's discrete timesteps."""
+    if not isinstance(unet, nn.Module):
+        raise BinarizeError(f"unet={unet!r:.80}: pass a network, such as SRUNet() or binarize.load(folder).")
     kind = type(scheduler).__name__
     if not all(hasattr(scheduler, name) for name in ("scale_model_input", "init_noise_sigma", "step")):
         raise BinarizeError(
@@ -116,19 +118,28 @@ def check_numbers(scheduler: Any, num_inference_steps: Any, batch_size: Any, eta
     for valid, message in (
         (is_whole(steps) and steps <= most, f"num_inference_steps={steps!r}; allowed: {steps_allowed}."),
         (is_whole(size), f"batch_size={size!r}; allowed: a whole number of at least 1."),
+        (isinstance(eta, int | float), f"eta={eta!r:.40}; allowed: a number from 0 to 1."),
         (eta == 0 or "eta" in step_parameters(scheduler), f"eta={eta!r}: {kind} takes no eta; leave it at 0."),
-        (0 <= eta <= 1, f"eta={eta!r}; allowed: from 0, deterministic, to 1, as much noise as DDPM."),
+        (
+            isinstance(eta, int | float) and 0 <= eta <= 1,
+            f"eta={eta!r}; allowed: from 0, deterministic, to 1, as much noise as DDPM.",
+        ),
     ):
         if not valid:
             raise BinarizeError(message)
 
 
-def check_output(output_type: object, callback_inputs: Sequence[str], allowed_inputs: Sequence[str]) -> None:
-    """Raise BinarizeError if an output type is unknown, or a callback asks for tensors that it cannot have."""
+def check_output(output_type: object, callback: Any, callback_inputs: Any, allowed_inputs: Sequence[str]) -> None:
+    """Raise BinarizeError if an output type is unknown, or a callback is none or asks for what it cannot have."""
     if output_type not in OUTPUT_TYPES:
         options = ", ".join(map(repr, OUTPUT_TYPES))
         hint = did_you_mean(str(output_type), OUTPUT_TYPES)
         raise BinarizeError(f"unknown output_type {output_type!r}; options: {options}.{hint}")
+    if callback is not None and not callable(callback):
+        raise BinarizeError(f"callback_on_step_end is {callback!r:.80}; pass a function, or None.")
+    if not isinstance(callback_inputs, list | tuple):
+        what = f"is {callback_inputs!r:.80}; pass a list, such as {list(allowed_inputs)}"
+        raise BinarizeError(f"callback_on_step_end_tensor_inputs {what}.")
     if unknown := [name for name in callback_inputs if name not in allowed_inputs]:
         raise BinarizeError(f"callback_on_step_end_tensor_inputs has {unknown}; allowed: {list(allowed_inputs)}.")
 
@@ -156,7 +167,7 @@ def latents_per_image(
     """Return the given noise (1, 3, H, W), or None, for each image."""
     if latents is None:
         return [None] * len(sources)
-    given = list(latents)
+    given: list[Any] = list(latents) if isinstance(latents, Tensor | list | tuple) else [latents]
     if not all(isinstance(noise, Tensor) for noise in given):
         raise BinarizeError(f"latents hold a {type(given[0]).__name__}; allowed: a tensor, or a list of tensors.")
     needed = [(3, *(scale * side for side in source.rgb.shape[-2:])) for source in sources]
@@ -167,6 +178,18 @@ def latents_per_image(
             "Pass a batch (B, 3, H, W), or a list if sizes differ."
         )
     return [noise[None] for noise in given]
+
+
+def callback_latents(returned: Any, x: Tensor) -> Tensor:
+    """Return the latents that a callback replaces x_t with, or x_t if it returns none."""
+    if returned is None:
+        return x
+    found = returned.get("latents", x) if isinstance(returned, dict) else None
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        shape = f" with latents of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        allowed = f"None, or a dictionary whose latents are a tensor of shape {tuple(x.shape)}"
+        raise BinarizeError(f"callback_on_step_end returned a {type(returned).__name__}{shape}; allowed: {allowed}.")
+    return found
 
 
 def step_parameters(scheduler: Any) -> frozenset[str]:

@@ -19,8 +19,10 @@ from torch import Tensor
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.models import checks
 from binarize.models.pipeline import evaluating
-from binarize.models.sampling import check_scheduler_file, set_timesteps
+from binarize.models.sampling import set_timesteps
+from binarize.models.saving import reading, save_whole
 
+MAX_GUIDANCE = 1000
 _DEFAULT_STEPS = 50
 Labels = int | str | Sequence[int | str]
 
@@ -74,13 +76,15 @@ class GenerationPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> GenerationPipeline:
         """Load as diffusers does, and check the noise schedule and the weights."""
-        schedule = Path(pretrained_model_name_or_path, "scheduler", "scheduler_config.json")
-        if schedule.is_file() and "scheduler" not in kwargs:
-            check_scheduler_file(schedule)
-        pipe: GenerationPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with reading(Path(pretrained_model_name_or_path), kwargs):
+            pipe: GenerationPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "unet" not in kwargs:
             checks.check_weights(pipe.unet, str(pretrained_model_name_or_path))
         return pipe
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does; a pipeline that the folder holds is replaced in one step, and other files stay."""
+        save_whole(super().save_pretrained, save_directory, args, kwargs)
 
     @property
     def classes(self) -> list[str] | None:
@@ -140,7 +144,7 @@ class GenerationPipeline(DiffusionPipeline):
         count = _count(batch_size, class_labels, generator, latents)
         checks.check_scheduler(self.unet, self.scheduler)
         checks.check_numbers(self.scheduler, steps, count, eta)
-        checks.check_output(output_type, (), ())
+        checks.check_output(output_type, None, (), ())
         self._check_guidance(scale)
         labels = self._labels(class_labels, count)
         scheduler = copy.deepcopy(self.scheduler)  # it keeps its position, and threads may share the pipeline
@@ -203,8 +207,9 @@ class GenerationPipeline(DiffusionPipeline):
         raise BinarizeError(f"unknown class {given!r}; classes: {', '.join(names)}.{hint}")
 
     def _check_guidance(self, scale: Any) -> None:
-        if not (isinstance(scale, int | float) and not isinstance(scale, bool) and scale >= 0):
-            raise BinarizeError(f"guidance_scale={scale!r}; allowed: a number of at least 0, and 1 for no guidance.")
+        if not (isinstance(scale, int | float) and not isinstance(scale, bool) and 0 <= scale <= MAX_GUIDANCE):
+            allowed = f"a number from 0 to {MAX_GUIDANCE}, and 1 for no guidance"
+            raise BinarizeError(f"guidance_scale={scale!r:.40}; allowed: {allowed}.")
         if scale == 1:
             return
         if self.classes is None:

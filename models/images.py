@@ -1,5 +1,6 @@
 """Conversion between the pipeline's images and those of Pillow, numpy and torch, alone, in lists or in batches."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from binarize.errors import BinarizeError
 from binarize.imaging import DecodedImage, to_image
+from binarize.imaging.limits import check_memory
 
 # Resizing in other libraries overshoots [0, 1] by rounding errors; a larger excess means other units.
 _TOLERANCE = 1e-4
@@ -31,14 +33,19 @@ def as_images(image: Any) -> list[DecodedImage]:
         return [image]
     if isinstance(image, Image.Image):
         return [to_image(image)]
+    if isinstance(image, np.ndarray | Tensor) and image.ndim in (2, 3, 4):  # which may be more than its memory
+        check_memory(4 * math.prod(image.shape), f"an image of shape {tuple(image.shape)}", "pass smaller ones.")
     if isinstance(image, np.ndarray) and image.ndim in (2, 3, 4):
         with_channels = image[..., None] if image.ndim == 2 else image
         batch = torch.from_numpy(_scaled(with_channels)).movedim(-1, -3)
         return [_from_tensor(item, image.shape) for item in (batch if image.ndim == 4 else batch[None])]
+    if isinstance(image, Tensor) and (image.is_meta or image.layout is not torch.strided or image.is_quantized):
+        raise BinarizeError("image is a tensor without values, sparse or quantized; pass a dense one with values.")
     if isinstance(image, Tensor) and image.ndim in (3, 4):
         values = image.detach() if image.is_floating_point() else torch.from_numpy(_scaled(image.cpu().numpy()))
         return [_from_tensor(item, image.shape) for item in (values if image.ndim == 4 else values[None])]
-    given = type(image).__name__ + (f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else "")
+    shape = f" of shape {tuple(image.shape)}" if isinstance(image, np.ndarray | Tensor) else ""
+    given = type(image).__name__ + shape
     is_path = isinstance(image, str | os.PathLike)
     hint = " Open a file with binarize.imaging.read_image(path)." if is_path else ""
     raise BinarizeError(f"image must not be of type {given}; allowed: {_ALLOWED}.{hint}")

@@ -30,7 +30,8 @@ from binarize.models import checks
 from binarize.models.images import as_images, to_batch, to_output
 from binarize.models.memory import check_sampling_memory
 from binarize.models.overshoot import limit_overshoot
-from binarize.models.sampling import check_scheduler_file, set_timesteps
+from binarize.models.sampling import set_timesteps
+from binarize.models.saving import reading, save_whole
 from binarize.models.target import image_of
 from binarize.models.tiling import TileGrid, pad_image, pad_noise, tile_grid
 
@@ -132,10 +133,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
                 network that was saved packed stays packed.
             **kwargs: As in diffusers; a ``unet`` among them is used as it is.
         """
-        schedule = Path(pretrained_model_name_or_path, "scheduler", "scheduler_config.json")
-        if schedule.is_file() and "scheduler" not in kwargs:
-            check_scheduler_file(schedule)
-        pipe: SuperResolutionPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with reading(Path(pretrained_model_name_or_path), kwargs):
+            pipe: SuperResolutionPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "unet" not in kwargs:
             checks.check_weights(pipe.unet, str(pretrained_model_name_or_path))
         if pack and "unet" not in kwargs and not is_packed(pipe.unet):
@@ -152,14 +151,14 @@ class SuperResolutionPipeline(DiffusionPipeline):
         return self
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does."""
+        """Save as diffusers does; a pipeline that the folder holds is replaced in one step, and other files stay."""
         if self._packed_in_memory or self._latents_lost:
             _log.warning(
                 "The network was packed when it was loaded, so %s contains only the signs of its weights and cannot be "
                 "trained further. To copy the latent weights, load with pack=False.",
                 save_directory,
             )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        save_whole(super().save_pretrained, save_directory, args, kwargs)
 
     @property
     def scale(self) -> int:
@@ -244,7 +243,9 @@ class SuperResolutionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         checks.check_scheduler(self.unet, self.scheduler)
         checks.check_numbers(self.scheduler, num_inference_steps, batch_size, eta)
-        checks.check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        checks.check_output(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         generators = checks.generator_per_image(generator, sources)
         noises = checks.latents_per_image(latents, sources, self.scale)
         chunks = _chunks(sources, 1 if tile is not None else batch_size)
@@ -314,7 +315,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
             if callback is not None:
                 tensors = {"latents": x, "condition": condition}
                 returned = callback(self, step, timestep, {name: tensors[name] for name in callback_inputs})
-                x = x if returned is None else returned.get("latents", x)
+                x = checks.callback_latents(returned, x)
             advance()
         largest = torch.maximum(largest, _largest(x))  # read once, because reading it waits for a GPU
         checks.check_prediction(largest.item(), self.name_or_path, self.unet.dtype)

@@ -10,7 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from binarize.errors import BinarizeError, one_line
@@ -18,15 +20,33 @@ from binarize.json_files import read_json
 
 MAX_TIMESTEPS = 100_000
 _STEPS, _TOLERANCE = (10, 4, 1), 0.2  # a schedule may end with a little noise: in Stable Diffusion's, of deviation 0.03
-_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError)
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError)
+"""What diffusers raises for settings that it did not expect."""
 
 
-def check_scheduler_file(path: Path) -> None:
-    """Raise BinarizeError if a ``scheduler_config.json`` cannot be read or is of a schedule that fits no memory."""
-    timesteps = read_json(path).get("num_train_timesteps", 1)
+def read_scheduler(folder: Path) -> Any:
+    """Return the scheduler in a pipeline's folder; None if there is none, or if diffusers has no such class.
+
+    Raises:
+        BinarizeError: If a file cannot be read, or its settings make no scheduler or one that fits no memory.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    entry = read_json(folder / "model_index.json").get("scheduler")
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[0] == "diffusers" else None
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        return None
+    if not path.is_file():
+        raise BinarizeError(f"{path}: is missing; the model is incomplete. Copy or save it again.")
+    config = read_json(path)
+    timesteps = config.get("num_train_timesteps", 1)
     if not isinstance(timesteps, int) or not 1 <= timesteps <= MAX_TIMESTEPS:
         allowed = f"a whole number from 1 to {MAX_TIMESTEPS}"
         raise BinarizeError(f"{path}: num_train_timesteps is {timesteps!r:.60}; allowed: {allowed}.")
+    try:
+        return cast(Any, kind).from_config(config)
+    except FAILURES as error:
+        raise BinarizeError(f"{path}: makes no {name}: {one_line(error, 150)}.") from error
 
 
 def check_samples(scheduler: Any) -> None:
@@ -42,7 +62,7 @@ def check_samples(scheduler: Any) -> None:
         problem = _problem(
             cast(Hashable, type(scheduler)), json.dumps(dict(scheduler.config), sort_keys=True, default=_plain)
         )
-    except _FAILURES as error:
+    except FAILURES as error:
         problem = one_line(error, 150)
     if problem is not None:
         raise BinarizeError(
@@ -55,7 +75,7 @@ def set_timesteps(scheduler: Any, steps: int, device: torch.device | str | None 
     """Set the sampling timesteps, and check that the network's schedule has them."""
     try:
         scheduler.set_timesteps(steps, device=device)
-    except _FAILURES as error:
+    except FAILURES as error:
         reason = one_line(error, 150)
         raise BinarizeError(
             f"num_inference_steps={steps}: {type(scheduler).__name__} cannot take so many: {reason}."
@@ -108,7 +128,7 @@ def _take_steps(scheduler: Any, most: int) -> None:
         if steps <= most:
             try:
                 scheduler.set_timesteps(steps)
-            except _FAILURES:
+            except FAILURES:
                 continue
             return _check_range(scheduler, steps)
     return set_timesteps(scheduler, _STEPS[-1])

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from binarize.conversion.apply import apply_conversion, check_saveable, write_packed_folder
 from binarize.conversion.packing import is_packed
-from binarize.digests import seal
 from binarize.errors import BinarizeError
 from binarize.layers.fused import norm_silu
 from binarize.models.blocks import DecoderLevel, EncoderLevel, ResBlock, SinusoidalTime, fine_detail
 from binarize.models.unet_config import DOWN, FUSIONS, UP, check_config, check_detail
 from binarize.modules import align_tensors
-from binarize.packed.files import WEIGHTS, check_folder, find_packed, read_config, read_packed
+from binarize.packed.files import WEIGHTS, find_packed, read_config, read_packed
 
 _UNBUILDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -213,7 +212,6 @@ class SRUNet(ModelMixin, ConfigMixin):
             if kwargs.get("quantization_config") is not None:
                 raise BinarizeError(f"{packed} is packed, so it is converted already; leave quantization_config out.")
             return cls._from_packed(packed, kwargs.get("dtype", kwargs.get("torch_dtype")))
-        check_folder(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         wrong = [f"{len(info[kind])} {kind.replace('_', ' ')}" for kind in _MISFITS if info.get(kind)]
@@ -257,5 +255,3 @@ class SRUNet(ModelMixin, ConfigMixin):
             save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size, push_to_hub,
             **kwargs,
         )  # fmt: skip
-        for path in Path(save_directory).glob("diffusion_pytorch_model*.safetensors"):
-            seal(path)

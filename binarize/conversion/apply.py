@@ -12,7 +12,7 @@ from binarize.conversion.convert import repeat
 from binarize.conversion.packing import pack
 from binarize.conversion.record import FORMATS, conversion, is_converted
 from binarize.errors import BinarizeError
-from binarize.files import write_text_atomic
+from binarize.files import update_folder, write_text_atomic
 from binarize.hosts import find_host
 from binarize.layers.parts import named_by_a_file
 from binarize.modules import refuse_sharded
@@ -74,9 +74,13 @@ def check_saveable(model: nn.Module) -> None:
 def write_packed_folder(
     model: nn.Module, folder: Path, weights: str, text: str, config: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> None:
-    """Write a packed model's weights, and then its ``config.json``: the larger file first, which may not fit.
+    """Write a packed model's weights and its ``config.json`` into a folder, which holds both or what it held before.
 
     ``weights`` names its file. ``text`` is the content of ``config.json``; the weights' file stores ``config``.
     """
-    write_packed(model, folder / weights, config, dtype)
-    write_text_atomic(folder / CONFIG, text)
+
+    def write(temporary: Path) -> None:
+        write_packed(model, temporary / weights, config, dtype)
+        write_text_atomic(temporary / CONFIG, text)
+
+    update_folder(folder, write)

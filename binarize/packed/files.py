@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from binarize.digests import check_sealed, chunks, damaged, header_size, sealed_header
+from binarize.digests import check_sealed, chunks, damaged, header_size, seal, sealed_header
 from binarize.errors import BinarizeError, one_line
 from binarize.files import write_atomic
 from binarize.json_files import parse_json, read_json
@@ -82,13 +83,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return parse_json(_metadata(path).get(CONFIG, ""), f"{path}: its configuration")
 
 
-def check_same_config(config: Path, path: Path) -> None:
-    """Raise BinarizeError if a ``config.json`` is there and says something else than the packed file beside it."""
-    if config.is_file() and (found := config_differences(read_json(config), read_config(path))):
-        raise BinarizeError(
-            f"{config}: differs from the configuration in {path.name}: {'; '.join(found[:3])}. The packed file's is "
-            "its own: copy both files again, or change the model before it is packed."
-        )
+def check_same_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raise BinarizeError if the content of a ``config.json`` differs from what the packed file beside it says."""
+    if found := config_differences(config, read_config(path)):
+        beside, what = path.with_name("config.json"), f"the configuration in {path.name}: {'; '.join(found[:3])}"
+        fix = "The packed file's is its own: copy both files again, or change the model before it is packed."
+        raise BinarizeError(f"{beside}: differs from {what}. {fix}")
 
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -115,36 +115,59 @@ def find_packed(name: str | PathLike[str], options: Mapping[str, Any]) -> Path |
         return path if path.suffix == ".safetensors" or is_packed_file(path) else None
     if path.is_dir():
         folder = path / subfolder
-        if not _says_packed(folder / "config.json"):
+        config = _packed_config(folder / "config.json")
+        if config is None:
             return None
-        check_same_config(folder / "config.json", folder / WEIGHTS)
+        check_same_config(config, folder / WEIGHTS)
         return folder / WEIGHTS
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     given = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
     try:  # not there, not reachable, not packed: diffusers' own loading says what is wrong
-        if not _says_packed(Path(hf_hub_download(str(name), "config.json", subfolder=subfolder, **given))):
+        if _packed_config(Path(hf_hub_download(str(name), "config.json", subfolder=subfolder, **given))) is None:
             return None
         return Path(hf_hub_download(str(name), WEIGHTS, subfolder=subfolder, **given))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
         return None
 
 
-def _says_packed(config: Path) -> bool:
-    try:
-        return "packed" in (read_json(config).get("conversion") or {})
-    except (BinarizeError, TypeError):
-        return False
+def _packed_config(path: Path) -> dict[str, Any] | None:
+    """Return the content of a ``config.json`` that says that its network is packed, or None."""
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    with suppress(TypeError):
+        return config if "packed" in (config.get("conversion") or ()) else None
+    return None
 
 
-def check_folder(folder: Path) -> None:
-    """Check the ``config.json`` and the digests of an unpacked network's folder, if it is one on this machine."""
-    if (folder / "config.json").is_file():
-        read_json(folder / "config.json")
-    for path in folder.glob("diffusion_pytorch_model*.safetensors"):
-        with _opened(path) as file:
-            check_sealed(path, file.metadata() or {})
+def seal_folder(folder: Path, variant: str | None = None) -> None:
+    """Give the weights that diffusers saved in a folder their digests; ``variant`` is that of ``save_pretrained``."""
+    for path in _weights(folder, variant):
+        seal(path)
+
+
+def check_folder(folder: Path, variant: str | None = None, *, own: bool) -> None:
+    """Compare the weights that diffusers would load from a folder of this machine with their digests, if they have one.
+
+    Files that cannot be opened are an error for networks of this package, and left to diffusers otherwise.
+    """
+    for path in _weights(folder, variant):
+        try:
+            with _opened(path) as file:
+                metadata = file.metadata() or {}
+        except BinarizeError:
+            if own:
+                raise
+            return
+        check_sealed(path, metadata)
+
+
+def _weights(folder: Path, variant: str | None) -> list[Path]:
+    stem = "diffusion_pytorch_model" + ("" if variant is None else f".{variant}")
+    shard = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    return sorted(path for path in folder.glob("*.safetensors") if shard.fullmatch(path.name))
 
 
 @contextmanager

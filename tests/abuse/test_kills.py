@@ -11,10 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from abuse_case import Result, amount, assert_bounded, forked
-from cli_case import contents, official_checkpoint
+from cli_case import NETWORK, contents, official_checkpoint
+from diffusers import UNet2DModel
 
+import binarize
 from binarize.cli import app
+from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.models.loading import load_network
 
+OTHER = {"block_out_channels": (32, 32), "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.utime")
 COMMANDS = {
     "upscale": "upscale in/p0.png --output new.png --model model --steps 1",
@@ -40,10 +45,23 @@ def work(model: Path, packed: Path, photos: Path, tmp_path: Path, monkeypatch: p
     return folder
 
 
+SAVES: dict[str, Callable[[Path], Any]] = {
+    "pipeline": lambda folder: SuperResolutionPipeline.from_pretrained("model").save_pretrained(folder),
+    "network": lambda folder: load_network(Path("model")).save_pretrained(folder / "unet"),
+    "other network": lambda folder: UNet2DModel.from_pretrained("other").save_pretrained(folder / "unet"),
+    "binarize.save": lambda folder: binarize.save(load_network(Path("packed")), folder / "unet"),
+}
+
+
 def run(name: str, folder: Path, happens: Callable[[int], Any], *more: str) -> Result:
     """Run a command; ``happens`` is called with the number of each change to a file, just before it."""
     checkpoint, options = official_checkpoint() if "import" in name else (None, [])
     args = [*COMMANDS[name].format(checkpoint=checkpoint).split(), *options, *more]
+    return watched(lambda: app(args, prog_name="binarize"), folder, happens)
+
+
+def watched(function: Callable[[], Any], folder: Path, happens: Callable[[int], Any]) -> Result:
+    """Call a function in a forked process; see `run`."""
     seen = 0
 
     def audit(event: str, given: tuple[Any, ...]) -> None:
@@ -56,7 +74,7 @@ def run(name: str, folder: Path, happens: Callable[[int], Any], *more: str) -> R
 
     def call() -> None:
         sys.addaudithook(audit)
-        app(args, prog_name="binarize")
+        function()
 
     return forked(call)
 
@@ -67,8 +85,13 @@ def nothing(_: int) -> None:
 
 def whole_run(name: str, folder: Path) -> tuple[dict[str, Any], int]:
     """Return what a command leaves, and how many changes it makes."""
+    return counted(lambda happens: run(name, folder, happens), folder)
+
+
+def counted(call: Callable[[Callable[[int], Any]], Result], folder: Path) -> tuple[dict[str, Any], int]:
+    """Return what a folder holds after a call, and how many changes it makes."""
     reader, writer = os.pipe()
-    result = run(name, folder, lambda _: os.write(writer, b"."))
+    result = call(lambda _: os.write(writer, b"."))
     os.close(writer)
     assert result.status == 0, result
     with open(reader, "rb") as pipe:
@@ -120,4 +143,32 @@ def test_a_killed_command(name: str, work: Path, tmp_path: Path, record_property
         again = run(name, work, nothing, *([] if "--force" in COMMANDS[name] else ["--force"]))
         assert again.status == 0, again
         assert contents(work) == after, moment
+    record_property("cases", len(moments))
+
+
+@pytest.mark.parametrize("name", SAVES)
+def test_a_killed_save_over_another_model(name: str, work: Path, tmp_path: Path, record_property: Any) -> None:
+    """The folder holds the old model or the new one, and the user's own file."""
+    binarize.convert(UNet2DModel(**OTHER), "bnn").save_pretrained(work / "other")
+    (work / "old").mkdir()
+    SuperResolutionPipeline(SRUNet(**{**NETWORK, "base_channels": 16}), scale=4).save_pretrained(work / "old")
+    (work / "old" / "notes.txt").write_text("mine")
+    (work / "old" / "unet" / "notes.txt").write_text("mine too")
+    shutil.copytree(work, tmp_path / "kept")
+    before = contents(work / "old")
+
+    def save(happens: Callable[[int], Any]) -> Result:
+        return watched(lambda: SAVES[name](Path("old")), work, happens)
+
+    after, count = counted(save, work / "old")
+    assert after["notes.txt"] == before["notes.txt"]
+    assert after["unet/notes.txt"] == before["unet/notes.txt"]
+    moments = sorted((np.random.default_rng(0).permutation(count) + 1)[: amount(0.2)].tolist())
+    for moment in moments:
+        reset(work, tmp_path / "kept")
+        save(lambda number, moment=moment: number == moment and os.kill(os.getpid(), signal.SIGKILL))
+        there = contents(work / "old")
+        assert {path: there[path] for path in there if not path.startswith(".binarize-")} in (before, after), moment
+        assert counted(save, work / "old")[0] == after, moment
+        assert [path for path in work.rglob(".binarize-*") if path.is_dir()] == [], moment
     record_property("cases", len(moments))

@@ -12,11 +12,12 @@ import pytest
 import torch
 from abuse_case import amount, assert_bounded, assert_refused, forked
 from abuse_images import mutate
-from cli_case import WEIGHTS
+from cli_case import WEIGHTS, edit_json
 from packed_files import put_together, take_apart
 
 from binarize.digests import seal
 from binarize.errors import BinarizeError
+from binarize.models import SuperResolutionPipeline
 from binarize.models.loading import load_pipeline
 
 KINDS = ("model", "packed")
@@ -149,6 +150,38 @@ def test_values_of_json(kind: str, name: str, request: Any, tmp_path: Path, reco
 
     record_property("cases", len(chosen))
     finish(use_all)
+
+
+SCHEDULE = {
+    "no JSON": "{", "a list": "[]", "another class's": '{"_class_name": "UNet2DModel"}',
+    "beta_schedule": '{"beta_schedule": "liner", "num_train_timesteps": 2000}',
+    "prediction_type": '{"prediction_type": "epsilom", "num_train_timesteps": 2000}',
+    "timestep_spacing": '{"timestep_spacing": "x", "num_train_timesteps": 2000}',
+    "betas": '{"trained_betas": [0.1], "num_train_timesteps": 2000}',
+    "words": '{"beta_start": "small", "num_train_timesteps": 2000}',
+    "null": '{"beta_end": null, "num_train_timesteps": 2000}',
+    "a huge schedule": '{"num_train_timesteps": 2147483648}',
+    "another schedule": '{"num_train_timesteps": 1000}',
+}  # fmt: skip
+INDEX: dict[str, Any] = {
+    "no scheduler's class": {"scheduler": ["diffusers", "DDIMSheduler"]}, "no pair": {"scheduler": "DDIMScheduler"},
+    "no network": {"unet": None}, "another network": {"unet": ["diffusers", "DDIMScheduler"]},
+    "a function": {"scheduler": ["os", "system"]}, "words": {"scale": "two"}, "a negative scale": {"scale": -2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*SCHEDULE, *INDEX])
+def test_wrong_files_of_a_pipeline_in_python(model: Path, case: str, tmp_path: Path) -> None:
+    own = shutil.copytree(model, tmp_path / "own")
+    if case in SCHEDULE:
+        (own / "scheduler" / "scheduler_config.json").write_text(SCHEDULE[case])
+    else:
+        edit_json(own / "model_index.json", **INDEX[case])
+    with pytest.raises(BinarizeError):
+        SuperResolutionPipeline.from_pretrained(own)
+    (own / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(BinarizeError):
+        SuperResolutionPipeline.from_pretrained(own)
 
 
 @pytest.mark.parametrize("name", FILES)

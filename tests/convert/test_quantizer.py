@@ -15,6 +15,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from diffusers.training_utils import EMAModel
 from errors_case import assert_error
 from hosts_zoo import unet2d, unet2d_condition
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -164,6 +165,39 @@ def test_srunet_is_converted_while_it_loads(tmp_path):
     binarize.pack(loaded).save_pretrained(tmp_path / "packed")
     for name, message in (("binary", "already converted"), ("packed", "leave quantization_config out")):
         assert_error(message, SRUNet.from_pretrained, tmp_path / name, quantization_config=config)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}, {"variant": "fp16"}])
+def test_damaged_weights_are_refused(options, packed, tmp_path):
+    variant = {key: value for key, value in options.items() if key == "variant"}
+    model = converted("bnn")
+    model = binarize.pack(model) if packed else model
+    (tmp_path / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path, max_shard_size="10KB", **variant)  # of which nothing may be left
+    model.save_pretrained(tmp_path, **options)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert_same(UNet2DModel.from_pretrained(tmp_path, **variant), model)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == ("max_shard_size" in options)
+    for path in files:
+        whole = path.read_bytes()
+        for at in (len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            assert_error(f"{path.name}: is damaged", UNet2DModel.from_pretrained, tmp_path, **variant)
+        path.write_bytes(whole)
+    assert_same(UNet2DModel.from_pretrained(tmp_path, **variant), model)
+
+
+def test_networks_that_are_not_converted_are_saved_as_before(tmp_path):
+    unet2d(WIDTHS).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    UNet2DModel.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="nowhere"):
+        UNet2DModel.from_pretrained(tmp_path / "nowhere", local_files_only=True)
+    (tmp_path / "file").touch()
+    assert_error("is a file; give a folder", converted("bnn").save_pretrained, tmp_path / "file")
 
 
 def test_wrong_requests_are_refused(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from pipeline_case import local, pipeline, pixels, run, seeded
 
 from binarize.imaging import to_image, upscale_bicubic
+from binarize.models import SRUNet, SuperResolutionPipeline
 
 
 def test_every_form_of_an_image_gives_the_same():
@@ -103,6 +104,14 @@ def test_exif_orientation_is_applied_once():
         ({"latents": torch.zeros(1, 3, 4, 4)}, r"latents have the shapes \[\(3, 4, 4\)\]; needed: \[\(3, 8, 8\)\]"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"has \['noise'\]; allowed: \['latents', 'condition'\]"),
         ({"tile": 8, "overlap": 8}, "overlap=8 with tile=8"),
+        ({"image": torch.zeros(3, 4, 4, device="meta")}, "is a tensor without values, sparse or quantized"),
+        ({"image": torch.zeros(3, 4, 4).to_sparse()}, "is a tensor without values, sparse or quantized"),
+        ({"image": np.broadcast_to(np.uint8(0), (10**6, 10**6, 3))}, "an image of shape .* needs about .* of memory"),
+        ({"image": np.ndarray}, "must not be of type type"),
+        ({"eta": "x"}, "eta='x'; allowed: a number"),
+        ({"latents": 5}, "latents hold a int"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end is 5; pass a function"),
+        ({"callback_on_step_end_tensor_inputs": None}, "is None; pass a list"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_network_runs(options, message):
@@ -114,3 +123,14 @@ def test_bad_arguments_are_refused_before_the_network_runs(options, message):
 @pytest.mark.parametrize("scale", [None, 0, 2.0, True, 65, 2**70])
 def test_a_scale_is_needed(scale):
     assert_error(r"a pipeline needs the whole number, from 1 to 64", pipeline, scale=scale)
+
+
+@pytest.mark.parametrize("returned", [5, {"latents": 5}, {"latents": torch.zeros(1)}])
+def test_a_callback_that_returns_something_else_is_refused(returned):
+    options = {"image": np.zeros((4, 4, 3)), "callback_on_step_end": lambda *_: returned}
+    assert_error("callback_on_step_end returned a .*; allowed: None, or a dict", lambda: run(pipeline(), **options))
+
+
+@pytest.mark.parametrize("network", [None, 5, "x", SRUNet])
+def test_what_is_no_network_is_refused(network):
+    assert_error("pass a network, such as SRUNet", SuperResolutionPipeline, network, scale=2)
