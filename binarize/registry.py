@@ -10,13 +10,13 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A mapping from name to object whose errors name the ``kind`` of object and suggest the nearest name.
+    """A mapping from name to object whose errors name the ``kind`` of object, the nearest name and a ``fix``.
 
     ``built_in`` is the package whose import registers the toolkit's own objects; the first use imports it.
     """
 
-    def __init__(self, kind: str, built_in: str | None = None) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, built_in: str | None = None, fix: str = "") -> None:
+        self.kind, self.fix = kind, fix
         self._registered: dict[str, T] = {}
         self._built_in = built_in
 
@@ -50,6 +50,7 @@ class Registry(Generic[T]):
             raise BinarizeError(
                 f"unknown {self.kind} {name!r}; registered: {', '.join(sorted(self._items)) or 'none'}."
                 + did_you_mean(name, self._items)
+                + self.fix
             )
         return self._items[name]
 

@@ -96,12 +96,15 @@ def scale_of(path: Path, scale: int | None = None) -> int:
     """Return the scale of a model without loading its weights; see `load_pipeline`."""
     path = _pipeline_around(locate(path))
     if not (path / PIPELINE).is_file():
+        _check_is_srunet(path)
         if scale is None:
             raise BinarizeError(f"{path}: does not store its scale; add --scale, such as --scale 4.")
         return scale
     index = _read_json(path / PIPELINE)
     if index.get("_class_name") != "SuperResolutionPipeline":
-        raise BinarizeError(f"{path}: is a {index.get('_class_name')}, not a SuperResolutionPipeline.")
+        kind = index.get("_class_name")
+        fix = "`binarize generate` runs pipelines that generate images"
+        raise BinarizeError(f"{path}: is a {kind!s:.80}, not a SuperResolutionPipeline; {fix}.")
     known = index.get("scale")
     if scale is not None and scale != known:
         raise BinarizeError(f"--scale {scale}: {path} upscales by {known}; omit --scale.")
@@ -159,7 +162,6 @@ def load_generator(path: Path) -> GenerationPipeline:
     parts = {name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]}
     if index.get("_class_name") != "GenerationPipeline" and parts != {"unet", "scheduler"}:
         raise BinarizeError(f"{path}: is a {index.get('_class_name')}, not a pipeline that generates images.")
-    _read_json(path / "scheduler" / "scheduler_config.json")
     _read_json(path / "unet" / NETWORK)
     with _reading(path, "a pipeline"):
         pipeline = GenerationPipeline.from_pretrained(str(path), local_files_only=True)
@@ -251,20 +253,25 @@ def _may_be_on_the_hub(path: Path) -> bool:
 
 
 def _read_network(path: Path) -> SRUNet:
-    if not path.is_file():
-        kind = _read_json(path / NETWORK).get("_class_name")
-        if kind != "SRUNet":
-            host = _read_json(path / NETWORK).get("host")
-            kind = host.get("class") if isinstance(host, dict) else kind
-            raise BinarizeError(
-                f"{path}: holds a {kind}, but the command line runs SRUNet; use `binarize.load` in Python."
-            )
-        if not any(path.glob("diffusion_pytorch_model*")):
-            raise BinarizeError(f"{path / WEIGHTS}: is missing; the model is incomplete. Copy or save it again.")
+    _check_is_srunet(path)
+    if path.is_dir() and not any(path.glob("diffusion_pytorch_model*")):
+        raise BinarizeError(f"{path / WEIGHTS}: is missing; the model is incomplete. Copy or save it again.")
     with _reading(path, "an SRUNet"):  # without accelerate's meta tensors, whose errors do not show both shapes
         network: SRUNet = SRUNet.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
     check_weights(network, str(path))
     return network.eval()
+
+
+def _check_is_srunet(path: Path) -> None:
+    """Raise BinarizeError if a folder holds another network."""
+    if path.is_file():
+        return
+    config = _read_json(path / NETWORK)
+    kind, host = config.get("_class_name"), config.get("host")
+    if kind != "SRUNet":
+        kind = host.get("class") if isinstance(host, dict) else kind
+        what = "but the command line runs SRUNet; use `binarize.load` in Python"
+        raise BinarizeError(f"{path}: holds a {kind!s:.80}, {what}.")
 
 
 @contextmanager

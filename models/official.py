@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from binarize.conversion.convert import convert
-from binarize.digests import check_torch_file
+from binarize.digests import load_torch_file
 from binarize.errors import BinarizeError, clip, did_you_mean
 from binarize.methods import BiDiffSR
 from binarize.models.unet import SRUNet
@@ -48,18 +48,20 @@ def load_official(path: str | PathLike[str], *, sign_zero: str = "zero", **offic
             raise BinarizeError(f"load_official: unknown configuration name {key!r}; names: {names}.{hint}")
     config = _checked({**OFFICIAL_CONFIG, **official_config_names})
     state = _read(path)
-    model = official_network(config, sign_zero=sign_zero)
-    mapped, unexpected = _map_keys(state, model, config["dynamic_group"])
-    expected = model.state_dict()
+    with torch.device("meta"):  # a file that does not fit costs no memory
+        twin = official_network(config, sign_zero=sign_zero)
+    mapped, unexpected = _map_keys(state, twin, config["dynamic_group"])
+    expected = twin.state_dict()
     missing = sorted(set(expected) - set(mapped))
     wrong = [
-        f"{key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
+        f"{key} is {value.dtype} {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
         for key, value in mapped.items()
-        if key in expected and value.shape != expected[key].shape
+        if key in expected and (value.shape != expected[key].shape or not value.is_floating_point())
     ]
     unexpected += sorted(set(mapped) - set(expected))
     if missing or unexpected or wrong:
         raise BinarizeError(_mismatch(path, missing, unexpected, wrong))
+    model = official_network(config, sign_zero=sign_zero)
     model.to(next(iter(mapped.values())).dtype).load_state_dict(mapped)
     return model.eval()
 
@@ -110,15 +112,18 @@ def official_network(config: dict[str, Any], *, sign_zero: str = "zero") -> SRUN
 def _read(path: str | PathLike[str]) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise BinarizeError(f"load_official: {path} is not a file.")
-    check_torch_file(Path(path))
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = load_torch_file(Path(path))
+    except BinarizeError:
+        raise
     except Exception as error:
         kind = type(error).__name__
         raise BinarizeError(f"load_official: {path} is not a readable torch checkpoint ({kind}).") from error
     state = loaded.get("params") if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
-        keys = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, dict) else type(loaded).__name__
+    if not isinstance(state, dict) or not all(map(_is_weight, state.items())) or not state:
+        keys = (
+            ", ".join(f"{key!s:.40}" for key in list(loaded)[:5]) if isinstance(loaded, dict) else type(loaded).__name__
+        )
         raise BinarizeError(f"load_official: {path} must hold {{'params': state_dict}}; it holds {keys}.")
     for name, value in state.items():  # a tensor of a few bytes can claim any size, with strides of 0
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -126,11 +131,17 @@ def _read(path: str | PathLike[str]) -> dict[str, Tensor]:
     return state
 
 
+def _is_weight(entry: tuple[object, object]) -> bool:
+    name, value = entry
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+
+
 def _mismatch(path: str | PathLike[str], missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
     parts = [f"load_official: {path} does not fit the configuration."]
     for label, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
         if keys:
-            parts.append(f"{len(keys)} {label}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}.")
+            names = ", ".join(clip(key, 60) for key in keys[:4]) + (", ..." if len(keys) > 4 else "")
+            parts.append(f"{len(keys)} {label}: {names}.")
     parts.append("Pass the configuration the checkpoint was trained with (inner_channel, channel_mults, fp_res, ...).")
     return " ".join(parts)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from binarize.conversion.convert import convert
 from binarize.conversion.export import binary_layers
-from binarize.errors import BinarizeError, listing
+from binarize.errors import BinarizeError, listing, one_line
 from binarize.layers import undelayed
 from binarize.recipes.code import import_plugins
 from binarize.recipes.generation_recipe import GenerationRecipe
@@ -44,7 +44,10 @@ def build_model(recipe: TrainingRecipe, network: nn.Module | None = None) -> nn.
     A full-precision ``network`` is converted in place instead of a new one.
     """
     import_plugins(recipe.plugins)
-    model = _network(recipe) if network is None else network
+    try:
+        model = _network(recipe) if network is None else network
+    except (RuntimeError, OverflowError, TypeError) as error:  # more channels than a tensor, or the memory, can have
+        raise BinarizeError(f"model: these settings make no network: {one_line(error, 150)}.") from error
     if recipe.method is None:
         return model
     overrides = recipe.overrides

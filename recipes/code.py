@@ -36,7 +36,7 @@ def import_code(name: str, key: str, what: str) -> ModuleType:
                 importlib.import_module(name)
         except BinarizeError:
             raise
-        except Exception as error:  # a user's file can raise anything
+        except (Exception, SystemExit) as error:  # a user's file can raise anything
             hint = "" if is_file else " Name a file of your own by its path, ending in .py."
             raise BinarizeError(f"{key}: cannot import {name!r}: {type(error).__name__}: {error}.{hint}") from error
     return sys.modules[module_name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+from pathlib import PurePath
 from typing import Any, NoReturn
 
 import typer
@@ -49,9 +50,9 @@ class OneLineErrors(TyperGroup):
         except typer.Exit as done:
             return done.exit_code
         except BaseException as error:
-            if debug:
+            if debug and not hasattr(error, "format_message"):  # which says that the command line is wrong
                 echo("".join(traceback.format_exception(error)), err=True, end="")
-            return _report(error)
+            return _report(error, args)
         return 0
 
 
@@ -66,7 +67,7 @@ def print_report(report: Any) -> None:
         echo(report.to_markdown(), end="")
 
 
-def _report(error: BaseException) -> int:
+def _report(error: BaseException, args: list[str]) -> int:
     """Print an error and return the exit status."""
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         _print_error("interrupted")
@@ -75,7 +76,7 @@ def _report(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else _FAILED
     usage = getattr(error, "format_message", None)  # of the exceptions of typer's parser
     if usage is None:
-        _print_error(_message(error))
+        _print_error(_without_line_ends(_message(error), args))
         return _FAILED
     context = getattr(error, "ctx", None)
     if usage() and type(error).__name__ != "NoArgsIsHelpError":  # whose message, the help, has been printed
@@ -83,6 +84,13 @@ def _report(error: BaseException) -> int:
         where = "binarize" if context is None else context.command_path
         _print_error(f"{what[:_LINE]}{'' if what.endswith(('.', '?')) else '.'} See `{where} --help`.")
     return _WRONG_USAGE
+
+
+def _without_line_ends(message: str, args: list[str]) -> str:
+    """Return a message in which what the arguments have in it, such as a file's name, ends no line."""
+    for part in sorted({part for arg in args for part in (arg, PurePath(arg).stem) if "\n" in part}, key=len):
+        message = message.replace(part, part.replace("\n", "\\n"))
+    return message
 
 
 def _print_error(message: str) -> None:

@@ -21,6 +21,7 @@ _MODEL = "A trained model: a run's folder, a pipeline's, or user/repository[@rev
 def generate(
     target: Annotated[Path, typer.Argument(metavar="OUT", help=_OUT)],
     model: Annotated[Path | None, typer.Option("--model", "-m", show_default=False, help=_MODEL)] = None,
+    revision: opt.RevisionOption = None,
     classes: Annotated[
         list[str] | None,
         typer.Option("--class", "-c", help="A class to draw, or several; by default all."),
@@ -28,7 +29,8 @@ def generate(
     count: Annotated[int, typer.Option("--number", "-n", min=1, max=MAX_IMAGES, help="Number of images.")] = 16,
     steps: opt.StepsOption = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Weight of classifier-free guidance; by default the model's, 1: none.")
+        float | None,
+        typer.Option(min=0, max=1000, help="Weight of classifier-free guidance; by default the model's, 1: none."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=opt.MAX_SEED, help="Seed of the first image.")] = 0,
     columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid; by default its root.")] = None,
@@ -54,7 +56,7 @@ def generate(
     from binarize.models.default import default_generator
     from binarize.models.generation import generate_images
     from binarize.models.grid import image_grid
-    from binarize.models.loading import load_generator, prepare
+    from binarize.models.loading import at_revision, load_generator, prepare
     from binarize.progress import ProgressBar
 
     in_folder = target.is_dir() or target.suffix.lower() not in IMAGE_SUFFIXES
@@ -67,9 +69,8 @@ def generate(
             raise BinarizeError(f"{file}: already exists; give another name, or --force to overwrite it.")
     if target.exists() and not target.is_dir() and in_folder:
         raise BinarizeError(f"{target}: is a file; give a folder, or an image file such as out.png.")
-    pipeline = prepare(
-        load_generator(default_generator() if model is None else model), device, dtype, scheduler, pack=packing
-    )
+    model = at_revision(default_generator() if model is None else model, revision)
+    pipeline = prepare(load_generator(model), device, dtype, scheduler, pack=packing)
     if in_folder:
         target.mkdir(parents=True, exist_ok=True)
     check_writable("L" if pipeline.image_shape[0] == 1 else "RGB", files[0])

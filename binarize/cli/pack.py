@@ -46,8 +46,8 @@ def pack(
     )
     from binarize.packed.files import WEIGHTS
 
-    check_model_folder(target, source, force=force)
     source = at_revision(source, revision)
+    check_model_folder(target, locate(source), force=force)
     pipeline: Any
     draws = generates(source)
     if draws and scale is not None:

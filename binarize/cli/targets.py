@@ -13,9 +13,11 @@ _MODEL_FILES = {
 
 
 def check_model_folder(target: Path, source: Path, *, force: bool) -> None:
-    """Check that `target` is new or an empty folder, or a model that `force` may replace, without `source` in it."""
-    if target.exists() and source.exists() and source.resolve().is_relative_to(target.resolve()):
-        raise BinarizeError(f"{target}: holds the source {source}, which would be lost; give another name.")
+    """Check that `target` is new or an empty folder, or a model that `force` may replace, other than `source`."""
+    if target.exists() and source.exists():
+        new, old = target.resolve(), source.resolve()
+        if old.is_relative_to(new) or new.is_relative_to(old):
+            raise BinarizeError(f"{target}: holds the source {source}, which would be lost; give another name.")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not any((target / name).is_file() for name in ("model_index.json", "config.json")):

@@ -55,6 +55,8 @@ def doctor(
     if not isinstance(model, str | PathLike | SuperResolutionPipeline):
         fix = "SuperResolutionPipeline(network, scale=...) makes one of a network"
         raise BinarizeError(f"doctor: takes a pipeline or a model's folder; got {type(model).__name__}. {fix}.")
+    if not 0 <= seed < 2**63:
+        raise BinarizeError(f"doctor: seed={seed}; allowed: 0 to 2**63 - 1.")
     name = type(model).__name__ if isinstance(model, SuperResolutionPipeline) else str(model)
     pipeline = model if isinstance(model, SuperResolutionPipeline) else _load(Path(model), scale, device)
     if isinstance(pipeline, Finding):

@@ -12,6 +12,7 @@ from urllib.error import URLError
 
 import torch
 
+from binarize.digests import load_torch_file
 from binarize.errors import BinarizeError, did_you_mean
 
 # Backbone -> torchvision's weights, and the smallest side that its pooling layers accept.
@@ -89,8 +90,10 @@ def read_weights(path: Path, what: str = "LPIPS backbone file") -> dict[str, tor
     if not path.is_file():
         raise BinarizeError(f"{path}: no such {what}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types
+        state = load_torch_file(path)
+    except BinarizeError:
+        raise
+    except Exception as error:
         raise BinarizeError(f"{path}: is not a torch file of weights") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise BinarizeError(f"{path}: holds no state dict")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import threading
@@ -43,6 +44,7 @@ _WRITERS |= {".tiff": _WRITERS[".tif"], ".jpeg": _WRITERS[".jpg"], ".jfif": _WRI
 if _HAS_AVIF:
     _WRITERS[".avif"] = ("AVIF", ("RGB", "RGBA"), {"quality": 90, "subsampling": "4:4:4"})
 _LOSSY: dict[str, dict[str, Any]] = {"JPEG": {}, "WEBP": {"lossless": False}, "AVIF": {}}  # options beside quality
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise Python prints what its decoders log
 _STDERR = threading.RLock()  # two threads must not redirect it at the same time
 # Of libwebp, libjpeg, the PNG specification, and what libavif reads.
 _LONGEST_SIDE = {"WEBP": 16383, "JPEG": 65500, "PNG": 2**31 - 1, "AVIF": 32768}

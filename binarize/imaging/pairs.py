@@ -63,6 +63,8 @@ class ImagePairs(Sequence[ImagePair]):
         min_side: int | None = None,
         degrader: Degrader | None = None,
     ) -> None:
+        if not isinstance(scale, int) or scale < 1:
+            raise BinarizeError(f"scale={scale!r:.40}: pairs of images need a whole number of at least 1.")
         self.scale, self.degrader, high = scale, degrader, list_images(hr_dir)
         problems: list[str] = []
         partners = dict.fromkeys(high, None) if lr_dir is None else _match(high, Path(lr_dir), scale, problems)

@@ -180,7 +180,11 @@ def _hints(cls: type) -> dict[str, Any]:
     return {}
 
 
-METHODS: Registry[type[Method]] = Registry("method", built_in="binarize.methods")
+METHODS: Registry[type[Method]] = Registry(
+    "method",
+    built_in="binarize.methods",
+    fix=" One of your own must be imported first: by `binarize --plugin FILE ...`, a recipe's plugins, or Python.",
+)
 M = TypeVar("M", bound=type[Method])
 
 

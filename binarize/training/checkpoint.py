@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
-from binarize.digests import check_sums, check_torch_file, write_sums
+from binarize.digests import check_sums, load_torch_file, write_sums
 from binarize.errors import BinarizeError, one_line
 from binarize.files import read_text, remove_folder, replace_folder, tidy
 from binarize.recipes.errors import explain
@@ -122,13 +122,11 @@ class CheckpointState(BaseModel):
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     """Return a checkpoint's state, on the CPU, and its recipe as YAML, after comparing both with their digests."""
     try:
-        if not check_sums(folder, (STATE, RECIPE)):
-            check_torch_file(folder / STATE)
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        state = load_torch_file(folder / STATE, checked=check_sums(folder, (STATE, RECIPE)))
         if not isinstance(state, dict):
             raise BinarizeError(f"{STATE} holds a {type(state).__name__}, not the state of a run")
         return state, read_text(folder / RECIPE, MAX_BYTES)
-    except Exception as error:  # torch.load raises many types for a damaged file
+    except Exception as error:
         raise _unreadable(folder, one_line(error, 200)) from error
 
 

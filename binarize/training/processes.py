@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from torch import Tensor
 
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, one_line
 from binarize.recipes import TrainingRecipe
 
 T = TypeVar("T")
@@ -45,7 +45,8 @@ def accelerator_for(recipe: TrainingRecipe) -> Iterator[Accelerator]:
             project_config=ProjectConfiguration(project_dir=str(recipe.output_dir), logging_dir=str(recipe.output_dir)),
         )
     except ValueError as error:
-        raise BinarizeError(f"mixed_precision: {recipe.mixed_precision}: {error}") from error
+        what = f"mixed_precision={recipe.mixed_precision}, or a variable such as LOCAL_RANK or ACCELERATE_USE_CPU"
+        raise BinarizeError(f"Accelerate cannot start with {what}: {one_line(error, 200)}.") from error
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:

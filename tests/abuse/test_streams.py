@@ -105,9 +105,27 @@ def test_any_exception_is_one_line(monkeypatch: pytest.MonkeyPatch, error: BaseE
     assert debugged.endswith(result.stderr)
 
 
+def test_a_wrong_command_line_has_no_traceback() -> None:
+    for args in (["--debug"], ["--debug", "nonsense"], ["--debug", "upscale", "--steps", "x"]):
+        result = run(*args)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("code", ["1/0", "def (", "raise SystemExit(3)", "raise MemoryError", "def f(): f()\nf()"])
+def test_a_plugin_that_breaks_is_one_error(code: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    assert_refused(["--plugin", tmp_path / "mine.py", "methods"], tmp_path, "cannot import")
+
+
 def test_a_long_message_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("binarize.methods.list_methods", raising(BinarizeError("\n".join(map(str, range(5000))))))
     assert run("methods").stderr.splitlines()[-2:] == ["8", "... and 4991 more lines"]
+
+
+@pytest.mark.parametrize("args", ["summary|a\nb", "upscale|a\nb.png", "evaluate|a\nb|-d|c", "recipes|show|x\n\ny.yaml"])
+def test_a_name_with_line_ends_is_one_line(args: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(args.split("|"), tmp_path, r"\n")
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (SystemExit(3), 3), (SystemExit("x"), 1)])

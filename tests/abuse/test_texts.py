@@ -5,6 +5,7 @@ The tables below are the cases of this file; each is run in this process, which 
 
 import copy
 import json
+import pickle
 import random
 import resource
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from binarize.errors import MAX_LINES, MAX_WIDTH, BinarizeError
 from binarize.json_files import parse_json, read_json
 from binarize.models import load_official
 from binarize.models.official import OFFICIAL_CONFIG
-from binarize.recipes import load_recipe, recipe_path
+from binarize.recipes import load_recipe, recipe_path, validate
 from binarize.recipes.yaml_text import parse_yaml
 from binarize.studies.schema import load_study
 from binarize.training import Checkpoints
@@ -121,6 +122,12 @@ def test_yaml(name: str, tmp_path: Path) -> None:
     refused(lambda: load_recipe("small_x2", [YAML[name][:50_000].replace(": ", "=")]))
 
 
+@pytest.mark.parametrize("key", ["in_channels", "out_channels", "base_channels"])
+def test_more_channels_than_a_tensor_has(key: str) -> None:
+    for channels in (2**62, 2**70):
+        assert refused(lambda channels=channels: validate("small_x2", [f"model.{key}={channels}"]))
+
+
 def test_a_chain_of_bases(tmp_path: Path) -> None:
     for number in range(3000):
         (tmp_path / f"r{number}.yaml").write_text(f"base: r{number + 1}.yaml\n")
@@ -207,6 +214,28 @@ def test_configurations_of_released_checkpoints(key: str, tmp_path: Path, record
     torch.save({"params": {"w": torch.zeros(1)}}, path)
     for value in sampled(VALUES):
         assert refused(lambda value=value: load_official(path, **{key: value}))
+
+
+PARAMS: dict[str, Any] = {
+    "a number as a name": {5: torch.zeros(1)}, "an empty name": {"": torch.zeros(1)},
+    "a long name": {"a" * 100_000: torch.zeros(1)}, "no tensor": {"a": 5}, "nothing": {},
+    "no mapping": [torch.zeros(1)],
+    "a sparse tensor": {"a": torch.zeros(3).to_sparse()}, "a large view": {"a": torch.zeros(1).expand(2**40)},
+    "whole numbers": {"downs.0.weight": torch.zeros(64, 6, 3, 3, dtype=torch.int64)},
+    "complex numbers": {"downs.0.weight": torch.zeros(64, 6, 3, 3, dtype=torch.complex64)},
+    "many tensors": {f"m{number}": torch.zeros(1) for number in range(5000)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_contents_of_released_checkpoints(name: str, tmp_path: Path) -> None:
+    torch.save({"params": PARAMS[name]}, tmp_path / "a.pth")
+    assert refused(lambda: load_official(tmp_path / "a.pth"))
+
+
+def test_a_pickle_of_another_protocol_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"params": print}, protocol=4))
+    assert refused(lambda: load_official(tmp_path / "a.pth"))  # where warnings are errors
 
 
 STATE: dict[str, Any] = {

@@ -96,6 +96,8 @@ def test_a_model_of_a_users_own_method_needs_its_plugin(model: Path, small: Path
     config = folder / "unet" / "config.json"
     config.write_text(config.read_text().replace('"bidiffsr"', '"cli-mine"'))
     command = ["upscale", str(small), str(tmp_path / "out.png"), "--model", str(folder), "--steps", "1"]
-    assert "unknown method 'cli-mine'" in fails(*command)
+    message = fails(*command)
+    assert "unknown method 'cli-mine'" in message
+    assert "`binarize --plugin FILE ...`" in message
     succeeds("--plugin", plugin, *command)
     assert (tmp_path / "out.png").is_file()

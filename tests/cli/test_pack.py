@@ -64,6 +64,7 @@ def test_the_source_and_other_files_are_never_lost(model: Path, packed: Path, tm
         (model, target, [], "already holds a model"),
         (target, target, ["--force"], f"holds the source {target}, which would be lost"),
         (target, tmp_path, ["--force"], f"holds the source {target}, which would be lost"),
+        (target, target / "unet", ["--force"], f"holds the source {target}, which would be lost"),
     ):
         assert message in fails("pack", source, place, *options)
     assert contents(tmp_path) == before

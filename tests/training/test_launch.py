@@ -34,6 +34,14 @@ def test_processes_that_do_not_train_together_are_refused(recipe: Any, monkeypat
     assert not run.output_dir.exists()
 
 
+@pytest.mark.parametrize(("name", "value"), [("ACCELERATE_USE_CPU", "x"), ("LOCAL_RANK", "")])
+def test_a_variable_that_accelerate_cannot_read_is_an_error(name, value, recipe, monkeypatch):
+    monkeypatch.setenv(name, value)
+    run = recipe()
+    assert_error("Accelerate cannot start with .*, or a variable such as LOCAL_RANK", train, run, progress=False)
+    assert not run.output_dir.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo")
 def test_torchrun_without_a_gpu_trains_one_run(pictures: Path, tmp_path: Path) -> None:
