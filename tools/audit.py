@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
@@ -25,27 +24,31 @@ def installed() -> dict[str, str]:
     return {name: version for name, version in sorted(found.items()) if name != OWN}
 
 
-def unreachable(name: str, version: str) -> str | None:
-    """Return why PyPI does not answer with the advisories of a package that it has, or None."""
+def audit(packages: dict[str, str], *options: str, quiet: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run pip-audit on packages by version, without installing them."""
+    with tempfile.TemporaryDirectory() as folder:
+        pinned = Path(folder, "installed.txt")
+        pinned.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()), encoding="utf-8")
+        command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--no-deps", "--progress-spinner=off", *options]
+        return subprocess.run([*command, "-r", str(pinned)], check=False, capture_output=quiet, text=True)
+
+
+def unreachable(version: str) -> str | None:
+    """Return why PyPI does not answer with the advisories of pip-audit, which it has, or None."""
+    answer = audit({"pip-audit": version}, "--format=json", quiet=True)
     try:
-        with urllib.request.urlopen(f"https://pypi.org/pypi/{name}/{version}/json", timeout=20) as answer:
-            return None if "vulnerabilities" in json.load(answer) else "its answer has no advisories"
-    except (OSError, ValueError) as error:
-        return str(error)
+        return json.loads(answer.stdout)["dependencies"][0].get("skip_reason")
+    except (ValueError, LookupError):
+        return (answer.stderr.strip().splitlines() or ["no answer"])[-1]
 
 
 def main() -> int:
     """Return pip-audit's exit status, or 0 if there is nothing to compare with."""
     packages = installed()
-    if (reason := unreachable("pip-audit", packages["pip-audit"])) is not None:
+    if (reason := unreachable(packages["pip-audit"])) is not None:
         print(f"audit: skipped, because PyPI's advisories cannot be reached: {reason}")
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        pinned = Path(folder, "installed.txt")
-        pinned.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()), encoding="utf-8")
-        options = ["--disable-pip", "--no-deps", "--progress-spinner=off"]
-        command = [sys.executable, "-m", "pip_audit", *options, "-r", str(pinned)]
-        return subprocess.run(command, check=False).returncode
+    return audit(packages).returncode
 
 
 if __name__ == "__main__":
