@@ -22,7 +22,7 @@ from binarize.models.pipeline import evaluating
 from binarize.models.sampling import set_timesteps
 from binarize.models.saving import reading, save_whole
 
-MAX_GUIDANCE = 1000
+MAX_GUIDANCE, _MOST = 1000, 65536
 _DEFAULT_STEPS = 50
 Labels = int | str | Sequence[int | str]
 
@@ -105,9 +105,13 @@ class GenerationPipeline(DiffusionPipeline):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
-        size = self.unet.config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config["in_channels"], height, width
+        size, channels = self.unet.config.get("sample_size"), self.unet.config.get("in_channels")
+        sides = size if isinstance(size, list | tuple) else (size, size)
+        if len(sides) != 2 or not all(checks.is_whole(side) and side <= _MOST for side in (*sides, channels)):
+            given = f"sample_size={size!r:.40}, in_channels={channels!r:.40}"
+            allowed = f"whole numbers from 1 to {_MOST}, sample_size also two of them"
+            raise BinarizeError(f"the network's configuration has {given}; allowed: {allowed}.")
+        return channels, *sides
 
     @torch.no_grad()
     def __call__(

@@ -159,6 +159,8 @@ def load_generator(path: Path) -> GenerationPipeline:
     if not (path / PIPELINE).is_file():
         raise BinarizeError(f"{path}: is no pipeline's folder; give one that holds a {PIPELINE}.")
     index = _read_json(path / PIPELINE)
+    if index.get("_class_name") == SuperResolutionPipeline.__name__:
+        raise BinarizeError(f"{path}: upscales images; use `binarize upscale`.")
     parts = {name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]}
     if index.get("_class_name") != "GenerationPipeline" and parts != {"unet", "scheduler"}:
         raise BinarizeError(f"{path}: is a {index.get('_class_name')}, not a pipeline that generates images.")

@@ -1,9 +1,10 @@
 """`binarize generate`, `binarize pack` and `binarize summary` of models that generate images."""
 
+import shutil
 from pathlib import Path
 
 import pytest
-from cli_case import WEIGHTS, fails, pixels, succeeds
+from cli_case import WEIGHTS, edit_json, fails, pixels, succeeds
 from generation_case import CLASSES, CONDITIONAL, tiny, write_images
 
 from binarize.training import train
@@ -50,6 +51,18 @@ def test_wrong_options_are_named(options: tuple[str, ...], message: str, generat
     target = tmp_path / "out" if "--columns" in options else tmp_path / "out.png"
     assert message in fails("generate", str(target), "--model", str(generator), *options)
     assert not (tmp_path / "out.png").exists()
+
+
+def test_a_model_that_upscales_is_named(model: Path, tmp_path: Path) -> None:
+    message = fails("generate", tmp_path / "a.png", "--model", model)
+    assert "upscales images; use `binarize upscale`." in message
+
+
+@pytest.mark.parametrize("size", [None, 0, "x", [8], [8, 8, 8], 2**40, 8.5])
+def test_a_wrong_size_in_the_configuration_is_named(generator: Path, tmp_path: Path, size: object) -> None:
+    own = shutil.copytree(generator / "model", tmp_path / "own")
+    edit_json(own / "unet" / "config.json", sample_size=size)
+    assert "sample_size" in fails("generate", tmp_path / "a.png", "--model", own, "--steps", "1", "-n", "1")
 
 
 def test_existing_files_are_kept(generator: Path, tmp_path: Path) -> None:
