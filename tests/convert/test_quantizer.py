@@ -167,8 +167,9 @@ def test_srunet_is_converted_while_it_loads(tmp_path):
         assert_error(message, SRUNet.from_pretrained, tmp_path / name, quantization_config=config)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}, {"variant": "fp16"}])
+@pytest.mark.parametrize(
+    ("options", "packed"), [({}, True), ({"max_shard_size": "20KB"}, False), ({"variant": "fp16"}, False)]
+)
 def test_damaged_weights_are_refused(options, packed, tmp_path):
     variant = {key: value for key, value in options.items() if key == "variant"}
     model = converted("bnn")
@@ -180,7 +181,7 @@ def test_damaged_weights_are_refused(options, packed, tmp_path):
     assert_same(UNet2DModel.from_pretrained(tmp_path, **variant), model)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == ("max_shard_size" in options)
-    for path in files:
+    for path in files[:3]:
         whole = path.read_bytes()
         for at in (len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
