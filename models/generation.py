@@ -68,6 +68,8 @@ class GenerationPipeline(DiffusionPipeline):
             checks.check_numbers(scheduler, num_inference_steps, batch_size=1, eta=0)
         self.register_modules(unet=unet, scheduler=scheduler)
         classes = None if classes is None else list(classes)
+        if classes is not None and getattr(unet, "class_embedding", unet) is None:
+            raise BinarizeError(f"the network has no classes, but the pipeline has {len(classes)}; leave classes out.")
         self.register_to_config(
             classes=classes, guidance_scale=float(guidance_scale), num_inference_steps=num_inference_steps
         )

@@ -22,9 +22,9 @@ from binarize.models.loading import load_network
 OTHER = {"block_out_channels": (32, 32), "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.utime")
 COMMANDS = {
-    "upscale": "upscale in/p0.png --output new.png --model model --steps 1",
-    "upscale again": "upscale in/p0.png --output old.png --model model --steps 1 --force",
-    "upscale a folder": "upscale in out --model model --steps 1 --force",
+    "upscale": "upscale in/p0.png -o new.png --model model --steps 1",
+    "upscale again": "upscale in/p0.png -o old.png --model model --steps 1 --force",
+    "upscale a folder": "upscale in -o out --model model --steps 1 --force",
     "pack": "pack model new",
     "pack again": "pack model packed --force",
     "import": "import-official {checkpoint} new --scale 2",

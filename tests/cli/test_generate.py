@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 from cli_case import WEIGHTS, edit_json, fails, pixels, succeeds
+from diffusers import DDIMScheduler, UNet2DModel
 from generation_case import CLASSES, CONDITIONAL, tiny, write_images
 
+from binarize.errors import BinarizeError
+from binarize.models import GenerationPipeline
 from binarize.training import train
 
 
@@ -63,6 +66,13 @@ def test_a_wrong_size_in_the_configuration_is_named(generator: Path, tmp_path: P
     own = shutil.copytree(generator / "model", tmp_path / "own")
     edit_json(own / "unet" / "config.json", sample_size=size)
     assert "sample_size" in fails("generate", tmp_path / "a.png", "--model", own, "--steps", "1", "-n", "1")
+
+
+def test_classes_that_the_network_does_not_have_are_named(tmp_path: Path) -> None:
+    network = UNet2DModel(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+                          up_block_types=("UpBlock2D",))  # fmt: skip
+    with pytest.raises(BinarizeError, match="the network has no classes, but the pipeline has 2"):
+        GenerationPipeline(network, DDIMScheduler(), classes=["a", "b"])
 
 
 def test_existing_files_are_kept(generator: Path, tmp_path: Path) -> None:
