@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from binarize.hosts import list_hosts, register_host
     from binarize.layers import calibrate, list_parts, register_layer, register_part, training_step
     from binarize.methods import Method, get_method, list_methods, register_method
+    from binarize.onnx.export import export_onnx
     from binarize.quantizer import BinarizeConfig
     from binarize.recipes.build import build
     from binarize.serialization import load, save
@@ -61,6 +62,7 @@ _NAMES = {
     "layers": ("calibrate", "list_parts", "register_layer", "register_part", "training_step"),
     "methods": ("Method", "get_method", "list_methods", "register_method"),
     "quantizer": ("BinarizeConfig",),
+    "onnx.export": ("export_onnx",),
     "recipes.build": ("build",),
     "serialization": ("load", "save"),
     "studies.ablation": ("ablate",),
@@ -70,7 +72,7 @@ _MODULE_OF = {name: f"binarize.{module}" for module, names in _NAMES.items() for
 __all__ = ["BinarizeError", "ConversionReport", "Summary", "convert", "plan", "report", "revert", "summary"]
 __all__ += ["BinarizeConfig", "ablate", "binary_state", "build", "doctor", "is_packed", "load", "pack", "save"]
 __all__ += ["Timestep", "calibrate", "checkpoint_context", "memory_mode", "param_groups", "timesteps"]
-__all__ += ["training_step", "unpack"]
+__all__ += ["export_onnx", "training_step", "unpack"]
 __all__ += ["Method", "get_method", "list_methods", "list_parts", "register_method", "register_part"]
 __all__ += ["list_hosts", "register_host", "register_layer"]
 __all__ += ["diagnosis", "evaluation", "hosts", "imaging", "inspect", "layers", "methods", "models", "packed"]

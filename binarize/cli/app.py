@@ -14,6 +14,7 @@ from binarize.cli.demo import demo
 from binarize.cli.doctor import doctor
 from binarize.cli.errors import OneLineErrors
 from binarize.cli.evaluate import evaluate
+from binarize.cli.export import export
 from binarize.cli.generate import generate
 from binarize.cli.import_official import import_official
 from binarize.cli.methods import methods
@@ -65,7 +66,8 @@ def _root(
         import_plugins(plugin)
 
 
-for command in (upscale, generate, train, evaluate, summary, methods, import_official, pack, doctor, ablate, demo):
+COMMANDS = (upscale, generate, train, evaluate, summary, methods, import_official, pack, export, doctor, ablate, demo)
+for command in COMMANDS:
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 

@@ -141,7 +141,8 @@ def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
 def mirror(planes: torch.Tensor, pad: int, axis: int) -> torch.Tensor:
     """Pad an axis on both sides by repeated mirroring with the edge repeated."""
     size = planes.shape[axis]
-    index = torch.arange(-pad, size + pad, device=planes.device) % (2 * size)
+    index = torch.arange(-pad, size + pad, device=planes.device)
+    index = index % torch.full_like(index, 2 * size)  # a tensor, since ONNX's exporter takes no symbolic number here
     return planes.index_select(axis, torch.minimum(index, 2 * size - 1 - index))
 
 

@@ -22,6 +22,8 @@ def pool_channels(x: Tensor, channels: int, channel_dim: int = 1) -> Tensor:
     width = x.shape[channel_dim]
     if width == channels:
         return x
+    if torch.onnx.is_in_onnx_export():
+        return _pool_axis(x, channel_dim, channels)
     if channel_dim == 1:
         planes = x.flatten(3)
         pooled = F.adaptive_avg_pool3d(planes.unsqueeze(1), (channels, *planes.shape[2:])).squeeze(1)
@@ -33,8 +35,21 @@ def _pool_size(x: Tensor, size: torch.Size) -> Tensor:
     """Average-pool ``(B, C, [D,] H, W)`` to a size."""
     if x.shape[2:] == size:
         return x
+    if torch.onnx.is_in_onnx_export():
+        for axis, side in enumerate(size, start=2):
+            x = _pool_axis(x, axis, side)
+        return x
     pool: Any = F.adaptive_avg_pool2d if x.dim() == 4 else F.adaptive_avg_pool3d
     return cast(Tensor, pool(x, tuple(size)))
+
+
+def _pool_axis(x: Tensor, axis: int, size: int) -> Tensor:
+    """Average-pool one axis to any size by a matrix product; ONNX has no adaptive pooling."""
+    length, start = x.shape[axis], torch.arange(size, device=x.device).unsqueeze(1)
+    sizes, places = torch.full_like(start, size), torch.arange(length, device=x.device)
+    first, end = start * length // sizes, (start * length + length + size - 1) // sizes
+    inside = ((places >= first) & (places < end)).to(x.dtype)
+    return (x.movedim(axis, -1) @ (inside / (end - first)).mT).movedim(-1, axis)
 
 
 class PoolShortcut(LayerPart):

@@ -254,22 +254,25 @@ class PackedLayer(PartPipeline):
 
     @torch.no_grad()
     def _lay_out(self, lowered: LoweredLayer) -> list[BinaryConv]:
+        thresholds, unsigned = self.thresholds(lowered), lowered.levels == (0, 1)
+        geometry = self.geometry if self.padding_mode == "zeros" else self.geometry._replace(pad=(0, 0, 0, 0))
+        shape = replace(self.shape, bases=1, kernel=self.kernel)
+        convs = []
+        for words, scale in self._products(thresholds.dtype):
+            transform = replace(lowered.transform, scale=scale)
+            convs.append(BinaryConv.lay_out(words, shape, geometry, thresholds, transform, unsigned=unsigned))
+        return convs
+
+    @torch.no_grad()
+    def thresholds(self, lowered: LoweredLayer) -> Tensor:
+        """Return the least input ``(1 or K, C_in)`` whose bit is 1, in the dtype of the arithmetic."""
         floats = [t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()]
         acc_dtype = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
         # x + b >= 0 exactly where x >= -b. {0, 1} activations are 1 above 0.5, which itself rounds to 0.
         thresholds = torch.zeros(1, self.widths[0], dtype=acc_dtype, device=self.words.device)
-        unsigned = lowered.levels == (0, 1)
-        if unsigned:
+        if lowered.levels == (0, 1):
             thresholds = torch.nextafter(thresholds + 0.5, thresholds + 1)
-        if lowered.shift is not None:
-            thresholds = thresholds - lowered.shift.to(acc_dtype)
-        geometry = self.geometry if self.padding_mode == "zeros" else self.geometry._replace(pad=(0, 0, 0, 0))
-        shape = replace(self.shape, bases=1, kernel=self.kernel)
-        convs = []
-        for words, scale in self._products(acc_dtype):
-            transform = replace(lowered.transform, scale=scale)
-            convs.append(BinaryConv.lay_out(words, shape, geometry, thresholds, transform, unsigned=unsigned))
-        return convs
+        return thresholds if lowered.shift is None else thresholds - lowered.shift.to(acc_dtype)
 
     def _products(self, dtype: torch.dtype) -> Iterable[tuple[Tensor, Tensor | None]]:
         """Yield the words and scales of the products that the kernel computes."""

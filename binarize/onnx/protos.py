@@ -1,0 +1,129 @@
+"""What is done to the exporter's model: local functions, half precision where it is exact, no debugging information."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from binarize.onnx.functions import DOMAIN, GROUP_NORM, ROWS, SIGNS, Kind, Step, binary_layer
+
+_LEAST_HALVED = 32  # values; a Cast takes as many bytes as it would save in smaller tensors
+_KINDS: tuple[Kind, ...] = ("BinaryConv", "BinaryLinear")
+
+
+def finish(model: Any, metadata: Mapping[str, str]) -> None:
+    """Complete an ``onnx.ModelProto`` in place."""
+    _strip(model)
+    _halve(model.graph)
+    _add_functions(model)
+    _name_axes(model.graph)
+    del model.metadata_props[:]
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """Iterate over the nodes of a graph and of those inside it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                yield from _nodes(inner)
+
+
+def _strip(model: Any) -> None:
+    """Remove what runtimes do not read: debugging information, shapes inside the graph and unused weights."""
+    graph = model.graph
+    used = {name for node in _nodes(graph) for name in node.input} | {value.name for value in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:], graph.value_info[:], graph.metadata_props[:]
+    graph.initializer.extend(kept)
+    for node in _nodes(graph):
+        node.ClearField("name")
+        node.ClearField("doc_string")
+        del node.metadata_props[:]
+    for value in [*graph.initializer, *graph.input, *graph.output]:
+        value.ClearField("doc_string")
+        del value.metadata_props[:]
+
+
+def _halve(graph: Any) -> None:
+    """Store weights as float16 where that is exact. The binary layers convert theirs; a Cast does it for the others."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    readers: dict[str, list[str]] = {}
+    for node in _nodes(graph):
+        for name in node.input:
+            readers.setdefault(name, []).append(node.domain)
+    casts = []
+    for tensor in graph.initializer:
+        values = numpy_helper.to_array(tensor) if tensor.data_type == TensorProto.FLOAT else np.empty(0)
+        if values.size < _LEAST_HALVED:
+            continue
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), values):
+            continue
+        name = tensor.name
+        convert = any(domain != DOMAIN for domain in readers[name])
+        stored = f"{name}.half" if convert else name
+        tensor.CopyFrom(numpy_helper.from_array(half, stored))
+        if convert:
+            casts.append(helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _add_functions(model: Any) -> None:
+    """Add the local functions that the nodes call."""
+    from onnx import parser
+
+    called = sorted({node.op_type for node in _nodes(model.graph) if node.domain == DOMAIN})
+    texts = [GROUP_NORM] if "GroupNorm" in called else []
+    for name in called:
+        kind, *steps = name.split("_")
+        if kind in _KINDS:
+            texts.append(binary_layer(kind, _steps(steps)))
+    if any(name.startswith((*_KINDS, "Signs")) for name in called):
+        texts.append(SIGNS)
+    for text in texts:
+        model.functions.append(parser.parse_function(text))
+    if texts and all(entry.domain != DOMAIN for entry in model.opset_import):
+        model.opset_import.add(domain=DOMAIN, version=1)
+
+
+def _steps(names: Sequence[str]) -> list[Step]:
+    known: Any = [*ROWS, "Unsigned", "EarlyShortcut", "Clamp", "Shortcut"]
+    return [known[known.index(name)] for name in names]
+
+
+def _name_axes(graph: Any) -> None:
+    """Name the dynamic axes: batch, and those of images, which an output shares with an input where they are equal."""
+    names: dict[str, str] = {}
+    for value in [*graph.input, *graph.output]:
+        axes = value.type.tensor_type.shape.dim
+        kinds = ["batch", "channels", "height", "width"] if len(axes) == 4 else ["batch"]
+        for number, axis in enumerate(axes):
+            if axis.HasField("dim_param"):
+                kind = kinds[number] if number < len(kinds) else f"{value.name}_{number}"
+                taken = kind in names.values()
+                axis.dim_param = names.setdefault(axis.dim_param, f"{value.name}_{kind}" if taken else kind)
+
+
+def describe(path: Path) -> str:
+    """Return a line with the names and shapes of a file's inputs and outputs."""
+    from onnx import load
+
+    graph = load(path).graph
+    return f"{_shapes(graph.input)} to {_shapes(graph.output)}"
+
+
+def _shapes(values: Collection[Any]) -> str:
+    shapes = ([axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in values)
+    return ", ".join(
+        f"{value.name} ({', '.join(map(str, shape))})" for value, shape in zip(values, shapes, strict=True)
+    )

@@ -1,0 +1,139 @@
+"""The sampler as numbers, for programs without diffusers, and a module that samples whole images with them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from binarize.errors import BinarizeError
+from binarize.imaging import upscale_bicubic
+from binarize.models.sampling import set_timesteps
+from binarize.models.target import image_of
+
+
+@dataclass(frozen=True)
+class SamplerStep:
+    """One step from x_t to the next x.
+
+    With ``output = network(x, timestep, condition)`` and ``x0 = clip(clean[0] * x + clean[1] * output)``, the next x is
+    ``next[0] * x + next[1] * output + next[2] * x0``.
+    """
+
+    timestep: int
+    clean: tuple[float, float]
+    next: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A deterministic sampler: x starts as Gaussian noise, and the last x is what the network was trained to predict.
+
+    ``x0`` is limited to ``[-clip_range, clip_range]``, or not at all if it is None.
+    """
+
+    clip_range: float | None
+    steps: tuple[SamplerStep, ...]
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the fields as JSON can hold them."""
+        return asdict(self)
+
+    def step(self, step: SamplerStep, x: Tensor, output: Tensor) -> Tensor:
+        """Return the next x."""
+        clean = _sum(step.clean, (x, output))
+        if self.clip_range is not None:
+            clean = clean.clamp(-self.clip_range, self.clip_range)
+        return _sum(step.next, (x, output, clean))
+
+
+def _sum(factors: tuple[float, ...], tensors: tuple[Tensor, ...]) -> Tensor:
+    terms = [t if f == 1 else t * f for f, t in zip(factors, tensors, strict=True) if f]
+    return torch.stack(terms).sum(0) if len(terms) > 2 else terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def sampler_of(scheduler: Any, steps: int) -> Sampler:
+    """Return the numbers of DDIM's steps without noise (Song et al. 2021, equation 12).
+
+    Raises:
+        BinarizeError: If the scheduler is another one, or one of its settings changes the formula.
+    """
+    if type(scheduler) is not DDIMScheduler:
+        raise BinarizeError(
+            f"export: the steps of {type(scheduler).__name__} cannot be written into a file; use DDIM: "
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)."
+        )
+    scheduler = copy.deepcopy(scheduler)
+    set_timesteps(scheduler, steps)
+    config, levels = scheduler.config, scheduler.alphas_cumprod.double().tolist()
+    made = []
+    for timestep in scheduler.timesteps.tolist():
+        before = timestep - config["num_train_timesteps"] // steps
+        a, a_next = levels[timestep], levels[before] if before >= 0 else float(scheduler.final_alpha_cumprod)
+        clean, noise = {
+            "epsilon": ((1 / sqrt(a), -sqrt(1 - a) / sqrt(a)), (0.0, 1.0)),
+            "sample": ((0.0, 1.0), (1 / sqrt(1 - a), -sqrt(a) / sqrt(1 - a))),
+            "v_prediction": ((sqrt(a), -sqrt(1 - a)), (sqrt(1 - a), sqrt(a))),
+        }[config["prediction_type"]]
+        direction = sqrt(1 - a_next)
+        made.append(SamplerStep(timestep, clean, (direction * noise[0], direction * noise[1], sqrt(a_next))))
+    sampler = Sampler(config["clip_sample_range"] if config["clip_sample"] else None, tuple(made))
+    _check(scheduler, sampler)
+    return sampler
+
+
+def _check(scheduler: DDIMScheduler, sampler: Sampler) -> None:
+    """Raise BinarizeError unless the scheduler's own steps give the same numbers."""
+    source = torch.Generator().manual_seed(0)
+    x, *outputs = torch.randn(1 + len(sampler.steps), 1, 3, 8, 8, generator=source, dtype=torch.float64)
+    outputs = [output * 2 * (sampler.clip_range or 1) for output in outputs]
+    for step, output in zip(sampler.steps, outputs, strict=True):
+        expected: Any = scheduler.step(output, step.timestep, x)
+        x = sampler.step(step, x, output)
+        if not torch.allclose(x, expected.prev_sample, rtol=1e-4, atol=1e-4 * float(output.abs().max())):
+            raise BinarizeError(
+                "export: the settings of this DDIMScheduler, such as thresholding, cannot be written into a file; make "
+                "one with its betas and its prediction type alone."
+            )
+
+
+class WholeImage(nn.Module):
+    """From a low-resolution image and noise to the enlarged image, as `binarize.models.SuperResolutionPipeline` does.
+
+    ``network(x, timestep, condition).sample`` is its prediction.
+    """
+
+    def __init__(self, network: nn.Module, sampler: Sampler, scale: int, residual_factor: float | None) -> None:
+        super().__init__()
+        self.network, self.sampler, self.scale, self.residual_factor = network, sampler, scale, residual_factor
+
+    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Enlarge ``(B, 3, h, w)`` in [0, 1].
+
+        ``noise`` is ``(B, 3, H, W)``, at least as large as the result and a multiple of the network's size multiple;
+        what is beyond the result is padding.
+        """
+        enlarged = upscale_bicubic(image, self.scale)
+        condition = _extended(_extended(enlarged, 2, noise.shape[2]), 3, noise.shape[3])
+        x = noise
+        for step in self.sampler.steps:
+            output = self.network(x, torch.tensor([float(step.timestep)]), condition).sample
+            x = self.sampler.step(step, x, output)
+        out = image_of(x, condition, self.residual_factor).clamp(0, 1)
+        for axis in (2, 3):
+            out = out.index_select(axis, torch.arange(self.scale * image.shape[axis], device=out.device))
+        return out
+
+
+def _extended(image: Tensor, axis: int, size: int) -> Tensor:
+    """Extend an axis as `binarize.models.tiling.pad_image` does, for any size without a branch in the graph."""
+    length = image.shape[axis]
+    index = torch.arange(size, device=image.device)
+    extra = torch.zeros_like(index) + (size - length)
+    reflected = torch.where(extra < length, 2 * (length - 1) - index, length - 1)
+    return image.index_select(axis, torch.where(index < length, index, reflected))

@@ -1,0 +1,214 @@
+"""Exported networks and graphs of whole images give in onnxruntime what they give in PyTorch."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_case import fails, succeeds
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from onnx_case import difference, inputs, onnx, run, run_all
+from packed_case import scatter
+from pipeline_case import pipeline
+from torch import Tensor, nn
+
+import binarize
+from binarize.errors import BinarizeError
+from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.models.tiling import pad_noise
+from binarize.onnx.sampling import WholeImage, sampler_of
+
+TINY: dict[str, Any] = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
+METHODS = {
+    "encoder.0.*": "dorefa", "encoder.1.*": "reactnet", "middle.0.*": "binarydm", "decoder.1.blocks.0.*": "irnet",
+    "decoder.1.blocks.1.*": "bnn",
+}  # fmt: skip
+BETAS = {"num_train_timesteps": 1000, "clip_sample_range": 2.0, "timestep_spacing": "trailing"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_trace() -> Iterator[None]:
+    """Keep pytest from recording what PyTorch logs while it traces, which takes longer than tracing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+        yield
+
+
+def tiny() -> SRUNet:
+    torch.manual_seed(0)
+    network = binarize.convert(SRUNet(**TINY, detail_factor=30.0), "bidiffsr", overrides=METHODS)
+    return binarize.pack(scatter(network))
+
+
+@pytest.fixture(scope="module")
+def network() -> SRUNet:
+    """A packed network with layers of six methods."""
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def exported(network: SRUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return binarize.export_onnx(network, tmp_path_factory.mktemp("onnx") / "network.onnx")
+
+
+@pytest.mark.parametrize("size", [(5, 16, 16), (1, 8, 20), (2, 14, 2)])
+def test_a_network_gives_the_same_for_any_batch_size_and_timesteps(network, exported, size) -> None:
+    given = inputs(*size)
+    with torch.no_grad():
+        expected = network(**given).sample
+    assert difference(run(exported, **given), expected) < 1e-5
+
+
+def test_weights_are_bits_in_functions_of_standard_operators(network: SRUNet, exported: Path) -> None:
+    model = onnx.load(exported)
+    onnx.checker.check_model(model, full_check=True)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    binary = sum(np.prod(state.shape) * len(state.codes) for state in binarize.binary_state(network).values())
+    bits = [tensor for name, tensor in stored.items() if name.endswith(".bits")]
+    assert sum(tensor.dims[0] for tensor in bits) == binary // 8
+    assert {tensor.data_type for tensor in bits} == {onnx.TensorProto.UINT8}
+    names = {function.name for function in model.functions}
+    assert {"Signs", "GroupNorm", "BinaryConv_TimestepShift_Scale_TimestepRPReLU_Shortcut"} <= names
+    assert {node.domain for function in model.functions for node in function.node} == {"", "binarize"}
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 18, "binarize": 1}
+    config = json.loads({entry.key: entry.value for entry in model.metadata_props}["binarize.config"])
+    assert (config["class"], config["base_channels"], config["conversion"]["method"]["name"]) == (
+        "SRUNet", 16, "bidiffsr",
+    )  # fmt: skip
+
+
+def test_exact_halves_are_stored_as_halves(network: SRUNet, exported: Path, tmp_path: Path) -> None:
+    half = tiny().half().float()
+    path = binarize.export_onnx(half, tmp_path / "half.onnx")
+    folder = binarize.save(half, tmp_path / "packed", dtype=torch.float16)
+    assert path.stat().st_size < 0.8 * exported.stat().st_size
+    given = inputs(2, 8, 8)
+    with torch.no_grad():
+        expected = binarize.load(folder)(**given).sample
+    assert difference(run(path, **given), expected) < 1e-5
+
+
+class Lines(nn.Module):
+    """Layers of one and three dimensions, and a linear one, whose padding and strides differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.line = nn.Conv1d(8, 12, 3, stride=2, padding=1, groups=2)
+        self.cube = nn.Conv3d(3, 5, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1), dilation=(1, 1, 2))
+        self.flat = nn.Conv2d(5, 7, 3, padding=2, padding_mode="reflect")
+        self.tokens = nn.Linear(12, 9)
+
+    def forward(self, line: Tensor, cube: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.line(self.first(line).transpose(1, 2)).transpose(1, 2)
+        return self.tokens(tokens), self.flat(self.cube(cube).mean(2))
+
+
+@pytest.mark.parametrize("method", ["bbcu", "xnor"])
+def test_layers_of_other_dimensions(method: str, tmp_path: Path) -> None:
+    example = torch.randn(2, 10, 6), torch.randn(2, 3, 4, 9, 8)
+    model = binarize.convert(Lines(), method, linear=True, keep=["first"], example_inputs=example)
+    packed = binarize.pack(scatter(model))
+    path = binarize.export_onnx(model, tmp_path / "lines.onnx", example_inputs=example)
+    given = {"line": torch.randn(3, 7, 6), "cube": torch.randn(3, 3, 5, 7, 6)}
+    with torch.no_grad():
+        expected = packed(**given)
+    for found, wanted in zip(run_all(path, **given), expected, strict=True):
+        assert difference(found, wanted) < 1e-5
+
+
+def ddim(**options: Any) -> DDIMScheduler:
+    return DDIMScheduler(**{**BETAS, **options})
+
+
+def sampling(steps: int, scheduler: Any, **options: Any) -> SuperResolutionPipeline:
+    unet = binarize.pack(binarize.convert(SRUNet(**TINY, num_train_timesteps=1000), "bbcu"))
+    return pipeline(unet, scale=2, scheduler=scheduler, num_inference_steps=steps, **options)
+
+
+@pytest.mark.parametrize(
+    ("steps", "scheduler", "options"),
+    [
+        (3, {}, {}),
+        (1, {"prediction_type": "sample", "clip_sample": False}, {}),
+        (4, {"prediction_type": "v_prediction", "set_alpha_to_one": False}, {"residual_scale": 0.1}),
+        (2, {"prediction_type": "sample"}, {"residual_scale": 0.1, "residual_strength": 1.5}),
+    ],
+)
+@pytest.mark.parametrize("size", [(5, 4), (1, 1)])
+def test_a_whole_image_is_what_the_pipeline_gives(steps, scheduler, options, size) -> None:
+    pipe = sampling(steps, ddim(**scheduler), **options)
+    image, noise = torch.rand(1, 3, *size), torch.randn(1, 3, *(2 * side for side in size))
+    whole = WholeImage(pipe.unet, sampler_of(pipe.scheduler, steps), pipe.scale, pipe.residual_factor)
+    padded = pad_noise(noise, 2 * size[0] + 2, 2 * size[1] + 4)
+    expected = pipe(image, latents=noise, output_type="pt").images
+    with torch.no_grad():
+        found = whole(image, pad_noise(noise, 2 * size[0], 2 * size[1]))
+        assert whole(image, padded).shape == found.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=1 / 255)
+
+
+def test_the_command_writes_a_graph_from_an_image_and_noise(tmp_path: Path) -> None:
+    unet = binarize.convert(SRUNet(**TINY, num_train_timesteps=1000), "bbcu")
+    pipe = pipeline(unet, scale=3, scheduler=ddim(prediction_type="sample"), num_inference_steps=1)
+    pipe.save_pretrained(tmp_path / "model")
+    path = tmp_path / "upscale.onnx"
+    output = succeeds("export", tmp_path / "model", path, "--steps", "1")
+    assert f"{path.stat().st_size / 1e6:.2f} MB" in output
+    assert "image (batch, 3, height, width), noise (batch, 3, noise_height, noise_width) to enlarged" in output
+    binarize.pack(pipe.unet)
+    for batch, height, width in ((1, 5, 6), (2, 4, 8), (1, 1, 2)):
+        image, noise = torch.rand(batch, 3, height, width), torch.randn(batch, 3, 3 * height, 3 * width)
+        expected = pipe(image, latents=noise, output_type="pt", batch_size=batch).images
+        padded = pad_noise(noise, 3 * height + height % 2, 3 * width + width % 2)
+        found = run(path, image=image, noise=padded)
+        assert found.shape == expected.shape
+        assert (255 * (found - expected).abs() < 1).float().mean() >= 0.999
+    described = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(described["binarize.sampling"])["sampler"]["steps"][0]["clean"] == [0.0, 1.0]
+
+
+def test_what_cannot_be_exported_is_refused(network: SRUNet, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "model.onnx"
+
+    def refused(match: str, model: Any = network, **options: Any) -> None:
+        with pytest.raises(BinarizeError, match=match):
+            binarize.export_onnx(model, path, **options)
+        assert not path.exists()
+
+    refused(r"steps=2 needs a SuperResolutionPipeline; got a SRUNet", steps=2)
+    refused("is not converted; call binarize.convert first", SRUNet(**TINY))
+    refused(r"sample in example_inputs needs a batch of at least 2; got the shape \(1, 3, 8, 8\)",
+            example_inputs=tuple(inputs(1, 8, 8).values()))  # fmt: skip
+    refused("cannot export this network: .* missing 2 required pos", example_inputs=torch.zeros(2, 3, 8, 8))
+    other = DPMSolverMultistepScheduler.from_config(ddim().config)
+    refused("steps of DPMSolverMultistepScheduler cannot be written into a file; use DDIM", sampling(2, other), steps=2)
+    unusual = ddim(prediction_type="sample", thresholding=True, clip_sample=False)
+    refused("settings of this DDIMScheduler, such as thresholding", sampling(2, unusual), steps=2)
+    handle = next(m for _, m in binarize.conversion.export.packed_layers(network)).register_forward_hook(print)
+    refused("has hooks or another forward than PackedConv2d's")
+    handle.remove()
+    monkeypatch.setattr("binarize.onnx.export.find_spec", lambda name: None)
+    refused(r"needs onnx: pip install 'binarize-diffusion\[onnx\]'")
+
+
+def test_an_error_of_pytorch_is_one_line(tmp_path: Path) -> None:
+    class Branching(Lines):
+        def forward(self, line: Tensor, cube: Tensor) -> tuple[Tensor, Tensor]:
+            tokens, image = super().forward(line, cube)
+            return (tokens, image) if float(line.sum()) > 0 else (image, tokens)
+
+    example = torch.randn(2, 10, 6), torch.randn(2, 3, 4, 9, 8)
+    model = binarize.pack(binarize.convert(Branching(), "bnn", example_inputs=example))
+    with pytest.raises(BinarizeError, match=r"^export: PyTorch cannot export this network: [^\n]+$"):
+        binarize.export_onnx(model, tmp_path / "model.onnx", example_inputs=example)
+
+
+def test_the_command_names_the_model_and_keeps_files(tmp_path: Path) -> None:
+    SRUNet(**TINY).save_pretrained(tmp_path / "plain")
+    assert "is not converted" in fails("export", tmp_path / "plain", tmp_path / "model.onnx")
+    assert "does not store its scale" in fails("export", tmp_path / "plain", tmp_path / "model.onnx", "--steps", "1")
