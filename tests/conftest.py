@@ -21,7 +21,7 @@ DURATION_BUDGETS = {"not zoo": 2 * 300, "not slow and not zoo": 2 * 90}
 # Files whose tests train networks, run the snippets of the documentation or Triton's interpreter: all of them are slow.
 SLOW_FILES = ("test_ablation", "test_changes", "test_cuda", "test_doctor", "test_objectives", "test_options")
 SLOW_FILES += ("test_readme", "test_stages", "test_textbook")
-ZOO_FILES = ("test_families", "test_zoo")
+ZOO_FILES = ("test_exported_models", "test_families", "test_zoo")
 
 # Small tensors gain nothing from more threads. Each process of `pytest -n`, and each program that it starts, has one
 # thread, because more would compete for the cores.

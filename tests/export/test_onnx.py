@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_case import fails, succeeds
+from cli_case import fails, make_image, succeeds
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from onnx_case import difference, inputs, onnx, run, run_all
 from packed_case import scatter
+from PIL import Image
 from pipeline_case import pipeline
 from torch import Tensor, nn
 
@@ -152,6 +155,21 @@ def test_a_whole_image_is_what_the_pipeline_gives(steps, scheduler, options, siz
     torch.testing.assert_close(found, expected, rtol=0, atol=1 / 255)
 
 
+def check_program_without_torch(folder: Path, pipe: SuperResolutionPipeline) -> None:
+    """Run the program of the documentation, beside which are small.png and upscale.onnx."""
+    page = (Path(__file__).parents[2] / "docs/howto/deploy.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    assert code.count("\n") <= 30
+    make_image(6, 4).save(folder / "small.png")
+    code += "import sys\nassert 'torch' not in sys.modules\n"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True)
+    noise = np.random.default_rng(0).standard_normal((1, 3, 18, 12), np.float32)
+    expected = pipe(make_image(6, 4), latents=torch.from_numpy(noise)).images[0]
+    with Image.open(folder / "large.png") as large:
+        apart = np.abs(np.asarray(large).astype(int) - np.asarray(expected).astype(int))
+    assert apart.max() <= 1
+
+
 def test_the_command_writes_a_graph_from_an_image_and_noise(tmp_path: Path) -> None:
     unet = binarize.convert(SRUNet(**TINY, num_train_timesteps=1000), "bbcu")
     pipe = pipeline(unet, scale=3, scheduler=ddim(prediction_type="sample"), num_inference_steps=1)
@@ -168,6 +186,7 @@ def test_the_command_writes_a_graph_from_an_image_and_noise(tmp_path: Path) -> N
         found = run(path, image=image, noise=padded)
         assert found.shape == expected.shape
         assert (255 * (found - expected).abs() < 1).float().mean() >= 0.999
+    check_program_without_torch(tmp_path, pipe)
     described = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert json.loads(described["binarize.sampling"])["sampler"]["steps"][0]["clean"] == [0.0, 1.0]
 
