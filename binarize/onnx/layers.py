@@ -43,7 +43,8 @@ def _node_of(name: str, layer: PackedLayer) -> nn.Module:
             f"export: {name} has hooks or another forward than {type(layer).__name__}'s, which a file cannot hold; "
             "remove them first."
         )
-    if not layer.has_kernel:
+    lowered = lower(layer)
+    if lowered is None or lowered.planes:
         return _ManyValues1d(layer) if isinstance(layer, PackedConv1d) else _ManyValues(layer)
     if isinstance(layer, PackedLinear):
         return _Linear(layer)

@@ -111,8 +111,11 @@ class Lines(nn.Module):
         return self.tokens(tokens), self.flat(self.cube(cube).mean(2))
 
 
-@pytest.mark.parametrize("method", ["bbcu", "xnor"])
-def test_layers_of_other_dimensions(method: str, tmp_path: Path) -> None:
+W1A4 = {"name": "bbcu", "activation": {"name": "lsq", "bits": 4}}
+
+
+@pytest.mark.parametrize("method", ["bbcu", "xnor", W1A4], ids=str)
+def test_layers_of_other_dimensions(method: Any, tmp_path: Path) -> None:
     example = torch.randn(2, 10, 6), torch.randn(2, 3, 4, 9, 8)
     model = binarize.convert(Lines(), method, linear=True, keep=["first"], example_inputs=example)
     packed = binarize.pack(scatter(model))
