@@ -78,8 +78,17 @@ def evaluate(
         check_evaluation_folder(output, force=force)
     model = at_revision(model, revision)
     if generates(model):
-        wrong = {"--lr": lr, "--scale": scale, "--tile": tile, "--overlap": overlap, "--limit": limit}
-        wrong["--lpips-backbone"] = lpips_backbone
+        wrong: dict[str, object] = {
+            "--lr": lr,
+            "--scale": scale,
+            "--tile": tile,
+            "--overlap": overlap,
+            "--limit": limit,
+        }
+        wrong |= {
+            "--lpips-backbone": lpips_backbone,
+            "--degradation": None if degradation == "bicubic" else degradation,
+        }
         if given := [name for name, value in wrong.items() if value is not None]:
             raise BinarizeError(f"{given[0]}: {model} generates images; leave it out.")
         generator = prepare(load_generator(model), device, dtype, scheduler, pack=packing)

@@ -80,6 +80,7 @@ def test_existing_files_are_kept(generator: Path, tmp_path: Path) -> None:
     assert "already exists" in fails("generate", str(tmp_path / "out.png"), "--model", str(generator))
 
 
+@pytest.mark.slow
 def test_a_packed_generator_draws_the_same(tmp_path: Path) -> None:
     binary = trained(tmp_path)
     assert "binarize generate OUT" in succeeds("pack", binary, tmp_path / "packed")

@@ -86,6 +86,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run: TrainResult, symbols: Pa
     assert_error(r"class_dropout: was 0\.1, is 0\.2\n", train, other, progress=False)
 
 
+@pytest.mark.slow
 def test_the_packed_pipeline_is_sampled_by_diffusers(symbols: Path, tmp_path: Path) -> None:
     result = train(tiny(symbols, tmp_path / "run", "max_train_steps=2"), progress=False)
     pipe = load_generator(result.model_dir)
