@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from binarize.cli.options import MAX_STEPS, MODEL, ForceOption, ScaleOption
+from binarize.cli.options import MAX_STEPS, MODEL, ForceOption, RevisionOption, ScaleOption
 from binarize.cli.streams import echo
 from binarize.errors import BinarizeError
 
@@ -18,6 +18,7 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL)],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The new file, such as model.onnx.")],
     steps: Annotated[int | None, typer.Option(min=1, max=MAX_STEPS, show_default=False, help=_STEPS)] = None,
+    revision: RevisionOption = None,
     scale: ScaleOption = None,
     force: ForceOption = False,
 ) -> None:
@@ -32,9 +33,10 @@ def export(
     ```
     """
     import binarize
-    from binarize.models.loading import PIPELINE, load_network, load_pipeline, locate
+    from binarize.models.loading import PIPELINE, at_revision, load_network, load_pipeline, locate
     from binarize.onnx.protos import describe
 
+    source = at_revision(source, revision)
     alone = steps is None and scale is None and not (locate(source) / PIPELINE).is_file()
     model = load_network(source) if alone else load_pipeline(source, scale=scale)
     try:

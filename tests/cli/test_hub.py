@@ -80,6 +80,7 @@ def test_a_revision_is_an_option(fake: Any, model: Path, photos: Path, small: Pa
         ("summary", name),
         ("pack", name, tmp_path / "packed"),
         ("doctor", name),
+        ("export", name, tmp_path / "b.onnx"),
         ("generate", tmp_path / "b.png", "--model", name),
     ):
         assert "has no revision refs/pr/2." in fails(*command, "--revision", "refs/pr/2")
