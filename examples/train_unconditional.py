@@ -28,7 +28,7 @@ tags: [binarize, unconditional-image-generation, diffusion]
 # {name}
 
 A diffusion model with 1-bit weights and activations ({method}), trained on images of {side}x{side} pixels by
-[binarize](https://pypi.org/project/binarize-diffusion/).
+binarize.
 
 ```text
 {summary}
