@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
-from binarize.layers.parts import is_hooked
+from binarize.layers.declared import is_hooked
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 ToPlain = Callable[[Any], nn.Module | str]

@@ -13,7 +13,7 @@ from binarize.kernels import ops, training
 from binarize.kernels.autograd import CompiledNormSiLUFunction, Conv3x3Function, NormSiLUFunction
 from binarize.kernels.bitpack import LANES
 from binarize.kernels.capture import is_captured
-from binarize.layers.parts import is_hooked, runs_own_forward
+from binarize.layers.declared import is_hooked, runs_own_forward
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from binarize.kernels.binary_conv import OutputTransform, Shortcut
-from binarize.layers.parts import ActivationBinarizer, LayerPart, Site, levels_of, runs_as_declared
+from binarize.layers.declared import runs_as_declared
+from binarize.layers.parts import ActivationBinarizer, LayerPart, Site, levels_of
 from binarize.layers.pipeline import PartPipeline, Stage
 from binarize.timestep import TimestepContext
 

@@ -16,16 +16,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import attrgetter
-from types import FunctionType
 from typing import Any, Literal, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.kernels.binary_conv import OutputTransform
 from binarize.kernels.signs import SignZero
 from binarize.kernels.training import Surrogate
+from binarize.layers.declared import runs_as_declared
 from binarize.registry import Registry
 from binarize.timestep import TimestepContext
 
@@ -120,69 +119,6 @@ class Scale(LayerPart):
     """Base class of scales of the product."""
 
     of_input: bool = False  # whether it is computed from the layer's own input, not from the input of the sign
-
-
-def runs_as_declared(part: object, name: str, hooks: bool = False) -> bool:
-    """Return whether an attribute or method of a module's class describes what calling the module does.
-
-    It does not if a subclass of the class that declares it has another ``forward``, or if ``forward`` was replaced on
-    the instance or the class. Unless ``hooks`` are allowed, the module must have none, and no subclass may have other
-    methods, which ``forward`` could call.
-    """
-    if not isinstance(part, nn.Module) or not (runs_own_forward(part) and (hooks or not is_hooked(part))):
-        return False
-    kinds = type(part).__mro__
-    if name in vars(part):  # set by a class's constructor, or by the user on this module
-        declares = [name in getattr(vars(kind).get("__init__"), "__code__", _NO_CODE).co_names for kind in kinds]
-        if True not in declares:
-            return True
-    else:
-        declares = [name in vars(kind) for kind in kinds]
-    subclasses = kinds[: declares.index(True) if True in declares else len(kinds)]
-    if hooks:
-        return not any("forward" in vars(kind) for kind in subclasses)
-    return not any(_has_methods(kind) for kind in subclasses)
-
-
-_NO_CODE = (lambda: None).__code__
-
-
-def runs_own_forward(module: nn.Module) -> bool:
-    """Return whether calling a module runs the ``forward`` of its class, which has not been replaced."""
-    return "forward" not in vars(module) and calls_own_forward(type(module))
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Return whether a module has hooks of its forward or backward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def calls_own_forward(kind: type[nn.Module]) -> bool:
-    """Return whether calling a module runs the ``forward`` that its class was defined with.
-
-    A function that was assigned to the class afterwards comes from another place, and a decorated one has other code.
-    """
-    forward = kind.forward
-    # A tracer may have replaced the call of all modules.
-    if (
-        kind.__call__ is not nn.Module.__call__
-        or not isinstance(forward, FunctionType)
-        or forward.__code__.co_name != "forward"
-    ):
-        return False
-    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    if forward.__module__ != owner.__module__:
-        return False
-    # torch.compile cannot read a function's qualified name.
-    return torch.compiler.is_compiling() or forward.__qualname__ == f"{owner.__qualname__}.forward"
-
-
-def _has_methods(kind: type) -> bool:
-    methods = FunctionType, property, classmethod, staticmethod
-    members = vars(kind).items()
-    return any(isinstance(m, methods) and name != "extra_repr" and name[:2] != "__" for name, m in members)
 
 
 def stored_form(binarizer: nn.Module) -> tuple[int, StoredScales]:

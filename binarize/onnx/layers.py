@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from binarize.errors import BinarizeError
 from binarize.kernels.binary_conv import OutputTransform, Shortcut
 from binarize.kernels.product import float_product
+from binarize.layers.declared import is_hooked, runs_own_forward
 from binarize.layers.fused import is_plain
 from binarize.layers.lowering import LoweredLayer, lower
-from binarize.layers.parts import is_hooked, runs_own_forward
 from binarize.layers.pipeline import Depth
 from binarize.modules import replace_modules
 from binarize.onnx.functions import DOMAIN, ROWS, Kind, Step, function_inputs, function_name
