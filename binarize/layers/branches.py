@@ -97,7 +97,8 @@ class LowRankSparse(Branch):
             else:
                 low_rank = F.linear(F.linear(x, down), up)
             y = y + low_rank.to(y.dtype)
-        rows, columns = self.indices // self.widths[0], self.indices % self.widths[0]
+        indices = self.indices.long()  # ONNX takes no other integers as indices
+        rows, columns = indices // self.widths[0], indices % self.widths[0]
         taken = x.index_select(self.channel_dim, columns)
         return y.index_add(
             self.channel_dim, rows, taken * (per_channel(values, x) if self.channel_dim == 1 else values)

@@ -130,7 +130,7 @@ class _Layer(nn.Module):
     def __init__(self, layer: PackedLayer) -> None:
         super().__init__()
         lowered = lower(layer)
-        assert lowered is not None  # checked when it was packed
+        assert lowered is not None  # see `_node_of`
         self.layer, self.lowered = layer, lowered
         scales: Any = [None] * layer.bases if layer.scales is None else layer.weight_scales()
         products = zip(layer.bits, scales, strict=True)

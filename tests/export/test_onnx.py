@@ -58,6 +58,7 @@ def exported(network: SRUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return binarize.export_onnx(network, tmp_path_factory.mktemp("onnx") / "network.onnx")
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("size", [(5, 16, 16), (1, 8, 20), (2, 14, 2)])
 def test_a_network_gives_the_same_for_any_batch_size_and_timesteps(network, exported, size) -> None:
     given = inputs(*size)
@@ -66,6 +67,7 @@ def test_a_network_gives_the_same_for_any_batch_size_and_timesteps(network, expo
     assert difference(run(exported, **given), expected) < 1e-5
 
 
+@pytest.mark.zoo
 def test_weights_are_bits_in_functions_of_standard_operators(network: SRUNet, exported: Path) -> None:
     model = onnx.load(exported)
     onnx.checker.check_model(model, full_check=True)
@@ -84,6 +86,7 @@ def test_weights_are_bits_in_functions_of_standard_operators(network: SRUNet, ex
     )  # fmt: skip
 
 
+@pytest.mark.zoo
 def test_exact_halves_are_stored_as_halves(network: SRUNet, exported: Path, tmp_path: Path) -> None:
     half = tiny().half().float()
     path = binarize.export_onnx(half, tmp_path / "half.onnx")
@@ -112,9 +115,11 @@ class Lines(nn.Module):
 
 
 W1A4 = {"name": "bbcu", "activation": {"name": "lsq", "bits": 4}}
+TERNARY = {"name": "custom", "activation": "none", "weight": "twn"}
+MORE = [pytest.param(method, marks=pytest.mark.zoo) for method in ("xnor", "bimacosr", TERNARY)]
 
 
-@pytest.mark.parametrize("method", ["bbcu", "xnor", W1A4], ids=str)
+@pytest.mark.parametrize("method", ["bbcu", W1A4, *MORE], ids=str)
 def test_layers_of_other_dimensions(method: Any, tmp_path: Path) -> None:
     example = torch.randn(2, 10, 6), torch.randn(2, 3, 4, 9, 8)
     model = binarize.convert(Lines(), method, linear=True, keep=["first"], example_inputs=example)
@@ -173,6 +178,7 @@ def check_program_without_torch(folder: Path, pipe: SuperResolutionPipeline) -> 
     assert apart.max() <= 1
 
 
+@pytest.mark.zoo
 def test_the_command_writes_a_graph_from_an_image_and_noise(tmp_path: Path) -> None:
     unet = binarize.convert(SRUNet(**TINY, num_train_timesteps=1000), "bbcu")
     pipe = pipeline(unet, scale=3, scheduler=ddim(prediction_type="sample"), num_inference_steps=1)
