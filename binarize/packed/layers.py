@@ -95,7 +95,7 @@ class PackedLayer(PartPipeline):
         self.register_buffer("words", words, persistent=False)
         self.register_buffer("scales", scales)
         self._compiled: CompiledLayer | None = None
-        self.train(layer.training)
+        self.train(False)
 
     # The state dict holds the bits densely.
 
@@ -283,8 +283,8 @@ class PackedLayer(PartPipeline):
 
         Otherwise PyTorch would say that nothing requires one, or leave out the layer's parameters without a word.
         """
-        trained = torch.is_grad_enabled() and not x.requires_grad and (self.training or compiled.is_trained())
-        return x.detach().requires_grad_() if trained and not (x.is_inference() or is_captured()) else x
+        trained = (self.training or compiled.is_trained()) and torch.is_grad_enabled() and not is_captured()
+        return x.detach().requires_grad_() if trained and not (x.requires_grad or x.is_inference()) else x
 
     def _pad(self, x: Tensor) -> Tensor:
         """Return what the kernel reads: it pads with zeros itself."""

@@ -44,7 +44,11 @@ def accelerator_for(recipe: TrainingRecipe) -> Iterator[Accelerator]:
             log_with=recipe.report_to,
             project_config=ProjectConfiguration(project_dir=str(recipe.output_dir), logging_dir=str(recipe.output_dir)),
         )
-    except ValueError as error:
+    except Exception as error:
+        if not embedded:
+            AcceleratorState._reset_state(reset_partial_state=True)  # half made, it would break the next run
+        if not isinstance(error, ValueError):
+            raise
         what = f"mixed_precision={recipe.mixed_precision}, or a variable such as LOCAL_RANK or ACCELERATE_USE_CPU"
         raise BinarizeError(f"Accelerate cannot start with {what}: {one_line(error, 200)}.") from error
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []

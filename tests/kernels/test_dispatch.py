@@ -35,7 +35,8 @@ class Listener(TorchDispatchMode):
 
 
 def layer(channels: int = 16) -> PackedConv2d:
-    return PackedConv2d(BinaryConv2d(channels, channels, 3, padding=1, method="reactnet").eval())
+    unpacked = BinaryConv2d(channels, channels, 3, padding=1, method="reactnet").eval()
+    return PackedConv2d(unpacked.requires_grad_(False))
 
 
 @pytest.fixture

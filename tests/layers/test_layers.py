@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import binarize
 from binarize import layers
 from binarize.conditioning import timestep_group
+from binarize.kernels.product import binary_conv
 from binarize.layers import BinaryConv2d, BinaryLinear, PoolShortcut, ProjectionShortcut, hard_sign
 from binarize.layers.delayed import TwoStageWeight
 from binarize.layers.scales import TokenBatchNorm
@@ -196,7 +197,7 @@ def test_a_k_map_of_the_input_ignores_the_shift():
 def test_dot_products_are_exact_integers_in_float32():
     layer = BinaryConv2d(2048, 2, 3, method="bnn")
     x = torch.randn(1, 2048, 3, 3)
-    dot = layer._product(layer.activation(x), layer.binary_weight())
+    dot = binary_conv(layer.activation(x), layer.binary_weight(), *layer.steps)
     exact = (torch.where(x >= 0, 1, -1) * torch.where(layer.weight >= 0, 1, -1)).sum((1, 2, 3))
     assert dot.flatten().tolist() == exact.tolist()
 

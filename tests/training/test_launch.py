@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import PartialState
 from errors_case import assert_error
 from PIL import Image
 from training_case import RESUME, SMALLEST, TINY
@@ -39,6 +40,7 @@ def test_a_variable_that_accelerate_cannot_read_is_an_error(name, value, recipe,
     monkeypatch.setenv(name, value)
     run = recipe()
     assert_error("Accelerate cannot start with .*, or a variable such as LOCAL_RANK", train, run, progress=False)
+    assert PartialState._shared_state == {}  # the next run of this process starts anew
     assert not run.output_dir.exists()
 
 
