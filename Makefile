@@ -23,14 +23,15 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-zoo test-abuse test-paths test-arm lint audit format bench docs clean distclean
+.PHONY: help demo test test-fast test-long test-zoo test-abuse test-paths test-arm lint audit format bench docs clean distclean
 .SECONDARY:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo        train a small 1-bit super-resolution model, compare it with bicubic, write demo-output/"
-	@echo "make test        run the tests, except for those of test-zoo and most of test-abuse"
+	@echo "make test        run the tests, except for those of test-long, test-zoo and most of test-abuse"
 	@echo "make test-fast   run the tests that are not marked slow"
+	@echo "make test-long   train the demo, kill and launch runs, compile with Inductor"
 	@echo "make test-zoo    take networks of many families through a conversion's life"
 	@echo "make test-abuse  try all bad inputs and faults of tests/abuse, of which 'make test' has a sample"
 	@echo "make test-paths  run the numeric tests with the code that other x86 processors run"
@@ -47,10 +48,13 @@ demo: $(VENV)/.installed-all
 	$(BIN)/binarize demo --force
 
 test: $(VENV)/.installed-test
-	$(PYTEST) -m "not zoo" $(ARGS)
+	$(PYTEST) -m "not long and not zoo" $(ARGS)
 
 test-fast: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow and not zoo" $(ARGS)
+	$(PYTEST) -m "not slow and not long and not zoo" $(ARGS)
+
+test-long: $(VENV)/.installed-test
+	$(PYTEST) -m long $(ARGS)
 
 test-zoo: $(VENV)/.installed-test
 	$(PYTEST) -m zoo $(ARGS)

@@ -63,7 +63,7 @@ def test_a_real_process_reports_an_error_in_one_line(model: Path, photos: Path, 
     assert contents(tmp_path) == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_in_a_real_training_saves_a_checkpoint(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = [*TINY, "max_train_steps=1000000", f"train_data_dir={photos}", f"output_dir={folder}"]

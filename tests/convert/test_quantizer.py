@@ -113,7 +113,7 @@ LOAD = "print(DDPMPipeline.from_pretrained(sys.argv[1]).unet.mid_block.resnets[0
 BINARIZE, DIFFUSERS = "import binarize", "from diffusers import DDPMPipeline"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("imports", [[BINARIZE, DIFFUSERS], [DIFFUSERS, BINARIZE], [DIFFUSERS]])
 def test_pipelines_load_in_a_fresh_process(imports, tmp_path):
     DDPMPipeline(binarize.pack(converted()), DDPMScheduler()).save_pretrained(tmp_path)

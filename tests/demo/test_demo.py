@@ -74,7 +74,7 @@ def test_the_held_out_image_is_not_trained_on(tmp_path: Path) -> None:
     assert (run.DETAIL[2] <= width, run.DETAIL[3] <= height) == (True, True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demonstration_from_start_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_cached_backbone", lambda: None)
     lines: list[str] = []
@@ -104,7 +104,7 @@ def test_the_demonstration_from_start_to_report(tmp_path: Path, monkeypatch: pyt
     assert f"{mean.model.psnr:.2f}" in command.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sixth_of_its_steps_are_above_bicubic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_cached_backbone", lambda: None)
     mean = run.run_demo(tmp_path, overrides=["max_train_steps=100"], say=lambda line: None, progress=False).scores.mean

@@ -163,7 +163,7 @@ def test_compiled_without_a_graph_break_equals_eager(method):
     assert_compiled_equals_eager(small(method), "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_inductor
 def test_compiled_by_inductor_equals_eager():
     """With timesteps (bidiffsr) and with scalars that training changes (irnet)."""
@@ -294,6 +294,6 @@ def replica(rank: int, folder: str, methods: list[str]) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_give_the_gradients_of_the_whole_batch(tmp_path: Path):
     mp.spawn(replica, (str(tmp_path), METHODS), nprocs=2)  # raises what a process raises

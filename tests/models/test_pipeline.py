@@ -215,7 +215,7 @@ def test_a_saved_pipeline_comes_back_whole(tmp_path):
     assert (swapped.scale, type(swapped.scheduler)) == (2, diffusers.DDIMScheduler)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_converted_network_comes_back_with_its_pipeline_in_a_fresh_process(tmp_path):
     srunet = SRUNet(base_channels=16, channel_mults=(1, 2), res_blocks=1, norm_groups=8).double()
     binarize.convert(srunet, "bidiffsr")

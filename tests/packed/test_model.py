@@ -195,7 +195,7 @@ def test_the_released_network_is_small_in_memory_and_on_disk(tmp_path: Path) -> 
     assert size_of(tables) <= 3.1e6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["export", "aot_eager", pytest.param("inductor", marks=needs_inductor)])
 def test_export_and_compile_equal_eager(mode: str) -> None:
     torch._dynamo.reset()
@@ -304,7 +304,7 @@ with torch.no_grad(), backends.use("numba"):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_kernels_are_kept_and_compiling_them_is_logged(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     seconds, kept = [], []

@@ -40,7 +40,7 @@ def test_studies_are_not_recipes() -> None:
     assert small == {"methods", "breakdown", "fusion", "time_aware", "groups"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_networks_of_every_study_have_the_published_sizes() -> None:
     counted: dict[str, Any] = {}  # equal networks, of which the studies have many, are built once
     for name in list_studies():

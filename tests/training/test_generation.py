@@ -271,7 +271,7 @@ def test_the_loss_of_an_own_loop_is_the_documented_sum() -> None:
     assert_error("matches no module that student and teacher both have", distill, student, teacher, features=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_trains_packs_and_writes_a_card(symbols: Path, tmp_path: Path) -> None:
     config: dict[str, Any] = {"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1}
     config |= {"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1}

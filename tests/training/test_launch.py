@@ -44,7 +44,7 @@ def test_a_variable_that_accelerate_cannot_read_is_an_error(name, value, recipe,
     assert not run.output_dir.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo")
 def test_torchrun_without_a_gpu_trains_one_run(pictures: Path, tmp_path: Path) -> None:
     options = (*TINY, *SMALLEST, "max_train_steps=2", f"train_data_dir={pictures}", f"output_dir={tmp_path / 'run'}")

@@ -28,7 +28,7 @@ from binarize.training.samples import NoisySamples
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("task", ["super_resolution", "generation"])
 def test_killed_runs_end_as_uninterrupted_ones(task: str, pictures: Path, tmp_path: Path) -> None:
