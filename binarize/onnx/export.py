@@ -31,6 +31,9 @@ from binarize.onnx.layers import prepare
 from binarize.onnx.protos import finish
 from binarize.onnx.sampling import WholeImage, sampler_of
 
+MAX_STEPS = 50
+"""The largest number of denoising steps in a file."""
+
 
 def export_onnx(
     model: nn.Module | SuperResolutionPipeline,
@@ -54,7 +57,7 @@ def export_onnx(
         steps: The number of denoising steps, for a pipeline with `DDIMScheduler`: the file then enlarges whole images,
             from ``image`` (B, 3, h, w) in [0, 1] and Gaussian ``noise`` (B, 3, H, W) to (B, 3, scale * h, scale * w).
             H and W are the result's, rounded up to multiples of the network's `size_multiple`. The network stands in
-            the file once for each step.
+            the file once for each step. At most 50.
         example_inputs: Inputs of the network's forward: a tensor, a tuple of arguments or a dict of keyword arguments,
             with a batch of at least 2. `SRUNet` and diffusers' U-Nets need none.
         force: Replace an existing file.
@@ -64,6 +67,11 @@ def export_onnx(
             scheduler cannot be written into a file.
     """
     _check_packages()
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise BinarizeError(
+            f"export: steps={steps}: must be from 1 to {MAX_STEPS}, since the file repeats the network for each step; "
+            "export the network alone, whose metadata have the numbers of the steps."
+        )
     pipeline = model if isinstance(model, SuperResolutionPipeline) else None
     if steps is not None and pipeline is None:
         raise BinarizeError(f"export: steps={steps} needs a SuperResolutionPipeline; got a {type(model).__name__}.")
@@ -80,7 +88,8 @@ def export_onnx(
         proto = _translate(_Network(prepared), inputs, _axes(inputs, multiple), names, ["output"])
     else:
         sampler = sampler_of(pipeline.scheduler, steps)
-        whole = WholeImage(prepared, sampler, pipeline.scale, pipeline.residual_factor)
+        overshoot = pipeline.config.get("overshoot")
+        whole = WholeImage(prepared, sampler, pipeline.scale, pipeline.residual_factor, overshoot)
         inputs = {
             "image": torch.zeros(2, 3, 7, 9),
             "noise": torch.zeros(2, 3, *(n * pipeline.size_multiple for n in (8, 12))),
@@ -116,6 +125,7 @@ def _sampling(pipeline: SuperResolutionPipeline, steps: int | None) -> dict[str,
         "size_multiple": pipeline.size_multiple,
         "residual_scale": pipeline.residual_scale,
         "residual_strength": pipeline.config["residual_strength"],
+        "overshoot": pipeline.config.get("overshoot"),
         "prediction_type": config.get("prediction_type"),
         "num_inference_steps": count,
         "scheduler": {"class": type(pipeline.scheduler).__name__, **config},

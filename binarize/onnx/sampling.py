@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.imaging import upscale_bicubic
+from binarize.models.overshoot import limit_overshoot
 from binarize.models.sampling import set_timesteps
 from binarize.models.target import image_of
 
@@ -108,8 +109,11 @@ class WholeImage(nn.Module):
     ``network(x, timestep, condition).sample`` is its prediction.
     """
 
-    def __init__(self, network: nn.Module, sampler: Sampler, scale: int, residual_factor: float | None) -> None:
+    def __init__(
+        self, network: nn.Module, sampler: Sampler, scale: int, residual_factor: float | None, overshoot: float | None
+    ) -> None:
         super().__init__()
+        self.overshoot = overshoot
         self.network, self.sampler, self.scale, self.residual_factor = network, sampler, scale, residual_factor
 
     def forward(self, image: Tensor, noise: Tensor) -> Tensor:
@@ -127,7 +131,7 @@ class WholeImage(nn.Module):
         out = image_of(x, condition, self.residual_factor).clamp(0, 1)
         for axis in (2, 3):
             out = out.index_select(axis, torch.arange(self.scale * image.shape[axis], device=out.device))
-        return out
+        return out if self.overshoot is None else limit_overshoot(out, image, self.overshoot)
 
 
 def _extended(image: Tensor, axis: int, size: int) -> Tensor:

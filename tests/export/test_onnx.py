@@ -147,14 +147,15 @@ def sampling(steps: int, scheduler: Any, **options: Any) -> SuperResolutionPipel
         (3, {}, {}),
         (1, {"prediction_type": "sample", "clip_sample": False}, {}),
         (4, {"prediction_type": "v_prediction", "set_alpha_to_one": False}, {"residual_scale": 0.1}),
-        (2, {"prediction_type": "sample"}, {"residual_scale": 0.1, "residual_strength": 1.5}),
+        (2, {"prediction_type": "sample"}, {"residual_scale": 0.1, "residual_strength": 1.5, "overshoot": 0.1}),
     ],
 )
 @pytest.mark.parametrize("size", [(5, 4), (1, 1)])
 def test_a_whole_image_is_what_the_pipeline_gives(steps, scheduler, options, size) -> None:
     pipe = sampling(steps, ddim(**scheduler), **options)
     image, noise = torch.rand(1, 3, *size), torch.randn(1, 3, *(2 * side for side in size))
-    whole = WholeImage(pipe.unet, sampler_of(pipe.scheduler, steps), pipe.scale, pipe.residual_factor)
+    sampler, overshoot = sampler_of(pipe.scheduler, steps), pipe.config.get("overshoot")
+    whole = WholeImage(pipe.unet, sampler, pipe.scale, pipe.residual_factor, overshoot)
     padded = pad_noise(noise, 2 * size[0] + 2, 2 * size[1] + 4)
     expected = pipe(image, latents=noise, output_type="pt").images
     with torch.no_grad():
@@ -181,7 +182,7 @@ def check_program_without_torch(folder: Path, pipe: SuperResolutionPipeline) -> 
 @pytest.mark.zoo
 def test_the_command_writes_a_graph_from_an_image_and_noise(tmp_path: Path) -> None:
     unet = binarize.convert(SRUNet(**TINY, num_train_timesteps=1000), "bbcu")
-    pipe = pipeline(unet, scale=3, scheduler=ddim(prediction_type="sample"), num_inference_steps=1)
+    pipe = pipeline(unet, scale=3, scheduler=ddim(prediction_type="sample"), num_inference_steps=1, overshoot=0.2)
     pipe.save_pretrained(tmp_path / "model")
     path = tmp_path / "upscale.onnx"
     output = succeeds("export", tmp_path / "model", path, "--steps", "1")
@@ -209,6 +210,7 @@ def test_what_cannot_be_exported_is_refused(network: SRUNet, tmp_path: Path, mon
         assert not path.exists()
 
     refused(r"steps=2 needs a SuperResolutionPipeline; got a SRUNet", steps=2)
+    refused("steps=51: must be from 1 to 50, since the file repeats the network", sampling(2, ddim()), steps=51)
     refused("is not converted; call binarize.convert first", SRUNet(**TINY))
     refused(r"sample in example_inputs needs a batch of at least 2; got the shape \(1, 3, 8, 8\)",
             example_inputs=tuple(inputs(1, 8, 8).values()))  # fmt: skip
