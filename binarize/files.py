@@ -126,11 +126,12 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def update_folder(target: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Write files into a folder, of which other files stay, by `replace_folder`.
+    """Write files into a folder and keep its other files.
 
-    A folder that cannot be exchanged, because it is a mount point or holds the working folder, gets one file after
-    another, each in one step. Shards and their index of an earlier save of the same weights are left out. An OSError
-    becomes a BinarizeError.
+    A folder that holds a model alone is replaced by `replace_folder`. One with other files, links or mounted folders,
+    a mount point, the working folder, and one whose parent cannot be written get the new files one after another, each
+    in one step. Shards and their index of an earlier save of the same weights are removed. An OSError becomes a
+    BinarizeError.
     """
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
@@ -143,12 +144,23 @@ def update_folder(target: str | os.PathLike[str], write: Callable[[Path], object
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and (os.path.ismount(target) or Path.cwd().is_relative_to(target)):
+        if target.exists() and not _may_exchange(target):
             _write_each(target, write)
         else:
             replace_folder(target, write_all)
     except OSError as error:
         raise BinarizeError(f"{target}: cannot be written: {one_line(error)}") from error
+
+
+def _may_exchange(target: Path) -> bool:
+    """Return whether a folder can be replaced, and holds a model's files alone, so that nothing else is moved."""
+    if os.path.ismount(target) or Path.cwd().is_relative_to(target) or not os.access(target.parent, os.W_OK | os.X_OK):
+        return False
+    return not any(
+        path.is_symlink()
+        or (os.path.ismount(path) if path.is_dir() else path.suffix != ".json" and _weights(path.name) is None)
+        for path in target.rglob("*")
+    )
 
 
 def _write_each(target: Path, write: Callable[[Path], object]) -> None:
@@ -158,12 +170,18 @@ def _write_each(target: Path, write: Callable[[Path], object]) -> None:
         temporary.mkdir()
         write(temporary)
         _flush(temporary)
-        for path in sorted(temporary.rglob("*")):
-            there = target / path.relative_to(temporary)
-            if path.is_dir():
-                there.mkdir(exist_ok=True)
-            else:
-                os.replace(path, there)
+        written = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+        weights = {(path.parent, _weights(path.name)) for path in written} - {(path.parent, None) for path in written}
+        for path in written:
+            there = target / path
+            there.parent.mkdir(parents=True, exist_ok=True)
+            if there.is_file():
+                shutil.copymode(there, temporary / path)
+            os.replace(temporary / path, there)
+        for parent in {path.parent for path in written}:
+            for path in (target / parent).iterdir():
+                if parent / path.name not in written and (parent, _weights(path.name)) in weights:
+                    path.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

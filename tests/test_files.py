@@ -1,12 +1,15 @@
 """Files that are either completely written or not there."""
 
+import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from binarize import files
 from binarize.errors import BinarizeError, one_line
-from binarize.files import write_atomic, write_text_atomic
+from binarize.files import update_folder, write_atomic, write_text_atomic
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("stop"), KeyboardInterrupt(), OSError(28, "No space left\non it")])
@@ -64,3 +67,82 @@ def test_an_error_becomes_one_line() -> None:
     assert one_line(OSError("first\n  second")) == "first second"
     assert one_line(KeyError()) == "KeyError"
     assert one_line(ValueError("word " * 100), limit=9) == "word word"
+
+
+SHARDS = {f"model-0000{n}-of-00002.safetensors": "old" for n in (1, 2)} | {"model.safetensors.index.json": "{}"}
+
+
+def save(text: str = "new") -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "unet").mkdir()
+        (folder / "unet" / "model.safetensors").write_text(text)
+        (folder / "config.json").write_text("{}")
+
+    return write
+
+
+def old_model(folder: Path) -> Path:
+    (folder / "unet").mkdir(parents=True)
+    for name, text in SHARDS.items():
+        (folder / "unet" / name).write_text(text)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in found}
+
+
+SAVED = {"unet/model.safetensors": "new", "config.json": "{}"}
+
+
+@pytest.mark.parametrize("others", [{}, {"README.md": "card", ".git/objects/ab": "git"}])
+def test_a_folder_keeps_other_files_and_loses_old_shards(others: dict[str, str], tmp_path: Path) -> None:
+    target = old_model(tmp_path / "model")
+    for name, text in others.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(text)
+        (target / name).chmod(0o444)
+    update_folder(target, save())
+    assert contents(target) == SAVED | others
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_working_folder_gets_the_new_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(old_model(tmp_path / "model"))
+    update_folder(".", save())
+    assert contents(tmp_path / "model") == SAVED
+
+
+def test_mounted_folders_and_what_others_write_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = old_model(tmp_path / "model")
+    (target / "data").mkdir()
+    (target / "data" / "precious.json").write_text("1")
+    inode = (target / "data").stat().st_ino
+    monkeypatch.setattr(files.os.path, "ismount", lambda path: Path(path).name == "data")
+    flush = files._flush
+
+    def flush_meanwhile(folder: Path) -> None:
+        (target / "notes.txt").write_text("by another process")
+        flush(folder)
+
+    monkeypatch.setattr(files, "_flush", flush_meanwhile)
+    update_folder(target, save())
+    assert contents(target) == SAVED | {"data/precious.json": "1", "notes.txt": "by another process"}
+    assert (target / "data").stat().st_ino == inode
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="links")
+def test_links_stay_links(tmp_path: Path) -> None:
+    target = old_model(tmp_path / "model")
+    (target / "dangling").symlink_to("nowhere")
+    update_folder(target, save())
+    assert (target / "dangling").readlink() == Path("nowhere")
+    assert contents(target) == SAVED
+
+
+def test_a_parent_that_cannot_be_written_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = old_model(tmp_path / "model")
+    monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path) != tmp_path)
+    update_folder(target, save())
+    assert contents(target) == SAVED
