@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from binarize.errors import BinarizeError
@@ -93,7 +94,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
         globals()[name] = value  # the next access does not come here
         return value
-    if name in __all__:
+    if name[0] != "_" and find_spec(f"binarize.{name}") is not None:
         return importlib.import_module(f"binarize.{name}")
     raise AttributeError(f"module 'binarize' has no attribute {name!r}")
 

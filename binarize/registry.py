@@ -23,8 +23,7 @@ class Registry(Generic[T]):
     @property
     def _items(self) -> dict[str, T]:
         if self._built_in is not None:
-            package, self._built_in = self._built_in, None
-            importlib.import_module(package)
+            importlib.import_module(self._built_in)  # waits for another thread's import
         return self._registered
 
     def register(self, name: str, *, replace: bool = False) -> Callable[[T], T]:

@@ -144,7 +144,7 @@ def check_output(output_type: object, callback: Any, callback_inputs: Any, allow
         raise BinarizeError(f"callback_on_step_end_tensor_inputs has {unknown}; allowed: {list(allowed_inputs)}.")
 
 
-def generator_per_image(generator: Any, sources: Sequence[DecodedImage]) -> list[Any]:
+def generator_per_image(generator: Any, sources: Sequence[object]) -> list[Any]:
     """Return a generator, or None, for each image."""
     several = isinstance(generator, list | tuple)
     generators = list(generator) if several else [generator] * len(sources)

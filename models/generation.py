@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -30,7 +31,7 @@ Labels = int | str | Sequence[int | str]
 class GenerationPipeline(DiffusionPipeline):
     """Turns Gaussian noise into images with an unconditional or a class-conditional network.
 
-    A folder that it wrote can also be loaded as a `DDPMPipeline` or `DDIMPipeline`, which ignore classes.
+    Without classes, diffusers' `DDPMPipeline` and `DDIMPipeline` load the same folder.
 
     Args:
         unet: Predicts from ``unet(sample, timestep).sample``, (B, C, H, W), or with classes from
@@ -45,8 +46,8 @@ class GenerationPipeline(DiffusionPipeline):
 
     Example:
         ```python
-        pipe = GenerationPipeline.from_pretrained("runs/digits/model")
-        images = pipe(16, class_labels="3", generator=torch.Generator().manual_seed(0)).images
+        pipe = GenerationPipeline.from_pretrained("runs/emoji_bidiffsr/model")
+        images = pipe(16, class_labels="flags", generator=torch.Generator().manual_seed(0)).images
         ```
     """
 
@@ -68,8 +69,7 @@ class GenerationPipeline(DiffusionPipeline):
             checks.check_numbers(scheduler, num_inference_steps, batch_size=1, eta=0)
         self.register_modules(unet=unet, scheduler=scheduler)
         classes = None if classes is None else list(classes)
-        if classes is not None and getattr(unet, "class_embedding", unet) is None:
-            raise BinarizeError(f"the network has no classes, but the pipeline has {len(classes)}; leave classes out.")
+        _check_classes(unet, classes)
         self.register_to_config(
             classes=classes, guidance_scale=float(guidance_scale), num_inference_steps=num_inference_steps
         )
@@ -85,7 +85,7 @@ class GenerationPipeline(DiffusionPipeline):
         return pipe
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does; a pipeline that the folder holds is replaced in one step, and other files stay."""
+        """Save as diffusers does; a pipeline that the folder holds is replaced, and other files stay."""
         save_whole(super().save_pretrained, save_directory, args, kwargs)
 
     @property
@@ -152,6 +152,7 @@ class GenerationPipeline(DiffusionPipeline):
         checks.check_numbers(self.scheduler, steps, count, eta)
         checks.check_output(output_type, None, (), ())
         self._check_guidance(scale)
+        checks.generator_per_image(generator, [None] * count)
         labels = self._labels(class_labels, count)
         scheduler = copy.deepcopy(self.scheduler)  # it keeps its position, and threads may share the pipeline
         set_timesteps(scheduler, steps, self._execution_device)
@@ -255,8 +256,19 @@ def generate_images(
         yield from pipeline(class_labels=given, generator=noise, return_dict=False, **options)[0]
 
 
+def _check_classes(unet: ModelMixin, classes: list[str] | None) -> None:
+    embedded, labels = getattr(unet, "class_embedding", unet), unet.config.get("num_class_embeds")
+    if classes is None:
+        if embedded not in (None, unet):
+            raise BinarizeError("the network has classes; name them in the order of their labels: classes=[...].")
+    elif embedded is None:
+        raise BinarizeError(f"the network has no classes, but the pipeline has {len(classes)}; leave classes out.")
+    elif not classes or (labels is not None and labels < len(classes)):
+        raise BinarizeError(f"the network has {labels} labels, but the pipeline has {len(classes)} classes.")
+
+
 def _as_list(given: Labels) -> list[int | str]:
-    return [given] if isinstance(given, int | str) else list(given)
+    return [given] if isinstance(given, Integral | str) else list(cast("Sequence[int | str]", given))
 
 
 def _count(batch_size: int | None, labels: Labels | None, generator: Any, latents: Tensor | None) -> Any:

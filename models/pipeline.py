@@ -151,7 +151,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
         return self
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does; a pipeline that the folder holds is replaced in one step, and other files stay."""
+        """Save as diffusers does; a pipeline that the folder holds is replaced, and other files stay."""
         if self._packed_in_memory or self._latents_lost:
             _log.warning(
                 "The network was packed when it was loaded, so %s contains only the signs of its weights and cannot be "

@@ -16,6 +16,7 @@ from binarize.errors import BinarizeError
 MAX_IMAGES = 1_000_000
 _OUT = "An image file for a grid of the images, or a folder for a PNG file of each."
 _MODEL = "A trained model: a run's folder, a pipeline's, or user/repository[@revision] on the hub; by default ours."
+_COLUMNS = "Columns of the grid; by default the square root of the number of images, rounded up."
 
 
 def generate(
@@ -33,7 +34,7 @@ def generate(
         typer.Option(min=0, max=1000, help="Weight of classifier-free guidance; by default the model's, 1: none."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=opt.MAX_SEED, help="Seed of the first image.")] = 0,
-    columns: Annotated[int | None, typer.Option(min=1, help="Columns of the grid; by default its root.")] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help=_COLUMNS)] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images per pass of the network.")] = 16,
     scheduler: opt.SchedulerOption = None,
     device: opt.DeviceOption = "auto",
@@ -47,8 +48,8 @@ def generate(
     otherwise single pixels may differ by a few levels of 255.
 
     ```
-    binarize generate out.png
-    binarize generate out.png --class animals-nature -n 16 --steps 20 --seed 7
+    binarize generate out.png --model runs/digits
+    binarize generate out.png --model runs/emoji_bidiffsr --class animals-nature -n 16 --steps 20 --seed 7
     binarize generate samples/ --model runs/digits -n 1000
     ```
     """
@@ -60,6 +61,8 @@ def generate(
     from binarize.progress import ProgressBar
 
     in_folder = target.is_dir() or target.suffix.lower() not in IMAGE_SUFFIXES
+    if in_folder and target.suffix and not target.is_dir():
+        check_writable("RGB", target)  # an unknown suffix
     if in_folder and columns is not None:
         raise BinarizeError(f"--columns is for a grid; {target} is a folder for single images.")
     width = len(str(count - 1))
@@ -71,8 +74,6 @@ def generate(
         raise BinarizeError(f"{target}: is a file; give a folder, or an image file such as out.png.")
     model = at_revision(default_generator() if model is None else model, revision)
     pipeline = prepare(load_generator(model), device, dtype, scheduler, pack=packing)
-    if in_folder:
-        target.mkdir(parents=True, exist_ok=True)
     check_writable("L" if pipeline.image_shape[0] == 1 else "RGB", files[0])
     steps = pipeline.num_inference_steps if steps is None else steps
     options = {"num_inference_steps": steps, "guidance_scale": guidance}
@@ -86,6 +87,7 @@ def generate(
             found = generate_images(pipeline, count, class_labels=classes, seed=seed, batch_size=batch_size, **options)
             for number, image in enumerate(found):
                 if in_folder:
+                    target.mkdir(parents=True, exist_ok=True)
                     save_image(image, files[number], force=force)
                 else:
                     images.append(image)

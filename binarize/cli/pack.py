@@ -44,7 +44,7 @@ def pack(
         load_pipeline,
         locate,
     )
-    from binarize.packed.files import WEIGHTS
+    from binarize.packed.files import WEIGHTS, stored_as
 
     source = at_revision(source, revision)
     check_model_folder(target, locate(source), force=force)
@@ -68,6 +68,8 @@ def pack(
 
     def write(folder: Path) -> None:
         if draws:
+            for name, tensor in network.state_dict().items():
+                stored_as(name, tensor, getattr(torch, dtype))
             torch.nn.Module.to(network, getattr(torch, dtype))  # diffusers' own warns of nothing
             pipeline.save_pretrained(folder)
             return

@@ -28,7 +28,7 @@ _OUT = "The new image, or a folder for the results. By default they are beside I
 _RECURSIVE = "Include the folders in folders."
 _FORMAT = "Format of results whose name is not given; by default png."
 _QUALITY = "Of JPEG (default 95), AVIF (90) and lossy WebP (by default, WebP is lossless)."
-_MODEL = f"{opt.MODEL} Or photo or clean, which come with binarize: for photographs, and for clean reductions."
+_MODEL = f"{opt.MODEL} Or clean, which comes with binarize, and photo where it does."
 _MAX_PIXELS = "Largest result in pixels; by default 100 per byte of the file, but at least 8 million."
 _SKIP = "Leave existing results as they are: goes on after an interruption."
 _SCALE = "2 or 4, by default 2. With --model, the scale of models that do not store it: .pth files and bare networks."
@@ -60,8 +60,8 @@ def upscale(
     Greyscale stays greyscale, 16-bit greyscale stays 16-bit (other 16-bit images become 8-bit), transparency is
     upscaled too, and EXIF data and colour profiles are kept. Animations are refused. The same seed gives the same bytes
     with the same model, settings, number of threads, processor and versions; otherwise single pixels may differ by a
-    few levels of 255. A result is written completely or not at all, and replaces no file without `--force` and never an
-    input. Images that cannot be used do not stop the others; the exit status is then 1.
+    few levels of 255. A result is written completely or not at all. Existing files are replaced only with `--force`,
+    inputs never. Images that cannot be used do not stop the others; the exit status is then 1.
 
     ```
     binarize upscale photo.jpg    # writes photo_x2.png beside it

@@ -23,8 +23,9 @@ from binarize.conversion.packing import is_packed, pack
 from binarize.conversion.record import QUANTIZATION, conversion
 from binarize.conversion.summary import default_inputs
 from binarize.errors import BinarizeError, one_line
-from binarize.files import write_atomic
+from binarize.files import followed, write_atomic
 from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.models.checks import is_whole
 from binarize.modules import call_arguments, unwrap
 from binarize.onnx.functions import OPSET
 from binarize.onnx.layers import prepare
@@ -56,8 +57,8 @@ def export_onnx(
         path: The file.
         steps: The number of denoising steps, for a pipeline with `DDIMScheduler`: the file then enlarges whole images,
             from ``image`` (B, 3, h, w) in [0, 1] and Gaussian ``noise`` (B, 3, H, W) to (B, 3, scale * h, scale * w).
-            H and W are the result's, rounded up to multiples of the network's `size_multiple`. The network stands in
-            the file once for each step. At most 50.
+            H and W are the result's, rounded up to multiples of the network's `size_multiple`. The graph
+            has a copy of the network for each step, at most 50.
         example_inputs: Inputs of the network's forward: a tensor, a tuple of arguments or a dict of keyword arguments,
             with a batch of at least 2. `SRUNet` and diffusers' U-Nets need none.
         force: Replace an existing file.
@@ -67,10 +68,17 @@ def export_onnx(
             scheduler cannot be written into a file.
     """
     _check_packages()
-    if steps is not None and not 1 <= steps <= MAX_STEPS:
+    path = followed(Path(path))
+    if path.exists() and not force:
+        raise BinarizeError(f"{path}: already exists; give another name, or force to replace it.")
+    if not path.parent.is_dir():
+        raise BinarizeError(f"{path}: the folder {path.parent} does not exist; create it first.")
+    if steps is not None and example_inputs is not None:
+        raise BinarizeError("export: example_inputs has no effect with steps; leave it out.")
+    if steps is not None and not (is_whole(steps) and steps <= MAX_STEPS):
         raise BinarizeError(
-            f"export: steps={steps}: must be from 1 to {MAX_STEPS}, since the file repeats the network for each step; "
-            "export the network alone, whose metadata have the numbers of the steps."
+            f"export: steps={steps!r}: must be from 1 to {MAX_STEPS}, since the file repeats the network for each "
+            "step; export the network alone, whose metadata have the numbers of the steps."
         )
     pipeline = model if isinstance(model, SuperResolutionPipeline) else None
     if steps is not None and pipeline is None:

@@ -55,7 +55,7 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
     first: dict[int, tuple[str, Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         first.setdefault(id(value), (name, value))
-    state = {name: _stored(name, value.detach(), dtype).cpu().contiguous() for name, value in first.values()}
+    state = {name: stored_as(name, value.detach(), dtype).cpu().contiguous() for name, value in first.values()}
     plain = memoryview(serialize(state))
     start = 8 + header_size(plain[:8])
     metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: json.dumps(config)}
@@ -65,7 +65,8 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
     write_atomic(path, lambda temporary: temporary.write_bytes(data), force=True)
 
 
-def _stored(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+def stored_as(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor in the dtype of a file; raise BinarizeError if it cannot hold the values. None: as it is."""
     if dtype is None or not value.is_floating_point():
         return value
     stored = value.to(dtype)

@@ -3,11 +3,14 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from cli_case import WEIGHTS, edit_json, fails, pixels, succeeds
 from diffusers import DDIMScheduler, UNet2DModel
 from generation_case import CLASSES, CONDITIONAL, tiny, write_images
 
+import binarize
 from binarize.errors import BinarizeError
 from binarize.models import GenerationPipeline
 from binarize.training import train
@@ -51,9 +54,25 @@ def test_a_grid_holds_the_images_of_a_folder(generator: Path, tmp_path: Path) ->
     ],
 )
 def test_wrong_options_are_named(options: tuple[str, ...], message: str, generator: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out" if "--columns" in options else tmp_path / "out.png"
-    assert message in fails("generate", str(target), "--model", str(generator), *options)
-    assert not (tmp_path / "out.png").exists()
+    for target in [tmp_path / "out"] if "--columns" in options else [tmp_path / "out", tmp_path / "out.png"]:
+        assert message in fails("generate", str(target), "--model", str(generator), *options)
+        assert not target.exists()
+
+
+def test_an_unknown_suffix_is_no_folder(generator: Path, tmp_path: Path) -> None:
+    assert "cannot write images with the suffix '.tga'" in fails("generate", tmp_path / "a.tga", "--model", generator)
+    assert not (tmp_path / "a.tga").exists()
+
+
+def test_half_precision_that_cannot_hold_a_weight_is_refused(generator: Path, tmp_path: Path) -> None:
+    pipe = GenerationPipeline.from_pretrained(generator / "model")
+    pipe.unet = binarize.convert(pipe.unet, "bnn")
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[0, 0, 0, 0] = 1e6
+    pipe.save_pretrained(tmp_path / "large")
+    message = fails("pack", tmp_path / "large", tmp_path / "packed", "--dtype", "float16")
+    assert "conv_in.weight has values up to 1e+06, which float16 cannot hold" in message
+    assert not (tmp_path / "packed").exists()
 
 
 def test_a_model_that_upscales_is_named(model: Path, tmp_path: Path) -> None:
@@ -68,11 +87,28 @@ def test_a_wrong_size_in_the_configuration_is_named(generator: Path, tmp_path: P
     assert "sample_size" in fails("generate", tmp_path / "a.png", "--model", own, "--steps", "1", "-n", "1")
 
 
-def test_classes_that_the_network_does_not_have_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("labels", "classes", "message"),
+    [
+        (None, ["a", "b"], "the network has no classes, but the pipeline has 2"),
+        (3, None, "the network has classes; name them"),
+        (3, ["a", "b", "c", "d"], "the network has 3 labels, but the pipeline has 4 classes"),
+        (3, [], "the network has 3 labels, but the pipeline has 0 classes"),
+    ],
+)
+def test_classes_that_the_network_does_not_have_are_named(labels, classes, message) -> None:
     network = UNet2DModel(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
-                          up_block_types=("UpBlock2D",))  # fmt: skip
-    with pytest.raises(BinarizeError, match="the network has no classes, but the pipeline has 2"):
-        GenerationPipeline(network, DDIMScheduler(), classes=["a", "b"])
+                          up_block_types=("UpBlock2D",), num_class_embeds=labels)  # fmt: skip
+    with pytest.raises(BinarizeError, match=message):
+        GenerationPipeline(network, DDIMScheduler(), classes=classes)
+
+
+def test_labels_and_generators_of_other_types(generator: Path) -> None:
+    pipe = GenerationPipeline.from_pretrained(generator / "model")
+    options = {"num_inference_steps": 1, "output_type": "np"}
+    assert pipe(1, class_labels=np.int64(1), **options).images.shape[0] == 1
+    with pytest.raises(BinarizeError, match=r"generator holds 1; allowed: None, a torch.Generator"):
+        pipe(2, generator=[1, 2], **options)
 
 
 def test_existing_files_are_kept(generator: Path, tmp_path: Path) -> None:

@@ -210,6 +210,10 @@ def test_what_cannot_be_exported_is_refused(network: SRUNet, tmp_path: Path, mon
         assert not path.exists()
 
     refused(r"steps=2 needs a SuperResolutionPipeline; got a SRUNet", steps=2)
+    refused("steps='2': must be from 1 to 50", sampling(2, ddim()), steps="2")
+    refused("example_inputs has no effect with steps", sampling(2, ddim()), steps=2, example_inputs=torch.zeros(1))
+    with pytest.raises(BinarizeError, match=r"the folder .* does not exist"):
+        binarize.export_onnx(network, tmp_path / "no" / "model.onnx")
     refused("steps=51: must be from 1 to 50, since the file repeats the network", sampling(2, ddim()), steps=51)
     refused("is not converted; call binarize.convert first", SRUNet(**TINY))
     refused(r"sample in example_inputs needs a batch of at least 2; got the shape \(1, 3, 8, 8\)",

@@ -39,6 +39,20 @@ def test_what_starts_at_once_imports_nothing_heavy(what: str) -> None:
     assert loaded & HEAVY == set()
 
 
+def test_submodules_and_methods_are_found_when_they_are_first_used() -> None:
+    script = """
+import threading, binarize
+from binarize.layers.method import METHODS
+found = []
+threads = [threading.Thread(target=lambda: found.append(METHODS["reactnet"].name)) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(*found, binarize.kernels.backends.current(), binarize.conversion.__name__, hasattr(binarize, "nothing"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["reactnet"] * 4 + ["auto", "binarize.conversion", "False"]
+
+
 def test_version_and_types(pyproject: dict[str, Any]) -> None:
     versions = {binarize.__version__, importlib.metadata.version("binarize-diffusion")}
     assert versions == {pyproject["project"]["version"]}
