@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from binarize.errors import BinarizeError
+from binarize.errors import BinarizeError, did_you_mean
 
 FOLDER = Path(__file__).parent / "pretrained"
 """Contains a folder per kind and scale, each a saved SuperResolutionPipeline with a model card."""
@@ -17,8 +17,8 @@ def default_model(scale: int = 2, kind: str | None = None) -> Path:
 
     `kind` is one of `KINDS`; by default ``photo``, or ``clean`` where there is no model for photographs.
     """
-    for each in KINDS if kind is None else (kind,):
-        folder = FOLDER / f"{KINDS[each]}{scale}"
+    for prefix in _prefixes(kind):
+        folder = FOLDER / f"{prefix}{scale}"
         if (folder / _INDEX).is_file():
             return folder
     shipped = ", ".join(map(str, shipped_scales(kind)))
@@ -38,8 +38,17 @@ def default_generator() -> Path:
 
 def shipped_scales(kind: str | None = None) -> list[int]:
     """Return the scales of the models of a kind, or of all kinds, that come with the package, ascending."""
-    prefixes = KINDS.values() if kind is None else (KINDS[kind],)
     scales = {
-        index.parent.name.removeprefix(prefix) for prefix in prefixes for index in FOLDER.glob(f"{prefix}*/{_INDEX}")
+        index.parent.name.removeprefix(prefix)
+        for prefix in _prefixes(kind)
+        for index in FOLDER.glob(f"{prefix}*/{_INDEX}")
     }
     return sorted(int(scale) for scale in scales if scale.isdecimal())
+
+
+def _prefixes(kind: str | None) -> tuple[str, ...]:
+    if kind is None:
+        return tuple(KINDS.values())
+    if kind not in KINDS:
+        raise BinarizeError(f"unknown kind of model {kind!r}; kinds: {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
+    return (KINDS[kind],)

@@ -33,6 +33,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _as_range(value: Any) -> Any:
+    if any(isinstance(each, bool) for each in (value if isinstance(value, list | tuple) else [value])):
+        raise ValueError("must be a number, or [lowest, highest]")
     return (value, value) if isinstance(value, int | float) else value
 
 
@@ -75,7 +77,7 @@ class Blur(Step):
     """Blur by a kernel of random width, direction and profile."""
 
     main: ClassVar[str] = "sigma"
-    sigma: Range[Annotated[float, Field(gt=0, le=100)]] = Field(description="Width in low-resolution pixels.")
+    sigma: Range[Annotated[float, Field(gt=0, le=5)]] = Field(description="Width in low-resolution pixels, up to 5.")
     anisotropic: Share = Field(default=0.0, description="Share of kernels with two widths and a direction.")
     profiles: Annotated[
         tuple[Literal["gaussian", "generalized", "plateau"], ...], BeforeValidator(_as_tuple), Field(min_length=1)
@@ -274,9 +276,10 @@ class Degradation(RootModel[tuple[DegradationStep, ...]]):
 
     def to_text(self) -> str:
         """Return the degradation as one line of YAML."""
-        return yaml.safe_dump(
-            self.model_dump(mode="json"), default_flow_style=True, sort_keys=False, width=math.inf
-        ).strip()
+        written = self.model_dump(mode="json")
+        if isinstance(written, str):
+            return written
+        return yaml.safe_dump(written, default_flow_style=True, sort_keys=False, width=math.inf).strip()
 
     def seeded(self, seed: int) -> Callable[[Tensor, int, int], Tensor] | None:
         """Return ``make(hr, scale, index)``, a pure function of `seed` and its arguments; None for plain `degrade`.

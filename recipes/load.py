@@ -29,6 +29,8 @@ _MAX_BASES = 16
 _NOT_INHERITED = ("description", "published", "base", "output_dir")
 _TASKS: dict[str, type[TrainingRecipe]] = {cls.task: cls for cls in (Recipe, GenerationRecipe)}
 _SOURCES = {"method": ("name",), "model": ("from_pretrained", "factory")}
+NETWORK_SOURCES = ("class", *_SOURCES["model"])
+_SHORT = {"method": "name", "model": "factory"}
 
 
 def list_recipes() -> dict[str, str]:
@@ -60,7 +62,8 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     Args:
         name_or_path: An installed recipe's name, or the path of a YAML file.
         overrides: ``"key=value"`` strings, applied last. A dotted key reaches into a section
-            (``"model.base_channels=32"``). The value is YAML (``1e-4``, ``[1, 2]``, ``null``).
+            (``"model.base_channels=32"``). The value is YAML (``1e-4``, ``[1, 2]``, ``null``). An override that takes
+            the network from elsewhere (``"model.factory=module:function"``) removes the options of the former one.
     """
     path = recipe_path(name_or_path)
     data = _with_bases(path, ())
@@ -146,6 +149,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             raise BinarizeError(f"the override {name} reaches into {inside}.")
         data[section] = dict(below or {})
         data = data[section]
+    if sections == ["model"] and _moves(data, {last: value}):
+        data.clear()
     data[last] = value
 
 
@@ -189,16 +194,23 @@ def _merge(base: Mapping[str, Any], derived: Mapping[str, Any]) -> dict[str, Any
     merged = dict(base)
     for key, value in derived.items():
         below = _as_section(key, merged.get(key))
-        merged[key] = {**below, **value} if isinstance(below, dict) and merges(key, value) else value
+        joins = isinstance(below, dict) and merges(key, value) and not (key == "model" and _moves(below, value))
+        merged[key] = {**below, **value} if joins else value
     return merged
 
 
 def merges(key: str, value: Any) -> bool:
     """Whether a value changes a section's keys one by one. One that names a method or network replaces the section."""
-    replaces = isinstance(value, Mapping) and any(name in value for name in _SOURCES.get(key, ()))
+    replaces = isinstance(value, Mapping) and any(value.get(name) is not None for name in _SOURCES.get(key, ()))
     return key in MERGED_SECTIONS and isinstance(value, Mapping) and not replaces
 
 
+def _moves(section: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
+    """Whether a change of the model section takes the network from elsewhere, where the options are others."""
+    old, new = ({name for name in NETWORK_SOURCES if part.get(name) is not None} for part in (section, change))
+    return bool(old and new) and old != new
+
+
 def _as_section(key: str, value: Any) -> Any:
-    """Return a method that is given by its name alone as a section."""
-    return {"name": value} if key == "method" and isinstance(value, str) else value
+    """Return a method that is given by its name alone, or a network by its factory, as a section."""
+    return {_SHORT[key]: value} if key in _SHORT and isinstance(value, str) else value

@@ -23,7 +23,7 @@ from binarize.imaging.resize import mirror
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("box", "bilinear", "bicubic", "lanczos")}
 """Pillow's filters, which widen when they reduce."""
 MAX_REACH = 10
-"""Kernels have at most 21x21 taps, as in Real-ESRGAN."""
+"""Kernels have at most 21x21 taps, as in Real-ESRGAN, unless a wider blur needs more."""
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -32,9 +32,11 @@ def blur_kernel(sigmas: tuple[float, float], angle: float = 0.0, *, beta: float 
 
     q is the squared distance from the centre, with the axes turned by `angle` and divided by `sigmas`, in pixels. A
     beta of 1 gives a Gaussian; others are the generalized Gaussian and plateau kernels of Liu et al. ("Estimating
-    Generalized Gaussian Blur Kernels for Out-of-Focus Image Deblurring", 2020), as in Real-ESRGAN.
+    Generalized Gaussian Blur Kernels for Out-of-Focus Image Deblurring", 2020), as in Real-ESRGAN. The kernel reaches
+    four times the larger sigma, or `MAX_REACH` pixels if that is less, but at least three times the larger sigma.
     """
-    reach = min(MAX_REACH, max(1, math.ceil(4 * max(sigmas))))
+    widest = max(sigmas)
+    reach = max(1, min(MAX_REACH, math.ceil(4 * widest)), math.ceil(3 * widest))
     rows, columns = _grid(reach)
     first = (math.cos(angle) * columns + math.sin(angle) * rows) / sigmas[0]
     second = (math.cos(angle) * rows - math.sin(angle) * columns) / sigmas[1]

@@ -80,7 +80,7 @@ def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 
     Runs ``model(*args, **kwargs)`` once. Each activation is set when it is reached, so later ones see quantized values.
     Call it after `binarize.convert`, before training and before wrapping the model for several processes; the steps are
-    parameters and saved with the model.
+    parameters and saved with the model. After an error the steps are as they were.
 
     Returns:
         The number of activations that were set.
@@ -110,9 +110,14 @@ def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 
         return hook
 
+    before = {name: module.step.clone() for name, module in activations.items()}
     hooks = [module.register_forward_pre_hook(measure(name)) for name, module in activations.items()]
     try:
         model(*args, **kwargs)
+    except BaseException:
+        for name, step in before.items():
+            activations[name].step.copy_(step)
+        raise
     finally:
         for hook in hooks:
             hook.remove()

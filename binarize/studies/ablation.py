@@ -91,7 +91,8 @@ class _Ablation:
         self.states = {run: RunState.read(run) for run in self.runs}
         self.failures: dict[StudyRun, str] = {}
         self.lpips = study.evaluation.lpips
-        self.notes: tuple[str, ...] = ()
+        made_by = study.evaluation.degradation
+        self.notes = (f"Low-resolution images are made by {made_by.to_text()}",) if made_by.root else ()
 
     def prepare(self, force: bool) -> None:
         """Check everything that can be checked before the first run, and with force remove runs of other recipes."""
@@ -109,7 +110,7 @@ class _Ablation:
             try:
                 Lpips(self.lpips, backbone=evaluation.lpips_backbone)
             except LpipsUnavailable as reason:
-                self.lpips, self.notes = None, (f"LPIPS is left out. {reason}",)
+                self.lpips, self.notes = None, (*self.notes, f"LPIPS is left out. {reason}")
         if pending := self._unfinished(self.lpips):
             _check_data(pending)
 
@@ -180,8 +181,9 @@ def train_and_measure(run: StudyRun, lpips: str | None, *, progress: bool) -> Ru
     high, low = run.images
     assert high is not None  # checked by `prepare`
     data, scale, backbone = high if low is None else (high, low), run.recipe.scale, settings.lpips_backbone
+    made_by = settings.degradation
     options: dict[str, Any] = {"limit": settings.limit, "progress": progress, "name": str(run), "device": device}
-    report = evaluate(upscale, data, scale=scale, lpips=lpips, lpips_backbone=backbone, **options)
+    report = evaluate(upscale, data, scale=scale, degradation=made_by, lpips=lpips, lpips_backbone=backbone, **options)
     report.save(run.folder, force=True)
     return state.after_evaluation(report, median(row.seconds / run.inference_steps for row in report.rows))
 
@@ -235,6 +237,8 @@ def _check_data(runs: Iterable[StudyRun]) -> None:
         if high is None:
             errors["evaluation.data_dir: missing; name the folder of test images"].append(cell)
             continue
+        if low is not None and run.study.evaluation.degradation.root:
+            errors[f"evaluation.degradation: has no effect on the images of {str(low)!r}; remove it"].append(cell)
         try:
             ImagePairs(high, low, scale=run.recipe.scale)
         except BinarizeError as error:

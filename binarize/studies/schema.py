@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, Valida
 
 from binarize.errors import BinarizeError, listing
 from binarize.recipes import load as files
+from binarize.recipes.degradation import Degradation
 from binarize.recipes.errors import explain
 from binarize.recipes.sections import Section, UserPath, needs_high_resolution
 from binarize.recipes.super_resolution_recipe import Recipe
@@ -53,7 +54,9 @@ class EvaluationSection(Section):
     data_dir: UserPath | None = None
     """Folder of high-resolution images; by default the recipes' validation_data_dir."""
     lr_data_dir: UserPath | None = None
-    """Folder of the matching low-resolution images; by default they are made as MATLAB's imresize does."""
+    """Folder of the matching low-resolution images; by default they are made as `degradation` says."""
+    degradation: Degradation = Degradation()
+    """How low-resolution images are made: `bicubic` (MATLAB's imresize), `photo`, or a list of steps."""
     dataset: str | None = Field(default=None, description="Name of the images, to show published results beside.")
     limit: PositiveInt | None = Field(default=None, description="Use only this many images.")
     num_inference_steps: PositiveInt | None = Field(default=None, description="Sampling steps; default: the recipes'.")
@@ -158,7 +161,9 @@ def as_strings(overrides: Mapping[str, Any]) -> list[str]:
     strings = []
     for key, value in overrides.items():
         if files.merges(key, value):
-            strings += [f"{key}.{inner}={_json(below)}" for inner, below in value.items()]
+            # The source of a network comes first, since it may remove the options of another.
+            inner = sorted(value, key=lambda name: name not in files.NETWORK_SOURCES)
+            strings += [f"{key}.{name}={_json(value[name])}" for name in inner]
         else:
             strings.append(f"{key}={_json(value)}")
     return strings

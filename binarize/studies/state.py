@@ -125,6 +125,8 @@ class StudyRun:
         steps, strength = self.inference_steps, self.recipe.residual_strength
         folders = {"data_dir": _absolute(high), "lr_data_dir": _absolute(low)}
         keys = {**folders, **own, "num_inference_steps": steps, "residual_strength": strength}
+        if settings.degradation.root:  # as below, absent by default, as in the results of 0.1
+            keys["degradation"] = settings.degradation.model_dump(mode="json")
         overshoot = self.recipe.overshoot
         return keys if overshoot is None else {**keys, "overshoot": overshoot}
 

@@ -51,6 +51,14 @@ def test_the_covariance_of_a_gaussian_kernel_is_the_given_one(sigmas: tuple[floa
     assert kernel.sum().item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("sigma", [3.0, 5.0, 20.0])
+def test_a_wide_gaussian_kernel_has_its_width(sigma: float) -> None:
+    kernel = blur_kernel((sigma, sigma))
+    axis = torch.arange(len(kernel), dtype=torch.float64) - len(kernel) // 2
+    assert math.sqrt(kernel.sum(0) @ axis.square()) == pytest.approx(sigma, rel=0.02)
+    assert len(blur_kernel((2.8, 2.8))) == 21  # the widest of the preset `photo` at x4
+
+
 def test_other_kernels_have_their_profiles() -> None:
     for options, profile in (
         ({"beta": 0.5}, lambda r: math.exp(-r / 4)),

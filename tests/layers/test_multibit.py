@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import binarize
 from binarize.conversion.export import binary_layers, packed_layers
 from binarize.conversion.packing import pack_if_possible, packed_form
+from binarize.errors import BinarizeError
 from binarize.kernels import backends
 from binarize.layers import BinaryConv1d, BinaryConv2d, BinaryConv3d, BinaryLinear, LayerSpec, LearnedStep, delayed
 from binarize.layers.parts import activation_bits
@@ -109,6 +110,23 @@ def test_calibration_of_what_cannot_be_calibrated() -> None:
     message = "the mean magnitude of the input of 'middle.activation' is 0.0; use other data"
     assert_error(message, binarize.calibrate, model, torch.ones(1, 3, 4, 4))
     assert [p for name, p in model.named_parameters() if name.endswith("step")] == steps
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("too large"), KeyboardInterrupt()], ids=repr)
+def test_a_calibration_that_fails_changes_no_step(error: BaseException | None) -> None:
+    model = net(activation=LSQ4)
+    before = copy.deepcopy(model.state_dict())
+
+    def fail(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        assert not torch.equal(model.middle.activation.step, before["middle.activation.step"])
+        if error is not None:
+            raise error
+        return torch.zeros_like(output)  # the input of the next activation
+
+    model.middle.register_forward_hook(fail)
+    with pytest.raises(BinarizeError if error is None else type(error)):
+        binarize.calibrate(model, torch.randn(2, 3, 6, 6))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("weight", ["scaled_sign", "two_basis", "twn", "absmean"])

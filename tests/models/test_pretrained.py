@@ -57,6 +57,9 @@ def test_models_for_photographs_come_first_and_kinds_have_names(models: Path, ph
     edit_json(models / "photo_x2" / "model_index.json", num_inference_steps=2)
     assert default_model() == default_model(2, "photo") == models / "photo_x2"
     assert (default_model(2, "clean"), default_model(4)) == (models / "x2", models / "x4")
+    assert_error(
+        r"unknown kind of model 'foto'; kinds: photo, clean\. Did you mean 'photo'\?", default_model, 2, "foto"
+    )
     assert_error(r"no photo model for scale 4 .*; scales with one: 2\.", default_model, 4, "photo")
     for options, steps in (([], "2 steps"), (["--model", "photo"], "2 steps"), (["--model", "clean"], "3 steps")):
         assert f"({steps} per image" in succeeds(

@@ -45,6 +45,7 @@ def test_short_and_long_forms_are_the_same() -> None:
     assert load_degradation(load_degradation("photo")) == load_degradation("photo")
     assert load_degradation("bicubic") == Degradation()
     assert load_degradation("bicubic").seeded(0) is None
+    assert load_degradation("bicubic").to_text() == "bicubic"
     assert load_degradation(JPEG).to_text().startswith("[{reduce: {share: 1.0, filters: [box]}}, {jpeg: ")
 
 
@@ -110,6 +111,10 @@ def test_shares_are_those_of_samples(hr: torch.Tensor) -> None:
         ("[{jpeg: null}]", r"degradation\.0: must be one step"),
         ("[{reduce: nearest}]", r"degradation\.0\.reduce\.filters\.0: got 'nearest'; must be 'box'"),
         ("[{blur: 0}, {reduce: box}]", r"degradation\.0\.blur\.sigma\.0: got 0; must be greater than 0"),
+        ("[{blur: 6}, {reduce: box}]", r"degradation\.0\.blur\.sigma\.0: got 6; must be less than or equal to 5"),
+        ("[{jpeg: true}]", r"degradation\.0\.jpeg\.quality: got True; must be a number, or \[lowest, highest\]"),
+        ("[{resize: true}]", r"degradation\.0\.resize\.factor: got True; must be a number"),
+        ("[{blur: {sigma: [1, true]}}]", r"degradation\.0\.blur\.sigma: must be a number, or \[lowest, highest\]"),
         ("[{sinc: 4}, {reduce: box}]", r"degradation\.0\.sinc\.cutoff\.0: got 4"),
         ("5", r"degradation: got 5"),
         ("[a", r"the degradation is not valid YAML"),

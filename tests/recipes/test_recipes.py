@@ -90,6 +90,28 @@ def test_a_derived_recipe(parent, child, overrides, method, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("parent", "child", "overrides", "model"),
+    [
+        ("{factory: a:b, width: 8}", "{class: UNet2DModel}", [], {"class": "UNet2DModel"}),
+        ("a:b", "{class: UNet2DModel, act_fn: silu}", [], {"class": "UNet2DModel", "act_fn": "silu"}),
+        ("{class: UNet2DModel, act_fn: silu}", "{factory: a:b}", [], {"factory": "a:b"}),
+        ("{class: A, act_fn: silu}", "{class: B, from_pretrained: null}", [], {"class": "B", "act_fn": "silu"}),
+        ("{factory: a:b, width: 8}", "{width: 4}", [], {"factory": "a:b", "width": 4}),
+        ("{class: A, act_fn: silu}", "{act_fn: relu}", ["model.from_pretrained=x"], {"from_pretrained": "x"}),
+        ("a:b", "{width: 4}", ["model.class=A", "model.width=2"], {"class": "A", "width": 2}),
+        ("{class: A, factory: null}", "{act_fn: relu}", ["model.class=B"], {"class": "B", "act_fn": "relu"}),
+    ],
+)
+def test_the_network_may_come_from_elsewhere(parent, child, overrides, model, tmp_path):
+    write(tmp_path, f"task: generation\nmodel: {parent}\n", "parent.yaml")
+    recipe: Any = load_recipe(write(tmp_path, f"base: parent.yaml\nmodel: {child}\n"), overrides)
+    found = recipe.model.model_dump(by_alias=True, exclude_none=True)
+    assert found == model
+    digits: Any = load_recipe("generation/digits", ["model.from_pretrained=x"])
+    assert (digits.model.from_pretrained, digits.model.class_name, digits.model.options) == ("x", None, {})
+
+
+@pytest.mark.parametrize(
     ("override", "key", "value"),
     [
         ("learning_rate=2e-4", "learning_rate", 2e-4),

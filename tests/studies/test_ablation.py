@@ -119,6 +119,23 @@ def test_another_evaluation_trains_nothing(pictures: Path, tmp_path: Path, monke
     assert (second.loss, second.train_step_seconds) == (first.loss, first.train_step_seconds)
 
 
+def test_a_study_measures_with_its_degradation(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
+    first = ablate(study, progress=False).runs[0]
+    plain = StudyRun("a", 0, load_recipe("small_x2"), load_study(study)[0])
+    assert "degradation" not in plain.evaluation_keys()  # so the results of 0.1 stay valid
+    forbid_training(monkeypatch)
+    override = ["evaluation.degradation=[{reduce: box}, {jpeg: 20}]"]
+    second = ablate(study, override, progress=False)
+    assert second.runs[0].psnr != first.psnr
+    assert second.runs[0].loss == first.loss
+    assert "Low-resolution images are made by [{reduce: " in second.to_markdown()
+    assert ablate(study, override, dry_run=True).runs[0].state == "done"
+    assert ablate(study, dry_run=True).runs[0].state == "trained"
+    message = "evaluation.degradation: has no effect on the images of "
+    assert_error(message, ablate, study, [*override, f"evaluation.lr_data_dir={pictures}"], progress=False)
+
+
 def test_another_recipe_is_refused_or_repeats_its_runs_alone(pictures: Path, tmp_path: Path) -> None:
     fast = {"method": "bidiffsr", "learning_rate": 2e-3}
     cells = [{"name": "slow", "overrides": {"method": "bidiffsr"}}, {"name": "fast", "overrides": fast}]

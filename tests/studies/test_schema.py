@@ -87,6 +87,8 @@ def test_cells_times_a_grid() -> None:
 def test_overrides_are_joined_as_recipes_join_their_base() -> None:
     given = {"model": {"fusion": "add"}, "method": {"name": "bnn"}, "seeded": [1, "é"]}
     assert as_strings(given) == ['model.fusion="add"', 'method={"name": "bnn"}', 'seeded=[1, "é"]']
+    moved = {"model": {"act_fn": "silu", "class": "UNet2DModel"}}  # the class first, which removes the base's options
+    assert as_strings(moved) == ['model.class="UNet2DModel"', 'model.act_fn="silu"']
     assert as_strings({"method": {"groups": 2}, "method.tar": False}) == ["method.groups=2", "method.tar=false"]
 
 
