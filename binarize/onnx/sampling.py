@@ -76,16 +76,24 @@ def sampler_of(scheduler: Any, steps: int) -> Sampler:
     for timestep in scheduler.timesteps.tolist():
         before = timestep - config["num_train_timesteps"] // steps
         a, a_next = levels[timestep], levels[before] if before >= 0 else float(scheduler.final_alpha_cumprod)
-        clean, noise = {
-            "epsilon": ((1 / sqrt(a), -sqrt(1 - a) / sqrt(a)), (0.0, 1.0)),
-            "sample": ((0.0, 1.0), (1 / sqrt(1 - a), -sqrt(a) / sqrt(1 - a))),
-            "v_prediction": ((sqrt(a), -sqrt(1 - a)), (sqrt(1 - a), sqrt(a))),
-        }[config["prediction_type"]]
+        clean, noise = _formula(config["prediction_type"], a)
         direction = sqrt(1 - a_next)
         made.append(SamplerStep(timestep, clean, (direction * noise[0], direction * noise[1], sqrt(a_next))))
     sampler = Sampler(config["clip_sample_range"] if config["clip_sample"] else None, tuple(made))
     _check(scheduler, sampler)
     return sampler
+
+
+def _formula(prediction_type: str, a: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the factors of x and of the network's output in x0, and those in the noise."""
+    signal, noise = sqrt(a), sqrt(1 - a)
+    if prediction_type == "sample":
+        return (0.0, 1.0), (1 / noise, -signal / noise)
+    if prediction_type == "v_prediction":
+        return (signal, -noise), (noise, signal)
+    if signal == 0:  # zero terminal SNR
+        raise BinarizeError("export: epsilon prediction cannot start from pure noise (rescale_betas_zero_snr).")
+    return (1 / signal, -noise / signal), (0.0, 1.0)
 
 
 def _check(scheduler: DDIMScheduler, sampler: Sampler) -> None:
