@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-long test-zoo test-abuse test-paths test-arm lint audit format bench docs clean distclean
+.PHONY: help demo test test-fast test-long test-zoo test-abuse test-paths test-arm test-web web lint audit format bench docs clean distclean
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -36,6 +36,8 @@ help:
 	@echo "make test-abuse  try all bad inputs and faults of tests/abuse, of which 'make test' has a sample"
 	@echo "make test-paths  run the numeric tests with the code that other x86 processors run"
 	@echo "make test-arm    run the kernel and packing tests on an emulated 64-bit ARM processor (Debian only)"
+	@echo "make web         build the page of 'binarize web' (needs Node)"
+	@echo "make test-web    build the page and test it in the Chromium of the system"
 	@echo "make lint        ruff check, ruff format --check, mypy, the import rules and bandit"
 	@echo "make audit       compare the installed packages with published vulnerabilities, where PyPI can be reached"
 	@echo "make format      fix and format the code with ruff"
@@ -48,10 +50,10 @@ demo: $(VENV)/.installed-all
 	$(BIN)/binarize demo --force
 
 test: $(VENV)/.installed-test
-	$(PYTEST) -m "not long and not zoo" $(ARGS)
+	$(PYTEST) -m "not long and not zoo and not web" $(ARGS)
 
 test-fast: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow and not long and not zoo" $(ARGS)
+	$(PYTEST) -m "not slow and not long and not zoo and not web" $(ARGS)
 
 test-long: $(VENV)/.installed-test
 	$(PYTEST) -m long $(ARGS)
@@ -67,6 +69,14 @@ test-paths: $(VENV)/.installed-test
 
 test-arm:
 	tools/test_arm.sh $(ARGS)
+
+web: $(VENV)/.installed-test
+	cd web && npm ci --no-audit --no-fund && npm run build
+	$(BIN)/python -m binarize.web
+
+# One process: tests of the page share a browser.
+test-web: web $(VENV)/.installed-browser
+	$(BIN)/python -m pytest tests/web -m web $(ARGS)
 
 # mypy needs the test dependencies: it reads the types of these libraries.
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint

@@ -16,7 +16,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 
 # Seconds that the tests may take in all on the two processes of a machine with two cores, by pytest's -m.
-DURATION_BUDGETS = {"not long and not zoo": 2 * 300, "not slow and not long and not zoo": 2 * 90}
+DURATION_BUDGETS = {
+    "not long and not zoo and not web": 2 * 300,
+    "not slow and not long and not zoo and not web": 2 * 90,
+}
 
 # Files whose tests train networks, run the snippets of the documentation or Triton's interpreter: all of them are slow.
 SLOW_FILES = ("test_ablation", "test_changes", "test_cuda", "test_doctor", "test_objectives", "test_options")

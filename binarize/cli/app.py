@@ -23,6 +23,7 @@ from binarize.cli.streams import EchoHandler, echo
 from binarize.cli.summary import summary
 from binarize.cli.train import train
 from binarize.cli.upscale import upscale
+from binarize.cli.web import web
 
 app = typer.Typer(
     name="binarize",
@@ -66,7 +67,9 @@ def _root(
         import_plugins(plugin)
 
 
-COMMANDS = (upscale, generate, train, evaluate, summary, methods, import_official, pack, export, doctor, ablate, demo)
+COMMANDS = (
+    upscale, generate, web, train, evaluate, summary, methods, import_official, pack, export, doctor, ablate, demo,
+)  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")

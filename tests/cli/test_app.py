@@ -15,7 +15,19 @@ from training_case import TINY
 import binarize
 from binarize.training import TrainingInterrupted
 
-COMMANDS = ["upscale", "train", "evaluate", "summary", "methods", "import-official", "pack", "doctor", "demo", "ablate"]
+COMMANDS = [
+    "upscale",
+    "train",
+    "evaluate",
+    "summary",
+    "methods",
+    "import-official",
+    "pack",
+    "doctor",
+    "demo",
+    "ablate",
+    "web",
+]
 COMMANDS += [f"recipes {name}" for name in ("ls", "show", "cp", "validate")]
 
 

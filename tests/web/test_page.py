@@ -1,0 +1,208 @@
+"""The page in the Chromium of the system: what it shows, computes and refuses, and that it sends nothing."""
+
+import io
+import shutil
+import threading
+from collections.abc import Iterator
+from os import environ
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from binarize.models import SuperResolutionPipeline, default_model
+from binarize.web.server import PAGE, page_server
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-web")
+
+ROOT = Path(__file__).resolve().parents[2]
+AXE = ROOT / "web" / "node_modules" / "axe-core" / "axe.min.js"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+LONG = 120_000  # milliseconds; the network takes seconds
+pytestmark = pytest.mark.web
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    if not (PAGE / "models.json").is_file():
+        pytest.skip("needs the built page: make web")
+    with page_server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.skip(f"needs Chromium; found none of {', '.join(CHROMIUM)}")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(address: str, browser: Any) -> Iterator[Any]:
+    """Return a page that is ready, with the requests and the messages since then."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(LONG)
+    page.problems, page.requests = [], []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
+    page.goto(address)
+    page.wait_for_selector("html[data-ready]")
+    page.context.on("request", lambda request: page.requests.append(request.url))
+    yield page
+    assert page.problems == []
+    sent = [url for url in page.requests if not url.startswith("blob:")]
+    assert sent == [], "a request went out after loading"
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """Return 60x44 pixels of a photograph with fine structure."""
+    with Image.open(ROOT / "binarize" / "diagnosis" / "picture.png") as image:
+        return image.convert("RGB").crop((20, 30, 80, 74))
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def choose(page: Any, content: bytes, name: str = "small.png", kind: str = "image/png") -> None:
+    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": content})
+
+
+def drop(page: Any, content: bytes) -> None:
+    script = """bytes => { const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(bytes)], "small.png", {type: "image/png"})); return data; }"""
+    page.dispatch_event("body", "drop", {"dataTransfer": page.evaluate_handle(script, list(content))})
+
+
+def result(page: Any) -> tuple[str, Image.Image]:
+    """Wait for the result and return its download's name and image."""
+    page.wait_for_selector("#result:visible, #error:not(:empty)")
+    assert page.text_content("#error") == ""
+    with page.expect_download() as download:
+        page.click("#download")
+    return download.value.suggested_filename, Image.open(io.BytesIO(download.value.path().read_bytes()))
+
+
+def python_result(image: Image.Image, scale: int, tile: int | None = None) -> np.ndarray:
+    pipeline = SuperResolutionPipeline.from_pretrained(default_model(scale))
+    pipeline.set_progress_bar_config(disable=True)
+    large = pipeline(image, generator=torch.Generator().manual_seed(0), tile=tile).images[0]
+    return np.asarray(large).astype(int)
+
+
+def differences(page_image: Image.Image, expected: np.ndarray) -> np.ndarray:
+    found = np.asarray(page_image.convert({3: "RGB", 4: "RGBA"}[expected.shape[2]])).astype(int)
+    assert found.shape == expected.shape
+    return np.abs(found - expected)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_a_dropped_picture_becomes_what_python_gives(page, picture, scale: int) -> None:
+    page.check(f"text=×{scale}")
+    drop(page, png(picture))
+    name, large = result(page)
+    assert name == f"small_{60 * scale}x{44 * scale}.png"
+    assert differences(large, python_result(picture, scale)).mean() < 1
+    assert "megapixels a second" in page.text_content("#figures")
+
+
+def test_tiles_and_transparency_are_those_of_python(page, picture) -> None:
+    wide = picture.resize((262, 40))
+    wide.putalpha(Image.linear_gradient("L").resize(wide.size))
+    page.check("text=×2")
+    choose(page, png(wide))
+    apart = differences(result(page)[1], python_result(wide, 2, tile=256))
+    visible = python_result(wide, 2, tile=256)[..., 3] > 127  # canvases round colours that are nearly transparent
+    assert apart[visible][:, :3].mean() < 1
+    assert apart[..., 3].max() <= 1
+
+
+def test_a_pasted_picture_is_enlarged(page, picture) -> None:
+    page.check("text=×2")
+    script = """bytes => { const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(bytes)], "image.png", {type: "image/png"}));
+        document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data})); }"""
+    page.evaluate(script, list(png(picture.crop((0, 0, 9, 7)))))
+    assert result(page)[1].size == (18, 14)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"no picture", "is no picture that the browser can read"),
+        (b"", "is no picture that the browser can read"),
+        (png(Image.new("L", (5000, 3000))), "has 5000×3000 pixels, and its enlargement would have more than"),
+    ],
+)
+def test_a_bad_file_gets_a_sentence_and_the_next_one_works(page, picture, content: bytes, sentence: str) -> None:
+    page.check("text=×2")
+    choose(page, content)
+    page.wait_for_selector("#error:not(:empty)")
+    assert sentence in page.text_content("#error")
+    assert page.is_hidden("#result")
+    assert page.is_hidden("#work")
+    choose(page, png(picture.crop((0, 0, 8, 8))))
+    assert result(page)[1].size == (16, 16)
+
+
+def test_a_run_is_cancelled(page, picture) -> None:
+    page.check("text=×2")
+    choose(page, png(picture.resize((300, 200))))
+    page.click("#cancel")
+    page.wait_for_selector("#status:text-is('Cancelled.')")
+    assert page.is_hidden("#work")
+    assert page.is_hidden("#result")
+
+
+def test_the_page_works_with_the_keyboard(page, picture) -> None:
+    page.check("text=×2")
+    choose(page, png(picture.crop((0, 0, 16, 12))))
+    result(page)
+    page.focus("input[name=model]:checked")
+    reached = []
+    for _ in range(3):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id"))
+    assert reached == ["file", "slider", "download"]
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.down("ArrowRight")
+    page.wait_for_selector("#slider:not([aria-valuenow='50'])")
+    page.keyboard.up("ArrowRight")
+    assert float(page.get_attribute("#slider", "aria-valuenow")) > 50
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_hinders_screen_readers(page, picture, scheme: str) -> None:
+    if not AXE.is_file():
+        pytest.skip("needs axe-core: make web")
+    page.emulate_media(color_scheme=scheme)
+    choose(page, png(picture))
+    result(page)
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run()")
+    assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
+    assert len(found["passes"]) > 15
+    page.emulate_media(color_scheme="light")
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_nothing_is_cut_off(page, picture, width: int, tmp_path: Path) -> None:
+    """Screenshots are kept in the folder BINARIZE_SCREENSHOTS."""
+    page.set_viewport_size({"width": width, "height": 900})
+    choose(page, png(picture))
+    result(page)
+    folder = Path(environ.get("BINARIZE_SCREENSHOTS", tmp_path))
+    page.screenshot(path=folder / f"page-{width}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
