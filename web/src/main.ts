@@ -68,7 +68,7 @@ function show(url: string, image: HTMLImageElement): void {
 function finished({ picture: large, width, height, seconds }: Extract<FromWorker, { type: "done" }>): void {
   const megapixels = (width * height) / 1e6;
   for (const image of [before, after]) [image.width, image.height] = [width, height];
-  slider.style.maxInlineSize = `max(20rem, ${width}px)`;
+  byId("comparison").style.maxInlineSize = `max(20rem, ${width}px)`;
   slider.value = 50;
   describeDivider();
   show(URL.createObjectURL(picture!), before);

@@ -33,7 +33,7 @@ export async function startRuntime(backend: string | null): Promise<Runtime> {
   ort.env.wasm.wasmPaths = gpu ? paths(gpuGlue, gpuCode) : paths(cpuGlue, cpuCode);
   const options: InferenceSession.SessionOptions = {
     executionProviders: [gpu ? "webgpu" : "wasm"],
-    graphOptimizationLevel: "extended",
+    graphOptimizationLevel: "all",
   };
   const load = async (file: Uint8Array): Promise<Network> => {
     const settings = readSampling(file);

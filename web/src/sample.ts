@@ -45,7 +45,7 @@ export async function enlarge(
     x.data[i] = Math.min(1, Math.max(0, value));
   }
   const large = cut(x, 0, 0, height, width);
-  if (settings.overshoot !== undefined) limitOvershoot(large, low, settings.overshoot);
+  if (settings.overshoot != null) limitOvershoot(large, low, settings.overshoot);
   return large;
 }
 
