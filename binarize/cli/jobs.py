@@ -161,8 +161,7 @@ def _checked(job: Job, request: Request, max_pixels: int | None, quality: int | 
         fix = "extract its frames, such as with ffmpeg -i IN frames/%04d.png, and upscale their folder"
         raise BinarizeError(f"{source}: is an animation, and only still images are upscaled; {fix}.")
     check_writable(image.saved_mode, target, size=size, icc_profile=image.icc_profile, quality=quality)
-    if request.output is not None:
-        _check_replaceable(target, size)
+    _check_replaceable(target, size)
     notes.extend(f"{source}: {note}" for note in image.notes)
     return height, width
 

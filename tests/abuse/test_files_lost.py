@@ -21,6 +21,7 @@ def inputs(tmp_path: Path) -> Path:
     for name, size in (("a.png", (9, 11)), ("b.png", (9, 11)), ("c.jpg", (20, 20)), ("d.tif", (7, 5))):
         make_image(*size).save(tmp_path / name)
     make_image(18, 22).save(tmp_path / "two.png")
+    make_image(3, 3).save(tmp_path / "d_x2.png")
     (tmp_path / "link.png").symlink_to("b.png")
     os.link(tmp_path / "a.png", tmp_path / "hard.png")
     return tmp_path
@@ -30,6 +31,7 @@ def inputs(tmp_path: Path) -> Path:
     ("args", "words"),
     [
         ("a.png -o b.png --force", "b.png: is an image of 11x9 pixels, not an earlier result, which has 22x18"),
+        ("d.tif --force", "d_x2.png: is an image of 3x3 pixels, not an earlier result, which has 10x14"),
         ("a.png -o c.jpg --force", "is an image of 20x20 pixels"),
         ("a.png -o d.tif --force", "is an image of 5x7 pixels"),
         ("a.png -o link.png --force", "is an image of 11x9"),
@@ -66,7 +68,7 @@ def test_an_earlier_result_is_replaced(model: Path, small: Path, tmp_path: Path)
             (tmp_path / target).write_text("" if target == "empty.png" else "no image")
         for seed in ("1", "2"):
             succeeds("upscale", small, "--output", tmp_path / target, *options, "--seed", seed)
-    make_image(3, 3).save(tmp_path / "small_x2.png")
+    make_image(18, 22).save(tmp_path / "small_x2.png")
     succeeds("upscale", small, *options)
     with Image.open(tmp_path / "small_x2.png") as large:
         assert large.size == (22, 18)
