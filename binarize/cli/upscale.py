@@ -73,6 +73,11 @@ def upscale(
     ```
     """
     started = process_start()
+    if force and skip_existing:
+        raise typer.BadParameter("--force replaces existing results, --skip-existing leaves them; give one.")
+    for path in paths[:1] if output is None and len(paths) == 2 else paths:  # before anything is downloaded
+        if not path.exists():
+            raise BinarizeError(f"{path}: no such file or folder; give images, or folders of images.")
     from binarize.imaging import read_image, save_image
     from binarize.imaging.pairs import raise_all
     from binarize.models import default_model
@@ -83,11 +88,6 @@ def upscale(
     from binarize.models.tiling import tile_grid
     from binarize.progress import ProgressBar
 
-    if force and skip_existing:
-        raise typer.BadParameter("--force replaces existing results, --skip-existing leaves them; give one.")
-    for path in paths[:1] if output is None and len(paths) == 2 else paths:  # before anything is downloaded
-        if not path.exists():
-            raise BinarizeError(f"{path}: no such file or folder; give images, or folders of images.")
     if model is None or (str(model) in KINDS and not model.exists()):
         scale = DEFAULT_SCALE if scale is None else scale
         model = default_model(scale, None if model is None else str(model))
