@@ -224,8 +224,9 @@ def test_what_cannot_be_exported_is_refused(network: SRUNet, tmp_path: Path, mon
     refused("steps of DPMSolverMultistepScheduler cannot be written into a file; use DDIM", sampling(2, other), steps=2)
     unusual = ddim(prediction_type="sample", thresholding=True, clip_sample=False)
     refused("settings of this DDIMScheduler, such as thresholding", sampling(2, unusual), steps=2)
-    pure = ddim(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    refused("epsilon prediction cannot start from pure noise", sampling(2, pure), steps=2)
+    pure = sampling(2, ddim())
+    pure.scheduler = ddim(rescale_betas_zero_snr=True, timestep_spacing="trailing")  # past the pipeline's own check
+    refused("epsilon prediction cannot start from pure noise", pure, steps=2)
     handle = next(m for _, m in binarize.conversion.export.packed_layers(network)).register_forward_hook(print)
     refused("has hooks or another forward than PackedConv2d's")
     handle.remove()
