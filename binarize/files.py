@@ -94,7 +94,7 @@ def write_text_atomic(path: str | os.PathLike[str], text: str, *, force: bool = 
     return write_atomic(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"), force=force)
 
 
-def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
+def replace_folder(target: Path, write: Callable[[Path], object], *, keep_others: bool = False) -> None:
     """Write a folder so that ``target`` is always either the old one or the complete new one.
 
     `write` is called with an empty temporary folder beside the target, which is then flushed to disk and takes the
@@ -115,6 +115,9 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
         elif not _exchange(temporary, target):
             os.rename(target, aside)
             os.rename(temporary, target)
+        for old in (temporary, aside):
+            if keep_others and old.exists():  # files that appeared meanwhile
+                _keep_others(old, target)
         _flush_entry(target.parent)
     except BaseException:
         if aside.exists() and not target.exists():
@@ -128,10 +131,9 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
 def update_folder(target: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Write files into a folder and keep its other files.
 
-    A folder that holds a model alone is replaced by `replace_folder`. One with other files, links or mounted folders,
-    a mount point, the working folder, and one whose parent cannot be written get the new files one after another, each
-    in one step. Shards and their index of an earlier save of the same weights are removed. An OSError becomes a
-    BinarizeError.
+    The folder is replaced by `replace_folder`. One that holds links or mounted folders, a mount point, the working
+    folder, and one whose parent cannot be written get the new files one after another, each in one step. Shards and
+    their index of an earlier save of the same weights are removed. An OSError becomes a BinarizeError.
     """
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
@@ -147,20 +149,16 @@ def update_folder(target: str | os.PathLike[str], write: Callable[[Path], object
         if target.exists() and not _may_exchange(target):
             _write_each(target, write)
         else:
-            replace_folder(target, write_all)
+            replace_folder(target, write_all, keep_others=True)
     except OSError as error:
         raise BinarizeError(f"{target}: cannot be written: {one_line(error)}") from error
 
 
 def _may_exchange(target: Path) -> bool:
-    """Return whether a folder can be replaced, and holds a model's files alone, so that nothing else is moved."""
+    """Return whether a folder can be replaced by another, to which its other files are linked."""
     if os.path.ismount(target) or Path.cwd().is_relative_to(target) or not os.access(target.parent, os.W_OK | os.X_OK):
         return False
-    return not any(
-        path.is_symlink()
-        or (os.path.ismount(path) if path.is_dir() else path.suffix != ".json" and _weights(path.name) is None)
-        for path in target.rglob("*")
-    )
+    return not any(path.is_symlink() or (path.is_dir() and os.path.ismount(path)) for path in target.rglob("*"))
 
 
 def _write_each(target: Path, write: Callable[[Path], object]) -> None:
@@ -282,7 +280,7 @@ def _exchange(one: Path, other: Path) -> bool:
 def _flush(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
-            with open(os.path.join(root, name), "rb+") as file:
+            with suppress(PermissionError), open(os.path.join(root, name), "rb+" if os.name == "nt" else "rb") as file:
                 os.fsync(file.fileno())
         _flush_entry(Path(root))
 

@@ -140,7 +140,7 @@ def _mismatch(path: str | PathLike[str], missing: list[str], unexpected: list[st
     parts = [f"load_official: {path} does not fit the configuration."]
     for label, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
         if keys:
-            names = ", ".join(clip(key, 60) for key in keys[:4]) + (", ..." if len(keys) > 4 else "")
+            names = ", ".join(clip(key, 60) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
             parts.append(f"{len(keys)} {label}: {names}.")
     parts.append("Pass the configuration the checkpoint was trained with (inner_channel, channel_mults, fp_res, ...).")
     return " ".join(parts)

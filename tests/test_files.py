@@ -132,6 +132,18 @@ def test_mounted_folders_and_what_others_write_stay(tmp_path: Path, monkeypatch:
     assert (target / "data").stat().st_ino == inode
 
 
+def test_a_file_that_appears_while_a_folder_is_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, flush = old_model(tmp_path / "model"), files._flush
+
+    def flush_meanwhile(folder: Path) -> None:
+        (target / "notes.txt").write_text("by another process")
+        flush(folder)
+
+    monkeypatch.setattr(files, "_flush", flush_meanwhile)
+    update_folder(target, save())
+    assert contents(target) == SAVED | {"notes.txt": "by another process"}
+
+
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="links")
 def test_links_stay_links(tmp_path: Path) -> None:
     target = old_model(tmp_path / "model")
