@@ -1,4 +1,4 @@
-"""The `binarize` command, which stops at once while libraries are imported."""
+"""The `binarize` command. Ctrl-C ends it at once while libraries are imported."""
 
 import os
 import signal

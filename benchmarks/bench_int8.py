@@ -19,7 +19,6 @@ from typing import Any
 
 import nncf
 import numpy as np
-import onnx
 import onnxruntime
 import openvino
 import torch
@@ -134,7 +133,6 @@ def main() -> None:
         path = export(folder)
         int8, int8_path = quantize(path, folder)
         float_model = openvino.Core().read_model(path)
-        assert onnx.load(path).graph.input
         models: dict[str, Any] = {
             "torch": networks(),
             "onnxruntime": {"onnxruntime float32": path, "onnxruntime int8": int8_path},

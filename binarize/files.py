@@ -99,7 +99,8 @@ def replace_folder(target: Path, write: Callable[[Path], object], *, keep_others
 
     `write` is called with an empty temporary folder beside the target, which is then flushed to disk and takes the
     target's name. (Where the system cannot exchange two folders, the target is absent between two renames.) If anything
-    fails, including Ctrl-C, the old folder stays and the temporary folder is removed. `tidy` is called first.
+    fails, including Ctrl-C, the old folder stays and the temporary folder is removed. `tidy` is called first. With
+    ``keep_others``, files of the old folder that were not written are linked into the new one.
     """
     tidy(target.parent)
     temporary = _temporary(target.parent, ".tmp")
@@ -109,6 +110,8 @@ def replace_folder(target: Path, write: Callable[[Path], object], *, keep_others
         write(temporary)
         if target.is_dir():
             shutil.copymode(target, temporary)
+            if keep_others:
+                _keep_others(target, temporary)
         _flush(temporary)
         if not target.exists():
             os.rename(temporary, target)
@@ -131,25 +134,20 @@ def replace_folder(target: Path, write: Callable[[Path], object], *, keep_others
 def update_folder(target: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Write files into a folder and keep its other files.
 
-    The folder is replaced by `replace_folder`. One that holds links or mounted folders, a mount point, the working
-    folder, and one whose parent cannot be written get the new files one after another, each in one step. Shards and
-    their index of an earlier save of the same weights are removed. An OSError becomes a BinarizeError.
+    The folder is replaced by `replace_folder`. It is written file by file instead, each in one step, if it holds links
+    or mounted folders, is a mount point, contains the working folder, or has a parent that cannot be written. Shards
+    and their index of an earlier save of the same weights are removed. An OSError becomes a BinarizeError.
     """
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise BinarizeError(f"{target}: is a file; give a folder")
-
-    def write_all(temporary: Path) -> None:
-        write(temporary)
-        if target.exists():
-            _keep_others(target, temporary)
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not _may_exchange(target):
             _write_each(target, write)
         else:
-            replace_folder(target, write_all, keep_others=True)
+            replace_folder(target, write, keep_others=True)
     except OSError as error:
         raise BinarizeError(f"{target}: cannot be written: {one_line(error)}") from error
 

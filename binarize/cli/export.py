@@ -11,7 +11,9 @@ from binarize.cli.options import MAX_STEPS, MODEL, ForceOption, RevisionOption, 
 from binarize.cli.streams import echo
 from binarize.errors import BinarizeError
 
-_STEPS = "Write a graph that enlarges whole images in so many denoising steps; by default the network alone."
+_STEPS = (
+    "Write a graph that enlarges whole images in so many denoising steps, at most 50; by default the network alone."
+)
 
 
 def export(
