@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from binarize.cli import options as opt
+from binarize.cli.jobs import make_folder
 from binarize.cli.streams import echo
 from binarize.errors import BinarizeError
 
@@ -87,12 +88,12 @@ def generate(
             found = generate_images(pipeline, count, class_labels=classes, seed=seed, batch_size=batch_size, **options)
             for number, image in enumerate(found):
                 if in_folder:
-                    target.mkdir(parents=True, exist_ok=True)
+                    make_folder(target)
                     save_image(image, files[number], force=force)
                 else:
                     images.append(image)
     if images:
-        save_image(image_grid(images, columns or math.ceil(math.sqrt(count))), target, force=force)
+        save_image(image_grid(images, columns), target, force=force)
     seconds = time.perf_counter() - started
     echo(
         f"{target}: {count} image{'s' if count > 1 else ''}, {seconds:.1f} s, {steps} steps, on {pipeline.device.type}"

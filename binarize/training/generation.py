@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +64,7 @@ class Generation(Task):
     def validate(self, pipeline: GenerationPipeline) -> Iterator[SampleGrid]:
         """Yield a grid of samples, see `binarize.models.generation.generate_images`."""
         images = list(generate_images(pipeline, self.count, seed=self.seed, batch_size=self.count))
-        columns = len(pipeline.classes or ()) or math.ceil(math.sqrt(len(images)))
-        yield SampleGrid(image_grid(images, columns))
+        yield SampleGrid(image_grid(images, None if pipeline.classes is None else len(pipeline.classes)))
 
 
 def _channels(recipe: GenerationRecipe) -> int:
