@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from binarize.errors import BinarizeError, one_line
 from binarize.files import read_text
 
 MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 4 << 20, 64, 20
+_log = logging.getLogger("binarize")
 
 
 def parse_json(text: str, source: str) -> dict[str, Any]:
@@ -19,7 +23,7 @@ def parse_json(text: str, source: str) -> dict[str, Any]:
             f"{source} is not valid JSON for a configuration: it is longer than {MAX_BYTES} characters."
         )
     try:
-        content = json.loads(text, parse_int=_integer, object_pairs_hook=_without_repeats)
+        content = json.loads(text, parse_int=_integer, parse_constant=_constant, object_pairs_hook=_without_repeats)
     except RecursionError:
         raise BinarizeError(
             f"{source} is not valid JSON: it is nested too deeply; at most {MAX_DEPTH} levels."
@@ -40,6 +44,29 @@ def parse_json(text: str, source: str) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file."""
     return parse_json(read_text(path, MAX_BYTES), f"{path}:")
+
+
+def check_keys(config: Mapping[str, Any], source: str, expected: Collection[str], others: Collection[str] = ()) -> None:
+    """Check the keys of a configuration; those that start with an underscore are not looked at.
+
+    A key that is neither expected nor among the others, which are known but not read, is a warning.
+
+    Raises:
+        BinarizeError: If such a key is a misspelling of an expected key that the configuration lacks.
+    """
+    missing = [key for key in expected if key not in config]
+    for key in config:
+        if key.startswith("_") or key in expected or key in others:
+            continue
+        if close := difflib.get_close_matches(key, missing, 1, 0.8):
+            raise BinarizeError(f"{source}: has an unknown key {key!r:.60}. Did you mean {close[0]!r}?")
+        _log.warning("%s: the key %.60r is unknown and has no effect.", source, key)
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("a number is NaN")
+    return float(name)
 
 
 def _integer(digits: str) -> int:

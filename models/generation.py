@@ -78,7 +78,7 @@ class GenerationPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> GenerationPipeline:
         """Load as diffusers does, and check the noise schedule and the weights."""
-        with reading(Path(pretrained_model_name_or_path), kwargs):
+        with reading(cls, Path(pretrained_model_name_or_path), kwargs):
             pipe: GenerationPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "unet" not in kwargs:
             checks.check_weights(pipe.unet, str(pretrained_model_name_or_path))

@@ -133,7 +133,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
                 network that was saved packed stays packed.
             **kwargs: As in diffusers; a ``unet`` among them is used as it is.
         """
-        with reading(Path(pretrained_model_name_or_path), kwargs):
+        with reading(cls, Path(pretrained_model_name_or_path), kwargs):
             pipe: SuperResolutionPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "unet" not in kwargs:
             checks.check_weights(pipe.unet, str(pretrained_model_name_or_path))

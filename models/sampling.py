@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from binarize.errors import BinarizeError, one_line
-from binarize.json_files import read_json
+from binarize.json_files import check_keys, read_json
 
 MAX_TIMESTEPS = 100_000
 _STEPS, _TOLERANCE = (10, 4, 1), 0.2  # a schedule may end with a little noise: in Stable Diffusion's, of deviation 0.03
@@ -43,10 +43,17 @@ def read_scheduler(folder: Path) -> Any:
     if not isinstance(timesteps, int) or not 1 <= timesteps <= MAX_TIMESTEPS:
         allowed = f"a whole number from 1 to {MAX_TIMESTEPS}"
         raise BinarizeError(f"{path}: num_train_timesteps is {timesteps!r:.60}; allowed: {allowed}.")
+    others = {key for compatible in kind._get_compatibles() for key in parameters(compatible)}
+    check_keys(config, str(path), parameters(kind), others)
     try:
         return cast(Any, kind).from_config(config)
     except FAILURES as error:
         raise BinarizeError(f"{path}: makes no {name}: {one_line(error, 150)}.") from error
+
+
+def parameters(kind: Any) -> set[str]:
+    """Return the names of the arguments of a class."""
+    return {*inspect.signature(kind).parameters} - {"self", "args", "kwargs"}
 
 
 def check_samples(scheduler: Any) -> None:

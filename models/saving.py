@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -10,16 +11,22 @@ from typing import Any
 
 from binarize.errors import BinarizeError, one_line
 from binarize.files import update_folder
-from binarize.models.sampling import FAILURES, read_scheduler
+from binarize.json_files import check_keys, read_json
+from binarize.models.sampling import FAILURES, parameters, read_scheduler
+
+_ADDED = ("conversion", "quantization_config")  # keys in a network's config.json that are no arguments of its class
 
 
 @contextmanager
-def reading(folder: Path, options: dict[str, Any]) -> Iterator[None]:
+def reading(kind: type, folder: Path, options: dict[str, Any]) -> Iterator[None]:
     """Add the scheduler of a pipeline's folder to the options of ``from_pretrained``, which the body calls.
 
+    ``kind`` is the pipeline's class. The keys of the configurations are checked, since diffusers ignores unknown ones.
     What diffusers raises for a folder of this machine becomes a BinarizeError.
     """
     is_here = (folder / "model_index.json").is_file()
+    if is_here:
+        _check_keys(kind, folder)
     if is_here and "scheduler" not in options and (scheduler := read_scheduler(folder)) is not None:
         options["scheduler"] = scheduler
     try:
@@ -37,3 +44,15 @@ def save_whole(
     if options.get("push_to_hub"):
         options.setdefault("repo_id", Path(folder).name)
     update_folder(folder, lambda temporary: save(str(temporary), *args, **options))
+
+
+def _check_keys(kind: type, folder: Path) -> None:
+    index = read_json(folder / "model_index.json")
+    # A pipeline of another class may be loaded; its own settings have no effect.
+    if index.get("_class_name") == kind.__name__:
+        check_keys(index, str(folder / "model_index.json"), parameters(kind))
+    path, entry = folder / "unet" / "config.json", index.get("unet")
+    module, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    network = getattr(sys.modules.get(str(module)), str(name), None)  # nothing is imported
+    if isinstance(network, type) and path.is_file():
+        check_keys(read_json(path), str(path), parameters(network), _ADDED)

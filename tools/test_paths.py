@@ -68,7 +68,17 @@ PROCESSORS = (
 def run(processor: Processor, features: str, arguments: list[str]) -> bool:
     """Run the tests of one processor, print their report, and return whether they passed."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not long", "--color=no", *processor.tests, *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not slow and not long",
+        "--color=no",
+        *processor.tests,
+        *arguments,
+    ]
     environment = {**os.environ, **processor.environment(features)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     passed = done.returncode == 0
