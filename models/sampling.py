@@ -43,7 +43,7 @@ def read_scheduler(folder: Path) -> Any:
     if not isinstance(timesteps, int) or not 1 <= timesteps <= MAX_TIMESTEPS:
         allowed = f"a whole number from 1 to {MAX_TIMESTEPS}"
         raise BinarizeError(f"{path}: num_train_timesteps is {timesteps!r:.60}; allowed: {allowed}.")
-    others = {key for compatible in kind._get_compatibles() for key in parameters(compatible)}
+    others = {key for compatible in cast(Any, kind)._get_compatibles() for key in parameters(compatible)}
     check_keys(config, str(path), parameters(kind), others)
     try:
         return cast(Any, kind).from_config(config)

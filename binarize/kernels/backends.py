@@ -26,7 +26,12 @@ from binarize.errors import BinarizeError, did_you_mean
 Backend = Literal["auto", "numba", "triton", "torch"]
 BACKENDS = ("auto", "numba", "triton", "torch")
 VARIABLE = "BINARIZE_BACKEND"
-_NUMBA_THREADS = "NUMBA_NUM_THREADS"
+# Numba and LLVM end the process, or print a traceback, for other values. The patterns are of the whole value.
+_NUMBA_VARIABLES = {
+    "NUMBA_NUM_THREADS": (r"0*[1-9]\d{0,5}", "a number of at least 1"),
+    "NUMBA_CPU_FEATURES": (r"([+-][\w.-]+(,[+-][\w.-]+)*)?", "a list such as +avx2,-avx512f"),
+    "NUMBA_DISABLE_JIT": (r"0*", "0, since kernels that are not compiled do not run"),
+}
 _MODULES = {"numba": ("binarize.kernels.cpu.backend", "CPU"), "triton": ("binarize.kernels.cuda", "CUDA")}
 _DTYPES = {"numba": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -91,19 +96,20 @@ def _check(backend: str, where: str) -> None:
         )
 
 
-def _check_numba_threads() -> None:
-    given = os.environ.get(_NUMBA_THREADS, "1")
-    if not re.fullmatch(r"\s*0*[1-9]\d{0,5}\s*", given):
-        raise BinarizeError(
-            f"{_NUMBA_THREADS}={given!r:.40}: numba, which compiles the CPU kernels, needs a number of at least 1; "
-            "unset it. The kernels use torch's threads, which OMP_NUM_THREADS sets."
-        )
+def _check_numba_environment() -> None:
+    for name, (pattern, allowed) in _NUMBA_VARIABLES.items():
+        given = os.environ.get(name)
+        if given is not None and not re.fullmatch(pattern, given.strip()):
+            raise BinarizeError(
+                f"{name}={given!r:.40}: numba, which compiles the CPU kernels, needs {allowed}; unset it. "
+                "The kernels use torch's threads, which OMP_NUM_THREADS sets."
+            )
 
 
 @cache
 def _kernels_if_any(name: str, gpu: int | None) -> ModuleType | None:
     if name == "numba":
-        _check_numba_threads()
+        _check_numba_environment()
     try:
         kernels = _kernels(name)
         if gpu is not None:

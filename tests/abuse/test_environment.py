@@ -31,6 +31,8 @@ LATE = {
 # Variables that the libraries read when they are imported.
 EARLY = {
     "NUMBA_NUM_THREADS": ["0", "x"],
+    "NUMBA_CPU_FEATURES": ["x"],
+    "NUMBA_DISABLE_JIT": ["x", "1"],
     "OMP_NUM_THREADS": ["x"],
     "NUMBA_CACHE_DIR": ["/dev/null"],
     "PYTHONIOENCODING": ["ascii"],

@@ -1,6 +1,7 @@
 """The cache of compiled kernels: a damaged entry is compiled again, and a full disk stops nothing."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -94,10 +95,17 @@ def test_a_full_disk_does_not_stop_the_kernels(call: Any, function: Any, monkeyp
     assert compiled(function)(1, 2) == 3
 
 
-@pytest.mark.parametrize("value", ["0", "two", "-1", "1.5", "", "9" * 5000])
-def test_a_wrong_number_of_threads_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NUMBA_NUM_THREADS", value)
-    assert_error(rf"NUMBA_NUM_THREADS='{value[:9]}", backends._check_numba_threads)
+WRONG = {
+    "NUM_THREADS": ["0", "two", "-1", "1.5", "", "9" * 5000],
+    "CPU_FEATURES": ["avx2", "+avx2,,"],
+    "DISABLE_JIT": ["1"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_wrong_variable_of_numba_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"NUMBA_{name}", value)
+    assert_error(re.escape(f"NUMBA_{name}='{value[:9]}"), backends._check_numba_environment)
 
 
 FORK = """
