@@ -247,9 +247,10 @@ def plan_table(unet: nn.Module, counts: Counts, options: argparse.Namespace) -> 
             buckets = counts.weights if gpus > 1 else 0  # data parallelism copies the gradients
             gigabytes = (memory(counts, side, step.each, "torch", "exact") + buckets) / 1e9
             days = steps * step.seconds / 86400
-            rows.append([f"`{name}`", gpus, larger, 1e3 * step.seconds, days, gigabytes, step.limit])
+            number = gpus if larger == batch else f"{gpus}, batch {larger}"
+            rows.append([f"`{name}`", number, 1e3 * step.seconds, days, gigabytes, step.limit])
     columns = [numbers("step, ms", ".0f"), numbers("days", ".1f"), numbers("GB per GPU", ".1f")]
-    return Table(["recipe", "GPUs", "batch", *columns, "limited by"], rows).to_markdown()
+    return Table(["recipe", "GPUs", *columns, "limited by"], rows).to_markdown()
 
 
 def assumptions(options: argparse.Namespace) -> str:

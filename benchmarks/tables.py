@@ -52,26 +52,22 @@ def numbers(name: str, form: str = ".2f") -> Column:
 
 
 def packed_layers(results: Results) -> str:
-    """Return how much faster than PyTorch each binary convolution is on one thread, for each machine."""
-    columns: list[Column] = [Column("layer"), Column("count")]
-    lines: dict[str, list[Any]] = {}
-    total: list[Any] = ["all", None]
-    peaks = []
+    """Return how much faster than PyTorch each binary convolution is on one thread, for the last machine and in sum."""
+    ratios = (numbers("float32 / packed"), numbers("int8 / packed"))
+    columns = [Column("layer"), numbers("packed, ms"), *ratios, numbers("share of peak", ".0%")]
+    lines: list[list[Any]] = []
+    sums: list[list[Any]] = []
     for file, rows in results.items():
-        columns += [numbers(f"{file}: packed, ms"), numbers("float32 / packed"), numbers("int8 / packed")]
-        columns.append(numbers("share of peak", ".0%"))
-        peaks.append(f"{rows[0]['popcount peak, GMAC/s a core']:.0f} ({file})")
-        sums = [0.0, 0.0, 0.0]
+        lines, total = [], [0.0, 0.0, 0.0]
         for row in rows[1:]:
             if row["threads"] == 1:
                 ms = row["ms"]
                 times = [ms["packed"], min(ms["float32 NCHW"], ms["float32 NHWC"]), ms.get("int8", math.nan)]
-                line = lines.setdefault(row["layer"], [row["layer"], row["count"]])
-                line += [times[0], times[1] / times[0], times[2] / times[0], row["share of peak"]]
-                sums = [old + row["count"] * new for old, new in zip(sums, times, strict=True)]
-        total += [sums[0], sums[1] / sums[0], sums[2] / sums[0], None]
-    table = Table(columns, list(lines.values()), footer=[total]).to_markdown()
-    return f"{table}\n\nPopcount peak of one core, GMAC/s: {', '.join(peaks)}."
+                layer = row["layer"].partition(" -> ")[2]
+                lines.append([layer, times[0], times[1] / times[0], times[2] / times[0], row["share of peak"]])
+                total = [old + row["count"] * new for old, new in zip(total, times, strict=True)]
+        sums.append([f"all, {file}", total[0], total[1] / total[0], total[2] / total[0], None])
+    return Table(columns, lines, footer=sums).to_markdown()
 
 
 def packed_roofline(results: Results) -> str:
@@ -101,10 +97,12 @@ def packed_networks(results: Results) -> str:
 
 def packed_flips(results: Results) -> str:
     """Return the differences between packed and unpacked networks."""
-    keys = ("worst mean error of the output's scale", "share of flipped signs")
-    lines = [[file, row["inputs"], *(row[key] for key in keys)] for file, (row,) in results.items()]
-    columns = [numbers("worst relative mean error", ".1e"), numbers("share of signs that differ", ".1e")]
-    return Table(["results", "inputs", *columns], lines).to_markdown()
+    error = "worst mean error of the output's scale"
+    return "\n".join(
+        f"`{file}`, {row['inputs']} inputs: the worst relative mean error is "
+        f"{row[error]:.1e}, and {row['share of flipped signs']:.1e} of the signs differ."
+        for file, (row,) in results.items()
+    )
 
 
 def packed_memory(results: Results) -> str:
@@ -163,12 +161,15 @@ def training(results: Results) -> str:
             if row["variant"] == "textbook-apart":  # shows the effect of the allocator alone
                 continue
             reference = base.get((row["size"], row["batch"]))
-            cells = [file, VARIANTS[row["variant"]], row["batch"]]
+            cells = [
+                f"{file}: {VARIANTS[row['variant']]}" if len(results) > 1 else VARIANTS[row["variant"]],
+                row["batch"],
+            ]
             for key in ("memory", "seconds"):
                 cells += [row[key], None if reference is None else row[key] / reference[key]]
             lines.append(cells)
     columns = [numbers("peak memory, MB", ".0f"), numbers("ratio"), numbers("step, s"), numbers("ratio")]
-    return Table(["results", "network", "batch", *columns], lines).to_markdown()
+    return Table(["network", "batch", *columns], lines).to_markdown()
 
 
 def bits_layers(results: Results) -> str:
