@@ -130,7 +130,7 @@ def row(family: Family) -> tuple[str, ...]:
     options = {"method": "bidiffsr", **family.options}
     model = family.build()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    name, size = (family.name, f"`{family.cls}`"), f"{parameters / 1e6:,.1f} M"
+    name, size = family.name, f"{parameters / 1e6:,.1f}"
     try:
         report = binarize.plan(model, **options)
         share = report.binary_parameters / report.parameters
@@ -140,10 +140,10 @@ def row(family: Family) -> tuple[str, ...]:
         done = conversion(binarize.convert(model, **options))
     except binarize.BinarizeError as error:
         reasons = str(error).split(": ", 1)[1].rsplit(". ", 1)[0]
-        return *name, size, "0%", "0%", "-", "; ".join(map(_brief, reasons.split("; ")))
+        return name, size, "0%", "0%", "-", "; ".join(map(_brief, reasons.split("; ")))
     with_linear = done.report.with_linear / done.report.parameters
     source = _timestep(model, done.context)
-    return *name, size, f"{share:.0%}", f"{with_linear:.0%}", source, _without_form(done.report)
+    return name, size, f"{share:.0%}", f"{with_linear:.0%}", source, _without_form(done.report)
 
 
 def _timestep(model: nn.Module, context: TimestepContext | None) -> str:
@@ -168,7 +168,7 @@ def _brief(reason: str) -> str:
 
 def table(families: tuple[Family, ...] = FAMILIES) -> str:
     """Return the table as Markdown."""
-    columns = ["network", "class", "parameters", "binary", "`linear=True`", "timestep", "without a binary form"]
+    columns = ["network", "parameters, M", "binary", "`linear=True`", "timestep", "without a binary form"]
     return Table([Column(name) for name in columns], [row(family) for family in families]).to_markdown()
 
 
