@@ -268,7 +268,7 @@ def assumptions(options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=CARDS, default="h100")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4, 8, 16], help="numbers of GPUs")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4, 8], help="numbers of GPUs")
     parser.add_argument("--gpus-per-machine", type=int, default=8)
     parser.add_argument("--tf32", action="store_true", help="use TF32 (allow_tf32 in a recipe)")
     parser.add_argument("--compute-share", type=float, default=0.4, help="share of the peak that convolutions reach")

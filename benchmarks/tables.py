@@ -143,40 +143,37 @@ def gpu_networks(results: Results) -> str:
 
 
 def gpu_training(results: Results) -> str:
-    """Return training steps on a GPU in float32."""
-    return training(
-        {
-            file: [{**row, "memory": row["peak MB"], "seconds": row["ms"] / 1e3} for row in rows if not row["tf32"]]
-            for file, rows in results.items()
-        }
-    )
+    """Return training steps on a GPU in float32, of the largest batch."""
+    (rows,) = results.values()
+    largest = max(row["batch"] for row in rows)
+    chosen = [row for row in rows if not row["tf32"] and row["batch"] == largest]
+    return training({"gpu": [{**row, "memory": row["peak MB"], "seconds": row["ms"] / 1e3} for row in chosen]})
 
 
 def training(results: Results) -> str:
     """Return training steps, with ratios to the textbook form of the same image size and batch."""
-    lines = []
+    lines: list[list[Any]] = []
     for file, rows in results.items():
         base = {(row["size"], row["batch"]): row for row in rows if row["variant"] == "textbook"}
         for row in rows:
             if row["variant"] == "textbook-apart":  # shows the effect of the allocator alone
                 continue
             reference = base.get((row["size"], row["batch"]))
-            cells = [
-                f"{file}: {VARIANTS[row['variant']]}" if len(results) > 1 else VARIANTS[row["variant"]],
-                row["batch"],
-            ]
-            for key in ("memory", "seconds"):
-                cells += [row[key], None if reference is None else row[key] / reference[key]]
+            name = f"{VARIANTS[row['variant']]}, batch {row['batch']}"
+            cells = [f"{file}: {name}" if len(results) > 1 else name]
+            for key, form in (("memory", ".0f"), ("seconds", ".2f")):
+                ratio = "" if reference is None else f" ({row[key] / reference[key]:.2f})"
+                cells.append(f"{row[key]:{form}}{ratio}")
             lines.append(cells)
-    columns = [numbers("peak memory, MB", ".0f"), numbers("ratio"), numbers("step, s"), numbers("ratio")]
-    return Table(["network", "batch", *columns], lines).to_markdown()
+    columns = [Column(name, align="right") for name in ("peak memory, MB (ratio)", "step, s (ratio)")]
+    return Table(["network", *columns], lines).to_markdown()
 
 
 def bits_layers(results: Results) -> str:
     """Return the milliseconds of a packed layer by the bits of its weights and activations."""
     (rows,) = results.values()
     names = list(rows[0]["ms"])
-    lines = [[f"{r['channels']} -> {r['channels']}, 3x3, {r['side']}x{r['side']}", *r["ms"].values()] for r in rows]
+    lines = [[f"{r['channels']}, 3x3, {r['side']}x{r['side']}", *r["ms"].values()] for r in rows]
     return Table(["layer, ms", *map(numbers, names)], lines).to_markdown()
 
 
@@ -193,14 +190,14 @@ def bits_unet(results: Results) -> str:
         lines.append(
             [
                 method,
-                *(seconds.get(name) for name in ("convert", "pack", "save", "load", "step")),
+                *(seconds.get(name) for name in ("pack", "save", "load", "step")),
                 None if packing is None else packing / whole["peak after build"],
                 (peaks["peak after load"] if "peak after load" in peaks else peaks["peak after build"]) / 1e6,
                 peaks["peak after step"] / 1e6,
                 next((row["file bytes"] for row in found if "file bytes" in row), 4 * whole["parameters"]) / 1e6,
             ]
         )
-    columns = [numbers(f"{name}, s", ".1f") for name in ("convert", "pack", "save", "load", "step")]
+    columns = [numbers(f"{name}, s", ".1f") for name in ("pack", "save", "load", "step")]
     columns += [numbers("peak of packing / float model", ".2f"), numbers("peak once loaded, MB", ".0f")]
     columns += [numbers("peak of a step, MB", ".0f"), numbers("file, MB", ".0f")]
     return Table(["weights/activations", *columns], lines).to_markdown()
