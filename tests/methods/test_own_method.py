@@ -38,7 +38,7 @@ def test_every_block_of_the_page_runs_in_order(folder: Path):
             ran += 1
         else:
             assert language == "console"
-    assert ran == 5
+    assert ran == 4
     assert validate("mine.yaml").method.name == "mine"
 
     assert len([line for line in (folder / "my_method.py").read_text().splitlines() if line.strip()]) <= 30
