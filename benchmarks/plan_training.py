@@ -220,15 +220,15 @@ def plan(counts: Counts, forward: float, side: int, gpus: int, batch: int, optio
     )
 
 
-def memory_table(unet: nn.Module, counts: Counts) -> str:
-    """Return memory and operations by image size and batch size."""
+def memory_table(counts: Counts) -> str:
+    """Return the memory of a step in exact mode by image size and batch size."""
     names = {"torch": "GPU", "auto": "CPU"}
-    memories = (numbers(f"{names[backend]}, {mode}, GB", ".1f") for backend in BACKENDS for mode in MODES)
+    memories = (numbers(f"{names[backend]}, GB", ".1f") for backend in BACKENDS)
     rows = []
     for side, batch in SHAPES:
-        gigabytes = (memory(counts, side, batch, *key) / 1e9 for key in counts.saved)
-        rows.append([f"{batch} x {side}x{side}", macs(unet, side) * batch / 1e12, *gigabytes])
-    return Table(["batch", numbers("TMAC forward"), *memories], rows).to_markdown()
+        gigabytes = (memory(counts, side, batch, backend, "exact") / 1e9 for backend in BACKENDS)
+        rows.append([f"{batch} x {side}x{side}", *gigabytes])
+    return Table(["batch", *memories], rows).to_markdown()
 
 
 def plan_table(unet: nn.Module, counts: Counts, options: argparse.Namespace) -> str:
@@ -281,7 +281,7 @@ def main() -> None:
     unet: Any = binarize.build(RECIPES[0]).train()
     counts = count(unet)
     made = {
-        "memory-estimate": memory_table(unet, counts),
+        "memory-estimate": memory_table(counts),
         "plan": f"{assumptions(options)}\n\n{plan_table(unet, counts, options)}",
     }
     print("\n\n".join(made.values()))

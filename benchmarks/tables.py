@@ -153,13 +153,14 @@ def gpu_training(results: Results) -> str:
 def training(results: Results) -> str:
     """Return training steps, with ratios to the textbook form of the same image size and batch."""
     lines: list[list[Any]] = []
+    several = len({row["batch"] for rows in results.values() for row in rows}) > 1
     for file, rows in results.items():
         base = {(row["size"], row["batch"]): row for row in rows if row["variant"] == "textbook"}
         for row in rows:
             if row["variant"] == "textbook-apart":  # shows the effect of the allocator alone
                 continue
             reference = base.get((row["size"], row["batch"]))
-            name = f"{VARIANTS[row['variant']]}, batch {row['batch']}"
+            name = VARIANTS[row["variant"]] + (f", batch {row['batch']}" if several else "")
             cells = [f"{file}: {name}" if len(results) > 1 else name]
             for key, form in (("memory", ".0f"), ("seconds", ".2f")):
                 ratio = "" if reference is None else f" ({row[key] / reference[key]:.2f})"
