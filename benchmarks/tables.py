@@ -71,15 +71,12 @@ def packed_layers(results: Results) -> str:
 
 
 def packed_roofline(results: Results) -> str:
-    """Return the composition of a denoising step for each machine."""
-    steps = {file: next(row for row in rows if "parts" in row) for file, rows in results.items()}
-    lines: dict[str, list[Any]] = {}
-    for step in steps.values():
-        for part, seconds in step["parts"].items():
-            lines.setdefault(part, [part]).append(seconds / sum(step["parts"].values()))
-    lines["step"] = ["seconds per step", *(f"{step['seconds']['packed']:.3f}" for step in steps.values())]
-    shares = [Column(file, lambda x: x if isinstance(x, str) else f"{x:.0%}", "right") for file in steps]
-    return Table(["share of a step", *shares], list(lines.values())).to_markdown()
+    """Return the composition of a denoising step on the last machine."""
+    step = next(row for row in list(results.values())[-1] if "parts" in row)
+    whole = sum(step["parts"].values())
+    lines = [[part, f"{seconds / whole:.0%}"] for part, seconds in step["parts"].items()]
+    lines.append(["seconds per step", f"{step['seconds']['packed']:.3f}"])
+    return Table(["part", Column("share of a step", align="right")], lines).to_markdown()
 
 
 def packed_networks(results: Results) -> str:
