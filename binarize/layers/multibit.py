@@ -74,13 +74,12 @@ class LearnedStep(ActivationBinarizer):
         return self.step.to(dtype).abs().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-@torch.no_grad()
 def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Set the steps of all k-bit activations from a batch, as LSQ does with the first one: s = 2 mean |x| / sqrt(Q_P).
 
     Runs ``model(*args, **kwargs)`` once. Each activation is set when it is reached, so later ones see quantized values.
     Call it after `binarize.convert`, before training and before wrapping the model for several processes; the steps are
-    parameters and saved with the model. After an error the steps are as they were.
+    parameters and saved with the model. After an error the steps are as they were. `binarize.training.train` does it.
 
     Returns:
         The number of activations that were set.
@@ -89,12 +88,23 @@ def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> int:
         BinarizeError: If the model has no k-bit activation ("lsq"), or reaches none or an input that is zero or not
             finite.
     """
-    activations = {name: module for name, module in model.named_modules() if isinstance(module, LearnedStep)}
-    if not activations:
+    if not learned_steps(model):
         raise BinarizeError(
             f"calibrate: this {type(model).__name__} has no k-bit activation; convert it with "
             "activation={'name': 'lsq', 'bits': 8} or fewer bits."
         )
+    return len(calibrate_by(model, lambda: model(*args, **kwargs)))
+
+
+def learned_steps(model: nn.Module) -> dict[str, LearnedStep]:
+    """Return the k-bit activations of a model by their names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LearnedStep)}
+
+
+@torch.no_grad()
+def calibrate_by(model: nn.Module, forward: Callable[[], object]) -> set[str]:
+    """Set steps as `calibrate` does, by a function that runs the model; return the names of those that were set."""
+    activations = learned_steps(model)
     reached: set[str] = set()
 
     def measure(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -113,7 +123,7 @@ def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     before = {name: module.step.clone() for name, module in activations.items()}
     hooks = [module.register_forward_pre_hook(measure(name)) for name, module in activations.items()]
     try:
-        model(*args, **kwargs)
+        forward()
     except BaseException:
         for name, step in before.items():
             activations[name].step.copy_(step)
@@ -123,7 +133,7 @@ def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> int:
             hook.remove()
     if not reached:
         raise BinarizeError("calibrate: the forward reached none of the model's k-bit activations.")
-    return len(reached)
+    return reached
 
 
 register_part("activation", "none")(lambda spec: FullPrecisionActivation())

@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from binarize.conversion.memory import memory_mode
+from binarize.conversion.record import is_converted
 from binarize.errors import BinarizeError, one_line
 from binarize.layers import training_step
 from binarize.progress import ProgressBar
@@ -31,6 +32,7 @@ from binarize.recipes import (
     remove_stages,
 )
 from binarize.training import initial
+from binarize.training.calibration import calibrate_steps
 from binarize.training.checkpoint import Checkpoints, CheckpointState, read_state
 from binarize.training.csv_log import CsvLog
 from binarize.training.distillation import Distillation
@@ -43,7 +45,7 @@ from binarize.training.objective import Objective
 from binarize.training.optim import build_lr_scheduler, build_optimizer
 from binarize.training.processes import accelerator_for, on_main, reduce_losses
 from binarize.training.resume import check_resumable, check_same_images
-from binarize.training.samples import BatchPlan, batch_loader, close
+from binarize.training.samples import BatchPlan, batch_loader, close, to_device
 from binarize.training.signals import StopRequest
 from binarize.training.super_resolution import SuperResolution
 from binarize.training.tasks import Task
@@ -122,6 +124,11 @@ class _Run:
 
         torch.manual_seed(torch_seed(recipe.seed, "weights"))
         self.unet: Any = initial.initial_network(recipe, trained).train()
+        self.calibrated = ""
+        if self.start is None and (trained is None or not is_converted(trained.network)):
+            # A binary network brings its steps along, and a checkpoint those that it has learned.
+            samples, device = self.task.samples, accelerator.device
+            self.calibrated = calibrate_steps(recipe, self.unet, samples, self.plan.total, device)
         if recipe.memory_mode == "compact":
             if accelerator.device.type == "cpu":
                 keep_large_blocks_apart()
@@ -265,10 +272,8 @@ class _Run:
                 f"a worker process died before step {self.step + 1} ({error}), often because memory ran out; lower "
                 "dataloader_num_workers and continue with resume_from_checkpoint=latest."
             ) from error
-        device, dtype = self.accelerator.device, self.unet.dtype
-        tensors = {name: batch[name] for name in (*self.objective.inputs.tensors, "noise", "timestep")}
-        dtypes = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
-        return {name: t.to(device, dtypes[name], non_blocking=True) for name, t in tensors.items()}, batch["name"]
+        tensors, device = self.objective.inputs.tensors, self.accelerator.device
+        return to_device(batch, tensors, device, self.unet.dtype), batch["name"]
 
     def _gradient_is_finite(self) -> bool:
         grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -380,6 +385,8 @@ class _Run:
         self._print(f"{factors} = {plan.total} per step, on {self.accelerator.device}")
         if isinstance(self.recipe, Recipe) and self.recipe.residual_scale is not None:
             self._print(f"residuals are divided by {self.recipe.residual_scale:.6g}")
+        if self.calibrated:
+            self._print(self.calibrated)
 
     def _print(self, text: str) -> None:
         if self.shows_progress:

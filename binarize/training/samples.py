@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from binarize.errors import BinarizeError
@@ -100,6 +101,15 @@ def batch_loader(
     """Return this process's batches for a range of optimiser steps, in order; 0 workers load in this process."""
     order, start = plan.batches(steps), _ignore_signals
     return DataLoader(samples, batch_sampler=order, num_workers=workers, pin_memory=pin_memory, worker_init_fn=start)
+
+
+def to_device(
+    batch: dict[str, Any], tensors: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the named tensors of a batch with its noise and timesteps on a device, and floats in the given dtype."""
+    found = {name: batch[name] for name in (*tensors, "noise", "timestep")}
+    dtypes = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in found.items()}
+    return {name: tensor.to(device, dtypes[name], non_blocking=True) for name, tensor in found.items()}
 
 
 def close(batches: Iterator[dict[str, Any]]) -> None:
