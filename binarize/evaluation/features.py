@@ -18,6 +18,7 @@ from binarize.evaluation.perceptual import read_weights
 from binarize.recipes.code import import_code
 
 PIXELS, INCEPTION = "pixels", "inception"
+INCEPTION_NAME = "Inception v3"
 _SIDE = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -37,7 +38,7 @@ class Features:
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.name, self._function = _load(source, self.device)
+        self.name, self._function = feature_name(source), _load(source, self.device)
 
     @torch.no_grad()
     def __call__(self, batches: Iterable[Tensor]) -> Tensor:
@@ -52,23 +53,36 @@ class Features:
         return torch.cat(found)
 
 
-def _load(source: str, device: torch.device) -> tuple[str, Callable[[Tensor], Tensor]]:
-    if source == PIXELS:
-        return "pixels", lambda images: images.flatten(1) / 255
-    if source == INCEPTION:
-        return "Inception v3", _inception(device)
-    if ":" in source and not Path(source).is_file():
-        module, _, name = source.rpartition(":")
-        try:
-            found = attrgetter(name)(import_code(module, "features", f"the features {source!r}"))()
-        except AttributeError as error:
-            raise BinarizeError(f"features: {source!r}: {error}.") from error
-        function = found.to(device).eval() if isinstance(found, nn.Module) else found
-        return source, lambda images: function(_rgb(images))
+def feature_name(source: str) -> str:
+    """Return the name of features for tables, or raise an error if ``source`` is not one of `Features`."""
+    if source in (PIXELS, INCEPTION):
+        return {PIXELS: "pixels", INCEPTION: INCEPTION_NAME}[source]
+    if _is_function(source):
+        return source
     if Path(source).suffix in (".pth", ".pt"):
-        return "SqueezeNet", _squeezenet(Path(source), device)
+        return "SqueezeNet"
     allowed = "pixels, inception, a squeezenet1_1 .pth file, or module:function"
     raise BinarizeError(f"features: {source!r} is unknown; allowed: {allowed}.")
+
+
+def _is_function(source: str) -> bool:
+    return ":" in source and not Path(source).is_file()
+
+
+def _load(source: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    if source == PIXELS:
+        return lambda images: images.flatten(1) / 255
+    if source == INCEPTION:
+        return _inception(device)
+    if not _is_function(source):
+        return _squeezenet(Path(source), device)
+    module, _, name = source.rpartition(":")
+    try:
+        found = attrgetter(name)(import_code(module, "features", f"the features {source!r}"))()
+    except AttributeError as error:
+        raise BinarizeError(f"features: {source!r}: {error}.") from error
+    function = found.to(device).eval() if isinstance(found, nn.Module) else found
+    return lambda images: function(_rgb(images))
 
 
 def _squeezenet(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:

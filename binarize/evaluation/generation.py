@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
-from binarize.evaluation.features import PIXELS, Features
+from binarize.evaluation.features import INCEPTION_NAME, PIXELS, Features
 from binarize.files import write_text_atomic
 from binarize.imaging import save_image
 from binarize.imaging.labelled import LabelledFolder
@@ -111,22 +111,73 @@ class GenerationReport:
 
     def _table(self) -> Table:
         keys = ("frechet", "kid", "kid_std", "precision", "recall", "nearest", "nearest_real")
-        names = ("FID" if self.features == "Inception v3" else "Fréchet distance", "KID", "±", *keys[3:5])
+        names = ("FID" if self.features == INCEPTION_NAME else "Fréchet distance", "KID", "±", *keys[3:5])
         headings = [Column(name, ".4g", "right") for name in (*names, "nearest", "nearest among real")]
         return Table(headings, [[getattr(self, key) for key in keys]])
 
 
+class RealImages:
+    """The images of a folder and their features, with which generated images are compared.
+
+    Args:
+        data: The folder; with classes, of a sub-folder per class.
+        pipeline: A pipeline that generates images of their size, channels and classes.
+        features: See `Features`.
+
+    Raises:
+        BinarizeError: If the images cannot be used, there are too few, or the features cannot be loaded.
+    """
+
+    def __init__(self, data: str | os.PathLike[str], pipeline: GenerationPipeline, features: str = PIXELS) -> None:
+        require_torchmetrics()
+        channels, height, width = pipeline.image_shape
+        if height != width:
+            raise BinarizeError(f"evaluate: images must be square; the model's are {width}x{height}.")
+        self.folder = LabelledFolder(Path(data), resolution=height, channels=channels, classes=pipeline.classes)
+        self.extractor = Features(features, pipeline.device)
+        self.pixels = torch.stack(self.folder.pixels)
+        self.features = self.extractor(self.pixels.split(_BATCH))
+
+    def evaluate(
+        self,
+        pipeline: GenerationPipeline,
+        *,
+        count: int | None = None,
+        seed: int = 0,
+        batch_size: int = _BATCH,
+        progress: bool = True,
+        name: str = "model",
+        **options: Any,
+    ) -> GenerationReport:
+        """Generate images and compare them; for the arguments, see `evaluate_generator`."""
+        folder, theirs = self.folder, self.features
+        count = len(folder) if count is None else count
+        if min(count, len(folder)) <= _NEIGHBOURS:
+            raise BinarizeError(
+                f"evaluate: {count} generated and {len(folder)} real images; needed: at least 4 of each."
+            )
+        labels = [folder.labels[number * len(folder) // count] for number in range(count)]
+        classes = labels if pipeline.classes else None
+        started = time.perf_counter()
+        images = generate_images(pipeline, count, class_labels=classes, seed=seed, batch_size=batch_size, **options)
+        bar = ProgressBar(images, total=count, desc="generate", unit="image", disable=not progress)
+        drawn = torch.stack([_tensor(image) for image in bar])
+        seconds = time.perf_counter() - started
+        ours = self.extractor(drawn.split(_BATCH))
+        distances, among = _distances(ours, theirs), _distances(theirs, theirs).fill_diagonal_(torch.inf)
+        nearest = distances.min(dim=1)
+        steps = options.get("num_inference_steps")
+        kid, kid_std = _kid(ours, theirs)
+        return GenerationReport(
+            name, self.extractor.name, count, len(folder), pipeline.num_inference_steps if steps is None else steps,
+            frechet_distance(ours, theirs), kid, kid_std, *precision_and_recall(ours, theirs),
+            float(nearest.values.mean()), float(among.min(dim=1).values.mean()), seconds,
+            _comparison(drawn, self.pixels, nearest.indices),
+        )  # fmt: skip
+
+
 def evaluate_generator(
-    pipeline: GenerationPipeline,
-    data: str | os.PathLike[str],
-    *,
-    features: str = PIXELS,
-    count: int | None = None,
-    seed: int = 0,
-    batch_size: int = _BATCH,
-    progress: bool = True,
-    name: str = "model",
-    **options: Any,
+    pipeline: GenerationPipeline, data: str | os.PathLike[str], *, features: str = PIXELS, **options: Any
 ) -> GenerationReport:
     """Generate images and compare them with those of a folder.
 
@@ -136,44 +187,15 @@ def evaluate_generator(
         pipeline: The pipeline.
         data: The folder of real images; with classes, of a sub-folder per class.
         features: See `Features`.
-        count: Number of images to generate; by default as many as there are real ones.
-        seed: Seed of the first image, see `binarize.models.generation.generate_images`.
-        batch_size: Number of images per call of the network.
-        progress: Show a progress bar.
-        name: The name of the model in the report.
-        **options: ``num_inference_steps``, ``guidance_scale`` and ``eta`` of the pipeline's call.
+        **options: ``count``, the number of images to generate, by default as many as there are real ones; ``seed`` of
+            the first image, see `binarize.models.generation.generate_images`; ``batch_size``, images per call of the
+            network; ``progress``, whether to show a progress bar; ``name`` of the model in the report; and
+            ``num_inference_steps``, ``guidance_scale`` and ``eta`` of the pipeline's call.
 
     Raises:
         BinarizeError: If the images cannot be used, there are too few, or the features cannot be loaded.
     """
-    _require_torchmetrics()
-    channels, height, width = pipeline.image_shape
-    if height != width:
-        raise BinarizeError(f"evaluate: images must be square; the model's are {width}x{height}.")
-    folder = LabelledFolder(Path(data), resolution=height, channels=channels, classes=pipeline.classes)
-    count = len(folder) if count is None else count
-    if min(count, len(folder)) <= _NEIGHBOURS:
-        raise BinarizeError(f"evaluate: {count} generated and {len(folder)} real images; needed: at least 4 of each.")
-    extractor = Features(features, pipeline.device)
-    labels = [folder.labels[number * len(folder) // count] for number in range(count)]
-    classes = labels if pipeline.classes else None
-    started = time.perf_counter()
-    images = generate_images(pipeline, count, class_labels=classes, seed=seed, batch_size=batch_size, **options)
-    bar = ProgressBar(images, total=count, desc="generate", unit="image", disable=not progress)
-    drawn = torch.stack([_tensor(image) for image in bar])
-    seconds = time.perf_counter() - started
-    real = torch.stack(folder.pixels)
-    ours, theirs = extractor(drawn.split(_BATCH)), extractor(real.split(_BATCH))
-    distances, among = _distances(ours, theirs), _distances(theirs, theirs).fill_diagonal_(torch.inf)
-    nearest = distances.min(dim=1)
-    steps = options.get("num_inference_steps")
-    kid, kid_std = _kid(ours, theirs)
-    return GenerationReport(
-        name, extractor.name, count, len(folder), pipeline.num_inference_steps if steps is None else steps,
-        frechet_distance(ours, theirs), kid, kid_std, *precision_and_recall(ours, theirs),
-        float(nearest.values.mean()), float(among.min(dim=1).values.mean()), seconds,
-        _comparison(drawn, real, nearest.indices),
-    )  # fmt: skip
+    return RealImages(data, pipeline, features).evaluate(pipeline, **options)
 
 
 def frechet_distance(ours: Tensor, theirs: Tensor) -> float:
@@ -228,7 +250,8 @@ def _filled(metric: Any, ours: Tensor, theirs: Tensor) -> Any:
     return metric
 
 
-def _require_torchmetrics() -> None:
+def require_torchmetrics() -> None:
+    """Raise an error with the command that installs torchmetrics, if it is missing."""
     try:
         import torchmetrics  # noqa: F401
     except ImportError as error:

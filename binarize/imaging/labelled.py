@@ -48,7 +48,7 @@ class LabelledFolder:
     ) -> None:
         if channels not in _MODES:
             raise BinarizeError(f"images have 1 or 3 channels, but the network has {channels}")
-        self.files = _find(folder, classes)
+        self.files = find_labelled(folder, classes)
         self.names, self.labels = list(self.files), [label for label, _ in self.files.values()]
         self.pixels: list[Tensor] = []
         problems: list[str] = []
@@ -63,7 +63,8 @@ class LabelledFolder:
         return len(self.pixels)
 
 
-def _find(folder: Path, classes: Sequence[str] | None) -> dict[str, tuple[int, Path]]:
+def find_labelled(folder: Path, classes: Sequence[str] | None) -> dict[str, tuple[int, Path]]:
+    """Return the path in a folder -> the label and the file of its images, as `LabelledFolder` finds them."""
     if not folder.is_dir():
         raise BinarizeError(f"there is no folder {str(folder)!r}; name a folder of images")
     if classes is None:

@@ -50,7 +50,7 @@ class Generation(Task):
         images = LabelledImages(
             recipe.train_data_dir,
             resolution=recipe.resolution,
-            channels=_channels(recipe),
+            channels=network_channels(recipe),
             classes=recipe.classes,
             class_dropout=recipe.class_dropout,
             center_crop=recipe.center_crop,
@@ -67,7 +67,7 @@ class Generation(Task):
         yield SampleGrid(image_grid(images, None if pipeline.classes is None else len(pipeline.classes)))
 
 
-def _channels(recipe: GenerationRecipe) -> int:
+def network_channels(recipe: GenerationRecipe) -> int:
     """Return the number of channels of a recipe's network, which must be of the recipe's resolution."""
     with torch.device("meta"):
         config = getattr(generation_network(recipe), "config", {})
