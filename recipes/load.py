@@ -89,6 +89,11 @@ def recipe_class(data: Mapping[str, Any], source: str) -> type[TrainingRecipe]:
     return _TASKS[task]
 
 
+def recipe_task(name_or_path: str | os.PathLike[str]) -> str:
+    """Return the task of a recipe, given its name or path."""
+    return recipe_class(_with_bases(recipe_path(name_or_path), ()), str(name_or_path)).task
+
+
 class _Degraded(Section):
     degradation: Degradation
 
@@ -116,22 +121,23 @@ def copy_recipe(name: str, dest: str | os.PathLike[str], *, force: bool = False)
 
 
 def read_yaml(path: Path, kind: str) -> dict[str, Any]:
-    """Return the top-level mapping of a recipe or study, with plugin files relative to the file's folder."""
+    """Return the top-level mapping of a recipe or study, with files of code relative to the file's folder."""
     data = parse_yaml(read_text(path, MAX_BYTES), str(path))
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise BinarizeError(f"{path} is not a {kind}: it must hold `key: value` lines at its top level.")
+    return code_beside(path.parent, data)
+
+
+def code_beside(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's keys with the .py files of plugins and of the network's factory joined to a folder."""
+    data = dict(data)
     if isinstance(data.get("plugins"), list):
-        data["plugins"] = beside(path.parent, data["plugins"])
+        data["plugins"] = [str(folder / each) if str(each).endswith(".py") else each for each in data["plugins"]]
     model = data.get("model")
     factory = model.get("factory") if isinstance(model, dict) else model
     if isinstance(factory, str) and factory.partition(":")[0].endswith(".py"):
-        data["model"] = {**(model if isinstance(model, dict) else {}), "factory": str(path.parent / factory)}
+        data["model"] = {**(model if isinstance(model, dict) else {}), "factory": str(folder / factory)}
     return data
-
-
-def beside(folder: Path, plugins: Sequence[Any]) -> list[Any]:
-    """Return plugins with the paths of .py files joined to a folder."""
-    return [str(folder / plugin) if str(plugin).endswith(".py") else plugin for plugin in plugins]
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from binarize.studies.schema import CellSection, EvaluationSection, Study, list_studies, load_study, study_path
+from binarize.studies.schema import CellSection, GenerationStudy, Study, list_studies, load_study, study_path
+from binarize.studies.sections import EvaluationSection, GenerationEvaluation
 
-__all__ = ["CellSection", "EvaluationSection", "Study", "list_studies", "load_study", "study_path"]
+__all__ = [
+    "CellSection", "EvaluationSection", "GenerationEvaluation", "GenerationStudy", "Study", "list_studies",
+    "load_study", "study_path",
+]  # fmt: skip

@@ -15,18 +15,16 @@ import torch
 
 from binarize.conversion.summary import Summary, summary
 from binarize.errors import BinarizeError, listing
-from binarize.evaluation import Lpips, LpipsUnavailable, evaluate
-from binarize.evaluation.quality import scikit_image_ssim
+from binarize.evaluation import Lpips, LpipsUnavailable
+from binarize.evaluation.features import feature_name
 from binarize.files import remove_folder
-from binarize.imaging import ImagePairs
-from binarize.models import SuperResolutionPipeline
 from binarize.progress import ProgressBar
-from binarize.recipes import Recipe, build_model
+from binarize.recipes import TrainingRecipe, build_model
 from binarize.studies.results import AblationResult, RunResult
-from binarize.studies.schema import Study, load_study
-from binarize.studies.state import ImageDigests, RunState, StudyRun
+from binarize.studies.schema import BaseStudy, GenerationStudy, load_study
+from binarize.studies.state import RunState, StudyRun
+from binarize.studies.tasks import StudyCache, file_problems
 from binarize.training import TrainingInterrupted, loop
-from binarize.training.folder import MODEL
 from binarize.training.processes import launched_processes
 
 
@@ -78,21 +76,20 @@ class _Ablation:
     """One call of `ablate`."""
 
     def __init__(
-        self, name: str, study: Study, overrides: Sequence[str], *, only: str | Sequence[str] | None, progress: bool
+        self, name: str, study: BaseStudy, overrides: Sequence[str], *, only: str | Sequence[str] | None, progress: bool
     ) -> None:
         self.name, self.study, self.progress = name, study, progress
         recipes = study.recipes(overrides)
-        seeds, digests = study.seeds, ImageDigests()
-        self.runs = [StudyRun(cell, seed, recipe, study, digests) for cell, recipe in recipes.items() for seed in seeds]
+        seeds, cache = study.seeds, StudyCache()
+        self.runs = [StudyRun(cell, seed, recipe, study, cache) for cell, recipe in recipes.items() for seed in seeds]
         _check_folders(self.runs)
         chosen = _choose(recipes, only)
         self.chosen = [run for run in self.runs if run.cell in chosen]
         self.sizes = _measure_sizes(recipes)
         self.states = {run: RunState.read(run) for run in self.runs}
         self.failures: dict[StudyRun, str] = {}
-        self.lpips = study.evaluation.lpips
-        made_by = study.evaluation.degradation
-        self.notes = (f"Low-resolution images are made by {made_by.to_text()}",) if made_by.root else ()
+        self.lpips: str | None = study.evaluation.lpips_net
+        self.notes = study.evaluation.notes
 
     def prepare(self, force: bool) -> None:
         """Check everything that can be checked before the first run, and with force remove runs of other recipes."""
@@ -105,7 +102,7 @@ class _Ablation:
         for run in changed:
             remove_folder(run.folder)
             self.states[run] = RunState.read(run)
-        evaluation = self.study.evaluation
+        evaluation: Any = self.study.evaluation
         if self.lpips is not None and any(self.states[run].value("lpips") is None for run in self.chosen):
             try:
                 Lpips(self.lpips, backbone=evaluation.lpips_backbone)
@@ -140,13 +137,18 @@ class _Ablation:
     def result(self) -> AblationResult:
         """Return the table in its current state."""
         study, runs = self.study, tuple(map(self._run_result, self.runs))
-        dataset, lpips = study.evaluation.dataset, study.evaluation.lpips
-        return AblationResult(self.name, study.description, dataset, lpips, study.output_dir, runs, self.notes)
+        options: dict[str, Any] = {"dataset": None, "lpips": None, "runs": runs, "notes": self.notes}
+        if isinstance(study, GenerationStudy):
+            options["steps"] = tuple(sorted({steps for run in self.runs for steps in run.task.steps}))
+            options["features"] = feature_name(study.evaluation.features)
+        else:
+            options |= study.evaluation.model_dump(include={"dataset", "lpips"})
+        return AblationResult(self.name, study.description, output_dir=study.output_dir, **options)
 
     def _run_result(self, run: StudyRun) -> RunResult:
         state, size, published = self.states[run], self.sizes[run.cell], run.recipe.published
         failure = self.failures.get(run)
-        names = ("psnr", "ssim", "lpips", "loss", "train_step_seconds", "sample_step_seconds")
+        names = ("psnr", "ssim", "lpips", "scores", "loss", "train_step_seconds", "sample_step_seconds")
         measured: dict[str, Any] = {name: state.value(name) for name in names}
         row = {} if published is None else published.model_dump(exclude_none=True)
         word = state.describe() if failure is None else "failed"
@@ -167,25 +169,7 @@ def train_and_measure(run: StudyRun, lpips: str | None, *, progress: bool) -> Ru
         # There is no history if the run was stopped between its last step and the record below.
         seconds = median(samples / entry.samples_per_second for entry in history) if history else None
         state = state.after_training(loss=history[-1].loss if history else None, step_seconds=seconds)
-    pipeline = SuperResolutionPipeline.from_pretrained(run.folder / MODEL, local_files_only=True)
-    device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
-    pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    settings = run.study.evaluation
-
-    def upscale(image: Any) -> Any:
-        noise = torch.Generator().manual_seed(run.seed)
-        output: Any = pipeline(image, num_inference_steps=run.inference_steps, generator=noise, tile=settings.tile)
-        return output.images[0]
-
-    high, low = run.images
-    assert high is not None  # checked by `prepare`
-    data, scale, backbone = high if low is None else (high, low), run.recipe.scale, settings.lpips_backbone
-    made_by = settings.degradation
-    options: dict[str, Any] = {"limit": settings.limit, "progress": progress, "name": str(run), "device": device}
-    report = evaluate(upscale, data, scale=scale, degradation=made_by, lpips=lpips, lpips_backbone=backbone, **options)
-    report.save(run.folder, force=True)
-    return state.after_evaluation(report, median(row.seconds / run.inference_steps for row in report.rows))
+    return state.after_evaluation(run.task.measure(run.folder, run.seed, lpips, name=str(run), progress=progress))
 
 
 def _choose(cells: Collection[str], only: str | Sequence[str] | None) -> set[str]:
@@ -200,7 +184,7 @@ def _choose(cells: Collection[str], only: str | Sequence[str] | None) -> set[str
     return chosen
 
 
-def _measure_sizes(recipes: Mapping[str, Recipe]) -> dict[str, Summary]:
+def _measure_sizes(recipes: Mapping[str, TrainingRecipe]) -> dict[str, Summary]:
     sizes: dict[str, Summary] = {}
     errors: list[str] = []
     for cell, recipe in recipes.items():
@@ -226,23 +210,11 @@ def _check_folders(runs: Iterable[StudyRun]) -> None:
 
 def _check_data(runs: Iterable[StudyRun]) -> None:
     """Raise one error that lists all missing data."""
-    scikit_image_ssim()
     errors: dict[str, list[str]] = defaultdict(list)
     for cell, run in {run.cell: run for run in runs}.items():
-        training, (high, low) = run.recipe.train_data_dir, run.images
-        if training is None:
-            errors["train_data_dir: missing; name the folder of training images"].append(cell)
-        elif not training.is_dir():
-            errors[f"train_data_dir: there is no folder {str(training)!r}"].append(cell)
-        if high is None:
-            errors["evaluation.data_dir: missing; name the folder of test images"].append(cell)
-            continue
-        if low is not None and run.study.evaluation.degradation.root:
-            errors[f"evaluation.degradation: has no effect on the images of {str(low)!r}; remove it"].append(cell)
-        try:
-            ImagePairs(high, low, scale=run.recipe.scale)
-        except BinarizeError as error:
-            errors[f"evaluation.data_dir: {error}"].append(cell)
+        made_here = run.study.output_dir / "cells"
+        for problem in (*file_problems(run.recipe, made_here), *run.task.problems()):
+            errors[problem].append(cell)
     if errors:
         lines = [f"{message} ({', '.join(cells)})" for message, cells in errors.items()]
         raise BinarizeError(listing("the study cannot be run with these data:", lines))

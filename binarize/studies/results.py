@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from binarize.deprecation import renamed
 from binarize.errors import BinarizeError
+from binarize.evaluation.features import INCEPTION_NAME
 from binarize.evaluation.perceptual import lpips_label
 from binarize.files import write_atomic, write_text_atomic
-from binarize.studies.plot import draw
+from binarize.studies.plot import draw, draw_steps
 from binarize.tables import MISSING, Column, Table
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class RunResult:
         loss: Mean training loss of the last log entry.
         train_step_seconds: Median time of an optimiser step; ``sample_step_seconds`` of a denoising step of one image.
         published: The recipe's published row, if it has one.
+        scores: For generation, the measures of `GenerationReport` by name and number of steps, such as "frechet_50".
     """
 
     cell: str
@@ -54,20 +56,7 @@ class RunResult:
     sample_step_seconds: float | None = None
     published: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-
-
-def columns(lpips: str | None) -> dict[str, Column]:
-    """Return attribute of `RunResult` -> column of the table; the heading of LPIPS names its backbone."""
-    return {
-        "params": Column("params (M)", lambda value: f"{value / 1e6:.3f}"),
-        "ops": Column("OPs (G)", lambda value: f"{value / 1e9:.3f}"),
-        "psnr": Column("PSNR", ".2f"),
-        "ssim": Column("SSIM", ".4f"),
-        "lpips": Column("LPIPS" if lpips is None else lpips_label(lpips), ".4f"),
-        "loss": Column("loss", ".4f"),
-        "train_step_seconds": Column("training step", _seconds),
-        "sample_step_seconds": Column("sampling step", _seconds),
-    }
+    scores: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +64,7 @@ class AblationResult:
     """The table of a study, with a `RunResult` for each cell and seed in the study's order; ``rich.print`` shows it.
 
     ``dataset`` is the measured data set, if the study names it, ``lpips`` the backbone, and ``notes`` what is missing.
+    A study of generation has the name of the ``features``, and the numbers of sampling ``steps``.
     """
 
     name: str
@@ -84,6 +74,27 @@ class AblationResult:
     output_dir: Path
     runs: tuple[RunResult, ...]
     notes: tuple[str, ...] = ()
+    features: str | None = None
+    steps: tuple[int, ...] = ()
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The columns of the table by the keys of `values`, with units in the headings."""
+        frechet = "FID" if self.features == INCEPTION_NAME else "FD"
+        most = self.steps[-1:]
+        return {
+            "params": Column("params (M)", lambda value: f"{value / 1e6:.3f}"),
+            "ops": Column("OPs (G)", lambda value: f"{value / 1e9:.3f}"),
+            "psnr": Column("PSNR", ".2f"),
+            "ssim": Column("SSIM", ".4f"),
+            "lpips": Column("LPIPS" if self.lpips is None else lpips_label(self.lpips), ".4f"),
+            **{f"frechet_{steps}": Column(f"{frechet}, {steps} steps", ".4g") for steps in self.steps},
+            **{f"kid_{steps}": Column("KID", ".3g") for steps in most},
+            **{f"{key}_{steps}": Column(key, ".3f") for key in ("precision", "recall") for steps in most},
+            "loss": Column("loss", ".4f"),
+            "train_step_seconds": Column("training step", _seconds),
+            "sample_step_seconds": Column("sampling step", _seconds),
+        }
 
     @property
     def trials(self) -> tuple[RunResult, ...]:
@@ -107,11 +118,21 @@ class AblationResult:
         return all(run.state == "done" for run in self.runs)
 
     def values(self, cell: str, key: str) -> list[float]:
-        """Return the values of an attribute of `RunResult`, such as ``"psnr"``, of the seeds of a cell that have it."""
+        """Return the values of the seeds of a cell that have one.
+
+        ``key`` is an attribute of `RunResult`, such as ``"psnr"``, or one of its ``scores``, such as ``"frechet_50"``.
+        """
         if cell not in self.cells:
             raise BinarizeError(f"there is no cell {cell!r}; there are {', '.join(self.cells)}.")
-        found = [getattr(run, key) for run in self.runs if run.cell == cell]
+        attribute = key in {item.name for item in fields(RunResult)}
+        if not attribute and key not in (known := [*self.columns, *self._score_names()]):
+            raise BinarizeError(f"there is no value {key!r}; there are {', '.join(dict.fromkeys(known))}.")
+        runs = [run for run in self.runs if run.cell == cell]
+        found = [getattr(run, key) if attribute else (run.scores or {}).get(key) for run in runs]
         return [value for value in found if value is not None]
+
+    def _score_names(self) -> list[str]:
+        return list(dict.fromkeys(key for run in self.runs for key in run.scores or {}))
 
     def published(self, cell: str, key: str) -> float | None:
         """Return the published value of an attribute of `RunResult`, for quality on the study's data set."""
@@ -132,12 +153,20 @@ class AblationResult:
 
     def to_csv(self) -> str:
         """Return one line for each cell and seed, at full precision, times in seconds."""
-        names = [item.name for item in fields(RunResult) if item.name not in ("folder", "published")]
-        return Table(names, [[getattr(run, name) for name in names] for run in self.runs]).to_csv()
+        names = [item.name for item in fields(RunResult) if item.name not in ("folder", "published", "scores")]
+        scores = self._score_names()
+        rows = [
+            [*(getattr(run, name) for name in names), *((run.scores or {}).get(key) for key in scores)]
+            for run in self.runs
+        ]
+        return Table([*names, *scores], rows).to_csv()
 
     def to_json(self) -> str:
         """Return everything at full precision, times in seconds."""
         content = asdict(self)
+        if not self.steps:
+            content = {key: value for key, value in content.items() if key not in ("features", "steps")}
+            content["runs"] = [{k: v for k, v in run.items() if k != "scores"} for run in content["runs"]]
         content["trials"] = content.pop("runs")  # the name in files of version 0.1
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
@@ -149,8 +178,11 @@ class AblationResult:
         return self.table()
 
     def plot(self) -> Figure:
-        """Return a figure with one panel per metric, a point per cell, and published values as diamonds."""
-        return draw(self, {key: column.name for key, column in columns(self.lpips).items()})
+        """Return a figure with one panel per metric, a point per cell, and published values as diamonds.
+
+        For several numbers of sampling steps, it is a line per cell.
+        """
+        return draw_steps(self) if len(self.steps) > 1 else draw(self)
 
     def save(self) -> list[Path]:
         """Write ``table.md``, ``table.csv``, ``table.json`` and, with matplotlib, ``table.png``, each atomically."""
@@ -167,7 +199,7 @@ class AblationResult:
         """Return one row per cell, without columns that have no values."""
         headings = [Column("cell" if self.dataset is None else self.dataset)]
         rows = [[cell] for cell in self.cells]
-        for key, column in columns(self.lpips).items():
+        for key, column in self.columns.items():
             values = [self.values(cell, key) for cell in self.cells]
             published = [self.published(cell, key) for cell in self.cells]
             if not any(values):
@@ -189,6 +221,9 @@ class AblationResult:
     def _footnotes(self) -> list[str]:
         seeds = list(dict.fromkeys(run.seed for run in self.runs))
         notes = [f"{note}." for note in self.notes]
+        if self.steps:
+            distances = f"Distances, precision and recall are those of features by {self.features}"
+            notes.append(f"{distances}; KID, precision and recall are at {self.steps[-1]} steps.")
         if len(seeds) > 1:
             notes.append(f"Mean and standard deviation over the seeds {', '.join(map(str, seeds))}.")
         notes += [f"{run.cell}, seed {run.seed}, failed: {run.error}" for run in self.failed]

@@ -8,16 +8,18 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, NonNegativeInt, ValidationError, ValidationInfo, field_validator
 
 from binarize.errors import BinarizeError, listing
 from binarize.recipes import load as files
-from binarize.recipes.degradation import Degradation
 from binarize.recipes.errors import explain
-from binarize.recipes.sections import Section, UserPath, needs_high_resolution
+from binarize.recipes.generation_recipe import GenerationRecipe
+from binarize.recipes.schema import TrainingRecipe
+from binarize.recipes.sections import Section, UserPath
 from binarize.recipes.super_resolution_recipe import Recipe
+from binarize.studies.sections import Evaluation, EvaluationSection, GenerationEvaluation
 
 MAX_CELLS = 1000
 # Keys of a recipe that the study sets for every run.
@@ -48,29 +50,11 @@ class CellSection(Section):
     _not_reserved = field_validator("overrides")(_check_keys)
 
 
-class EvaluationSection(Section):
-    """The images that every run is measured on, and how."""
-
-    data_dir: UserPath | None = None
-    """Folder of high-resolution images; by default the recipes' validation_data_dir."""
-    lr_data_dir: UserPath | None = None
-    """Folder of the matching low-resolution images; by default they are made as `degradation` says."""
-    degradation: Degradation = Degradation()
-    """How low-resolution images are made: `bicubic` (MATLAB's imresize), `photo`, or a list of steps."""
-    dataset: str | None = Field(default=None, description="Name of the images, to show published results beside.")
-    limit: PositiveInt | None = Field(default=None, description="Use only this many images.")
-    num_inference_steps: PositiveInt | None = Field(default=None, description="Sampling steps; default: the recipes'.")
-    tile: PositiveInt | None = Field(default=None, description="Tile size, to bound memory; by default no tiles.")
-    lpips: Literal["alex", "vgg", "squeeze"] | None = Field(default="alex", description="Backbone of LPIPS, or null.")
-    lpips_backbone: UserPath | None = Field(
-        default=None, description="The backbone's file, for machines without network."
-    )
-
-    _needs_hr = field_validator("lr_data_dir")(needs_high_resolution)
-
-
-class Study(Section):
+class BaseStudy(Section):
     """An ablation: cells, a grid or their product, each trained with every seed and measured on the same images."""
+
+    task: ClassVar[str]
+    """The task of its recipes."""
 
     description: str = Field(default="", description="One line for `binarize ablate --list`.")
     base: str | None = Field(default=None, description="The recipe that cells change; a cell may name its own.")
@@ -79,7 +63,8 @@ class Study(Section):
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict, validate_default=True)
     """Key of the recipe -> values. Each combination is a row; with cells, each combination and cell is."""
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0,), description="Seeds; every cell is run with each.")
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured.")
+    evaluation: Evaluation
+    """What is measured."""
     output_dir: UserPath = Field(description="Output folder; by default runs/ablations/ and the study's name.")
 
     _not_reserved = field_validator("overrides")(_check_keys)
@@ -117,18 +102,18 @@ class Study(Section):
             raise ValueError("give at least one seed, and none twice")
         return value
 
-    def recipes(self, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
+    def recipes(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """Return each cell's recipe by the cell's name, without seed and output folder; the overrides apply last."""
         common = as_strings(self.overrides)
-        found: dict[str, Recipe] = {}
+        found: dict[str, TrainingRecipe] = {}
         errors: dict[str, list[str]] = {}
         for name, base, own in self._cells():
             if name in found:
                 raise BinarizeError(f"two cells of the study are called {name!r}; a value is twice in its grid.")
             try:
                 recipe = files.load_recipe(base, [*common, *own, *overrides])
-                if not isinstance(recipe, Recipe):
-                    raise BinarizeError(f"{base}: its task is {recipe.task}; studies measure super_resolution alone.")
+                if recipe.task != self.task:
+                    raise BinarizeError(f"the task of {base} is {recipe.task}, and the study's is {self.task}.")
                 found[name] = recipe
             except BinarizeError as error:
                 errors.setdefault(str(error), []).append(name)
@@ -154,6 +139,25 @@ class Study(Section):
             label = ", ".join([*filter(None, [name]), *(f"{key}={_short(value)}" for key, value in point.items())])
             rows.append((label, str(self.base if base is None else base), [*own, *as_strings(point)]))
         return rows
+
+
+class Study(BaseStudy):
+    """A study of recipes for super-resolution."""
+
+    task: ClassVar[str] = Recipe.task
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    """What is measured."""
+
+
+class GenerationStudy(BaseStudy):
+    """A study of recipes for generation."""
+
+    task: ClassVar[str] = GenerationRecipe.task
+    evaluation: GenerationEvaluation = Field(default_factory=GenerationEvaluation)
+    """What is measured."""
+
+
+_STUDIES: dict[str, type[BaseStudy]] = {study.task: study for study in (Study, GenerationStudy)}
 
 
 def as_strings(overrides: Mapping[str, Any]) -> list[str]:
@@ -197,8 +201,8 @@ def study_path(name_or_path: str | os.PathLike[str]) -> Path:
 
 def load_study(
     study: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> tuple[Study, list[str]]:
-    """Return a validated study, and those of the ``"key=value"`` overrides that apply to its recipes.
+) -> tuple[Any, list[str]]:
+    """Return a validated study of its recipes' task, and those of the ``"key=value"`` overrides that apply to them.
 
     The study is an installed study's name, the path of a YAML file, or the keys of a study, ``output_dir`` included.
     """
@@ -217,14 +221,29 @@ def load_study(
             raise BinarizeError(f"the override {override!r} cannot be given to a study: {_RESERVED[key]}.")
         else:
             of_recipes.append(override)
+    schema = _STUDIES[_task(data)]
     try:
-        return Study.model_validate(data), of_recipes
+        return schema.model_validate(data), of_recipes
     except ValidationError as error:
-        raise BinarizeError(explain(error, source, "study", Study)) from None
+        raise BinarizeError(explain(error, source, "study", schema)) from None
+
+
+def _task(data: Mapping[str, Any]) -> str:
+    """Return the task of a study's first recipe; whether all have it, `BaseStudy.recipes` checks."""
+    cells = data.get("cells")
+    sections = [data, *(cells if isinstance(cells, list | tuple) else ())]
+    bases = [section.get("base") for section in sections if isinstance(section, Mapping)]
+    for base in bases:
+        if isinstance(base, str):
+            try:
+                return files.recipe_task(base)
+            except BinarizeError:  # which loading the recipe explains, with its cells
+                break
+    return Study.task
 
 
 def _with_absolute_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Resolve bases and plugins of a study and its cells relative to the study's file."""
+    """Resolve bases and files of code of a study and its cells relative to the study's file."""
 
     def resolve(section: Any) -> Any:
         if not isinstance(section, dict):
@@ -232,10 +251,11 @@ def _with_absolute_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         base, overrides = section.get("base"), section.get("overrides")
         if isinstance(base, str) and Path(base).suffix in files.YAML_SUFFIXES:
             section = {**section, "base": str(folder / base)}
-        if isinstance(overrides, dict) and isinstance(overrides.get("plugins"), list):
-            plugins = files.beside(folder, overrides["plugins"])
-            section = {**section, "overrides": {**overrides, "plugins": plugins}}
+        if isinstance(overrides, dict):
+            section = {**section, "overrides": files.code_beside(folder, overrides)}
         return section
 
-    cells = data.get("cells")
+    cells, evaluation = data.get("cells"), data.get("evaluation")
+    if isinstance(evaluation, dict) and ".py:" in str(evaluation.get("features")):
+        data = {**data, "evaluation": {**evaluation, "features": str(folder / evaluation["features"])}}
     return resolve({**data, "cells": [resolve(cell) for cell in cells]} if isinstance(cells, list) else data)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from binarize.errors import BinarizeError
-from binarize.evaluation import EvaluationReport
 from binarize.files import write_text_atomic
-from binarize.imaging import ImagePairs
 from binarize.json_files import read_json
-from binarize.recipes import Recipe
-from binarize.studies.schema import Study
+from binarize.recipes import TrainingRecipe
+from binarize.studies.generation import GenerationTask
+from binarize.studies.schema import BaseStudy
+from binarize.studies.sections import EvaluationSection, GenerationEvaluation
+from binarize.studies.super_resolution import SuperResolutionTask
+from binarize.studies.tasks import Measured, StudyCache, StudyTask, absolute, with_content
 from binarize.training.checkpoint import Checkpoints
-from binarize.training.images import image_digests
 from binarize.training.resume import BOOKKEEPING, changes, image_changes, with_defaults
 
 RUN = "run.json"
@@ -52,96 +52,43 @@ class _ResultFile(_Section):
     cell: str
     seed: int
     fingerprint: str
-    psnr: Number
-    ssim: Number
+    psnr: Number = None
+    ssim: Number = None
     lpips: Number = None
+    scores: dict[str, FiniteFloat] | None = None
     loss: Number
     train_step_seconds: Number
     sample_step_seconds: Number
     images: dict[str, str] | None = None
 
 
-class ImageDigests:
-    """The digests of images by name, for folders that are each read once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], dict[str, str]] = {}
-
-    def read(self, high: Path | None, low: Path | None, scale: int, limit: int | None = None) -> dict[str, str] | None:
-        """Return the digests of a folder's first images, or None if there is no such folder."""
-        if high is None or not high.is_dir():
-            return None
-        key = high, low, scale, limit
-        if key not in self._known:
-            pairs = ImagePairs(high, low, scale=scale)
-            self._known[key] = image_digests(pairs if limit is None else pairs.first(limit))
-        return self._known[key]
-
-
 class StudyRun:
     """One cell of a study with one seed, which sets the seed, output folder and resuming of the cell's recipe."""
 
-    def __init__(self, cell: str, seed: int, recipe: Recipe, study: Study, digests: ImageDigests | None = None) -> None:
+    def __init__(
+        self, cell: str, seed: int, recipe: TrainingRecipe, study: BaseStudy, cache: StudyCache | None = None
+    ) -> None:
         self.cell, self.seed, self.study = cell, seed, study
-        self._digests = ImageDigests() if digests is None else digests
         self.folder = study.output_dir / "cells" / folder_name(cell) / f"seed-{seed}"
         changes = {"seed": seed, "output_dir": self.folder, "resume_from_checkpoint": "latest"}
         self.recipe = recipe.model_copy(update=changes)
+        self.task = _task_of(self.recipe, study, StudyCache() if cache is None else cache)
 
     def __str__(self) -> str:
         return self.cell if len(self.study.seeds) == 1 else f"{self.cell}, seed {self.seed}"
 
-    @property
-    def inference_steps(self) -> int:
-        """Sampling steps of the evaluation."""
-        steps = self.study.evaluation.num_inference_steps
-        return self.recipe.num_inference_steps if steps is None else steps
-
-    @property
-    def images(self) -> tuple[Path | None, Path | None]:
-        """The high- and low-resolution folders of the evaluation; None where there is none."""
-        settings, recipe = self.study.evaluation, self.recipe
-        if settings.data_dir is None:
-            return recipe.validation_data_dir, recipe.validation_lr_data_dir
-        return settings.data_dir, settings.lr_data_dir
-
     def training_keys(self) -> dict[str, Any]:
         """Return everything that determines the trained weights."""
-        dumped = self.recipe.to_keys()
-        keys = {key: value for key, value in dumped.items() if key not in BOOKKEEPING}
+        keys = {key: value for key, value in self.recipe.to_keys().items() if key not in BOOKKEEPING}
         if self.recipe.sampling_timesteps_share > 0:
             keys["num_inference_steps"] = self.recipe.num_inference_steps
-        for name in ("train_data_dir", "train_lr_data_dir"):
-            keys[name] = _absolute(getattr(self.recipe, name))
-        if not self.recipe.degradation.root:  # the key did not exist in 0.1, whose results stay valid
-            del keys["degradation"]
-        keys["plugins"] = [_plugin(plugin) for plugin in self.recipe.plugins]
-        return keys
-
-    def evaluation_keys(self) -> dict[str, Any]:
-        """Return everything that determines the results of given weights."""
-        settings, (high, low) = self.study.evaluation, self.images
-        own = settings.model_dump(include={"limit", "tile", "lpips"})
-        steps, strength = self.inference_steps, self.recipe.residual_strength
-        folders = {"data_dir": _absolute(high), "lr_data_dir": _absolute(low)}
-        keys = {**folders, **own, "num_inference_steps": steps, "residual_strength": strength}
-        if settings.degradation.root:  # as below, absent by default, as in the results of 0.1
-            keys["degradation"] = settings.degradation.model_dump(mode="json")
-        overshoot = self.recipe.overshoot
-        return keys if overshoot is None else {**keys, "overshoot": overshoot}
-
-    def training_images(self) -> dict[str, str] | None:
-        """Return the digests of the training images by name, or None if they are not there."""
-        recipe = self.recipe
-        return self._digests.read(recipe.train_data_dir, recipe.train_lr_data_dir, recipe.scale)
-
-    def evaluation_images(self) -> dict[str, str] | None:
-        """Return the digests of the images of the evaluation by name, or None if they are not there."""
-        return self._digests.read(*self.images, self.recipe.scale, self.study.evaluation.limit)
+        keys["train_data_dir"] = absolute(self.recipe.train_data_dir)
+        keys["plugins"] = [with_content(plugin) for plugin in self.recipe.plugins]
+        return self.task.adjusted(keys)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of everything that determines the results."""
-        text = json.dumps({"training": self.training_keys(), "evaluation": self.evaluation_keys()}, sort_keys=True)
+        text = json.dumps({"training": self.training_keys(), "evaluation": self.task.evaluation_keys()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def record_failure(self, text: str) -> None:
@@ -170,12 +117,13 @@ class RunState:
         keys = json.loads(json.dumps(run.training_keys()))  # lists instead of tuples, as in the file
         stored = {name: value for name, value in with_defaults(started["training"]).items() if name in keys}
         different = changes({**stored, **started["training"]}, keys)
-        if not different and (images := _image_changes(started.get("images"), run.training_images)):
+        if not different and (images := _image_changes(started.get("images"), run.task.training_images)):
             different = [f"{_IMAGES}: {images}"]
         if different:
             return cls(run, tuple(different), checkpoint)
         if result is not None and (
-            result["fingerprint"] != run.fingerprint() or _image_changes(result.get("images"), run.evaluation_images)
+            result["fingerprint"] != run.fingerprint()
+            or _image_changes(result.get("images"), run.task.evaluation_images)
         ):
             result = None
         return cls(run, (), checkpoint, started["trained"], result)
@@ -195,20 +143,19 @@ class RunState:
         self._write_run(trained)
         return replace(self, trained=trained, checkpoint=self.run.recipe.max_train_steps)
 
-    def after_evaluation(self, report: EvaluationReport, step_seconds: float) -> RunState:
+    def after_evaluation(self, measured: Measured) -> RunState:
         """Record the results; the run is then done."""
-        run, scores = self.run, report.mean.model
-        quality = {**asdict(scores), "psnr": scores.psnr if math.isfinite(scores.psnr) else None}
+        run = self.run
         trained = {"loss": None, "train_step_seconds": None} if self.trained is None else self.trained
-        times = {**trained, "sample_step_seconds": step_seconds}
-        result = {"cell": run.cell, "seed": run.seed, "fingerprint": run.fingerprint(), **quality, **times}
-        _store(self.run.folder / RESULT, {**result, "images": run.evaluation_images()})
+        times = {**trained, "sample_step_seconds": measured.step_seconds}
+        result = {"cell": run.cell, "seed": run.seed, "fingerprint": run.fingerprint(), **measured.values, **times}
+        _store(self.run.folder / RESULT, {**result, "images": run.task.evaluation_images()})
         (self.run.folder / FAILURE).unlink(missing_ok=True)
         return replace(self, result=result)
 
-    def value(self, name: str) -> float | None:
+    def value(self, name: str) -> Any:
         """Return one of the results, such as ``"psnr"``, or None if it was not measured."""
-        return None if self.result is None else self.result[name]
+        return None if self.result is None else self.result.get(name)
 
     def done(self, lpips: str | None) -> bool:
         """Whether nothing is left to do. A result without LPIPS is incomplete if LPIPS is available."""
@@ -226,8 +173,15 @@ class RunState:
 
     def _write_run(self, trained: dict[str, Any] | None) -> None:
         run = self.run
-        content = {"training": run.training_keys(), "trained": trained, "images": run.training_images()}
+        content = {"training": run.training_keys(), "trained": trained, "images": run.task.training_images()}
         _store(run.folder / RUN, content)
+
+
+def _task_of(recipe: Any, study: BaseStudy, cache: StudyCache) -> StudyTask:
+    settings = study.evaluation
+    if isinstance(settings, GenerationEvaluation):
+        return GenerationTask(recipe, settings, cache)
+    return SuperResolutionTask(recipe, cast(EvaluationSection, settings), cache)
 
 
 def folder_name(cell: str) -> str:
@@ -242,18 +196,6 @@ def _image_changes(then: dict[str, str] | None, read: Callable[[], dict[str, str
     """Return how images differ from those of a file, or "" if the file or this machine does not have them."""
     now = None if then is None else read()
     return "" if then is None or now is None else image_changes(then, now)
-
-
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.resolve())
-
-
-def _plugin(plugin: str) -> str:
-    """Return a plugin's name, for a file with a hash of its content, which defines the method."""
-    path = Path(plugin)
-    if not plugin.endswith(".py") or not path.is_file():
-        return plugin
-    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def _load(path: Path, schema: type[BaseModel]) -> dict[str, Any] | None:

@@ -123,7 +123,7 @@ def test_a_study_measures_with_its_degradation(pictures: Path, tmp_path: Path, m
     study = make(pictures, tmp_path, grid={"method": ["bidiffsr"]})
     first = ablate(study, progress=False).runs[0]
     plain = StudyRun("a", 0, load_recipe("small_x2"), load_study(study)[0])
-    assert "degradation" not in plain.evaluation_keys()  # so the results of 0.1 stay valid
+    assert "degradation" not in plain.task.evaluation_keys()  # so the results of 0.1 stay valid
     forbid_training(monkeypatch)
     override = ["evaluation.degradation=[{reduce: box}, {jpeg: 20}]"]
     second = ablate(study, override, progress=False)

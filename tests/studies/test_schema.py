@@ -12,7 +12,7 @@ from studies_case import SHRINK
 import binarize
 from binarize.errors import BinarizeError
 from binarize.recipes import build_model, list_recipes
-from binarize.studies import EvaluationSection, list_studies, load_study
+from binarize.studies import EvaluationSection, GenerationEvaluation, list_studies, load_study
 from binarize.studies.ablation import ablate
 from binarize.studies.schema import as_strings
 
@@ -25,11 +25,12 @@ def test_every_installed_study_is_valid_described_and_seeded_alike(name: str) ->
     study, _ = load_study(name)
     assert study.description
     assert not study.description.endswith(".")
-    assert (study.seeds, study.output_dir) == ((0,), Path("runs/ablations") / name)
+    generates = name.endswith("generation_methods")
+    assert (study.seeds, study.output_dir) == ((0, 1) if generates else (0,), Path("runs/ablations") / name)
     recipes = study.recipes()
     assert len(recipes) >= 3
     assert all(recipe.method is not None for cell, recipe in recipes.items() if cell not in FULL_PRECISION)
-    if not name.startswith(("small_", "default_")):
+    if not generates and not name.startswith(("small_", "default_")):
         assert all(recipe.published is not None for recipe in recipes.values())
 
 
@@ -37,7 +38,7 @@ def test_studies_are_not_recipes() -> None:
     assert not [name for name in list_recipes() if "ablations" in name or name in list_studies()]
     assert {"table2_x2", "table2_x4", "breakdown", "fusion", "time_aware", "groups"} <= set(list_studies())
     small = {name.removeprefix("small_") for name in list_studies() if name.startswith("small_")}
-    assert small == {"methods", "breakdown", "fusion", "time_aware", "groups"}
+    assert small == {"methods", "breakdown", "fusion", "time_aware", "groups", "generation_methods"}
 
 
 @pytest.mark.long
@@ -166,6 +167,8 @@ def test_the_how_tos_study_is_valid_and_its_table_complete(tmp_path: Path) -> No
     assert len(study.recipes()) == 4
     (tmp_path / "cells.yaml").write_text(cells, encoding="utf-8")
     assert list(load_study(tmp_path / "cells.yaml")[0].recipes()) == ["SR3", "ReActNet", "mine"]
-    keys = re.findall(r"^\| `(\w+)` \|", PAGE[PAGE.index("| key of `evaluation`") :], re.MULTILINE)
-    assert keys == list(EvaluationSection.model_fields)
+    for section, text in zip(
+        (EvaluationSection, GenerationEvaluation), PAGE.split("| key of `evaluation`")[1:], strict=True
+    ):
+        assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(section.model_fields)
     assert set(re.findall(r"`([a-z]\w+)`", PAGE.partition("## Write")[0])) >= set(list_studies())
