@@ -58,6 +58,7 @@ def finished(symbols: Path, tmp_path_factory: pytest.TempPathFactory) -> Finishe
     return study, ablate(study, progress=False)
 
 
+@pytest.mark.long
 def test_results_are_those_of_the_saved_models(finished: Finished, symbols: Path) -> None:
     _, result = finished
     assert result.complete, result.to_markdown()
@@ -80,6 +81,7 @@ def test_results_are_those_of_the_saved_models(finished: Finished, symbols: Path
         assert abs(pixels[:8, :8].astype(int) - np.asarray(one).astype(int)).max() <= 1
 
 
+@pytest.mark.long
 def test_the_table_has_means_over_seeds(finished: Finished) -> None:
     _, result = finished
     values = result.values("binary", "frechet_3")
@@ -98,6 +100,7 @@ def test_the_table_has_means_over_seeds(finished: Finished) -> None:
     assert list(line.get_ydata()) == [statistics.fmean(result.values("binary", f"frechet_{n}")) for n in (2, 3)]
 
 
+@pytest.mark.long
 def test_finished_runs_are_kept_and_measured_anew(
     finished: Finished, symbols: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -117,6 +120,7 @@ def test_finished_runs_are_kept_and_measured_anew(
     assert ablate(moved, ["guidance_scale=2"], dry_run=True).runs[0].state == "trained"
 
 
+@pytest.mark.long
 def test_an_interrupted_run_resumes_exactly(finished: Finished, symbols: Path, tmp_path: Path, monkeypatch) -> None:
     study = make(symbols, tmp_path, seeds=[7], cells=[{"name": "binary"}])
     real = loop._Run._optimizer_step
@@ -134,6 +138,7 @@ def test_an_interrupted_run_resumes_exactly(finished: Finished, symbols: Path, t
     assert ablate(study, progress=False).runs[0].scores == finished[1].runs[3].scores
 
 
+@pytest.mark.long
 def test_cells_start_from_and_learn_from_a_twin(symbols: Path, tmp_path: Path) -> None:
     twin = str(tmp_path / "cells" / "full" / "seed-0" / "model")
     taught = {"init_from": twin, "distillation": {"teacher": twin, "output": 1}}
