@@ -19,6 +19,7 @@ from scipy.ndimage import uniform_filter
 from binarize.errors import BinarizeError
 from binarize.imaging import ImagePairs, degrade, read_image, upscale_bicubic
 from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.models.blocks import fine_detail
 from binarize.recipes import build_pipeline, build_scheduler, load_recipe
 from binarize.training import train
 from binarize.training.data import PairedPatches, residual_std
@@ -208,6 +209,13 @@ def test_the_first_convolution_sees_the_detail_that_scipy_computes() -> None:
     torch.testing.assert_close(seen[0][:, 6:], sample)
     with pytest.raises(BinarizeError, match=r"expects 6 channels in all; got 3 of sample and 6 of condition"):
         network(sample, 5, torch.cat([condition, condition], 1))
+
+
+def test_fine_detail_of_a_bright_image_keeps_its_digits() -> None:
+    """The difference from a mean that is rounded first is 20 times less precise."""
+    image = 0.9 + 0.01 * torch.rand(1, 3, 16, 12, dtype=torch.float64).float()
+    found, exact = (fine_detail(x, 30.0) for x in (image, image.double()))
+    assert (found - exact).abs().max() < 2e-7 * exact.abs().max()
 
 
 @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, True, "30"])
