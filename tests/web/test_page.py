@@ -4,6 +4,7 @@ import io
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from binarize.models import SuperResolutionPipeline, default_model
+from binarize.web import server
 from binarize.web.server import PAGE, page_server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-web")
@@ -25,14 +27,21 @@ LONG = 120_000  # milliseconds; the network takes seconds
 pytestmark = pytest.mark.web
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+@contextmanager
+def served() -> Iterator[str]:
+    """Serve the page and return its address."""
     if not (PAGE / "models.json").is_file():
         pytest.skip("needs the built page: make web")
-    with page_server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
+    with page_server() as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}/"
+        running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with served() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +125,23 @@ def test_a_dropped_picture_becomes_what_python_gives(page, picture, scale: int) 
     assert name == f"small_{60 * scale}x{44 * scale}.png"
     assert differences(large, python_result(picture, scale)).mean() < 1
     assert "megapixels a second" in page.text_content("#figures")
+
+
+def test_one_thread_suffices_where_the_page_is_not_isolated(browser, picture, monkeypatch) -> None:
+    """So it is on the documentation's site."""
+    headers = {name: value for name, value in server._HEADERS.items() if not name.startswith("Cross-Origin")}
+    monkeypatch.setattr(server, "_HEADERS", headers)
+    small = picture.crop((0, 0, 16, 12))
+    with served() as address:
+        page = browser.new_page()
+        page.set_default_timeout(LONG)
+        page.goto(f"{address}?backend=wasm")
+        page.wait_for_selector("html[data-ready]")
+        assert not page.evaluate("self.crossOriginIsolated")
+        page.check("text=×2")
+        choose(page, png(small))
+        assert differences(result(page)[1], python_result(small, 2)).mean() < 1
+        page.close()
 
 
 def test_tiles_and_transparency_are_those_of_python(page, picture) -> None:
