@@ -15,10 +15,21 @@ from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
 from binarize.kernels import bitpack
-from binarize.kernels.cpu import conv_worker, fields, norm_worker, popcount, simd, tile, winograd_simd, winograd_worker
+from binarize.kernels.cpu import (
+    conv_worker,
+    fields,
+    norm_worker,
+    parts,
+    popcount,
+    simd,
+    tile,
+    winograd_simd,
+    winograd_worker,
+)
 from binarize.kernels.cpu.cache import cache_of
+from binarize.kernels.cpu.parts import OPTIONS
 
-_SOURCES = (bitpack, fields, simd, popcount, tile, conv_worker, norm_worker, winograd_simd, winograd_worker)
+_SOURCES = (bitpack, fields, parts, simd, popcount, tile, conv_worker, norm_worker, winograd_simd, winograd_worker)
 _WORKERS = {
     "conv": conv_worker.conv_worker,
     "moments": norm_worker.moments_worker,
@@ -47,7 +58,7 @@ class _Worker(CFunc):
 
 @cache
 def _say_once() -> None:
-    _log.info("Compiling CPU kernels, which takes up to twenty seconds; later runs on this machine load them.")
+    _log.info("Compiling CPU kernels, which takes up to ten seconds; later runs on this machine load them.")
 
 
 def worker(name: str) -> int:
@@ -67,7 +78,7 @@ def _digest() -> str:
 def _compiled(name: str) -> int:
     started, function = time.perf_counter(), _WORKERS[name]
     function.__qualname__ = f"{function.__name__}_{_digest()}"
-    compiled: Any = _Worker(function, _SIGNATURE, {}, {"nopython": True})
+    compiled: Any = _Worker(function, _SIGNATURE, {}, dict(OPTIONS))
     compiled._cache = cache_of(function)
     compiled.compile()
     _alive.append(compiled)

@@ -7,20 +7,24 @@ only argument is the address of a block of int64 fields, named below. It allocat
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from binarize.kernels.bitpack import WORD
 from binarize.kernels.cpu import simd
 from binarize.kernels.cpu.fields import Conv
+from binarize.kernels.cpu.parts import part
 from binarize.kernels.cpu.popcount import BLOCKS, PIXELS
-from binarize.kernels.cpu.simd import LANES, fetch_add, read_float32, read_int32, read_int64, write_int32, write_int64
+from binarize.kernels.cpu.simd import (
+    LANES,
+    fetch_add,
+    field,
+    read_float32,
+    read_int32,
+    read_int64,
+    write_int32,
+    write_int64,
+)
 from binarize.kernels.cpu.tile import make_tile
-
-
-@njit
-def field(parameters, which):  # type: ignore[no-untyped-def]
-    return read_int64(parameters + 8 * which)
-
 
 _tile, _pixel = make_tile(PIXELS), make_tile(1)
 PIXELS_AHEAD = 2 * PIXELS  # how far ahead of its use an output's cache line is prefetched
@@ -30,7 +34,7 @@ AHEAD_BYTES = 200_000  # longer rows of the input are not prefetched
 # them in every process. The dtype is a flag at run time, "bf16".
 
 
-@njit
+@part
 def _tile_row(x, entries, shortcut, residual, out, blocks, pixels, bf16, together, count, ahead, lines, fixed):  # type: ignore[no-untyped-def]
     """Compute a row of pixels for ``together`` blocks, the last of which has ``count`` channels; see `make_tile`.
 
@@ -65,7 +69,7 @@ def _tile_row(x, entries, shortcut, residual, out, blocks, pixels, bf16, togethe
         out += o_step
 
 
-@njit
+@part
 def activate_row(x, x_step, width, channels, factors, offsets, out, out_step, bf16):  # type: ignore[no-untyped-def]
     """Write ``silu(x * factors + offsets)`` for a row of pixels."""
     size = 4 - 2 * bf16
@@ -77,7 +81,7 @@ def activate_row(x, x_step, width, channels, factors, offsets, out, out_step, bf
         out += out_step
 
 
-@njit
+@part
 def _sign_row(x, x_step, width, groups, channels, words, thresholds, out, bf16):  # type: ignore[no-untyped-def]
     """Write the words of signs of a row of pixels."""
     size = 4 - 2 * bf16
@@ -90,13 +94,13 @@ def _sign_row(x, x_step, width, groups, channels, words, thresholds, out, bf16):
         x += x_step
 
 
-@njit
+@part
 def clear(address, words):  # type: ignore[no-untyped-def]
     for i in range(words):
         write_int32(address + 4 * i, types.int32(0))
 
 
-@njit
+@part
 def _inside(at, kernel, dilation, size_in):  # type: ignore[no-untyped-def]
     """Return a bit mask of the kernel taps along one axis that lie inside the input."""
     found = 0
@@ -107,7 +111,7 @@ def _inside(at, kernel, dilation, size_in):  # type: ignore[no-untyped-def]
     return found
 
 
-@njit
+@part
 def _base_row(p, rows, out):  # type: ignore[no-untyped-def]
     """Write the dot product of no differing bits for each column of an output row; taps outside the input add nothing.
 
@@ -146,7 +150,7 @@ def _base_row(p, rows, out):  # type: ignore[no-untyped-def]
                         write_int32(entry + 4 * i, read_int32(entry + 4 * i) + read_int32(tap + 4 * i))
 
 
-@njit
+@part
 def _is_plain(table, blocks, low, high):  # type: ignore[no-untyped-def]
     """Return whether factors are 1, offsets 0 and limits infinite, so that the epilogue can skip them."""
     if low > -np.inf or high < np.inf:
@@ -159,7 +163,7 @@ def _is_plain(table, blocks, low, high):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit
+@part
 def _entries(p, out):  # type: ignore[no-untyped-def]
     """Write, for each output column, the distance in bytes from the first entry of a base row to its own entry."""
     step = field(p, Conv.GROUPS) * field(p, Conv.OUT_BLOCKS) * LANES * 4
@@ -173,7 +177,7 @@ def _entries(p, out):  # type: ignore[no-untyped-def]
         write_int64(out + 8 * column, entry * step)
 
 
-@njit
+@part
 def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
     bf16 = field(p, Conv.BF16)
     size = 4 - 2 * bf16

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from binarize.kernels.bitpack import WORD
 from binarize.kernels.cpu import simd
-from binarize.kernels.cpu.conv_worker import activate_row, field
+from binarize.kernels.cpu.conv_worker import activate_row
 from binarize.kernels.cpu.fields import Norm, Shuffle
-from binarize.kernels.cpu.simd import LANES, fetch_add, read_float32, write_float32
+from binarize.kernels.cpu.parts import part
+from binarize.kernels.cpu.simd import LANES, fetch_add, field, read_float32, write_float32
 
 
-@njit
+@part
 def _moments_row(x, step, width, channels, sums, squares, bf16):  # type: ignore[no-untyped-def]
     size = 4 - 2 * bf16
     for c in range(0, channels, LANES):
@@ -88,7 +89,7 @@ def silu_worker(p):  # type: ignore[no-untyped-def]
             activate_row(x, step, field(p, Norm.WIDTH), channels, factors, offsets, out, out_step, bf16)
 
 
-@njit
+@part
 def _deal_pixel(x, channels, evens, odds, bf16):  # type: ignore[no-untyped-def]
     size = 4 - 2 * bf16
     for c in range(0, channels, WORD):

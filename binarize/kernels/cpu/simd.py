@@ -338,3 +338,13 @@ read_int64, write_int64 = _memory(types.int64, I64)
 read_int32, write_int32 = _memory(types.int32, I32)
 read_float32, write_float32 = _memory(types.float32, F32)
 read_float64, _ = _memory(types.float64, ir.DoubleType())
+
+
+@intrinsic
+def field(context, parameters, which):  # type: ignore[no-untyped-def]
+    """Read one of the int64 fields of a block of parameters; see `fields`."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        return b.load(pointer(b, b.add(args[0], b.mul(args[1], I64(8))), I64))
+
+    return types.int64(parameters, which), codegen

@@ -5,12 +5,11 @@ They are workers like those of `_workers`.
 
 from __future__ import annotations
 
-from numba import njit
-
 from binarize.kernels.cpu import winograd_simd
-from binarize.kernels.cpu.conv_worker import activate_row, clear, field
+from binarize.kernels.cpu.conv_worker import activate_row, clear
 from binarize.kernels.cpu.fields import Tiles, Winograd
-from binarize.kernels.cpu.simd import LANES, fetch_add, read_int64, write_int64
+from binarize.kernels.cpu.parts import part
+from binarize.kernels.cpu.simd import LANES, fetch_add, field, read_int64, write_int64
 from binarize.kernels.cpu.winograd_simd import filter_gradient, matmul, output_gradient, output_transform
 
 
@@ -30,7 +29,7 @@ def filter_worker(p):  # type: ignore[no-untyped-def]
             out += field(p, Winograd.FILTERS_IN)
 
 
-@njit
+@part
 def _multiply_tiles(count, x, in_channels, w, out_channels, out):  # type: ignore[no-untyped-def]
     """(count, C_in) times (C_in, C_out), count a multiple of 4."""
     block = 0
@@ -44,7 +43,7 @@ def _multiply_tiles(count, x, in_channels, w, out_channels, out):  # type: ignor
         block += together
 
 
-@njit
+@part
 def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def]
     """One row of tiles; ``lines`` points to the addresses of its n input rows, 0 for one outside the picture."""
     bf16 = field(p, Winograd.BF16)
@@ -144,7 +143,7 @@ def winograd_worker(p):  # type: ignore[no-untyped-def]
             _tile_row(p, sample, tile_y, lines, rest)
 
 
-@njit
+@part
 def _point(picture, row, pixel, height, width, top, left, side, addresses, nothing):  # type: ignore[no-untyped-def]
     """Write the addresses of the pixels of a square, of which those outside the picture are ``nothing``."""
     for y in range(top, top + side):
@@ -154,7 +153,7 @@ def _point(picture, row, pixel, height, width, top, left, side, addresses, nothi
             addresses += 8
 
 
-@njit
+@part
 def _add_outer(count, x, in_channels, w, out_channels, out):  # type: ignore[no-untyped-def]
     """Add (count, C_in) transposed times (count, C_out)."""
     x_step, w_step = in_channels * 4, out_channels * 4
