@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import importlib
 from contextlib import suppress
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from binarize.errors import BinarizeError
-from binarize.importing import after_import
+from binarize.importing import after_import, exports
 
 if TYPE_CHECKING:
     from binarize import (
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from binarize.methods import Method, get_method, list_methods, register_method
     from binarize.onnx.export import export_onnx
     from binarize.quantizer import BinarizeConfig
-    from binarize.recipes.build import build
+    from binarize.recipes.building import build
     from binarize.serialization import load, save
     from binarize.studies.ablation import ablate
 
@@ -64,11 +63,10 @@ _NAMES = {
     "methods": ("Method", "get_method", "list_methods", "register_method"),
     "quantizer": ("BinarizeConfig",),
     "onnx.export": ("export_onnx",),
-    "recipes.build": ("build",),
+    "recipes.building": ("build",),
     "serialization": ("load", "save"),
     "studies.ablation": ("ablate",),
 }
-_MODULE_OF = {name: f"binarize.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = ["BinarizeError", "ConversionReport", "Summary", "convert", "plan", "report", "revert", "summary"]
 __all__ += ["BinarizeConfig", "ablate", "binary_state", "build", "doctor", "is_packed", "load", "pack", "save"]
@@ -89,14 +87,7 @@ def _register_with_diffusers() -> None:
 after_import("diffusers.models.modeling_utils", _register_with_diffusers)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-        globals()[name] = value  # the next access does not come here
-        return value
-    if name[0] != "_" and find_spec(f"binarize.{name}") is not None:
-        return importlib.import_module(f"binarize.{name}")
-    raise AttributeError(f"module 'binarize' has no attribute {name!r}")
+__getattr__ = exports(__name__, _NAMES)
 
 
 def __dir__() -> list[str]:

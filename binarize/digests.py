@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from binarize.errors import BinarizeError, one_line
 from binarize.files import write_atomic
 
@@ -122,6 +120,8 @@ def load_torch_file(path: Path, *, checked: bool = False) -> Any:
         check_torch_file(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch asks for reports of pickles that it did not write
+        import torch
+
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -50,12 +50,7 @@ def write_atomic(path: str | os.PathLike[str], write_fn: Callable[[Path], object
     becomes a BinarizeError.
     """
     path = followed(Path(path))
-    if not path.parent.is_dir():
-        raise BinarizeError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if path.is_dir():
-        raise BinarizeError(f"{path}: is a folder; give the name of a file")
-    if path.exists() and not force:
-        raise BinarizeError(f"{path}: already exists; give another name, or force to replace it")
+    check_new_file(path, force=force)
     _tidy_once(path.parent, os.getpid())
     temporary = _temporary(path.parent, f".tmp{path.suffix}")
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
@@ -74,6 +69,16 @@ def write_atomic(path: str | os.PathLike[str], write_fn: Callable[[Path], object
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def check_new_file(path: Path, *, force: bool) -> None:
+    """Check that a file can be written without replacing another, unless by `force`."""
+    if not path.parent.is_dir():
+        raise BinarizeError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise BinarizeError(f"{path}: is a folder; give the name of a file")
+    if path.exists() and not force:
+        raise BinarizeError(f"{path}: already exists; give another name, or force to replace it")
 
 
 def followed(path: Path) -> Path:

@@ -1,11 +1,34 @@
-"""Run something once an optional library has been imported, without importing it."""
+"""Import modules when they are first used, and run something once an optional library has been imported."""
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+
+def exports(
+    package: str, names: Mapping[str, Sequence[str]], renamed: Callable[[str], Any] | None = None
+) -> Callable[[str], Any]:
+    """Return a package's ``__getattr__``, which imports the module of a name, or a submodule, when it is first used.
+
+    `names` maps modules inside the package to the public names that they define. `renamed` resolves what is left.
+    """
+    module_of = {name: module for module, inside in names.items() for name in inside}
+
+    def __getattr__(name: str) -> Any:
+        if name in module_of:
+            return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
+        if name[0] != "_" and find_spec(f"{package}.{name}") is not None:
+            return importlib.import_module(f"{package}.{name}")
+        if renamed is not None:
+            return renamed(name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return __getattr__
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from huggingface_hub.errors import (
 from binarize.errors import BinarizeError, one_line
 from binarize.imaging.limits import available_memory
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)+(@[\w.-]+(/[\w.-]+)*)?")
 _FILES = ("*.json", "*.safetensors")
 _ANSWER = 30.0  # seconds until the hub has answered
 _SLOWEST = 50e3  # bytes per second

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from binarize.conversion.convert import convert
 from binarize.digests import load_torch_file
-from binarize.errors import BinarizeError, clip, did_you_mean
+from binarize.errors import BinarizeError, clip
 from binarize.methods import BiDiffSR
 from binarize.models.unet import SRUNet
 
@@ -42,10 +42,9 @@ def load_official(path: str | PathLike[str], *, sign_zero: str = "zero", **offic
     Raises:
         BinarizeError: If the file cannot be read, a name is unknown, or keys or shapes do not fit.
     """
-    for key in official_config_names:
-        if key not in OFFICIAL_CONFIG:
-            names, hint = ", ".join(OFFICIAL_CONFIG), did_you_mean(key, OFFICIAL_CONFIG)
-            raise BinarizeError(f"load_official: unknown configuration name {key!r}; names: {names}.{hint}")
+    from binarize.models.official_config import check_names
+
+    check_names(official_config_names)
     config = _checked({**OFFICIAL_CONFIG, **official_config_names})
     state = _read(path)
     with torch.device("meta"):  # a file that does not fit costs no memory

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-__all__ = ["OfficialConfig", "ValidationError"]
+from binarize.errors import BinarizeError, did_you_mean
+
+__all__ = ["OfficialConfig", "ValidationError", "check_names"]
 
 
 class OfficialConfig(BaseModel):
@@ -26,3 +29,11 @@ class OfficialConfig(BaseModel):
     fp_res: Annotated[list[int], Field(max_length=8)]
     total_step: Annotated[int, Field(ge=1, le=100_000)]
     dynamic_group: Annotated[int, Field(ge=1, le=1000)]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Check that names are those of the released configuration."""
+    for key in names:
+        if key not in OfficialConfig.model_fields:
+            known, hint = ", ".join(OfficialConfig.model_fields), did_you_mean(key, OfficialConfig.model_fields)
+            raise BinarizeError(f"load_official: unknown configuration name {key!r}; names: {known}.{hint}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from binarize.errors import BinarizeError
-from binarize.layers.parts import check_trusted
+from binarize.trust import check_trusted
 
 
 def import_plugins(plugins: Sequence[str]) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-import torch
 import yaml
 from pydantic import (
     AfterValidator,
@@ -20,12 +19,14 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from torch import Tensor
 
+from binarize import imaging
 from binarize.errors import did_you_mean
-from binarize.imaging import degradation as images
 from binarize.randomness import generator
 from binarize.recipes.sections import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Number = TypeVar("Number")
 Size = tuple[int, int]
@@ -93,8 +94,8 @@ class Blur(Step):
         lowest = 0.5 if profile == "generalized" else 1.0
         # Real-ESRGAN draws half of the exponents below 1 and half above.
         beta = rng.uniform(lowest, 1) if rng.random() < 0.5 else rng.uniform(1, highest)
-        kernel = images.blur_kernel((first, second), angle, beta=beta, plateau=profile == "plateau")
-        return images.convolve(image, kernel)
+        kernel = imaging.degradation.blur_kernel((first, second), angle, beta=beta, plateau=profile == "plateau")
+        return imaging.degradation.convolve(image, kernel)
 
 
 class Sinc(Step):
@@ -105,7 +106,7 @@ class Sinc(Step):
 
     def apply(self, image: Tensor, low: Size, rng: np.random.Generator) -> Tensor:
         """Filter."""
-        return images.convolve(image, images.sinc_kernel(rng.uniform(*self.cutoff)))
+        return imaging.degradation.convolve(image, imaging.degradation.sinc_kernel(rng.uniform(*self.cutoff)))
 
 
 class Resize(Step):
@@ -119,7 +120,7 @@ class Resize(Step):
         """Resize."""
         name, factor = self.filters[rng.integers(len(self.filters))], rng.uniform(*self.factor)
         height, width = (max(1, round(side * factor)) for side in low)
-        return images.resize(image, (height, width), name)
+        return imaging.degradation.resize(image, (height, width), name)
 
 
 class Reduce(Step):
@@ -132,7 +133,7 @@ class Reduce(Step):
 
     def apply(self, image: Tensor, low: Size, rng: np.random.Generator) -> Tensor:
         """Resize."""
-        return images.resize(image, low, self.filters[rng.integers(len(self.filters))])
+        return imaging.degradation.resize(image, low, self.filters[rng.integers(len(self.filters))])
 
 
 class GaussianNoise(Step):
@@ -144,7 +145,7 @@ class GaussianNoise(Step):
 
     def apply(self, image: Tensor, low: Size, rng: np.random.Generator) -> Tensor:
         """Add noise."""
-        return images.gaussian_noise(image, rng.uniform(*self.sigma), rng, grey=rng.random() < self.grey)
+        return imaging.degradation.gaussian_noise(image, rng.uniform(*self.sigma), rng, grey=rng.random() < self.grey)
 
 
 class PoissonNoise(Step):
@@ -158,7 +159,7 @@ class PoissonNoise(Step):
         """Add noise."""
         fewest, most = map(math.log, self.photons)
         photons = math.exp(rng.uniform(fewest, most))
-        return images.poisson_noise(image, photons, rng, grey=rng.random() < self.grey)
+        return imaging.degradation.poisson_noise(image, photons, rng, grey=rng.random() < self.grey)
 
 
 class Jpeg(Step):
@@ -174,7 +175,7 @@ class Jpeg(Step):
     def apply(self, image: Tensor, low: Size, rng: np.random.Generator) -> Tensor:
         """Compress."""
         chroma = self.subsampling[rng.integers(len(self.subsampling))]
-        return images.compress(
+        return imaging.degradation.compress(
             image, "JPEG", quality=int(rng.integers(*self.quality, endpoint=True)), subsampling=chroma
         )
 
@@ -187,7 +188,7 @@ class Webp(Step):
 
     def apply(self, image: Tensor, low: Size, rng: np.random.Generator) -> Tensor:
         """Compress."""
-        return images.compress(image, "WEBP", quality=int(rng.integers(*self.quality, endpoint=True)))
+        return imaging.degradation.compress(image, "WEBP", quality=int(rng.integers(*self.quality, endpoint=True)))
 
 
 class DegradationStep(Section):
@@ -295,4 +296,4 @@ def _make(degradation: Degradation, seed: int, hr: Tensor, scale: int, index: in
     for each in degradation.root:
         if each.step.share > rng.random():
             image = each.step.apply(image, low, rng).clamp(0, 1)
-    return (image * 255 + 0.5).floor().to(torch.uint8)
+    return (image * 255 + 0.5).floor().byte()

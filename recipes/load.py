@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from binarize.errors import BinarizeError, clip, did_you_mean
+from binarize.errors import BinarizeError, clip, did_you_mean, listing
 from binarize.files import read_text, write_atomic
 from binarize.recipes.degradation import Degradation
 from binarize.recipes.errors import explain
@@ -35,12 +35,12 @@ _SHORT = {"method": "name", "model": "factory"}
 
 def list_recipes() -> dict[str, str]:
     """Return the installed recipes as name -> one-line description, the main ones first."""
-    return {name: str(read_yaml(path, "recipe").get("description", "")) for name, path in _installed().items()}
+    return {name: str(read_yaml(path, "recipe").get("description", "")) for name, path in installed_recipes().items()}
 
 
 def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the file of a recipe, given an installed recipe's name or the path of a YAML file."""
-    return find_file("recipe", name_or_path, _installed(), "binarize recipes ls")
+    return find_file("recipe", name_or_path, installed_recipes(), "binarize recipes ls")
 
 
 def find_file(kind: str, name_or_path: str | os.PathLike[str], installed: Mapping[str, Path], command: str) -> Path:
@@ -78,6 +78,15 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
         return schema.model_validate(data)
     except ValidationError as error:
         raise BinarizeError(explain(error, str(name_or_path), "recipe", schema)) from None
+
+
+def check_folders(recipe: TrainingRecipe, source: str) -> None:
+    """Check that the data folders that a recipe names exist; ``source`` names the recipe in errors."""
+    keys = ("train_data_dir", "train_lr_data_dir", "validation_data_dir", "validation_lr_data_dir")
+    folders = {key: folder for key in keys if (folder := getattr(recipe, key, None)) is not None}
+    missing = [f"{key}: there is no folder {str(path)!r}." for key, path in folders.items() if not _is_folder(path)]
+    if missing:
+        raise BinarizeError(listing(f"recipe {source!r} names folders that do not exist:", missing))
 
 
 def recipe_class(data: Mapping[str, Any], source: str) -> type[TrainingRecipe]:
@@ -160,7 +169,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
-def _installed() -> dict[str, Path]:
+def installed_recipes() -> dict[str, Path]:
+    """Return the installed recipes as name -> file, the main ones first."""
     found = (path for path in RECIPE_DIR.rglob("*.yaml") if path.parent != STUDY_DIR)
     paths = sorted(found, key=lambda path: (path.parent != RECIPE_DIR, path))
     return {path.relative_to(RECIPE_DIR).with_suffix("").as_posix(): path for path in paths}
@@ -220,3 +230,7 @@ def _moves(section: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
 def _as_section(key: str, value: Any) -> Any:
     """Return a method that is given by its name alone, or a network by its factory, as a section."""
     return {_SHORT[key]: value} if key in _SHORT and isinstance(value, str) else value
+
+
+def _is_folder(path: Path) -> bool:
+    return (path.parent if "{}" in path.name else path).is_dir()  # the last part can be a pattern of names

@@ -13,7 +13,9 @@ from torch import nn
 
 from binarize.conversion.record import is_converted, is_diffusers_model
 from binarize.errors import BinarizeError, did_you_mean, one_line
+from binarize.json_files import read_json
 from binarize.layers.parts import check_trusted
+from binarize.models.location import NETWORK, locate, network_folder
 from binarize.recipes.code import import_code
 from binarize.recipes.generation_recipe import GenerationRecipe, NetworkSection
 
@@ -94,9 +96,6 @@ def _of_factory(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _saved(section: NetworkSection) -> nn.Module:
-    from binarize.json_files import read_json
-    from binarize.models.loading import NETWORK, locate, network_folder
-
     folder = network_folder(locate(Path(str(section.from_pretrained))))
     config = read_json(folder / NETWORK)
     cls = _diffusers_model(str(folder / NETWORK), str(config.get("_class_name")))

@@ -34,9 +34,8 @@ def ablate(
     binarize ablate breakdown train_data_dir=DF2K/HR evaluation.data_dir=Manga109/HR --only baseline
     ```
     """
-    from binarize.studies import list_studies
-    from binarize.studies.ablation import ablate as run
-    from binarize.training import TrainingInterrupted
+    from binarize.studies import list_studies, load_study
+    from binarize.training.errors import TrainingInterrupted
 
     if listing:
         echo(Table(["study", "description"], [*list_studies().items()]).to_text(header=False))
@@ -45,6 +44,10 @@ def ablate(
         raise typer.BadParameter("give one, such as small_methods; --list shows those installed.", param_hint="STUDY")
     try:
         with code_of(study, trust, inspecting=dry_run):
+            load_study(study, overrides or ())
+
+            from binarize.studies.ablation import ablate as run
+
             result = run(study, overrides or (), only=only, force=force, dry_run=dry_run)
     except TrainingInterrupted as stop:
         echo(f"stopped by a signal; saved {stop.checkpoint}. The same command goes on from there.", err=True)

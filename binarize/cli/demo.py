@@ -25,6 +25,12 @@ def demo(
     binarize demo --output longer max_train_steps=5000
     ```
     """
+    from binarize.demo.folder import check_folder
+    from binarize.recipes import load_recipe
+
+    check_folder(output, force=force)
+    load_recipe("demo", overrides or ())
+
     from binarize.demo import run_demo
     from binarize.demo.report import verdict
 

@@ -30,14 +30,19 @@ def doctor(
     binarize doctor my-model --steps 20 --all
     ```
     """
+    from binarize.models.location import at_revision, scale_of
+
+    model = at_revision(model, revision)
+    scale_of(model, scale)
+
     from binarize.diagnosis import doctor as examine
-    from binarize.models.loading import at_revision, find_device
+    from binarize.models.loading import find_device
     from binarize.progress import ProgressBar
 
     with ProgressBar(bar_format="{elapsed}  {desc}", leave=False) as bar:
         where, show = find_device(device), bar.set_description_str
         report = examine(
-            at_revision(model, revision),
+            model,
             scale=scale,
             steps=steps,
             seed=seed,

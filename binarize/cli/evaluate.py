@@ -65,10 +65,8 @@ def evaluate(
     binarize evaluate my-model --data Set5/HR --lpips squeeze --lpips-backbone squeezenet1_1.pth
     ```
     """
-    from binarize.evaluation import evaluate as measure
-    from binarize.evaluation.features import PIXELS
-    from binarize.evaluation.generation import evaluate_generator
-    from binarize.models.loading import at_revision, generates, load_generator, load_pipeline, prepare, sample
+    from binarize.imaging import list_images
+    from binarize.models.location import at_revision, generates, generator_of, scale_of
     from binarize.recipes import load_degradation
 
     made_by = load_degradation(degradation)
@@ -91,6 +89,14 @@ def evaluate(
         }
         if given := [name for name, value in wrong.items() if value is not None]:
             raise BinarizeError(f"{given[0]}: {model} generates images; leave it out.")
+        generator_of(model)
+        if not data.is_dir():
+            list_images(data)  # says so
+
+        from binarize.evaluation.features import PIXELS
+        from binarize.evaluation.generation import evaluate_generator
+        from binarize.models.loading import load_generator, prepare
+
         generator = prepare(load_generator(model), device, dtype, scheduler, pack=packing)
         options: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
         options |= {"features": PIXELS if features is None else features, "count": count, "seed": seed}
@@ -102,6 +108,12 @@ def evaluate(
     for name, value in (("--features", features), ("--number", count)):
         if value is not None:
             raise BinarizeError(f"{name}: {model} upscales images; leave it out.")
+    scale_of(model, scale)
+    list_images(data)
+
+    from binarize.evaluation import evaluate as measure
+    from binarize.models.loading import load_pipeline, prepare, sample
+
     pipeline = prepare(load_pipeline(model, scale=scale), device, dtype, scheduler, pack=packing)
     report = measure(
         lambda image: sample(pipeline, image, steps=steps, seed=seed, tile=tile, overlap=overlap),

@@ -34,12 +34,18 @@ def export(
     binarize export my-model upscale.onnx --steps 2
     ```
     """
-    import binarize
-    from binarize.models.loading import PIPELINE, at_revision, load_network, load_pipeline, locate
-    from binarize.onnx.protos import describe
+    from binarize.files import check_new_file, followed
+    from binarize.models.location import PIPELINE, at_revision, locate, network_of, scale_of
 
     source = at_revision(source, revision)
     alone = steps is None and scale is None and not (locate(source) / PIPELINE).is_file()
+    network_of(source) if alone else scale_of(source, scale)
+    check_new_file(followed(target), force=force)
+
+    import binarize
+    from binarize.models.loading import load_network, load_pipeline
+    from binarize.onnx.protos import describe
+
     model = load_network(source) if alone else load_pipeline(source, scale=scale)
     try:
         binarize.export_onnx(model, target, steps=steps, force=force)

@@ -56,10 +56,7 @@ def generate(
     """
     from binarize.imaging import IMAGE_SUFFIXES, check_writable, save_image
     from binarize.models.default import default_generator
-    from binarize.models.generation import generate_images
-    from binarize.models.grid import image_grid
-    from binarize.models.loading import at_revision, load_generator, prepare
-    from binarize.progress import ProgressBar
+    from binarize.models.location import at_revision, generator_of
 
     in_folder = target.is_dir() or target.suffix.lower() not in IMAGE_SUFFIXES
     if in_folder and target.suffix and not target.is_dir():
@@ -73,7 +70,13 @@ def generate(
             raise BinarizeError(f"{file}: already exists; give another name, or --force to overwrite it.")
     if target.exists() and not target.is_dir() and in_folder:
         raise BinarizeError(f"{target}: is a file; give a folder, or an image file such as out.png.")
-    model = at_revision(default_generator() if model is None else model, revision)
+    model = generator_of(at_revision(default_generator() if model is None else model, revision))
+
+    from binarize.models.generation import generate_images
+    from binarize.models.grid import image_grid
+    from binarize.models.loading import load_generator, prepare
+    from binarize.progress import ProgressBar
+
     pipeline = prepare(load_generator(model), device, dtype, scheduler, pack=packing)
     check_writable("L" if pipeline.image_shape[0] == 1 else "RGB", files[0])
     steps = pipeline.num_inference_steps if steps is None else steps

@@ -35,11 +35,17 @@ def import_official(
     binarize import-official small.pth small --scale 4 inner_channel=32 channel_mults=[1,2,4] fp_res=[256]
     ```
     """
-    from binarize.files import replace_folder
-    from binarize.models import SuperResolutionPipeline, load_official
+    from binarize.models.official_config import check_names
 
     check_model_folder(target, checkpoint, force=force)
     options = dict(_option(text) for text in config or ())
+    check_names(options)
+    if not checkpoint.is_file():
+        raise BinarizeError(f"{checkpoint}: is not a file; give a released .pth file.")
+
+    from binarize.files import replace_folder
+    from binarize.models import SuperResolutionPipeline, load_official
+
     pipeline = SuperResolutionPipeline(load_official(checkpoint, sign_zero=sign_zero, **options), scale=scale)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(target, pipeline.save_pretrained)

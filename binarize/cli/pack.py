@@ -31,31 +31,33 @@ def pack(
     binarize pack BI-DiffSR_x2.pth bidiffsr-x2 --scale 2 --dtype float16
     ```
     """
+    from binarize.models.location import PIPELINE, at_revision, generates, generator_of, locate, network_of, scale_of
+
+    source = at_revision(source, revision)
+    check_model_folder(target, locate(source), force=force)
+    draws = generates(source)
+    if draws and scale is not None:
+        raise BinarizeError(f"--scale {scale}: {source} generates images; leave it out.")
+    alone = scale is None and not (locate(source) / PIPELINE).is_file()
+    if draws:
+        generator_of(source)
+    elif alone:
+        network_of(source)
+    else:
+        scale_of(source, scale)
+
     import torch
 
     import binarize
     from binarize.files import replace_folder
-    from binarize.models.loading import (
-        PIPELINE,
-        at_revision,
-        generates,
-        load_generator,
-        load_network,
-        load_pipeline,
-        locate,
-    )
+    from binarize.models.loading import load_generator, load_network, load_pipeline
     from binarize.packed.files import WEIGHTS, stored_as
 
-    source = at_revision(source, revision)
-    check_model_folder(target, locate(source), force=force)
     pipeline: Any
-    draws = generates(source)
-    if draws and scale is not None:
-        raise BinarizeError(f"--scale {scale}: {source} generates images; leave it out.")
     if draws:
         pipeline = load_generator(source)
         network, inside = pipeline.unet, "unet"
-    elif scale is None and not (locate(source) / PIPELINE).is_file():
+    elif alone:
         pipeline, network, inside = None, load_network(source), ""
     else:
         pipeline = load_pipeline(source, scale=scale)

@@ -78,8 +78,13 @@ def validate(recipe: RecipeArgument, overrides: OverridesArgument = None, trust:
     binarize recipes validate bidiffsr_x2 method.groups=10 train_data_dir=DF2K/HR
     ```
     """
-    from binarize.recipes import validate as check
+    from binarize.recipes import load_recipe
+    from binarize.recipes.load import check_folders
 
     with code_of(recipe, trust, inspecting=True):
+        check_folders(load_recipe(recipe, overrides or ()), recipe)
+
+        from binarize.recipes import validate as check
+
         check(recipe, overrides or ())
     echo(f"{recipe}: valid")

@@ -38,11 +38,13 @@ def summary(
     binarize summary runs/bidiffsr_x2/model --size 512x512 --format markdown
     ```
     """
-    import binarize
-
+    sides = None if size is None else _sides(size)
     with code_of(model, trust, inspecting=True):
         network = _network(model, revision)
-    found = binarize.summary(network, _inputs(network, size))
+
+    import binarize
+
+    found = binarize.summary(network, None if sides is None else _inputs(network, *sides))
     if style == "json":
         echo(found.to_json())
     else:
@@ -51,32 +53,46 @@ def summary(
 
 def _network(model: str, revision: str | None) -> nn.Module:
     """Return the network of a recipe or a model. A recipe's name wins; a folder of that name needs a ``./``."""
-    import torch
+    from binarize.models.location import at_revision, generates, generator_of, network_of
+    from binarize.recipes import load_recipe, recipe_path
+    from binarize.recipes.load import YAML_SUFFIXES, installed_recipes
 
-    from binarize.models.loading import at_revision, generates, load_generator, load_network
-    from binarize.recipes import build, list_recipes, recipe_path
+    path, recipes = at_revision(Path(model), revision), installed_recipes()
+    if model in recipes or path.suffix in YAML_SUFFIXES:
+        recipe = load_recipe(model)
 
-    path, recipes = at_revision(Path(model), revision), list_recipes()
-    if model in recipes or path.suffix in (".yaml", ".yml"):
+        import torch
+
+        from binarize.recipes import build
+
         with torch.device("meta"):  # no count depends on the weights' values
-            return build(model)
+            return build(recipe)
     folders = {name.partition("/")[0] for name in recipes if "/" in name}
     if not path.exists() and ("/" not in model or model.partition("/")[0] in folders):
         recipe_path(model)  # its error names the recipes and the nearest one
-    return load_generator(path).unet if generates(path) else load_network(path)
+    draws = generates(path)
+    generator_of(path) if draws else network_of(path)
+
+    from binarize.models.loading import load_generator, load_network
+
+    return load_generator(path).unet if draws else load_network(path)
 
 
-def _inputs(network: Any, size: str | None) -> Any:
-    """Return meta tensors for `binarize.summary`, or None for its defaults."""
-    import torch
-
-    if size is None:
-        return None
+def _sides(size: str) -> tuple[int, int]:
+    """Return height and width of ``--size``."""
     match = re.fullmatch(r"([1-9]\d{0,9})[x×]([1-9]\d{0,9})", size)
     if match is None or max(map(int, match.groups())) > _LONGEST:
         what = f"must be height and width in pixels, from 1 to {_LONGEST}, such as 256x256."
         raise BinarizeError(f"--size {size:.40}: {what}")
     height, width = map(int, match.groups())
+    return height, width
+
+
+def _inputs(network: Any, height: int, width: int) -> Any:
+    """Return meta tensors of a height and width for `binarize.summary`."""
+    import torch
+
+    size = f"{height}x{width}"
     if type(network).__name__ != "SRUNet":
         from binarize.conversion.summary import default_inputs
 

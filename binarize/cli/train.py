@@ -36,8 +36,10 @@ def train(
     ```
     """
     from binarize.recipes import load_recipe
-    from binarize.training import TrainingInterrupted
-    from binarize.training import train as run
+    from binarize.recipes.load import check_folders
+    from binarize.training.checkpoint import Checkpoints
+    from binarize.training.errors import TrainingInterrupted
+    from binarize.training.folder import find_start
 
     changes = list(overrides or ())
     if resume is not None:
@@ -47,6 +49,11 @@ def train(
     try:
         with code_of(recipe, trust):
             loaded = load_recipe(recipe, changes)
+            check_folders(loaded, recipe)
+            find_start(loaded, Checkpoints(loaded.output_dir, loaded.checkpoints_total_limit), force)
+
+            from binarize.training import train as run
+
             result = run(loaded, force=force)
     except TrainingInterrupted as stop:
         echo(str(stop), err=True)

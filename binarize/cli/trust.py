@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from binarize.trust import named_by_a_recipe
+
 _HELP = "Run the code that the recipe names: plugins, and parts written as module:name."
 TrustOption = Annotated[bool, typer.Option("--trust", help=_HELP)]
 
@@ -19,8 +21,6 @@ def code_of(source: str, trust: bool, *, inspecting: bool = False) -> AbstractCo
     It runs with --trust. Without, it also runs if the file and its bases are in the working folder, or installed, and
     the command does more than inspect them.
     """
-    from binarize.layers.parts import named_by_a_recipe
-
     here = Path.cwd().resolve()
     outside = [file for file in _files(source, ()) if not file.resolve().is_relative_to(here)]
     return nullcontext() if trust or not (inspecting or outside) else named_by_a_recipe()

@@ -80,13 +80,8 @@ def upscale(
             raise BinarizeError(f"{path}: no such file or folder; give images, or folders of images.")
     from binarize.imaging import read_image, save_image
     from binarize.imaging.pairs import raise_all
-    from binarize.models import default_model
-    from binarize.models.checks import NotFiniteError
-    from binarize.models.default import KINDS
-    from binarize.models.loading import at_revision, load_pipeline, prepare, sample, scale_of
-    from binarize.models.memory import check_sampling_memory
-    from binarize.models.tiling import tile_grid
-    from binarize.progress import ProgressBar
+    from binarize.models.default import KINDS, default_model
+    from binarize.models.location import at_revision, scale_of
 
     if model is None or (str(model) in KINDS and not model.exists()):
         scale = DEFAULT_SCALE if scale is None else scale
@@ -108,6 +103,13 @@ def upscale(
         echo(f"{len(failures)} of {len(jobs)} images cannot be used; upscaling the others", err=True)
     for note in notes:
         echo(f"note: {note}", err=True)
+
+    from binarize.models.checks import NotFiniteError
+    from binarize.models.loading import load_pipeline, prepare, sample
+    from binarize.models.memory import check_sampling_memory
+    from binarize.models.tiling import tile_grid
+    from binarize.progress import ProgressBar
+
     pipeline = prepare(load_pipeline(model, scale=scale), device, dtype, scheduler, pack=packing)
     steps = pipeline.num_inference_steps if steps is None else steps
     tiles = {path: tile_for(size, factor, tile) for path, size in sizes.items()}

@@ -38,13 +38,17 @@ def web(
     import tempfile
     import webbrowser
 
+    from binarize.models.location import at_revision, scale_of
     from binarize.web.server import page_server
+
+    if model is not None:
+        scale_of(at_revision(model, revision), scale)
 
     with tempfile.TemporaryDirectory(prefix="binarize-") as folder:
         models = None if model is None else Path(folder)
         with page_server(port, models) as server:
             if model is not None and models is not None:
-                from binarize.models.loading import at_revision, load_pipeline
+                from binarize.models.loading import load_pipeline
                 from binarize.web.models import write_models
 
                 write_models(models, {model.name: load_pipeline(at_revision(model, revision), scale=scale)})

@@ -14,9 +14,9 @@ from binarize.conversion.record import FORMATS, conversion, is_converted
 from binarize.errors import BinarizeError
 from binarize.files import update_folder, write_text_atomic
 from binarize.hosts import find_host
-from binarize.layers.parts import named_by_a_file
 from binarize.modules import refuse_sharded
 from binarize.packed.files import READABLE_FORMATS, write_packed
+from binarize.trust import named_by_a_file
 
 CONFIG = "config.json"
 _KEYS = {"method", "structure", "keep", "overrides", "linear", "num_train_timesteps", "timestep"}

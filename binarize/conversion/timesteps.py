@@ -10,7 +10,6 @@ from torch import nn
 from binarize.conditioning import BY_STEPS, KINDS, STEPS, Timestep, TimestepLike, as_timestep
 from binarize.errors import BinarizeError
 from binarize.hosts import Host
-from binarize.layers.parts import is_named_by_a_file
 from binarize.timestep import TimestepContext
 from binarize.timestep_argument import (
     ASSUMED_NAMES,
@@ -19,6 +18,7 @@ from binarize.timestep_argument import (
     no_timestep_message,
     timestep_argument,
 )
+from binarize.trust import is_named_by_a_file
 
 DEFAULT_TIMESTEPS = 1000
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from binarize.conversion.summary import summary
+from binarize.demo.folder import REPORT, check_folder
 from binarize.demo.report import make_report, side_by_side
 from binarize.errors import BinarizeError
 from binarize.evaluation import EvaluationReport, evaluate
@@ -59,8 +60,7 @@ def run_demo(
     started = time.perf_counter()
     output = Path(output)
     images, held_out = output / "images", output / "images" / "held-out"
-    if (output / "report.md").exists() and not force:
-        raise BinarizeError(f"{output}: holds a demonstration; choose another folder, or --force to replace it.")
+    check_folder(output, force=force)
     source = image_folder()
     folders = [f"train_data_dir={images / 'training'}", f"validation_data_dir={held_out}"]
     recipe = cast(Recipe, load_recipe(RECIPE, [*folders, f"output_dir={output / 'run'}", *overrides]))
@@ -87,7 +87,7 @@ def run_demo(
     comparison = save_image(sheet, output / "comparison.png", force=True)
     seconds = time.perf_counter() - started
     report = make_report(recipe, trained, summary(pipeline.unet), scores, seconds)
-    written = write_text_atomic(output / "report.md", report)
+    written = write_text_atomic(output / REPORT, report)
     return DemoResult(output, trained.model_dir, large, comparison, written, scores, trained.steps, seconds)
 
 

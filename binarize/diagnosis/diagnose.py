@@ -21,7 +21,8 @@ from binarize.errors import BinarizeError
 from binarize.evaluation.quality import psnr
 from binarize.imaging import upscale_bicubic
 from binarize.models.checks import OtherTimestepsError
-from binarize.models.loading import load_pipeline, locate
+from binarize.models.loading import load_pipeline
+from binarize.models.location import locate
 from binarize.models.pipeline import SuperResolutionPipeline
 from binarize.models.target import image_of
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from binarize.errors import BinarizeError, one_line
 from binarize.imaging.metadata import lasting_exif, sound_pixels
+
+if TYPE_CHECKING:
+    import torch
 
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _GREY = ("1", "L", "LA", "La", *_DEEP)
@@ -50,7 +53,7 @@ class DecodedImage:
 
     def pixels(self) -> torch.Tensor:
         """Return ``rgb`` as uint8 (3, H, W), rounded to the nearest level, without transparency."""
-        return (self.rgb * 255 + 0.5).floor_().clamp_(0, 255).to(torch.uint8)
+        return (self.rgb * 255 + 0.5).floor_().clamp_(0, 255).byte()
 
     def with_pixels(self, rgb: torch.Tensor, alpha: torch.Tensor | None) -> DecodedImage:
         """Return an image of the same mode and profile with other pixels, of any size, in [0, 1] in any float dtype.
@@ -62,8 +65,8 @@ class DecodedImage:
             raise BinarizeError(f"DecodedImage.with_pixels: rgb must be (3, H, W), got {tuple(rgb.shape)}")
         if alpha is not None and alpha.shape != expected:
             raise BinarizeError(f"DecodedImage.with_pixels: alpha must be {expected}, got {tuple(alpha.shape)}")
-        alpha = None if alpha is None else alpha.detach().to("cpu", torch.float32)
-        return replace(self, rgb=rgb.detach().to("cpu", torch.float32), alpha=alpha)
+        alpha = None if alpha is None else alpha.detach().cpu().float()
+        return replace(self, rgb=rgb.detach().cpu().float(), alpha=alpha)
 
     def to_pil(self) -> Image.Image:
         """Return an 8-bit Pillow image (L, LA, RGB or RGBA), or 16-bit greyscale if the source is that.
@@ -72,6 +75,8 @@ class DecodedImage:
         because new pixels have colours that the palette or the inks cannot name. Greyscale with ``alpha`` is 8-bit,
         because Pillow has no 16-bit mode for it.
         """
+        import torch
+
         mode, planes = self.saved_mode, [*self.rgb]
         if self.is_grey:
             planes = [(self.rgb.double() * torch.tensor(_LUMA, dtype=torch.float64).view(3, 1, 1)).sum(0)]
@@ -95,6 +100,8 @@ def to_image(image: Image.Image) -> DecodedImage:
     with transparency is written as 8-bit. An animation gives its current frame. Floating-point images, integers beyond
     16 bits and LAB have no defined black and white level, and raise a BinarizeError.
     """
+    import torch
+
     if 0 in image.size:
         raise BinarizeError(f"the image has no pixels: it is {image.width}x{image.height}")
     try:

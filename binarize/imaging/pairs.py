@@ -7,16 +7,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, overload
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 from binarize.errors import BinarizeError
 from binarize.imaging.files import IMAGE_SUFFIXES, image_size, list_images, read_image
-from binarize.imaging.resize import degrade
+
+if TYPE_CHECKING:
+    import torch
 
 Folder = str | os.PathLike[str]
-Degrader = Callable[[torch.Tensor, int, int], torch.Tensor]
+Degrader = Callable[["torch.Tensor", int, int], "torch.Tensor"]
 """``make(hr, scale, index)``: uint8 (3, H, W) -> (3, H // scale, W // scale); a pure function of its arguments."""
 _SHOWN = 20
 
@@ -87,6 +87,8 @@ class ImagePairs(Sequence[ImagePair]):
     def __getitem__(self, index: int | slice) -> ImagePair | list[ImagePair]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
+        from binarize.imaging.resize import degrade
+
         hr, lr = self.read(index)
         if lr is None:
             at = range(len(self))[index]

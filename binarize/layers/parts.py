@@ -11,9 +11,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, cast
@@ -27,13 +25,13 @@ from binarize.kernels.training import Surrogate
 from binarize.layers.declared import runs_as_declared
 from binarize.registry import Registry
 from binarize.timestep import TimestepContext
+from binarize.trust import check_trusted, is_named_by_a_file
 
 PartKind = Literal["activation", "weight", "pre", "scale", "norm", "post", "shortcut", "branch"]
 PART_KINDS: tuple[PartKind, ...] = ("pre", "activation", "weight", "scale", "norm", "post", "shortcut", "branch")
 LayerKind = Literal["conv2d", "conv3d", "linear"]
 StoredScales = Literal["filter", "tensor", "none"]
 Factory = Callable[..., nn.Module]
-_NAMED_BY: ContextVar[Literal["model", "recipe"] | None] = ContextVar("_NAMED_BY", default=None)
 Part = str | Mapping[str, Any] | Factory | None
 """A part as a method names it: a registered name, ``"module:name"``, ``{"name": ..., **options}``, a factory, or None.
 
@@ -271,42 +269,11 @@ def _check_options(kind: str, part: Any, factory: Factory, options: Mapping[str,
             )
 
 
-@contextmanager
-def named_by_a_file() -> Iterator[None]:
-    """Treat names of parts as untrusted, since they come from a file: import nothing and call no function."""
-    token = _NAMED_BY.set("model")
-    try:
-        yield
-    finally:
-        _NAMED_BY.reset(token)
-
-
-@contextmanager
-def named_by_a_recipe() -> Iterator[None]:
-    """Treat names of parts and plugins as untrusted, since they come from a recipe: run no code."""
-    token = _NAMED_BY.set("recipe")
-    try:
-        yield
-    finally:
-        _NAMED_BY.reset(token)
-
-
-def check_trusted(what: str) -> None:
-    """Raise BinarizeError within `named_by_a_recipe`; `what` is the code that would run."""
-    if _NAMED_BY.get() == "recipe":
-        raise BinarizeError(f"the recipe would run code: {what}. Read that code, then add --trust to run it.")
-
-
-def is_named_by_a_file() -> bool:
-    """Return whether names are untrusted now, see `named_by_a_file`."""
-    return _NAMED_BY.get() is not None
-
-
 def find_factory(kind: PartKind, name: str) -> Factory:
     """Return a factory by its registered name or as ``"module:name"``."""
     if ":" not in name:
         return _registry(kind)[name]
-    (module_name, _, attribute), from_file = name.partition(":"), _NAMED_BY.get() is not None
+    (module_name, _, attribute), from_file = name.partition(":"), is_named_by_a_file()
     target: Any = None
     try:
         module = sys.modules.get(module_name) if from_file else importlib.import_module(module_name)

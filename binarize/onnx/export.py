@@ -23,7 +23,7 @@ from binarize.conversion.packing import is_packed, pack
 from binarize.conversion.record import QUANTIZATION, conversion
 from binarize.conversion.summary import default_inputs
 from binarize.errors import BinarizeError, one_line
-from binarize.files import followed, write_atomic
+from binarize.files import check_new_file, followed, write_atomic
 from binarize.models import SRUNet, SuperResolutionPipeline
 from binarize.models.checks import is_whole
 from binarize.modules import call_arguments, unwrap
@@ -69,10 +69,7 @@ def export_onnx(
     """
     _check_packages()
     path = followed(Path(path))
-    if path.exists() and not force:
-        raise BinarizeError(f"{path}: already exists; give another name, or force to replace it.")
-    if not path.parent.is_dir():
-        raise BinarizeError(f"{path}: the folder {path.parent} does not exist; create it first.")
+    check_new_file(path, force=force)
     if steps is not None and example_inputs is not None:
         raise BinarizeError("export: example_inputs has no effect with steps; leave it out.")
     if steps is not None and not (is_whole(steps) and steps <= MAX_STEPS):

@@ -6,15 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
-from torch import Tensor
-
 from binarize.digests import check_sums, load_torch_file, write_sums
 from binarize.errors import BinarizeError, one_line
 from binarize.files import read_text, remove_folder, replace_folder, tidy
-from binarize.recipes.errors import explain
-from binarize.recipes.yaml_text import MAX_BYTES, parse_mapping
+from binarize.recipes.yaml_text import MAX_BYTES
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "state.pt"
@@ -48,6 +43,8 @@ class Checkpoints:
 
         def write(folder: Path) -> None:
             with (folder / STATE).open("wb") as file:
+                import torch
+
                 torch.save(state, cast(BinaryIO, _Recorder(file, failures)))
             (folder / RECIPE).write_text(recipe, encoding="utf-8")
             write_sums(folder)
@@ -101,24 +98,6 @@ class _Recorder:
         self.file.flush()
 
 
-class CheckpointState(BaseModel):
-    """What a checkpoint's ``state.pt`` must hold to be resumed from."""
-
-    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
-
-    step: NonNegativeInt
-    samples_per_step: PositiveInt
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    lr_scheduler: dict[str, Any]
-    ema: dict[str, Any] | None
-    scaler: dict[str, Any] | None
-    validated: NonNegativeInt
-    best: tuple[NonNegativeInt, float] | None
-    images: dict[str, str] | None = None
-    """Name -> digest of the training images; None in checkpoints of version 0.1."""
-
-
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     """Return a checkpoint's state, on the CPU, and its recipe as YAML, after comparing both with their digests."""
     try:
@@ -127,18 +106,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
             raise BinarizeError(f"{STATE} holds a {type(state).__name__}, not the state of a run")
         return state, read_text(folder / RECIPE, MAX_BYTES)
     except Exception as error:
-        raise _unreadable(folder, one_line(error, 200)) from error
+        raise unreadable(folder, one_line(error, 200)) from error
 
 
-def read_state(folder: Path) -> tuple[CheckpointState, dict[str, Any]]:
-    """Return a checkpoint's validated state and its recipe's keys."""
-    state, text = load_checkpoint(folder)
-    try:
-        recipe = parse_mapping(text, str(folder / RECIPE))
-        return CheckpointState.model_validate(state), recipe
-    except ValidationError as error:
-        raise _unreadable(folder, explain(error, STATE, "state", CheckpointState).replace("\n", "")) from None
-
-
-def _unreadable(folder: Path, reason: str) -> BinarizeError:
+def unreadable(folder: Path, reason: str) -> BinarizeError:
+    """Return the error of a checkpoint that cannot be resumed from."""
     return BinarizeError(f"cannot read the checkpoint {folder}: {reason}; remove it and resume from an earlier one.")

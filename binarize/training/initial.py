@@ -12,7 +12,8 @@ from torch import nn
 from binarize.conversion.packing import is_packed
 from binarize.conversion.record import QUANTIZATION, conversion, is_converted, recorded_conversion
 from binarize.errors import BinarizeError, listing
-from binarize.models.loading import PIPELINE, RUN, load_generator, load_network, load_pipeline
+from binarize.models.loading import load_generator, load_network, load_pipeline
+from binarize.models.location import PIPELINE, RUN
 from binarize.recipes import GenerationRecipe, TrainingRecipe, build_model, build_scheduler
 
 # Keys of a noise schedule that define what a prediction means; the others are for sampling only.

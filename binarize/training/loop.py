@@ -33,7 +33,8 @@ from binarize.recipes import (
 )
 from binarize.training import initial
 from binarize.training.calibration import calibrate_steps
-from binarize.training.checkpoint import Checkpoints, CheckpointState, read_state
+from binarize.training.checkpoint import Checkpoints
+from binarize.training.checkpoint_state import CheckpointState, read_state
 from binarize.training.csv_log import CsvLog
 from binarize.training.distillation import Distillation
 from binarize.training.errors import DivergedError, TrainingInterrupted

@@ -24,7 +24,7 @@ from binarize.recipes import load_recipe, recipe_path, validate
 from binarize.recipes.yaml_text import parse_yaml
 from binarize.studies.schema import load_study
 from binarize.training import Checkpoints
-from binarize.training.checkpoint import read_state
+from binarize.training.checkpoint_state import read_state
 
 _NAMES = "bcdefghijklm"
 ALIASES = "a: &a [x, x]\n" + "\n".join(

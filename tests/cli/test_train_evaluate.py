@@ -42,7 +42,7 @@ def test_from_a_recipe_to_an_upscaled_image(photos: Path, small: Path, tmp_path:
         ("demo method=bidifsr resolution=16 train_data_dir={photos}", "Did you mean 'bidiffsr'?"),
         ("demo method.group=3 resolution=16 train_data_dir={photos}", "Did you mean 'groups'?"),
         ("demo", "train_data_dir: missing"),
-        ("demo train_data_dir=nowhere", "no such folder"),
+        ("demo train_data_dir=nowhere", "there is no folder"),
         ("demo train_data_dir={photos} resolution=64", "at least 64x64 are needed"),
     ],
 )

@@ -21,13 +21,13 @@ from training_case import RESUME, assert_same, weights
 
 import binarize
 from binarize.conversion.packing import is_packed
-from binarize.layers.parts import named_by_a_recipe
 from binarize.models import GenerationPipeline
 from binarize.models.loading import load_generator
 from binarize.recipes import build_model, build_scheduler, load_recipe
 from binarize.training import TrainResult, distill, train
 from binarize.training.image_folder import LabelledImages
 from binarize.training.objective import Objective
+from binarize.trust import named_by_a_recipe
 
 SCHEDULERS = [
     "DDPMScheduler",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,11 +11,11 @@ from torch import nn
 
 from binarize.conversion.convert import convert
 from binarize.conversion.export import binary_layers
-from binarize.errors import BinarizeError, listing, one_line
+from binarize.errors import BinarizeError, one_line
 from binarize.layers import undelayed
 from binarize.recipes.code import import_plugins
 from binarize.recipes.generation_recipe import GenerationRecipe
-from binarize.recipes.load import load_recipe
+from binarize.recipes.load import check_folders, load_recipe
 from binarize.recipes.networks import generation_network, generation_pipeline, generation_scheduler
 from binarize.recipes.schema import TrainingRecipe
 from binarize.recipes.stages import last_stage_end, staged_overrides
@@ -114,10 +113,6 @@ def build_scheduler(recipe: TrainingRecipe) -> Any:
     return DDIMScheduler(**recipe.scheduler.model_dump())
 
 
-def _is_folder(path: Path) -> bool:
-    return (path.parent if "{}" in path.name else path).is_dir()  # the last part can be a pattern of names
-
-
 def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainingRecipe:
     """Return a recipe after all checks that need no data and no memory for weights.
 
@@ -129,9 +124,5 @@ def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()
     build_scheduler(recipe)
     with torch.device("meta"):
         build_model(recipe)
-    keys = ("train_data_dir", "train_lr_data_dir", "validation_data_dir", "validation_lr_data_dir")
-    folders = {key: folder for key in keys if (folder := getattr(recipe, key, None)) is not None}
-    missing = [f"{key}: there is no folder {str(path)!r}." for key, path in folders.items() if not _is_folder(path)]
-    if missing:
-        raise BinarizeError(listing(f"recipe {str(name_or_path)!r} names folders that do not exist:", missing))
+    check_folders(recipe, str(name_or_path))
     return recipe
