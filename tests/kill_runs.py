@@ -24,7 +24,7 @@ from training_case import RESUME, assert_close, differences
 
 from binarize import files
 from binarize.recipes import load_recipe
-from binarize.training import Checkpoints, checkpoint, generation, load_checkpoint, objective, super_resolution, train
+from binarize.training import Checkpoints, generation, load_checkpoint, objective, super_resolution, train
 
 OPTIONS = (
     "max_train_steps=10", "learning_rate=1e-3", "lr_warmup_steps=2", "ema_decay=0.9", "checkpointing_steps=2",
@@ -83,7 +83,6 @@ def kill_at(event: str, number: int) -> None:
             save(state, target)
 
     save = torch.save
-    assert checkpoint.torch is torch
     torch.save = half_saved  # type: ignore[assignment]
     for owner, name, describe in (
         (os, "fsync", lambda *_: "flushed"),

@@ -93,7 +93,7 @@ def evaluate(
         if not data.is_dir():
             list_images(data)  # says so
 
-        from binarize.evaluation.features import PIXELS
+        from binarize.evaluation.feature_names import PIXELS
         from binarize.evaluation.generation import evaluate_generator
         from binarize.models.loading import load_generator, prepare
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from binarize.deprecation import renamed
-from binarize.evaluation.perceptual import Lpips, LpipsUnavailable
-from binarize.evaluation.quality import luma, psnr, ssim
-from binarize.evaluation.report import EvaluationReport, ImageScores, Scores
-from binarize.evaluation.runner import evaluate
+from binarize.importing import exports
+
+if TYPE_CHECKING:
+    from binarize.evaluation.perceptual import Lpips, LpipsUnavailable
+    from binarize.evaluation.quality import luma, psnr, ssim
+    from binarize.evaluation.report import EvaluationReport, ImageScores, Scores
+    from binarize.evaluation.runner import evaluate
 
 __all__ = ["EvaluationReport", "ImageScores", "Lpips", "LpipsUnavailable", "Scores", "evaluate", "luma", "psnr", "ssim"]
 
-__getattr__ = renamed(__name__, {"PictureScores": "ImageScores"})
+_NAMES = {
+    "perceptual": ("Lpips", "LpipsUnavailable"),
+    "quality": ("luma", "psnr", "ssim"),
+    "report": ("EvaluationReport", "ImageScores", "Scores"),
+    "runner": ("evaluate",),
+}
+__getattr__ = exports(__name__, _NAMES, renamed(__name__, {"PictureScores": "ImageScores"}))

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError, one_line
+from binarize.evaluation.feature_names import INCEPTION, PIXELS, feature_name, is_function
 from binarize.evaluation.perceptual import read_weights
 from binarize.recipes.code import import_code
 
-PIXELS, INCEPTION = "pixels", "inception"
-INCEPTION_NAME = "Inception v3"
 _SIDE = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -53,28 +52,12 @@ class Features:
         return torch.cat(found)
 
 
-def feature_name(source: str) -> str:
-    """Return the name of features for tables, or raise an error if ``source`` is not one of `Features`."""
-    if source in (PIXELS, INCEPTION):
-        return {PIXELS: "pixels", INCEPTION: INCEPTION_NAME}[source]
-    if _is_function(source):
-        return source
-    if Path(source).suffix in (".pth", ".pt"):
-        return "SqueezeNet"
-    allowed = "pixels, inception, a squeezenet1_1 .pth file, or module:function"
-    raise BinarizeError(f"features: {source!r} is unknown; allowed: {allowed}.")
-
-
-def _is_function(source: str) -> bool:
-    return ":" in source and not Path(source).is_file()
-
-
 def _load(source: str, device: torch.device) -> Callable[[Tensor], Tensor]:
     if source == PIXELS:
         return lambda images: images.flatten(1) / 255
     if source == INCEPTION:
         return _inception(device)
-    if not _is_function(source):
+    if not is_function(source):
         return _squeezenet(Path(source), device)
     module, _, name = source.rpartition(":")
     try:

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
-from binarize.evaluation.features import INCEPTION_NAME, PIXELS, Features
+from binarize.evaluation.feature_names import INCEPTION_NAME, PIXELS
+from binarize.evaluation.features import Features
 from binarize.files import write_text_atomic
 from binarize.imaging import save_image
 from binarize.imaging.labelled import LabelledFolder

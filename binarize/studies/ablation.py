@@ -16,7 +16,7 @@ import torch
 from binarize.conversion.summary import Summary, summary
 from binarize.errors import BinarizeError, listing
 from binarize.evaluation import Lpips, LpipsUnavailable
-from binarize.evaluation.features import feature_name
+from binarize.evaluation.feature_names import feature_name
 from binarize.files import remove_folder
 from binarize.progress import ProgressBar
 from binarize.recipes import TrainingRecipe, build_model

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from binarize.deprecation import renamed
 from binarize.errors import BinarizeError
-from binarize.evaluation.features import INCEPTION_NAME
+from binarize.evaluation.feature_names import INCEPTION_NAME
 from binarize.evaluation.perceptual import lpips_label
 from binarize.files import write_atomic, write_text_atomic
 from binarize.studies.plot import draw, draw_steps

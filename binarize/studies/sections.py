@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
-from binarize.evaluation.features import PIXELS, feature_name
+from binarize.evaluation.feature_names import PIXELS, feature_name
 from binarize.recipes.degradation import Degradation
 from binarize.recipes.sections import Section, UserPath, needs_high_resolution
 
