@@ -24,10 +24,12 @@ const pixels = Float32Array.from({ length: 3 * width * height }, (_, i) => {
 });
 const gaussian = Float32Array.from({ length: 3 * padded(height) * padded(width) }, normal);
 
+// --8<-- [start:run]
 const session = await ort.InferenceSession.create(model);
 const image = new ort.Tensor("float32", pixels, [1, 3, height, width]);
 const noise = new ort.Tensor("float32", gaussian, [1, 3, padded(height), padded(width)]);
 const { enlarged } = await session.run({ image, noise });
+// --8<-- [end:run]
 
 const count = SCALE * width * SCALE * height;
 const out = Uint8Array.from({ length: 3 * count }, (_, i) =>
