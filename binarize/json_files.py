@@ -13,6 +13,7 @@ from binarize.errors import BinarizeError, one_line
 from binarize.files import read_text
 
 MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 4 << 20, 64, 20
+_SHOWN = 5
 _log = logging.getLogger("binarize")
 
 
@@ -49,18 +50,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_keys(config: Mapping[str, Any], source: str, expected: Collection[str], others: Collection[str] = ()) -> None:
     """Check the keys of a configuration; those that start with an underscore are not looked at.
 
-    A key that is neither expected nor among the others, which are known but not read, is a warning.
+    Keys that are neither expected nor among the others, which are known but not read, are one warning.
 
     Raises:
         BinarizeError: If such a key is a misspelling of an expected key that the configuration lacks.
     """
     missing = [key for key in expected if key not in config]
-    for key in config:
-        if key.startswith("_") or key in expected or key in others:
-            continue
+    unknown = [key for key in config if not (key.startswith("_") or key in expected or key in others)]
+    for key in unknown:
         if close := difflib.get_close_matches(key, missing, 1, 0.8):
             raise BinarizeError(f"{source}: has an unknown key {key!r:.60}. Did you mean {close[0]!r}?")
-        _log.warning("%s: the key %.60r is unknown and has no effect.", source, key)
+    if unknown:
+        names = ", ".join(f"{key!r:.60}" for key in unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+        _log.warning("%s: unknown keys have no effect: %s", source, names)
 
 
 def _constant(name: str) -> float:

@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from diffusers.configuration_utils import ConfigMixin
+
 from binarize.errors import BinarizeError, one_line
 from binarize.files import update_folder
 from binarize.json_files import check_keys, read_json
@@ -54,5 +56,5 @@ def _check_keys(kind: type, folder: Path) -> None:
     path, entry = folder / "unet" / "config.json", index.get("unet")
     module, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     network = getattr(sys.modules.get(str(module)), str(name), None)  # nothing is imported
-    if isinstance(network, type) and path.is_file():
+    if isinstance(network, type) and issubclass(network, ConfigMixin) and path.is_file():
         check_keys(read_json(path), str(path), parameters(network), _ADDED)

@@ -55,7 +55,7 @@ def test_a_key_of_another_version_is_a_warning(
     own = shutil.copytree(generator, tmp_path / "own")
     for name in FILES:
         path = own / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"of_the_future": 1}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {f"of_the_future_{i}": 1 for i in range(9)}))
     # Keys of related schedulers are no mistake: pipelines exchange their schedulers.
     path = own / FILES[1]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"skip_prk_steps": True}))
@@ -64,3 +64,12 @@ def test_a_key_of_another_version_is_a_warning(
     assert sorted(record.getMessage().partition(": ")[0] for record in caplog.records) == sorted(
         str(own / name) for name in FILES
     )
+    assert all(len(record.getMessage()) < 300 + len(str(own)) for record in caplog.records)
+
+
+def test_a_class_that_is_no_network_is_refused(generator: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(generator, tmp_path / "own")
+    path = own / FILES[0]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unet": ["builtins", "dict"]}))
+    with pytest.raises(BinarizeError):
+        GenerationPipeline.from_pretrained(own)
