@@ -28,7 +28,7 @@ BACKENDS = ("auto", "numba", "triton", "torch")
 VARIABLE = "BINARIZE_BACKEND"
 # Numba and LLVM end the process, or print a traceback, for other values. The patterns are of the whole value.
 _NUMBA_VARIABLES = {
-    "NUMBA_NUM_THREADS": (r"0*[1-9]\d{0,5}", "a number of at least 1"),
+    "NUMBA_NUM_THREADS": (r"0*[1-9]\d{0,5}", "a number of at least 1 (OMP_NUM_THREADS sets the kernels' threads)"),
     "NUMBA_CPU_FEATURES": (r"([+-][\w.-]+(,[+-][\w.-]+)*)?", "a list such as +avx2,-avx512f"),
     "NUMBA_DISABLE_JIT": (r"0*", "0, since kernels that are not compiled do not run"),
 }
@@ -101,8 +101,7 @@ def _check_numba_environment() -> None:
         given = os.environ.get(name)
         if given is not None and not re.fullmatch(pattern, given.strip()):
             raise BinarizeError(
-                f"{name}={given!r:.40}: numba, which compiles the CPU kernels, needs {allowed}; unset it. "
-                "The kernels use torch's threads, which OMP_NUM_THREADS sets."
+                f"{name}={given!r:.40}: numba, which compiles the CPU kernels, needs {allowed}; unset it."
             )
 
 
