@@ -120,6 +120,11 @@ class GenerationReport:
 class RealImages:
     """The images of a folder and their features, with which generated images are compared.
 
+    Attributes:
+        pixels: uint8 (N, C, H, W).
+        features: float32 (N, D).
+        nearest: Mean distance from an image's features to those of the nearest other one.
+
     Args:
         data: The folder; with classes, of a sub-folder per class.
         pipeline: A pipeline that generates images of their size, channels and classes.
@@ -138,6 +143,8 @@ class RealImages:
         self.extractor = Features(features, pipeline.device)
         self.pixels = torch.stack(self.folder.pixels)
         self.features = self.extractor(self.pixels.split(_BATCH))
+        among = _distances(self.features, self.features).fill_diagonal_(torch.inf)
+        self.nearest = float(among.min(dim=1).values.mean())
 
     def evaluate(
         self,
@@ -165,14 +172,13 @@ class RealImages:
         drawn = torch.stack([_tensor(image) for image in bar])
         seconds = time.perf_counter() - started
         ours = self.extractor(drawn.split(_BATCH))
-        distances, among = _distances(ours, theirs), _distances(theirs, theirs).fill_diagonal_(torch.inf)
-        nearest = distances.min(dim=1)
+        nearest = _distances(ours, theirs).min(dim=1)
         steps = options.get("num_inference_steps")
         kid, kid_std = _kid(ours, theirs)
         return GenerationReport(
             name, self.extractor.name, count, len(folder), pipeline.num_inference_steps if steps is None else steps,
             frechet_distance(ours, theirs), kid, kid_std, *precision_and_recall(ours, theirs),
-            float(nearest.values.mean()), float(among.min(dim=1).values.mean()), seconds,
+            float(nearest.values.mean()), self.nearest, seconds,
             _comparison(drawn, self.pixels, nearest.indices),
         )  # fmt: skip
 

@@ -73,7 +73,7 @@ class GenerationTask(StudyTask):
         if (most := recipe.scheduler.num_train_timesteps) < self.steps[-1]:
             yield f"evaluation.num_inference_steps: {self.steps[-1]} is above the {most} timesteps of the training"
         try:
-            self._cache.once(("features", settings.features), lambda: Features(settings.features))
+            self._cache.once(("features", settings.features), lambda: Features(settings.features).name)
         except BinarizeError as error:
             yield f"evaluation.features: {error}"
         if (data := self.data) is None:
