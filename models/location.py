@@ -31,7 +31,7 @@ def at_revision(path: Path, revision: str | None) -> Path:
         problem = f"{path} is on this machine; leave the revision out."
     elif "@" in str(path):
         problem = f"{path} has a revision; give one of them."
-    elif len(revision) > 200 or not _may_be_on_the_hub(named):
+    elif len(revision) > 200 or not may_be_on_the_hub(named):
         problem = "needs a model on the Hugging Face hub, user/repository, and its branch, tag or commit, such as main."
     else:
         return named
@@ -50,7 +50,7 @@ def locate(path: Path) -> Path:
             raise BinarizeError(f"{path}: is not a model; give {_ALLOWED}.")
         return path
     if not path.is_dir():
-        if not _may_be_on_the_hub(path):
+        if not may_be_on_the_hub(path):
             raise BinarizeError(f"{path}: no such file or folder; give {_ALLOWED}.")
         from binarize.models.hub import download
 
@@ -144,7 +144,8 @@ def pipeline_around(path: Path) -> Path:
     return network.parent if network.name == "unet" and (network.parent / PIPELINE).is_file() else path
 
 
-def _may_be_on_the_hub(path: Path) -> bool:
+def may_be_on_the_hub(path: Path) -> bool:
+    """Whether a path that is not on this machine can name a repository of the Hugging Face hub."""
     is_file_name = path.suffix.lower() in (*CHECKPOINT_SUFFIXES, PACKED_SUFFIX)
     # If the first folder exists, the rest of a local path is misspelt.
     return HUB_NAME.fullmatch(path.as_posix()) is not None and not is_file_name and not Path(path.parts[0]).exists()

@@ -139,13 +139,19 @@ def read_yaml(path: Path, kind: str) -> dict[str, Any]:
 
 def code_beside(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe's keys with the .py files of plugins and of the network's factory joined to a folder."""
+
+    def joined(code: Any) -> Any:
+        return str(folder / code) if isinstance(code, str) and code.partition(":")[0].endswith(".py") else code
+
     data = dict(data)
     if isinstance(data.get("plugins"), list):
-        data["plugins"] = [str(folder / each) if str(each).endswith(".py") else each for each in data["plugins"]]
+        data["plugins"] = [joined(each) for each in data["plugins"]]
+    if "model.factory" in data:
+        data["model.factory"] = joined(data["model.factory"])
     model = data.get("model")
     factory = model.get("factory") if isinstance(model, dict) else model
-    if isinstance(factory, str) and factory.partition(":")[0].endswith(".py"):
-        data["model"] = {**(model if isinstance(model, dict) else {}), "factory": str(folder / factory)}
+    if joined(factory) != factory:
+        data["model"] = {**(model if isinstance(model, dict) else {}), "factory": joined(factory)}
     return data
 
 

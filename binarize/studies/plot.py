@@ -58,13 +58,15 @@ def draw_steps(result: AblationResult) -> Figure:
         bars = [stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
         if found:
             axes.errorbar([*found], means, yerr=bars, fmt="o-", capsize=3, label=cell)
+    if axes.containers:  # not if all runs failed
+        axes.legend(fontsize=8)
     axes.set_xscale("log")
     axes.set_xticks(result.steps, [str(steps) for steps in result.steps])
     axes.minorticks_off()
     axes.set_xlabel("sampling steps")
     axes.set_ylabel(f"Fréchet distance ({result.features})")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.suptitle(result.name)
     return figure
 
 

@@ -221,25 +221,31 @@ def load_study(
             raise BinarizeError(f"the override {override!r} cannot be given to a study: {_RESERVED[key]}.")
         else:
             of_recipes.append(override)
-    schema = _STUDIES[_task(data)]
+    task, unreadable = _task(data)
+    schema = _STUDIES[task]
     try:
         return schema.model_validate(data), of_recipes
     except ValidationError as error:
+        if unreadable is not None:  # the keys of `evaluation` depend on the task
+            raise unreadable from None
         raise BinarizeError(explain(error, source, "study", schema)) from None
 
 
-def _task(data: Mapping[str, Any]) -> str:
-    """Return the task of a study's first recipe; whether all have it, `BaseStudy.recipes` checks."""
-    cells = data.get("cells")
-    sections = [data, *(cells if isinstance(cells, list | tuple) else ())]
-    bases = [section.get("base") for section in sections if isinstance(section, Mapping)]
-    for base in bases:
-        if isinstance(base, str):
-            try:
-                return files.recipe_task(base)
-            except BinarizeError:  # which loading the recipe explains, with its cells
-                break
-    return Study.task
+def _task(data: Mapping[str, Any]) -> tuple[str, BinarizeError | None]:
+    """Return the task of the first recipe that can be read, or a default and the reason why none can.
+
+    `BaseStudy.recipes` checks that all have this task.
+    """
+    common, cells = data.get("base"), data.get("cells")
+    sections = [cell for cell in cells if isinstance(cell, Mapping)] if isinstance(cells, list | tuple) else []
+    bases = [common if section.get("base") is None else section["base"] for section in sections] or [common]
+    errors = []
+    for base in dict.fromkeys(base for base in bases if isinstance(base, str)):
+        try:
+            return files.recipe_task(base), None
+        except BinarizeError as error:
+            errors.append(error)
+    return Study.task, errors[0] if errors else None
 
 
 def _with_absolute_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:

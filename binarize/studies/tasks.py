@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from binarize.models.location import may_be_on_the_hub
 from binarize.recipes import TrainingRecipe
 
 T = TypeVar("T")
@@ -70,9 +71,9 @@ class StudyTask(ABC):
 
 
 def file_problems(recipe: TrainingRecipe, made_here: Path) -> Iterator[str]:
-    """Yield the reasons for which a recipe cannot be trained, as far as folders that it names are missing.
+    """Yield what is missing of the training images and the models that a recipe names.
 
-    Models below the folder ``made_here`` can be those of earlier runs of the study.
+    A model below the folder ``made_here`` may be made by an earlier run of the study.
     """
     training, section = recipe.train_data_dir, recipe.distillation
     if training is None:
@@ -81,7 +82,9 @@ def file_problems(recipe: TrainingRecipe, made_here: Path) -> Iterator[str]:
         yield f"train_data_dir: there is no folder {str(training)!r}"
     models = {"init_from": recipe.init_from, "distillation.teacher": None if section is None else section.teacher}
     for key, path in models.items():
-        if path is not None and not path.exists() and not path.resolve().is_relative_to(made_here.resolve()):
+        if path is None or path.exists() or path.resolve().is_relative_to(made_here.resolve()):
+            continue
+        if not may_be_on_the_hub(path):
             yield f"{key}: there is no model {str(path)!r}; train it first, or name another"
 
 
@@ -91,7 +94,7 @@ def absolute(path: Path | None) -> str | None:
 
 
 def with_content(source: str) -> str:
-    """Return a file, or a function of a .py file, by the file's name and a hash of its content; other names stay."""
+    """Return the name of a file, or of a function in a .py file, with a hash of the file; other names are unchanged."""
     name, colon, function = source.partition(".py:")
     path = Path(f"{name}.py" if colon else source)
     if not path.is_file():
