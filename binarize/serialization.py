@@ -27,6 +27,7 @@ from binarize.digests import check_sealed, meanwhile, seal
 from binarize.errors import BinarizeError, one_line
 from binarize.files import update_folder, write_text_atomic
 from binarize.json_files import read_json
+from binarize.models.saving import check_network_keys
 from binarize.models.unet import SRUNet
 from binarize.modules import aligned, meta_copy, unwrap, update_config
 from binarize.packed.files import WEIGHTS as SRUNET_WEIGHTS
@@ -107,6 +108,7 @@ def load(folder: str | PathLike[str], model: nn.Module | None = None) -> nn.Modu
         if model is not None:
             raise BinarizeError(f"load: {folder} holds an {name}, which is rebuilt from its files; leave model out.")
         cls = SRUNet if name == "SRUNet" else _diffusers_class(name, f"load it with {name}.from_pretrained", folder)
+        check_network_keys(cls, config, where)
         with _errors(f"{folder} does not hold a readable {name}"):
             return cast(nn.Module, cls.from_pretrained(folder))
     if config.get("binarize_format") != 1:

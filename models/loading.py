@@ -15,11 +15,13 @@ from PIL import Image
 from binarize.conversion.packing import is_packed, pack_if_possible, unpack
 from binarize.errors import BinarizeError, one_line
 from binarize.imaging import DecodedImage
+from binarize.json_files import read_json
 from binarize.kernels.backends import kernels_for
 from binarize.models.checks import OtherTimestepsError, check_weights
 from binarize.models.generation import GenerationPipeline
 from binarize.models.location import (
     CHECKPOINT_SUFFIXES,
+    NETWORK,
     PIPELINE,
     generator_of,
     locate,
@@ -29,6 +31,7 @@ from binarize.models.location import (
 )
 from binarize.models.official import load_official
 from binarize.models.pipeline import SuperResolutionPipeline
+from binarize.models.saving import check_network_keys
 from binarize.models.unet import SRUNet
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -150,6 +153,8 @@ def sample(
 
 
 def _read_network(path: Path) -> SRUNet:
+    if path.is_dir():
+        check_network_keys(SRUNet, read_json(path / NETWORK), path / NETWORK)
     with _reading(path, "an SRUNet"):  # without accelerate's meta tensors, whose errors do not show both shapes
         network: SRUNet = SRUNet.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
     check_weights(network, str(path))

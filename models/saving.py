@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -48,6 +48,11 @@ def save_whole(
     update_folder(folder, lambda temporary: save(str(temporary), *args, **options))
 
 
+def check_network_keys(kind: type, config: Mapping[str, Any], path: Path) -> None:
+    """Check the keys in the configuration of a network of a class, read from a path; see `check_keys`."""
+    check_keys(config, str(path), parameters(kind), _ADDED)
+
+
 def _check_keys(kind: type, folder: Path) -> None:
     index = read_json(folder / "model_index.json")
     # A pipeline of another class may be loaded; its own settings have no effect.
@@ -57,4 +62,4 @@ def _check_keys(kind: type, folder: Path) -> None:
     module, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     network = getattr(sys.modules.get(str(module)), str(name), None)  # nothing is imported
     if isinstance(network, type) and issubclass(network, ConfigMixin) and path.is_file():
-        check_keys(read_json(path), str(path), parameters(network), _ADDED)
+        check_network_keys(network, read_json(path), path)

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import DDIMScheduler, UNet2DModel
@@ -13,7 +14,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 import binarize
 from binarize.errors import BinarizeError
 from binarize.models import GenerationPipeline
-from binarize.models.loading import load_generator, load_pipeline
+from binarize.models.loading import load_generator, load_network, load_pipeline
 
 FILES = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
 
@@ -47,6 +48,14 @@ def test_misspelt_keys_are_refused(kind: str, name: str, request: pytest.Fixture
         with pytest.raises(BinarizeError, match="Did you mean" if kind == "generator" else None):
             load(own)
         shutil.rmtree(own)
+
+
+@pytest.mark.parametrize("load", [load_network, binarize.load])
+def test_misspelt_keys_of_a_network_alone_are_refused(load: Any, model: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(model / "unet", tmp_path / "own")
+    rename(own / "config.json", "num_train_timesteps", "num_train_timestep")
+    with pytest.raises(BinarizeError, match="Did you mean 'num_train_timesteps'"):
+        load(own)
 
 
 def test_a_key_of_another_version_is_a_warning(
