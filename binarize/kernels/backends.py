@@ -30,7 +30,7 @@ VARIABLE = "BINARIZE_BACKEND"
 _NUMBA_VARIABLES = {
     "NUMBA_NUM_THREADS": (r"0*[1-9]\d{0,5}", "a number of at least 1 (OMP_NUM_THREADS sets the kernels' threads)"),
     "NUMBA_CPU_FEATURES": (r"([+-][\w.-]+(,[+-][\w.-]+)*)?", "a list such as +avx2,-avx512f"),
-    "NUMBA_DISABLE_JIT": (r"0*", "0, since kernels that are not compiled do not run"),
+    "NUMBA_DISABLE_JIT": (r"0+", "0, since kernels that are not compiled do not run"),
 }
 _MODULES = {"numba": ("binarize.kernels.cpu.backend", "CPU"), "triton": ("binarize.kernels.cuda", "CUDA")}
 _DTYPES = {"numba": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}

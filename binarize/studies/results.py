@@ -88,7 +88,9 @@ class AblationResult:
             "psnr": Column("PSNR", ".2f"),
             "ssim": Column("SSIM", ".4f"),
             "lpips": Column("LPIPS" if self.lpips is None else lpips_label(self.lpips), ".4f"),
-            **{f"frechet_{steps}": Column(f"{frechet}, {steps} steps", ".4g") for steps in self.steps},
+            **{
+                f"frechet_{steps}": Column(f"{frechet}, {steps} step{'s' * (steps > 1)}", ".4g") for steps in self.steps
+            },
             **{f"kid_{steps}": Column("KID", ".3g") for steps in most},
             **{f"{key}_{steps}": Column(key, ".3f") for key in ("precision", "recall") for steps in most},
             "loss": Column("loss", ".4f"),

@@ -98,7 +98,7 @@ def test_a_full_disk_does_not_stop_the_kernels(call: Any, function: Any, monkeyp
 WRONG = {
     "NUM_THREADS": ["0", "two", "-1", "1.5", "", "9" * 5000],
     "CPU_FEATURES": ["avx2", "+avx2,,"],
-    "DISABLE_JIT": ["1"],
+    "DISABLE_JIT": ["1", ""],
 }
 
 

@@ -120,9 +120,9 @@ def test_finished_runs_are_kept_and_measured_anew(
     other = ablate(moved, ["evaluation.num_inference_steps=1"], only="binary", progress=False)
     assert other.steps == (1,)
     assert [run.state for run in other.runs] == ["trained", "trained", "done", "done"]
-    assert "| FD, 1 steps | KID |" in other.to_markdown()
+    assert "| FD, 1 step | KID |" in other.to_markdown()
     assert other.runs[3].loss == result.runs[3].loss
-    assert [axes.get_title() for axes in other.plot().axes][:2] == ["FD, 1 steps", "KID"]
+    assert [axes.get_title() for axes in other.plot().axes][:2] == ["FD, 1 step", "KID"]
     states = [run.state for run in ablate(moved, ["learning_rate=3e-3"], dry_run=True).runs]
     assert states == ["other recipe"] * 4
     assert ablate(moved, ["guidance_scale=2"], dry_run=True).runs[0].state == "trained"
