@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
 
+import binarize.models.unet  # noqa: F401  # diffusers takes a network's class from modules that are imported only
 from binarize.errors import BinarizeError, one_line
 from binarize.files import update_folder
 from binarize.json_files import check_keys, read_json
