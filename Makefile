@@ -31,7 +31,7 @@ help:
 	@echo "make demo        train a small 1-bit super-resolution model, compare it with bicubic, write demo-output/"
 	@echo "make test        run the tests, except for those of test-long, test-zoo and most of test-abuse"
 	@echo "make test-fast   run the tests that are not marked slow"
-	@echo "make test-long   train the demo, kill and launch runs, compile with Inductor"
+	@echo "make test-long   train the demo, kill and launch runs, compile networks and Triton kernels"
 	@echo "make test-zoo    take networks of many families through a conversion's life"
 	@echo "make test-abuse  try all bad inputs and faults of tests/abuse, of which 'make test' has a sample"
 	@echo "make test-paths  run the numeric tests with the code that other x86 processors run"

@@ -151,7 +151,7 @@ def test_checkpointing_gives_the_same_gradients_with_two_forwards_before_one_bac
         torch.testing.assert_close(gradients[1][parameter_name], gradient, rtol=0, atol=1e-10, msg=parameter_name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_equals_eager_in_one_graph() -> None:
     host, model = built("unet2d_attention")
     binarize.convert(model.double().eval(), "bidiffsr", **host.options)

@@ -148,6 +148,7 @@ def test_asking_for_them_where_they_cannot_run_leaves_cpus_to_plain_torch(monkey
         assert backends.cpu_kernels() is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_compiler_takes_them(capability: int, tmp_path: Path) -> None:
     given = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}

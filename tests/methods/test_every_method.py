@@ -157,7 +157,7 @@ def assert_compiled_equals_eager(model: nn.Module, backend: str) -> None:
         binarize.training_step(twin, 0.6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_method
 def test_compiled_without_a_graph_break_equals_eager(method):
     assert_compiled_equals_eager(small(method), "aot_eager")

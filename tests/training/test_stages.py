@@ -239,6 +239,7 @@ def test_a_distilled_run_resumes_exactly(twin: Path, trained: Any, resume: Any) 
     assert_same(whole.checkpoint, trained(*options, "gradient_checkpointing=true").checkpoint)
 
 
+@pytest.mark.long
 def test_a_compiled_student_learns_the_same(recipe: Any, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = trained(*SMALLEST, "method=null", "max_train_steps=1").output_dir
     options = (*SMALLEST, f"distillation={{teacher: {teacher}, features: 1}}", "max_train_steps=2")
