@@ -9,14 +9,19 @@ from typing import Any, TypeVar
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
-def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+def renamed(
+    module: str, names: Mapping[str, str], otherwise: Callable[[str], Any] | None = None
+) -> Callable[[str], Any]:
     """Return a module's ``__getattr__`` that resolves old names.
 
-    ``names`` maps each to the new one, ``"name"`` in the same module or ``"package.module:name"`` in another.
+    ``names`` maps each to the new one, ``"name"`` in the same module or ``"package.module:name"`` in another. Names
+    that it does not have are resolved by ``otherwise``.
     """
 
     def __getattr__(name: str) -> Any:
         if name not in names:
+            if otherwise is not None:
+                return otherwise(name)
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         where, _, new = names[name].rpartition(":")
         where = where or module

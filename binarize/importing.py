@@ -10,22 +10,20 @@ from types import ModuleType
 from typing import Any
 
 
-def exports(
-    package: str, names: Mapping[str, Sequence[str]], renamed: Callable[[str], Any] | None = None
-) -> Callable[[str], Any]:
+def exports(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
     """Return a package's ``__getattr__``, which imports the module of a name, or a submodule, when it is first used.
 
-    `names` maps modules inside the package to the public names that they define. `renamed` resolves what is left.
+    `names` maps modules inside the package to the public names that they define.
     """
     module_of = {name: module for module, inside in names.items() for name in inside}
 
     def __getattr__(name: str) -> Any:
         if name in module_of:
-            return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
+            value = getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
+            setattr(sys.modules[package], name, value)  # the next access does not come here
+            return value
         if name[0] != "_" and find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")
-        if renamed is not None:
-            return renamed(name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return __getattr__

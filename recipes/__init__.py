@@ -72,4 +72,4 @@ _NAMES = {
     "stages": ("last_stage_end",),
     "super_resolution_recipe": ("Recipe",),
 }  # fmt: skip
-__getattr__ = exports(__name__, _NAMES, renamed(__name__, _OLD))
+__getattr__ = renamed(__name__, _OLD, exports(__name__, _NAMES))

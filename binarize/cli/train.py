@@ -52,7 +52,7 @@ def train(
             check_folders(loaded, recipe)
             find_start(loaded, Checkpoints(loaded.output_dir, loaded.checkpoints_total_limit), force)
 
-            from binarize.training import train as run
+            from binarize.training.loop import train as run
 
             result = run(loaded, force=force)
     except TrainingInterrupted as stop:

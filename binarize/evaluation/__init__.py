@@ -21,4 +21,4 @@ _NAMES = {
     "report": ("EvaluationReport", "ImageScores", "Scores"),
     "runner": ("evaluate",),
 }
-__getattr__ = exports(__name__, _NAMES, renamed(__name__, {"PictureScores": "ImageScores"}))
+__getattr__ = renamed(__name__, {"PictureScores": "ImageScores"}, exports(__name__, _NAMES))

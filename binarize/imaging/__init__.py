@@ -34,4 +34,4 @@ _NAMES = {
     "pairs": ("ImagePair", "ImagePairs"),
     "resize": ("degrade", "upscale_bicubic"),
 }  # fmt: skip
-__getattr__ = exports(__name__, _NAMES, renamed(__name__, _RENAMED))
+__getattr__ = renamed(__name__, _RENAMED, exports(__name__, _NAMES))

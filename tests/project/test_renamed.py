@@ -28,8 +28,9 @@ def find(path: str) -> object:
 
 @pytest.mark.parametrize("old", OLD)
 def test_an_old_name_is_the_new_one(old: str) -> None:
-    with pytest.warns(DeprecationWarning, match=old.replace(":", ".")):
+    with pytest.warns(DeprecationWarning, match=old.replace(":", ".")) as warned:
         found = find(old)
+    assert warned[0].filename == __file__  # Python shows the warning to whom the line belongs
     assert found is find(OLD[old])
 
 
