@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
@@ -12,20 +12,19 @@ from binarize.errors import BinarizeError
 _NAMED_BY: ContextVar[Literal["model", "recipe"] | None] = ContextVar("_NAMED_BY", default=None)
 
 
-@contextmanager
-def named_by_a_file() -> Iterator[None]:
+def named_by_a_file() -> AbstractContextManager[None]:
     """Treat names of parts as untrusted, since they come from a file: import nothing and call no function."""
-    token = _NAMED_BY.set("model")
-    try:
-        yield
-    finally:
-        _NAMED_BY.reset(token)
+    return _named_by("model")
+
+
+def named_by_a_recipe() -> AbstractContextManager[None]:
+    """Treat names of parts and plugins as untrusted, since they come from a recipe: run no code."""
+    return _named_by("recipe")
 
 
 @contextmanager
-def named_by_a_recipe() -> Iterator[None]:
-    """Treat names of parts and plugins as untrusted, since they come from a recipe: run no code."""
-    token = _NAMED_BY.set("recipe")
+def _named_by(source: Literal["model", "recipe"]) -> Iterator[None]:
+    token = _NAMED_BY.set(source)
     try:
         yield
     finally:
