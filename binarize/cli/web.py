@@ -41,17 +41,18 @@ def web(
     from binarize.models.location import at_revision, scale_of
     from binarize.web.server import page_server
 
-    if model is not None:
-        scale_of(at_revision(model, revision), scale)
+    source = None if model is None else at_revision(model, revision)
+    if source is not None:
+        scale_of(source, scale)
 
     with tempfile.TemporaryDirectory(prefix="binarize-") as folder:
         models = None if model is None else Path(folder)
         with page_server(port, models) as server:
-            if model is not None and models is not None:
+            if model is not None and source is not None and models is not None:
                 from binarize.models.loading import load_pipeline
                 from binarize.web.models import write_models
 
-                write_models(models, {model.name: load_pipeline(at_revision(model, revision), scale=scale)})
+                write_models(models, {model.name: load_pipeline(source, scale=scale)})
             address = f"http://127.0.0.1:{server.server_address[1]}/"
             echo(f"{address} (Ctrl-C stops it)")
             if browser:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _BATCH = 64
 _NEIGHBOURS = 3  # Kynkäänniemi et al.
+FEWEST = _NEIGHBOURS + 1  # images, generated or real
 _SHOWN = 16
 
 
@@ -160,9 +161,9 @@ class RealImages:
         """Generate images and compare them; for the arguments, see `evaluate_generator`."""
         folder, theirs = self.folder, self.features
         count = len(folder) if count is None else count
-        if min(count, len(folder)) <= _NEIGHBOURS:
+        if min(count, len(folder)) < FEWEST:
             raise BinarizeError(
-                f"evaluate: {count} generated and {len(folder)} real images; needed: at least 4 of each."
+                f"evaluate: {count} generated and {len(folder)} real images; needed: at least {FEWEST} of each."
             )
         labels = [folder.labels[number * len(folder) // count] for number in range(count)]
         classes = labels if pipeline.classes else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from binarize.errors import BinarizeError
 from binarize.evaluation.features import Features
-from binarize.evaluation.generation import RealImages, require_torchmetrics
+from binarize.evaluation.generation import FEWEST, RealImages, require_torchmetrics
 from binarize.imaging import save_image
 from binarize.imaging.labelled import LabelledFolder, find_labelled
 from binarize.models import GenerationPipeline
@@ -23,7 +23,6 @@ from binarize.training.generation import network_channels
 from binarize.training.images import file_digests
 
 MEASURES = ("frechet", "kid", "precision", "recall", "nearest", "nearest_real")
-_FEWEST = 4
 
 
 class GenerationTask(StudyTask):
@@ -86,8 +85,8 @@ class GenerationTask(StudyTask):
         except BinarizeError as error:
             yield f"evaluation.data_dir: {error}"
         else:
-            if found < _FEWEST:
-                yield f"evaluation.data_dir: {data}: holds {found} images; at least {_FEWEST} are needed"
+            if found < FEWEST:
+                yield f"evaluation.data_dir: {data}: holds {found} images; at least {FEWEST} are needed"
 
     def measure(self, folder: Path, seed: int, lpips: str | None, *, name: str, progress: bool) -> Measured:
         """Generate and compare images, and write a report and a grid of samples for each number of steps."""
