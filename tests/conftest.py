@@ -1,7 +1,10 @@
 """Settings and fixtures of all tests (seeds, threads, hypothesis, optional data and hardware), and durations."""
 
+import atexit
 import os
 import random
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +36,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 else:
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# TorchInductor does not compile anew when ATEN_CPU_CAPABILITY changes, and code for other vectors gives wrong numbers.
+# Each run of the tests therefore has its own cache, which its processes share.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="binarize_inductor_")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 # Without a GPU, tests/kernels/test_cuda.py runs the kernels in Triton's interpreter. Triton reads this on import.
 if not torch.cuda.is_available():
