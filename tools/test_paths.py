@@ -74,7 +74,7 @@ def run(processor: Processor, features: str, arguments: list[str]) -> bool:
         "pytest",
         "-q",
         "-m",
-        "not slow and not long",
+        "not long",
         "--color=no",
         *processor.tests,
         *arguments,

@@ -80,6 +80,7 @@ def test_damaged_models(model: Path, small: Path, tmp_path: Path, damage: Any, m
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_import_official_gives_a_model(small: Path, tmp_path: Path) -> None:
     checkpoint, config = official_checkpoint()
     target = tmp_path / "deep" / "imported"

@@ -33,6 +33,7 @@ def test_a_packed_pipeline_gives_the_images_of_the_binary_one(model, packed, sma
     upscale(low, "--dtype", "bfloat16")
 
 
+@pytest.mark.slow
 def test_a_network_and_its_file_are_models_too(model: Path, small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     assert "--scale N" in succeeds("pack", model / "unet", folder)

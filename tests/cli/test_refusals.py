@@ -119,6 +119,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     return folder, {command: answer for (command, _), answer in zip(REFUSED, found, strict=False)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "error"), REFUSED, ids=[command for command, _ in REFUSED])
 def test_is_refused_before_torch_is_imported(refused: tuple[Path, dict[str, list]], command: str, error: str) -> None:
     folder, answers = refused

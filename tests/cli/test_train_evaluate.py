@@ -12,6 +12,7 @@ from training_case import TINY
 from binarize.imaging import degrade, read_image
 
 
+@pytest.mark.slow
 def test_from_a_recipe_to_an_upscaled_image(photos: Path, small: Path, tmp_path: Path) -> None:
     run_folder, results = tmp_path / "run", tmp_path / "results"
     train = ["train", "demo", *TINY, "max_train_steps=3", f"train_data_dir={photos}", f"output_dir={run_folder}"]

@@ -54,6 +54,7 @@ def assert_same(loaded: nn.Module, model: nn.Module) -> None:
     assert actions(loaded) == actions(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("build", [lambda: unet2d(WIDTHS), unet2d_condition])
 def test_models_come_back_exactly(build, packed, tmp_path):
@@ -73,6 +74,7 @@ def test_models_come_back_exactly(build, packed, tmp_path):
     assert next(loaded.to(torch.bfloat16).parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", binarize.list_methods())
 def test_every_method(method, tmp_path):
     model = converted(method, structure="keep")
@@ -82,6 +84,7 @@ def test_every_method(method, tmp_path):
     assert_same(UNet2DModel.from_pretrained(tmp_path / "packed"), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saving", "loading"),
     [
@@ -167,6 +170,7 @@ def test_srunet_is_converted_while_it_loads(tmp_path):
         assert_error(message, SRUNet.from_pretrained, tmp_path / name, quantization_config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "packed"), [({}, True), ({"max_shard_size": "20KB"}, False), ({"variant": "fp16"}, False)]
 )
@@ -292,6 +296,7 @@ def test_averages_of_diffusers_are_saved_and_loaded(build, tmp_path):
     assert actions(built) == actions(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
 def test_wrapped_models_are_unwrapped(wrap, tmp_path):
     model = converted("reactnet")

@@ -14,6 +14,7 @@ def first_line(report: binarize.conversion.report.ConversionReport) -> str:
     return str(report).splitlines()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, host in HOSTS.items() if host.library == "torch"])
 def test_the_first_line_gives_the_binary_share_of_all_parameters(name: str) -> None:
     host, model = built(name)

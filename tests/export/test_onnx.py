@@ -119,6 +119,7 @@ TERNARY = {"name": "custom", "activation": "none", "weight": "twn"}
 MORE = [pytest.param(method, marks=pytest.mark.zoo) for method in ("xnor", "bimacosr", TERNARY)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["bbcu", W1A4, *MORE], ids=str)
 def test_layers_of_other_dimensions(method: Any, tmp_path: Path) -> None:
     example = torch.randn(2, 10, 6), torch.randn(2, 3, 4, 9, 8)
@@ -141,6 +142,7 @@ def sampling(steps: int, scheduler: Any, **options: Any) -> SuperResolutionPipel
     return pipeline(unet, scale=2, scheduler=scheduler, num_inference_steps=steps, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "scheduler", "options"),
     [
@@ -202,6 +204,7 @@ def test_the_command_writes_a_graph_from_an_image_and_noise(tmp_path: Path) -> N
     assert json.loads(described["binarize.sampling"])["sampler"]["steps"][0]["clean"] == [0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(network: SRUNet, tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "model.onnx"
 
@@ -234,6 +237,7 @@ def test_what_cannot_be_exported_is_refused(network: SRUNet, tmp_path: Path, mon
     refused(r"needs onnx: pip install 'binarize-diffusion\[onnx\]'")
 
 
+@pytest.mark.slow
 def test_an_error_of_pytorch_is_one_line(tmp_path: Path) -> None:
     class Branching(Lines):
         def forward(self, line: Tensor, cube: Tensor) -> tuple[Tensor, Tensor]:

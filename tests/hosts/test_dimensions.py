@@ -38,6 +38,7 @@ HOSTS: dict[str, tuple[Any, Any, Any, Any, str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_host_converts_trains_packs_saves_and_loads(name: str, tmp_path: Any) -> None:
     pytest.importorskip("diffusers")

@@ -28,6 +28,7 @@ def double(inputs: Any) -> Any:
     return tree_map(lambda x: x.double() if x.is_floating_point() else x, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", binarize.list_methods())
 @pytest.mark.parametrize("name", HOSTS)
 def test_every_method_on_every_host(name: str, method: str) -> None:
@@ -72,6 +73,7 @@ def test_every_method_on_every_host(name: str, method: str) -> None:
         assert {block: after[block] for block in blocks} == {block: before[block] for block in blocks}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpm_cifar", "unet2d_attention", "stable_diffusion", "adm", "sr3"])
 def test_a_mixed_batch_equals_its_samples_and_a_deepcopy_is_independent(name: str) -> None:
     host, model = built(name)
@@ -172,6 +174,7 @@ def test_a_convert_that_fails_after_the_structure_pass_leaves_the_host_untouched
         assert state_of(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["bidiffsr", "binarydm", "bireal"])
 @pytest.mark.parametrize("name", ["srunet", "ddpm_cifar", "stable_diffusion", "adm"])
 def test_plan_changes_neither_model_nor_random_state(name: str, method: str) -> None:

@@ -338,6 +338,7 @@ def test_feed_forward_layers_below_attentions_are_reachable(build: Any) -> None:
     assert not any(".ff" in row.name for row in report.kept)
 
 
+@pytest.mark.slow
 def test_adapters_and_latent_convolutions_are_kept() -> None:
     model = controlnet()
     zero = kept_as(model, "zero convolution")

@@ -73,6 +73,7 @@ def test_the_fused_resnet_is_a_fusion_and_a_resnet() -> None:
     torch.testing.assert_close(fused(torch.cat([hidden, skip], 1), emb), plain(mixed, emb))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [(8, 16, 32), (8, 12, 20)])
 @pytest.mark.parametrize("size", [(10, 12), (11, 7)])
 def test_sizes_that_do_not_halve_come_out_as_from_the_host(widths: tuple[int, ...], size: tuple[int, int]) -> None:

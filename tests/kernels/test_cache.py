@@ -56,6 +56,7 @@ def test_a_second_process_finds_what_the_first_compiled(function: Any, tmp_path:
     assert len(list(files(tmp_path))) == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_entry_is_compiled_again_and_replaced(function: Any, tmp_path: Path) -> None:
     assert compiled(function)(1, 2) == 3
     for path in list(files(tmp_path)):

@@ -51,6 +51,7 @@ def layer_of(options: dict[str, Any], context: TimestepContext) -> BinaryConv2d:
     return layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ORDERS, ids=lambda o: "-".join(o))
 def test_any_order_of_parts_equals_its_modules(options: dict[str, Any]) -> None:
     context = TimestepContext(1000)

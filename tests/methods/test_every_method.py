@@ -89,6 +89,7 @@ def test_a_deepcopy_is_independent(method):
     assert len(contexts[0]) == get_method(method).needs_timestep
 
 
+@pytest.mark.slow
 @every_case
 def test_saved_and_loaded_with_its_state(case, tmp_path: Path):
     model = tiny(case.method)
@@ -232,6 +233,7 @@ def predict(model: nn.Module, dtype: torch.dtype) -> Tensor:
         return model(x, torch.tensor([0, 30, 55, T - 1]), condition).sample
 
 
+@pytest.mark.slow
 @every_case
 def test_packed_equals_unpacked_and_survives_its_file(case, tmp_path: Path):
     model = trained(case)
@@ -252,6 +254,7 @@ def test_packed_equals_unpacked_and_survives_its_file(case, tmp_path: Path):
     assert torch.equal(predict(loaded, torch.float32), single)
 
 
+@pytest.mark.slow
 @every_case
 def test_unpacked_weights_are_the_signs_of_the_latents(case):
     model = trained(case).double()

@@ -30,6 +30,7 @@ def test_the_digest_is_that_of_the_whole_file(good: Path) -> None:
     assert hashlib.sha256(raw.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_of_a_header_gives_another_model(folder: Path) -> None:
     path, expected = folder / WEIGHTS, binarize.load(folder).state_dict()
     size = path.stat().st_size - len(take_apart(path)[1])
@@ -94,6 +95,7 @@ def test_a_configuration_beside_a_packed_file_must_be_its_own(
     assert_error(r"config\.json: differs from the configuration in .*(norm_groups|host) is", binarize.load, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosted", [False, True])
 def test_latent_weights_have_a_digest_and_foreign_files_need_none(hosted: bool, tmp_path: Path) -> None:
     model = binarize.convert(unet2d((8, 16)) if hosted else SRUNet(**SMALL), "bidiffsr")

@@ -49,6 +49,7 @@ def test_a_file_is_what_the_format_says(good: Path, tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (good / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_half_precision_becomes_float32_again(good: Path, tmp_path: Path) -> None:
     model = binarize.load(good)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):

@@ -26,6 +26,7 @@ def entry(shape: list[int], dtype: str = "F32", offsets: tuple[int, int] | None 
     return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets or (0, 0))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -66,6 +67,7 @@ def test_tensors_and_configuration_have_to_fit(folder: Path, change: Any, messag
     packed_files.refused(folder, message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

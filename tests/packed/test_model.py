@@ -114,6 +114,7 @@ def test_bfloat16_is_close_to_float32() -> None:
     assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(HOSTS) - {"srunet"}))
 def test_other_hosts_are_packed_saved_and_loaded(name: str, tmp_path: Path) -> None:
     host: ZooHost = HOSTS[name]

@@ -37,6 +37,7 @@ def in_threads(call: Callable[[int], Tensor], cases: int, rounds: int) -> list[i
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["bidiffsr", "bbcu"])
 def test_a_network_is_shared(method: str) -> None:
     network = binarize.pack(binarize.convert(SRUNet(**SMALL), method))
@@ -50,6 +51,7 @@ def test_a_network_is_shared(method: str) -> None:
     assert not in_threads(call, len(SIZES), 12)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_shared() -> None:
     network = binarize.pack(binarize.convert(SRUNet(**SMALL), "bbcu"))
     scheduler = diffusers.DPMSolverMultistepScheduler(num_train_timesteps=2000, beta_start=1e-6, beta_end=1e-2)

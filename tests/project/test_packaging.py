@@ -39,6 +39,7 @@ def test_what_starts_at_once_imports_nothing_heavy(what: str) -> None:
     assert loaded & HEAVY == set()
 
 
+@pytest.mark.slow
 def test_submodules_and_methods_are_found_when_they_are_first_used() -> None:
     script = """
 import threading, binarize

@@ -43,6 +43,7 @@ def test_the_released_settings_are_the_published_ones() -> None:
     assert build_scheduler(recipe).config["prediction_type"] == "epsilon"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_installed_recipe_is_valid_described_and_survives_being_written_out(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)

@@ -20,6 +20,7 @@ BASE = {"base": "small_x2", "output_dir": "x"}
 FULL_PRECISION = ("SR3 (FP)", "full precision")  # what cells without a method are called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_studies())
 def test_every_installed_study_is_valid_described_and_seeded_alike(name: str) -> None:
     study, _ = load_study(name)
@@ -34,6 +35,7 @@ def test_every_installed_study_is_valid_described_and_seeded_alike(name: str) ->
         assert all(recipe.published is not None for recipe in recipes.values())
 
 
+@pytest.mark.slow
 def test_studies_are_not_recipes() -> None:
     assert not [name for name in list_recipes() if "ablations" in name or name in list_studies()]
     assert {"table2_x2", "table2_x4", "breakdown", "fusion", "time_aware", "groups"} <= set(list_studies())

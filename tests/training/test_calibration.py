@@ -41,6 +41,7 @@ def first_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_first_batch(symbols: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     recipe = tiny(symbols, tmp_path / "run", CONDITIONAL, LSQ)
     steps = first_steps(monkeypatch)

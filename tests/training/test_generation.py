@@ -174,6 +174,7 @@ def test_unusable_images_are_named(symbols: Path, tmp_path: Path) -> None:
     assert_error("2 images cannot be used: .*small.png: is 7x9 pixels", LabelledImages, tmp_path / "copy", **DATA)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_and_learns_from_a_twin(symbols: Path, tmp_path: Path) -> None:
     teacher = train(tiny(symbols, tmp_path / "teacher", CONDITIONAL, "method=null", "structure=auto"), progress=False)
     options = (CONDITIONAL, f"init_from={teacher.output_dir}", "max_train_steps=1")
@@ -195,6 +196,7 @@ def test_stages_end_in_a_plain_network(symbols: Path, tmp_path: Path) -> None:
     assert unet.state_dict().keys() == build_model(tiny(symbols, tmp_path, "method=reactnet")).state_dict().keys()
 
 
+@pytest.mark.slow
 def test_networks_of_every_source(symbols: Path, run: TrainResult, tmp_path: Path) -> None:
     code = "from diffusers import UNet2DModel\ndef small(width, **options):\n    return UNet2DModel("
     code += "8, 1, 1, block_out_channels=(width, 16), norm_num_groups=4, layers_per_block=1, down_block_types="

@@ -58,6 +58,7 @@ def test_thirty_steps_lower_the_loss_and_save_a_pipeline(method: str, recipe: An
     assert tuple(pipeline(torch.rand(3, 9, 7), num_inference_steps=2, output_type="pt").images.shape[-2:]) == (18, 14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "overrides"),
     [
@@ -101,6 +102,7 @@ def test_accumulated_passes_equal_one_large_batch(timesteps_per: str, trained: A
     assert_close(whole.checkpoint, trained(*common, "train_batch_size=1", "gradient_accumulation_steps=4").checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["dataloader_num_workers=2", "gradient_checkpointing=true"])
 def test_options_that_change_no_result(option: str, trained: Any) -> None:
     common = ("max_train_steps=2", "model.dropout=0.2")
