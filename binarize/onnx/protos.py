@@ -17,6 +17,7 @@ _KINDS: tuple[Kind, ...] = ("BinaryConv", "BinaryLinear")
 def finish(model: Any, metadata: Mapping[str, str]) -> None:
     """Complete an ``onnx.ModelProto`` in place."""
     _strip(model)
+    _pad_channels(model.graph)
     _halve(model.graph)
     _add_functions(model)
     _name_axes(model.graph)
@@ -48,6 +49,39 @@ def _strip(model: Any) -> None:
     for value in [*graph.initializer, *graph.input, *graph.output]:
         value.ClearField("doc_string")
         del value.metadata_props[:]
+
+
+def _pad_channels(graph: Any) -> None:
+    """Add channels of zeros to the convolutions that onnxruntime-web computes wrongly with WebGPU.
+
+    Version 1.30 gives wrong sums over 6, 9, 15, 18... channels: multiples of 3 above 3 that are no multiples of 4, with
+    kernels larger than 1x1. See https://github.com/microsoft/onnxruntime/issues/29651.
+    """
+    from onnx import helper, numpy_helper
+
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes, padded = [], {}
+    for node in graph.node:
+        weight = weights.get(node.input[1]) if node.op_type == "Conv" else None
+        if weight is not None and _is_wrong_in_webgpu(node, *weight.dims[1:]):
+            edges = np.zeros((2, len(weight.dims)), np.int64)
+            edges[1, 1] = -weight.dims[1] % 4
+            padded[weight.name] = edges
+            source, pads = f"{node.output[0]}.source", f"{weight.name}.pads"
+            nodes.append(helper.make_node("Pad", [node.input[0], pads], [source]))
+            node.input[0] = source
+        nodes.append(node)
+    for name, edges in padded.items():
+        values = np.pad(numpy_helper.to_array(weights[name]), edges.T)
+        weights[name].CopyFrom(numpy_helper.from_array(values, name))
+        graph.initializer.append(numpy_helper.from_array(edges.ravel(), f"{name}.pads"))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _is_wrong_in_webgpu(convolution: Any, channels: int, *kernel: int) -> bool:
+    grouped = any(attribute.name == "group" and attribute.i > 1 for attribute in convolution.attribute)
+    return not grouped and channels > 3 and channels % 3 == 0 and channels % 4 > 0 and max(kernel) > 1
 
 
 def _halve(graph: Any) -> None:

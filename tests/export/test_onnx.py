@@ -23,6 +23,7 @@ import binarize
 from binarize.errors import BinarizeError
 from binarize.models import SRUNet, SuperResolutionPipeline
 from binarize.models.tiling import pad_noise
+from binarize.onnx.protos import finish
 from binarize.onnx.sampling import WholeImage, sampler_of
 
 TINY: dict[str, Any] = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
@@ -131,6 +132,38 @@ def test_layers_of_other_dimensions(method: Any, tmp_path: Path) -> None:
         expected = packed(**given)
     for found, wanted in zip(run_all(path, **given), expected, strict=True):
         assert difference(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "groups", "stored"),
+    [
+        (3, 3, 1, 3),
+        (5, 3, 1, 5),
+        (6, 3, 1, 8),
+        (9, 3, 1, 12),
+        (9, 1, 1, 9),
+        (12, 3, 1, 12),
+        (15, 2, 1, 16),
+        (18, 3, 2, 9),
+    ],
+)
+def test_channels_that_webgpu_sums_wrongly_are_padded(channels, kernel, groups, stored, tmp_path: Path) -> None:
+    """Twice with one weight, as a graph of several denoising steps has it."""
+    weight = torch.randn(4, channels // groups, kernel, kernel)
+    nodes = [onnx.helper.make_node("Conv", [name, "w"], [f"{name}.y"], group=groups) for name in ("a", "b")]
+    values = [onnx.helper.make_tensor_value_info(name, 1, ["n", channels, "h", "w"]) for name in ("a", "b")]
+    outputs = [onnx.helper.make_tensor_value_info(name, 1, ["n", 4, "y", "x"]) for name in ("a.y", "b.y")]
+    graph = onnx.helper.make_graph(nodes, "two", values, outputs, [onnx.numpy_helper.from_array(weight.numpy(), "w")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    finish(model, {})
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, tmp_path / "two.onnx")
+    weights = [tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 4]
+    assert weights == [(4, stored, kernel, kernel)]
+    images = {"a": torch.randn(2, channels, 7, 5), "b": torch.randn(2, channels, 7, 5)}
+    for found, image in zip(run_all(tmp_path / "two.onnx", **images), images.values(), strict=True):
+        expected = nn.functional.conv2d(image.double(), weight.double(), groups=groups)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def ddim(**options: Any) -> DDIMScheduler:

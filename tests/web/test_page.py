@@ -3,7 +3,7 @@
 import io
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import environ
 from pathlib import Path
@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
-from binarize.models import SuperResolutionPipeline, default_model
+import binarize
+from binarize.models import SRUNet, SuperResolutionPipeline, default_model
 from binarize.web import server
+from binarize.web.models import write_models
 from binarize.web.server import PAGE, page_server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-web")
@@ -28,11 +31,11 @@ pytestmark = pytest.mark.web
 
 
 @contextmanager
-def served() -> Iterator[str]:
+def served(models: Path | None = None) -> Iterator[str]:
     """Serve the page and return its address."""
     if not (PAGE / "models.json").is_file():
         pytest.skip("needs the built page: make web")
-    with page_server() as running:
+    with page_server(models=models) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}/"
         running.shutdown()
@@ -45,14 +48,20 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def launch() -> Iterator[Callable[..., Any]]:
+    """Return a function that starts the browser with the options of its command line."""
     path = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if path is None:
         pytest.skip(f"needs Chromium; found none of {', '.join(CHROMIUM)}")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
+        yield lambda *options: driver.chromium.launch(executable_path=path, args=options)
+
+
+@pytest.fixture(scope="module")
+def browser(launch: Callable[..., Any]) -> Iterator[Any]:
+    browser = launch()
+    yield browser
+    browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +114,10 @@ def result(page: Any) -> tuple[str, Image.Image]:
 
 
 def python_result(image: Image.Image, scale: int, tile: int | None = None) -> np.ndarray:
-    pipeline = SuperResolutionPipeline.from_pretrained(default_model(scale))
+    return enlarged(SuperResolutionPipeline.from_pretrained(default_model(scale)), image, tile)
+
+
+def enlarged(pipeline: SuperResolutionPipeline, image: Image.Image, tile: int | None = None) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     large = pipeline(image, generator=torch.Generator().manual_seed(0), tile=tile).images[0]
     return np.asarray(large).astype(int)
@@ -125,6 +137,50 @@ def test_a_dropped_picture_becomes_what_python_gives(page, picture, scale: int) 
     assert name == f"small_{60 * scale}x{44 * scale}.png"
     assert differences(large, python_result(picture, scale)).mean() < 1
     assert "megapixels a second" in page.text_content("#figures")
+
+
+@pytest.fixture(scope="module")
+def gpu_browser(launch: Callable[..., Any]) -> Iterator[Any]:
+    """Return a browser whose WebGPU is SwiftShader, which computes on the CPU."""
+    browser = launch("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
+    yield browser
+    browser.close()
+
+
+def gpu_page(browser: Any, address: str) -> Any:
+    page = browser.new_page()
+    page.set_default_timeout(LONG)
+    page.goto(f"{address}?backend=webgpu")
+    page.wait_for_selector("html[data-ready]")
+    if not page.evaluate("navigator.gpu?.requestAdapter().then(Boolean) ?? false"):
+        pytest.skip("this Chromium has no WebGPU")
+    return page
+
+
+def test_webgpu_gives_what_python_gives(gpu_browser, address, picture) -> None:
+    page = gpu_page(gpu_browser, address)
+    page.check("text=×2")
+    small = picture.crop((0, 0, 16, 12))
+    choose(page, png(small))
+    assert differences(result(page)[1], python_result(small, 2)).mean() < 1
+    assert page.text_content("#backend") == "Computed with WebGPU."
+    page.close()
+
+
+def test_what_webgpu_computes_wrongly_is_computed_otherwise(gpu_browser, picture, tmp_path: Path) -> None:
+    """Convolutions of six channels are wrong in onnxruntime-web 1.30, and binary ones are exported as they are."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"base_channels": 6, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 1}
+    network = binarize.convert(SRUNet(**shape, num_train_timesteps=1000), "bidiffsr")
+    scheduler = DDIMScheduler(prediction_type="sample", timestep_spacing="trailing", clip_sample_range=1.0)
+    own = SuperResolutionPipeline(binarize.pack(network), scheduler, scale=2, num_inference_steps=2)
+    write_models(tmp_path, {"six": own})
+    small = picture.crop((0, 0, 16, 12))
+    with served(tmp_path) as address:
+        page = gpu_page(gpu_browser, address)
+        choose(page, png(small))
+        assert differences(result(page)[1], enlarged(own, small)).mean() < 1
+        page.close()
 
 
 def test_one_thread_suffices_where_the_page_is_not_isolated(browser, picture, monkeypatch) -> None:

@@ -57,6 +57,7 @@ def test_code_has_the_types_that_browsers_require(served: int, path: str, kind: 
     assert get(served, path).headers["Content-Type"] == kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/models/", "/absent", "/../page/../secret", "/%2e%2e/secret"])
 def test_folders_and_what_is_outside_are_not_found(served: int, page: Path, path: str) -> None:
     (page.parent / "secret").write_text("secret")

@@ -7,10 +7,12 @@ import cpuGlue from "onnxruntime-web/ort-wasm-simd-threaded.mjs?url";
 import cpuCode from "onnxruntime-web/ort-wasm-simd-threaded.wasm?url";
 
 import { readSampling, type Sampling } from "./model";
-import type { Planes } from "./planes";
+import { gaussian } from "./noise";
+import { mapPlaces, planes, type Planes } from "./planes";
 import type { Predict } from "./sample";
 
 const MAX_THREADS = 8;
+const MOST_APART = 0.05; // mean difference by mean magnitude
 
 export interface Network {
   settings: Sampling;
@@ -31,12 +33,8 @@ export async function startRuntime(backend: string | null): Promise<Runtime> {
   ort.env.logLevel = "error";
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmPaths = gpu ? paths(gpuGlue, gpuCode) : paths(cpuGlue, cpuCode);
-  const options: InferenceSession.SessionOptions = {
-    executionProviders: [gpu ? "webgpu" : "wasm"],
-    graphOptimizationLevel: "all",
-  };
-  const load = async (file: Uint8Array): Promise<Network> => {
-    const settings = readSampling(file);
+  const open = async (file: Uint8Array, provider: "webgpu" | "wasm"): Promise<[Predict, InferenceSession]> => {
+    const options: InferenceSession.SessionOptions = { executionProviders: [provider], graphOptimizationLevel: "all" };
     const session = await ort.InferenceSession.create(file, options);
     const [sample, timestep, condition] = session.inputNames as [string, string, string];
     const tensor = ({ data, height, width }: Planes) => new ort.Tensor("float32", data, [1, 3, height, width]);
@@ -49,6 +47,16 @@ export async function startRuntime(backend: string | null): Promise<Runtime> {
       const output = (await session.run(feeds))[session.outputNames[0]!]!;
       return { ...x, data: (await output.getData()) as Float32Array<ArrayBuffer> };
     };
+    return [predict, session];
+  };
+  const load = async (file: Uint8Array): Promise<Network> => {
+    const settings = readSampling(file);
+    const [predict] = await open(file, gpu ? "webgpu" : "wasm");
+    if (gpu) {
+      const [expected, session] = await open(file, "wasm");
+      await compare(predict, expected, settings);
+      await session.release();
+    }
     return { settings, predict };
   };
   const cores = threads === 1 ? "1 thread" : `${threads} threads`;
@@ -59,6 +67,18 @@ export async function startRuntime(backend: string | null): Promise<Runtime> {
 async function hasGpu(software: boolean): Promise<boolean> {
   const adapter = await navigator.gpu?.requestAdapter();
   return !!adapter && (software || !adapter.info.isFallbackAdapter);
+}
+
+/** Throw an error unless the GPU predicts what the CPU predicts, but for signs that rounding decides. */
+async function compare(predict: Predict, expected: Predict, { size_multiple, sampler }: Sampling): Promise<void> {
+  const side = size_multiple * Math.ceil(16 / size_multiple);
+  const noise = { ...planes(3, side, side), data: gaussian(0)(3 * side * side) };
+  const image = mapPlaces(3, side, side, (c, y, x) => ((x * (c + 1) + y * y) % 11) / 10);
+  const at = sampler.steps[0]!.timestep;
+  const [found, right] = [(await predict(noise, at, image)).data, (await expected(noise, at, image)).data];
+  const size = (values: Float32Array) => values.reduce((sum, value) => sum + Math.abs(value), 0);
+  const apart = size(found.map((value, i) => value - right[i]!)) / size(right);
+  if (!(apart < MOST_APART)) throw new Error("WebGPU does not compute what WebAssembly computes");
 }
 
 function paths(glue: string, code: string): { mjs: string; wasm: string } {

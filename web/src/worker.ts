@@ -53,6 +53,7 @@ async function withoutGpu<T>(action: () => Promise<T>): Promise<T> {
     return await action();
   } catch (error) {
     if (!runtime.gpu || error instanceof Cancelled) throw error;
+    console.warn(`WebAssembly replaces WebGPU: ${sentence(error)}`);
     await begin("wasm");
     return action();
   }
