@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.models import checks
+from binarize.models.latents import decode, latent_geometry
 from binarize.models.pipeline import evaluating
 from binarize.models.sampling import set_timesteps
 from binarize.models.saving import reading, save_whole
@@ -31,7 +33,7 @@ Labels = int | str | Sequence[int | str]
 class GenerationPipeline(DiffusionPipeline):
     """Turns Gaussian noise into images with an unconditional or a class-conditional network.
 
-    Without classes, diffusers' `DDPMPipeline` and `DDIMPipeline` load the same folder.
+    Without classes and autoencoder, diffusers' `DDPMPipeline` and `DDIMPipeline` load the same folder.
 
     Args:
         unet: Predicts from ``unet(sample, timestep).sample``, (B, C, H, W), or with classes from
@@ -43,6 +45,7 @@ class GenerationPipeline(DiffusionPipeline):
             u + guidance_scale * (c - u), for the predictions c with the class and u without, whose label is the number
             of classes.
         num_inference_steps: Default number of denoising steps, saved with the pipeline; None for 50.
+        vae: The autoencoder whose latents the network generates; None for a network that generates pixels.
 
     Example:
         ```python
@@ -51,8 +54,10 @@ class GenerationPipeline(DiffusionPipeline):
         ```
     """
 
-    model_cpu_offload_seq: str = "unet"
+    model_cpu_offload_seq: str = "unet->vae"
+    _optional_components: list[str] = ["vae"]
     unet: ModelMixin
+    vae: AutoencoderKL | None
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps
 
     def __init__(
@@ -62,12 +67,13 @@ class GenerationPipeline(DiffusionPipeline):
         classes: Sequence[str] | None = None,
         guidance_scale: float = 1.0,
         num_inference_steps: int | None = None,
+        vae: AutoencoderKL | None = None,
     ) -> None:
         super().__init__()
         checks.check_scheduler(unet, scheduler)
         if num_inference_steps is not None:
             checks.check_numbers(scheduler, num_inference_steps, batch_size=1, eta=0)
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         classes = None if classes is None else list(classes)
         _check_classes(unet, classes)
         self.register_to_config(
@@ -107,6 +113,17 @@ class GenerationPipeline(DiffusionPipeline):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
+        channels, height, width = self.sample_shape
+        if self.vae is None:
+            return channels, height, width
+        latent_channels, factor = latent_geometry(self.vae.config)
+        if latent_channels != channels:
+            raise BinarizeError(f"the network has {channels} channels, but the latents have {latent_channels}.")
+        return self.vae.config["out_channels"], height * factor, width * factor
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the network's samples: images, or latents of the autoencoder."""
         size, channels = self.unet.config.get("sample_size"), self.unet.config.get("in_channels")
         sides = size if isinstance(size, list | tuple) else (size, size)
         if len(sides) != 2 or not all(checks.is_whole(side) and side <= _MOST for side in (*sides, channels)):
@@ -137,7 +154,7 @@ class GenerationPipeline(DiffusionPipeline):
                 the number that was saved with the pipeline, or 50.
             guidance_scale: Weight of classifier-free guidance; by default the pipeline's. 1 needs half the time.
             generator: One generator, or one per image. With one per image, an image does not depend on the others.
-            latents: Unit Gaussian noise to start from, (B, C, H, W); scaled by the scheduler's ``init_noise_sigma``.
+            latents: Unit Gaussian noise of `sample_shape` to start from, (B, C, H, W); the scheduler scales it.
             eta: DDIM's eta, from 0 (deterministic) to 1, for schedulers that have it.
             output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]) or "pt" ((B, C, H, W)).
             return_dict: False returns a plain tuple.
@@ -165,6 +182,7 @@ class GenerationPipeline(DiffusionPipeline):
                 x = scheduler.step(self._predict(seen, timestep, labels, scale), timestep, x, **options).prev_sample
                 bar.update()
         checks.check_prediction(float(x.abs().amax()), self.name_or_path, self.unet.dtype)
+        x = x if self.vae is None else decode(self.vae, x)
         images: Any = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()
@@ -186,7 +204,7 @@ class GenerationPipeline(DiffusionPipeline):
         return without + scale * (with_class - without)
 
     def _noise(self, count: int, generator: Any, latents: Tensor | None) -> Tensor:
-        shape = (count, *self.image_shape)
+        shape = (count, *self.sample_shape)
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)

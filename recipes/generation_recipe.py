@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, PositiveInt, ValidationInfo, field_valid
 
 from binarize.recipes import sections
 from binarize.recipes.schema import TrainingRecipe
-from binarize.recipes.sections import Section
+from binarize.recipes.sections import Section, UserPath
 
 _BY_CLASSES = "has no effect without classes; name them, or remove it"
 
@@ -82,6 +82,8 @@ class GenerationRecipe(TrainingRecipe):
     guidance_scale: float = Field(default=1.0, ge=0, validate_default=True)
     """Weight of classifier-free guidance in samples, saved with the model; 1: none."""
     resolution: PositiveInt = Field(default=32, description="Side of the images in pixels.")
+    vae: UserPath | None = None
+    """Generate latents of this autoencoder: the folder of a trained AutoencoderKL, or its name on the hub."""
     center_crop: bool = Field(default=True, description="Crop larger images in the middle, or at random places.")
     random_flip: bool = Field(default=False, description="Flip half of the images horizontally.")
 
@@ -104,6 +106,13 @@ class GenerationRecipe(TrainingRecipe):
             raise ValueError(_BY_CLASSES)
         if value != 1 and info.data.get("class_dropout") == 0:
             raise ValueError("needs samples without their class; make class_dropout positive, such as 0.1")
+        return value
+
+    @field_validator("center_crop")
+    @classmethod
+    def _whole_images(cls, value: bool, info: ValidationInfo) -> bool:
+        if not value and info.data.get("vae") is not None:
+            raise ValueError("must be true with vae, which encodes each image once")
         return value
 
     @property

@@ -63,17 +63,34 @@ def generation_scheduler(recipe: GenerationRecipe) -> Any:
 def generation_pipeline(recipe: GenerationRecipe, unet: nn.Module) -> GenerationPipeline:
     """Return the pipeline that samples from a recipe's network."""
     from binarize.models import GenerationPipeline
+    from binarize.models.latents import load_autoencoder
 
     classes = None if recipe.classes is None else list(recipe.classes)
     steps = min(recipe.num_inference_steps, recipe.scheduler.num_train_timesteps)
     options: dict[str, Any] = {"guidance_scale": recipe.guidance_scale, "num_inference_steps": steps}
+    options["vae"] = None if recipe.vae is None else load_autoencoder(recipe.vae)
     return GenerationPipeline(unet, generation_scheduler(recipe), classes=classes, **options)
+
+
+def sample_size(recipe: GenerationRecipe) -> tuple[int | None, int]:
+    """Return the channels, if the recipe defines them, and the side of what a recipe's network generates."""
+    if recipe.vae is None:
+        return None, recipe.resolution
+    from binarize.models.latents import autoencoder_folder, latent_geometry
+
+    config = read_json(autoencoder_folder(recipe.vae) / NETWORK)
+    channels, factor = latent_geometry(config)
+    if recipe.resolution % factor:
+        raise BinarizeError(f"resolution: is {recipe.resolution}; the autoencoder needs a multiple of {factor}.")
+    return channels, recipe.resolution // factor
 
 
 def _of_class(recipe: GenerationRecipe, name: str, options: dict[str, Any]) -> nn.Module:
     cls = _diffusers_model("model.class", name)
     parameters = inspect.signature(cls).parameters
-    defaults: dict[str, Any] = {"sample_size": recipe.resolution, _LABELS: recipe.num_labels}
+    channels, side = sample_size(recipe)
+    defaults: dict[str, Any] = {"sample_size": side, _LABELS: recipe.num_labels}
+    defaults |= {"in_channels": channels, "out_channels": channels}
     defaults = {key: value for key, value in defaults.items() if key in parameters and value is not None}
     return _called("model", cls, {**defaults, **options})
 

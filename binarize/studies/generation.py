@@ -19,7 +19,7 @@ from binarize.recipes import GenerationRecipe
 from binarize.studies.sections import GenerationEvaluation
 from binarize.studies.tasks import Measured, StudyCache, StudyTask, absolute, measuring_device, with_content
 from binarize.training.folder import MODEL
-from binarize.training.generation import network_channels
+from binarize.training.generation import image_channels
 from binarize.training.images import file_digests
 
 MEASURES = ("frechet", "kid", "precision", "recall", "nearest", "nearest_real")
@@ -78,7 +78,7 @@ class GenerationTask(StudyTask):
         if (data := self.data) is None:
             return  # train_data_dir is missing
         try:
-            channels = network_channels(recipe)
+            channels = image_channels(recipe)
             options: dict[str, Any] = {"channels": channels, "resolution": recipe.resolution, "classes": recipe.classes}
             key = "images", data, *options.values()
             found = self._cache.once(key, lambda: len(LabelledFolder(data, **options)))

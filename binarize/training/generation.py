@@ -12,12 +12,15 @@ from PIL import Image
 
 from binarize.errors import BinarizeError
 from binarize.imaging import save_image
+from binarize.json_files import read_json
 from binarize.models import GenerationPipeline
 from binarize.models.generation import generate_images
 from binarize.models.grid import image_grid
+from binarize.models.latents import autoencoder_folder, load_autoencoder
+from binarize.models.location import NETWORK
 from binarize.recipes import GenerationRecipe
-from binarize.recipes.networks import generation_network
-from binarize.training.image_folder import LabelledImages
+from binarize.recipes.networks import generation_network, sample_size
+from binarize.training.image_folder import LabelledImages, Latents
 from binarize.training.images import file_digests
 from binarize.training.samples import BatchPlan, noisy_samples
 from binarize.training.tasks import Task
@@ -50,15 +53,21 @@ class Generation(Task):
         images = LabelledImages(
             recipe.train_data_dir,
             resolution=recipe.resolution,
-            channels=network_channels(recipe),
+            channels=image_channels(recipe),
             classes=recipe.classes,
             class_dropout=recipe.class_dropout,
             center_crop=recipe.center_crop,
             random_flip=recipe.random_flip,
             seed=recipe.seed,
         )
-        self.samples = noisy_samples(recipe, plan, images)
-        self.images = file_digests({name: path for name, (_, path) in images.images.files.items()})
+        files = {name: path for name, (_, path) in images.images.files.items()}
+        data: LabelledImages | Latents = images
+        if recipe.vae is not None:
+            data = Latents(images, load_autoencoder(recipe.vae))
+            weights = autoencoder_folder(recipe.vae).glob("*.safetensors")
+            files |= {f"vae/{path.name}": path for path in sorted(weights)}
+        self.samples = noisy_samples(recipe, plan, data)
+        self.images = file_digests(files)
         self.seed, self.count = recipe.seed, recipe.num_validation_images
 
     def validate(self, pipeline: GenerationPipeline) -> Iterator[SampleGrid]:
@@ -67,14 +76,21 @@ class Generation(Task):
         yield SampleGrid(image_grid(images, None if pipeline.classes is None else len(pipeline.classes)))
 
 
-def network_channels(recipe: GenerationRecipe) -> int:
-    """Return the number of channels of a recipe's network, which must be of the recipe's resolution."""
+def image_channels(recipe: GenerationRecipe) -> int:
+    """Return the number of channels of a recipe's images, after checking that its network generates them.
+
+    The samples of the network must be the images, or latents of the autoencoder.
+    """
     with torch.device("meta"):
         config = getattr(generation_network(recipe), "config", {})
     size, channels = config.get("sample_size"), config.get("in_channels")
-    if size not in (recipe.resolution, (recipe.resolution,) * 2, [recipe.resolution] * 2):
-        fix = "set resolution to it, or change it"
-        raise BinarizeError(f"resolution: is {recipe.resolution}, but the network's sample_size is {size}; {fix}.")
+    needed, side = sample_size(recipe)
+    if size not in (side, (side,) * 2, [side] * 2):
+        is_it = f"is {recipe.resolution}" if recipe.vae is None else f"is {recipe.resolution}, {side} in latents"
+        fix = "set resolution to it, or change it" if recipe.vae is None else "change one of them"
+        raise BinarizeError(f"resolution: {is_it}, but the network's sample_size is {size}; {fix}.")
     if not isinstance(channels, int):
         raise BinarizeError("model: the network's configuration has no in_channels; add it to its __init__.")
-    return channels
+    if needed not in (None, channels):
+        raise BinarizeError(f"model: has {channels} channels, but the latents of vae have {needed}.")
+    return channels if recipe.vae is None else read_json(autoencoder_folder(recipe.vae) / NETWORK)["in_channels"]

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from binarize.errors import BinarizeError
 from binarize.imaging.labelled import LabelledFolder
+from binarize.models.latents import encode
 from binarize.randomness import generator
 from binarize.training.draws import PATCH_STREAM, below, draws, shuffled
 
@@ -61,15 +66,55 @@ class LabelledImages(Dataset[dict[str, Any]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        which = shuffled(self.seed, index, len(self))
-        flip, top, left = draws(self.seed, PATCH_STREAM, index, 3)
+        which, flipped, top, left = self.choice(index)
         pixels = self.images.pixels[which]
         height, width = pixels.shape[-2:]
         rows, columns = below(top, height - self.resolution + 1), below(left, width - self.resolution + 1)
         patch = pixels[:, rows : rows + self.resolution, columns : columns + self.resolution]
-        patch = patch.flip(-1) if self.random_flip and below(flip, 2) else patch
-        item = {"image": patch.float() / 127.5 - 1, "name": self.images.names[which]}
+        return self.item(index, which, _unit(patch.flip(-1) if flipped else patch))
+
+    def choice(self, index: int) -> tuple[int, bool, np.uint64, np.uint64]:
+        """Return which image an item is, whether it is flipped, and two draws for its place."""
+        flip, top, left = draws(self.seed, PATCH_STREAM, index, 3)
+        return shuffled(self.seed, index, len(self)), bool(self.random_flip and below(flip, 2)), top, left
+
+    def item(self, index: int, which: int, image: Tensor) -> dict[str, Any]:
+        """Return an item of an image's pixels or latents."""
+        item = {"image": image, "name": self.images.names[which]}
         if self.num_classes is None:
             return item
         none = self.class_dropout > generator(self.seed, "class", index).random()
         return {**item, "class_label": self.num_classes if none else self.images.labels[which]}
+
+
+class Latents(Dataset[dict[str, Any]]):
+    """The latents of `LabelledImages`, centrally cropped: each image is encoded once, on a GPU if there is one.
+
+    An item is as that of the images, but its ``"image"`` is drawn from the Gaussian distribution of the latents, and
+    scaled to about unit variance, float32 (C, R / factor, R / factor).
+    """
+
+    def __init__(self, images: LabelledImages, vae: AutoencoderKL) -> None:
+        self.images = images
+        vae.to("cuda" if torch.cuda.is_available() else "cpu")
+        pixels = images.images.pixels
+        flips = [False, True] if images.random_flip else [False]
+        with torch.no_grad():
+            self.gaussians = {
+                (which, flipped): encode(vae, _unit(image.flip(-1) if flipped else image)[None])
+                for which, image in enumerate(pixels)
+                for flipped in flips
+            }
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        which, flipped, _, _ = self.images.choice(index)
+        mean, std = self.gaussians[which, flipped]
+        noise = generator(self.images.seed, "latent", index).standard_normal(tuple(mean.shape), dtype="float32")
+        return self.images.item(index, which, (mean + std * torch.from_numpy(noise))[0])
+
+
+def _unit(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1

@@ -181,7 +181,7 @@ def test_errors_before_the_first_run(symbols: Path, tmp_path: Path) -> None:
         (wrong, "num_inference_steps: 2000 is above the 1000 .*features: nowhere.pth.*holds 2 images; at least 4"),
         ([f"evaluation.features={tmp_path}/no.py:f"], "evaluation.features: .*OSError: gone"),
         (["evaluation.data_dir=nowhere"], "evaluation.data_dir: there is no folder 'nowhere'"),
-        (["resolution=16"], "evaluation.data_dir: .*symbols0: 12 images cannot be used: .*is 8x8 pixels"),
+        (["resolution=16"], r"evaluation.data_dir: .*symbols\d+: 12 images cannot be used: .*is 8x8 pixels"),
         (["train_data_dir=null"], "train_data_dir: missing"),
         (["evaluation.features=squeeze"], "features: .*'squeeze' is unknown; allowed: pixels"),
         (["evaluation.lpips=alex"], "evaluation.lpips: unknown key"),
