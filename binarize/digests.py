@@ -127,7 +127,7 @@ def load_torch_file(path: Path, *, checked: bool = False) -> Any:
 
 def write_sums(folder: Path) -> None:
     """Write the digests of a folder's files, to be checked by `check_sums` or ``sha256sum -c``."""
-    lines = [f"{_digest(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.is_file()]
+    lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.is_file()]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
@@ -148,7 +148,7 @@ def check_sums(folder: Path, needed: Iterable[str]) -> bool:
         raise BinarizeError(f"{folder / SUMS}: is damaged; it must have the SHA-256 of {' and '.join(needed)}.")
     for name, expected in sums.items():
         path = folder / Path(name).name
-        if not path.is_file() or _digest(path) != expected:
+        if not path.is_file() or file_digest(path) != expected:
             raise damaged(path, f"its digest in {SUMS}")
     return True
 
@@ -158,7 +158,8 @@ def damaged(path: Path, what: str) -> BinarizeError:
     return BinarizeError(f"{path}: is damaged: its content does not have {what}; copy or download it again.")
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for chunk in chunks(file):

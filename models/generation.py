@@ -20,7 +20,7 @@ from torch import Tensor
 
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.models import checks
-from binarize.models.latents import decode, latent_geometry
+from binarize.models.latents import check_autoencoder, decode, latent_geometry
 from binarize.models.pipeline import evaluating
 from binarize.models.sampling import set_timesteps
 from binarize.models.saving import reading, save_whole
@@ -73,6 +73,8 @@ class GenerationPipeline(DiffusionPipeline):
         checks.check_scheduler(unet, scheduler)
         if num_inference_steps is not None:
             checks.check_numbers(scheduler, num_inference_steps, batch_size=1, eta=0)
+        if vae is not None:
+            check_autoencoder(vae, unet.config.get("in_channels"))
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         classes = None if classes is None else list(classes)
         _check_classes(unet, classes)
@@ -88,6 +90,8 @@ class GenerationPipeline(DiffusionPipeline):
             pipe: GenerationPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "unet" not in kwargs:
             checks.check_weights(pipe.unet, str(pretrained_model_name_or_path))
+        if pipe.vae is not None and "vae" not in kwargs:
+            checks.check_weights(pipe.vae, f"{pretrained_model_name_or_path}: vae")
         return pipe
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -116,10 +120,8 @@ class GenerationPipeline(DiffusionPipeline):
         channels, height, width = self.sample_shape
         if self.vae is None:
             return channels, height, width
-        latent_channels, factor = latent_geometry(self.vae.config)
-        if latent_channels != channels:
-            raise BinarizeError(f"the network has {channels} channels, but the latents have {latent_channels}.")
-        return self.vae.config["out_channels"], height * factor, width * factor
+        _, factor, image_channels = latent_geometry(self.vae.config, "vae")
+        return image_channels, height * factor, width * factor
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -182,7 +184,9 @@ class GenerationPipeline(DiffusionPipeline):
                 x = scheduler.step(self._predict(seen, timestep, labels, scale), timestep, x, **options).prev_sample
                 bar.update()
         checks.check_prediction(float(x.abs().amax()), self.name_or_path, self.unet.dtype)
-        x = x if self.vae is None else decode(self.vae, x)
+        if self.vae is not None:
+            x = decode(self.vae, x)
+            checks.check_prediction(float(x.abs().amax()), f"the autoencoder of {self.name_or_path}", self.vae.dtype)
         images: Any = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()

@@ -16,7 +16,7 @@ from binarize.layers import undelayed
 from binarize.recipes.code import import_plugins
 from binarize.recipes.generation_recipe import GenerationRecipe
 from binarize.recipes.load import check_folders, load_recipe
-from binarize.recipes.networks import generation_network, generation_pipeline, generation_scheduler
+from binarize.recipes.networks import generation_network, generation_pipeline, generation_scheduler, image_channels
 from binarize.recipes.schema import TrainingRecipe
 from binarize.recipes.stages import last_stage_end, staged_overrides
 from binarize.recipes.super_resolution_recipe import Recipe
@@ -85,13 +85,15 @@ def _network_without_stages(recipe: TrainingRecipe) -> nn.Module:
         return build_model(recipe.model_copy(update={"two_stage": None, "progressive": None}))
 
 
-def build_pipeline(recipe: TrainingRecipe, unet: nn.Module) -> SuperResolutionPipeline | GenerationPipeline:
-    """Return the pipeline that samples from a recipe's network.
+def build_pipeline(
+    recipe: TrainingRecipe, unet: nn.Module, vae: nn.Module | None = None
+) -> SuperResolutionPipeline | GenerationPipeline:
+    """Return the pipeline that samples from a recipe's network; an autoencoder that it names is ``vae`` or is loaded.
 
     If residuals are diffused, ``residual_scale`` must be set, as it is in the ``recipe.yaml`` of a run.
     """
     if isinstance(recipe, GenerationRecipe):
-        return generation_pipeline(recipe, unet)
+        return generation_pipeline(recipe, unet, vae)
     from binarize.models import SuperResolutionPipeline
 
     recipe = cast(Recipe, recipe)
@@ -124,5 +126,7 @@ def validate(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()
     build_scheduler(recipe)
     with torch.device("meta"):
         build_model(recipe)
+    if isinstance(recipe, GenerationRecipe):
+        image_channels(recipe)
     check_folders(recipe, str(name_or_path))
     return recipe

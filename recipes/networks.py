@@ -21,6 +21,7 @@ from binarize.recipes.generation_recipe import GenerationRecipe, NetworkSection
 
 if TYPE_CHECKING:
     from binarize.models import GenerationPipeline
+    from binarize.models.latents import LatentGeometry
 
 _LABELS = "num_class_embeds"
 
@@ -57,40 +58,75 @@ def generation_scheduler(recipe: GenerationRecipe) -> Any:
         check_samples(scheduler)
     except BinarizeError as error:
         raise BinarizeError(f"scheduler: {error}") from error
+    if recipe.vae is not None:
+        _check_unclipped(scheduler)
     return scheduler
 
 
-def generation_pipeline(recipe: GenerationRecipe, unet: nn.Module) -> GenerationPipeline:
-    """Return the pipeline that samples from a recipe's network."""
+def generation_pipeline(recipe: GenerationRecipe, unet: Any, vae: Any = None) -> GenerationPipeline:
+    """Return the pipeline that samples from a recipe's network, with the autoencoder, which is loaded if need be."""
     from binarize.models import GenerationPipeline
     from binarize.models.latents import load_autoencoder
 
     classes = None if recipe.classes is None else list(recipe.classes)
     steps = min(recipe.num_inference_steps, recipe.scheduler.num_train_timesteps)
     options: dict[str, Any] = {"guidance_scale": recipe.guidance_scale, "num_inference_steps": steps}
-    options["vae"] = None if recipe.vae is None else load_autoencoder(recipe.vae)
+    if recipe.vae is not None:
+        options["vae"] = (load_autoencoder(recipe.vae) if vae is None else vae).to(unet.device)
     return GenerationPipeline(unet, generation_scheduler(recipe), classes=classes, **options)
 
 
-def sample_size(recipe: GenerationRecipe) -> tuple[int | None, int]:
-    """Return the channels, if the recipe defines them, and the side of what a recipe's network generates."""
+def image_channels(recipe: GenerationRecipe) -> int:
+    """Return the number of channels of a recipe's images, after checking that its network generates them.
+
+    The samples of the network must be the images, or latents of the autoencoder.
+    """
+    with torch.device("meta"):
+        config = getattr(generation_network(recipe), "config", {})
+    size, channels = config.get("sample_size"), config.get("in_channels")
+    latents, side = _sample_size(recipe)
+    if size not in (side, (side,) * 2, [side] * 2):
+        is_it = f"is {recipe.resolution}" if latents is None else f"is {recipe.resolution}, {side} in latents"
+        fix = "set resolution to it, or change it" if latents is None else "change one of them"
+        raise BinarizeError(f"resolution: {is_it}, but the network's sample_size is {size}; {fix}.")
+    if not isinstance(channels, int):
+        raise BinarizeError("model: the network's configuration has no in_channels; add it to its __init__.")
+    if latents is None:
+        return channels
+    if latents.channels != channels:
+        fix = f"set its in_channels and out_channels to {latents.channels}"
+        raise BinarizeError(f"model: has {channels} channels, but the latents of vae have {latents.channels}; {fix}.")
+    return latents.image_channels
+
+
+def _sample_size(recipe: GenerationRecipe) -> tuple[LatentGeometry | None, int]:
+    """Return the geometry of a recipe's latents, if it has any, and the side of what its network generates."""
     if recipe.vae is None:
         return None, recipe.resolution
-    from binarize.models.latents import autoencoder_folder, latent_geometry
+    from binarize.models.latents import read_geometry
 
-    config = read_json(autoencoder_folder(recipe.vae) / NETWORK)
-    channels, factor = latent_geometry(config)
-    if recipe.resolution % factor:
-        raise BinarizeError(f"resolution: is {recipe.resolution}; the autoencoder needs a multiple of {factor}.")
-    return channels, recipe.resolution // factor
+    latents = read_geometry(recipe.vae)
+    if recipe.resolution % latents.factor:
+        needed = f"the autoencoder needs a multiple of {latents.factor}"
+        raise BinarizeError(f"resolution: is {recipe.resolution}; {needed}.")
+    return latents, recipe.resolution // latents.factor
+
+
+def _check_unclipped(scheduler: Any) -> None:
+    """Raise BinarizeError if a scheduler limits predictions to the range of images, which latents leave."""
+    for key in ("clip_sample", "thresholding"):
+        if scheduler.config.get(key):
+            kind = type(scheduler).__name__
+            raise BinarizeError(f"scheduler.{key}: is true in {kind} and would clip latents; set it to false.")
 
 
 def _of_class(recipe: GenerationRecipe, name: str, options: dict[str, Any]) -> nn.Module:
     cls = _diffusers_model("model.class", name)
     parameters = inspect.signature(cls).parameters
-    channels, side = sample_size(recipe)
+    latents, side = _sample_size(recipe)
     defaults: dict[str, Any] = {"sample_size": side, _LABELS: recipe.num_labels}
-    defaults |= {"in_channels": channels, "out_channels": channels}
+    if latents is not None:
+        defaults |= {"in_channels": latents.channels, "out_channels": latents.channels}
     defaults = {key: value for key, value in defaults.items() if key in parameters and value is not None}
     return _called("model", cls, {**defaults, **options})
 

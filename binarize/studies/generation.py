@@ -15,11 +15,12 @@ from binarize.imaging.labelled import LabelledFolder, find_labelled
 from binarize.models import GenerationPipeline
 from binarize.models.generation import generate_images
 from binarize.models.grid import image_grid
+from binarize.models.latents import autoencoder_digests
 from binarize.recipes import GenerationRecipe
+from binarize.recipes.networks import image_channels
 from binarize.studies.sections import GenerationEvaluation
 from binarize.studies.tasks import Measured, StudyCache, StudyTask, absolute, measuring_device, with_content
 from binarize.training.folder import MODEL
-from binarize.training.generation import image_channels
 from binarize.training.images import file_digests
 
 MEASURES = ("frechet", "kid", "precision", "recall", "nearest", "nearest_real")
@@ -38,6 +39,8 @@ class GenerationTask(StudyTask):
     def adjusted(self, keys: dict[str, Any]) -> dict[str, Any]:
         """Add the content of a file that defines the network."""
         factory = self.recipe.model.factory
+        if self.recipe.vae is not None and self.recipe.vae.is_dir():
+            keys = {**keys, "vae": absolute(self.recipe.vae)}
         return keys if factory is None else {**keys, "model": {**keys["model"], "factory": with_content(factory)}}
 
     def evaluation_keys(self) -> dict[str, Any]:
@@ -48,8 +51,11 @@ class GenerationTask(StudyTask):
         return {"data_dir": absolute(self.data), **features, **sampling}
 
     def training_images(self) -> dict[str, str] | None:
-        """Return the digests of the training images."""
-        return self._digests(self.recipe.train_data_dir)
+        """Return the digests of the training images and of the autoencoder."""
+        images, vae = self._digests(self.recipe.train_data_dir), self.recipe.vae
+        if images is None or vae is None:
+            return images
+        return images | self._cache.once(("vae", vae), lambda: autoencoder_digests(vae))
 
     def evaluation_images(self) -> dict[str, str] | None:
         """Return the digests of the real images."""
@@ -79,6 +85,10 @@ class GenerationTask(StudyTask):
             return  # train_data_dir is missing
         try:
             channels = image_channels(recipe)
+        except BinarizeError as error:
+            yield str(error)
+            return
+        try:
             options: dict[str, Any] = {"channels": channels, "resolution": recipe.resolution, "classes": recipe.classes}
             key = "images", data, *options.values()
             found = self._cache.once(key, lambda: len(LabelledFolder(data, **options)))

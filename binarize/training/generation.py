@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,15 @@ from PIL import Image
 
 from binarize.errors import BinarizeError
 from binarize.imaging import save_image
-from binarize.json_files import read_json
 from binarize.models import GenerationPipeline
 from binarize.models.generation import generate_images
 from binarize.models.grid import image_grid
-from binarize.models.latents import autoencoder_folder, load_autoencoder
-from binarize.models.location import NETWORK
-from binarize.recipes import GenerationRecipe
-from binarize.recipes.networks import generation_network, sample_size
+from binarize.models.latents import autoencoder_digests, load_autoencoder, same_autoencoder
+from binarize.recipes import GenerationRecipe, build_scheduler
+from binarize.recipes.networks import image_channels
 from binarize.training.image_folder import LabelledImages, Latents
 from binarize.training.images import file_digests
+from binarize.training.initial import TrainedModel
 from binarize.training.samples import BatchPlan, noisy_samples
 from binarize.training.tasks import Task
 
@@ -47,7 +47,7 @@ class SampleGrid:
 class Generation(Task):
     """The training images of a recipe, and ``num_validation_images`` samples, of all classes in turn."""
 
-    def __init__(self, recipe: GenerationRecipe, plan: BatchPlan) -> None:
+    def __init__(self, recipe: GenerationRecipe, plan: BatchPlan, device: torch.device, *, progress: bool) -> None:
         if recipe.train_data_dir is None:
             raise BinarizeError("train_data_dir: missing; name the folder of training images.")
         images = LabelledImages(
@@ -60,37 +60,26 @@ class Generation(Task):
             random_flip=recipe.random_flip,
             seed=recipe.seed,
         )
-        files = {name: path for name, (_, path) in images.images.files.items()}
+        self.images = file_digests({name: path for name, (_, path) in images.images.files.items()})
         data: LabelledImages | Latents = images
         if recipe.vae is not None:
-            data = Latents(images, load_autoencoder(recipe.vae))
-            weights = autoencoder_folder(recipe.vae).glob("*.safetensors")
-            files |= {f"vae/{path.name}": path for path in sorted(weights)}
+            build_scheduler(recipe)  # raises before the images are encoded if it clips latents
+            self.images |= autoencoder_digests(recipe.vae)
+            self.vae = load_autoencoder(recipe.vae).to(device)
+            data = Latents(images, self.vae, progress=progress)
         self.samples = noisy_samples(recipe, plan, data)
-        self.images = file_digests(files)
         self.seed, self.count = recipe.seed, recipe.num_validation_images
+
+    def complete(self, recipe: Any, start: Path | None, trained: Iterable[TrainedModel | None]) -> Any:
+        """Return the recipe, after checking that trained models generate images or latents as it does."""
+        for model in trained:
+            if model is not None and not same_autoencoder(self.vae, model.vae):
+                theirs = "pixels" if model.vae is None else "latents of another autoencoder"
+                fix = "set vae to null" if model.vae is None else f"set vae to {model.path}"
+                raise BinarizeError(f"{model.path} generates {theirs}; {fix}, or give another model.")
+        return recipe
 
     def validate(self, pipeline: GenerationPipeline) -> Iterator[SampleGrid]:
         """Yield a grid of samples, see `binarize.models.generation.generate_images`."""
         images = list(generate_images(pipeline, self.count, seed=self.seed, batch_size=self.count))
         yield SampleGrid(image_grid(images, None if pipeline.classes is None else len(pipeline.classes)))
-
-
-def image_channels(recipe: GenerationRecipe) -> int:
-    """Return the number of channels of a recipe's images, after checking that its network generates them.
-
-    The samples of the network must be the images, or latents of the autoencoder.
-    """
-    with torch.device("meta"):
-        config = getattr(generation_network(recipe), "config", {})
-    size, channels = config.get("sample_size"), config.get("in_channels")
-    needed, side = sample_size(recipe)
-    if size not in (side, (side,) * 2, [side] * 2):
-        is_it = f"is {recipe.resolution}" if recipe.vae is None else f"is {recipe.resolution}, {side} in latents"
-        fix = "set resolution to it, or change it" if recipe.vae is None else "change one of them"
-        raise BinarizeError(f"resolution: {is_it}, but the network's sample_size is {size}; {fix}.")
-    if not isinstance(channels, int):
-        raise BinarizeError("model: the network's configuration has no in_channels; add it to its __init__.")
-    if needed not in (None, channels):
-        raise BinarizeError(f"model: has {channels} channels, but the latents of vae have {needed}.")
-    return channels if recipe.vae is None else read_json(autoencoder_folder(recipe.vae) / NETWORK)["in_channels"]

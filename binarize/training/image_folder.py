@@ -15,8 +15,11 @@ from torch.utils.data import Dataset
 from binarize.errors import BinarizeError
 from binarize.imaging.labelled import LabelledFolder
 from binarize.models.latents import encode
+from binarize.progress import ProgressBar
 from binarize.randomness import generator
 from binarize.training.draws import PATCH_STREAM, below, draws, shuffled
+
+_ENCODED = 16  # images at a time
 
 
 class LabelledImages(Dataset[dict[str, Any]]):
@@ -88,32 +91,32 @@ class LabelledImages(Dataset[dict[str, Any]]):
 
 
 class Latents(Dataset[dict[str, Any]]):
-    """The latents of `LabelledImages`, centrally cropped: each image is encoded once, on a GPU if there is one.
+    """The latents of `LabelledImages`, which are centrally cropped: each image is encoded once.
 
     An item is as that of the images, but its ``"image"`` is drawn from the Gaussian distribution of the latents, and
     scaled to about unit variance, float32 (C, R / factor, R / factor).
     """
 
-    def __init__(self, images: LabelledImages, vae: AutoencoderKL) -> None:
+    def __init__(self, images: LabelledImages, vae: AutoencoderKL, *, progress: bool = False) -> None:
         self.images = images
-        vae.to("cuda" if torch.cuda.is_available() else "cpu")
-        pixels = images.images.pixels
-        flips = [False, True] if images.random_flip else [False]
+        starts = range(0, len(images), _ENCODED)
+        parts = []
         with torch.no_grad():
-            self.gaussians = {
-                (which, flipped): encode(vae, _unit(image.flip(-1) if flipped else image)[None])
-                for which, image in enumerate(pixels)
-                for flipped in flips
-            }
+            for start in ProgressBar(starts, total=len(starts), desc="encode", unit="batch", disable=not progress):
+                pixels = _unit(torch.stack(images.images.pixels[start : start + _ENCODED]))
+                both = [pixels, pixels.flip(-1)] if images.random_flip else [pixels]
+                parts.append([torch.stack(encode(vae, each)) for each in both])
+        self.gaussians = [torch.cat(sides, dim=1) for sides in zip(*parts, strict=True)]
+        """Mean and standard deviation of all images, and of all flipped ones: (2, N, C, h, w)."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         which, flipped, _, _ = self.images.choice(index)
-        mean, std = self.gaussians[which, flipped]
+        mean, std = self.gaussians[int(flipped)][:, which]
         noise = generator(self.images.seed, "latent", index).standard_normal(tuple(mean.shape), dtype="float32")
-        return self.images.item(index, which, (mean + std * torch.from_numpy(noise))[0])
+        return self.images.item(index, which, mean + std * torch.from_numpy(noise))
 
 
 def _unit(pixels: Tensor) -> Tensor:

@@ -27,12 +27,13 @@ _FREE_KEYS = ("dropout", "sample_size", QUANTIZATION)
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained network, on the CPU in evaluation mode, with its pipeline's noise schedule and residual scale."""
+    """A trained network, on the CPU in evaluation mode, with what its pipeline says of its samples."""
 
     path: Path
     network: nn.Module
     scheduler: dict[str, Any] | None
     residual_scale: float | None
+    vae: Any = None
 
 
 def read_trained(key: str, path: Path, recipe: TrainingRecipe) -> TrainedModel:
@@ -40,7 +41,7 @@ def read_trained(key: str, path: Path, recipe: TrainingRecipe) -> TrainedModel:
     try:
         if isinstance(recipe, GenerationRecipe):
             generator = load_generator(path)
-            return TrainedModel(path, generator.unet, dict(generator.scheduler.config), None)
+            return TrainedModel(path, generator.unet, dict(generator.scheduler.config), None, generator.vae)
         if (path / PIPELINE).is_file() or (path / RUN / PIPELINE).is_file():
             pipeline = load_pipeline(path)
             return TrainedModel(path, pipeline.unet, dict(pipeline.scheduler.config), pipeline.residual_scale)

@@ -52,6 +52,8 @@ from binarize.training.super_resolution import SuperResolution
 from binarize.training.tasks import Task
 from binarize.training.validation import averaged_weights, export
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -94,10 +96,10 @@ def train(recipe: TrainingRecipe, *, force: bool = False, progress: bool = True)
         return _Run(recipe, accelerator, stop, held, force=force, progress=progress).train()
 
 
-def open_task(recipe: TrainingRecipe, plan: BatchPlan) -> Task:
+def open_task(recipe: TrainingRecipe, plan: BatchPlan, device: torch.device = _CPU, *, progress: bool = False) -> Task:
     """Return the task of a recipe, or raise an error if its training or validation images cannot be used."""
     if isinstance(recipe, GenerationRecipe):
-        return Generation(recipe, plan)
+        return Generation(recipe, plan, device, progress=progress)
     return SuperResolution(cast(Recipe, recipe), plan)
 
 
@@ -114,7 +116,7 @@ class _Run:
         self.plan = BatchPlan(size, accumulation, accelerator.num_processes, accelerator.process_index)
         self.checkpoints = Checkpoints(recipe.output_dir, recipe.checkpoints_total_limit)
         self.start = find_start(recipe, self.checkpoints, force)
-        self.task = open_task(recipe, self.plan)
+        self.task = open_task(recipe, self.plan, accelerator.device, progress=self.shows_progress)
         section = recipe.distillation
         teacher = None if section is None else initial.read_trained("distillation", section.teacher, recipe)
         trained = None
@@ -345,7 +347,7 @@ class _Run:
                 staged = last_stage_end(self.recipe) is not None
                 finished = staged and self._stages_are_over()
                 network = remove_stages(self.recipe, self.unet) if finished else self.unet
-                pipeline = build_pipeline(self.recipe, network)
+                pipeline = build_pipeline(self.recipe, network, self.task.vae)
                 pipeline.set_progress_bar_config(disable=True)
                 export(pipeline, folder / MODEL)
                 results = list(self.task.validate(pipeline))

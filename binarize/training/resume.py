@@ -22,7 +22,7 @@ BOOKKEEPING = {
 }  # fmt: skip
 # Keys that may change in addition when a run moves to another machine. The batch is compared as a whole.
 _RESUMABLE = BOOKKEEPING | {
-    "init_from", "compile", "distillation.teacher", "train_data_dir", "train_lr_data_dir", "train_batch_size",
+    "init_from", "compile", "distillation.teacher", "train_data_dir", "train_lr_data_dir", "train_batch_size", "vae",
     "gradient_accumulation_steps", "memory_mode", "mixed_precision", "allow_tf32",
 }  # fmt: skip
 
@@ -48,14 +48,12 @@ def check_resumable(
 
 
 def check_same_images(now: Mapping[str, str], then: Mapping[str, str] | None, checkpoint: Path) -> None:
-    """Check that the training images are those of a checkpoint: name -> digest, or None where it did not keep them."""
+    """Check that the training data are those of a checkpoint: name -> digest, or None where it did not keep them."""
     if then is None or now == then:
         return
     found = image_changes(then, now)
     fix = "Restore them, or start a new run from this one's model with init_from"
-    raise BinarizeError(
-        f"cannot resume from {checkpoint}: the training images are not those of the run: {found}. {fix}."
-    )
+    raise BinarizeError(f"cannot resume from {checkpoint}: the training data are not those of the run: {found}. {fix}.")
 
 
 def image_changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -37,11 +37,14 @@ class Task(ABC):
 
     Attributes:
         samples: The training samples.
-        images: Name -> digest of the training images, by which a resumed run knows them.
+        images: Name -> digest of the training images, and of the autoencoder's files, by which a resumed run knows
+            them.
+        vae: The autoencoder whose latents the network generates, or None.
     """
 
     samples: NoisySamples
     images: dict[str, str]
+    vae: Any = None
 
     def complete(self, recipe: Any, start: Path | None, trained: Iterable[TrainedModel | None]) -> Any:
         """Return the recipe with the keys that are measured, or read from the checkpoint or the trained models."""

@@ -1,25 +1,30 @@
 """Generation in the latents of an autoencoder: what is encoded, trained, saved, resumed and decoded."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_case import succeeds
+from cli_case import edit_json, succeeds
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
 from errors_case import assert_error
 from generation_case import CLASSES, CONDITIONAL, tiny, write_images
 from PIL import Image
-from training_case import RESUME, assert_same
+from safetensors.torch import load_file, save_file
+from training_case import RESUME, assert_close, assert_same
 
 import binarize
 from binarize.models import GenerationPipeline
+from binarize.models.latents import autoencoder_folder, decode
 from binarize.models.loading import load_generator
 from binarize.training import TrainResult, train
 from binarize.training.image_folder import LabelledImages, Latents
 
-SCALING, SHIFT = 0.4, 0.1
+SCALING, SHIFT = 4.0, 0.1
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LATENT = ("model.in_channels=2", "model.out_channels=2", "scheduler.clip_sample=false")
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +53,7 @@ def run(symbols: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def latent(images: Path, output: Path, vae: Path, *overrides: str) -> Any:
-    return tiny(images, output, CONDITIONAL, f"vae={vae}", "model.in_channels=2", "model.out_channels=2", *overrides)
+    return tiny(images, output, CONDITIONAL, f"vae={vae}", *LATENT, *overrides)
 
 
 def read(images: Path, **options: Any) -> LabelledImages:
@@ -109,8 +114,12 @@ def test_the_commands_generate_and_measure(run: TrainResult, symbols: Path, tmp_
     succeeds("generate", "--model", run.output_dir, "-n", "4", "--steps", "2", tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.mode == "L"
-    out = succeeds("evaluate", run.output_dir, "--data", symbols, "--steps", "2", "-n", "8", "--features", "pixels")
-    assert "8x8" in out or "pixels" in out
+    out = tmp_path / "out"
+    succeeds("evaluate", run.output_dir, "--data", symbols, "--steps", "2", "-n", "8", "--output", out)
+    report = json.loads((out / "evaluation.json").read_text())
+    assert (report["images"], report["real"], report["steps"]) == (8, 12, 2)
+    succeeds("pack", run.output_dir, tmp_path / "packed")
+    assert load_generator(tmp_path / "packed").image_shape == (1, 8, 8)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(
@@ -119,18 +128,44 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     shutil.copytree(run.output_dir / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
     resumed = train(latent(symbols, tmp_path / "cut", vae_folder, RESUME), progress=False)
     assert_same(resumed.checkpoint, run.checkpoint)
-    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    shutil.copytree(vae_folder, weights.parent)
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    shutil.copytree(weights.parent, vae_folder, dirs_exist_ok=True)
-    try:
-        again = latent(symbols, tmp_path / "cut", vae_folder, RESUME, "max_train_steps=8")
-        assert_error("1 changed, such as vae/diffusion_pytorch_model.safetensors", train, again, progress=False)
-    finally:
-        content[-1] ^= 1
-        (vae_folder / weights.name).write_bytes(content)
+    moved = Path(shutil.copytree(vae_folder, tmp_path / "moved"))
+    again = latent(symbols, tmp_path / "cut", moved, RESUME, "max_train_steps=7")
+    assert train(again, progress=False).steps == 7
+    for name, old, new in (("config.json", b'"scaling_factor": 4.0', b'"scaling_factor": 4.5'), (WEIGHTS, None, None)):
+        content = (moved / name).read_bytes()
+        changed = content[:-1] + bytes([content[-1] ^ 1]) if old is None else content.replace(old, new)
+        assert changed != content
+        (moved / name).write_bytes(changed)
+        message = f"the training data are not those of the run: 1 changed, such as vae/{name}"
+        assert_error(message, train, again.model_copy(update={"max_train_steps": 8}), progress=False)
+        (moved / name).write_bytes(content)
+
+
+@pytest.mark.slow
+def test_half_batches_train_as_whole_ones(run: TrainResult, symbols: Path, vae_folder: Path, tmp_path: Path) -> None:
+    """The latents of a sample depend on its index alone."""
+    whole = latent(symbols, tmp_path / "whole", vae_folder)
+    halves = latent(symbols, tmp_path / "halves", vae_folder, "train_batch_size=2", "gradient_accumulation_steps=2")
+    results = [train(recipe, progress=False).checkpoint for recipe in (whole, halves)]
+    assert_close(*results, atol=1e-5)
+
+
+def test_an_autoencoder_is_found_in_a_run_and_a_pipeline(
+    run: TrainResult, symbols: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    for place in (run.output_dir, run.model_dir):
+        assert autoencoder_folder(place) == run.model_dir / "vae"
+    student = latent(symbols, tmp_path / "run", run.output_dir, f"init_from={run.output_dir}", "max_train_steps=1")
+    assert train(student, progress=False).steps == 1
+    pixels = tiny(symbols, tmp_path / "pixels", CONDITIONAL, "max_train_steps=1")
+    teacher = f"distillation={{teacher: {train(pixels, progress=False).output_dir}}}"
+    other = latent(symbols, tmp_path / "other", vae_folder, teacher)
+    assert_error("pixels generates pixels; set vae to null", train, other, progress=False)
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    vae.decoder.conv_in.bias.data += 1
+    vae.save_pretrained(tmp_path / "another")
+    twin = latent(symbols, tmp_path / "twin", tmp_path / "another", f"init_from={run.output_dir}")
+    assert_error("generates latents of another autoencoder; set vae to", train, twin, progress=False)
 
 
 def test_what_does_not_fit_is_named(symbols: Path, vae_folder: Path, tmp_path: Path) -> None:
@@ -141,16 +176,49 @@ def test_what_does_not_fit_is_named(symbols: Path, vae_folder: Path, tmp_path: P
     refused("resolution: is 9; the autoencoder needs a multiple of 2", "resolution=9")
     refused("resolution: is 8, 4 in latents, but the network's sample_size is 8", "model.sample_size=8")
     refused("has 3 channels, but the latents of vae have 2", "model.in_channels=3", "model.out_channels=3")
-    refused("vae: .*absent: no such file or folder", vae=tmp_path / "absent")
+    refused("vae: .*absent: no such folder; give the folder of diffusers' AutoencoderKL", vae=tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    refused("vae: .*empty: holds no autoencoder", vae=tmp_path / "empty")
+    refused("scheduler.clip_sample: is true in DDIMScheduler and would clip latents", "scheduler.clip_sample=true")
+    refused("scheduler.thresholding: is true", "scheduler.thresholding=true")
     shape: dict[str, Any] = {
         "sample_size": 4, "block_out_channels": (8, 16), "norm_num_groups": 4,
         "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2,
     }  # fmt: skip
     unet = UNet2DModel(**shape)
     unet.save_pretrained(tmp_path / "unet")
-    refused("holds a UNet2DModel; needed: diffusers' AutoencoderKL", vae=tmp_path / "unet")
+    refused("holds a UNet2DModel; give the folder of diffusers' AutoencoderKL", vae=tmp_path / "unet")
     broken = Path(shutil.copytree(vae_folder, tmp_path / "broken"))
-    (broken / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    (broken / WEIGHTS).write_bytes(b"no weights")
     refused("vae: .*cannot be read", vae=broken)
-    pipe = GenerationPipeline(unet, DDIMScheduler(), vae=AutoencoderKL.from_pretrained(vae_folder))
-    assert_error("has 3 channels, but the latents have 2", lambda: pipe.image_shape)
+    edit_json(shutil.copytree(vae_folder, tmp_path / "four") / "config.json", in_channels=4, out_channels=4)
+    refused("its images go from 4 to 4 channels", vae=tmp_path / "four")
+    edit_json(tmp_path / "four" / "config.json", in_channels=1, out_channels=1, latent_channels="two")
+    refused("its configuration has latent_channels='two'", vae=tmp_path / "four")
+    lacking = Path(shutil.copytree(vae_folder, tmp_path / "lacking")) / WEIGHTS
+    tensors = load_file(lacking)
+    del tensors["decoder.conv_in.bias"]
+    save_file(tensors, lacking)
+    refused("its weights lack decoder.conv_in.bias", vae=lacking.parent)
+    tensors["decoder.conv_in.bias"] = torch.full((16,), float("nan"))
+    save_file(tensors, lacking)
+    refused("the tensor decoder.conv_in.bias has values", vae=lacking.parent)
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    message = "its latents have 2 channels, but the network has 3; give the autoencoder"
+    assert_error(message, GenerationPipeline, unet, DDIMScheduler(), vae=vae)
+    assert_error("vae: is a UNet2DModel", GenerationPipeline, unet, DDIMScheduler(), vae=unet)
+
+
+def test_images_that_are_not_finite_are_refused(run: TrainResult) -> None:
+    pipe = load_generator(run.output_dir)
+    pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    assert_error("the autoencoder of .* gives values up to nan", pipe, 1, num_inference_steps=1)
+
+
+def test_decoding_in_half_precision_is_upcast_where_the_autoencoder_needs_it(vae_folder: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    latents = torch.randn(2, 2, 4, 4)
+    expected = decode(vae, latents)
+    half = decode(vae.to(torch.float16), latents)
+    assert vae.dtype == torch.float32  # AutoencoderKL has force_upcast by default
+    torch.testing.assert_close(half, expected, rtol=0, atol=0.1)

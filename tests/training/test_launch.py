@@ -112,5 +112,5 @@ def test_a_run_resumes_on_the_same_images_alone(change: str, pictures: Path, tmp
     if change == "none":
         assert train(resumed, progress=False).steps == 2
     else:
-        assert_error("the training images are not those of the run", train, resumed, progress=False)
+        assert_error("the training data are not those of the run", train, resumed, progress=False)
         assert list(Checkpoints(resumed.output_dir, None).list()) == [1]

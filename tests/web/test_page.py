@@ -180,6 +180,7 @@ def test_what_webgpu_computes_wrongly_is_computed_otherwise(gpu_browser, picture
         page = gpu_page(gpu_browser, address)
         choose(page, png(small))
         assert differences(result(page)[1], enlarged(own, small)).mean() < 1
+        assert page.text_content("#backend").startswith("Computed with WebAssembly")
         page.close()
 
 
