@@ -7,6 +7,9 @@ from typing import Generic, TypeVar
 from binarize.errors import BinarizeError, did_you_mean
 
 T = TypeVar("T")
+IMPORT_FIRST = (
+    " One of your own must be imported first: by `binarize --plugin FILE ...`, a recipe's plugins, or Python."
+)
 
 
 class Registry(Generic[T]):

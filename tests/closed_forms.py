@@ -196,6 +196,7 @@ def layer(
     def post(y: Tensor) -> Tensor:
         if form.post == "hardtanh":
             return F.hardtanh(y)
+        assert form.post == "rprelu", form.post
         u = y + rows("post.shift_in")
         return torch.where(u > 0, u, rows("post.slope") * u) + rows("post.shift_out")
 
@@ -221,6 +222,8 @@ def layer(
         y = y * F.conv2d(image.abs().mean(1, keepdim=True), t["scale.weight"], padding=1)
     elif form.scale == "k_box":
         y = y * F.avg_pool2d(image.detach().abs().mean(1, keepdim=True), 3, 1, 1)
+    else:
+        assert form.scale is None, form.scale
     if form.norm:
         y = batch_norm(y, "norm")
     if form.post and not form.post_last:

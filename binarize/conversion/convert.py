@@ -24,7 +24,7 @@ from binarize.conversion.selection import (
     unknown_class,
     unknown_parameters,
 )  # fmt: skip
-from binarize.conversion.timesteps import timestep_context
+from binarize.conversion.timesteps import timestep_context, told_name
 from binarize.errors import BinarizeError
 from binarize.hosts import Edit, Host, find_host
 from binarize.layers import (
@@ -144,7 +144,7 @@ def _convert(
     if example_inputs is not None:
         call_arguments(example_inputs, "convert")  # checked also for hosts that know the roles of their layers
     host = find_host(model)
-    host.example_inputs, host.original = example_inputs, given.original
+    host.example_inputs, host.original, host.timestep_name = example_inputs, given.original, told_name(timestep)
     structure = _resolve_structure(model, method, host, structure)
     with ExitStack() as undo:
         _restore_config(model, undo)

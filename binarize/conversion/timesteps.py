@@ -1,6 +1,7 @@
 """Which timestep the layers of a converted model get: what `convert` is told, what the host knows, else by names."""
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -52,8 +53,16 @@ def timestep_context(
     return context, steps
 
 
+def told_name(given: TimestepLike | None) -> str | None:
+    """Return the name of the argument that is the timestep, if `binarize.convert` was told."""
+    argument = given.get("argument") if isinstance(given, Mapping) else getattr(given, "argument", given)
+    return argument if isinstance(argument, str) and ":" not in argument else None
+
+
 def _resolve(model: nn.Module, told: Timestep | None, known: Timestep | None) -> tuple[Timestep, list[str]]:
     """Return a timestep whose kind is set, and remarks on what was assumed."""
+    if told is None and known is not None and known.kind is None:  # the host says where it is, and not what
+        told, known = known, None
     if told is not None and told.kind == STEPS and told.range is None:
         return told, []
     found = timestep_argument(model)

@@ -55,7 +55,11 @@ class Roles:
 
 
 def find_roles(
-    model: nn.Module, example_inputs: Any = None, known: Sequence[str] = (), original: nn.Module | None = None
+    model: nn.Module,
+    example_inputs: Any = None,
+    known: Sequence[str] = (),
+    original: nn.Module | None = None,
+    timestep: str | None = None,
 ) -> Roles:
     """Return the roles of the layers of a model, which is not changed.
 
@@ -66,13 +70,14 @@ def find_roles(
         known: Names of modules whose role is known, as that of zero convolutions that give a network's output.
         original: The model that has values, if ``model`` is on the meta device. A copy of it runs if a forward on the
             meta device is not possible with ``example_inputs``.
+        timestep: Name of the argument of the forward that is the timestep, if it is not one of those in use.
 
     Raises:
         BinarizeError: If the model cannot run on ``example_inputs``.
     """
     if example_inputs is not None:
         return _by_example(model, call_arguments(example_inputs, "convert"), original)
-    return _by_guess(model) or _by_channels(model, known) or _by_widths(model) or _by_order(model)
+    return _by_guess(model, timestep) or _by_channels(model, known) or _by_widths(model) or _by_order(model)
 
 
 def _by_example(model: nn.Module, call: Call, original: nn.Module | None) -> Roles:
@@ -86,12 +91,12 @@ def _by_example(model: nn.Module, call: Call, original: nn.Module | None) -> Rol
     raise BinarizeError(f"convert: {problem}. Pass example_inputs that its forward accepts.") from error
 
 
-def _by_guess(model: nn.Module) -> Roles | None:
+def _by_guess(model: nn.Module, timestep: str | None) -> Roles | None:
     """Return the roles that a forward with guessed inputs shows, or None if none of the guesses fits."""
     failures: dict[str, torch.Size] = {}
     try:
         probe = _Probe(meta_copy(model))
-        for call in _guessed_calls(model):
+        for call in _guessed_calls(model, timestep):
             shape = call[0][0].shape
             try:
                 return probe.filled_roles(call)
@@ -253,16 +258,18 @@ def _sources(start: Sequence[Any], layers: Mapping[Any, Any], images: set[Any]) 
     return found, not images.isdisjoint(seen)
 
 
-def _guessed_calls(model: nn.Module) -> Iterator[Call]:
+def _guessed_calls(model: nn.Module, timestep: str | None) -> Iterator[Call]:
     """Yield inputs that the forward of a model may accept: an image, a timestep, labels, and None for anything else."""
     parameters = list(inspect.signature(model.forward).parameters.values())
-    shapes, timestep = list(_guessed_shapes(model)), timestep_argument(model)
+    shapes = list(_guessed_shapes(model))
+    if timestep is None and (usual := timestep_argument(model)) is not None:
+        timestep = usual[0]
     labelled = {False, any(parameter.name in _LABELS for parameter in parameters)}
     dtypes = [torch.long] if timestep is None else [torch.long, torch.float32]
     for shape, dtype, with_label in itertools.product(shapes, dtypes, sorted(labelled)):
         kwargs: dict[str, Any] = {}
         for parameter in parameters[1:]:
-            if timestep is not None and parameter.name == timestep[0]:
+            if parameter.name == timestep:
                 kwargs[parameter.name] = torch.ones(1, dtype=dtype, device="meta")
             elif with_label and parameter.name in _LABELS:
                 kwargs[parameter.name] = torch.zeros(1, dtype=torch.long, device="meta")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.kernels.signs import SignZero
 from binarize.layers.parts import PART_KINDS, Part, PartKind, is_timestep_aware, part_to_config
-from binarize.registry import Registry
+from binarize.registry import IMPORT_FIRST, Registry
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -183,7 +183,7 @@ def _hints(cls: type) -> dict[str, Any]:
 METHODS: Registry[type[Method]] = Registry(
     "method",
     built_in="binarize.methods",
-    fix=" One of your own must be imported first: by `binarize --plugin FILE ...`, a recipe's plugins, or Python.",
+    fix=IMPORT_FIRST,
 )
 M = TypeVar("M", bound=type[Method])
 

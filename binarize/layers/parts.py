@@ -23,7 +23,7 @@ from binarize.kernels.binary_conv import OutputTransform
 from binarize.kernels.signs import SignZero
 from binarize.kernels.training import Surrogate
 from binarize.layers.declared import runs_as_declared
-from binarize.registry import Registry
+from binarize.registry import IMPORT_FIRST, Registry
 from binarize.timestep import TimestepContext
 from binarize.trust import check_trusted, is_named_by_a_file
 
@@ -185,7 +185,7 @@ def feature_dims(x: Tensor, channel_dim: int) -> tuple[int, ...]:
     return tuple(range(1, x.dim())) if channel_dim == 1 else (-1,)
 
 
-_PARTS: dict[str, Registry[Factory]] = {kind: Registry(f"{kind} part") for kind in PART_KINDS}
+_PARTS: dict[str, Registry[Factory]] = {kind: Registry(f"{kind} part", fix=IMPORT_FIRST) for kind in PART_KINDS}
 _TIMESTEP_AWARE: set[tuple[str, str]] = set()
 
 

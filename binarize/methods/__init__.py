@@ -16,10 +16,50 @@ from binarize.methods._xnor import XNOR
 from binarize.methods._xnorpp import XNORPlusPlus
 
 METHODS.register(Method.name)(Method)  # "custom"
-bbcu, bidiffsr, bidm, bimacosr, binarydm, bireal, bnn = BBCU, BiDiffSR, BiDM, BiMaCoSR, BinaryDM, BiReal, BNN
-dorefa, irnet, reactnet, recu, xnor, xnorpp = DoReFa, IRNet, ReActNet, ReCU, XNOR, XNORPlusPlus
+# The lower-case names are aliases.
+bbcu = BBCU
+bidiffsr = BiDiffSR
+bidm = BiDM
+bimacosr = BiMaCoSR
+binarydm = BinaryDM
+bireal = BiReal
+bnn = BNN
+dorefa = DoReFa
+irnet = IRNet
+reactnet = ReActNet
+recu = ReCU
+xnor = XNOR
+xnorpp = XNORPlusPlus
 
-__all__ = ["Method", "get_method", "list_methods", "register_method"]
-__all__ += ["BBCU", "BNN", "XNOR", "BiDM", "BiDiffSR", "BiMaCoSR", "BiReal", "BinaryDM", "DoReFa", "IRNet", "ReActNet"]
-__all__ += ["ReCU", "XNORPlusPlus", "bbcu", "bidiffsr", "bidm", "bimacosr", "binarydm", "bireal", "bnn", "dorefa"]
-__all__ += ["irnet", "reactnet", "recu", "xnor", "xnorpp"]
+__all__ = [
+    "BBCU",
+    "BNN",
+    "XNOR",
+    "BiDM",
+    "BiDiffSR",
+    "BiMaCoSR",
+    "BiReal",
+    "BinaryDM",
+    "DoReFa",
+    "IRNet",
+    "Method",
+    "ReActNet",
+    "ReCU",
+    "XNORPlusPlus",
+    "bbcu",
+    "bidiffsr",
+    "bidm",
+    "bimacosr",
+    "binarydm",
+    "bireal",
+    "bnn",
+    "dorefa",
+    "get_method",
+    "irnet",
+    "list_methods",
+    "reactnet",
+    "recu",
+    "register_method",
+    "xnor",
+    "xnorpp",
+]

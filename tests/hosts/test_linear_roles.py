@@ -1,5 +1,8 @@
 """Roles where arguments of the forward are unknown, and in networks of linear layers."""
 
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from errors_case import assert_error
@@ -7,7 +10,8 @@ from torch import Tensor, nn
 from zoo.parts import sinusoid
 
 import binarize
-from binarize.hosts import find_host
+from binarize.conversion.record import conversion
+from binarize.hosts import Host, find_host
 from binarize.hosts.roles import find_roles
 
 
@@ -67,3 +71,62 @@ def test_linear_layers_that_read_or_give_an_image_are_found_by_configured_widths
     assert kept_as(Tokens(), "last layer") == {"proj_out"}
     report = binarize.plan(Tokens(), "bnn", linear=True)
     assert [note for note in report.notes if "no forward showed which linear layers process the timestep" in note]
+
+
+class Unusual(nn.Module):
+    """The timestep is an argument whose name is in use nowhere, and by keyword only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.enter, self.body, self.leave = nn.Linear(8, 16), conv(3, 16), conv(16, 16), conv(16, 3)
+
+    def forward(self, x: Tensor, *, when: Tensor) -> Tensor:
+        out: Tensor = self.leave(self.body(self.enter(x) + self.emb(sinusoid(when, 8))[:, :, None, None]))
+        return out
+
+
+NAMES: list[Any] = ["when", binarize.Timestep("when", "steps"), {"argument": "when"}]
+
+
+@pytest.mark.parametrize("told", NAMES, ids=str)
+def test_a_timestep_of_an_unusual_name_is_passed_to_the_forward_that_finds_roles(told: Any) -> None:
+    plan = binarize.plan(Unusual(), "bidiffsr", linear=True, timestep=told)
+    assert {row.name for row in plan.kept if "time or class embedding" in row.detail} == {"emb"}
+    assert not any("no forward" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "note"), [(None, "steps", "'when' is taken for steps"), ("sigma", "sigma", "host takes noise")]
+)
+def test_a_host_may_say_where_the_timestep_is_and_not_what(given: Any, kind: str, note: str, registries: None) -> None:
+    @binarize.register_host("unusual")
+    class UnusualHost(Host):
+        @classmethod
+        def matches(cls, model: nn.Module) -> bool:
+            return isinstance(model, Unusual)
+
+        def timestep(self, model: nn.Module) -> binarize.Timestep:
+            return binarize.Timestep("when", given)
+
+    model = Unusual()
+    plan = binarize.plan(model, "bidiffsr", linear=True)
+    assert {row.name for row in plan.kept if "time or class embedding" in row.detail} == {"emb"}
+    assert any(note in each for each in plan.notes), plan.notes
+    binarize.convert(model, "bidiffsr")
+    context = conversion(model).context
+    assert context is not None
+    assert context.timestep == binarize.Timestep("when", kind)
+
+
+def test_a_host_that_names_an_argument_takes_what_its_name_implies(registries: None) -> None:
+    @binarize.register_host("noisy")
+    class Noisy(Host):
+        def timestep(self, model: nn.Module) -> binarize.Timestep:
+            return binarize.Timestep("sigma")
+
+    class Sigma(Unusual):
+        def forward(self, x: Tensor, sigma: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, when=sigma)
+
+    model = binarize.convert(Sigma(), "bidiffsr")
+    assert conversion(model).context.timestep == binarize.Timestep("sigma", "sigma")
