@@ -58,8 +58,8 @@ def latent_geometry(config: Any, where: str) -> LatentGeometry:
         given = f"latent_channels={latent!r:.40}, in_channels={images!r:.40}, block_out_channels={blocks!r:.40}"
         raise BinarizeError(f"{where}: its configuration has {given}; needed: whole numbers, and a list of them.")
     if images != drawn or images not in (1, 3):
-        given = f"from {images} to {drawn} channels"
-        raise BinarizeError(f"{where}: its images go {given}; use one for greyscale (1) or RGB images (3).")
+        given = f"takes images of {images} channels and gives {drawn}"
+        raise BinarizeError(f"{where}: {given}; needed: both 1 (greyscale) or both 3 (RGB).")
     return LatentGeometry(latent, 2 ** (len(blocks) - 1), images)
 
 

@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_named(symbols: Path, vae_folder: Path, tmp_path: P
     (broken / WEIGHTS).write_bytes(b"no weights")
     refused("vae: .*cannot be read", vae=broken)
     edit_json(shutil.copytree(vae_folder, tmp_path / "four") / "config.json", in_channels=4, out_channels=4)
-    refused("its images go from 4 to 4 channels", vae=tmp_path / "four")
+    refused("takes images of 4 channels and gives 4; needed: both 1", vae=tmp_path / "four")
     edit_json(tmp_path / "four" / "config.json", in_channels=1, out_channels=1, latent_channels="two")
     refused("its configuration has latent_channels='two'", vae=tmp_path / "four")
     lacking = Path(shutil.copytree(vae_folder, tmp_path / "lacking")) / WEIGHTS

@@ -84,7 +84,7 @@ async function compare(predict: Predict, expected: Predict, { size_multiple, sam
   const [found, right] = [(await predict(noise, at, image)).data, (await expected(noise, at, image)).data];
   const size = (values: Float32Array) => values.reduce((sum, value) => sum + Math.abs(value), 0);
   const apart = size(found.map((value, i) => value - right[i]!)) / size(right);
-  if (!(apart < MOST_APART)) throw new Error(`WebGPU's prediction differs by ${apart}; at most ${MOST_APART} is right`);
+  if (!(apart < MOST_APART)) throw new Error(`WebGPU's prediction differs by ${apart}; the limit is ${MOST_APART}`);
 }
 
 function paths(glue: string, code: string): { mjs: string; wasm: string } {
