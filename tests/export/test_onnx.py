@@ -120,7 +120,7 @@ TERNARY = {"name": "custom", "activation": "none", "weight": "twn"}
 MORE = [pytest.param(method, marks=pytest.mark.zoo) for method in ("xnor", "bimacosr", TERNARY)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["bbcu", W1A4, *MORE], ids=str)
 def test_layers_of_other_dimensions(method: Any, tmp_path: Path) -> None:
     example = torch.randn(2, 10, 6), torch.randn(2, 3, 4, 9, 8)

@@ -133,7 +133,7 @@ def inputs(size: int = 16) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, size, size, dtype=torch.float64), torch.randint(0, 2000, (2,))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_graphs_hold_for_other_images_and_other_timesteps(network: Prediction) -> None:

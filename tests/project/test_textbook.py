@@ -115,6 +115,7 @@ def adam(net: torch.nn.Module, recipe: Recipe) -> torch.optim.Adam:
     return torch.optim.Adam(net.parameters(), recipe.learning_rate, (recipe.adam_beta1, recipe.adam_beta2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("optimizer", "fill_grads"),
     [(adam, True), (lambda net, recipe: torch.optim.SGD(net.parameters(), 0.05), False)],

@@ -102,7 +102,7 @@ def test_another_wrapper_may_come_after_ours() -> None:
     assert torch.equal(model(X, TIMES[0]), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_and_exported_graphs_take_the_timestep_as_an_input(packed: bool) -> None:
     model = converted().eval()

@@ -60,6 +60,7 @@ def test_delayed_parts_are_a_plain_convolution_at_first_and_the_method_later() -
     torch.testing.assert_close(layer(x), mean * alpha * F.conv2d(signs, hard_sign(weight), padding=1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", [name for name in list_methods() if name != "custom"])
 def test_after_its_stages_every_method_is_as_without(method: str) -> None:
     options = (f"method={method}",)
