@@ -1,29 +1,51 @@
-"""The `binarize` command. Ctrl-C ends it at once while libraries are imported."""
+"""The `binarize` command as a program: it starts, handles Ctrl-C, and ends."""
 
+import atexit
 import os
 import signal
+import sys
+from types import FrameType
 from typing import Any
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C while libraries are imported ends the program with status 130 and no traceback."""
-    end_on_interrupt()
+    """Run the command line and exit with its status; Ctrl-C ends it with one line and status 130.
+
+    The process ends in the last `atexit` function of those that are registered from now on.
+    """
+    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if handled:
+        signal.signal(signal.SIGINT, _interrupt)
+    status: list[int] = []
+    atexit.register(_leave, status)  # the first function that is registered runs last
+    try:
+        _run(status)
+    except KeyboardInterrupt:  # just before the command line handles it, or just after
+        _end()
+    finally:
+        if handled:
+            signal.signal(signal.SIGINT, _end)
+
+
+def _run(status: list[int]) -> None:
     from binarize.cli import main as run
 
     try:
-        if signal.getsignal(signal.SIGINT) is _end:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         run()
-    except KeyboardInterrupt:  # just before the command line handles it, or just after
-        _end()
-    finally:  # while Python ends
-        end_on_interrupt()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            status.append(end.code)
+        raise
 
 
-def end_on_interrupt() -> None:
-    """Let Ctrl-C end the program at once; libraries may catch an exception while they are imported, or change it."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, but end the program during an import: libraries catch or change exceptions there."""
+    outer = frame
+    while outer is not None:
+        if outer.f_code.co_filename.startswith("<frozen importlib"):
+            _end()
+        outer = outer.f_back
+    signal.default_int_handler(number, frame)
 
 
 def _end(*_: Any) -> None:
@@ -31,3 +53,15 @@ def _end(*_: Any) -> None:
         os.write(2, b"error: interrupted\n")
     finally:
         os._exit(130)
+
+
+def _leave(status: list[int]) -> None:
+    """End the process here: Python would free the imported modules one by one, for longer than a second."""
+    if status:
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        except (OSError, ValueError):
+            return  # Python tries again, and reports it
+        os._exit(status[0])

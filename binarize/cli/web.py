@@ -44,14 +44,14 @@ def web(
     source = None if model is None else at_revision(model, revision)
     if source is not None:
         scale_of(source, scale)
+        # Before there is a temporary folder: Ctrl-C during an import ends the program at once.
+        from binarize.models.loading import load_pipeline
+        from binarize.web.models import write_models
 
     with tempfile.TemporaryDirectory(prefix="binarize-") as folder:
         models = None if model is None else Path(folder)
         with page_server(port, models) as server:
             if model is not None and source is not None and models is not None:
-                from binarize.models.loading import load_pipeline
-                from binarize.web.models import write_models
-
                 write_models(models, {model.name: load_pipeline(source, scale=scale)})
             address = f"http://127.0.0.1:{server.server_address[1]}/"
             echo(f"{address} (Ctrl-C stops it)")

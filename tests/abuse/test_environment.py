@@ -92,3 +92,21 @@ def test_ctrl_c_while_libraries_are_imported(seconds: float, program: str) -> No
     else:
         assert running.returncode == 130
         assert err.endswith("error: interrupted\n")
+
+
+INTERRUPTED_AT_THE_END = f"""
+import atexit, os, signal
+register = atexit.register
+def register_twice(*args):  # what is registered later is called earlier
+    register(*args)
+    register(os.kill, os.getpid(), signal.SIGINT)
+atexit.register = register_twice
+{SCRIPT}"""
+
+
+def test_ctrl_c_while_python_ends() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AT_THE_END, "--version"], capture_output=True, text=True, timeout=SECONDS
+    )
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+    assert done.stdout.startswith("binarize ")
