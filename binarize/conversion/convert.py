@@ -24,7 +24,7 @@ from binarize.conversion.selection import (
     unknown_class,
     unknown_parameters,
 )  # fmt: skip
-from binarize.conversion.timesteps import timestep_context, told_name
+from binarize.conversion.timesteps import timestep_context, told_timestep
 from binarize.errors import BinarizeError
 from binarize.hosts import Edit, Host, find_host
 from binarize.layers import (
@@ -144,7 +144,8 @@ def _convert(
     if example_inputs is not None:
         call_arguments(example_inputs, "convert")  # checked also for hosts that know the roles of their layers
     host = find_host(model)
-    host.example_inputs, host.original, host.timestep_name = example_inputs, given.original, told_name(timestep)
+    told = told_timestep(model, host, timestep)
+    host.example_inputs, host.original, host.told = example_inputs, given.original, told
     structure = _resolve_structure(model, method, host, structure)
     with ExitStack() as undo:
         _restore_config(model, undo)
@@ -168,7 +169,7 @@ def _convert(
         binary_names = [d.names[0] for d in decisions if d.method is not None]
         share = _share(model, layers, method, selection, defaults, decisions)
         timed = any(decision.method is not None and decision.method.needs_timestep for decision in decisions)
-        context, steps = timestep_context(model, host, timed, timestep, num_train_timesteps, notes)
+        context, steps = timestep_context(model, host, timed, told, num_train_timesteps, notes)
         unknown = [
             ReportRow(name, f"{type(owner).__name__} {_shape(p)}", "kept", unknown_class(owner), p.numel())
             for name, owner, p in unknown_parameters(model, decisions)

@@ -1,7 +1,6 @@
 """Which timestep the layers of a converted model get: what `convert` is told, what the host knows, else by names."""
 
 import importlib
-from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -25,7 +24,7 @@ DEFAULT_TIMESTEPS = 1000
 
 
 def timestep_context(
-    model: nn.Module, host: Host, timed: bool, given: TimestepLike | None, num_train_timesteps: int | None,
+    model: nn.Module, host: Host, timed: bool, told: Timestep | None, num_train_timesteps: int | None,
     notes: list[str],
 ) -> tuple[TimestepContext | None, int | None]:  # fmt: skip
     """Return the context of a model that is to be converted, None unless ``timed``, and its number of timesteps.
@@ -38,12 +37,9 @@ def timestep_context(
             f"num_train_timesteps={num_train_timesteps}, but the model's configuration says {own}; leave it out."
         )
     steps = own if own is not None else num_train_timesteps
-    known = host.timestep(model)
-    told = None if given is None else as_timestep(given, lambda field, path: _function(field, path, known))
-    told = None if told == Timestep() else told
     if not timed:
         return None, steps
-    timestep, remarks = _resolve(model, told, known)
+    timestep, remarks = _resolve(model, told, host.timestep(model))
     notes += remarks
     if steps is None and timestep.needs_steps:
         steps = DEFAULT_TIMESTEPS
@@ -53,10 +49,13 @@ def timestep_context(
     return context, steps
 
 
-def told_name(given: TimestepLike | None) -> str | None:
-    """Return the name of the argument that is the timestep, if `binarize.convert` was told."""
-    argument = given.get("argument") if isinstance(given, Mapping) else getattr(given, "argument", given)
-    return argument if isinstance(argument, str) and ":" not in argument else None
+def told_timestep(model: nn.Module, host: Host, given: TimestepLike | None) -> Timestep | None:
+    """Return what `binarize.convert` was told about the timestep, or None."""
+    if given is None:
+        return None
+    known = host.timestep(model)
+    told = as_timestep(given, lambda field, path: _function(field, path, known))
+    return None if told == Timestep() else told
 
 
 def _resolve(model: nn.Module, told: Timestep | None, known: Timestep | None) -> tuple[Timestep, list[str]]:

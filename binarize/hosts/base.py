@@ -32,7 +32,7 @@ class Host:
 
     name = "any module"
     example_inputs: Any = None  # of the model's forward, as given to `binarize.convert`
-    timestep_name: str | None = None  # of the timestep's argument, if `binarize.convert` was told
+    told: Timestep | None = None  # where the timestep is, if `binarize.convert` was told
     original: nn.Module | None = None  # the model that has values, of which the one looked at is a copy without
 
     @cached_property
@@ -131,9 +131,8 @@ class Host:
         """Return the roles of the model's layers, see `binarize.hosts.roles`; found once for each conversion."""
         if model not in self._roles:
             known = tuple(self.adapters(model))
-            timestep = self.timestep(model)
-            own = timestep.argument if timestep is not None and isinstance(timestep.argument, str) else None
-            name = self.timestep_name or own
+            arguments = (each.argument for each in (self.told, self.timestep(model)) if each is not None)
+            name = next((argument for argument in arguments if isinstance(argument, str)), None)
             self._roles[model] = find_roles(model, self.example_inputs, known, self.original, name)
         return self._roles[model]
 
