@@ -94,19 +94,28 @@ def test_ctrl_c_while_libraries_are_imported(seconds: float, program: str) -> No
         assert err.endswith("error: interrupted\n")
 
 
-INTERRUPTED_AT_THE_END = f"""
+IN_ATEXIT = """
 import atexit, os, signal
 register = atexit.register
 def register_twice(*args):  # what is registered later is called earlier
     register(*args)
     register(os.kill, os.getpid(), signal.SIGINT)
 atexit.register = register_twice
-{SCRIPT}"""
+"""
+WHILE_MODULES_ARE_FREED = """
+import os, signal
+class Last:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+        kill(process, number)
+last = Last()
+"""
 
 
-def test_ctrl_c_while_python_ends() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_AT_THE_END, "--version"], capture_output=True, text=True, timeout=SECONDS
-    )
-    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+@pytest.mark.parametrize(
+    ("interrupt", "ends"), [(IN_ATEXIT, (130, "error: interrupted\n")), (WHILE_MODULES_ARE_FREED, (0, ""))]
+)
+def test_ctrl_c_while_python_ends(interrupt: str, ends: tuple[int, str]) -> None:
+    args = [sys.executable, "-c", interrupt + SCRIPT, "--version"]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stderr) == ends
     assert done.stdout.startswith("binarize ")
