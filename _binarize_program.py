@@ -1,4 +1,4 @@
-"""The `binarize` command as a program: it starts, handles Ctrl-C, and ends."""
+"""Entry point of the `binarize` command: Ctrl-C and the end of the process."""
 
 import atexit
 import os
@@ -11,7 +11,8 @@ from typing import Any
 def main() -> None:
     """Run the command line and exit with its status; Ctrl-C ends it with one line and status 130.
 
-    The process ends in the last `atexit` function of those that are registered from now on.
+    The process ends without freeing its modules, once the `atexit` functions that were registered after this call have
+    run. Functions that were registered before it do not run.
     """
     handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if handled:

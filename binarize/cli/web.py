@@ -44,7 +44,7 @@ def web(
     source = None if model is None else at_revision(model, revision)
     if source is not None:
         scale_of(source, scale)
-        # Before there is a temporary folder: Ctrl-C during an import ends the program at once.
+        # Imported before the temporary folder exists: Ctrl-C during an import ends the program without cleaning up.
         from binarize.models.loading import load_pipeline
         from binarize.web.models import write_models
 
