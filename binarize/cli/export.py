@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,9 +11,7 @@ from binarize.cli.options import MAX_STEPS, MODEL, ForceOption, RevisionOption, 
 from binarize.cli.streams import echo
 from binarize.errors import BinarizeError
 
-_STEPS = (
-    "Write a graph that enlarges whole images in so many denoising steps, at most 50; by default the network alone."
-)
+_STEPS = "Write a graph that makes whole images in so many denoising steps, at most 50; by default the network alone."
 
 
 def export(
@@ -27,7 +25,7 @@ def export(
     """Write a binary model as an ONNX file, with 1 bit per binary weight.
 
     Any runtime for ONNX can run it without PyTorch. With `--steps`, its inputs are an image and noise, and its output
-    is the enlarged image.
+    is the enlarged image; of a model that generates images, its inputs are noise and class labels.
 
     ```
     binarize export my-model network.onnx
@@ -35,18 +33,28 @@ def export(
     ```
     """
     from binarize.files import check_new_file, followed
-    from binarize.models.location import PIPELINE, at_revision, locate, network_of, scale_of
+    from binarize.models.location import PIPELINE, at_revision, generates, generator_of, locate, network_of, scale_of
 
     source = at_revision(source, revision)
+    draws = generates(source)
+    if draws and scale is not None:
+        raise BinarizeError(f"--scale {scale}: {source} generates images; leave it out.")
     alone = steps is None and scale is None and not (locate(source) / PIPELINE).is_file()
-    network_of(source) if alone else scale_of(source, scale)
+    if draws:
+        generator_of(source)
+    elif alone:
+        network_of(source)
+    else:
+        scale_of(source, scale)
     check_new_file(followed(target), force=force)
 
     import binarize
-    from binarize.models.loading import load_network, load_pipeline
+    from binarize.models.loading import load_generator, load_network, load_pipeline
     from binarize.onnx.protos import describe
 
-    model = load_network(source) if alone else load_pipeline(source, scale=scale)
+    model: Any = (
+        load_generator(source) if draws else load_network(source) if alone else load_pipeline(source, scale=scale)
+    )
     try:
         binarize.export_onnx(model, target, steps=steps, force=force)
     except BinarizeError as error:

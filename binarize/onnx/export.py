@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import DDIMScheduler
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
@@ -24,20 +23,20 @@ from binarize.conversion.record import QUANTIZATION, conversion
 from binarize.conversion.summary import default_inputs
 from binarize.errors import BinarizeError, one_line
 from binarize.files import check_new_file, followed, write_atomic
-from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.models import SRUNet
 from binarize.models.checks import is_whole
 from binarize.modules import call_arguments, unwrap
 from binarize.onnx.functions import OPSET
 from binarize.onnx.layers import prepare
+from binarize.onnx.pipelines import Pipeline, sampling_of, whole_of
 from binarize.onnx.protos import finish
-from binarize.onnx.sampling import WholeImage, sampler_of
 
 MAX_STEPS = 50
 """The largest number of denoising steps in a file."""
 
 
 def export_onnx(
-    model: nn.Module | SuperResolutionPipeline,
+    model: nn.Module | Pipeline,
     path: str | PathLike[str],
     *,
     steps: int | None = None,
@@ -52,20 +51,24 @@ def export_onnx(
     configuration (``binarize.config``) and, of a pipeline, all that sampling needs (``binarize.sampling``).
 
     Args:
-        model: A packed or binary model, which stays as it is, or a `SuperResolutionPipeline` with one. Without
-            ``steps`` the file holds the network, whose inputs are those of its forward, timesteps as float32 (B,).
+        model: A packed or binary model, which stays as it is, or a `SuperResolutionPipeline` or `GenerationPipeline`
+            with one. Without ``steps`` the file holds the network, whose inputs are those of its forward, timesteps as
+            float32 (B,) and class labels as int64 (B,).
         path: The file.
-        steps: The number of denoising steps, for a pipeline with `DDIMScheduler`: the file then enlarges whole images,
-            from ``image`` (B, 3, h, w) in [0, 1] and Gaussian ``noise`` (B, 3, H, W) to (B, 3, scale * h, scale * w).
-            H and W are the result's, rounded up to multiples of the network's `size_multiple`. The graph
-            has a copy of the network for each step, at most 50.
+        steps: The number of denoising steps, for a pipeline with `DDIMScheduler`: the file then does all that the
+            pipeline does. The graph has a copy of the network for each step, at most 50.
+
+            A `SuperResolutionPipeline` enlarges images, from ``image`` (B, 3, h, w) in [0, 1] and Gaussian ``noise``
+            (B, 3, H, W) to (B, 3, scale * h, scale * w). H and W are the result's, rounded up to multiples of the
+            network's `size_multiple`. A `GenerationPipeline` draws images in [0, 1], from Gaussian ``noise``
+            (B, C, H, W) and, with classes, ``class_labels`` (B,) in int64.
         example_inputs: Inputs of the network's forward: a tensor, a tuple of arguments or a dict of keyword arguments,
             with a batch of at least 2. `SRUNet` and diffusers' U-Nets need none.
         force: Replace an existing file.
 
     Raises:
         BinarizeError: If onnx or onnxscript is missing, the model is not binary, PyTorch cannot export it, or its
-            scheduler cannot be written into a file.
+            scheduler or its autoencoder cannot be written into a file.
     """
     _check_packages()
     path = followed(Path(path))
@@ -77,13 +80,14 @@ def export_onnx(
             f"export: steps={steps!r}: must be from 1 to {MAX_STEPS}, since the file repeats the network for each "
             "step; export the network alone, whose metadata have the numbers of the steps."
         )
-    pipeline = model if isinstance(model, SuperResolutionPipeline) else None
+    pipeline = model if isinstance(model, Pipeline) else None
     if steps is not None and pipeline is None:
-        raise BinarizeError(f"export: steps={steps} needs a SuperResolutionPipeline; got a {type(model).__name__}.")
+        kinds = "a SuperResolutionPipeline or a GenerationPipeline"
+        raise BinarizeError(f"export: steps={steps} needs {kinds}; got a {type(model).__name__}.")
     network = unwrap(cast(nn.Module, model if pipeline is None else pipeline.unet))
     metadata = {"binarize.config": json.dumps(_config(network))}
     if pipeline is not None:
-        metadata["binarize.sampling"] = json.dumps(_sampling(pipeline, steps))
+        metadata["binarize.sampling"] = json.dumps(sampling_of(pipeline, steps))
     prepared = _prepared(network)
     if steps is None or pipeline is None:
         args, kwargs = _inputs(network, example_inputs)
@@ -92,15 +96,9 @@ def export_onnx(
         names = [name for name, _ in _named(network, args, kwargs)]
         proto = _translate(_Network(prepared), inputs, _axes(inputs, multiple), names, ["output"])
     else:
-        sampler = sampler_of(pipeline.scheduler, steps)
-        overshoot = pipeline.config.get("overshoot")
-        whole = WholeImage(prepared, sampler, pipeline.scale, pipeline.residual_factor, overshoot)
-        inputs = {
-            "image": torch.zeros(2, 3, 7, 9),
-            "noise": torch.zeros(2, 3, *(n * pipeline.size_multiple for n in (8, 12))),
-        }
-        axes = {**_axes({"image": inputs["image"]}, None), **_axes({"noise": inputs["noise"]}, pipeline.size_multiple)}
-        proto = _translate(whole, inputs, axes, list(inputs), ["enlarged"])
+        whole = whole_of(pipeline, prepared, steps)
+        axes = {name: _axes(value, whole.multiples.get(name)) for name, value in whole.inputs.items()}
+        proto = _translate(whole.module, whole.inputs, axes, list(whole.inputs), [whole.output])
     finish(proto, metadata)
     return write_atomic(path, lambda file: file.write_bytes(proto.SerializeToString()), force=force)
 
@@ -119,25 +117,6 @@ def _config(network: nn.Module) -> dict[str, Any]:
         key: value for key, value in dict(config).items() if key[0] != "_" and key not in ("conversion", QUANTIZATION)
     }
     return {"class": type(network).__name__, **own, "conversion": conversion(network).to_config()}
-
-
-def _sampling(pipeline: SuperResolutionPipeline, steps: int | None) -> dict[str, Any]:
-    """Return what a program needs to sample with the network alone."""
-    count = pipeline.num_inference_steps if steps is None else steps
-    config = {key: value for key, value in dict(pipeline.scheduler.config).items() if key[0] != "_"}
-    described = {
-        "scale": pipeline.scale,
-        "size_multiple": pipeline.size_multiple,
-        "residual_scale": pipeline.residual_scale,
-        "residual_strength": pipeline.config["residual_strength"],
-        "overshoot": pipeline.config.get("overshoot"),
-        "prediction_type": config.get("prediction_type"),
-        "num_inference_steps": count,
-        "scheduler": {"class": type(pipeline.scheduler).__name__, **config},
-    }
-    if type(pipeline.scheduler) is DDIMScheduler:
-        described["sampler"] = sampler_of(pipeline.scheduler, count).to_config()
-    return described
 
 
 def _prepared(network: nn.Module) -> nn.Module:
@@ -168,6 +147,7 @@ def _inputs(network: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, 
             return torch.zeros(2, *like.shape[1:-1], *[like.shape[-1] * (1 + (like.dim() > 3))][: like.dim() - 1])
 
         args, kwargs = tree_map(example, (args, kwargs))
+        kwargs = {name: value.long() if name == "class_labels" else value for name, value in kwargs.items()}
     for name, value in _named(network, args, kwargs):
         if value.dim() == 0 or len(value) < 2:
             shape = tuple(value.shape)

@@ -1,4 +1,4 @@
-"""The sampler as numbers, for programs without diffusers, and a module that samples whole images with them."""
+"""The sampler as numbers, for programs without diffusers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from binarize.errors import BinarizeError
-from binarize.imaging import upscale_bicubic
-from binarize.models.overshoot import limit_overshoot
 from binarize.models.sampling import set_timesteps
-from binarize.models.target import image_of
 
 
 @dataclass(frozen=True)
 class SamplerStep:
     """One step from x_t to the next x.
 
-    With ``output = network(x, timestep, condition)`` and ``x0 = clip(clean[0] * x + clean[1] * output)``, the next x is
+    With ``output = network(x, timestep, ...)`` and ``x0 = clip(clean[0] * x + clean[1] * output)``, the next x is
     ``next[0] * x + next[1] * output + next[2] * x0``.
     """
 
@@ -109,43 +106,3 @@ def _check(scheduler: DDIMScheduler, sampler: Sampler) -> None:
                 "export: the settings of this DDIMScheduler, such as thresholding, cannot be written into a file; make "
                 "one with its betas and its prediction type alone."
             )
-
-
-class WholeImage(nn.Module):
-    """From a low-resolution image and noise to the enlarged image, as `binarize.models.SuperResolutionPipeline` does.
-
-    ``network(x, timestep, condition).sample`` is its prediction.
-    """
-
-    def __init__(
-        self, network: nn.Module, sampler: Sampler, scale: int, residual_factor: float | None, overshoot: float | None
-    ) -> None:
-        super().__init__()
-        self.overshoot = overshoot
-        self.network, self.sampler, self.scale, self.residual_factor = network, sampler, scale, residual_factor
-
-    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Enlarge ``(B, 3, h, w)`` in [0, 1].
-
-        ``noise`` is ``(B, 3, H, W)``, at least as large as the result and a multiple of the network's size multiple;
-        what is beyond the result is padding.
-        """
-        enlarged = upscale_bicubic(image, self.scale)
-        condition = _extended(_extended(enlarged, 2, noise.shape[2]), 3, noise.shape[3])
-        x = noise
-        for step in self.sampler.steps:
-            output = self.network(x, torch.tensor([float(step.timestep)]), condition).sample
-            x = self.sampler.step(step, x, output)
-        out = image_of(x, condition, self.residual_factor).clamp(0, 1)
-        for axis in (2, 3):
-            out = out.index_select(axis, torch.arange(self.scale * image.shape[axis], device=out.device))
-        return out if self.overshoot is None else limit_overshoot(out, image, self.overshoot)
-
-
-def _extended(image: Tensor, axis: int, size: int) -> Tensor:
-    """Extend an axis as `binarize.models.tiling.pad_image` does, for any size without a branch in the graph."""
-    length = image.shape[axis]
-    index = torch.arange(size, device=image.device)
-    extra = torch.zeros_like(index) + (size - length)
-    reflected = torch.where(extra < length, 2 * (length - 1) - index, length - 1)
-    return image.index_select(axis, torch.where(index < length, index, reflected))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cli_case import fails, make_image, succeeds
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from onnx_case import difference, inputs, onnx, run, run_all
 from packed_case import scatter
 from PIL import Image
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 import binarize
 from binarize.errors import BinarizeError
-from binarize.models import SRUNet, SuperResolutionPipeline
+from binarize.models import GenerationPipeline, SRUNet, SuperResolutionPipeline
 from binarize.models.tiling import pad_noise
+from binarize.onnx.pipelines import whole_of
 from binarize.onnx.protos import finish
-from binarize.onnx.sampling import WholeImage, sampler_of
 
 TINY: dict[str, Any] = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
 METHODS = {
@@ -190,8 +190,7 @@ def sampling(steps: int, scheduler: Any, **options: Any) -> SuperResolutionPipel
 def test_a_whole_image_is_what_the_pipeline_gives(steps, scheduler, options, size) -> None:
     pipe = sampling(steps, ddim(**scheduler), **options)
     image, noise = torch.rand(1, 3, *size), torch.randn(1, 3, *(2 * side for side in size))
-    sampler, overshoot = sampler_of(pipe.scheduler, steps), pipe.config.get("overshoot")
-    whole = WholeImage(pipe.unet, sampler, pipe.scale, pipe.residual_factor, overshoot)
+    whole = whole_of(pipe, pipe.unet, steps).module
     padded = pad_noise(noise, 2 * size[0] + 2, 2 * size[1] + 4)
     expected = pipe(image, latents=noise, output_type="pt").images
     with torch.no_grad():
@@ -237,6 +236,52 @@ def test_the_command_writes_a_graph_from_an_image_and_noise(tmp_path: Path) -> N
     assert json.loads(described["binarize.sampling"])["sampler"]["steps"][0]["clean"] == [0.0, 1.0]
 
 
+def generation(scheduler: Any, **options: Any) -> GenerationPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, num_class_embeds=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False,
+    )  # fmt: skip
+    unet = binarize.pack(scatter(binarize.convert(unet, "bidiffsr", structure="keep")))
+    pipe = GenerationPipeline(unet.eval(), scheduler, **{"classes": ["a", "b", "c"], **options})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_generated_image_is_what_the_pipeline_gives(prediction_type: str, guidance_scale: float) -> None:
+    pipe = generation(ddim(prediction_type=prediction_type), guidance_scale=guidance_scale)
+    noise, labels = torch.randn(3, 3, 8, 8), [2, 0, 1]
+    expected = pipe(class_labels=labels, latents=noise, num_inference_steps=4, output_type="pt").images
+    with torch.no_grad():
+        found = whole_of(pipe, pipe.unet, 4).module(noise, torch.tensor(labels))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1 / 255)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.zoo
+def test_the_command_exports_a_generator(tmp_path: Path) -> None:
+    pipe = generation(ddim(prediction_type="v_prediction"), guidance_scale=2.5, num_inference_steps=3)
+    pipe.save_pretrained(tmp_path / "model")
+    output = succeeds("export", tmp_path / "model", tmp_path / "whole.onnx", "--steps", "2")
+    assert "noise (batch, 3, height, width), class_labels (batch) to images (batch, 3, height, width)" in output
+    noise, labels = torch.randn(5, 3, 8, 8), torch.tensor([2, 0, 1, 1, 0])
+    expected = pipe(class_labels=labels.tolist(), latents=noise, num_inference_steps=2, output_type="pt").images
+    found = run(tmp_path / "whole.onnx", noise=noise, class_labels=labels)
+    assert (255 * (found - expected).abs() < 1).float().mean() >= 0.999
+    succeeds("export", tmp_path / "model", tmp_path / "network.onnx")
+    described = {entry.key: entry.value for entry in onnx.load(tmp_path / "network.onnx").metadata_props}
+    settings = json.loads(described["binarize.sampling"])
+    assert (settings["image_shape"], settings["classes"]) == ([3, 8, 8], ["a", "b", "c"])
+    assert (settings["guidance_scale"], len(settings["sampler"]["steps"])) == (2.5, 3)
+    given = {"sample": noise, "timestep": torch.tensor([0.0, 10, 500, 998, 999]), "class_labels": labels + 1}
+    with torch.no_grad():
+        assert difference(run(tmp_path / "network.onnx", **given), pipe.unet(**given).sample) < 1e-5
+    assert "--scale 2:" in fails("export", tmp_path / "model", tmp_path / "new.onnx", "--scale", "2")
+
+
 @pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(network: SRUNet, tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "model.onnx"
@@ -246,7 +291,7 @@ def test_what_cannot_be_exported_is_refused(network: SRUNet, tmp_path: Path, mon
             binarize.export_onnx(model, path, **options)
         assert not path.exists()
 
-    refused(r"steps=2 needs a SuperResolutionPipeline; got a SRUNet", steps=2)
+    refused(r"steps=2 needs a SuperResolutionPipeline or a GenerationPipeline; got a SRUNet", steps=2)
     refused("steps='2': must be from 1 to 50", sampling(2, ddim()), steps="2")
     refused("example_inputs has no effect with steps", sampling(2, ddim()), steps=2, example_inputs=torch.zeros(1))
     with pytest.raises(BinarizeError, match=r"the folder .* does not exist"):
@@ -263,6 +308,9 @@ def test_what_cannot_be_exported_is_refused(network: SRUNet, tmp_path: Path, mon
     pure = sampling(2, ddim())
     pure.scheduler = ddim(rescale_betas_zero_snr=True, timestep_spacing="trailing")  # past the pipeline's own check
     refused("epsilon prediction cannot start from pure noise", pure, steps=2)
+    latent = generation(ddim(), vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=3))
+    for count in (None, 2):
+        refused("an autoencoder cannot be written into a file; give the network alone", latent, steps=count)
     handle = next(m for _, m in binarize.conversion.export.packed_layers(network)).register_forward_hook(print)
     refused("has hooks or another forward than PackedConv2d's")
     handle.remove()
