@@ -49,6 +49,7 @@ def generate(
     otherwise single pixels may differ by a few levels of 255.
 
     ```
+    binarize generate out.png --class flags
     binarize generate out.png --model runs/digits
     binarize generate out.png --model runs/emoji_bidiffsr --class animals-nature -n 16 --steps 20 --seed 7
     binarize generate samples/ --model runs/digits -n 1000

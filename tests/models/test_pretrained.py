@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_case import NETWORK, edit_json, fails, succeeds
+from cli_case import NETWORK, edit_json, fails, run, succeeds
 from errors_case import assert_error
 from PIL import Image
 from pipeline_case import pipeline
 
 import binarize
 from binarize.diagnosis import doctor
-from binarize.models import SRUNet, SuperResolutionPipeline, default_model
+from binarize.models import GenerationPipeline, SRUNet, SuperResolutionPipeline, default_model
 from binarize.models import default as _pretrained
+from binarize.models.default import default_generator
 from binarize.models.pipeline import default_scheduler
 from binarize.recipes import build_pipeline, load_recipe
 
@@ -125,3 +126,30 @@ def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
 def test_a_shipped_model_is_healthy(scale: int) -> None:
     report = doctor(default_model(scale))
     assert report.healthy, report
+
+
+def test_the_shipped_generator_is_whole_packed_and_small() -> None:
+    folder = default_generator()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Noto Emoji, Copyright Google LLC, Apache License 2.0" in card
+    assert not Path(json.loads((folder / "model_index.json").read_text()).get("_name_or_path") or "").is_absolute()
+    pipe = GenerationPipeline.from_pretrained(folder)
+    assert binarize.is_packed(pipe.unet)
+    assert len(pipe.classes or ()) == 9
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 2e6
+
+
+@pytest.mark.slow
+def test_generate_needs_nothing_but_a_file(tmp_path: Path) -> None:
+    def drawn(name: str, *options: str) -> np.ndarray:
+        done = run("generate", tmp_path / name, "--class", "animals-nature", "-n", "3", "--steps", "3", *options)
+        assert done.exit_code == 0, done.output
+        assert "6/6" in done.stderr or "100%" in done.stderr
+        with Image.open(tmp_path / name) as image:
+            assert (image.size, image.mode) == ((66, 66), "RGB")
+            return np.asarray(image)
+
+    first = drawn("first.png", "--batch-size", "2")
+    assert np.array_equal(first, drawn("again.png", "--batch-size", "2"))
+    assert not np.array_equal(first, drawn("other.png", "--seed", "5"))
+    assert "unknown class 'animal'" in fails("generate", tmp_path / "new.png", "--class", "animal")
