@@ -123,6 +123,16 @@ def generates(path: Path) -> bool:
     return _read_part(path / PIPELINE).get("_class_name") != UPSCALES
 
 
+def draws_images(path: Path, scale: int | None) -> bool:
+    """Whether a model generates images, after checking that its files are there and that it is given no scale."""
+    if not generates(path):
+        return False
+    if scale is not None:
+        raise BinarizeError(f"--scale {scale}: {path} generates images; leave it out.")
+    generator_of(path)
+    return True
+
+
 def generator_of(path: Path) -> Path:
     """Return the folder of a pipeline that generates images, after checking that it is one and has a network."""
     path = locate(path)

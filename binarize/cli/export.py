@@ -25,7 +25,7 @@ def export(
     """Write a binary model as an ONNX file, with 1 bit per binary weight.
 
     Any runtime for ONNX can run it without PyTorch. With `--steps`, its inputs are an image and noise, and its output
-    is the enlarged image; of a model that generates images, its inputs are noise and class labels.
+    is the enlarged image. For a model that generates images, the inputs are noise and class labels.
 
     ```
     binarize export my-model network.onnx
@@ -33,19 +33,13 @@ def export(
     ```
     """
     from binarize.files import check_new_file, followed
-    from binarize.models.location import PIPELINE, at_revision, generates, generator_of, locate, network_of, scale_of
+    from binarize.models.location import PIPELINE, at_revision, draws_images, locate, network_of, scale_of
 
     source = at_revision(source, revision)
-    draws = generates(source)
-    if draws and scale is not None:
-        raise BinarizeError(f"--scale {scale}: {source} generates images; leave it out.")
+    draws = draws_images(source, scale)
     alone = steps is None and scale is None and not (locate(source) / PIPELINE).is_file()
-    if draws:
-        generator_of(source)
-    elif alone:
-        network_of(source)
-    else:
-        scale_of(source, scale)
+    if not draws:
+        network_of(source) if alone else scale_of(source, scale)
     check_new_file(followed(target), force=force)
 
     import binarize

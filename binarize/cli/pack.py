@@ -31,20 +31,14 @@ def pack(
     binarize pack BI-DiffSR_x2.pth bidiffsr-x2 --scale 2 --dtype float16
     ```
     """
-    from binarize.models.location import PIPELINE, at_revision, generates, generator_of, locate, network_of, scale_of
+    from binarize.models.location import PIPELINE, at_revision, draws_images, locate, network_of, scale_of
 
     source = at_revision(source, revision)
     check_model_folder(target, locate(source), force=force)
-    draws = generates(source)
-    if draws and scale is not None:
-        raise BinarizeError(f"--scale {scale}: {source} generates images; leave it out.")
+    draws = draws_images(source, scale)
     alone = scale is None and not (locate(source) / PIPELINE).is_file()
-    if draws:
-        generator_of(source)
-    elif alone:
-        network_of(source)
-    else:
-        scale_of(source, scale)
+    if not draws:
+        network_of(source) if alone else scale_of(source, scale)
 
     import torch
 

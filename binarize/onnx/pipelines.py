@@ -38,7 +38,7 @@ def _task_of(pipeline: Pipeline) -> dict[str, Any]:
     if isinstance(pipeline, GenerationPipeline):
         if pipeline.vae is not None:
             what = "an autoencoder cannot be written into a file"
-            raise BinarizeError(f"export: {what}; give the network alone: pipe.unet.")
+            raise BinarizeError(f"export: {what}; in Python, export the network alone: export_onnx(pipe.unet, ...).")
         return {
             "image_shape": list(pipeline.image_shape),
             "classes": pipeline.classes,
@@ -125,8 +125,8 @@ def _extended(image: Tensor, axis: int, size: int) -> Tensor:
 class WholeGeneration(nn.Module):
     """From noise to an image, as `binarize.models.GenerationPipeline` does.
 
-    ``network(x, timestep, class_labels).sample`` is its prediction. With guidance it predicts once more, for the label
-    `no_class`.
+    ``network(x, timestep, class_labels).sample`` is its prediction. With guidance it predicts for the label `no_class`
+    too.
     """
 
     def __init__(self, network: nn.Module, sampler: Sampler, guidance_scale: float, no_class: int) -> None:
@@ -144,8 +144,8 @@ class WholeGeneration(nn.Module):
         at = torch.tensor([float(timestep)])
         if labels is None:
             return self.network(x, at).sample
-        with_class = self.network(x, at, class_labels=labels).sample
         if self.guidance_scale == 1:
-            return with_class
-        without = self.network(x, at, class_labels=torch.full_like(labels, self.no_class)).sample
+            return self.network(x, at, class_labels=labels).sample
+        both = torch.cat([labels, torch.full_like(labels, self.no_class)])
+        with_class, without = self.network(torch.cat([x, x]), at, class_labels=both).sample.chunk(2)
         return without + self.guidance_scale * (with_class - without)

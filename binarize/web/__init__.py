@@ -1,1 +1,1 @@
-"""The page that enlarges images in a browser: its server and its models. Its source is in the folder ``web``."""
+"""The server and the models of the page that enlarges and draws images in a browser. Its source is in a clone."""

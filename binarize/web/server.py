@@ -23,12 +23,12 @@ _HEADERS = {
     "connect-src 'self'; img-src 'self' blob: data:; style-src 'self' 'unsafe-inline'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
+    "Cache-Control": "no-store",  # another model may be served at the same address later
 }
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Serves the page, and the models of ``models`` instead of the page's own."""
+    """Serves the page, and what ``models`` holds instead of the page's own."""
 
     extensions_map = {  # the system's table may map .js to text/plain, which browsers refuse
         **SimpleHTTPRequestHandler.extensions_map,
@@ -43,9 +43,11 @@ class _Handler(SimpleHTTPRequestHandler):
         super().__init__(*args, **kwargs)
 
     def translate_path(self, path: str) -> str:
-        if path.startswith("/models"):
-            self.directory = str(self._models)
-        return super().translate_path(path)
+        page = self.directory
+        self.directory = str(self._models)
+        own = super().translate_path(path)
+        self.directory = page
+        return own if Path(own).is_file() else super().translate_path(path)
 
     def list_directory(self, path: Any) -> None:
         self.send_error(404)
@@ -70,7 +72,7 @@ def page_server(port: int = 0, models: Path | None = None) -> ThreadingHTTPServe
 
     Args:
         port: 0 for a free one.
-        models: The folder with ``models.json``, as `write_models` writes it; by default the page's own.
+        models: A folder of `write_models`, whose files replace the page's own.
 
     Raises:
         BinarizeError: If the page is not built, or the port is not free.

@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 BUILT = Path(__file__).parents[2] / "binarize" / "web" / "page"
 
 FRAME = """
-<iframe src="../page/index.html" title="Enlarge pictures with a 1-bit network" loading="lazy"
+<iframe src="../page/index.html" title="1-bit networks in the browser" loading="lazy"
 style="width: 100%; height: 60rem; border: 1px solid var(--md-default-fg-color--lightest)"></iframe>
 
 [Open it alone](page/index.html){ target=_blank }. Most web servers do not isolate pages from other sites, and a browser
@@ -28,7 +28,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         files: The pages and assets; changed in place.
         config: The configuration of the build.
     """
-    built = (BUILT / "models.json").is_file()
+    built = (BUILT / "enlarge.json").is_file()
     files.append(File.generated(config, "try.md", content=f"# Try it\n{FRAME if built else ABSENT}"))
     for path in sorted(BUILT.rglob("*")) if built else []:
         if path.is_file():

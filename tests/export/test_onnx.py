@@ -310,7 +310,7 @@ def test_what_cannot_be_exported_is_refused(network: SRUNet, tmp_path: Path, mon
     refused("epsilon prediction cannot start from pure noise", pure, steps=2)
     latent = generation(ddim(), vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=3))
     for count in (None, 2):
-        refused("an autoencoder cannot be written into a file; give the network alone", latent, steps=count)
+        refused("an autoencoder cannot be written into a file; in Python, export the network", latent, steps=count)
     handle = next(m for _, m in binarize.conversion.export.packed_layers(network)).register_forward_hook(print)
     refused("has hooks or another forward than PackedConv2d's")
     handle.remove()

@@ -1,43 +1,39 @@
 /** Sampling: from a picture to the enlarged picture, as in `binarize.models.SuperResolutionPipeline`. */
 
-import type { Sampling } from "./model";
+import { advance, type Enlarging, type Input, type Predict } from "./model";
 import { gaussian } from "./noise";
 import { cut, limitOvershoot, mapPlaces, pad, planes, upscaleBicubic, type Planes } from "./planes";
 import { end, tileGrid } from "./tiles";
 
-/** The network on one tile: predict from x_t, a timestep and the condition. */
-export type Predict = (sample: Planes, timestep: number, condition: Planes) => Promise<Planes>;
+const inputs = (x: Planes, timestep: number, condition: Planes): Input[] => [
+  [x.data, [1, 3, x.height, x.width]], [Float32Array.of(timestep), [1]], [condition.data, [1, 3, x.height, x.width]],
+];
 
-/** Enlarge an RGB image with values from 0 to 1. `advance(done, total)` is awaited after each tile of each step. */
+/** Enlarge an RGB image with values from 0 to 1. `breathe(done, total)` is awaited after each tile of each step. */
 export async function enlarge(
-  low: Planes, settings: Sampling, predict: Predict, advance: (done: number, total: number) => Promise<void>,
+  low: Planes, settings: Enlarging, predict: Predict, breathe: (done: number, total: number) => Promise<void>,
 ): Promise<Planes> {
   const bicubic = upscaleBicubic(low, settings.scale);
   const { height, width } = bicubic;
   const { rows, columns } = tileGrid(height, width, settings.size_multiple);
   const condition = pad(bicubic, end(rows), end(columns));
-  const { clip_range: limit, steps } = settings.sampler;
+  const { steps } = settings.sampler;
   const total = steps.length * rows.length * columns.length;
   const single = rows.length * columns.length === 1;
-  let x = paddedNoise(height, width, condition.height, condition.width);
+  const x = paddedNoise(height, width, condition.height, condition.width);
   let done = 0;
-  for (const { timestep, clean, next } of steps) {
+  for (const [at, { timestep }] of steps.entries()) {
     let output = planes(3, x.height, x.width);
     for (const row of rows)
       for (const column of columns) {
         const place = [row.start, column.start, row.weights.length, column.weights.length] as const;
-        const piece = await predict(cut(x, ...place), timestep, cut(condition, ...place));
-        if (!piece.data.every(Number.isFinite)) throw new Error("the network's prediction is not finite");
+        const seen = cut(x, ...place);
+        const piece = { ...seen, data: await predict(...inputs(seen, timestep, cut(condition, ...place))) };
         if (single) output = piece;
         else add(output, piece, row.start, column.start, row.weights, column.weights);
-        await advance(++done, total);
+        await breathe(++done, total);
       }
-    for (let i = 0; i < x.data.length; i++) {
-      const [now, y] = [x.data[i]!, output.data[i]!];
-      let x0 = clean[0] * now + clean[1] * y;
-      if (limit !== null) x0 = Math.min(limit, Math.max(-limit, x0));
-      x.data[i] = next[0] * now + next[1] * y + next[2] * x0;
-    }
+    advance(x.data, output.data, settings.sampler, at);
   }
   const { residual_scale: scale, residual_strength: strength } = settings;
   for (let i = 0; i < x.data.length; i++) {
@@ -72,4 +68,12 @@ function paddedNoise(height: number, width: number, fullHeight: number, fullWidt
     if (y >= height) return bottom[(c * down + y - height) * fullWidth + x]!;
     return x < width ? inner[(c * height + y) * width + x]! : right[(c * height + y) * across + x - width]!;
   });
+}
+
+/** Return inputs for which a GPU's prediction is compared with the CPU's. */
+export function enlargingProbe({ size_multiple, sampler }: Enlarging): Input[] {
+  const side = size_multiple * Math.ceil(16 / size_multiple);
+  const noise = { ...planes(3, side, side), data: gaussian(0)(3 * side * side) };
+  const image = mapPlaces(3, side, side, (c, y, x) => ((x * (c + 1) + y * y) % 11) / 10);
+  return inputs(noise, sampler.steps[0]!.timestep, image);
 }

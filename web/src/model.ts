@@ -1,19 +1,34 @@
 /** What a file of `binarize export` says about sampling, in its metadata entry "binarize.sampling". */
 
-export interface Step {
-  timestep: number;
-  clean: [number, number];
-  next: [number, number, number];
+import { BinaryReader, WireType } from "@bufbuild/protobuf/wire";
+
+interface Sampler {
+  clip_range: number | null;
+  steps: { timestep: number; clean: [number, number]; next: [number, number, number] }[];
 }
 
-export interface Sampling {
+export interface Enlarging {
   scale: number;
   size_multiple: number;
   residual_scale: number | null;
   residual_strength: number;
   overshoot?: number;
-  sampler: { clip_range: number | null; steps: Step[] };
+  sampler: Sampler;
 }
+
+export interface Drawing {
+  image_shape: [number, number, number];
+  classes: string[] | null;
+  guidance_scale: number;
+  sampler: Sampler;
+}
+
+export type Sampling = Enlarging | Drawing;
+
+/** An input of a network: its values and its shape. */
+export type Input = [values: Float32Array<ArrayBuffer> | BigInt64Array<ArrayBuffer>, shape: number[]];
+/** Run a network on its inputs, in the order of the file, and return the values of its output. */
+export type Predict = (...inputs: Input[]) => Promise<Float32Array<ArrayBuffer>>;
 
 const METADATA = 14; // the field metadata_props of ONNX's ModelProto, of entries with a key (1) and a value (2)
 
@@ -34,26 +49,21 @@ export function readSampling(file: Uint8Array): Sampling {
 
 /** Yield number and bytes of each field of a protobuf message that has a length: strings, bytes, messages. */
 function* fields(message: Uint8Array): Generator<[number, Uint8Array]> {
-  let at = 0;
-  const varint = (): number => {
-    let value = 0;
-    for (let place = 1; ; place *= 128) {
-      if (at >= message.length) throw new Error("the model's file is cut off");
-      const byte = message[at++]!;
-      value += (byte & 127) * place;
-      if (byte < 128) return value;
-    }
-  };
-  while (at < message.length) {
-    const tag = varint();
-    const wire = tag % 8;
-    if (wire === 0) varint();
-    else if (wire === 1) at += 8;
-    else if (wire === 5) at += 4;
-    else if (wire === 2) {
-      const length = varint();
-      yield [Math.floor(tag / 8), message.subarray(at, at + length)];
-      at += length;
-    } else throw new Error("the model is no ONNX file");
+  const reader = new BinaryReader(message);
+  while (reader.pos < reader.len) {
+    const [field, type] = reader.tag();
+    if (type === WireType.LengthDelimited) yield [field, reader.bytes()];
+    else reader.skip(type, field);
+  }
+}
+
+/** Change x_t in place to the x of the next step. */
+export function advance(x: Float32Array, output: Float32Array, sampler: Sampler, at: number): void {
+  const [limit, { clean, next }] = [sampler.clip_range, sampler.steps[at]!];
+  for (let i = 0; i < x.length; i++) {
+    const [now, y] = [x[i]!, output[i]!];
+    let x0 = clean[0] * now + clean[1] * y;
+    if (limit !== null) x0 = Math.min(limit, Math.max(-limit, x0));
+    x[i] = next[0] * now + next[1] * y + next[2] * x0;
   }
 }

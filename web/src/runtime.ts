@@ -1,4 +1,4 @@
-/** onnxruntime-web on WebGPU where the device has one, otherwise on WebAssembly, with threads where they are allowed. */
+/** onnxruntime-web on WebGPU where the device has it, else on WebAssembly, with threads where they are allowed. */
 
 import type { InferenceSession } from "onnxruntime-web";
 import gpuGlue from "onnxruntime-web/ort-wasm-simd-threaded.asyncify.mjs?url";
@@ -6,10 +6,9 @@ import gpuCode from "onnxruntime-web/ort-wasm-simd-threaded.asyncify.wasm?url";
 import cpuGlue from "onnxruntime-web/ort-wasm-simd-threaded.mjs?url";
 import cpuCode from "onnxruntime-web/ort-wasm-simd-threaded.wasm?url";
 
-import { readSampling, type Sampling } from "./model";
-import { gaussian } from "./noise";
-import { mapPlaces, planes, type Planes } from "./planes";
-import type { Predict } from "./sample";
+import { drawingProbe } from "./draw";
+import { enlargingProbe } from "./enlarge";
+import { readSampling, type Predict, type Sampling } from "./model";
 
 const MAX_THREADS = 8;
 const MOST_APART = 0.05; // mean difference by mean magnitude: 2e-6 if all is right, and more for each sign that flips
@@ -36,16 +35,14 @@ export async function startRuntime(backend: string | null): Promise<Runtime> {
   const open = async (file: Uint8Array, provider: "webgpu" | "wasm"): Promise<[Predict, InferenceSession]> => {
     const options: InferenceSession.SessionOptions = { executionProviders: [provider], graphOptimizationLevel: "all" };
     const session = await ort.InferenceSession.create(file, options);
-    const [sample, timestep, condition] = session.inputNames as [string, string, string];
-    const tensor = ({ data, height, width }: Planes) => new ort.Tensor("float32", data, [1, 3, height, width]);
-    const predict: Predict = async (x, at, image) => {
-      const feeds = {
-        [sample]: tensor(x),
-        [timestep]: new ort.Tensor("float32", [at], [1]),
-        [condition]: tensor(image),
-      };
+    const predict: Predict = async (...inputs) => {
+      const tensors = inputs.map(([values, shape]) => values instanceof Float32Array
+        ? new ort.Tensor("float32", values, shape) : new ort.Tensor("int64", values, shape));
+      const feeds = Object.fromEntries(session.inputNames.map((name, i) => [name, tensors[i]!]));
       const output = (await session.run(feeds))[session.outputNames[0]!]!;
-      return { ...x, data: (await output.getData()) as Float32Array<ArrayBuffer> };
+      const values = (await output.getData()) as Float32Array<ArrayBuffer>;
+      if (!values.every(Number.isFinite)) throw new Error("the network's prediction is not finite");
+      return values;
     };
     return [predict, session];
   };
@@ -76,12 +73,9 @@ async function hasGpu(software: boolean): Promise<boolean> {
 }
 
 /** Throw an error unless the GPU predicts what the CPU predicts, but for signs that rounding decides. */
-async function compare(predict: Predict, expected: Predict, { size_multiple, sampler }: Sampling): Promise<void> {
-  const side = size_multiple * Math.ceil(16 / size_multiple);
-  const noise = { ...planes(3, side, side), data: gaussian(0)(3 * side * side) };
-  const image = mapPlaces(3, side, side, (c, y, x) => ((x * (c + 1) + y * y) % 11) / 10);
-  const at = sampler.steps[0]!.timestep;
-  const [found, right] = [(await predict(noise, at, image)).data, (await expected(noise, at, image)).data];
+async function compare(predict: Predict, expected: Predict, settings: Sampling): Promise<void> {
+  const inputs = "scale" in settings ? enlargingProbe(settings) : drawingProbe(settings);
+  const [found, right] = [await predict(...inputs), await expected(...inputs)];
   const size = (values: Float32Array) => values.reduce((sum, value) => sum + Math.abs(value), 0);
   const apart = size(found.map((value, i) => value - right[i]!)) / size(right);
   if (!(apart < MOST_APART)) throw new Error(`WebGPU's prediction differs by ${apart}; the limit is ${MOST_APART}`);

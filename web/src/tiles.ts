@@ -41,7 +41,7 @@ function weighted(starts: number[], size: number): Span[] {
   return windows.map((each, i) => ({ start: starts[i]!, weights: each.map((w, at) => w / total[starts[i]! + at]!) }));
 }
 
-/** Rise over the `before` pixels shared with one neighbour, and fall over the `after` ones: sin^2 of their middle half. */
+/** Rise over the `before` pixels shared with a neighbour, and fall over the `after`: sin^2 of their middle half. */
 function window(size: number, before: number, after: number): Float64Array {
   const side = (shared: number, depth: number) =>
     shared ? Math.sin((Math.min(1, Math.max(0, (2 * depth) / shared - 0.5)) * Math.PI) / 2) ** 2 : 1;

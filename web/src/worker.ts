@@ -1,9 +1,10 @@
-/** The worker: loads the models once, then enlarges one picture after the other, without any further request. */
+/** The worker: loads the models once, then does one job after the other, without any further request. */
 
+import { draw } from "./draw";
+import { enlarge } from "./enlarge";
 import type { FromWorker, ToWorker } from "./messages";
 import { decode, encode } from "./pictures";
 import { startRuntime, type Network, type Runtime } from "./runtime";
-import { enlarge } from "./sample";
 
 class Cancelled extends Error {}
 
@@ -14,7 +15,10 @@ let work = Promise.resolve();
 const cancelled = new Set<number>();
 
 const tell = (message: FromWorker) => (self as unknown as Worker).postMessage(message);
-const sentence = (error: unknown) => (error instanceof Error ? error.message : String(error));
+const sentence = (error: unknown) => {
+  const text = error instanceof Error ? error.message : String(error);
+  return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+};
 
 self.onmessage = ({ data }: MessageEvent<ToWorker>) => {
   if (data.type === "cancel") cancelled.add(data.job);
@@ -38,8 +42,8 @@ async function start({ models, base, backend }: Extract<ToWorker, { type: "load"
 async function begin(backend: string | null): Promise<void> {
   runtime = await startRuntime(backend);
   networks = new Map();
-  await withoutGpu(() => load(0));
-  tell({ type: "ready", backend: runtime.name });
+  const { settings } = await withoutGpu(() => load(0));
+  tell({ type: "ready", backend: runtime.name, settings });
 }
 
 function load(model: number): Promise<Network> {
@@ -59,7 +63,7 @@ async function withoutGpu<T>(action: () => Promise<T>): Promise<T> {
   }
 }
 
-async function run({ job, model, picture }: Extract<ToWorker, { type: "enlarge" }>): Promise<void> {
+async function run({ job, model, request }: Extract<ToWorker, { type: "run" }>): Promise<void> {
   try {
     const breathe = async (done: number, total: number) => {
       tell({ type: "progress", job, done, total });
@@ -67,13 +71,18 @@ async function run({ job, model, picture }: Extract<ToWorker, { type: "enlarge" 
       if (cancelled.delete(job)) throw new Cancelled();
     };
     const { settings } = await withoutGpu(() => load(model));
-    const { rgb, alpha } = await decode(picture, settings.scale);
+    const low = "picture" in request && "scale" in settings ? await decode(request.picture, settings.scale) : null;
     await breathe(0, 1);
     const started = performance.now();
-    const large = await withoutGpu(async () => enlarge(rgb, settings, (await load(model)).predict, breathe));
+    const image = await withoutGpu(async () => {
+      const { settings, predict } = await load(model);
+      if (low && "scale" in settings) return enlarge(low.rgb, settings, predict, breathe);
+      if ("count" in request && "classes" in settings) return draw(request, settings, predict, breathe);
+      throw new Error("this model is for another page");
+    });
     const seconds = (performance.now() - started) / 1000;
-    const { width, height } = large;
-    tell({ type: "done", job, picture: await encode(large, alpha), width, height, seconds });
+    const picture = await encode(image, low && low.alpha);
+    tell({ type: "done", job, result: { picture, width: image.width, height: image.height, seconds } });
   } catch (error) {
     tell(error instanceof Cancelled ? { type: "cancelled", job } : { type: "failed", job, message: sentence(error) });
   }
