@@ -5,7 +5,7 @@ from pathlib import Path
 from binarize.errors import BinarizeError, did_you_mean
 
 FOLDER = Path(__file__).parent / "pretrained"
-"""Contains a folder per kind and scale, each a saved SuperResolutionPipeline with a model card."""
+"""Contains a folder per kind and scale, each a saved SuperResolutionPipeline, and ``emoji``, a GenerationPipeline."""
 _INDEX = "model_index.json"
 KINDS = {"photo": "photo_x", "clean": "x"}
 """The kinds of models and the names of their folders without the scale: for photographs with JPEG artefacts, noise and

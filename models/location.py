@@ -124,7 +124,7 @@ def generates(path: Path) -> bool:
 
 
 def draws_images(path: Path, scale: int | None) -> bool:
-    """Whether a model generates images, after checking that its files are there and that it is given no scale."""
+    """Whether a model generates images, after checking that it has a network and is given no scale."""
     if not generates(path):
         return False
     if scale is not None:

@@ -25,7 +25,7 @@ def export(
     """Write a binary model as an ONNX file, with 1 bit per binary weight.
 
     Any runtime for ONNX can run it without PyTorch. With `--steps`, its inputs are an image and noise, and its output
-    is the enlarged image. For a model that generates images, the inputs are noise and class labels.
+    is the enlarged image. For a model that generates images, the inputs are noise and, with classes, class labels.
 
     ```
     binarize export my-model network.onnx

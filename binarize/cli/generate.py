@@ -16,7 +16,10 @@ from binarize.errors import BinarizeError
 
 MAX_IMAGES = 1_000_000
 _OUT = "An image file for a grid of the images, or a folder for a PNG file of each."
-_MODEL = "A trained model: a run's folder, a pipeline's, or user/repository[@revision] on the hub; by default ours."
+_MODEL = (
+    "A trained model: a run's folder, a pipeline's, or user/repository[@revision] on the hub; by default the "
+    "pretrained generator of emoji."
+)
 _COLUMNS = "Columns of the grid; by default the square root of the number of images, rounded up."
 
 

@@ -57,7 +57,7 @@ def _task_of(pipeline: Pipeline) -> dict[str, Any]:
 class Whole:
     """A module that does all that a pipeline does, example inputs by name, and the name of its output.
 
-    Height and width of the inputs in `multiples` are multiples of these numbers; those of others are free.
+    Height and width of the inputs in `multiples` are multiples of these numbers; others have no declared limit.
     """
 
     module: nn.Module

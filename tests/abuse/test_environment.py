@@ -96,6 +96,7 @@ def test_ctrl_c_while_libraries_are_imported(seconds: float, program: str) -> No
 
 IN_ATEXIT = """
 import atexit, os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 register = atexit.register
 def register_twice(*args):  # what is registered later is called earlier
     register(*args)

@@ -41,7 +41,10 @@ export function startEnlarging(): void {
     });
   start({
     name: "enlarge",
-    listed: (models) => model.append(...models.map(({ name }, at) => new Option(name, String(at)))),
+    listed: (models) => {
+      model.append(...models.map(({ name }, at) => new Option(name, String(at))));
+      enlarge(); // a picture that was chosen before
+    },
     finished: ({ picture: large, width, height, seconds }) => {
       for (const image of [before, after]) [image.width, image.height] = [width, height];
       byId("comparison").style.maxInlineSize = `max(20rem, ${width}px)`;

@@ -5,11 +5,11 @@ import type { Sampling } from "./model";
 export type ModelFile = { name: string; file: string };
 
 /** A picture to enlarge, or how many images to draw: of a class, or with null of all classes in turn. */
-export type Request = { picture: Blob } | { count: number; label: number | null; seed: number };
+export type Job = { picture: Blob } | { count: number; label: number | null; seed: number };
 
 export type ToWorker =
   | { type: "load"; models: ModelFile[]; base: string; backend: string | null }
-  | { type: "run"; job: number; model: number; request: Request }
+  | { type: "run"; job: number; model: number; request: Job }
   | { type: "cancel"; job: number };
 
 export type Done = { picture: Blob; width: number; height: number; seconds: number };

@@ -1,6 +1,6 @@
-/** What the tasks share: the choice of a model, the worker, and what the page says of its work. */
+/** What the tasks share: the worker, and what the page says of its work. */
 
-import type { Done, FromWorker, ModelFile, Request, ToWorker } from "./messages";
+import type { Done, FromWorker, ModelFile, Job, ToWorker } from "./messages";
 import type { Sampling } from "./model";
 
 export const byId = <T extends HTMLElement>(id: string) => document.getElementById(id) as T;
@@ -15,7 +15,7 @@ let loaded = false;
 let job = 0;
 let running = false;
 
-export function say(message: string, problem = ""): void {
+function say(message: string, problem = ""): void {
   status.textContent = message;
   error.textContent = problem;
 }
@@ -29,7 +29,7 @@ function setRunning(now: boolean): void {
 const cancel = () => running && tell({ type: "cancel", job });
 
 /** Run a model, by its place in the list; a job that runs is cancelled. */
-export function run(request: Request, model: number, message: string): void {
+export function run(request: Job, model: number, message: string): void {
   if (!loaded) return;
   cancel();
   setRunning(true);
@@ -79,9 +79,10 @@ export function start({ name, listed, ready, finished }: Task): void {
       say("Done.");
     }
   };
-  worker.onerror = (event) => {
+  worker.onerror = ({ message = "its code could not be loaded" }) => {
+    [loaded, job] = [false, job + 1];
     setRunning(false);
-    say("", `The network stopped: ${event.message}. Reload the page, and try something smaller.`);
+    say("", `The network stopped: ${message}. Reload the page, and try something smaller.`);
   };
   byId("cancel").addEventListener("click", cancel);
   load(`${name}.json`, listed).catch((reason: Error) => say("", `The page could not be loaded: ${reason.message}.`));
@@ -91,7 +92,7 @@ async function load(file: string, listed: Task["listed"]): Promise<void> {
   const response = await fetch(file);
   if (!response.ok) throw new Error(`${file} (${response.status})`);
   const models: ModelFile[] = await response.json();
-  listed?.(models);
-  loaded = true;
   tell({ type: "load", models, base: document.baseURI, backend: new URLSearchParams(location.search).get("backend") });
+  loaded = true;
+  listed?.(models);
 }

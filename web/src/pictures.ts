@@ -36,7 +36,7 @@ export async function decode(file: Blob, scale: number): Promise<Picture> {
   return { rgb, alpha: opaque ? null : alpha };
 }
 
-/** Return a PNG file of an enlarged picture; `alpha` has the low resolution. */
+/** Return a PNG file of an image; `alpha`, if there is one, has the low resolution. */
 export function encode(rgb: Planes, alpha: Planes | null): Promise<Blob> {
   const { width, height } = rgb;
   const size = width * height;

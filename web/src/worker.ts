@@ -30,7 +30,7 @@ async function start({ models, base, backend }: Extract<ToWorker, { type: "load"
   try {
     files = await Promise.all(models.map(async ({ file }) => {
       const response = await fetch(new URL(file, base));
-      if (!response.ok) throw new Error(`${file} could not be loaded (${response.status})`);
+      if (!response.ok) throw new Error(`the file ${file} could not be loaded (${response.status})`);
       return new Uint8Array(await response.arrayBuffer());
     }));
     await begin(backend);
@@ -57,7 +57,7 @@ async function withoutGpu<T>(action: () => Promise<T>): Promise<T> {
     return await action();
   } catch (error) {
     if (!runtime.gpu || error instanceof Cancelled) throw error;
-    console.warn(`WebAssembly replaces WebGPU: ${sentence(error)}`);
+    console.warn("WebAssembly replaces WebGPU:", error);
     await begin("wasm");
     return action();
   }
