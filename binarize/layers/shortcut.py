@@ -44,8 +44,17 @@ def _pool_size(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def _pool_axis(x: Tensor, axis: int, size: int) -> Tensor:
-    """Average-pool one axis to any size by a matrix product; ONNX has no adaptive pooling."""
-    length, start = x.shape[axis], torch.arange(size, device=x.device).unsqueeze(1)
+    """Average-pool one axis to any size, by selections or a matrix product; ONNX has no adaptive pooling."""
+    length = x.shape[axis]
+    if isinstance(length, int) and isinstance(size, int):  # not symbolic
+        firsts = [i * length // size for i in range(size)]
+        widths = {-(-(i + 1) * length // size) - first for i, first in enumerate(firsts)}
+        if len(widths) == 1:
+            width = widths.pop()
+            places = torch.tensor(firsts, device=x.device)
+            parts = [x.index_select(axis, places + offset) for offset in range(width)]
+            return torch.stack(parts).mean(0) if width > 1 else parts[0]
+    start = torch.arange(size, device=x.device).unsqueeze(1)
     sizes, places = torch.full_like(start, size), torch.arange(length, device=x.device)
     first, end = start * length // sizes, (start * length + length + size - 1) // sizes
     inside = ((places >= first) & (places < end)).to(x.dtype)

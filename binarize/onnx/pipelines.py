@@ -147,5 +147,6 @@ class WholeGeneration(nn.Module):
         if self.guidance_scale == 1:
             return self.network(x, at, class_labels=labels).sample
         both = torch.cat([labels, torch.full_like(labels, self.no_class)])
-        with_class, without = self.network(torch.cat([x, x]), at, class_labels=both).sample.chunk(2)
+        out = self.network(torch.cat([x, x]), at, class_labels=both).sample
+        with_class, without = out[: x.shape[0]], out[x.shape[0] :]  # the exporter fails at chunk
         return without + self.guidance_scale * (with_class - without)

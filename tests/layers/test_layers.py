@@ -21,7 +21,7 @@ from binarize.layers import BinaryConv2d, BinaryLinear, PoolShortcut, Projection
 from binarize.layers.delayed import TwoStageWeight
 from binarize.layers.scales import TokenBatchNorm
 from binarize.layers.schedule import ede_schedule, recu_schedule
-from binarize.layers.shortcut import pool_channels
+from binarize.layers.shortcut import _pool_axis, pool_channels
 from binarize.methods import Method
 from binarize.timestep import TimestepContext
 
@@ -211,6 +211,13 @@ def test_a_pooled_shortcut_averages_pixels_and_channels():
     equal(pool_channels(x, 6), x)
     tokens = doubles(2, 5, 6)
     equal(PoolShortcut(3, -1)(torch.zeros(2, 5, 3), tokens), tokens.view(2, 5, 3, 2).mean(-1))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 12])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 24])
+def test_the_pooling_of_exported_graphs_is_adaptive_pooling(length: int, size: int):
+    x = doubles(2, 3, length)
+    equal(_pool_axis(x, 2, size), F.adaptive_avg_pool1d(x, size))
 
 
 def test_a_projection_shortcut_is_pooling_a_convolution_and_a_norm():
