@@ -284,17 +284,22 @@ def test_the_page_works_with_the_keyboard(page, picture) -> None:
     scale_by(page, 2)
     choose(page, png(picture.crop((0, 0, 16, 12))))
     result(page)
-    page.focus("#model")
-    reached = []
-    for _ in range(3):
-        page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.id"))
-    assert reached == ["file", "slider", "download"]
+    assert tabbed(page, "#model", 3) == ["file", "slider", "download"]
     page.keyboard.press("Shift+Tab")
     page.keyboard.down("ArrowRight")
     page.wait_for_selector("#slider:not([aria-valuenow='50'])")
     page.keyboard.up("ArrowRight")
     assert float(page.get_attribute("#slider", "aria-valuenow")) > 50
+
+
+def tabbed(page: Any, first: str, count: int) -> list[str]:
+    """Return the ids of the elements that the Tab key reaches after the first."""
+    page.focus(first)
+    reached = []
+    for _ in range(count):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id"))
+    return reached
 
 
 def draw(page: Any, kind: str, count: int, seed: int) -> Image.Image:
@@ -330,12 +335,7 @@ def test_other_generators_draw_what_python_draws(browser, tmp_path: Path) -> Non
 
 
 def test_the_draw_page_works_with_the_keyboard_and_is_cancelled(drawing) -> None:
-    drawing.focus("#class")
-    reached = []
-    for _ in range(3):
-        drawing.keyboard.press("Tab")
-        reached.append(drawing.evaluate("document.activeElement.id"))
-    assert reached == ["count", "seed", "start"]
+    assert tabbed(drawing, "#class", 3) == ["count", "seed", "start"]
     drawing.fill("#count", "65")
     drawing.keyboard.press("Enter")
     assert not drawing.evaluate("document.querySelector('#draw').checkValidity()")
