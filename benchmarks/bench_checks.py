@@ -29,7 +29,7 @@ CHECKS = (  # digests, and the search for values that are not finite in weights,
     "binarize.serialization.check_sealed",
     "binarize.models.checks.check_weights",
     "binarize.models.loading.check_weights",
-    "binarize.models.pipeline._largest",
+    "binarize.models.upscaler._largest",
     "binarize.models.checks.check_samples",
 )
 

@@ -1,8 +1,9 @@
-"""Import modules when they are first used, and run something once an optional library has been imported."""
+"""Import modules when they are first used or not at all, and act once an optional library has been imported."""
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -27,6 +28,22 @@ def exports(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str],
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return __getattr__
+
+
+@contextmanager
+def absent(name: str) -> Iterator[None]:
+    """Make imports of a module fail inside the context, unless it is imported already.
+
+    A library that works without an optional module then starts without it.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # as Python documents
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:

@@ -2,7 +2,8 @@
 
 import copy
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -115,3 +116,15 @@ def align_tensors(model: ModelT) -> ModelT:
     for tensor in tensors:
         tensor.data = aligned(tensor.data)
     return model
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and each of its submodules back into its previous mode afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -21,9 +21,9 @@ from torch import Tensor
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.models import checks
 from binarize.models.latents import check_autoencoder, decode, latent_geometry
-from binarize.models.pipeline import evaluating
 from binarize.models.sampling import set_timesteps
 from binarize.models.saving import reading, save_whole
+from binarize.modules import evaluating
 
 MAX_GUIDANCE, _MOST = 1000, 65536
 _DEFAULT_STEPS = 50

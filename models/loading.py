@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
@@ -18,7 +19,6 @@ from binarize.imaging import DecodedImage
 from binarize.json_files import read_json
 from binarize.kernels.backends import kernels_for
 from binarize.models.checks import OtherTimestepsError, check_weights
-from binarize.models.generation import GenerationPipeline
 from binarize.models.location import (
     CHECKPOINT_SUFFIXES,
     NETWORK,
@@ -30,22 +30,33 @@ from binarize.models.location import (
     scale_of,
 )
 from binarize.models.official import load_official
-from binarize.models.pipeline import SuperResolutionPipeline
 from binarize.models.saving import check_network_keys
 from binarize.models.unet import SRUNet
+from binarize.models.upscaler import Upscaler, Upscaling
+
+if TYPE_CHECKING:
+    from binarize.models.generation import GenerationPipeline
+    from binarize.models.pipeline import SuperResolutionPipeline
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scheduler = Literal["ddim", "dpm++"]
-PipelineT = TypeVar("PipelineT", SuperResolutionPipeline, GenerationPipeline)
+PipelineT = TypeVar("PipelineT", Upscaler, "SuperResolutionPipeline", "GenerationPipeline")
+UpscalingT = TypeVar("UpscalingT", Upscaler, "SuperResolutionPipeline")
 
-_SCHEDULERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+# Names, because the second's module imports SciPy.
+_SCHEDULERS = {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
 
 
 def load_network(path: Path) -> SRUNet:
     """Load the network of a model on the CPU, in evaluation mode; see `locate`."""
     path = network_of(path)
     return load_official(path) if path.suffix.lower() in CHECKPOINT_SUFFIXES else _read_network(path)
+
+
+def load_upscaler(path: Path, *, scale: int | None = None) -> Upscaler:
+    """Load a model to upscale images on the CPU and for nothing else; see `load_pipeline`."""
+    return _load(Upscaler, Upscaler.from_folder, path, scale)
 
 
 def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPipeline:
@@ -55,18 +66,10 @@ def load_pipeline(path: Path, *, scale: int | None = None) -> SuperResolutionPip
     noise schedule of the released models. `scale` is required if the model does not store it, and must not differ from
     a stored one.
     """
-    path = pipeline_around(locate(path))
-    scale = scale_of(path, scale)
-    if not (path / PIPELINE).is_file():
-        try:
-            return SuperResolutionPipeline(load_network(path), scale=scale)
-        except OtherTimestepsError as error:
-            what = f"is a network of {error.trained} timesteps without its noise schedule; the released one has"
-            fix = f"Give the folder of its pipeline, which holds a {PIPELINE}."
-            raise BinarizeError(f"{path}: {what} {error.scheduled}. {fix}") from error
-    network = _read_network(path / "unet")
-    with _reading(path, "a pipeline"):
-        return SuperResolutionPipeline.from_pretrained(str(path), unet=network, local_files_only=True)
+    from binarize.models.pipeline import SuperResolutionPipeline  # with all networks of diffusers
+
+    read = partial(SuperResolutionPipeline.from_pretrained, local_files_only=True)
+    return _load(SuperResolutionPipeline, read, path, scale)
 
 
 def load_generator(path: Path) -> GenerationPipeline:
@@ -74,6 +77,8 @@ def load_generator(path: Path) -> GenerationPipeline:
 
     A `DDPMPipeline` or another pipeline of diffusers with a ``unet`` and a ``scheduler`` alone is unconditional.
     """
+    from binarize.models.generation import GenerationPipeline  # with all networks of diffusers
+
     path = generator_of(path)
     with _reading(path, "a pipeline"):
         pipeline = GenerationPipeline.from_pretrained(str(path), local_files_only=True)
@@ -106,7 +111,7 @@ def prepare(
     """
     place, torch_dtype = find_device(device), getattr(torch, dtype)
     if scheduler is not None:
-        pipeline.scheduler = _SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+        pipeline.scheduler = getattr(diffusers, _SCHEDULERS[scheduler]).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     like = torch.empty(0, dtype=torch_dtype, device=place)
     if pack and kernels_for(like) is not None:
@@ -119,7 +124,7 @@ def prepare(
 
 
 def sample(
-    pipeline: SuperResolutionPipeline,
+    pipeline: Upscaling,
     image: Image.Image | DecodedImage,
     *,
     steps: int | None,
@@ -150,6 +155,21 @@ def sample(
         raise BinarizeError(f"the image is too large for the memory of {device}; try {smaller}.") from error
     finally:
         handle.remove()
+
+
+def _load(kind: type[UpscalingT], read: Callable[..., UpscalingT], path: Path, scale: int | None) -> UpscalingT:
+    path = pipeline_around(locate(path))
+    scale = scale_of(path, scale)
+    if not (path / PIPELINE).is_file():
+        try:
+            return kind(load_network(path), scale=scale)
+        except OtherTimestepsError as error:
+            what = f"is a network of {error.trained} timesteps without its noise schedule; the released one has"
+            fix = f"Give the folder of its pipeline, which holds a {PIPELINE}."
+            raise BinarizeError(f"{path}: {what} {error.scheduled}. {fix}") from error
+    network = _read_network(path / "unet")
+    with _reading(path, "a pipeline"):
+        return read(str(path), unet=network)
 
 
 def _read_network(path: Path) -> SRUNet:

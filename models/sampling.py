@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -43,12 +43,23 @@ def read_scheduler(folder: Path) -> Any:
     if not isinstance(timesteps, int) or not 1 <= timesteps <= MAX_TIMESTEPS:
         allowed = f"a whole number from 1 to {MAX_TIMESTEPS}"
         raise BinarizeError(f"{path}: num_train_timesteps is {timesteps!r:.60}; allowed: {allowed}.")
-    others = {key for compatible in cast(Any, kind)._get_compatibles() for key in parameters(compatible)}
-    check_keys(config, str(path), parameters(kind), others)
+    if not _has_own_keys(kind, config):
+        others = {key for compatible in cast(Any, kind)._get_compatibles() for key in parameters(compatible)}
+        check_keys(config, str(path), parameters(kind), others)
     try:
-        return cast(Any, kind).from_config(config)
+        return _build(kind, config)
     except FAILURES as error:
         raise BinarizeError(f"{path}: makes no {name}: {one_line(error, 150)}.") from error
+
+
+def _has_own_keys(kind: Any, config: Mapping[str, Any]) -> bool:
+    return {key for key in config if key[0] != "_"} <= parameters(kind)
+
+
+def _build(kind: Any, config: Mapping[str, Any]) -> Any:
+    if _has_own_keys(kind, config):  # `from_config` imports all schedulers, and SciPy, to know their keys
+        return kind(**{key: value for key, value in config.items() if key[0] != "_"})
+    return kind.from_config(config)
 
 
 def parameters(kind: Any) -> set[str]:
@@ -106,7 +117,7 @@ def _problem(kind: Any, settings: str) -> str | None:
     """Return what is wrong with a scheduler of this class and configuration."""
     with torch.device("cpu"), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scheduler = kind.from_config(json.loads(settings))
+        scheduler = _build(kind, json.loads(settings))
         if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
             return "it has no amount of noise for each timestep (alphas_cumprod)"
         a = scheduler.alphas_cumprod.double()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from typing import Any, cast
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from binarize.conversion.apply import apply_conversion, check_saveable, write_packed_folder
@@ -29,6 +30,14 @@ from binarize.packed.files import WEIGHTS, find_packed, read_config, read_packed
 
 _UNBUILDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+@dataclass
+class SRUNetOutput(BaseOutput):
+    """What `SRUNet` returns: the prediction ``sample``, ``(B, 3, H, W)``."""
+
+    # Not diffusers' UNet2DOutput: its module imports every network of diffusers, for a second or two.
+    sample: Tensor
 
 
 class SRUNet(ModelMixin, ConfigMixin):
@@ -126,14 +135,14 @@ class SRUNet(ModelMixin, ConfigMixin):
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float | int, condition: Tensor, return_dict: bool = True
-    ) -> UNet2DOutput | tuple[Tensor]:
+    ) -> SRUNetOutput | tuple[Tensor]:
         """Predict the noise (or what the scheduler's prediction type says), ``(B, 3, H, W)``.
 
         Args:
             sample: x_t, ``(B, 3, H, W)``, H and W multiples of `size_multiple`.
             timestep: Scalar or ``(B,)``, in steps of the training schedule; a batch may mix them.
             condition: The upscaled LR image, ``(B, 3, H, W)``, in the value range of the training images.
-            return_dict: Return diffusers' UNet2DOutput rather than a tuple.
+            return_dict: Return an `SRUNetOutput` rather than a tuple.
         """
         self._check_input(sample, condition)
         if not isinstance(timestep, Tensor):
@@ -175,7 +184,7 @@ class SRUNet(ModelMixin, ConfigMixin):
             if up_level.up is not None:
                 x = self._run(up_level.up, x)
         x = self.conv_out(norm_silu(x, self.norm_out))
-        return UNet2DOutput(sample=x) if return_dict else (x,)
+        return SRUNetOutput(sample=x) if return_dict else (x,)
 
     def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -1,11 +1,11 @@
-"""Actions that wait for a module to be imported."""
+"""Modules that cannot be imported, and actions that wait for one."""
 
 import importlib
 import sys
 
 import pytest
 
-from binarize.importing import after_import
+from binarize.importing import absent, after_import
 
 
 @pytest.fixture
@@ -43,3 +43,11 @@ def test_a_failed_import_is_tried_again(library, tmp_path):
     part.write_text("loaded = True\n")
     importlib.import_module(library)
     assert seen == [True]
+
+
+def test_an_absent_module_cannot_be_imported(library):
+    with absent(library), pytest.raises(ModuleNotFoundError, match=r"late_library\.part"):
+        importlib.import_module(library)
+    assert importlib.import_module(library).loaded
+    with absent(library):  # too late
+        assert importlib.import_module(library).loaded

@@ -15,10 +15,11 @@ from binarize.cli import options as opt
 from binarize.cli.jobs import Request, Size, inspect, make_folder, plan, split_positional
 from binarize.cli.streams import echo, printable
 from binarize.errors import BinarizeError
+from binarize.importing import absent
 from binarize.locks import start_ticks
 
 if TYPE_CHECKING:
-    from binarize.models import SuperResolutionPipeline
+    from binarize.models.upscaler import Upscaler
 
 DEFAULT_SCALE = 2
 Format = Literal["png", "jpeg", "webp", "avif", "tiff", "bmp"]
@@ -104,13 +105,15 @@ def upscale(
     for note in notes:
         echo(f"note: {note}", err=True)
 
+    with absent("torch._dynamo"):  # imported in a second; diffusers marks blocks with it for torch.compile
+        import diffusers  # noqa: F401
     from binarize.models.checks import NotFiniteError
-    from binarize.models.loading import load_pipeline, prepare, sample
+    from binarize.models.loading import load_upscaler, prepare, sample
     from binarize.models.memory import check_sampling_memory
     from binarize.models.tiling import tile_grid
     from binarize.progress import ProgressBar
 
-    pipeline = prepare(load_pipeline(model, scale=scale), device, dtype, scheduler, pack=packing)
+    pipeline = prepare(load_upscaler(model, scale=scale), device, dtype, scheduler, pack=packing)
     steps = pipeline.num_inference_steps if steps is None else steps
     tiles = {path: tile_for(size, factor, tile) for path, size in sizes.items()}
     grid = partial(tile_grid, overlap=overlap, multiple=pipeline.size_multiple)
@@ -170,7 +173,7 @@ def tile_for(size: Size, scale: int, tile: int | None) -> int | None:
     return tile if tile > 0 else None
 
 
-def _warm_up(pipeline: SuperResolutionPipeline) -> None:
+def _warm_up(pipeline: Upscaler) -> None:
     """Run a packed network once on a tiny input, so that compiling its kernels counts as start-up."""
     import torch
 

@@ -166,6 +166,9 @@ class BinaryLayer(PartPipeline):
     @torch.no_grad()
     def binary_weight(self) -> BinaryWeight:
         """Return the codes ``(n, *weight.shape)`` and scales ``(n, C_out)`` that the forward uses now."""
+        if self.weight.is_meta:  # shapes alone: many operators on meta tensors import TorchDynamo, for a second
+            shape, empty = self.weight.shape, self.weight.new_empty
+            return BinaryWeight(empty(shape), empty(self.bases, *shape), empty(self.bases, self.widths[1]))
         surrogate, codes, scales = self.weight_binarizer(self.latent())
         return BinaryWeight(surrogate.view_as(self.weight), codes.view(-1, *self.weight.shape), scales)
 

@@ -59,11 +59,13 @@ def pack_weight(layer: BinaryLayer, weight: BinaryWeight) -> PackedWeight:
     groups = layer.groups if isinstance(layer, BinaryConvNd) else 1
     rows = layer.kernel[0] if layer.depth is None else layer.depth.kernel * layer.kernel[0]
     shape = FilterShape(layer.widths[1], layer.widths[0] // groups, (rows, layer.kernel[1]), groups, layer.bases)
-    bits = (weight.codes >= 0).to(torch.uint8)
+    codes, meta = weight.codes, weight.codes.is_meta
+    # Operators on meta tensors may import TorchDynamo, for a second.
+    bits = codes.new_empty(codes.shape, dtype=torch.uint8) if meta else (codes >= 0).to(torch.uint8)
     bits = bits.view(shape.bases, shape.out_channels, shape.in_channels, *shape.kernel)
     if lower(layer) is None:
         words = join_bytes(bits)
-    elif bits.is_meta:
+    elif meta:
         words = torch.empty(shape.memory, dtype=torch.int32, device="meta")
     else:
         words = from_bits(bits, shape)

@@ -8,7 +8,7 @@ from torch.utils.data import default_collate
 
 from binarize.errors import BinarizeError
 from binarize.layers.multibit import calibrate_by, learned_steps
-from binarize.models.pipeline import evaluating
+from binarize.modules import evaluating
 from binarize.recipes import TrainingRecipe, build_scheduler
 from binarize.training.objective import Objective
 from binarize.training.samples import NoisySamples, to_device

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from binarize import progress
 from binarize.cli.upscale import process_start, tile_for
 from binarize.models import SuperResolutionPipeline
+from binarize.models.upscaler import Upscaler
 
 
 def test_the_result_is_that_of_the_pipeline(model: Path, small: Path, tmp_path: Path) -> None:
@@ -25,6 +27,32 @@ def test_the_result_is_that_of_the_pipeline(model: Path, small: Path, tmp_path: 
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(Image.open(small), num_inference_steps=3, generator=torch.Generator().manual_seed(5)).images[0]
     assert np.array_equal(pixels(tmp_path / "large.png"), np.asarray(expected))
+
+
+HEAVY = {"torch._dynamo", "scipy.stats", "diffusers.models.transformers", "diffusers.pipelines.pipeline_utils"}
+LIST_MODULES = """
+import sys
+from binarize.cli import main
+try:
+    main()
+finally:
+    print("imported:", *sys.modules)
+"""
+
+
+def test_start_up_imports_no_more_than_upscaling_needs(small: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LIST_MODULES, "upscale", str(small), "-o", str(tmp_path / "large.png")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    modules = set(output.partition("imported:")[2].split())
+    assert {"torch", "diffusers", "binarize.models.upscaler"} <= modules
+    assert not modules & HEAVY  # they take half of the time to start
+
+
+def test_a_scheduler_that_is_not_of_diffusers_is_refused(model: Path, small: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    edit_json(tmp_path / "model" / "model_index.json", scheduler=["mine", "Scheduler"])
+    error = fails("upscale", small, tmp_path / "large.png", "--model", tmp_path / "model")
+    assert "model_index.json: scheduler is ['mine', 'Scheduler']; allowed: a scheduler of diffusers" in error
 
 
 def test_start_up_counts_from_the_start_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +91,7 @@ def test_transparency_is_kept_and_the_format_is_checked_first(model, tmp_path, m
     succeeds("upscale", tmp_path / "glass.png", tmp_path / "large.webp", "--model", model, "--steps", "1")
     with Image.open(tmp_path / "large.webp") as large:
         assert large.mode == "RGBA"
-    monkeypatch.setattr(SuperResolutionPipeline, "__call__", raising(AssertionError("sampled before checking")))
+    monkeypatch.setattr(Upscaler, "__call__", raising(AssertionError("sampled before checking")))
     before = contents(tmp_path)
     for name, words in (("large.jpg", "cannot hold an image of mode 'RGBA'"), ("large.pgn", "Did you mean '.png'")):
         message = fails("upscale", tmp_path / "glass.png", tmp_path / name, "--model", model)
@@ -123,7 +151,7 @@ def test_bad_sources_targets_and_devices_are_refused(model, sources, monkeypatch
     ],
 )
 def test_an_error_while_sampling_leaves_nothing_behind(model, small, monkeypatch, error, options, status, message):
-    monkeypatch.setattr(SuperResolutionPipeline, "__call__", raising(error))
+    monkeypatch.setattr(Upscaler, "__call__", raising(error))
     before = contents(small.parent)
     result = run("upscale", small, small.with_name("large.png"), "--model", model, *options)
     assert result.exit_code == status

@@ -22,7 +22,8 @@ import binarize
 from binarize.errors import BinarizeError
 from binarize.imaging import upscale_bicubic
 from binarize.models import SRUNet, load_official
-from binarize.models.pipeline import SuperResolutionPipeline, default_scheduler
+from binarize.models.pipeline import SuperResolutionPipeline
+from binarize.models.upscaler import default_scheduler
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

@@ -18,7 +18,7 @@ from binarize.diagnosis import doctor
 from binarize.models import GenerationPipeline, SRUNet, SuperResolutionPipeline, default_model
 from binarize.models import default as _pretrained
 from binarize.models.default import default_generator
-from binarize.models.pipeline import default_scheduler
+from binarize.models.upscaler import default_scheduler
 from binarize.recipes import build_pipeline, load_recipe
 
 

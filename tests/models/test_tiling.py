@@ -13,8 +13,8 @@ from pipeline_case import Local, local, pipeline, pixels, run
 from torch import Tensor
 
 from binarize.errors import BinarizeError
-from binarize.models.pipeline import default_scheduler
 from binarize.models.tiling import tile_grid
+from binarize.models.upscaler import default_scheduler
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 80), st.integers(0, 79), st.sampled_from([1, 2, 8]))
