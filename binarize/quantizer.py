@@ -32,6 +32,7 @@ from binarize.errors import BinarizeError
 from binarize.files import update_folder
 from binarize.modules import align_tensors
 from binarize.packed.files import check_folder, seal_folder
+from binarize.packed.int8 import has_int8_weights, restore_weights
 from binarize.packed.layers import PackedConv2d, PackedLinear, freeze
 
 
@@ -144,6 +145,8 @@ class BinarizeQuantizer(DiffusersQuantizer):
             recorded = recorded_conversion(conversion(model))
             self.quantization_config = BinarizeConfig.from_dict({"conversion": recorded})
         elif is_packed(model):
+            for layer in filter(has_int8_weights, model.modules()):
+                restore_weights(layer)
             freeze(model)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:

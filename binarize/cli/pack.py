@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,11 +12,16 @@ from binarize.cli.streams import echo
 from binarize.cli.targets import check_model_folder
 from binarize.errors import BinarizeError
 
+# The same as in binarize.conversion.packing, which imports torch.
+FullPrecision = Literal["float", "int8"]
+_FULL_PRECISION = "Weights of full-precision layers: as they are, or rounded to 8 bits."
+
 
 def pack(
     source: Annotated[Path, typer.Argument(metavar="IN", help=MODEL)],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
     dtype: Annotated[Dtype, typer.Option(help="Data type of the stored tensors that are not bits.")] = "float32",
+    full_precision: Annotated[FullPrecision, typer.Option(help=_FULL_PRECISION)] = "float",
     revision: RevisionOption = None,
     scale: ScaleOption = None,
     force: ForceOption = False,
@@ -43,6 +48,7 @@ def pack(
     import torch
 
     import binarize
+    from binarize.conversion.packing import round_full_precision
     from binarize.files import replace_folder
     from binarize.models.loading import load_generator, load_network, load_pipeline
     from binarize.packed.files import WEIGHTS, stored_as
@@ -58,9 +64,11 @@ def pack(
         network, inside = pipeline.unet, "unet"
     if not binarize.is_packed(network):
         try:
-            binarize.pack(network)
+            binarize.pack(network, full_precision=full_precision)
         except BinarizeError as error:
             raise BinarizeError(f"{source}: {error}") from error
+    elif full_precision == "int8":
+        round_full_precision(network)
 
     def write(folder: Path) -> None:
         if draws:

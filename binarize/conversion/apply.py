@@ -28,6 +28,7 @@ def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
     packed, version = options.pop("packed", None), options.pop("format", None)
     if packed not in (None, *READABLE_FORMATS):
         raise BinarizeError(f"the model has packed format {packed!r}; this version of binarize reads 1 and 2.")
+    full_precision = options.pop("full_precision", "float")
     if "unsaveable" in options:
         raise BinarizeError(f"this conversion was not saveable: {options['unsaveable']}")
     if version not in FORMATS:
@@ -43,7 +44,7 @@ def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
     with named_by_a_file():
         repeat(model, options.pop("method"), binary, **options)
     if packed is not None:
-        pack(model)
+        pack(model, full_precision=full_precision)
 
 
 def check_saveable(model: nn.Module) -> None:

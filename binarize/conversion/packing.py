@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import nn
@@ -26,30 +26,39 @@ from binarize.methods import Method
 from binarize.modules import replace_modules
 from binarize.packed import PackedConv1d, PackedConv2d, PackedConv3d, PackedLayer, PackedLinear
 from binarize.packed.blocks import PackableBlock, PackedBlock
+from binarize.packed.int8 import forget_integers, full_precision_layers, has_int8_weights, round_weights
 from binarize.packed.layers import PackedConv, PackedWeight, freeze, pack_weight
 
 _log = logging.getLogger("binarize")
 ModelT = TypeVar("ModelT", bound=nn.Module)
+FullPrecision = Literal["float", "int8"]
 _PACKED: dict[type[BinaryLayer], type[Any]] = {
     BinaryConv1d: PackedConv1d, BinaryConv2d: PackedConv2d, BinaryConv3d: PackedConv3d, BinaryLinear: PackedLinear
 }  # fmt: skip
 
 
-def pack(model: ModelT) -> ModelT:
+def pack(model: ModelT, *, full_precision: FullPrecision = "float") -> ModelT:
     """Replace every binary layer by a packed one, in place, and return the model in eval mode.
 
     The outputs stay the same; the float latents are gone, so the model can no longer be trained. `binarize.save` (or
     ``save_pretrained``) then writes 1 bit for a binary weight. Everything is checked first: a call that fails leaves
     the model as it was. Activations that are exactly 0 count as +1, also where ``sign_zero="zero"`` gave them 0.
 
+    Args:
+        model: A converted model.
+        full_precision: "int8" rounds the weights of full-precision convolutions and linear layers to 8 bits, with one
+            scale for each output channel. Files store the integers; the model computes with floats as before.
+
     Raises:
-        BinarizeError: If the model is not converted or already packed, a layer still has full-precision weights (the
-            first stage of a two-stage training) or activations, or a custom activation declares neither ``levels`` nor
-            ``bits``.
+        BinarizeError: If the model is not converted or already packed, `full_precision` is unknown, a layer still has
+            full-precision weights (the first stage of a two-stage training) or activations, or a custom activation
+            declares neither ``levels`` nor ``bits``.
     """
     record = conversion(model)
     if record.packed:
         raise BinarizeError(f"pack: this {type(model).__name__} is packed already.")
+    if full_precision not in get_args(FullPrecision):
+        raise BinarizeError(f"pack: full_precision={full_precision!r}; allowed: 'float' and 'int8'.")
     # The largest first: otherwise bits would lie above the temporaries of smaller layers in the heap, and pin them.
     layers = dict(sorted(binary_layers(model), key=lambda item: -item[1].weight.numel()))
     weights = [_checked_weight(name, layer) for name, layer in layers.items()]
@@ -59,7 +68,20 @@ def pack(model: ModelT) -> ModelT:
     replace_modules(model, {id(b): b.packed_form() for b in model.modules() if isinstance(b, PackableBlock)})
     freeze(model)
     record.packed = True
+    if full_precision == "int8":
+        round_full_precision(model)
     return model.eval()
+
+
+def round_full_precision(model: nn.Module) -> None:
+    """Round the full-precision weights of a packed model to 8 bits, see `pack`."""
+    record = conversion(model)
+    record_config(model, replace(record, full_precision="int8"))
+    for layer in list(full_precision_layers(model)):
+        if not has_int8_weights(layer):
+            round_weights(layer)
+    freeze(model)
+    record.full_precision = "int8"
 
 
 def _checked_weight(name: str, layer: BinaryLayer) -> PackedWeight:
@@ -111,12 +133,17 @@ def unpack(model: ModelT) -> ModelT:
         return next((new for old, new in fixed if old == method), method)
 
     overrides = {k: None if v is None else with_fixed_weights(v) for k, v in record.overrides.items()}
-    fixed_record = replace(record, method=with_fixed_weights(record.method), overrides=overrides, packed=False)
+    fixed_record = replace(
+        record, method=with_fixed_weights(record.method), overrides=overrides, packed=False, full_precision="float"
+    )
     record_config(model, fixed_record)  # writes to the host's configuration, which may fail
     unpack_layers(model)
+    for layer in filter(has_int8_weights, model.modules()):
+        forget_integers(layer)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     record.method, record.overrides, record.packed = fixed_record.method, overrides, False
+    record.full_precision = "float"
     return model.eval()
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -29,8 +29,8 @@ QUANT_METHOD = "binarize (pip install binarize-diffusion, and `import binarize` 
 class Conversion:
     """The resolved arguments of `convert` and its results; a predicate in ``keep`` becomes the names it selected.
 
-    ``pinned`` are the names of the binary layers if the rules of 0.1 would select other ones: so a saved model does not
-    depend on the rules of the version that loads it.
+    ``full_precision`` is as in `binarize.pack`. ``pinned`` are the names of the binary layers if the rules of 0.1 would
+    select other ones: so a saved model does not depend on the rules of the version that loads it.
     """
 
     method: Method
@@ -42,6 +42,7 @@ class Conversion:
     report: ConversionReport
     context: TimestepContext | None = None
     packed: bool = False
+    full_precision: Literal["float", "int8"] = "float"
     pinned: list[str] | None = None
 
     def to_config(self) -> dict[str, Any]:
@@ -59,6 +60,8 @@ class Conversion:
             config["binary"] = list(self.pinned)
         if self.context is not None and self.context.timestep != BY_STEPS:
             config["timestep"] = self.context.timestep.to_config()
+        if self.full_precision != "float":
+            config["full_precision"] = self.full_precision
         return {**config, "packed": PACKED_FORMAT} if self.packed else config
 
 

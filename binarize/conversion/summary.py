@@ -1,12 +1,13 @@
 """Parameters, operations and bytes of a network, by the rules of published comparisons.
 
-- Parameters: all of them, a binary weight as 1/32 and a ternary one as 2/32.
+- Parameters: all of them, a binary weight as 1/32, a ternary one as 2/32, and one that is stored in 8 bits as 8/32.
 - Operations: multiply-accumulates, a binary one as 1/64; that of a binary weight and a k-bit activation as k/64, and
   with a float as 1. Ternary and two-basis weights are two binary ones, but one with floats. Products inside attention
   and parts count as MACs; 5 per element for GroupNorm and LayerNorm, 2 for BatchNorm in eval mode, 1 for
   nearest-neighbor upsampling. Biases, shifts, signs, scales, activations, additions, softmax and shuffles are not
   counted.
-- Bytes: the size of a packed file: 1 bit for a binary weight, 4 bytes for everything else, scales included.
+- Bytes: the size of a packed file: 1 bit for a binary weight, 1 byte for a weight in 8 bits, 4 bytes for everything
+  else, scales included.
 
 These rules reproduce the figures of BI-DiffSR's Table 2. A copy of the network runs on the meta device, without
 computing anything, and every operation that reaches PyTorch's dispatcher is counted.
@@ -31,6 +32,7 @@ from binarize.errors import BinarizeError
 from binarize.layers import BinaryLayer, Branch
 from binarize.layers.parts import activation_bits
 from binarize.modules import call_arguments, meta_copy, prefixes, unwrap
+from binarize.packed.int8 import has_int8_weights
 from binarize.tables import Column, Table
 
 NORM_COST = {"native_group_norm": 5, "native_layer_norm": 5, "_fused_rms_norm": 5}
@@ -42,7 +44,7 @@ class SummaryRow:
     """One module that has parameters or computes, with figures as in `Summary`.
 
     Attributes:
-        bits: 1 for a binary layer, else 32.
+        bits: 1 for a binary layer, 8 for one that is stored in 8 bits, else 32.
         activation_bits: Bits of the activations that a layer multiplies; 32 for floats.
         output: Shape of its last output, or () if it did not run.
         params: Parameters, a binary weight as 1/32 for each of its bits (two in two-basis weights).
@@ -168,16 +170,20 @@ def _row(name: str, module: nn.Module, count: _Count, seen: set[int]) -> Summary
         bases = module.bases
         scales = {"filter": module.weight.shape[0], "tensor": 1, "none": 0}[module.stored_scales]
         size = bases * (math.ceil(module.weight.numel() / 8) + 4 * scales)
+    bits = 1 if binary else 32
+    if has_int8_weights(module):
+        packed, bits = {id(module.weight)}, 8
+        weights = sum(p.numel() for p in owned if p is module.weight)
     size += 4 * sum(p.numel() for p in owned if id(p) not in packed)
     size += sum(b.nbytes for b in module.buffers(recurse=binary) if id(b) not in packed)
     return SummaryRow(
         name=name,
         type=type(module).__name__,
-        bits=1 if binary else 32,
+        bits=bits,
         activation_bits=_activation_bits(module),
         output=count.output,
         raw_params=raw,
-        params=raw - weights + bases * weights / 32,
+        params=raw - weights + bases * bits * weights / 32,
         macs=dict(count.macs),
         ops=sum(macs * (1 if bits == 32 else bits / 64) for bits, macs in count.macs.items()) + count.other,
         bytes=size,

@@ -1,4 +1,4 @@
-"""What is done to the exporter's model: local functions, half precision where it is exact, no debugging information."""
+"""What is done to the exporter's model: local functions, short numbers where they are exact, nothing for debugging."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from binarize.onnx.functions import DOMAIN, GROUP_NORM, ROWS, SIGNS, Kind, Step, binary_layer
+from binarize.packed import int8
 
-_LEAST_HALVED = 32  # values; a Cast takes as many bytes as it would save in smaller tensors
+_LEAST_SHRUNK = 32  # values; a Cast takes as many bytes as it would save in smaller tensors
 _KINDS: tuple[Kind, ...] = ("BinaryConv", "BinaryLinear")
 
 
@@ -18,7 +20,7 @@ def finish(model: Any, metadata: Mapping[str, str]) -> None:
     """Complete an ``onnx.ModelProto`` in place."""
     _strip(model)
     _pad_channels(model.graph)
-    _halve(model.graph)
+    _shrink(model.graph)
     _add_functions(model)
     _name_axes(model.graph)
     del model.metadata_props[:]
@@ -84,32 +86,55 @@ def _is_wrong_in_webgpu(convolution: Any, channels: int, *kernel: int) -> bool:
     return not grouped and channels > 3 and channels % 3 == 0 and channels % 4 > 0 and max(kernel) > 1
 
 
-def _halve(graph: Any) -> None:
-    """Store weights as float16 where that is exact. The binary layers convert theirs; a Cast does it for the others."""
+def _shrink(graph: Any) -> None:
+    """Store weights as float16, or in 8 bits with a step for each channel, where that is exact.
+
+    The binary layers convert float16 themselves; other nodes get a Cast, and a Mul by the steps.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     readers: dict[str, list[str]] = {}
     for node in _nodes(graph):
         for name in node.input:
             readers.setdefault(name, []).append(node.domain)
-    casts = []
+    added, steps = [], []
     for tensor in graph.initializer:
-        values = numpy_helper.to_array(tensor) if tensor.data_type == TensorProto.FLOAT else np.empty(0)
-        if values.size < _LEAST_HALVED:
+        name, values = tensor.name, np.empty(0)
+        if tensor.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(tensor)
+        if values.size < _LEAST_SHRUNK:
             continue
+        convert = any(domain != DOMAIN for domain in readers[name])
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), values):
-            continue
-        name = tensor.name
-        convert = any(domain != DOMAIN for domain in readers[name])
-        stored = f"{name}.half" if convert else name
-        tensor.CopyFrom(numpy_helper.from_array(half, stored))
-        if convert:
-            casts.append(helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
+        if np.array_equal(half.astype(np.float32), values):
+            stored = f"{name}.half" if convert else name
+            tensor.CopyFrom(numpy_helper.from_array(half, stored))
+            if convert:
+                added.append(helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT))
+        elif convert and (found := _integers(values)) is not None:
+            integers, step = found
+            stored, cast, factor = f"{name}.int8", f"{name}.cast", f"{name}.step"
+            tensor.CopyFrom(numpy_helper.from_array(integers, stored))
+            steps.append(numpy_helper.from_array(step, factor))
+            added.append(helper.make_node("Cast", [stored], [cast], to=TensorProto.FLOAT))
+            added.append(helper.make_node("Mul", [cast, factor], [name]))
+    graph.initializer.extend(steps)
+    nodes = [*added, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return int8 integers and float32 steps whose product the values are; None if there are none."""
+    for channel in range(values.ndim) if values.ndim > 1 else ():  # the exporter transposes some weights
+        others = tuple(axis for axis in range(values.ndim) if axis != channel)
+        largest = np.ascontiguousarray(np.abs(values).max(others, keepdims=True))
+        step = int8.steps(torch.from_numpy(largest)).numpy()
+        integers = np.round(values / np.where(step > 0, step, 1)).astype(np.int8)
+        if np.array_equal(integers * step, values):
+            return integers, step
+    return None
 
 
 def _add_functions(model: Any) -> None:

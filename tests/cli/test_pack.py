@@ -93,6 +93,16 @@ def test_a_source_without_bits_is_refused(model, small, tmp_path, source, option
     assert not (tmp_path / "out").exists()
 
 
+def test_full_precision_layers_in_8_bits(model: Path, packed: Path, tmp_path: Path) -> None:
+    for name, source in (("one", model), ("two", packed)):
+        succeeds("pack", source, tmp_path / name, "--full-precision", "int8")
+    one, two = ((tmp_path / name / "unet" / WEIGHTS).read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert len(one) < (packed / "unet" / WEIGHTS).stat().st_size
+    first, rounded = (SRUNet.from_pretrained(folder / "unet").conv_in for folder in (packed, tmp_path / "one"))
+    assert 0 < (first.weight - rounded.weight).abs().max() < first.weight.abs().max() / 250
+
+
 def test_damaged_packed_models(packed: Path, small: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(packed, tmp_path / "packed")
     weights, command = folder / "unet" / WEIGHTS, ["upscale", small, tmp_path / "large.png", "--model", folder]

@@ -99,6 +99,22 @@ def test_exact_halves_are_stored_as_halves(network: SRUNet, exported: Path, tmp_
     assert difference(run(path, **given), expected) < 1e-5
 
 
+@pytest.mark.zoo
+def test_weights_of_8_bits_are_stored_in_8_bits(exported: Path, tmp_path: Path) -> None:
+    integers = binarize.unpack(tiny())
+    binarize.pack(integers, full_precision="int8")
+    path = binarize.export_onnx(integers, tmp_path / "int8.onnx")
+    assert exported.stat().st_size - path.stat().st_size > 0.9 * (saved_bytes(tiny()) - saved_bytes(integers))
+    given = inputs(2, 8, 8)
+    with torch.no_grad():
+        expected = integers(**given).sample
+    assert difference(run(path, **given), expected) < 1e-5
+
+
+def saved_bytes(network: SRUNet) -> int:
+    return binarize.summary(network).bytes
+
+
 class Lines(nn.Module):
     """Layers of one and three dimensions, and a linear one, whose padding and strides differ."""
 
