@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from binarize.errors import BinarizeError, did_you_mean
 from binarize.models import checks
+from binarize.models.graphs import GraphedPasses
 from binarize.models.latents import check_autoencoder, decode, latent_geometry
 from binarize.models.sampling import set_timesteps
 from binarize.models.saving import reading, save_whole
@@ -47,6 +49,9 @@ class GenerationPipeline(DiffusionPipeline):
         num_inference_steps: Default number of denoising steps, saved with the pipeline; None for 50.
         vae: The autoencoder whose latents the network generates; None for a network that generates pixels.
 
+    Attributes:
+        cuda_graphs: As in `SuperResolutionPipeline`.
+
     Example:
         ```python
         pipe = GenerationPipeline.from_pretrained("runs/emoji_bidiffsr/model")
@@ -56,6 +61,7 @@ class GenerationPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq: str = "unet->vae"
     _optional_components: list[str] = ["vae"]
+    cuda_graphs = True
     unet: ModelMixin
     vae: AutoencoderKL | None
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps
@@ -178,10 +184,15 @@ class GenerationPipeline(DiffusionPipeline):
         options: dict[str, Any] = {"eta": eta, "generator": generator}
         options = {key: value for key, value in options.items() if key in checks.step_parameters(scheduler)}
         x = self._noise(count, generator, latents) * scheduler.init_noise_sigma
-        with evaluating(self.unet), self.progress_bar(total=len(scheduler.timesteps)) as bar:
-            for timestep in scheduler.timesteps:
+        timesteps = scheduler.timesteps
+        predict = GraphedPasses(
+            partial(self._predict, labels=labels, scale=scale),
+            self.unet, tuple(timesteps[[0, -1]]), len(timesteps) if self.cuda_graphs else 0,
+        )  # fmt: skip
+        with evaluating(self.unet), self.progress_bar(total=len(timesteps)) as bar:
+            for timestep in timesteps:
                 seen = scheduler.scale_model_input(x, timestep)
-                x = scheduler.step(self._predict(seen, timestep, labels, scale), timestep, x, **options).prev_sample
+                x = scheduler.step(predict(timestep, seen), timestep, x, **options).prev_sample
                 bar.update()
         checks.check_prediction(float(x.abs().amax()), self.name_or_path, self.unet.dtype)
         if self.vae is not None:
@@ -195,7 +206,7 @@ class GenerationPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, x: Tensor, timestep: Tensor, labels: Tensor | None, scale: float) -> Tensor:
+    def _predict(self, timestep: Tensor, x: Tensor, labels: Tensor | None, scale: float) -> Tensor:
         dtype = self.unet.dtype
         seen = x.to(dtype)  # x_t keeps the precision of the sums over steps, whatever the network's dtype
         if labels is None:

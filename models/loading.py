@@ -138,12 +138,7 @@ def sample(
     `steps`, `tile` and `overlap` are as in `SuperResolutionPipeline.__call__`. `on_pass` is called after each pass of
     the network, that is, once per step and tile.
     """
-
-    def hook(*_: object) -> None:  # what a hook returns would replace the output
-        if on_pass is not None:
-            on_pass()
-
-    handle = pipeline.unet.register_forward_hook(hook)
+    pipeline._on_pass = on_pass
     try:
         options: dict[str, Any] = {"num_inference_steps": steps, "tile": tile, "overlap": overlap, "return_dict": False}
         return pipeline(image, generator=torch.Generator().manual_seed(seed), **options)[0][0]
@@ -154,7 +149,7 @@ def sample(
         device, smaller = pipeline.device.type, "--tile 256" if tile is None else f"a --tile below {tile}"
         raise BinarizeError(f"the image is too large for the memory of {device}; try {smaller}.") from error
     finally:
-        handle.remove()
+        pipeline._on_pass = None
 
 
 def _load(kind: type[UpscalingT], read: Callable[..., UpscalingT], path: Path, scale: int | None) -> UpscalingT:

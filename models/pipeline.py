@@ -44,6 +44,10 @@ class SuperResolutionPipeline(Upscaling, DiffusionPipeline):
         num_inference_steps: Default number of denoising steps, saved with the pipeline; None for the published 50. At
             most the scheduler's number of training timesteps.
 
+    Attributes:
+        cuda_graphs: Whether calls with many passes of the network, that is many steps or tiles, replay a CUDA graph of
+            one of them on a GPU, where this gives the same bits. Networks with hooks run without one.
+
     Example:
         ```python
         pipe = SuperResolutionPipeline(SRUNet(), scale=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -25,6 +26,7 @@ from binarize.errors import BinarizeError
 from binarize.imaging import DecodedImage, upscale_bicubic
 from binarize.json_files import read_json
 from binarize.models import checks
+from binarize.models.graphs import GraphedPasses
 from binarize.models.images import as_images, to_batch, to_output
 from binarize.models.memory import check_sampling_memory
 from binarize.models.overshoot import limit_overshoot
@@ -80,6 +82,9 @@ class Upscaling:
     """What upscales images in `SuperResolutionPipeline`, which documents it, and in `Upscaler`."""
 
     _callback_tensor_inputs = ["latents", "condition"]
+
+    cuda_graphs = True
+    _on_pass: Callable[[], object] | None = None  # called after each pass of the network, replayed ones too
 
     unet: ModelMixin
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps
@@ -241,9 +246,15 @@ class Upscaling:
         scheduler.set_timesteps(num_inference_steps, device=condition.device)
         x = pad_noise(noise, *grid.shape) * scheduler.init_noise_sigma
         largest = x.new_zeros(())
+        passes = len(scheduler.timesteps) * math.ceil(len(grid) / batch_size)
+        predict = GraphedPasses(
+            self._predict, self.unet, tuple(scheduler.timesteps[[0, -1]]), passes if self.cuda_graphs else 0
+        )
         for step, timestep in enumerate(scheduler.timesteps):
             model_input = scheduler.scale_model_input(x, timestep)
-            epsilon = grid.blend(partial(self._predict, timestep), model_input, condition, batch_size=batch_size)
+            epsilon = grid.blend(
+                partial(predict, timestep), model_input, condition, batch_size=batch_size, on_pass=self._on_pass
+            )
             largest = torch.maximum(largest, _largest(epsilon))
             x = scheduler.step(epsilon, timestep, x, **step_options).prev_sample
             if callback is not None:
