@@ -30,9 +30,9 @@ from binarize.conversion.record import QUANT_METHOD, QUANTIZATION, conversion, i
 from binarize.digests import meanwhile
 from binarize.errors import BinarizeError
 from binarize.files import update_folder
-from binarize.modules import align_tensors
+from binarize.modules import align_tensors, aligned
 from binarize.packed.files import check_folder, seal_folder
-from binarize.packed.int8 import has_int8_weights, restore_weights
+from binarize.packed.int8 import INTEGERS, STEP, has_int8_weights, restore_weights, writing
 from binarize.packed.layers import PackedConv2d, PackedLinear, freeze
 
 
@@ -127,16 +127,23 @@ class BinarizeQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
-        """Return True for the bits of a packed layer, which are neither a parameter nor a buffer."""
+        """Return True for the bits of a packed layer, and for weights in 8 bits and their steps."""
         path, _, name = param_name.rpartition(".")
+        if name in (INTEGERS, STEP):
+            return has_int8_weights(model.get_submodule(path))
         return name == "bits" and isinstance(model.get_submodule(path), PackedConv2d | PackedLinear)
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Load the bits of a packed layer."""
-        layer = model.get_submodule(param_name.rpartition(".")[0])
-        cast(PackedConv2d, layer).load_bits(param_value.to(target_device))
+        """Load the bits of a packed layer, or the weights of a layer once their integers and steps are there."""
+        path, _, name = param_name.rpartition(".")
+        layer = model.get_submodule(path)
+        if name in (INTEGERS, STEP):
+            layer._buffers[name] = aligned(param_value.to(target_device))
+            restore_weights(layer)
+        else:
+            cast(PackedConv2d, layer).load_bits(param_value.to(target_device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         align_tensors(model)
@@ -145,8 +152,6 @@ class BinarizeQuantizer(DiffusersQuantizer):
             recorded = recorded_conversion(conversion(model))
             self.quantization_config = BinarizeConfig.from_dict({"conversion": recorded})
         elif is_packed(model):
-            for layer in filter(has_int8_weights, model.modules()):
-                restore_weights(layer)
             freeze(model)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -198,7 +203,8 @@ def _saves_whole(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
             kwargs.setdefault("repo_id", target.name)
 
         def write(folder: Path) -> None:
-            save_pretrained(self, folder, *args, **kwargs)
+            with writing():
+                save_pretrained(self, folder, *args, **kwargs)
             seal_folder(folder, given.get("variant"))
 
         return update_folder(target, write)

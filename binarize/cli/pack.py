@@ -48,7 +48,7 @@ def pack(
     import torch
 
     import binarize
-    from binarize.conversion.packing import round_full_precision
+    from binarize.conversion.record import conversion
     from binarize.files import replace_folder
     from binarize.models.loading import load_generator, load_network, load_pipeline
     from binarize.packed.files import WEIGHTS, stored_as
@@ -62,13 +62,11 @@ def pack(
     else:
         pipeline = load_pipeline(source, scale=scale)
         network, inside = pipeline.unet, "unet"
-    if not binarize.is_packed(network):
+    if not binarize.is_packed(network) or full_precision != conversion(network).full_precision == "float":
         try:
             binarize.pack(network, full_precision=full_precision)
         except BinarizeError as error:
             raise BinarizeError(f"{source}: {error}") from error
-    elif full_precision == "int8":
-        round_full_precision(network)
 
     def write(folder: Path) -> None:
         if draws:

@@ -27,8 +27,11 @@ def apply_conversion(model: nn.Module, config: Mapping[str, Any]) -> None:
     options = dict(config)
     packed, version = options.pop("packed", None), options.pop("format", None)
     if packed not in (None, *READABLE_FORMATS):
-        raise BinarizeError(f"the model has packed format {packed!r}; this version of binarize reads 1 and 2.")
+        raise BinarizeError(f"the model has packed format {packed!r}; this version of binarize reads 1 to 3.")
     full_precision = options.pop("full_precision", "float")
+    if full_precision not in (("float", "int8") if packed is not None else ("float",)):
+        allowed = "int8 with packed, or no such key"
+        raise BinarizeError(f"the conversion has full_precision {full_precision!r:.40}; allowed: {allowed}.")
     if "unsaveable" in options:
         raise BinarizeError(f"this conversion was not saveable: {options['unsaveable']}")
     if version not in FORMATS:

@@ -2,13 +2,13 @@
 
 import logging
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import nn
 
 from binarize.conversion.export import binary_layers, check_binary, packed_layers
-from binarize.conversion.record import conversion, is_converted, record_config
+from binarize.conversion.record import FullPrecision, conversion, is_converted, record_config
 from binarize.errors import BinarizeError
 from binarize.kernels.backends import kernels_for
 from binarize.layers import (
@@ -31,7 +31,6 @@ from binarize.packed.layers import PackedConv, PackedWeight, freeze, pack_weight
 
 _log = logging.getLogger("binarize")
 ModelT = TypeVar("ModelT", bound=nn.Module)
-FullPrecision = Literal["float", "int8"]
 _PACKED: dict[type[BinaryLayer], type[Any]] = {
     BinaryConv1d: PackedConv1d, BinaryConv2d: PackedConv2d, BinaryConv3d: PackedConv3d, BinaryLinear: PackedLinear
 }  # fmt: skip
@@ -47,7 +46,8 @@ def pack(model: ModelT, *, full_precision: FullPrecision = "float") -> ModelT:
     Args:
         model: A converted model.
         full_precision: "int8" rounds the weights of full-precision convolutions and linear layers to 8 bits, with one
-            scale for each output channel. Files store the integers; the model computes with floats as before.
+            step for each output channel. Files store the integers, and the model computes with floats as before. A
+            model that is packed with "float" can be rounded later.
 
     Raises:
         BinarizeError: If the model is not converted or already packed, `full_precision` is unknown, a layer still has
@@ -55,10 +55,13 @@ def pack(model: ModelT, *, full_precision: FullPrecision = "float") -> ModelT:
             declares neither ``levels`` nor ``bits``.
     """
     record = conversion(model)
-    if record.packed:
-        raise BinarizeError(f"pack: this {type(model).__name__} is packed already.")
     if full_precision not in get_args(FullPrecision):
         raise BinarizeError(f"pack: full_precision={full_precision!r}; allowed: 'float' and 'int8'.")
+    if record.packed and full_precision != record.full_precision == "float":
+        _round_full_precision(model)
+        return model
+    if record.packed:
+        raise BinarizeError(f"pack: this {type(model).__name__} is packed already.")
     # The largest first: otherwise bits would lie above the temporaries of smaller layers in the heap, and pin them.
     layers = dict(sorted(binary_layers(model), key=lambda item: -item[1].weight.numel()))
     weights = [_checked_weight(name, layer) for name, layer in layers.items()]
@@ -69,17 +72,15 @@ def pack(model: ModelT, *, full_precision: FullPrecision = "float") -> ModelT:
     freeze(model)
     record.packed = True
     if full_precision == "int8":
-        round_full_precision(model)
+        _round_full_precision(model)
     return model.eval()
 
 
-def round_full_precision(model: nn.Module) -> None:
-    """Round the full-precision weights of a packed model to 8 bits, see `pack`."""
+def _round_full_precision(model: nn.Module) -> None:
     record = conversion(model)
     record_config(model, replace(record, full_precision="int8"))
     for layer in list(full_precision_layers(model)):
-        if not has_int8_weights(layer):
-            round_weights(layer)
+        round_weights(layer)
     freeze(model)
     record.full_precision = "int8"
 

@@ -14,9 +14,10 @@ from binarize.conversion.report import ConversionReport
 from binarize.errors import BinarizeError
 from binarize.methods import Method
 from binarize.modules import unwrap, update_config
-from binarize.packed.files import PACKED_FORMAT
+from binarize.packed.files import INT8_FORMAT, PACKED_FORMAT
 from binarize.timestep import TimestepContext
 
+FullPrecision = Literal["float", "int8"]
 RECORD = "_binarize_conversion"
 FORMATS = (1, 2)  # 1: the rules of 0.1 select the layers; 2: the names of the binary layers are recorded
 # diffusers' key for a model that is not plain, in its configuration and in config.json. The name of the method is what
@@ -42,7 +43,7 @@ class Conversion:
     report: ConversionReport
     context: TimestepContext | None = None
     packed: bool = False
-    full_precision: Literal["float", "int8"] = "float"
+    full_precision: FullPrecision = "float"
     pinned: list[str] | None = None
 
     def to_config(self) -> dict[str, Any]:
@@ -60,8 +61,8 @@ class Conversion:
             config["binary"] = list(self.pinned)
         if self.context is not None and self.context.timestep != BY_STEPS:
             config["timestep"] = self.context.timestep.to_config()
-        if self.full_precision != "float":
-            config["full_precision"] = self.full_precision
+        if self.full_precision == "int8":
+            return {**config, "packed": INT8_FORMAT, "full_precision": "int8"}
         return {**config, "packed": PACKED_FORMAT} if self.packed else config
 
 

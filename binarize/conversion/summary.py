@@ -113,7 +113,7 @@ class Summary:
     def _totals(self) -> str:
         macs = ", ".join(f"{count / 1e9:.4f} G at {bits} bit" for bits, count in sorted(self.macs_by_bits.items()))
         return (
-            f"parameters  {self.params / 1e6:.3f} M (binary weights / 32); {self.raw_params:,} raw\n"
+            f"parameters  {self.params / 1e6:.3f} M (a weight of b bits as b / 32); {self.raw_params:,} raw\n"
             f"operations  {self.ops / 1e9:.3f} G (binary MACs / 64) for {self.input}\n"
             f"MACs        {macs}\n"
             f"packed      {self.bytes / 1e6:.2f} MB on disk; {4 * self.raw_params / 1e6:.2f} MB as float32"
@@ -131,7 +131,8 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     """Count parameters, operations and bytes of a network, converted or not.
 
     Args:
-        model: Any nn.Module; it is not run and not changed. A packed model has the figures of the binary one.
+        model: Any nn.Module; it is not run and not changed. A packed model has the figures of the binary one,
+            but for weights in 8 bits.
         example_inputs: Inputs of the forward: a tensor, a tuple of arguments or a dict of keyword arguments. By
             default, SRUNet is run at 3x256x256, batch 1, diffusers' U-Nets at their configured size, and any other
             network on one 3x224x224 image.

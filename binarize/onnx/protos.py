@@ -1,4 +1,4 @@
-"""What is done to the exporter's model: local functions, short numbers where they are exact, nothing for debugging."""
+"""Completes the exported model: local functions, fewer bits for weights where that is exact, nothing for debugging."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from binarize.onnx.functions import DOMAIN, GROUP_NORM, ROWS, SIGNS, Kind, Step, binary_layer
-from binarize.packed import int8
+from binarize.packed.int8 import round_to_int8
 
 _LEAST_SHRUNK = 32  # values; a Cast takes as many bytes as it would save in smaller tensors
 _KINDS: tuple[Kind, ...] = ("BinaryConv", "BinaryLinear")
@@ -128,12 +128,12 @@ def _shrink(graph: Any) -> None:
 def _integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Return int8 integers and float32 steps whose product the values are; None if there are none."""
     for channel in range(values.ndim) if values.ndim > 1 else ():  # the exporter transposes some weights
-        others = tuple(axis for axis in range(values.ndim) if axis != channel)
-        largest = np.ascontiguousarray(np.abs(values).max(others, keepdims=True))
-        step = int8.steps(torch.from_numpy(largest)).numpy()
-        integers = np.round(values / np.where(step > 0, step, 1)).astype(np.int8)
-        if np.array_equal(integers * step, values):
-            return integers, step
+        weight = torch.from_numpy(np.moveaxis(values, channel, 0).copy())
+        found, step = round_to_int8(weight)
+        integers = np.ascontiguousarray(np.moveaxis(found.numpy(), 0, channel))
+        steps = step.view(torch.float32).numpy().reshape([-1 if axis == channel else 1 for axis in range(values.ndim)])
+        if np.array_equal(integers * steps, values):
+            return integers, steps
     return None
 
 

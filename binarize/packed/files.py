@@ -30,9 +30,10 @@ from binarize.errors import BinarizeError, one_line
 from binarize.files import write_atomic
 from binarize.json_files import parse_json, read_json
 from binarize.modules import aligned
+from binarize.packed.int8 import has_int8_weights, writing
 from binarize.packed.layers import freeze
 
-PACKED_FORMAT, READABLE_FORMATS = 2, (1, 2)
+PACKED_FORMAT, INT8_FORMAT, READABLE_FORMATS = 2, 3, (1, 2, 3)  # 3: with weights in 8 bits
 VERSION, CONFIG = "binarize_packed", "config"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -53,12 +54,15 @@ def write_packed(model: nn.Module, path: Path, config: Mapping[str, Any], dtype:
     config = {key: value for key, value in config.items() if key != "_name_or_path"}  # where it was loaded from
     # A tied tensor is the same object under each of its names, and is stored under the first.
     first: dict[int, tuple[str, Tensor]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    with writing():
+        held = model.state_dict(keep_vars=True)
+    for name, value in held.items():
         first.setdefault(id(value), (name, value))
     state = {name: stored_as(name, value.detach(), dtype).cpu().contiguous() for name, value in first.values()}
     plain = memoryview(serialize(state))
     start = 8 + header_size(plain[:8])
-    metadata = {"format": "pt", VERSION: str(PACKED_FORMAT), CONFIG: json.dumps(config)}
+    version = INT8_FORMAT if any(map(has_int8_weights, model.modules())) else PACKED_FORMAT
+    metadata = {"format": "pt", VERSION: str(version), CONFIG: json.dumps(config)}
     header = sealed_header(metadata, json.loads(bytes(plain[8:start])), [plain[start:]])
     data = b"".join([header, plain[start:]])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,6 +222,8 @@ def read_packed(
     for name, twin in _tied(expected, state).items():
         state[name] = state[twin]
     model.load_state_dict(state, strict=True, assign=True)
+    for layer in filter(has_int8_weights, model.modules() if dtype is not None else ()):
+        layer.to(dtype)
     if unsaved is not None and any(buffer.is_meta for buffer in model.buffers()):
         _fill(model, unsaved(), dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -272,7 +278,7 @@ def _metadata(path: Path) -> dict[str, str]:
         raise BinarizeError(f"{path}: is a safetensors file, but holds no packed model; binarize.pack makes one.")
     if version not in map(str, READABLE_FORMATS):
         raise BinarizeError(
-            f"{path}: has packed format {version!r}; this version of binarize reads 1 and 2; install a newer binarize, "
+            f"{path}: has packed format {version!r}; this version of binarize reads 1 to 3; install a newer binarize, "
             "or save the model again with this one."
         )
     return metadata

@@ -93,10 +93,10 @@ def test_a_file_of_another_length_is_refused(folder: Path, damage: Callable[[byt
     refused(folder, "cannot be read as a safetensors file")
 
 
-@pytest.mark.parametrize("version", ["3", "0", "", "one"])
+@pytest.mark.parametrize("version", ["4", "0", "", "one"])
 def test_another_version_is_refused(folder: Path, version: str) -> None:
     change_header(folder / WEIGHTS, lambda h: h["__metadata__"].update(binarize_packed=version))
-    refused(folder, f"has packed format '{version}'; this version of binarize reads 1 and 2")
+    refused(folder, f"has packed format '{version}'; this version of binarize reads 1 to 3")
 
 
 def describe_floats(folder: Path) -> None:

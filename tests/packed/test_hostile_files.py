@@ -92,7 +92,7 @@ def test_tensors_and_configuration_have_to_fit(folder: Path, change: Any, messag
         ({"conversion": {"format": 1, "packed": 1, "method": {"name": "bidiffsr", "groups": 10**9}}},
          "num_train_timesteps|do not fit its configuration"),
         ({"conversion": {"format": 1, "packed": 7, "method": {"name": "bidiffsr"}}},
-         "has packed format 7; this version of binarize reads 1 and 2"),
+         "has packed format 7; this version of binarize reads 1 to 3"),
         ({"conversion": {"format": 1, "packed": 1, "method": {"name": "future"}}}, "unknown method 'future'"),
     ],
 )  # fmt: skip

@@ -15,9 +15,11 @@ from safetensors import safe_open
 from torch import nn
 
 import binarize
+from binarize.conversion.apply import apply_conversion
+from binarize.conversion.record import conversion
 from binarize.errors import BinarizeError
 from binarize.models import SRUNet
-from binarize.packed.int8 import full_precision_layers, has_int8_weights, round_weights
+from binarize.packed.int8 import full_precision_layers, has_int8_weights, round_to_int8
 
 SMALL = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 4}
 
@@ -49,16 +51,16 @@ def run(model: nn.Module) -> torch.Tensor:
     )
 )
 def test_weights_are_rounded_to_the_nearest_of_255_levels_of_their_channel(values: np.ndarray) -> None:
-    layer = nn.Linear(values.shape[1], values.shape[0])
-    layer.weight.data = torch.from_numpy(values.copy())
-    round_weights(layer)
-    step = np.abs(values).max(1, keepdims=True).astype(np.float64) / 127
-    exact = np.round(values / np.where(step > 0, step, 1))
-    assert np.abs(layer.weight_int8.numpy() - exact).max() <= 1  # where rounding of the ratio decides
-    error = np.abs(layer.weight.detach().double().numpy() - values)
-    assert (error <= step * 0.501).all()  # a step is rounded to 17 bits
-    largest = np.abs(values).max(1)
-    assert np.allclose(np.abs(layer.weight.detach().numpy()).max(1), largest, rtol=1e-5, atol=0)
+    integers, bits = round_to_int8(torch.from_numpy(values.copy()))
+    steps = bits.view(torch.float32)
+    rounded = (integers * steps[:, None]).numpy()
+    exact = np.abs(values).max(1, keepdims=True).astype(np.float64) / 127
+    assert np.allclose(steps[:, None].double(), exact, rtol=2**-17, atol=1e-43)
+    assert (np.abs(rounded.astype(np.float64) - values) <= exact * 0.501).all()  # since steps are rounded
+    assert np.array_equal(rounded.astype(np.float64), integers.double().numpy() * steps[:, None].double().numpy())
+    again = round_to_int8(torch.from_numpy(rounded))
+    assert torch.equal(again[0], integers)
+    assert torch.equal(again[1], bits)
 
 
 @pytest.mark.parametrize("build", [small, diffusers_model])
@@ -70,6 +72,7 @@ def test_a_saved_network_is_loaded_bit_for_bit(build, tmp_path: Path) -> None:
     for again in (
         binarize.load(tmp_path / "saved"),
         type(model).from_pretrained(tmp_path / "own"),
+        type(model).from_pretrained(tmp_path / "own", device_map="cpu"),
         copy.deepcopy(model),
     ):
         assert torch.equal(run(again), expected)
@@ -107,21 +110,84 @@ def test_the_file_has_a_byte_for_each_weight_and_the_summary_says_so(tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_other_tensors_are_stored_in_half_precision(dtype, tmp_path: Path) -> None:
+def test_the_weights_do_not_depend_on_the_dtype_of_the_rest(dtype, tmp_path: Path) -> None:
     model = binarize.pack(small(), full_precision="int8")
-    binarize.save(model, tmp_path, dtype=dtype)
-    again = binarize.load(tmp_path)
-    for one, other in zip(full_precision_layers(model), full_precision_layers(again), strict=True):
-        assert torch.equal(one.weight_int8, other.weight_int8)
-        assert torch.allclose(one.weight, other.weight, rtol=torch.finfo(dtype).eps, atol=0)
+    expected = [layer.weight for layer in full_precision_layers(model)]
+    binarize.save(model, tmp_path / "as dtype", dtype=dtype)
+    binarize.save(copy.deepcopy(model).to(dtype), tmp_path / "moved")
+    for folder in tmp_path.iterdir():
+        again = binarize.load(folder)
+        assert all(map(torch.equal, [layer.weight for layer in full_precision_layers(again)], expected))
+        low = SRUNet.from_pretrained(folder, torch_dtype=dtype)
+        assert {tensor.dtype for tensor in low.parameters()} == {dtype}
+        assert all(
+            torch.equal(x.weight, y.to(dtype)) for x, y in zip(full_precision_layers(low), expected, strict=True)
+        )
 
 
-def test_a_moved_network_keeps_its_integers(tmp_path: Path) -> None:
-    model = binarize.pack(small(), full_precision="int8").to(torch.bfloat16)
-    expected = [layer.weight_int8.clone() for layer in full_precision_layers(model)]
+def test_a_network_of_another_library(tmp_path: Path) -> None:
+    def host() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 3, 3)).eval()
+
+    model = binarize.pack(binarize.convert(host(), "bnn"), full_precision="int8")
     binarize.save(model, tmp_path)
-    loaded = [layer.weight_int8 for layer in full_precision_layers(binarize.load(tmp_path))]
-    assert all(map(torch.equal, loaded, expected))
+    again = binarize.load(tmp_path, model=host())
+    x = torch.randn(1, 3, 9, 9)
+    assert torch.equal(again(x), model(x))
+    assert [p.stride() for p in again.parameters()] == [p.stride() for p in model.parameters()]
+
+
+def test_packing_again_and_later(tmp_path: Path) -> None:
+    model = binarize.pack(small(), full_precision="int8")
+    expected = run(model)
+    binarize.pack(binarize.unpack(model), full_precision="int8")
+    binarize.save(model, tmp_path / "again")
+    assert torch.equal(run(binarize.load(tmp_path / "again")), run(model))
+    later = binarize.pack(binarize.pack(small()), full_precision="int8")
+    assert torch.equal(run(later), expected)
+    for option in ("float", "int8"):
+        with pytest.raises(BinarizeError, match="is packed already"):
+            binarize.pack(later, full_precision=option)
+
+
+def test_a_state_dict_has_floats(caplog: pytest.LogCaptureFixture) -> None:
+    model, other = (binarize.pack(small(), full_precision=option) for option in ("int8", "float"))
+    assert model.state_dict().keys() == other.state_dict().keys()
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(run(model), run(other))
+    assert not caplog.text
+
+
+def test_changed_weights_are_rounded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = binarize.pack(small(), full_precision="int8")
+    with torch.no_grad():
+        model.conv_in.weight.mul_(2)
+    binarize.save(model, tmp_path / "exact")
+    assert not caplog.text  # twice the steps
+    assert torch.equal(run(binarize.load(tmp_path / "exact")), run(model))
+    with torch.no_grad():
+        model.conv_in.weight.add_(0.001)
+    binarize.save(model, tmp_path / "rounded")
+    assert "conv_in.weight has changed since the network was packed, and is rounded to 8 bits again" in caplog.text
+    error = (binarize.load(tmp_path / "rounded").conv_in.weight - model.conv_in.weight).abs()
+    assert 0 < error.max() < model.conv_in.weight.abs().max() / 250
+
+
+def test_older_versions_refuse_the_file(tmp_path: Path) -> None:
+    for option, version in (("float", 2), ("int8", 3)):
+        model = binarize.pack(small(), full_precision=option)
+        binarize.save(model, tmp_path / option)
+        config = json.loads((tmp_path / option / "config.json").read_text())["conversion"]
+        with safe_open(next((tmp_path / option).glob("*.safetensors")), "pt") as file:
+            assert (config["packed"], file.metadata()["binarize_packed"]) == (version, str(version))
+
+
+@pytest.mark.parametrize("changes", [{"full_precision": "int4"}, {"packed": None, "full_precision": "int8"}])
+def test_a_damaged_record_is_refused(changes) -> None:
+    record = conversion(binarize.pack(small(), full_precision="int8")).to_config()
+    config = {key: value for key, value in {**record, **changes}.items() if value is not None}
+    with pytest.raises(BinarizeError, match=r"has full_precision 'int.'; allowed: int8 with packed"):
+        apply_conversion(SRUNet(**SMALL), config)
 
 
 def test_unpacking_leaves_floats(tmp_path: Path) -> None:
