@@ -120,12 +120,14 @@ def file_rows() -> list[dict[str, Any]]:
     """Measure the size of saved networks and the time to load them."""
     unet = released()
     packed, rows = binarize.pack(copy.deepcopy(unet)), []
+    integers = binarize.pack(copy.deepcopy(unet), full_precision="int8")
     in_memory = sum(t.numel() * t.element_size() for t in [*packed.parameters(), *packed.buffers()])
     with tempfile.TemporaryDirectory() as folder:
         for name, model, dtype in (
             ("training form", unet, None),
             ("packed float32", packed, None),
             ("packed float16", packed, torch.float16),
+            ("packed int8, the rest float16", integers, torch.float16),
         ):
             target = Path(folder) / name
             binarize.save(model, target, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import binarize
 from binarize.packed import PackedConv2d
 
+FLOAT_BYTES = 4
 CALLS = 5  # consecutive calls of a layer, as in timers of single operators: code and data stay in the caches
 FLOAT32 = {"float32 NCHW": torch.contiguous_format, "float32 NHWC": torch.channels_last}
 
@@ -187,16 +189,72 @@ PARTS = {
 
 
 def step_composition(packed: nn.Module, rounds: int) -> dict[str, Any]:
-    """Profile a denoising step at 256x256 on two threads, and time it beside the full-precision network."""
+    """Profile a denoising step at 256x256 on two threads, and time it beside the full-precision network.
+
+    "bounds" are the least times of some parts, see `work`: bits at the speed of `popcount_peak`, products in float32 at
+    that of a large matrix product, and bytes at that of a copy, whichever takes longer.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     torch.set_num_threads(2)
     step = forward(packed, torch.float32, 256)
     times = interleaved({"packed": step, "full precision": forward(full_precision(), torch.float32, 256)}, rounds)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    macs_a_second, bytes_a_second, bits_a_second = float_peak(), memory_peak(), popcount_peak()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         for _ in range(rounds):
             step()
     parts = dict.fromkeys([*PARTS.values(), "the rest"], 0.0)
-    for event in profiled.key_averages():
-        parts[PARTS.get(event.key, "the rest")] += event.self_cpu_time_total / 1e6 / rounds
-    return {"size": 256, "threads": 2, "seconds": times, "parts": parts}
+    bounds = dict.fromkeys([PARTS[operator] for operator in BOUNDED], 0.0)
+    for event in profiled.key_averages(group_by_input_shape=True):
+        part = PARTS.get(event.key, "the rest")
+        parts[part] += event.self_cpu_time_total / 1e6 / rounds
+        if event.key in BOUNDED:
+            macs, moved = work(event.key, [shape for shape in event.input_shapes if shape])
+            bounds[part] += max(macs / macs_a_second, moved / bytes_a_second) * event.count / rounds
+    if bits_a_second is not None:
+        bits = sum(shape.gmacs * count for shape, (_, count) in distinct_layers(packed).items())
+        bounds["binary convolutions"] = bits / bits_a_second / 2
+    peaks = {
+        "float32, GMAC/s": macs_a_second / 1e9,
+        "memory, GB/s": bytes_a_second / 1e9,
+        "bits, GMAC/s": bits_a_second,
+    }
+    return {"size": 256, "threads": 2, "seconds": times, "parts": parts, "bounds": bounds, "peaks": peaks}
+
+
+BOUNDED = (
+    "binarize::conv3x3", "binarize::norm_factors", "binarize::norm_silu", "aten::mkldnn_convolution", "aten::addmm",
+    "aten::addmm_", "aten::_scaled_dot_product_flash_attention_for_cpu",
+)  # fmt: skip
+
+
+def work(operator: str, shapes: list[list[int]]) -> tuple[float, int]:
+    """Return the products in float32, and the bytes that an operator of these input shapes reads and writes at least.
+
+    Convolutions have a stride of 1; those of 3x3 take a quarter of the products by Winograd's F(4x4, 3x3). The first
+    input of addmm is the output's shape, or a bias.
+    """
+    first = math.prod(shapes[0])
+    if operator in ("binarize::conv3x3", "aten::mkldnn_convolution"):
+        out_channels, *filters = shapes[1]
+        outputs = out_channels * first // shapes[0][1]
+        macs = outputs * math.prod(filters) / (4 if operator == "binarize::conv3x3" else 1)
+        return macs, FLOAT_BYTES * (first + outputs)
+    if operator in ("aten::addmm", "aten::addmm_"):
+        a, b = shapes[1:3]
+        return a[0] * a[1] * b[1], FLOAT_BYTES * (a[0] * a[1] + a[1] * b[1] + a[0] * b[1])
+    if operator == "aten::_scaled_dot_product_flash_attention_for_cpu":
+        return 2 * first * shapes[1][-2], FLOAT_BYTES * 4 * first
+    return 0, FLOAT_BYTES * first * (1 if operator == "binarize::norm_factors" else 2)
+
+
+def float_peak(side: int = 2048) -> float:
+    """Return the multiply-accumulates a second of a matrix product in float32."""
+    a, b = torch.randn(side, side), torch.randn(side, side)
+    return side**3 / interleaved({"": lambda: a @ b}, 7)[""]
+
+
+def memory_peak(values: int = 2**26) -> float:
+    """Return the bytes a second, read and written, of a copy."""
+    a, b = torch.zeros(values), torch.ones(values)
+    return 2 * FLOAT_BYTES * values / interleaved({"": lambda: b.copy_(a)}, 7)[""]

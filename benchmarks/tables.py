@@ -71,12 +71,25 @@ def packed_layers(results: Results) -> str:
 
 
 def packed_roofline(results: Results) -> str:
-    """Return the composition of a denoising step on the last machine."""
+    """Return the composition of a denoising step on the last machine, and what bounds its parts."""
     step = next(row for row in list(results.values())[-1] if "parts" in row)
-    whole = sum(step["parts"].values())
-    lines = [[part, f"{seconds / whole:.0%}"] for part, seconds in step["parts"].items()]
-    lines.append(["seconds per step", f"{step['seconds']['packed']:.3f}"])
-    return Table(["part", Column("share of a step", align="right")], lines).to_markdown()
+    bounds, lines = step.get("bounds", {}), []
+    for part, seconds in step["parts"].items():
+        bound = bounds.get(part)
+        share = f"{seconds / sum(step['parts'].values()):.0%}"
+        lines.append([part, share, 1e3 * seconds, None if bound is None else 1e3 * bound])
+    lines.append(["a step without the profiler", None, 1e3 * step["seconds"]["packed"], None])
+    columns = [Column("share", align="right"), numbers("ms", ".0f"), numbers("bound, ms", ".0f")]
+    return Table(["part", *columns], lines).to_markdown()
+
+
+def int8_networks(results: Results) -> str:
+    """Return the times of packed networks and of the full-precision twin in other runtimes."""
+    rows = list(results.values())[-1]
+    names = (f"{row['size']}x{row['size']}, {row['threads']} thread{'s' * (row['threads'] > 1)}" for row in rows)
+    columns = [numbers(name, ".3f") for name in names]
+    lines = [[name, *(row["seconds"][name] for row in rows)] for name in rows[0]["seconds"]]
+    return Table([Column("network", align="left"), *columns], lines).to_markdown()
 
 
 def packed_networks(results: Results) -> str:
@@ -215,6 +228,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "packed-flips": packed_flips,
     "packed-memory": packed_memory,
     "packed-files": packed_files,
+    "int8-networks": int8_networks,
     "gpu-networks": gpu_networks,
     "gpu-training": gpu_training,
     "training": training,
@@ -257,13 +271,13 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     found = {
         path.stem: json.loads(path.read_text())
-        for kind in ("packed", "training", "gpu", "bits")
+        for kind in ("packed", "training", "gpu", "bits", "int8")
         for path in sorted(RESULTS.glob(f"{kind}*.json"))
         if path.stem not in OUTDATED
     }
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"<!-- ((?:machines|packed|training|gpu|quality|bits)[\w-]*):begin -->", text):
+        for name in re.findall(r"<!-- ((?:machines|packed|training|gpu|quality|bits|int8)[\w-]*):begin -->", text):
             text = replace_between(text, name, section(name, found))
         page.write_text(text, encoding="utf-8")
         print(f"wrote {page.relative_to(ROOT)}")
