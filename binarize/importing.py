@@ -1,4 +1,4 @@
-"""Import modules when they are first used or not at all, and act once an optional library has been imported."""
+"""Lazy and blocked imports, and actions that run after an import."""
 
 import importlib
 import sys
@@ -32,9 +32,9 @@ def exports(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str],
 
 @contextmanager
 def absent(name: str) -> Iterator[None]:
-    """Make imports of a module fail inside the context, unless it is imported already.
+    """Make imports of a module fail inside the context, in all threads, unless it is imported already.
 
-    A library that works without an optional module then starts without it.
+    A library that treats the module as optional is then imported without it, and stays without it.
     """
     if name in sys.modules:
         yield
@@ -43,7 +43,8 @@ def absent(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[name]
+        if sys.modules.get(name, name) is None:
+            del sys.modules[name]
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:

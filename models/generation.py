@@ -61,7 +61,7 @@ class GenerationPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq: str = "unet->vae"
     _optional_components: list[str] = ["vae"]
-    cuda_graphs = True
+    cuda_graphs = False
     unet: ModelMixin
     vae: AutoencoderKL | None
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps

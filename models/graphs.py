@@ -1,83 +1,110 @@
 """CUDA graphs of the passes in one call of a pipeline.
 
-A pass launches hundreds of kernels. For small images the GPU waits for Python to launch them; a graph launches all of
-them at once. It keeps whatever the pass read from Python, so it lives for one call only, in which a pipeline changes
-nothing but the tensors that it gives to the network, and is used after it has given the network's results.
+A pass launches hundreds of kernels, and for small images the GPU waits for Python to launch them. A CUDA graph launches
+all of them at once. It keeps the Python values of the recorded pass. Therefore it lives for one call of a pipeline,
+within which only tensors change, and it is used after its results have been compared with the network's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
 from binarize.kernels.capture import is_captured
-from binarize.layers.declared import is_hooked
+from binarize.timestep import TimestepContext
 
 Pass = Callable[..., Tensor]
-LEAST_CALLS = 8  # a graph costs about four calls
+LEAST_CALLS = 16  # a graph costs about six calls
 _log = logging.getLogger("binarize")
+_on_pass: ContextVar[Callable[[], object] | None] = ContextVar("on_pass", default=None)
+
+
+@contextmanager
+def counting(on_pass: Callable[[], object] | None) -> Iterator[None]:
+    """Call ``on_pass`` after each pass of a network in the pipelines that this thread calls."""
+    token = _on_pass.set(on_pass)
+    try:
+        yield
+    finally:
+        _on_pass.reset(token)
 
 
 class GraphedPasses:
-    """Calls a function of tensors; on a GPU, later calls of the same shapes replay a graph of an earlier one.
+    """Calls a function of tensors, and on a GPU replays a graph of it once that gives the same bits.
 
-    The first call of some shapes runs the function, which compiles its kernels. The second one records a graph, and
-    compares it with the function for its own inputs, and for other images at each of the ``probes``. If a bit differs,
-    or recording fails, all calls run the function.
+    The first call runs the function, which compiles its kernels. The second one records a graph, and compares it with
+    the function for its own inputs, and for other images at each of the ``probes``. If recording fails or a bit
+    differs, the other calls run the function. So do calls with inputs of other shapes.
 
     Args:
         function: Takes a timestep, a scalar tensor, and images ``(B, C, H, W)``; returns images.
         network: The network that the function calls.
-        probes: Timesteps at which graphs are compared, such as the first and the last.
-        calls: How many calls there will be; fewer than `LEAST_CALLS` are not worth a graph.
+        probes: Timesteps at which the graph is compared, such as the first and the last.
+        calls: How many calls there will be; with fewer than `LEAST_CALLS`, no graph is recorded.
     """
 
     def __init__(self, function: Pass, network: nn.Module, probes: Sequence[Tensor], calls: int) -> None:
         self._function, self._network, self._probes, self._calls = function, network, probes, calls
-        self._graphs: dict[tuple[object, ...], Pass | None] = {}  # None: called once
+        self._shapes: list[object] | None = None
+        self._graph: Pass | None = None
 
     def __call__(self, timestep: Tensor, *images: Tensor) -> Tensor:
         """Return the function's result, a new tensor."""
-        inputs = (timestep, *images)
-        key = tuple((each.shape, each.dtype) for each in inputs)
-        graph = self._graphs.get(key)
-        if graph is not None:
-            return graph(*inputs)
-        if self._calls >= LEAST_CALLS and can_record(self._network, inputs):
-            if key in self._graphs:
-                graph = self._graphs[key] = self._recorded(inputs)
-                return graph(*inputs)
-            self._graphs[key] = None
+        result = self._passed((timestep, *images))
+        if (on_pass := _on_pass.get()) is not None:
+            on_pass()
+        return result
+
+    def _passed(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        if self._calls < LEAST_CALLS or not share_a_gpu(inputs):
+            return self._function(*inputs)
+        shapes: list[object] = [(each.shape, each.dtype) for each in inputs]
+        if self._shapes is None and runs_alone(self._network):
+            self._shapes = shapes
+        elif self._shapes == shapes:
+            if self._graph is None:
+                self._graph = self._recorded(inputs) or self._function
+            return self._graph(*inputs)
         return self._function(*inputs)
 
-    def _recorded(self, inputs: tuple[Tensor, ...]) -> Pass:
+    def _recorded(self, inputs: tuple[Tensor, ...]) -> Pass | None:
+        others = [image.flip(-1) for image in inputs[1:]]
         try:
             graph = record(self._function, inputs)
-        except RuntimeError as error:  # such as one that waits for the GPU, or too little memory
-            _log.debug("No CUDA graph: %s", error)
-            return self._function
-        others = [image.flip(-1) for image in inputs[1:]]
-        for case in (inputs, *((probe, *others) for probe in self._probes)):
-            if not torch.equal(graph(*case), self._function(*case)):
-                _log.warning(
-                    "The network does not give the same results in a CUDA graph, and runs without one. To silence "
-                    "this, set cuda_graphs=False on the pipeline."
-                )
-                return self._function
+            for case in (inputs, *((probe, *others) for probe in self._probes)):
+                expected = self._function(*case)
+                if not torch.equal(graph(*case), expected):
+                    if bool(expected.isfinite().all()):
+                        name = type(self._network).__name__
+                        _log.warning("%s gives other results in a CUDA graph, and runs without one.", name)
+                    return None
+        except RuntimeError as error:  # such as a network that reads a value from the GPU, or too little memory
+            _log.info("%s runs without a CUDA graph: %s", type(self._network).__name__, error)
+            return None
         return graph
 
 
-def can_record(network: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Return whether all inputs are on one GPU, and nothing but the network takes part in its calls."""
-    if not all(each.is_cuda and each.device == inputs[0].device for each in inputs):
+def share_a_gpu(inputs: Sequence[Tensor]) -> bool:
+    """Return whether all tensors are on one GPU."""
+    return all(each.is_cuda and each.device == inputs[0].device for each in inputs)
+
+
+def runs_alone(network: nn.Module) -> bool:
+    """Return whether nothing but a network takes part in its calls: no hook, offloading, compiler or autocast."""
+    if is_captured() or torch.is_autocast_enabled("cuda") or hasattr(network, "_orig_mod"):
         return False
-    if is_captured() or torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
-        return False
-    compiled = hasattr(network, "_orig_mod")
-    return not compiled and not any(is_hooked(m) or hasattr(m, "_hf_hook") for m in network.modules())
+    return not any(_is_watched(module) or hasattr(module, "_hf_hook") for module in network.modules())
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Return whether a module has other hooks than those that tell layers the timestep."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not isinstance(getattr(hook, "__self__", None), TimestepContext) for hook in hooks)
 
 
 def record(function: Pass, inputs: Sequence[Tensor]) -> Pass:

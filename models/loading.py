@@ -19,6 +19,7 @@ from binarize.imaging import DecodedImage
 from binarize.json_files import read_json
 from binarize.kernels.backends import kernels_for
 from binarize.models.checks import OtherTimestepsError, check_weights
+from binarize.models.graphs import counting
 from binarize.models.location import (
     CHECKPOINT_SUFFIXES,
     NETWORK,
@@ -138,18 +139,16 @@ def sample(
     `steps`, `tile` and `overlap` are as in `SuperResolutionPipeline.__call__`. `on_pass` is called after each pass of
     the network, that is, once per step and tile.
     """
-    pipeline._on_pass = on_pass
     try:
         options: dict[str, Any] = {"num_inference_steps": steps, "tile": tile, "overlap": overlap, "return_dict": False}
-        return pipeline(image, generator=torch.Generator().manual_seed(seed), **options)[0][0]
+        with counting(on_pass):
+            return pipeline(image, generator=torch.Generator().manual_seed(seed), **options)[0][0]
     except (RuntimeError, MemoryError) as error:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not any(words in str(error) for words in ("allocate memory", "bad_alloc")):
             raise
         device, smaller = pipeline.device.type, "--tile 256" if tile is None else f"a --tile below {tile}"
         raise BinarizeError(f"the image is too large for the memory of {device}; try {smaller}.") from error
-    finally:
-        pipeline._on_pass = None
 
 
 def _load(kind: type[UpscalingT], read: Callable[..., UpscalingT], path: Path, scale: int | None) -> UpscalingT:

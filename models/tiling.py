@@ -49,13 +49,7 @@ class TileGrid:
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
 
-    def blend(
-        self,
-        predict: Callable[..., Tensor],
-        *images: Tensor,
-        batch_size: int = 1,
-        on_pass: Callable[[], object] | None = None,
-    ) -> Tensor:
+    def blend(self, predict: Callable[..., Tensor], *images: Tensor, batch_size: int = 1) -> Tensor:
         """Run ``predict`` on each tile and return the weighted sum of the results.
 
         Args:
@@ -63,27 +57,19 @@ class TileGrid:
                 axis, and returns a tensor of the same batch size, height and width.
             images: (B, C, H, W) each, with the height and width of `shape`.
             batch_size: Number of tiles per call of ``predict``.
-            on_pass: Called after each call of ``predict``.
 
         Returns:
             (B, C', H, W). With a single tile this is ``predict(*images)`` itself, bit for bit.
         """
-
-        def passed(*cuts: Tensor) -> Tensor:
-            prediction = predict(*cuts)
-            if on_pass is not None:
-                on_pass()
-            return prediction
-
         if len(self) == 1:
-            return passed(*images)
+            return predict(*images)
         batch = len(images[0])
         tiles = list(product(self.rows, self.columns))
         out: Any = None
         for first in range(0, len(tiles), batch_size):
             group = tiles[first : first + batch_size]
             cuts = (torch.cat([image[..., row.pixels, column.pixels] for row, column in group]) for image in images)
-            prediction = passed(*cuts)
+            prediction = predict(*cuts)
             out = prediction.new_zeros((batch, prediction.shape[1], *self.shape)) if out is None else out
             for (row, column), piece in zip(group, prediction.split(batch), strict=True):
                 out[..., row.pixels, column.pixels] += piece * torch.outer(row.weights, column.weights).to(piece)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -11,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -79,13 +79,11 @@ def checked_settings(
 
 
 class Upscaling:
-    """What upscales images in `SuperResolutionPipeline`, which documents it, and in `Upscaler`."""
+    """The part of `SuperResolutionPipeline` that upscales images. `Upscaler` shares it."""
 
     _callback_tensor_inputs = ["latents", "condition"]
 
-    cuda_graphs = True
-    _on_pass: Callable[[], object] | None = None  # called after each pass of the network, replayed ones too
-
+    cuda_graphs = False
     unet: ModelMixin
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps
     config: Any
@@ -246,15 +244,12 @@ class Upscaling:
         scheduler.set_timesteps(num_inference_steps, device=condition.device)
         x = pad_noise(noise, *grid.shape) * scheduler.init_noise_sigma
         largest = x.new_zeros(())
-        passes = len(scheduler.timesteps) * math.ceil(len(grid) / batch_size)
-        predict = GraphedPasses(
-            self._predict, self.unet, tuple(scheduler.timesteps[[0, -1]]), passes if self.cuda_graphs else 0
-        )
+        passes = len(scheduler.timesteps) * max(1, len(grid) // batch_size)  # of equal shapes
+        recorded = passes if self.cuda_graphs and callback is None else 0
+        predict = GraphedPasses(self._predict, self.unet, tuple(scheduler.timesteps[[0, -1]]), recorded)
         for step, timestep in enumerate(scheduler.timesteps):
             model_input = scheduler.scale_model_input(x, timestep)
-            epsilon = grid.blend(
-                partial(predict, timestep), model_input, condition, batch_size=batch_size, on_pass=self._on_pass
-            )
+            epsilon = grid.blend(partial(predict, timestep), model_input, condition, batch_size=batch_size)
             largest = torch.maximum(largest, _largest(epsilon))
             x = scheduler.step(epsilon, timestep, x, **step_options).prev_sample
             if callback is not None:
@@ -284,7 +279,7 @@ class Upscaling:
 
 
 class Upscaler(Upscaling):
-    """Upscales as `SuperResolutionPipeline` does, whose arguments these are, and can do nothing else.
+    """Upscales images like `SuperResolutionPipeline`, with the same arguments. It cannot be saved or offloaded.
 
     Commands that only upscale images start earlier with it.
     """
@@ -317,7 +312,9 @@ class Upscaler(Upscaling):
             config = read_json(index)
             entry = config.get("scheduler")
             if "scheduler" not in options and entry not in (None, [None, None]):
-                raise BinarizeError(f"{index}: scheduler is {entry!r:.60}; allowed: a scheduler of diffusers, or null.")
+                allowed = f"a scheduler of this diffusers, {diffusers.__version__}, or null"
+                fix = "Load others in Python, with SuperResolutionPipeline.from_pretrained."
+                raise BinarizeError(f"{index}: scheduler is {entry!r:.60}; allowed: {allowed}. {fix}")
             settings = {name: config[name] for name in parameters(cls) - {"unet", "scheduler"} if name in config}
             upscaler = cls(unet, **options, **settings)
         upscaler.name_or_path = str(folder)

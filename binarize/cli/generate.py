@@ -77,6 +77,7 @@ def generate(
     model = generator_of(at_revision(default_generator() if model is None else model, revision))
 
     from binarize.models.generation import generate_images
+    from binarize.models.graphs import counting
     from binarize.models.grid import image_grid
     from binarize.models.loading import load_generator, prepare
     from binarize.progress import ProgressBar
@@ -86,19 +87,14 @@ def generate(
     steps = pipeline.num_inference_steps if steps is None else steps
     options = {"num_inference_steps": steps, "guidance_scale": guidance}
     started, images = time.perf_counter(), []
-    with ProgressBar(total=steps * math.ceil(count / batch_size), unit="pass") as bar:
-
-        def advance(*_: object) -> None:  # what a hook returns would replace the output
-            bar.update()
-
-        with pipeline.unet.register_forward_hook(advance):
-            found = generate_images(pipeline, count, class_labels=classes, seed=seed, batch_size=batch_size, **options)
-            for number, image in enumerate(found):
-                if in_folder:
-                    make_folder(target)
-                    save_image(image, files[number], force=force)
-                else:
-                    images.append(image)
+    with ProgressBar(total=steps * math.ceil(count / batch_size), unit="pass") as bar, counting(bar.update):
+        found = generate_images(pipeline, count, class_labels=classes, seed=seed, batch_size=batch_size, **options)
+        for number, image in enumerate(found):
+            if in_folder:
+                make_folder(target)
+                save_image(image, files[number], force=force)
+            else:
+                images.append(image)
     if images:
         save_image(image_grid(images, columns), target, force=force)
     seconds = time.perf_counter() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -105,7 +106,7 @@ def upscale(
     for note in notes:
         echo(f"note: {note}", err=True)
 
-    with absent("torch._dynamo"):  # imported in a second; diffusers marks blocks with it for torch.compile
+    with suppress(ImportError), absent("torch._dynamo"):  # diffusers needs it for torch.compile alone
         import diffusers  # noqa: F401
     from binarize.models.checks import NotFiniteError
     from binarize.models.loading import load_upscaler, prepare, sample

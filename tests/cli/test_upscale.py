@@ -52,7 +52,7 @@ def test_a_scheduler_that_is_not_of_diffusers_is_refused(model: Path, small: Pat
     shutil.copytree(model, tmp_path / "model")
     edit_json(tmp_path / "model" / "model_index.json", scheduler=["mine", "Scheduler"])
     error = fails("upscale", small, tmp_path / "large.png", "--model", tmp_path / "model")
-    assert "model_index.json: scheduler is ['mine', 'Scheduler']; allowed: a scheduler of diffusers" in error
+    assert "model_index.json: scheduler is ['mine', 'Scheduler']; allowed: a scheduler of this diffusers" in error
 
 
 def test_start_up_counts_from_the_start_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
