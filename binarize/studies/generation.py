@@ -16,10 +16,11 @@ from binarize.models import GenerationPipeline
 from binarize.models.generation import generate_images
 from binarize.models.grid import image_grid
 from binarize.models.latents import autoencoder_digests
+from binarize.models.loading import load_generator, prepare
 from binarize.recipes import GenerationRecipe
 from binarize.recipes.networks import image_channels
 from binarize.studies.sections import GenerationEvaluation
-from binarize.studies.tasks import Measured, StudyCache, StudyTask, absolute, measuring_device, with_content
+from binarize.studies.tasks import Measured, StudyCache, StudyTask, absolute, with_content
 from binarize.training.folder import MODEL
 from binarize.training.images import file_digests
 
@@ -100,9 +101,7 @@ class GenerationTask(StudyTask):
 
     def measure(self, folder: Path, seed: int, lpips: str | None, *, name: str, progress: bool) -> Measured:
         """Generate and compare images, and write a report and a grid of samples for each number of steps."""
-        pipeline = GenerationPipeline.from_pretrained(folder / MODEL, local_files_only=True)
-        pipeline.to(measuring_device())
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = prepare(load_generator(folder / MODEL))
         features, data = self.settings.features, self.data
         assert data is not None  # one of the problems
         key = "real", data, features, pipeline.image_shape, self.recipe.classes
