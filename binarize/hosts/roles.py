@@ -75,9 +75,11 @@ def find_roles(
     Raises:
         BinarizeError: If the model cannot run on ``example_inputs``.
     """
-    if example_inputs is not None:
-        return _by_example(model, call_arguments(example_inputs, "convert"), original)
-    return _by_guess(model, timestep) or _by_channels(model, known) or _by_widths(model) or _by_order(model)
+    with torch.inference_mode(False), torch.enable_grad():  # the roles are read from the autograd graph
+        if example_inputs is not None:
+            return _by_example(model, call_arguments(example_inputs, "convert"), original)
+        found = _by_guess(model, timestep)
+    return found or _by_channels(model, known) or _by_widths(model) or _by_order(model)
 
 
 def _by_example(model: nn.Module, call: Call, original: nn.Module | None) -> Roles:
@@ -193,7 +195,7 @@ class _Probe:
             return image
 
         args, kwargs = tree_map(prepared, call)
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), parameter.device:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), parameter.device:
             warnings.simplefilter("ignore")
             outputs = self.twin(*args, **kwargs)
         idle = [n for n, m in self.twin.named_modules() if isinstance(m, Convolution) and n not in self.ran]

@@ -31,6 +31,17 @@ class OutFirst(nn.Module):
         return out
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("example", [False, True])
+def test_roles_do_not_depend_on_the_mode_of_gradients(mode, example) -> None:
+    inputs = (torch.zeros(1, 3, 8, 8), torch.ones(1)) if example else None
+    expected = binarize.plan(OutFirst(), "bnn", example_inputs=inputs)
+    assert [row.name for row in expected.replaced] == ["body"]
+    with mode():
+        assert binarize.plan(OutFirst(), "bnn", example_inputs=inputs) == expected
+        assert binarize.report(binarize.convert(OutFirst(), "bnn", example_inputs=inputs)) == expected
+
+
 class Unguessable(OutFirst):
     """Needs an argument that nothing tells."""
 
