@@ -77,9 +77,9 @@ def packed_roofline(results: Results) -> str:
     for part, seconds in step["parts"].items():
         bound = bounds.get(part)
         share = f"{seconds / sum(step['parts'].values()):.0%}"
-        lines.append([part, share, 1e3 * seconds, None if bound is None else 1e3 * bound])
-    lines.append(["a step without the profiler", None, 1e3 * step["seconds"]["packed"], None])
-    columns = [Column("share", align="right"), numbers("ms", ".0f"), numbers("bound, ms", ".0f")]
+        lines.append([part, share, 1e3 * seconds, *([None if bound is None else 1e3 * bound] if bounds else [])])
+    lines.append(["a step without the profiler", None, 1e3 * step["seconds"]["packed"], *([None] if bounds else [])])
+    columns = [Column("share", align="right"), numbers("ms", ".0f"), *([numbers("bound, ms", ".0f")] if bounds else [])]
     return Table(["part", *columns], lines).to_markdown()
 
 
