@@ -23,7 +23,7 @@ from binarize.errors import BinarizeError, did_you_mean
 from binarize.models import checks
 from binarize.models.graphs import GraphedPasses
 from binarize.models.latents import check_autoencoder, decode, latent_geometry
-from binarize.models.sampling import set_timesteps
+from binarize.models.sampling import parameters, set_timesteps
 from binarize.models.saving import reading, save_whole
 from binarize.modules import evaluating
 
@@ -92,7 +92,7 @@ class GenerationPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> GenerationPipeline:
         """Load as diffusers does, and check the noise schedule and the weights."""
-        with reading(cls, Path(pretrained_model_name_or_path), kwargs):
+        with reading(cls.__name__, parameters(cls), Path(pretrained_model_name_or_path), kwargs):
             pipe: GenerationPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "unet" not in kwargs:
             checks.check_weights(pipe.unet, str(pretrained_model_name_or_path))

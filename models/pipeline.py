@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from binarize.conversion.packing import is_packed, pack_if_possible, unpack
 from binarize.kernels.backends import kernels_for
 from binarize.models import checks
+from binarize.models.sampling import parameters
 from binarize.models.saving import reading, save_whole
 from binarize.models.upscaler import Upscaling, checked_settings, default_scheduler
 
@@ -95,7 +96,7 @@ class SuperResolutionPipeline(Upscaling, DiffusionPipeline):
                 network that was saved packed stays packed.
             **kwargs: As in diffusers; a ``unet`` among them is used as it is.
         """
-        with reading(cls, Path(pretrained_model_name_or_path), kwargs):
+        with reading(cls.__name__, parameters(cls), Path(pretrained_model_name_or_path), kwargs):
             pipe: SuperResolutionPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "unet" not in kwargs:
             checks.check_weights(pipe.unet, str(pretrained_model_name_or_path))

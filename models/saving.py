@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -21,16 +21,16 @@ _ADDED = ("conversion", "quantization_config")  # keys in a network's config.jso
 
 
 @contextmanager
-def reading(kind: type, folder: Path, options: dict[str, Any], saved_as: str | None = None) -> Iterator[None]:
+def reading(kind: str, known: Collection[str], folder: Path, options: dict[str, Any]) -> Iterator[None]:
     """Add the scheduler of a pipeline's folder to the options of ``from_pretrained``, which the body calls.
 
-    ``kind`` is the pipeline's class, and ``saved_as`` the name in its folders, by default that of the class. The keys
-    of the configurations are checked, since diffusers ignores unknown ones. What diffusers raises for a folder of this
-    machine becomes a BinarizeError.
+    ``kind`` is the name of the pipeline's class, and ``known`` are the names of its arguments. The keys of the
+    configurations are checked, since diffusers ignores unknown ones. What diffusers raises for a folder of this machine
+    becomes a BinarizeError.
     """
     is_here = (folder / "model_index.json").is_file()
     if is_here:
-        _check_keys(kind, folder, saved_as or kind.__name__)
+        _check_keys(kind, known, folder)
     if is_here and "scheduler" not in options and (scheduler := read_scheduler(folder)) is not None:
         options["scheduler"] = scheduler
     try:
@@ -55,11 +55,11 @@ def check_network_keys(kind: type, config: Mapping[str, Any], path: Path) -> Non
     check_keys(config, str(path), parameters(kind), _ADDED)
 
 
-def _check_keys(kind: type, folder: Path, saved_as: str) -> None:
+def _check_keys(kind: str, known: Collection[str], folder: Path) -> None:
     index = read_json(folder / "model_index.json")
     # A pipeline of another class may be loaded; its own settings have no effect.
-    if index.get("_class_name") == saved_as:
-        check_keys(index, str(folder / "model_index.json"), parameters(kind))
+    if index.get("_class_name") == kind:
+        check_keys(index, str(folder / "model_index.json"), known)
     path, entry = folder / "unet" / "config.json", index.get("unet")
     module, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     network = getattr(sys.modules.get(str(module)), str(name), None)  # nothing is imported

@@ -56,11 +56,11 @@ def default_scheduler() -> DDIMScheduler:
 def checked_settings(
     unet: ModelMixin,
     scheduler: Any,
-    scale: int | None,
-    residual_scale: float | None,
-    num_inference_steps: int | None,
-    residual_strength: float,
-    overshoot: float | None,
+    scale: int | None = None,
+    residual_scale: float | None = None,
+    num_inference_steps: int | None = None,
+    residual_strength: float = 1.0,
+    overshoot: float | None = None,
 ) -> dict[str, Any]:
     """Check the arguments of a pipeline, and return those that are saved with it."""
     checks.check_scales(scale, residual_scale, residual_strength)
@@ -281,24 +281,15 @@ class Upscaling:
 class Upscaler(Upscaling):
     """Upscales images like `SuperResolutionPipeline`, with the same arguments. It cannot be saved or offloaded.
 
+    ``settings`` are the arguments of `checked_settings`.
+
     Commands that only upscale images start earlier with it.
     """
 
-    def __init__(
-        self,
-        unet: ModelMixin,
-        scheduler: SchedulerMixin | None = None,
-        scale: int | None = None,
-        residual_scale: float | None = None,
-        num_inference_steps: int | None = None,
-        residual_strength: float = 1.0,
-        overshoot: float | None = None,
-    ) -> None:
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin | None = None, **settings: Any) -> None:
         self.unet, self.name_or_path = unet, None
         self.scheduler = default_scheduler() if scheduler is None else scheduler
-        self.config = checked_settings(
-            unet, self.scheduler, scale, residual_scale, num_inference_steps, residual_strength, overshoot
-        )
+        self.config = checked_settings(unet, self.scheduler, **settings)
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str], unet: ModelMixin) -> Upscaler:
@@ -307,15 +298,15 @@ class Upscaler(Upscaling):
         Raises:
             BinarizeError: If a file is damaged, or the scheduler is none of diffusers'.
         """
-        index, options = Path(folder, "model_index.json"), dict[str, Any]()
-        with reading(cls, Path(folder), options, saved_as="SuperResolutionPipeline"):
+        index, options, known = Path(folder, "model_index.json"), dict[str, Any](), parameters(checked_settings)
+        with reading("SuperResolutionPipeline", known, Path(folder), options):
             config = read_json(index)
             entry = config.get("scheduler")
             if "scheduler" not in options and entry not in (None, [None, None]):
                 allowed = f"a scheduler of this diffusers, {diffusers.__version__}, or null"
                 fix = "Load others in Python, with SuperResolutionPipeline.from_pretrained."
                 raise BinarizeError(f"{index}: scheduler is {entry!r:.60}; allowed: {allowed}. {fix}")
-            settings = {name: config[name] for name in parameters(cls) - {"unet", "scheduler"} if name in config}
+            settings = {name: config[name] for name in known - {"unet", "scheduler"} if name in config}
             upscaler = cls(unet, **options, **settings)
         upscaler.name_or_path = str(folder)
         return upscaler

@@ -12,7 +12,7 @@ from binarize.cli.streams import echo
 from binarize.cli.targets import check_model_folder
 from binarize.errors import BinarizeError
 
-# The same as in binarize.conversion.packing, which imports torch.
+# The same as in binarize.conversion.record, which imports torch.
 FullPrecision = Literal["float", "int8"]
 _FULL_PRECISION = "Weights of full-precision layers: as they are, or rounded to 8 bits."
 
@@ -62,7 +62,8 @@ def pack(
     else:
         pipeline = load_pipeline(source, scale=scale)
         network, inside = pipeline.unet, "unet"
-    if not binarize.is_packed(network) or full_precision != conversion(network).full_precision == "float":
+    done = binarize.is_packed(network) and conversion(network).full_precision in (full_precision, "int8")
+    if not done:
         try:
             binarize.pack(network, full_precision=full_precision)
         except BinarizeError as error:

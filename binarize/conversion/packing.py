@@ -57,7 +57,7 @@ def pack(model: ModelT, *, full_precision: FullPrecision = "float") -> ModelT:
     record = conversion(model)
     if full_precision not in get_args(FullPrecision):
         raise BinarizeError(f"pack: full_precision={full_precision!r}; allowed: 'float' and 'int8'.")
-    if record.packed and full_precision != record.full_precision == "float":
+    if record.packed and full_precision == "int8" and record.full_precision == "float":
         _round_full_precision(model)
         return model
     if record.packed:

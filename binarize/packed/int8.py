@@ -1,7 +1,7 @@
 """Full-precision layers of packed networks whose weights are stored in 8 bits.
 
-Files have integers, and a step for each output channel, in place of the weights. In memory the layer has the floats
-that these give. All code that runs full-precision layers runs it.
+Files have integers, and a step for each output channel, in place of the weights. In memory, the layer
+has the floats that these give, and runs as any other full-precision layer.
 """
 
 from __future__ import annotations
