@@ -1,14 +1,15 @@
 """binarize.pack: latent weights out, bits in; and binarize.unpack, the way back."""
 
 import logging
+import math
 from dataclasses import replace
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import nn
 
 from binarize.conversion.export import binary_layers, check_binary, packed_layers
-from binarize.conversion.record import FullPrecision, conversion, is_converted, record_config
+from binarize.conversion.record import Conversion, FullPrecision, conversion, is_converted, record_config
 from binarize.errors import BinarizeError
 from binarize.kernels.backends import kernels_for
 from binarize.layers import (
@@ -21,7 +22,7 @@ from binarize.layers import (
     FixedWeight,
 )
 from binarize.layers.lowering import lower
-from binarize.layers.parts import PartKind
+from binarize.layers.parts import LayerSpec, PartKind, build_part
 from binarize.methods import Method
 from binarize.modules import replace_modules
 from binarize.packed import PackedConv1d, PackedConv2d, PackedConv3d, PackedLayer, PackedLinear
@@ -31,6 +32,7 @@ from binarize.packed.layers import PackedConv, PackedWeight, freeze, pack_weight
 
 _log = logging.getLogger("binarize")
 ModelT = TypeVar("ModelT", bound=nn.Module)
+Latents = Literal["signs", "random"]
 _PACKED: dict[type[BinaryLayer], type[Any]] = {
     BinaryConv1d: PackedConv1d, BinaryConv2d: PackedConv2d, BinaryConv3d: PackedConv3d, BinaryLinear: PackedLinear
 }  # fmt: skip
@@ -118,40 +120,65 @@ def pack_if_possible(model: nn.Module, like: torch.Tensor | None = None) -> bool
     return True
 
 
-def unpack(model: ModelT) -> ModelT:
+def unpack(model: ModelT, *, latents: Latents = "signs") -> ModelT:
     """Replace every packed layer by a binary one again, in place, and return the model in eval mode.
 
-    Latent weights are +-1 and scales are what they were, fixed (`binarize.layers.FixedWeight`), so the model computes
-    what it did before it was packed. It can be saved, packed, inspected and trained again, its scales excepted; the
-    magnitudes of the latents that were packed are gone.
+    The magnitudes of the latent weights that were packed are gone. A call that fails leaves the model as it was.
+
+    Args:
+        model: A packed model.
+        latents: "signs" gives latents of +-1 and fixed scales (`binarize.layers.FixedWeight`): the model computes what
+            it did before it was packed, with any method, and its signs can be trained again. "random" is for training
+            it further with its own method: latents have random magnitudes, half-normal and from PyTorch's default
+            generator, whose mean in each filter is its scale.
+
+    Raises:
+        BinarizeError: If the model is not packed, `latents` is unknown, or it is "random" and the method's weights are
+            not the sign of the latents, alone or times their mean magnitude.
     """
     record = conversion(model)
+    if latents not in get_args(Latents):
+        raise BinarizeError(f"unpack: latents={latents!r}; allowed: 'signs' and 'random'.")
     if not record.packed:
         raise BinarizeError(f"unpack: this {type(model).__name__} is not packed.")
+    made: dict[int, nn.Module] | None = None
+    if latents == "random":
+        made = {id(layer): _with_random_latents(name, layer) for name, layer in packed_layers(model)}
+        unpacked = replace(record, packed=False, full_precision="float")
+    else:
+        unpacked = _fixed_record(model)
+    record_config(model, unpacked)  # writes to the host's configuration, which may fail
+    unpack_layers(model, made)
+    for layer in filter(has_int8_weights, model.modules()):
+        forget_integers(layer)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    record.method, record.overrides, record.packed = unpacked.method, unpacked.overrides, False
+    record.full_precision = "float"
+    return model.eval()
+
+
+def unpack_layers(model: nn.Module, made: dict[int, nn.Module] | None = None) -> None:
+    """Replace the packed layers in any module by binary ones, in place; a record of the conversion stays as it is.
+
+    ``made`` has the binary layers by the ids of the packed ones; by default they have latents of +-1.
+    """
+    if made is None:
+        made = {id(layer): _unpacked(layer) for _, layer in packed_layers(model)}
+    replace_modules(model, made)
+    replace_modules(model, {id(b): b.unpacked_form() for b in model.modules() if isinstance(b, PackedBlock)})
+
+
+def _fixed_record(model: nn.Module) -> Conversion:
+    record = conversion(model)
     fixed = [(layer.method, _fixed_method(layer)) for _, layer in packed_layers(model)]  # parts may be unhashable
 
     def with_fixed_weights(method: Method) -> Method:
         return next((new for old, new in fixed if old == method), method)
 
     overrides = {k: None if v is None else with_fixed_weights(v) for k, v in record.overrides.items()}
-    fixed_record = replace(
-        record, method=with_fixed_weights(record.method), overrides=overrides, packed=False, full_precision="float"
-    )
-    record_config(model, fixed_record)  # writes to the host's configuration, which may fail
-    unpack_layers(model)
-    for layer in filter(has_int8_weights, model.modules()):
-        forget_integers(layer)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    record.method, record.overrides, record.packed = fixed_record.method, overrides, False
-    record.full_precision = "float"
-    return model.eval()
-
-
-def unpack_layers(model: nn.Module) -> None:
-    """Replace the packed layers in any module by binary ones, in place; a record of the conversion stays as it is."""
-    replace_modules(model, {id(layer): _unpacked(layer) for _, layer in packed_layers(model)})
-    replace_modules(model, {id(b): b.unpacked_form() for b in model.modules() if isinstance(b, PackedBlock)})
+    method = with_fixed_weights(record.method)
+    return replace(record, method=method, overrides=overrides, packed=False, full_precision="float")
 
 
 def _unpacked(layer: PackedLayer) -> BinaryLayer:
@@ -164,10 +191,37 @@ def _unpacked(layer: PackedLayer) -> BinaryLayer:
         weight.scales.copy_(scales)
         if weight.codes is not None:
             weight.codes.copy_(codes[1:])
-    parts: dict[PartKind, nn.Module | None] = {**layer.parts(), "weight": weight}
-    for inner in nn.ModuleList(part for part in parts.values() if part is not None).modules():
-        if isinstance(inner, ActivationBinarizer):
-            inner.sign_zero = "plus"
+    for part in filter(None, layer.parts().values()):
+        for inner in part.modules():
+            if isinstance(inner, ActivationBinarizer):
+                inner.sign_zero = "plus"
+    return _binary_form(layer, _fixed_method(layer), latent, weight)
+
+
+@torch.no_grad()
+def _with_random_latents(name: str, layer: PackedLayer) -> BinaryLayer:
+    codes, scales = layer.codes(), layer.weight_scales()
+    magnitudes = torch.randn(codes[0].shape, dtype=layer.float_dtype, device=codes.device).abs().clamp(min=1e-3)
+    per_filter = magnitudes.flatten(1).mean(1) if layer.stored_scales == "filter" else magnitudes.mean()
+    # Without scales, as large as those of a new layer.
+    mean = 0.5 / math.sqrt(magnitudes[0].numel()) if layer.stored_scales == "none" else scales[0].clamp(min=1e-12)
+    latent = codes[0] * magnitudes * (mean / per_filter).view(-1, *[1] * (magnitudes.dim() - 1))
+    method = layer.method
+    seen = latent.unsqueeze(2) if isinstance(layer, PackedConv1d) else latent
+    spec = LayerSpec(layer.kind, *layer.widths, seen, groups=method.groups, sign_zero=method.sign_zero)
+    weight = build_part("weight", method.part("weight"), spec)
+    binary = _binary_form(layer, method, latent, weight)
+    found = binary.binary_weight()
+    if not torch.equal(found.codes.to(torch.int8), codes) or not torch.allclose(found.scales, scales, rtol=1e-2):
+        raise BinarizeError(
+            f"unpack: layer {name} has method {method.name!r}, whose weights are not the sign of the latents, alone or "
+            "times their mean magnitude, so random latents cannot give the packed weights; use latents='signs'."
+        )
+    return binary
+
+
+def _binary_form(layer: PackedLayer, method: Method, latent: torch.Tensor, weight: nn.Module | None) -> BinaryLayer:
+    """Return a binary layer with the parts of a packed one, and a latent weight and weight binarizer."""
     plain: Any
     if isinstance(layer, PackedConv):
         plain = cast(Any, layer.plain_class)(
@@ -178,7 +232,8 @@ def _unpacked(layer: PackedLayer) -> BinaryLayer:
         plain = nn.Linear(*layer.widths, bias=False, device="meta")
     plain.weight, plain.bias = nn.Parameter(latent), layer.bias
     kind = next(binary for binary, packed in _PACKED.items() if type(layer) is packed)
-    binary = kind.from_float(plain, _fixed_method(layer), parts=parts, had_bias=layer.had_bias).eval()
+    parts: dict[PartKind, nn.Module | None] = {**layer.parts(), "weight": weight}
+    binary = kind.from_float(plain, method, parts=parts, had_bias=layer.had_bias).eval()
     binary.original = layer.original
     return binary
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from binarize.conversion.packing import is_packed
+from binarize.conversion.packing import is_packed, unpack
 from binarize.conversion.record import QUANTIZATION, conversion, is_converted, recorded_conversion
 from binarize.errors import BinarizeError, listing
 from binarize.models.loading import load_generator, load_network, load_pipeline
@@ -65,7 +65,7 @@ def initial_network(recipe: TrainingRecipe, start: TrainedModel | None) -> nn.Mo
     """Return the network at step 0, converted as the recipe says: a new one, or the one that ``init_from`` names.
 
     A full-precision network is converted: its weights become the latent weights, and parts are initialised from them.
-    A network that is already binary keeps its conversion.
+    A network that is already binary keeps its conversion. A packed one gets random latent weights of its signs.
     """
     if start is None:
         return build_model(recipe)
@@ -77,9 +77,13 @@ def initial_network(recipe: TrainingRecipe, start: TrainedModel | None) -> nn.Mo
         _check_equal(different, _settings(network), _settings(full))
         full.load_state_dict(network.state_dict())
         return build_model(recipe, full)
-    if is_packed(network):
-        raise BinarizeError(f"init_from: {start.path} is packed; give the model that it was packed from.")
     model = build_model(recipe)
+    if is_packed(network):
+        try:
+            unpack(network, latents="random")
+        except BinarizeError as error:
+            fix = "Give the model that it was packed from."
+            raise BinarizeError(f"init_from: {start.path} is packed, and cannot be trained: {error} {fix}") from error
     _check_equal(different, _settings(network), _settings(model))
     model.load_state_dict(network.state_dict())
     return model

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import binarize
 from binarize.conversion.export import binary_layers, packed_layers
 from binarize.conversion.record import conversion
+from binarize.errors import BinarizeError
 from binarize.methods import get_method
 from binarize.models import SRUNet
 
@@ -274,6 +275,30 @@ def test_unpacked_weights_are_the_signs_of_the_latents(case):
         np.testing.assert_allclose(weight.scales.detach(), closed_form.scales, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(predict(unpacked, torch.float64), before, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(predict(binarize.pack(unpacked), torch.float64), before, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+@every_case
+def test_random_latents_train_further_with_the_packed_weights(case):
+    packed = binarize.pack(trained(case).double())
+    before = predict(packed, torch.float64)
+    expected = {name: (made.codes(), made.weight_scales()) for name, made in packed_layers(packed)}
+    if case.first is not None or case.form.weight not in ("sign", "sign_identity", "scaled", "tensor"):
+        with pytest.raises(BinarizeError, match="random latents cannot give the packed weights; use latents='signs'"):
+            binarize.unpack(packed, latents="random")
+        assert torch.equal(predict(packed, torch.float64), before)
+        return
+    unpacked = binarize.unpack(packed, latents="random")
+    assert conversion(unpacked).method == case.method
+    for name, made in binary_layers(unpacked):
+        codes, scales = expected[name]
+        weight = made.binary_weight()
+        assert torch.equal(weight.codes, codes)
+        torch.testing.assert_close(weight.scales, scales, rtol=1e-9, atol=1e-9)
+        # Magnitudes differ, and small ones are as frequent as in a normal distribution: 8% are below a tenth.
+        relative = made.weight.detach().abs() / made.weight.detach().abs().mean()
+        assert 0.02 < (relative < 0.08).double().mean() < 0.2 or relative.numel() < 200
+    torch.testing.assert_close(predict(unpacked, torch.float64), before, rtol=1e-10, atol=1e-10)
 
 
 def replica(rank: int, folder: str, methods: list[str]) -> None:

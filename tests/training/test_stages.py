@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from training_case import RESUME, SMALLEST, TINY, assert_same, interrupt_at, weights
 
 import binarize
+from binarize.conversion.export import packed_layers
 from binarize.errors import BinarizeError
 from binarize.layers import BinaryConv2d, Delayed, delayed, hard_sign, undelayed
 from binarize.methods import Method, list_methods
@@ -176,13 +177,34 @@ def test_a_run_starts_from_the_same_binary_network(recipe: Any, trained: Any) ->
         torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
 
 
+def packed(run: Any, folder: Path) -> Any:
+    unet = binarize.pack(SRUNet.from_pretrained(run.model_dir / "unet"))
+    unet.save_pretrained(folder)
+    return unet
+
+
+def test_a_run_starts_from_the_same_packed_network(recipe: Any, trained: Any, tmp_path: Path) -> None:
+    first = trained("max_train_steps=2")
+    start = packed(first, tmp_path / "packed")
+    second = recipe(f"init_from={tmp_path / 'packed'}", "max_train_steps=1", "learning_rate=1e-12")
+    run = train(second, progress=False)
+    again = dict(packed_layers(packed(run, tmp_path / "again")))
+    for name, layer in packed_layers(start):
+        assert torch.equal(again[name].bits, layer.bits)
+        torch.testing.assert_close(again[name].scales, layer.scales, rtol=1e-5, atol=0)
+    one, other = weights(first.checkpoint), weights(run.checkpoint)
+    latents = {f"{name}.weight" for name, _ in packed_layers(start)}
+    assert latents < one.keys() == other.keys()
+    for name in one.keys() - latents:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
+
+
 def test_invalid_binary_networks_to_start_from(recipe: Any, trained: Any, tmp_path: Path) -> None:
     binary = trained("max_train_steps=2")
-    unet = SRUNet.from_pretrained(binary.model_dir / "unet")
-    binarize.pack(unet)
-    unet.save_pretrained(tmp_path / "packed")
-    with pytest.raises(BinarizeError, match=r"init_from: .*packed is packed; give the model that it was packed from"):
-        train(recipe(f"init_from={tmp_path / 'packed'}"), progress=False)
+    message = r"init_from: .*packed is packed, and cannot be trained: .*Give the model that it was packed from"
+    packed(trained("max_train_steps=2", "method=irnet"), tmp_path / "packed")
+    with pytest.raises(BinarizeError, match=message):
+        train(recipe(f"init_from={tmp_path / 'packed'}", "method=irnet"), progress=False)
     with pytest.raises(BinarizeError, match=r"another network than the recipe's:\n  conversion: "):
         train(recipe(f"init_from={binary.output_dir}", "method=reactnet"), progress=False)
 
