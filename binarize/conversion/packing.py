@@ -59,16 +59,17 @@ def pack(model: ModelT, *, full_precision: FullPrecision = "float") -> ModelT:
     record = conversion(model)
     if full_precision not in get_args(FullPrecision):
         raise BinarizeError(f"pack: full_precision={full_precision!r}; allowed: 'float' and 'int8'.")
-    if record.packed and full_precision == "int8" and record.full_precision == "float":
+    if record.packed:
+        if (record.full_precision, full_precision) != ("float", "int8"):
+            raise BinarizeError(f"pack: this {type(model).__name__} is packed already.")
+        record_config(model, replace(record, full_precision="int8"))
         _round_full_precision(model)
         return model
-    if record.packed:
-        raise BinarizeError(f"pack: this {type(model).__name__} is packed already.")
     # The largest first: otherwise bits would lie above the temporaries of smaller layers in the heap, and pin them.
     layers = dict(sorted(binary_layers(model), key=lambda item: -item[1].weight.numel()))
     weights = [_checked_weight(name, layer) for name, layer in layers.items()]
     made = [packed_form(layer, weight) for layer, weight in zip(layers.values(), weights, strict=True)]
-    record_config(model, replace(record, packed=True))  # writes to the host's configuration, which may fail
+    record_config(model, replace(record, packed=True, full_precision=full_precision))  # of the host; this may fail
     replace_modules(model, dict(zip(map(id, layers.values()), made, strict=True)))
     replace_modules(model, {id(b): b.packed_form() for b in model.modules() if isinstance(b, PackableBlock)})
     freeze(model)
@@ -79,12 +80,10 @@ def pack(model: ModelT, *, full_precision: FullPrecision = "float") -> ModelT:
 
 
 def _round_full_precision(model: nn.Module) -> None:
-    record = conversion(model)
-    record_config(model, replace(record, full_precision="int8"))
     for layer in list(full_precision_layers(model)):
         round_weights(layer)
     freeze(model)
-    record.full_precision = "int8"
+    conversion(model).full_precision = "int8"
 
 
 def _checked_weight(name: str, layer: BinaryLayer) -> PackedWeight:
