@@ -100,7 +100,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
     if any(True for _ in packed_layers(model)):
         raise BinarizeError(
             "param_groups: this model is packed and has nothing to train; train the unpacked model, or call "
-            "binarize.unpack(model), which gives +-1 latent weights and fixed scales."
+            "binarize.unpack(model, latents='random'), which draws latent weights around the packed ones."
         )
     latent = {id(layer.weight) for _, layer in binary_layers(model)}
     layers = (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd | nn.Linear))

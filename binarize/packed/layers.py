@@ -173,7 +173,7 @@ class PackedLayer(PartPipeline):
         """Raise BinarizeError: a packed layer cannot be trained. `binarize.training_step` calls this."""
         raise BinarizeError(
             "training_step: this model is packed and has nothing to train; train the unpacked model, or call "
-            "binarize.unpack(model), which gives +-1 latent weights and fixed scales."
+            "binarize.unpack(model, latents='random'), which draws latent weights around the packed ones."
         )
 
     def run_without_kernel(self, x: Tensor) -> Tensor:
