@@ -14,6 +14,7 @@ import argparse
 import copy
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from common import RESULTS, forward, interleaved, machine, networks, released
 from packed_layers import layer_rows, roofline_rows
+from PIL import Image
 from tables import section
 from torch import Tensor, nn
 
@@ -90,29 +92,25 @@ def output_and_signs(model: nn.Module, arguments: tuple[Tensor, Tensor, Tensor])
     return out, signs
 
 
-def print_peak_memory(output: int, tile: int) -> None:
-    """Upscale an image to ``output`` pixels in tiles, and print the peak resident memory of the process in bytes."""
-    torch.set_num_threads(2)
-    pipeline = SuperResolutionPipeline(binarize.pack(released()), scale=2)
-    gc.collect()
-    pipeline.set_progress_bar_config(disable=True)
-    image = torch.rand(1, 3, output // 2, output // 2)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    pipeline(image, num_inference_steps=1, tile=tile, output_type="pt", generator=torch.Generator().manual_seed(0))
-    status = Path("/proc/self/status").read_text()
-    print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
-
-
 def memory_rows() -> list[dict[str, Any]]:
-    """Measure the peak memory of upscaling, each case in its own process; nothing where the system cannot tell."""
-    if not Path("/proc/self/clear_refs").exists():
-        return []
-    rows = []
-    for output, tile in ((512, 256), (1024, 256), (1536, 256), (1024, 512)):
-        command = [sys.executable, __file__, "--peak-memory", str(output), str(tile)]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rows.append({"output": output, "tile": tile, "peak bytes": int(printed.split()[-1])})
-        print(f"{output}x{output} output, tile {tile}: {rows[-1]['peak bytes'] / 1e6:.0f} MB", flush=True)
+    """Measure the peak resident memory of ``binarize upscale``, on Linux, which gives it in KiB."""
+    rows: list[dict[str, Any]] = []
+    if sys.platform != "linux":
+        return rows
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        SuperResolutionPipeline(binarize.pack(released()), scale=2).save_pretrained(folder / "model")
+        options = ["--model", str(folder / "model"), "-o", str(folder / "large.png"), "--steps", "1", "--force"]
+        for output, tile in ((512, 256), (1024, 256), (1536, 256), (1024, 512)):
+            Image.effect_noise((output // 2, output // 2), 50).save(folder / "photo.png")
+            command = [sys.executable, "-m", "binarize", "upscale", str(folder / "photo.png"), "--tile", str(tile)]
+            process = subprocess.Popen(command + options, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, command + options)
+            rows.append({"output": output, "tile": tile, "peak bytes": usage.ru_maxrss * 1024})
+            print(f"{output}x{output} output, tile {tile}: {rows[-1]['peak bytes'] / 1e6:.0f} MB", flush=True)
     return rows
 
 
@@ -165,12 +163,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one image size and few rounds")
     parser.add_argument("--only", choices=SECTIONS, action="append", help="one section; may be repeated")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peak-memory", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    if options.peak_memory:
-        print_peak_memory(*options.peak_memory)
-        return
     rounds = 3 if options.quick else options.rounds
     sizes = [256] if options.quick else [64, 128, 256, 512]
     measurements: dict[str, Callable[[], list[dict[str, Any]]]] = {

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from binarize.kernels.bitpack import LANES, WORD, FilterShape, to_bits
+from binarize.kernels.bitpack import LANES, WORD, FilterShape
 
 COEFFICIENTS = 6  # of an output channel: scale, factor, offset, shift_in, slope, shift_out
 
@@ -230,10 +230,21 @@ def padding_correction(filters: Tensor, shape: FilterShape, unsigned: bool) -> T
     taps = shape.kernel[0] * shape.kernel[1]
     if filters.is_meta:
         return torch.empty(1 + taps, shape.lanes, dtype=torch.int32, device="meta")
-    signs = 2 * to_bits(filters.unsqueeze(0), shape)[0].to(torch.int32) - 1
-    sums = signs.view(shape.groups, -1, shape.in_channels, taps).sum(2, dtype=torch.int32).permute(2, 0, 1)
-    sums = F.pad(sums, (0, -sums.shape[2] % LANES)).reshape(taps, -1)
+    ones = _count_ones(filters)  # unpacking the bits would take 100 times the memory of the words
+    ones = ones.view(-1, taps, shape.words, LANES).sum(2, dtype=torch.int32)  # padding bits are 0
+    lanes = torch.arange(shape.blocks * LANES, device=filters.device) < shape.out_channels // shape.groups
+    sums = (2 * ones - shape.in_channels).transpose(0, 1).reshape(taps, shape.groups, -1) * lanes
+    sums = sums.reshape(taps, -1)
     full = torch.full((1, sums.shape[1]), taps * shape.in_channels, dtype=torch.int32, device=sums.device)
     if unsigned:  # sum a w = (sum s w + sum w) / 2 with a = (s + 1) / 2
         full = (full + sums.sum(0, dtype=torch.int32)) // 2
     return torch.cat([full, sums])
+
+
+def _count_ones(words: Tensor) -> Tensor:
+    """Return the number of ones in each int32."""
+    pairs = words - (words >> 1 & 0x55555555)
+    fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
+    eights = fours + (fours >> 4) & 0x0F0F0F0F
+    halves = eights + (eights >> 8)
+    return halves + (halves >> 16) & 0x3F

@@ -16,7 +16,8 @@ import torch
 from hosts_zoo import HOSTS, ZooHost, output_of, unet2d_condition
 from packed_case import CLOSE, SMALL, inputs, needs_inductor, network, scatter
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
 import binarize
@@ -194,6 +195,27 @@ def test_the_released_network_is_small_in_memory_and_on_disk(tmp_path: Path) -> 
     # What the first forward lays out for the kernels comes on top, and stays.
     tables = [t for _, layer in packed_layers(model) for conv in layer.compiled().convs for t in conv.tensors[1:]]
     assert size_of(tables) <= 3.1e6
+
+
+class Largest(TorchDispatchMode):
+    """Records the size in bytes of the largest tensor that operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.bytes = max([self.bytes, *(t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("activation", ["approx_sign", "unit_round"])
+def test_the_first_call_does_not_unpack_the_bits(activation: str) -> None:
+    layer = PackedConv2d(BinaryConv2d(128, 128, 3, padding=1, method=Method(activation=activation)).eval())
+    with Largest() as made:
+        assert layer.compiled() is not None
+    assert 0 < made.bytes <= layer.words.nbytes == 128 * 128 * 9 / 8
 
 
 @pytest.mark.long
