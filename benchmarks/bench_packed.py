@@ -92,8 +92,17 @@ def output_and_signs(model: nn.Module, arguments: tuple[Tensor, Tensor, Tensor])
     return out, signs
 
 
+UPSCALE = """
+import runpy
+try:
+    runpy.run_module("binarize", run_name="__main__", alter_sys=True)
+finally:
+    print("peak KiB:", open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""  # the system's figure for a child includes the peak of its parent
+
+
 def memory_rows() -> list[dict[str, Any]]:
-    """Measure the peak resident memory of ``binarize upscale``, on Linux, which gives it in KiB."""
+    """Measure the peak resident memory of ``binarize upscale``. Return no rows on systems other than Linux."""
     rows: list[dict[str, Any]] = []
     if sys.platform != "linux":
         return rows
@@ -102,14 +111,11 @@ def memory_rows() -> list[dict[str, Any]]:
         SuperResolutionPipeline(binarize.pack(released()), scale=2).save_pretrained(folder / "model")
         options = ["--model", str(folder / "model"), "-o", str(folder / "large.png"), "--steps", "1", "--force"]
         for output, tile in ((512, 256), (1024, 256), (1536, 256), (1024, 512)):
-            Image.effect_noise((output // 2, output // 2), 50).save(folder / "photo.png")
-            command = [sys.executable, "-m", "binarize", "upscale", str(folder / "photo.png"), "--tile", str(tile)]
-            process = subprocess.Popen(command + options, stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode:
-                raise subprocess.CalledProcessError(process.returncode, command + options)
-            rows.append({"output": output, "tile": tile, "peak bytes": usage.ru_maxrss * 1024})
+            Image.effect_noise((output // 2, output // 2), 50).convert("RGB").save(folder / "photo.png")
+            command = [sys.executable, "-c", UPSCALE, "upscale", str(folder / "photo.png"), "--tile", str(tile)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+            done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            rows.append({"output": output, "tile": tile, "peak bytes": int(done.stdout.split("peak KiB:")[1]) * 1024})
             print(f"{output}x{output} output, tile {tile}: {rows[-1]['peak bytes'] / 1e6:.0f} MB", flush=True)
     return rows
 

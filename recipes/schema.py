@@ -52,7 +52,7 @@ class TrainingRecipe(sections.Section):
     progressive: sections.ProgressiveSection | None = None
     """Blocks that become binary one after another: `{blocks: [globs], until: share}`."""
     init_from: UserPath | None = Field(
-        default=None, description="Trained network to start from, full precision or binary."
+        default=None, description="Trained network to start from, full precision, binary or packed."
     )
 
     train_data_dir: UserPath | None = Field(default=None, description="Folder of training images.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.kernels.ops import TRAIN_PACKED
 from binarize.kernels.product import BinaryWeight
 from binarize.layers import BinaryLayer
 from binarize.modules import unwrap
@@ -98,10 +99,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
         BinarizeError: If the model is packed.
     """
     if any(True for _ in packed_layers(model)):
-        raise BinarizeError(
-            "param_groups: this model is packed and has nothing to train; train the unpacked model, or call "
-            "binarize.unpack(model, latents='random'), which draws latent weights around the packed ones."
-        )
+        raise BinarizeError(f"param_groups: this model is packed and has nothing to train; {TRAIN_PACKED}")
     latent = {id(layer.weight) for _, layer in binary_layers(model)}
     layers = (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd | nn.Linear))
     decays = {id(layer.weight) for layer in layers} - latent

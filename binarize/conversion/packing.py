@@ -21,14 +21,15 @@ from binarize.layers import (
     BinaryLinear,
     FixedWeight,
 )
+from binarize.layers.binary import Parts
 from binarize.layers.lowering import lower
-from binarize.layers.parts import LayerSpec, PartKind, build_part
 from binarize.methods import Method
 from binarize.modules import replace_modules
 from binarize.packed import PackedConv1d, PackedConv2d, PackedConv3d, PackedLayer, PackedLinear
 from binarize.packed.blocks import PackableBlock, PackedBlock
 from binarize.packed.int8 import forget_integers, full_precision_layers, has_int8_weights, round_weights
 from binarize.packed.layers import PackedConv, PackedWeight, freeze, pack_weight
+from binarize.timestep import TimestepContext
 
 _log = logging.getLogger("binarize")
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -41,9 +42,10 @@ _PACKED: dict[type[BinaryLayer], type[Any]] = {
 def pack(model: ModelT, *, full_precision: FullPrecision = "float") -> ModelT:
     """Replace every binary layer by a packed one, in place, and return the model in eval mode.
 
-    The outputs stay the same; the float latents are gone, so the model can no longer be trained. `binarize.save` (or
-    ``save_pretrained``) then writes 1 bit for a binary weight. Everything is checked first: a call that fails leaves
-    the model as it was. Activations that are exactly 0 count as +1, also where ``sign_zero="zero"`` gave them 0.
+    The outputs stay the same; the float latents are gone, so the packed model cannot be trained; see `unpack`.
+    `binarize.save` (or ``save_pretrained``) then writes 1 bit for a binary weight. Everything is checked first: a call
+    that fails leaves the model as it was. Activations that are exactly 0 count as +1, also where ``sign_zero="zero"``
+    gave them 0.
 
     Args:
         model: A converted model.
@@ -69,7 +71,8 @@ def pack(model: ModelT, *, full_precision: FullPrecision = "float") -> ModelT:
     layers = dict(sorted(binary_layers(model), key=lambda item: -item[1].weight.numel()))
     weights = [_checked_weight(name, layer) for name, layer in layers.items()]
     made = [packed_form(layer, weight) for layer, weight in zip(layers.values(), weights, strict=True)]
-    record_config(model, replace(record, packed=True, full_precision=full_precision))  # of the host; this may fail
+    # This writes to the host's configuration, which may fail.
+    record_config(model, replace(record, packed=True, full_precision=full_precision))
     replace_modules(model, dict(zip(map(id, layers.values()), made, strict=True)))
     replace_modules(model, {id(b): b.packed_form() for b in model.modules() if isinstance(b, PackableBlock)})
     freeze(model)
@@ -126,14 +129,16 @@ def unpack(model: ModelT, *, latents: Latents = "signs") -> ModelT:
 
     Args:
         model: A packed model.
-        latents: "signs" gives latents of +-1 and fixed scales (`binarize.layers.FixedWeight`): the model computes what
-            it did before it was packed, with any method, and its signs can be trained again. "random" is for training
-            it further with its own method: latents have random magnitudes, half-normal and from PyTorch's default
-            generator, whose mean in each filter is its scale.
+        latents: How to choose the latent weights. "signs" gives latents of +-1 and fixed scales
+            (`binarize.layers.FixedWeight`). It works with any method, and the outputs stay the same. The signs can be
+            trained, the scales only if the method learned them. "random" keeps the method, for further training. The
+            latents have the packed signs and random half-normal magnitudes, drawn from PyTorch's default generator.
+            Their mean is the stored scale of the filter or the tensor; methods without scales get the magnitudes of a
+            new layer. The outputs stay the same, except where an activation is exactly 0 and ``sign_zero="zero"``.
 
     Raises:
-        BinarizeError: If the model is not packed, `latents` is unknown, or it is "random" and the method's weights are
-            not the sign of the latents, alone or times their mean magnitude.
+        BinarizeError: If the model is not packed, `latents` is unknown, or `latents` is "random" and the method's
+            weights are not ``sign(w)``, alone or times the mean of ``|w|``.
     """
     record = conversion(model)
     if latents not in get_args(Latents):
@@ -142,7 +147,7 @@ def unpack(model: ModelT, *, latents: Latents = "signs") -> ModelT:
         raise BinarizeError(f"unpack: this {type(model).__name__} is not packed.")
     made: dict[int, nn.Module] | None = None
     if latents == "random":
-        made = {id(layer): _with_random_latents(name, layer) for name, layer in packed_layers(model)}
+        made = {id(layer): _with_random_latents(name, layer, record.context) for name, layer in packed_layers(model)}
         unpacked = replace(record, packed=False, full_precision="float")
     else:
         unpacked = _fixed_record(model)
@@ -160,7 +165,7 @@ def unpack(model: ModelT, *, latents: Latents = "signs") -> ModelT:
 def unpack_layers(model: nn.Module, made: dict[int, nn.Module] | None = None) -> None:
     """Replace the packed layers in any module by binary ones, in place; a record of the conversion stays as it is.
 
-    ``made`` has the binary layers by the ids of the packed ones; by default they have latents of +-1.
+    ``made`` maps the id of each packed layer to its binary layer. By default, latents are +-1.
     """
     if made is None:
         made = {id(layer): _unpacked(layer) for _, layer in packed_layers(model)}
@@ -194,33 +199,35 @@ def _unpacked(layer: PackedLayer) -> BinaryLayer:
         for inner in part.modules():
             if isinstance(inner, ActivationBinarizer):
                 inner.sign_zero = "plus"
-    return _binary_form(layer, _fixed_method(layer), latent, weight)
+    return _binary_form(layer, _fixed_method(layer), latent, {**layer.parts(), "weight": weight})
 
 
 @torch.no_grad()
-def _with_random_latents(name: str, layer: PackedLayer) -> BinaryLayer:
-    codes, scales = layer.codes(), layer.weight_scales()
-    magnitudes = torch.randn(codes[0].shape, dtype=layer.float_dtype, device=codes.device).abs().clamp(min=1e-3)
-    per_filter = magnitudes.flatten(1).mean(1) if layer.stored_scales == "filter" else magnitudes.mean()
+def _with_random_latents(name: str, layer: PackedLayer, context: TimestepContext | None) -> BinaryLayer:
+    codes, dtype = layer.codes(), torch.promote_types(layer.float_dtype, torch.float32)
+    scales = layer.weight_scales().to(dtype)
+    magnitudes = torch.randn(codes[0].shape, dtype=dtype, device=codes.device).abs().clamp(min=1e-3)
+    drawn = magnitudes.flatten(1).mean(1) if layer.stored_scales == "filter" else magnitudes.mean()
     # Without scales, as large as those of a new layer.
     mean = 0.5 / math.sqrt(magnitudes[0].numel()) if layer.stored_scales == "none" else scales[0].clamp(min=1e-12)
-    latent = codes[0] * magnitudes * (mean / per_filter).view(-1, *[1] * (magnitudes.dim() - 1))
-    method = layer.method
-    seen = latent.unsqueeze(2) if isinstance(layer, PackedConv1d) else latent
-    spec = LayerSpec(layer.kind, *layer.widths, seen, groups=method.groups, sign_zero=method.sign_zero)
-    weight = build_part("weight", method.part("weight"), spec)
-    binary = _binary_form(layer, method, latent, weight)
+    latent = codes[0] * magnitudes * (mean / drawn).view(-1, *[1] * (magnitudes.dim() - 1))
+    binary = _binary_form(layer, layer.method, latent.to(layer.float_dtype), layer.parts(), context)
     found = binary.binary_weight()
-    if not torch.equal(found.codes.to(torch.int8), codes) or not torch.allclose(found.scales, scales, rtol=1e-2):
+    same = torch.equal(found.codes.to(torch.int8), codes)
+    tolerance = max(1e-3, 4 * torch.finfo(layer.float_dtype).eps)
+    if not same or not torch.allclose(found.scales.to(dtype), scales, rtol=tolerance):
         raise BinarizeError(
-            f"unpack: layer {name} has method {method.name!r}, whose weights are not the sign of the latents, alone or "
-            "times their mean magnitude, so random latents cannot give the packed weights; use latents='signs'."
+            f"unpack: layer {name} has method {layer.method.name!r}, whose weights are not the sign of the latents, "
+            "alone or times their mean magnitude, so random latents cannot give the packed weights; use "
+            "latents='signs'."
         )
     return binary
 
 
-def _binary_form(layer: PackedLayer, method: Method, latent: torch.Tensor, weight: nn.Module | None) -> BinaryLayer:
-    """Return a binary layer with the parts of a packed one, and a latent weight and weight binarizer."""
+def _binary_form(
+    layer: PackedLayer, method: Method, latent: torch.Tensor, parts: Parts, context: TimestepContext | None = None
+) -> BinaryLayer:
+    """Return a binary layer with the geometry of a packed one."""
     plain: Any
     if isinstance(layer, PackedConv):
         plain = cast(Any, layer.plain_class)(
@@ -231,8 +238,7 @@ def _binary_form(layer: PackedLayer, method: Method, latent: torch.Tensor, weigh
         plain = nn.Linear(*layer.widths, bias=False, device="meta")
     plain.weight, plain.bias = nn.Parameter(latent), layer.bias
     kind = next(binary for binary, packed in _PACKED.items() if type(layer) is packed)
-    parts: dict[PartKind, nn.Module | None] = {**layer.parts(), "weight": weight}
-    binary = kind.from_float(plain, method, parts=parts, had_bias=layer.had_bias).eval()
+    binary = kind.from_float(plain, method, context, parts=parts, had_bias=layer.had_bias).eval()
     binary.original = layer.original
     return binary
 

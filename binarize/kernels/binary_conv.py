@@ -225,7 +225,8 @@ def padding_correction(filters: Tensor, shape: FilterShape, unsigned: bool) -> T
     """Return what turns counts of differing bits into dot products, at borders as well, ``(1 + kh * kw, lanes)`` int32.
 
     A zero has no 1-bit code, so taps outside the input are read as -1 and corrected with the sum of the tap's weights.
-    The first row is the dot product of no differing bits; the others are each tap's sum of weights.
+    The first row is the dot product of no differing bits; the others are each tap's sum of weights. Padding bits of
+    ``filters`` must be 0, as `from_bits` leaves them.
     """
     taps = shape.kernel[0] * shape.kernel[1]
     if filters.is_meta:
@@ -243,8 +244,8 @@ def padding_correction(filters: Tensor, shape: FilterShape, unsigned: bool) -> T
 
 def _count_ones(words: Tensor) -> Tensor:
     """Return the number of ones in each int32."""
-    pairs = words - (words >> 1 & 0x55555555)
-    fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
-    eights = fours + (fours >> 4) & 0x0F0F0F0F
+    pairs = words - ((words >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    eights = (fours + (fours >> 4)) & 0x0F0F0F0F
     halves = eights + (eights >> 8)
-    return halves + (halves >> 16) & 0x3F
+    return (halves + (halves >> 16)) & 0x3F

@@ -86,10 +86,17 @@ def _has_tangent(value: object) -> bool:
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
+TRAIN_PACKED = (
+    "train the model that it was packed from, or call binarize.unpack(model, latents='random'). For methods that this "
+    "rejects, such as IR-Net, call binarize.unpack(model)."
+)
+"""What to do instead of training a packed model."""
+
+
 def _refuse_gradient(ctx: Any, *grads: Any) -> NoReturn:
     raise BinarizeError(
-        "packed layers have no gradient; train the unpacked model, or call binarize.unpack(model), which gives +-1 "
-        "latent weights and fixed scales. A packed network that stays as it is runs under torch.no_grad()."
+        f"packed layers have no gradient; {TRAIN_PACKED} A packed network that stays as it is runs under "
+        "torch.no_grad()."
     )
 
 

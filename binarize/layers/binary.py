@@ -69,7 +69,8 @@ class BinaryLayer(PartPipeline):
         The layer's weight becomes the latent weight, as the same Parameter unless a branch takes a share of it.
         Timestep-aware parts read ``context``.
         ``parts`` are existing modules to use instead of the method's, by stage; a bias is then kept as it is, and
-        ``had_bias`` says whether the layer before conversion had one.
+        ``had_bias`` says whether the layer before conversion had one. If they have no weight binarizer, the method's is
+        built.
         """
         layer = cls.__new__(cls)  # `__init__` would allocate weights
         nn.Module.__init__(layer)
@@ -95,6 +96,8 @@ class BinaryLayer(PartPipeline):
             spec = self._give_to(branch, spec)
             kinds = [kind for kind in layer_parts.PART_KINDS if kind != "branch"]
             parts = {**{kind: self._built(kind, method, spec) for kind in kinds}, "branch": branch}
+        elif "weight" not in parts:
+            parts = {**parts, "weight": self._built("weight", method, spec)}
         for kind, part in parts.items():
             self.add_module("weight_binarizer" if kind == "weight" else kind, part)
         self.method, self.post_after_shortcut, self.clamps_latent = method, method.post_after_shortcut, method.clamps

@@ -32,7 +32,7 @@ from binarize.kernels.bitpack import (
     to_dense,
 )  # fmt: skip
 from binarize.kernels.capture import is_captured
-from binarize.kernels.ops import WithoutGradient, binary_conv2d, norm_silu
+from binarize.kernels.ops import TRAIN_PACKED, WithoutGradient, binary_conv2d, norm_silu
 from binarize.kernels.product import BinaryWeight, compute_dtype, float_product
 from binarize.layers import BinaryConvNd, BinaryLayer, BinaryLinear
 from binarize.layers.adapters import Original
@@ -171,10 +171,7 @@ class PackedLayer(PartPipeline):
 
     def clamp_latent_(self) -> None:
         """Raise BinarizeError: a packed layer cannot be trained. `binarize.training_step` calls this."""
-        raise BinarizeError(
-            "training_step: this model is packed and has nothing to train; train the unpacked model, or call "
-            "binarize.unpack(model, latents='random'), which draws latent weights around the packed ones."
-        )
+        raise BinarizeError(f"training_step: this model is packed and has nothing to train; {TRAIN_PACKED}")
 
     def run_without_kernel(self, x: Tensor) -> Tensor:
         """Apply a layer that has no kernel, by modules and one operator with float weights that exist for its time."""

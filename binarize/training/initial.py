@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,7 +65,8 @@ def initial_network(recipe: TrainingRecipe, start: TrainedModel | None) -> nn.Mo
     """Return the network at step 0, converted as the recipe says: a new one, or the one that ``init_from`` names.
 
     A full-precision network is converted: its weights become the latent weights, and parts are initialised from them.
-    A network that is already binary keeps its conversion. A packed one gets random latent weights of its signs.
+    A network that is already binary keeps its conversion. A packed one gets latent weights with its signs and random
+    magnitudes.
     """
     if start is None:
         return build_model(recipe)
@@ -78,13 +79,15 @@ def initial_network(recipe: TrainingRecipe, start: TrainedModel | None) -> nn.Mo
         full.load_state_dict(network.state_dict())
         return build_model(recipe, full)
     model = build_model(recipe)
+    _check_equal(different, _settings(network), _settings(model))
     if is_packed(network):
         try:
             unpack(network, latents="random")
         except BinarizeError as error:
-            fix = "Give the model that it was packed from."
-            raise BinarizeError(f"init_from: {start.path} is packed, and cannot be trained: {error} {fix}") from error
-    _check_equal(different, _settings(network), _settings(model))
+            raise BinarizeError(
+                f"init_from: {start.path} is packed with method {conversion(network).method.name!r}, whose latent "
+                "weights cannot be drawn from signs and scales. Give the model that it was packed from."
+            ) from error
     model.load_state_dict(network.state_dict())
     return model
 
@@ -93,7 +96,9 @@ def _settings(network: nn.Module) -> dict[str, Any]:
     """Return what defines a network's tensors: its class, its configuration and its conversion."""
     config = {key: value for key, value in cast(Any, network).config.items() if not key.startswith("_")}
     kept = {key: value for key, value in config.items() if key not in _FREE_KEYS}
-    converted = recorded_conversion(conversion(network)) if is_converted(network) else None
+    converted = None
+    if is_converted(network):
+        converted = recorded_conversion(replace(conversion(network), packed=False, full_precision="float"))
     return {"class": type(network).__name__, **kept, "conversion": converted}
 
 

@@ -250,7 +250,7 @@ def test_packed_operators_refuse_a_gradient(which: str, compiled: bool, named: b
     run = torch.compile(loss, backend="aot_eager") if compiled else loss
     # The compiler asks for the gradient's graph, and wraps what it is answered.
     error = torch._dynamo.exc.BackendCompilerFailed if compiled else BinarizeError
-    with pytest.raises(error, match="packed layers have no gradient; train the unpacked model"):
+    with pytest.raises(error, match="packed layers have no gradient; train the model that it was packed from"):
         run(torch.randn(2, 32, 4, 4, requires_grad=True)).backward()
 
 

@@ -211,7 +211,7 @@ def test_a_packed_layer_refuses_a_gradient(activation: Any) -> None:
     expected = packed(x.requires_grad_())
     with torch.no_grad():
         torch.testing.assert_close(packed(x), expected.detach())
-    assert_error("packed layers have no gradient; train the unpacked model", expected.sum().backward)
+    assert_error("packed layers have no gradient; train the model that it was packed from", expected.sum().backward)
 
 
 @pytest.mark.slow

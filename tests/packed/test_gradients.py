@@ -11,7 +11,7 @@ import binarize
 from binarize.errors import BinarizeError
 from binarize.models import SRUNet
 
-MESSAGE = "packed layers have no gradient; train the unpacked model"
+MESSAGE = "packed layers have no gradient; train the model that it was packed from"
 SHAPES: dict[Any, tuple[int, ...]] = {
     nn.Conv1d: (1, 16, 9), nn.Conv2d: (1, 16, 7, 7), nn.Conv3d: (1, 16, 7, 7, 7), nn.Linear: (2, 16)
 }  # fmt: skip

@@ -201,10 +201,12 @@ def test_a_run_starts_from_the_same_packed_network(recipe: Any, trained: Any, tm
 
 def test_invalid_binary_networks_to_start_from(recipe: Any, trained: Any, tmp_path: Path) -> None:
     binary = trained("max_train_steps=2")
-    message = r"init_from: .*packed is packed, and cannot be trained: .*Give the model that it was packed from"
+    message = r"init_from: .*packed is packed with method 'irnet', .*Give the model that it was packed from"
     packed(trained("max_train_steps=2", "method=irnet"), tmp_path / "packed")
     with pytest.raises(BinarizeError, match=message):
         train(recipe(f"init_from={tmp_path / 'packed'}", "method=irnet"), progress=False)
+    with pytest.raises(BinarizeError, match=r"packed holds another network than the recipe's:\n  conversion: "):
+        train(recipe(f"init_from={tmp_path / 'packed'}"), progress=False)
     with pytest.raises(BinarizeError, match=r"another network than the recipe's:\n  conversion: "):
         train(recipe(f"init_from={binary.output_dir}", "method=reactnet"), progress=False)
 
