@@ -109,12 +109,13 @@ def memory_rows() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         SuperResolutionPipeline(binarize.pack(released()), scale=2).save_pretrained(folder / "model")
-        options = ["--model", str(folder / "model"), "-o", str(folder / "large.png"), "--steps", "1", "--force"]
+        options = ["--model", str(folder / "model"), "--steps", "1", "--tile"]
         for output, tile in ((512, 256), (1024, 256), (1536, 256), (1024, 512)):
-            Image.effect_noise((output // 2, output // 2), 50).convert("RGB").save(folder / "photo.png")
-            command = [sys.executable, "-c", UPSCALE, "upscale", str(folder / "photo.png"), "--tile", str(tile)]
+            photo = folder / f"{output}-{tile}.png"
+            Image.effect_noise((output // 2, output // 2), 50).convert("RGB").save(photo)
+            command = [sys.executable, "-c", UPSCALE, "upscale", str(photo), *options, str(tile)]
             environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-            done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             rows.append({"output": output, "tile": tile, "peak bytes": int(done.stdout.split("peak KiB:")[1]) * 1024})
             print(f"{output}x{output} output, tile {tile}: {rows[-1]['peak bytes'] / 1e6:.0f} MB", flush=True)
     return rows

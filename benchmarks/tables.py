@@ -24,8 +24,6 @@ PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "quality.md")
 Results = dict[str, list[dict[str, Any]]]
 """The rows of one section, by results file."""
 
-OUTDATED = {"packed-vpopcntdq"}  # measured with older kernels
-
 VARIANTS = {
     "textbook": "textbook, float32",
     "textbook-apart": "textbook, float32, large blocks apart",
@@ -273,7 +271,6 @@ def main() -> None:
         path.stem: json.loads(path.read_text())
         for kind in ("packed", "training", "gpu", "bits", "int8")
         for path in sorted(RESULTS.glob(f"{kind}*.json"))
-        if path.stem not in OUTDATED
     }
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
