@@ -88,8 +88,9 @@ def chained(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-5, factor: float = 1) -> None:
     assert found.keys() == expected.keys()
+    # The gradient of one weight is a sum whose terms may cancel, and its rounding depends on the terms.
+    atol = factor * bound * max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
-        atol = factor * bound * float(value.abs().max())
         torch.testing.assert_close(found[name], value, rtol=bound, atol=atol, msg=name)
 
 
