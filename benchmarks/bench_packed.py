@@ -98,7 +98,7 @@ try:
     runpy.run_module("binarize", run_name="__main__", alter_sys=True)
 finally:
     print("peak KiB:", open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-"""  # the system's figure for a child includes the peak of its parent
+"""  # prints the peak itself, because `resource` counts the parent's peak too
 
 
 def memory_rows() -> list[dict[str, Any]]:

@@ -75,10 +75,11 @@ def packed_roofline(results: Results) -> str:
     for part, seconds in step["parts"].items():
         bound = bounds.get(part)
         share = f"{seconds / sum(step['parts'].values()):.0%}"
-        lines.append([part, share, 1e3 * seconds, *([None if bound is None else 1e3 * bound] if bounds else [])])
-    lines.append(["a step without the profiler", None, 1e3 * step["seconds"]["packed"], *([None] if bounds else [])])
-    columns = [Column("share", align="right"), numbers("ms", ".0f"), *([numbers("bound, ms", ".0f")] if bounds else [])]
-    return Table(["part", *columns], lines).to_markdown()
+        lines.append([part, share, 1e3 * seconds, None if bound is None else 1e3 * bound])
+    lines.append(["a step without the profiler", None, 1e3 * step["seconds"]["packed"], None])
+    columns = ["part", Column("share", align="right"), numbers("ms", ".0f"), numbers("bound, ms", ".0f")]
+    width = len(columns) if bounds else len(columns) - 1  # older results have no bounds
+    return Table(columns[:width], [line[:width] for line in lines]).to_markdown()
 
 
 def int8_networks(results: Results) -> str:

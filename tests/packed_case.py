@@ -6,13 +6,15 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import binarize
 from binarize.kernels import backends, binary_conv
@@ -194,3 +196,25 @@ def with_everything(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> tuple[T
         options["channel_bias"] = random(batch, channels)
         options["residual"] = random(*problem.expected.shape).to(x.dtype)
     return x, dataclasses.replace(problem.conv, low=limits[0], high=limits[1], shortcut=adds, **changes), options
+
+
+class MadeTensor(NamedTuple):
+    """A tensor that an operator made."""
+
+    dtype: torch.dtype
+    numel: int
+    nbytes: int
+
+
+class MadeTensors(TorchDispatchMode):
+    """Records the tensors that operators make in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[MadeTensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = (t for t in tree_leaves(out) if isinstance(t, Tensor) and not t.is_meta)
+        self.tensors.extend(MadeTensor(t.dtype, t.numel(), t.nbytes) for t in made)
+        return out

@@ -231,7 +231,7 @@ def padding_correction(filters: Tensor, shape: FilterShape, unsigned: bool) -> T
     taps = shape.kernel[0] * shape.kernel[1]
     if filters.is_meta:
         return torch.empty(1 + taps, shape.lanes, dtype=torch.int32, device="meta")
-    ones = _count_ones(filters)  # unpacking the bits would take 100 times the memory of the words
+    ones = _count_ones(filters)  # unpacking the bits would take 32 times the memory of the words
     ones = ones.view(-1, taps, shape.words, LANES).sum(2, dtype=torch.int32)  # padding bits are 0
     lanes = torch.arange(shape.blocks * LANES, device=filters.device) < shape.out_channels // shape.groups
     sums = (2 * ones - shape.in_channels).transpose(0, 1).reshape(taps, shape.groups, -1) * lanes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.kernels import backends
-from binarize.kernels.binary_conv import BinaryConv, OutputTransform
+from binarize.kernels.binary_conv import BinaryConv, OutputTransform, padding_correction
 from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits, to_dense
 from binarize.kernels.checks import check_devices
 from binarize.kernels.ops import binary_conv2d, conv3x3, norm_factors, norm_silu, packed_conv2d, shuffle
@@ -348,3 +348,19 @@ def test_layers_made_in_inference_mode_run() -> None:
         layer = PackedConv2d(BinaryConv2d(8, 8, 3, padding=1, method=Method(post="rprelu")).eval())
         x = torch.randn(1, 8, 5, 5)
         assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize(("out_channels", "in_channels", "groups"), [(16, 32, 1), (6, 70, 1), (36, 2, 2)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_padding_is_corrected_by_the_sums_of_weights(
+    out_channels: int, in_channels: int, groups: int, kernel: tuple[int, int], unsigned: bool
+) -> None:
+    shape = FilterShape(out_channels, in_channels, kernel, groups)
+    bits = torch.randint(0, 2, (1, out_channels, in_channels, *kernel), dtype=torch.uint8)
+    sums = 2 * bits[0].int().sum(1).flatten(1) - in_channels  # of the weights of each tap
+    full = torch.full((out_channels,), in_channels * math.prod(kernel))
+    full = (full + sums.sum(1)) // 2 if unsigned else full
+    found = padding_correction(from_bits(bits, shape)[0], shape, unsigned)
+    by_group = found.view(1 + math.prod(kernel), groups, -1)[..., : out_channels // groups].flatten(1)
+    assert torch.equal(by_group, torch.cat([full.unsqueeze(0), sums.T]).int())

@@ -1,7 +1,6 @@
 """Packed networks as a whole: what they compute, what they weigh, and where they have to run."""
 
 import copy
-import math
 import os
 import re
 import subprocess
@@ -15,18 +14,15 @@ from typing import Any
 import pytest
 import torch
 from hosts_zoo import HOSTS, ZooHost, output_of, unet2d_condition
-from packed_case import CLOSE, SMALL, inputs, needs_inductor, network, scatter
+from packed_case import CLOSE, SMALL, MadeTensors, inputs, needs_inductor, network, scatter
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 import binarize
 from binarize.conversion.export import binary_layers, packed_layers
 from binarize.errors import BinarizeError
 from binarize.kernels import backends
-from binarize.kernels.binary_conv import padding_correction
-from binarize.kernels.bitpack import FilterShape, from_bits
 from binarize.kernels.cpu import threads as cpu_threads
 from binarize.kernels.ops import norm_silu
 from binarize.layers import BinaryConv2d, delayed
@@ -200,58 +196,12 @@ def test_the_released_network_is_small_in_memory_and_on_disk(tmp_path: Path) -> 
     assert size_of(tables) <= 3.1e6
 
 
-class Largest(TorchDispatchMode):
-    """Records the size in bytes of the largest tensor that operators make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.bytes = max([self.bytes, *(t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor))])
-        return out
-
-
 @pytest.mark.parametrize("activation", ["approx_sign", "unit_round"])
 def test_the_first_call_does_not_unpack_the_bits(activation: str) -> None:
     layer = PackedConv2d(BinaryConv2d(128, 128, 3, padding=1, method=Method(activation=activation)).eval())
-    with Largest() as made:
+    with MadeTensors() as made:
         assert layer.compiled() is not None
-    assert 0 < made.bytes <= layer.words.nbytes == 128 * 128 * 9 / 8
-
-
-@pytest.mark.parametrize(("out_channels", "in_channels", "groups"), [(16, 32, 1), (6, 70, 1), (36, 2, 2)])
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 2)])
-@pytest.mark.parametrize("unsigned", [False, True])
-def test_padding_is_corrected_by_the_sums_of_weights(
-    out_channels: int, in_channels: int, groups: int, kernel: tuple[int, int], unsigned: bool
-) -> None:
-    shape = FilterShape(out_channels, in_channels, kernel, groups)
-    bits = torch.randint(0, 2, (1, out_channels, in_channels, *kernel), dtype=torch.uint8)
-    sums = 2 * bits[0].int().sum(1).flatten(1) - in_channels  # of the weights of each tap
-    full = torch.full((out_channels,), in_channels * math.prod(kernel))
-    full = (full + sums.sum(1)) // 2 if unsigned else full
-    found = padding_correction(from_bits(bits, shape)[0], shape, unsigned)
-    by_group = found.view(1 + math.prod(kernel), groups, -1)[..., : out_channels // groups].flatten(1)
-    assert torch.equal(by_group, torch.cat([full.unsqueeze(0), sums.T]).int())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_random_latents_in_half_precision(dtype: torch.dtype) -> None:
-    packed = binarize.pack(network("bidiffsr", **SMALL)).to(dtype)
-    expected = {name: (layer.codes(), layer.weight_scales()) for name, layer in packed_layers(packed)}
-    for name, layer in binary_layers(binarize.unpack(packed, latents="random")):
-        weight = layer.binary_weight()
-        assert torch.equal(weight.codes.to(torch.int8), expected[name][0])
-        torch.testing.assert_close(weight.scales, expected[name][1], rtol=4 * torch.finfo(dtype).eps, atol=0)
-
-
-def test_latents_of_an_unknown_kind() -> None:
-    packed = binarize.pack(network("bidiffsr", **SMALL))
-    with pytest.raises(BinarizeError, match=r"unpack: latents='ones'; allowed: 'signs' and 'random'\."):
-        binarize.unpack(packed, latents="ones")
-    assert binarize.is_packed(packed)
+    assert 0 < max(tensor.nbytes for tensor in made.tensors) <= layer.words.nbytes == 128 * 128 * 9 / 8
 
 
 @pytest.mark.long
