@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         MethodSection,
         ModelSection,
         NoiseSchedule,
+        PerceptualSection,
         ProgressiveSection,
         PublishedSection,
         SchedulerSection,
@@ -48,10 +49,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Degradation", "DegradationStep", "DistillationSection", "Figures", "GenerationDistillation", "GenerationRecipe",
-    "MethodSection", "ModelSection", "NetworkSection", "NoiseSchedule", "ProgressiveSection", "PublishedSection",
-    "Recipe", "SamplerSection", "SchedulerSection", "TrainingRecipe", "build", "build_model", "build_pipeline",
-    "build_scheduler", "copy_recipe", "import_plugins", "last_stage_end", "list_recipes", "load_degradation",
-    "load_recipe", "recipe_class", "recipe_path", "remove_stages", "validate",
+    "MethodSection", "ModelSection", "NetworkSection", "NoiseSchedule", "PerceptualSection", "ProgressiveSection",
+    "PublishedSection", "Recipe", "SamplerSection", "SchedulerSection", "TrainingRecipe", "build", "build_model",
+    "build_pipeline", "build_scheduler", "copy_recipe", "import_plugins", "last_stage_end", "list_recipes",
+    "load_degradation", "load_recipe", "recipe_class", "recipe_path", "remove_stages", "validate",
 ]  # fmt: skip
 
 _IN_STUDIES = ("CellSection", "EvaluationSection", "Study", "list_studies", "load_study", "study_path")
@@ -66,8 +67,8 @@ _NAMES = {
     "load": ("copy_recipe", "list_recipes", "load_degradation", "load_recipe", "recipe_class", "recipe_path"),
     "schema": ("TrainingRecipe",),
     "sections": (
-        "DistillationSection", "Figures", "MethodSection", "ModelSection", "NoiseSchedule", "ProgressiveSection",
-        "PublishedSection", "SchedulerSection",
+        "DistillationSection", "Figures", "MethodSection", "ModelSection", "NoiseSchedule",
+        "PerceptualSection", "ProgressiveSection", "PublishedSection", "SchedulerSection",
     ),
     "stages": ("last_stage_end",),
     "super_resolution_recipe": ("Recipe",),

@@ -104,6 +104,15 @@ class DistillationSection(Section):
         return self
 
 
+class PerceptualSection(Section):
+    """A perceptual loss: loss = `loss` of the predictions + weight * LPIPS of the predicted and the true image."""
+
+    weight: float = Field(gt=0, description="Weight of LPIPS.")
+    net: Literal["alex", "vgg", "squeeze"] = Field(default="squeeze", description="The backbone of LPIPS.")
+    backbone: UserPath | None = None
+    """File of the backbone's weights; by default they are in torch's cache, or downloaded."""
+
+
 class NoiseSchedule(Section):
     """What the noise schedules of all tasks have."""
 

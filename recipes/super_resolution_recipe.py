@@ -43,6 +43,9 @@ class Recipe(TrainingRecipe):
     overshoot: float | None = Field(default=None, ge=0, le=1)
     """How far samples may leave the levels of the pixels around, as a share of their range; null: no limit."""
 
+    perceptual: sections.PerceptualSection | None = None
+    """Add LPIPS of the predicted image to the loss: `{weight: 0.3}`."""
+
     validation_data_dir: UserPath | None = Field(
         default=None, description="Folder of high-resolution validation images."
     )
@@ -86,6 +89,16 @@ class Recipe(TrainingRecipe):
         if value == "residual" and limit < _MIN_RESIDUAL_CLIP:
             fix = f"set it to {_MIN_RESIDUAL_CLIP:g} or more, or scheduler.clip_sample to false"
             raise ValueError(f"residuals would be clipped at scheduler.clip_sample_range {limit:g}; {fix}")
+        return value
+
+    @field_validator("perceptual")
+    @classmethod
+    def _predicts_images(
+        cls, value: sections.PerceptualSection | None, info: ValidationInfo
+    ) -> sections.PerceptualSection | None:
+        scheduler = info.data.get("scheduler")
+        if value is not None and scheduler is not None and scheduler.prediction_type != "sample":
+            raise ValueError("needs a network that predicts images; set scheduler.prediction_type to 'sample'")
         return value
 
     @field_validator("residual_scale", "residual_strength")

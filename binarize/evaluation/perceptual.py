@@ -66,6 +66,17 @@ class Lpips:
         """The name of the metric, such as ``LPIPS (alex)``."""
         return lpips_label(self.net)
 
+    def distance(self, result: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Return the distances of two batches of images, float32 (B, 3, H, W) in [0, 1], as (B,) with gradients."""
+        distances: torch.Tensor = self._model(result, reference, normalize=True)
+        return distances.flatten(1).mean(dim=1)
+
+    def to(self, device: torch.device | str) -> Lpips:
+        """Move the network."""
+        self.device = torch.device(device)
+        self._model.to(self.device)
+        return self
+
     @torch.no_grad()
     def __call__(self, result: torch.Tensor, reference: torch.Tensor) -> float:
         """Return the distance of two images, uint8 (3, H, W), with H and W at least :attr:`min_side`."""
@@ -76,8 +87,8 @@ class Lpips:
         height, width = result.shape[-2:]
         if min(height, width) < self.min_side:
             raise BinarizeError(f"{self.label}: needs at least {self.min_side} pixels per side, got {width}x{height}")
-        ours, theirs = (pixels[None].to(self.device, torch.float32) / 127.5 - 1 for pixels in (result, reference))
-        return float(self._model(ours, theirs).item())
+        ours, theirs = (pixels[None].to(self.device, torch.float32) / 255 for pixels in (result, reference))
+        return float(self.distance(ours, theirs).item())
 
 
 def lpips_label(net: str) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from binarize.errors import BinarizeError
-from binarize.recipes import TrainingRecipe
+from binarize.recipes import Recipe, TrainingRecipe
 from binarize.training.inputs import Network, inputs_of
+from binarize.training.perceptual import PerceptualLoss
 
 if TYPE_CHECKING:
     from binarize.training.distillation import Distillation
@@ -34,6 +35,8 @@ class Objective:
     def __init__(self, recipe: TrainingRecipe, scheduler: Any, distillation: Distillation | None = None) -> None:
         self.recipe, self.distillation = recipe, distillation
         self.scheduler, self.inputs = diffusion_of(scheduler), inputs_of(recipe)
+        given = isinstance(recipe, Recipe) and recipe.perceptual is not None
+        self.perceptual = PerceptualLoss(cast(Recipe, recipe)) if given else None
 
     def __call__(self, model: Network, batch: dict[str, Tensor]) -> Losses:
         """Return the losses of a batch, whose entries are on the model's device, for a model as `Inputs` calls it.
@@ -50,6 +53,8 @@ class Objective:
 
         def distance(prediction: Tensor, target: Tensor) -> Tensor:
             losses = sample_losses(recipe.loss, prediction, target)
+            if self.perceptual is not None:
+                losses = losses + self.perceptual(prediction, target, batch["condition"])
             return losses if weights is None else losses * weights.to(losses.dtype)
 
         def predict(network: Network) -> Tensor:

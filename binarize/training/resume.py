@@ -22,8 +22,8 @@ BOOKKEEPING = {
 }  # fmt: skip
 # Keys that may change in addition when a run moves to another machine. The batch is compared as a whole.
 _RESUMABLE = BOOKKEEPING | {
-    "init_from", "compile", "distillation.teacher", "train_data_dir", "train_lr_data_dir", "train_batch_size", "vae",
-    "gradient_accumulation_steps", "memory_mode", "mixed_precision", "allow_tf32",
+    "init_from", "compile", "distillation.teacher", "perceptual.backbone", "train_data_dir", "train_lr_data_dir",
+    "train_batch_size", "vae", "gradient_accumulation_steps", "memory_mode", "mixed_precision", "allow_tf32",
 }  # fmt: skip
 
 

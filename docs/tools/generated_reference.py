@@ -52,6 +52,7 @@ def _recipe_keys() -> str:
         "model": recipes.ModelSection,
         "scheduler": recipes.SchedulerSection,
         "distillation": recipes.DistillationSection,
+        "perceptual": recipes.PerceptualSection,
         "progressive": recipes.ProgressiveSection,
         "degradation": recipes.DegradationStep,  # the last one: the tables of its steps follow
     }

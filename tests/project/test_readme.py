@@ -17,6 +17,7 @@ from binarize.recipes import (
     GenerationRecipe,
     ModelSection,
     NetworkSection,
+    PerceptualSection,
     ProgressiveSection,
     Recipe,
     SamplerSection,
@@ -104,7 +105,7 @@ def test_files_that_pages_name_exist(page: str) -> None:
 
 def test_every_recipe_key_is_described() -> None:  # mkdocs generates the page of the keys from the descriptions
     sections = [Recipe, ModelSection, SchedulerSection, DistillationSection, ProgressiveSection, DegradationStep]
-    sections += [GenerationRecipe, NetworkSection, SamplerSection]
+    sections += [PerceptualSection, GenerationRecipe, NetworkSection, SamplerSection]
     sections += [get_args(field.annotation)[0] for field in DegradationStep.model_fields.values()]
     fields = {f"{s.__name__}.{name}": field for s in sections for name, field in s.model_fields.items()}
     assert [name for name, field in fields.items() if not field.description] == []

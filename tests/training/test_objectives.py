@@ -80,6 +80,58 @@ def test_the_objective_of_residuals(kind: str) -> None:
     assert losses.parts == {}
 
 
+PERCEPTUAL = ["target=residual", "scheduler.clip_sample_range=8", "residual_scale=0.05", "resolution=32"]
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "squeeze.pth")
+    return tmp_path / "squeeze.pth"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision.models")  # lpips passes deprecated arguments
+def test_lpips_of_the_images_is_added_to_the_loss(backbone: Path) -> None:
+    lpips = pytest.importorskip("lpips")
+    section = f"perceptual={{weight: 0.3, backbone: {backbone}}}"
+    options = [*PERCEPTUAL, "scheduler.prediction_type=sample"]
+    plain, recipe = load_recipe("small_x2", options), load_recipe("small_x2", [*options, section])
+    hr, condition, predicted = torch.rand(3, 2, 3, 32, 32)
+    batch = {"hr": hr, "condition": condition, "noise": torch.randn(2, 3, 32, 32), "timestep": torch.tensor([1, 999])}
+    x0 = ((predicted - condition) / 0.05).requires_grad_()
+
+    def model(*inputs: Any) -> Any:
+        return SimpleNamespace(sample=x0)
+
+    without = Objective(plain, build_scheduler(plain))(model, batch).total
+    total = Objective(recipe, build_scheduler(recipe))(model, batch).total
+    metric = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
+    weights = torch.load(backbone, weights_only=True)
+    metric.net.load_state_dict({key: weights[f"features.{key.split('.', 1)[1]}"] for key in metric.net.state_dict()})
+    with torch.no_grad():
+        expected = without + 0.3 * metric(2 * predicted - 1, 2 * hr - 1).flatten()
+    torch.testing.assert_close(total.detach(), expected.detach(), rtol=1e-4, atol=1e-6)
+    (total - without).sum().backward()
+    assert x0.grad is not None
+    assert float(x0.grad.abs().max()) > 0
+
+
+def test_a_run_with_lpips_resumes_exactly(recipe: Any, pictures: Path, backbone: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lpips")
+    options = (*PERCEPTUAL, "scheduler.prediction_type=sample", f"perceptual={{weight: 0.3, backbone: {backbone}}}")
+    whole = train(recipe(*options, out="whole"), progress=False)
+    train(recipe(*options, "max_train_steps=3", out="cut"), progress=False)
+    moved = backbone.rename(tmp_path / "moved.pth")
+    options = (*options, f"perceptual.backbone={moved}", "resume_from_checkpoint=latest")
+    resumed = train(recipe(*options, out="cut"), progress=False)
+    assert [e.loss for e in whole.history][3:] == [e.loss for e in resumed.history]
+    with pytest.raises(BinarizeError, match=r"perceptual\.weight: was 0\.3, is 0\.5"):
+        train(recipe(*options, "perceptual.weight=0.5", out="cut"), progress=False)
+    with pytest.raises(BinarizeError, match=r"perceptual\.net: squeeze needs a resolution of at least 17, not 16"):
+        train(recipe(*options[:-1], "resolution=16", out="small"), progress=False)
+
+
 def test_a_run_measures_the_scale_saves_it_with_the_model_and_resumes_with_it(recipe: Any, pictures: Path) -> None:
     options = (*UNCLIPPED, f"validation_data_dir={pictures}", "num_validation_images=1")
     whole = train(recipe(*options, out="whole"), progress=False)
@@ -125,6 +177,8 @@ INVALID = [
     ({"residual_scale": 0}, r"residual_scale=0: .* the standard deviation"),
     (["target=image", "residual_strength=1.5"], r"residual_strength.*has no effect while target is image"),
     (["residual_scale=0.1"], r"residual_scale: got 0\.1; has no effect while target is image"),
+    (["perceptual.weight=1", "scheduler.prediction_type=epsilon"], r"perceptual: .*network that predicts images; set"),
+    (["perceptual={weight: 0}"], r"perceptual\.weight: got 0; must be greater than 0"),
     (["target=residual"], r"target: got 'residual'; residuals .*range 1; set it"),
     (["model.detail_factor=0"], r"model\.detail_factor: got 0; must be greater than 0"),
     ([*RESIDUAL], r"residual_scale: not set, and the pipeline .* recipe\.yaml"),

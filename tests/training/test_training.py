@@ -18,7 +18,7 @@ from training_case import RESUME, assert_close, assert_same, at_call, difference
 
 from binarize.errors import BinarizeError
 from binarize.models import SuperResolutionPipeline
-from binarize.recipes import DistillationSection, GenerationRecipe, Recipe, load_recipe
+from binarize.recipes import DistillationSection, GenerationRecipe, PerceptualSection, Recipe, load_recipe
 from binarize.training import Checkpoints, DivergedError, TrainingInterrupted, load_checkpoint, train
 from binarize.training import objective as training_objective
 from binarize.training import processes as training_processes
@@ -259,5 +259,6 @@ def test_a_second_signal_has_its_usual_effect() -> None:
 
 def test_keys_that_may_change_exist() -> None:
     own = {f"distillation.{key}" for key in DistillationSection.model_fields}
+    own |= {f"perceptual.{key}" for key in PerceptualSection.model_fields}
     assert {*Recipe.model_fields, *GenerationRecipe.model_fields, *own} >= _RESUMABLE
     assert yaml.safe_load(load_recipe("small_x2").to_yaml()).keys() == set(Recipe.model_fields)
