@@ -113,3 +113,12 @@ def test_a_model_of_a_users_own_method_needs_its_plugin(model: Path, small: Path
     assert "`binarize --plugin FILE ...`" in message
     succeeds("--plugin", plugin, *command)
     assert (tmp_path / "out.png").is_file()
+
+
+def test_imports_are_not_searched_for_garbage(tmp_path: Path) -> None:
+    plugin = tmp_path / "probe.py"
+    frozen = "gc.get_freeze_count() > 0"
+    plugin.write_text(f"import gc\nprint(gc.isenabled())\nimport torch\nprint(gc.isenabled(), {frozen})\n")
+    command = [sys.executable, "-m", "binarize", "--plugin", str(plugin), "recipes", "ls"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[:2] == ["False", "True True"]
