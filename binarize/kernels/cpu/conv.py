@@ -123,7 +123,8 @@ def _plan(
     out_height, out_width = geometry.output(height, width, shape.kernel)
     left, right, top, _ = geometry.pad
     channels = shape.groups * shape.in_channels
-    strip = min(-(-out_height * batch // (TASKS_PER_THREAD * threads)), STRIP_BYTES // (width * channels * size))
+    packed_row = (left + width + right) * shape.groups * shape.words * 4
+    strip = min(-(-out_height * batch // (TASKS_PER_THREAD * threads)), STRIP_BYTES // packed_row)
     strip = max(1, min(strip, out_height))
 
     reach = (kw - 1) * geometry.dilation[1]
@@ -132,14 +133,15 @@ def _plan(
     first, last = (inside[0], inside[-1] + 1) if inside else (out_width, out_width)
     borders = first + out_width - last
 
-    rows = (strip - 1) * geometry.stride[0] + (kh - 1) * geometry.dilation[0] + 1
+    window = (kh - 1) * geometry.dilation[0] + 1
+    rows = (strip - 1) * geometry.stride[0] + window
     scratch = aligned(4 * kh * kw * shape.words) + aligned(8 * out_width) + aligned((borders + 1) * shape.lanes * 4)
-    scratch += aligned(rows * (left + width + right) * shape.groups * shape.words * 4)
+    scratch += aligned(rows * packed_row)
     if has_norm:
-        scratch += aligned(rows * width * channels * size)
+        scratch += aligned(window * width * channels * size)
     tasks = -(-out_height // strip) * batch
     values = {
-        Conv.COUNT: tasks, Conv.STRIP: strip, Conv.AHEAD: min(threads, tasks), Conv.BF16: int(size == 2),
+        Conv.COUNT: tasks, Conv.STRIP: strip, Conv.BF16: int(size == 2),
         Conv.HEIGHT: height, Conv.WIDTH: width, Conv.OUT_HEIGHT: out_height, Conv.OUT_WIDTH: out_width,
         Conv.GROUPS: shape.groups, Conv.GROUP_IN: shape.in_channels,
         Conv.GROUP_OUT: shape.out_channels // shape.groups, Conv.WORDS: shape.words, Conv.OUT_BLOCKS: shape.blocks,

@@ -197,12 +197,14 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
     padded, pixel = left + width + right, groups * words * 4
     k = kernel_h * kernel_w * words
 
-    # Scratch: offsets of the words of a patch, entries of the columns, base rows, packed, and the activated rows.
+    # Scratch: offsets of the words of a patch, entries of the columns, base rows, packed rows, and the activated rows
+    # that an output row reads, each of which takes the place of the oldest.
     offsets = scratch
     entries = offsets + (4 * k + 63) // 64 * 64
     bases = entries + (8 * out_width + 63) // 64 * 64
     packed = bases + field(p, Conv.BORDERS) * lanes * 4 + lanes * 4
-    input_rows = (rows_of_task - 1) * stride_h + (kernel_h - 1) * dilation_h + 1
+    reach = (kernel_h - 1) * dilation_h + 1
+    input_rows = (rows_of_task - 1) * stride_h + reach
     activated = packed + (input_rows * padded * pixel + 63) // 64 * 64
     if last_rows < 0:  # this worker's first task
         _entries(p, entries)
@@ -225,21 +227,6 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
         factors += sample * channels * 4
         norm_offsets += sample * channels * 4
 
-    start = first * stride_h - top
-    for i in range((last - 1 - first) * stride_h + (kernel_h - 1) * dilation_h + 1):
-        y, out = start + i, packed + i * padded * pixel
-        if y < 0 or y >= height:
-            clear(out, padded * groups * words)
-            continue
-        clear(out, left * groups * words)
-        source, step = x + y * x_row, x_pixel
-        if normed:
-            target = activated + i * width * channels * size
-            activate_row(source, x_pixel, width, channels, factors, norm_offsets, target, channels * size, bf16)
-            source, step = target, channels * size
-        _sign_row(source, step, width, groups, group_in, words, thresholds, out + left * pixel, bf16)
-        clear(out + (left + width) * pixel, right * groups * words)
-
     filters = field(p, Conv.FILTERS)
     low, high = read_float32(p + 8 * Conv.LIMITS), read_float32(p + 8 * Conv.LIMITS + 4)
     plain = 1 if _is_plain(table, groups * blocks, low, high) else 0
@@ -255,15 +242,32 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
     out = field(p, Conv.OUT) + sample * field(p, Conv.OUT_BATCH)
     out_row, out_pixel = field(p, Conv.OUT_ROW), field(p, Conv.OUT_PIXEL)
 
-    # The next strip's rows, a part of each with every tile, where they are dense and leave room in the cache.
+    # The input rows of the next output row, a part with every tile, where they are dense and leave room in the cache.
     tiles = max(1, out_width // PIXELS)
     row_bytes = stride_h * width * channels * size
-    following = first + field(p, Conv.AHEAD) * rows_of_task
-    lines = (row_bytes // 64 + groups * blocks * tiles - 1) // (groups * blocks * tiles)
-    if following >= out_height or x_pixel != channels * size or x_row != width * x_pixel or row_bytes > AHEAD_BYTES:
-        lines = 0
-    following = x + following * stride_h * x_row
+    shares = (row_bytes // 64 + groups * blocks * tiles - 1) // (groups * blocks * tiles)
+    if x_pixel != channels * size or x_row != width * x_pixel or row_bytes > AHEAD_BYTES:
+        shares = 0
+    start, done = first * stride_h - top, 0
     for y in range(first, last):
+        end = (y - first) * stride_h + reach
+        for i in range(done, end):
+            at, out_words = start + i, packed + i * padded * pixel
+            if at < 0 or at >= height:
+                clear(out_words, padded * groups * words)
+                continue
+            clear(out_words, left * groups * words)
+            source, step = x + at * x_row, x_pixel
+            if normed:
+                target = activated + i % reach * width * channels * size
+                activate_row(source, x_pixel, width, channels, factors, norm_offsets, target, channels * size, bf16)
+                source, step = target, channels * size
+            _sign_row(source, step, width, groups, group_in, words, thresholds, out_words + left * pixel, bf16)
+            clear(out_words + (left + width) * pixel, right * groups * words)
+        done = end
+        ahead = start + end
+        lines = shares if y + 1 < last and ahead >= 0 and ahead + stride_h <= height else 0
+        ahead = x + ahead * x_row
         rows = _inside(y * stride_h - top, kernel_h, dilation_h, height)
         if rows != last_rows:
             _base_row(p, rows, bases)
@@ -278,7 +282,8 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
                 o = g * group_out + block * LANES
                 short, short_step = 0, 0
                 if has_shortcut and normed:
-                    short, short_step = activated + ((y + top - first) * width * channels + o) * size, channels * size
+                    slot = (y - start) % reach
+                    short, short_step = activated + (slot * width * channels + o) * size, channels * size
                 elif has_shortcut:
                     short, short_step = x + y * x_row + o * size, x_pixel
                 add = channel_bias + 4 * o if channel_bias != 0 else 0
@@ -287,7 +292,7 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
                 _tile_row(
                     line + g * words * 4, entries, short, more, out + y * out_row + o * size,
                     (filters + (g * blocks + block) * k * 64, bases + 4 * at, table + at * 24, add),
-                    out_width, bf16, together, count, following + (y - first) * row_bytes + taken,
+                    out_width, bf16, together, count, ahead + taken,
                     lines * together if taken < row_bytes else 0,
                     (offsets, k, k * 64, stride_w * pixel, short_step, residual_pixel, out_pixel, unsigned, plain, low,
                      high, early),

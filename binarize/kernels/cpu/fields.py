@@ -8,7 +8,7 @@ absent tensor.
 
 from enum import IntEnum
 
-# A binary convolution. STRIP: output rows of a task; AHEAD: tasks until this worker's next one; GROUP_IN, GROUP_OUT:
+# A binary convolution. STRIP: output rows of a task; GROUP_IN, GROUP_OUT:
 # channels of a group; WORDS: of a pixel and group; OUT_BLOCKS: of 16 channels, of a group; FILTER_SUMS: int32 (taps,
 # lanes); BASE: int32 (lanes), the dot product of no differing bits; GROUP: int64 (B), rows of THRESHOLDS and TABLE;
 # LIMITS: not an address but two floats, the clamp; EARLY: 1 for a shortcut before the activation; CHANNEL_BIAS: float32
@@ -16,7 +16,7 @@ from enum import IntEnum
 # INNER_FIRST, INNER_LAST: the first column whose taps are all inside and the one after the last.
 Conv = IntEnum(
     "Conv",
-    "WORKERS TASKS COUNT BF16 SCRATCH SCRATCH_STEP STRIP AHEAD HEIGHT WIDTH OUT_HEIGHT OUT_WIDTH GROUPS GROUP_IN "
+    "WORKERS TASKS COUNT BF16 SCRATCH SCRATCH_STEP STRIP HEIGHT WIDTH OUT_HEIGHT OUT_WIDTH GROUPS GROUP_IN "
     "GROUP_OUT WORDS OUT_BLOCKS KERNEL_H KERNEL_W STRIDE_H STRIDE_W LEFT RIGHT TOP DILATION_H DILATION_W X X_BATCH "
     "X_ROW X_PIXEL OUT OUT_BATCH OUT_ROW OUT_PIXEL RESIDUAL RESIDUAL_BATCH RESIDUAL_ROW RESIDUAL_PIXEL FILTERS "
     "FILTER_SUMS BASE UNSIGNED THRESHOLDS TABLE GROUP LIMITS SHORTCUT EARLY CHANNEL_BIAS NORM_FACTORS NORM_OFFSETS "

@@ -12,8 +12,7 @@ from torch import Tensor
 
 Fields = MutableSequence[int] | np.ndarray
 ALIGN = 64
-# The input of an output strip should stay in the second-level cache from packing until the shortcut reads it again,
-# beside the next strip's, which is prefetched.
+# What a worker writes and reads again in a task should stay in the second-level cache.
 STRIP_BYTES = 100_000
 TASKS_PER_THREAD = 4
 
