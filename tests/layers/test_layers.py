@@ -22,6 +22,7 @@ from binarize.layers.delayed import TwoStageWeight
 from binarize.layers.scales import TokenBatchNorm
 from binarize.layers.schedule import ede_schedule, recu_schedule
 from binarize.layers.shortcut import _pool_axis, pool_channels
+from binarize.layers.structure import pixel_shuffle, pixel_unshuffle
 from binarize.methods import Method
 from binarize.timestep import TimestepContext
 
@@ -259,6 +260,22 @@ def test_cp_up_branches_and_shuffles(channels, branches):
     assert (block.in_channels, block.out_channels) == (channels, branches * channels // 4)
     x = doubles(2, channels, 2, 3)
     equal(block(x), F.pixel_shuffle(torch.cat([conv(x) for conv in block.convs], 1), 2))
+
+
+@given(
+    batch=st.integers(1, 2), widths=st.lists(st.integers(1, 3), min_size=1, max_size=3), size=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), grad=st.booleans(),
+)  # fmt: skip
+def test_pixels_in_channels_last_are_shuffled_as_torch_does(batch, widths, size, dtype, grad):
+    parts = [torch.randn(batch, 4 * width, size, 2, dtype=torch.float64).to(dtype) for width in widths]
+    expected = F.pixel_shuffle(torch.cat(parts, 1), 2)
+    dense = [part.to(memory_format=torch.channels_last).requires_grad_(grad) for part in parts]
+    shuffled = pixel_shuffle(dense)
+    assert torch.equal(shuffled, expected)
+    assert torch.equal(pixel_unshuffle(shuffled), torch.cat(parts, 1))
+    assert shuffled.requires_grad == grad
+    with pytest.raises(RuntimeError, match="divisible"):
+        pixel_unshuffle(torch.empty(1, 4, 3, 2, memory_format=torch.channels_last))
 
 
 @pytest.mark.parametrize(
