@@ -230,7 +230,7 @@ def conv3x3(
     These convolutions take most of the time once the others are binary. CPUs run them with Winograd's algorithm,
     F(4x4, 3x3) (Lavin and Gray 2016): a quarter of the multiplications, at rounding errors of a few 1e-6 of the
     output's scale in float32. In bfloat16 the arithmetic inside is float32; on processors with AMX tiles PyTorch's own
-    bfloat16 convolution is faster and runs instead. Both widths of ``weight`` must be multiples of 16.
+    bfloat16 convolution is faster and runs instead. ``C_in`` must be a multiple of 16.
 
     ``input_norm`` is ``(2, B, C_in)``, or None to convolve x itself; ``residual`` ``(B, C_out, H, W)`` is added.
     """

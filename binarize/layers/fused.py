@@ -24,12 +24,11 @@ def is_plain(module: nn.Module | None, kind: type[ModuleT]) -> TypeGuard[ModuleT
 
 
 def is_conv3x3(module: nn.Module) -> bool:
-    """Return whether `binarize.kernels.ops.conv3x3` computes a module: 3x3, padding 1, widths multiples of 16."""
+    """Return whether `binarize.kernels.ops.conv3x3` computes a module: 3x3, padding 1, a multiple of 16 inputs."""
     if not isinstance(module, nn.Conv2d) or not is_plain(module, nn.Conv2d):
         return False
     geometry = module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode, module.groups
-    widths_fit = module.in_channels % LANES == module.out_channels % LANES == 0
-    return widths_fit and geometry == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros", 1)
+    return module.in_channels % LANES == 0 and geometry == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros", 1)
 
 
 def norm_factors(norm: nn.GroupNorm, x: Tensor, channel_bias: Tensor | None = None) -> Tensor:

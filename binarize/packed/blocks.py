@@ -64,16 +64,15 @@ def fuse(fusion: nn.Module | None, hidden: Tensor, skip: Tensor) -> Tensor:
     first, second = fusion.convs
     if not (is_plain(first, nn.Conv2d) and is_plain(second, nn.Conv2d)):
         return sum_convs(fusion.convs, shuffle(hidden, skip))
-    # Two full-precision 1x1 convolutions of shuffled channels are two matrix products with shuffled weights.
+    # Two full-precision 1x1 convolutions of shuffled channels are two products with shuffled weights. The first one is
+    # a convolution, which adds the bias to its sums; `addmm` would first fill its output with the bias.
     half, dtype = hidden.shape[1] // 2, compute_dtype(hidden)
     weights = [conv.weight.flatten(1).to(dtype) for conv in (first, second)]
     of_hidden = torch.stack([weights[1][:, :half], weights[0][:, :half]], dim=2).flatten(1)
     of_skip = torch.stack([weights[0][:, half:], weights[1][:, half:]], dim=2).flatten(1)
-    pixels = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).to(dtype) for x in (hidden, skip)]
-    if first.bias is None or second.bias is None:
-        out = pixels[0] @ of_hidden.T
-    else:
-        out = torch.addmm((first.bias + second.bias).to(dtype), pixels[0], of_hidden.T)
-    out.addmm_(pixels[1], of_skip.T)
-    batch, _, height, width = hidden.shape
-    return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    hidden, skip = (x.to(dtype, memory_format=torch.channels_last) for x in (hidden, skip))
+    biases = [conv.bias for conv in (first, second) if conv.bias is not None]
+    bias = torch.stack(biases).sum(0).to(dtype) if biases else None
+    out = F.conv2d(hidden, of_hidden[:, :, None, None], bias).permute(0, 2, 3, 1)
+    pixels = out.reshape(-1, out.shape[3]).addmm_(skip.permute(0, 2, 3, 1).reshape(-1, skip.shape[1]), of_skip.T)
+    return pixels.view(out.shape).permute(0, 3, 1, 2)

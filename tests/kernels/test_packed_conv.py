@@ -212,6 +212,7 @@ def test_operators_keep_the_contract_of_torch_library() -> None:
     )
     wide = [torch.randn(2, 32, 4, 5), torch.randn(16, 32, 3, 3), torch.randn(16), None, torch.randn(2, 16, 4, 5)]
     torch.library.opcheck(conv3x3.overload, wide)
+    torch.library.opcheck(conv3x3.overload, [wide[0], torch.randn(3, 32, 3, 3), torch.randn(3), None, None])
     torch.library.opcheck(norm_silu.overload, [torch.randn(2, 8, 3, 3), torch.randn(2, 2, 8)])
     torch.library.opcheck(shuffle.overload, [torch.randn(2, 32, 3, 3), torch.randn(2, 64, 3, 3)])
 
@@ -283,11 +284,13 @@ def test_operators_refuse_what_does_not_fit(call: Any, message: str) -> None:
         call()
 
 
+@pytest.mark.parametrize("width", [3, 32])
 @pytest.mark.parametrize("batch", [0, 2])
-def test_a_3x3_convolution_equals_torchs_with_an_empty_batch_too(batch: int) -> None:
-    x, weight, bias = torch.randn(batch, 16, 9, 7), torch.randn(32, 16, 3, 3), torch.randn(32)
-    found = conv3x3(x, weight, bias, None, None)
-    torch.testing.assert_close(found, nn.functional.conv2d(x, weight, bias, padding=1), rtol=1e-4, atol=1e-4)
+def test_a_3x3_convolution_equals_torchs_with_an_empty_batch_too(batch: int, width: int) -> None:
+    x, weight, bias = torch.randn(batch, 16, 9, 7), torch.randn(width, 16, 3, 3), torch.randn(width)
+    residual, plain = torch.randn(batch, width, 9, 7), nn.functional.conv2d(x, weight, bias, padding=1)
+    torch.testing.assert_close(conv3x3(x, weight, bias, None, None), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(conv3x3(x, weight, bias, None, residual), plain + residual, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from binarize.kernels.bitpack import LANES
@@ -55,11 +56,17 @@ def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, input_norm: Tensor | None, residual: Tensor | None,
     tile: Literal[2, 4] = 4, transposed: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return a 3x3 convolution with padding 1, widths being multiples of 16; see `binarize.kernels.ops.conv3x3`.
+    """Return a 3x3 convolution with padding 1 of a multiple of 16 channels; see `binarize.kernels.ops.conv3x3`.
 
     Tiles of 2 x 2 outputs (float32 only) round no more than a direct convolution does; tiles of 4 x 4 are faster.
     ``transposed`` gives the transposed convolution, that is the gradient of the input from the output's.
     """
+    if spare := -weight.shape[0] % LANES:  # of zeros, such as beside the three channels of an image
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, spare))
+        bias = None if bias is None else F.pad(bias, (0, spare))
+        y = conv3x3(x, weight, bias, input_norm, None, tile)[:, :-spare]
+        y = y.contiguous(memory_format=torch.channels_last)
+        return y if residual is None else y.add_(residual)
     x = as_channels_last(x)
     batch, channels, height, width = x.shape
     weight = weight.float()
