@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from binarize.importing import exports
+from binarize.kernels.malloc import keep_large_blocks_apart
 
 if TYPE_CHECKING:
     from binarize.training.checkpoint import Checkpoints, load_checkpoint
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from binarize.training.errors import DivergedError, TrainingInterrupted
     from binarize.training.log import LogEntry
     from binarize.training.loop import TrainResult, train
-    from binarize.training.malloc import keep_large_blocks_apart
 
 __all__ = [
     "Checkpoints", "DivergedError", "LogEntry", "PairedPatches", "TrainResult", "TrainingInterrupted",
@@ -30,6 +30,5 @@ _NAMES = {
     "errors": ("DivergedError", "TrainingInterrupted"),
     "log": ("LogEntry",),
     "loop": ("TrainResult", "train"),
-    "malloc": ("keep_large_blocks_apart",),
 }
 __getattr__ = exports(__name__, _NAMES)

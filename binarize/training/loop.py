@@ -19,6 +19,7 @@ from torch import Tensor
 from binarize.conversion.memory import memory_mode
 from binarize.conversion.record import is_converted
 from binarize.errors import BinarizeError, one_line
+from binarize.kernels.malloc import keep_large_blocks_apart
 from binarize.layers import training_step
 from binarize.progress import ProgressBar
 from binarize.randomness import torch_seed
@@ -41,7 +42,6 @@ from binarize.training.errors import DivergedError, TrainingInterrupted
 from binarize.training.folder import BEST, MODEL, SAMPLES, find_start, lock_folder, prepare_folder
 from binarize.training.generation import Generation
 from binarize.training.log import Log, LogEntry, start_tracker
-from binarize.training.malloc import keep_large_blocks_apart
 from binarize.training.objective import Objective
 from binarize.training.optim import build_lr_scheduler, build_optimizer
 from binarize.training.processes import accelerator_for, on_main, reduce_losses

@@ -24,6 +24,7 @@ from binarize.kernels.cpu.parameters import (
     set_image,
     set_scratch,
 )
+from binarize.kernels.malloc import keep_freed_memory
 
 COMPILED_SIZES = 8  # how many input sizes a layer keeps the parameters of
 
@@ -41,6 +42,7 @@ def run(
     )  # fmt: skip
     compiled = conv.compiled.get(key)
     if compiled is None:
+        keep_freed_memory()
         check_inputs(x, conv, timestep_group, input_norm, channel_bias, residual)
         if len(conv.compiled) > COMPILED_SIZES:
             conv.compiled.clear()
