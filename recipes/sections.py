@@ -105,7 +105,7 @@ class DistillationSection(Section):
 
 
 class PerceptualSection(Section):
-    """A perceptual loss: loss = `loss` of the predictions + weight * LPIPS of the predicted and the true image."""
+    """A perceptual loss: weight * LPIPS of the predicted and the true image is added to the other terms."""
 
     weight: float = Field(gt=0, description="Weight of LPIPS.")
     net: Literal["alex", "vgg", "squeeze"] = Field(default="squeeze", description="The backbone of LPIPS.")

@@ -67,15 +67,9 @@ class Lpips:
         return lpips_label(self.net)
 
     def distance(self, result: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """Return the distances of two batches of images, float32 (B, 3, H, W) in [0, 1], as (B,) with gradients."""
+        """Return the distance of each pair, (B,), of float32 images (B, 3, H, W) in [0, 1]; it is differentiable."""
         distances: torch.Tensor = self._model(result, reference, normalize=True)
         return distances.flatten(1).mean(dim=1)
-
-    def to(self, device: torch.device | str) -> Lpips:
-        """Move the network."""
-        self.device = torch.device(device)
-        self._model.to(self.device)
-        return self
 
     @torch.no_grad()
     def __call__(self, result: torch.Tensor, reference: torch.Tensor) -> float:
@@ -89,6 +83,11 @@ class Lpips:
             raise BinarizeError(f"{self.label}: needs at least {self.min_side} pixels per side, got {width}x{height}")
         ours, theirs = (pixels[None].to(self.device, torch.float32) / 255 for pixels in (result, reference))
         return float(self.distance(ours, theirs).item())
+
+
+def smallest_side(net: str) -> int:
+    """Return the smallest side of an image, in pixels, that a backbone accepts."""
+    return _NETS[net][1]
 
 
 def lpips_label(net: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from binarize.models.location import may_be_on_the_hub
-from binarize.recipes import TrainingRecipe
+from binarize.recipes import Recipe, TrainingRecipe
 
 T = TypeVar("T")
 
@@ -80,6 +80,9 @@ def file_problems(recipe: TrainingRecipe, made_here: Path) -> Iterator[str]:
         yield "train_data_dir: missing; name the folder of training images"
     elif not training.is_dir():
         yield f"train_data_dir: there is no folder {str(training)!r}"
+    perceptual = recipe.perceptual if isinstance(recipe, Recipe) else None
+    if perceptual is not None and perceptual.backbone is not None and not perceptual.backbone.is_file():
+        yield f"perceptual.backbone: there is no file {str(perceptual.backbone)!r}"
     models = {"init_from": recipe.init_from, "distillation.teacher": None if section is None else section.teacher}
     for key, path in models.items():
         if path is None or path.exists() or path.resolve().is_relative_to(made_here.resolve()):

@@ -52,7 +52,7 @@ class Distillation:
         def squared(one: Tensor, other: Tensor) -> Tensor:
             return (one - other).square().flatten(1).mean(dim=1)
 
-        total, _ = self.losses(predict, target, self.student if student is None else student, squared)
+        _, total, _ = self.losses(predict, target, self.student if student is None else student, squared)
         return total.mean()
 
     def losses(
@@ -61,8 +61,8 @@ class Distillation:
         target: Tensor,
         student: Any,
         distance: Callable[[Tensor, Tensor], Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum of the terms, and the terms, (B,) each, for a distance of two predictions."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the student's prediction, the weighted sum of the terms, and the terms, (B,) each."""
         section = self.section
         with self.recording():
             prediction = predict(student)
@@ -72,7 +72,7 @@ class Distillation:
         if features is not None:
             total = total + section.features * features
             parts["features"] = features
-        return total, parts
+        return prediction, total, parts
 
     @contextmanager
     def recording(self) -> Iterator[None]:

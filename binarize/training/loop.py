@@ -44,6 +44,7 @@ from binarize.training.generation import Generation
 from binarize.training.log import Log, LogEntry, start_tracker
 from binarize.training.objective import Objective
 from binarize.training.optim import build_lr_scheduler, build_optimizer
+from binarize.training.perceptual import perceptual_loss
 from binarize.training.processes import accelerator_for, on_main, reduce_losses
 from binarize.training.resume import check_resumable, check_same_images
 from binarize.training.samples import BatchPlan, batch_loader, close, to_device
@@ -116,6 +117,7 @@ class _Run:
         self.plan = BatchPlan(size, accumulation, accelerator.num_processes, accelerator.process_index)
         self.checkpoints = Checkpoints(recipe.output_dir, recipe.checkpoints_total_limit)
         self.start = find_start(recipe, self.checkpoints, force)
+        perceptual = perceptual_loss(recipe, accelerator.device)
         self.task = open_task(recipe, self.plan, accelerator.device, progress=self.shows_progress)
         section = recipe.distillation
         teacher = None if section is None else initial.read_trained("distillation", section.teacher, recipe)
@@ -144,7 +146,7 @@ class _Run:
         distillation = self._distillation(teacher)
         # Compile after `prepare`, so that DDP's buckets are compiled with the network. Checkpoints hold `unet`'s state.
         self.forward = torch.compile(self.model) if recipe.compile else self.model
-        self.objective = Objective(recipe, build_scheduler(recipe), distillation)
+        self.objective = Objective(recipe, build_scheduler(recipe), distillation, perceptual)
         self.ema = EMAModel(self.unet.parameters(), decay=recipe.ema_decay, foreach=True) if recipe.use_ema else None
         self.step, self.validated = 0, 0
         self.best: tuple[int, float] | None = None
@@ -153,8 +155,7 @@ class _Run:
 
         on_main(accelerator, lambda: self._enter_folder(held, force))
         on_main(accelerator, lambda: start_tracker(recipe, accelerator, self.step))
-        parts = () if distillation is None else distillation.parts
-        table = CsvLog(recipe.output_dir, self.step, parts) if accelerator.is_main_process else None
+        table = CsvLog(recipe.output_dir, self.step, self.objective.parts) if accelerator.is_main_process else None
         self.log = Log(accelerator, self.unet, table)
         self.validation: dict[int, float] = {}
         self._print_start()

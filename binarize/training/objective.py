@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from binarize.errors import BinarizeError
+from binarize.models.target import image_of
 from binarize.recipes import Recipe, TrainingRecipe
 from binarize.training.inputs import Network, inputs_of
-from binarize.training.perceptual import PerceptualLoss
 
 if TYPE_CHECKING:
     from binarize.training.distillation import Distillation
+    from binarize.training.perceptual import PerceptualLoss
 
 _CHARBONNIER_EPSILON = 1e-3
 
 
 class Losses(NamedTuple):
-    """The losses of one forward pass, (B,) each: the total, and the unweighted terms if there are several."""
+    """The losses of one forward pass, (B,) each: the total, and the terms of `Objective.parts`."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -30,13 +31,20 @@ class Objective:
 
     The noise is that of DDPM, whatever the scheduler: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise. Schedulers over noise
     levels, such as Euler's, give a network the same x_t in sampling, by ``scale_model_input``.
+
+    Attributes:
+        parts: Names of the terms, without their weights in the total, if there are several.
     """
 
-    def __init__(self, recipe: TrainingRecipe, scheduler: Any, distillation: Distillation | None = None) -> None:
-        self.recipe, self.distillation = recipe, distillation
+    def __init__(
+        self, recipe: TrainingRecipe, scheduler: Any, distillation: Distillation | None = None,
+        perceptual: PerceptualLoss | None = None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.distillation, self.perceptual = recipe, distillation, perceptual
         self.scheduler, self.inputs = diffusion_of(scheduler), inputs_of(recipe)
-        given = isinstance(recipe, Recipe) and recipe.perceptual is not None
-        self.perceptual = PerceptualLoss(cast(Recipe, recipe)) if given else None
+        self.parts = () if distillation is None else distillation.parts
+        if perceptual is not None:
+            self.parts = (*(self.parts or ("task",)), "perceptual")
 
     def __call__(self, model: Network, batch: dict[str, Tensor]) -> Losses:
         """Return the losses of a batch, whose entries are on the model's device, for a model as `Inputs` calls it.
@@ -53,8 +61,6 @@ class Objective:
 
         def distance(prediction: Tensor, target: Tensor) -> Tensor:
             losses = sample_losses(recipe.loss, prediction, target)
-            if self.perceptual is not None:
-                losses = losses + self.perceptual(prediction, target, batch["condition"])
             return losses if weights is None else losses * weights.to(losses.dtype)
 
         def predict(network: Network) -> Tensor:
@@ -65,9 +71,16 @@ class Objective:
             return prediction
 
         if self.distillation is None:
-            return Losses(distance(predict(model), target), {})
-        total, parts = self.distillation.losses(predict, target, model, distance)
-        return Losses(total, {name: part.detach() for name, part in parts.items()})
+            prediction = predict(model)
+            total = distance(prediction, target)
+            parts = {"task": total}
+        else:
+            prediction, total, parts = self.distillation.losses(predict, target, model, distance)
+        if self.perceptual is not None:
+            predicted = image_of(prediction, batch["condition"], cast(Recipe, recipe).residual_scale)
+            parts["perceptual"] = self.perceptual(predicted, batch["hr"])
+            total = total + self.perceptual.weight * parts["perceptual"]
+        return Losses(total, {name: parts[name].detach() for name in self.parts})
 
 
 def diffusion_of(scheduler: Any) -> Any:

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from binarize.errors import BinarizeError
 from binarize.evaluation import Lpips
-from binarize.models.target import image_of
-from binarize.recipes import PerceptualSection, Recipe
+from binarize.evaluation.perceptual import smallest_side
+from binarize.recipes import Recipe, TrainingRecipe
 
 
 class PerceptualLoss:
-    """LPIPS (Zhang et al., 2018) times the weight of a recipe's ``perceptual``, for predictions of x_0.
+    """LPIPS (Zhang et al., 2018) of predicted images, and its ``weight`` in the loss.
 
     Raises:
-        BinarizeError: If the patches are too small for the backbone, or there is no backbone.
+        BinarizeError: If the recipe's patches are too small for the backbone.
+        LpipsUnavailable: If the package or the backbone is missing.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        section = cast(PerceptualSection, recipe.perceptual)
-        self.weight, self.residual_scale = section.weight, recipe.residual_scale
-        self.lpips = Lpips(section.net, backbone=section.backbone)
-        if recipe.resolution < self.lpips.min_side:
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        assert recipe.perceptual is not None
+        self.weight, net = recipe.perceptual.weight, recipe.perceptual.net
+        if recipe.resolution < smallest_side(net):
             raise BinarizeError(
-                f"perceptual.net: {section.net} needs a resolution of at least {self.lpips.min_side}, not "
-                f"{recipe.resolution}."
+                f"perceptual.net: {net} needs patches of {smallest_side(net)} pixels or more; resolution is "
+                f"{recipe.resolution}. Raise it, or remove perceptual."
             )
+        self._lpips = Lpips(net, backbone=recipe.perceptual.backbone, device=device)
 
-    def __call__(self, prediction: Tensor, target: Tensor, upscaled: Tensor) -> Tensor:
-        """Return the loss of each sample, (B,), for two x_0 and the upscaled low-resolution images, (B, 3, H, W)."""
-        if self.lpips.device != prediction.device:
-            self.lpips.to(prediction.device)
-        images = [image_of(x, upscaled, self.residual_scale).to(torch.float32) for x in (prediction, target)]
-        return self.weight * self.lpips.distance(*images)
+    def __call__(self, predicted: Tensor, true: Tensor) -> Tensor:
+        """Return LPIPS of each pair of images, (B, 3, H, W) in [0, 1], as (B,)."""
+        return self._lpips.distance(predicted.to(torch.float32), true.to(torch.float32))
+
+
+def perceptual_loss(recipe: TrainingRecipe, device: torch.device) -> PerceptualLoss | None:
+    """Return the perceptual loss of a recipe; None if it has none."""
+    return PerceptualLoss(recipe, device) if isinstance(recipe, Recipe) and recipe.perceptual is not None else None

@@ -25,6 +25,7 @@ from binarize.training import train
 from binarize.training.data import PairedPatches, residual_std
 from binarize.training.loop import open_task
 from binarize.training.objective import Objective, prediction_target, snr_weights
+from binarize.training.perceptual import perceptual_loss
 from binarize.training.samples import BatchPlan
 
 UNCLIPPED = ("target=residual", "scheduler.clip_sample=false")
@@ -92,27 +93,32 @@ def backbone(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision.models")  # lpips passes deprecated arguments
-def test_lpips_of_the_images_is_added_to_the_loss(backbone: Path) -> None:
+@pytest.mark.parametrize(
+    "others", [[], ["snr_gamma=5"], ["target=image", "residual_scale=null", "scheduler.clip_sample_range=1"]], ids=str
+)
+def test_lpips_of_the_images_is_added_to_the_loss(backbone: Path, others: list[str]) -> None:
     lpips = pytest.importorskip("lpips")
     section = f"perceptual={{weight: 0.3, backbone: {backbone}}}"
-    options = [*PERCEPTUAL, "scheduler.prediction_type=sample"]
-    plain, recipe = load_recipe("small_x2", options), load_recipe("small_x2", [*options, section])
+    recipe = load_recipe("small_x2", [*PERCEPTUAL, "scheduler.prediction_type=sample", section, *others])
     hr, condition, predicted = torch.rand(3, 2, 3, 32, 32)
     batch = {"hr": hr, "condition": condition, "noise": torch.randn(2, 3, 32, 32), "timestep": torch.tensor([1, 999])}
-    x0 = ((predicted - condition) / 0.05).requires_grad_()
+    x0 = predicted if recipe.target == "image" else (predicted - condition) / 0.05  # type: ignore[attr-defined]
+    x0.requires_grad_()
 
     def model(*inputs: Any) -> Any:
         return SimpleNamespace(sample=x0)
 
-    without = Objective(plain, build_scheduler(plain))(model, batch).total
-    total = Objective(recipe, build_scheduler(recipe))(model, batch).total
+    objective = Objective(recipe, build_scheduler(recipe), None, perceptual_loss(recipe, torch.device("cpu")))
+    losses, task = objective(model, batch), Objective(recipe, build_scheduler(recipe))(model, batch).total
     metric = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
     weights = torch.load(backbone, weights_only=True)
     metric.net.load_state_dict({key: weights[f"features.{key.split('.', 1)[1]}"] for key in metric.net.state_dict()})
     with torch.no_grad():
-        expected = without + 0.3 * metric(2 * predicted - 1, 2 * hr - 1).flatten()
-    torch.testing.assert_close(total.detach(), expected.detach(), rtol=1e-4, atol=1e-6)
-    (total - without).sum().backward()
+        expected = metric(2 * predicted - 1, 2 * hr - 1).flatten()
+    torch.testing.assert_close(losses.parts, {"task": task.detach(), "perceptual": expected}, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.total.detach(), task.detach() + 0.3 * expected, rtol=1e-4, atol=1e-6)
+    assert objective.parts == tuple(losses.parts)
+    (losses.total - task).sum().backward()
     assert x0.grad is not None
     assert float(x0.grad.abs().max()) > 0
 
@@ -126,9 +132,11 @@ def test_a_run_with_lpips_resumes_exactly(recipe: Any, pictures: Path, backbone:
     options = (*options, f"perceptual.backbone={moved}", "resume_from_checkpoint=latest")
     resumed = train(recipe(*options, out="cut"), progress=False)
     assert [e.loss for e in whole.history][3:] == [e.loss for e in resumed.history]
+    for entry in whole.history:
+        assert entry.loss == pytest.approx(entry.parts["task"] + 0.3 * entry.parts["perceptual"], rel=1e-5)
     with pytest.raises(BinarizeError, match=r"perceptual\.weight: was 0\.3, is 0\.5"):
         train(recipe(*options, "perceptual.weight=0.5", out="cut"), progress=False)
-    with pytest.raises(BinarizeError, match=r"perceptual\.net: squeeze needs a resolution of at least 17, not 16"):
+    with pytest.raises(BinarizeError, match=r"squeeze needs patches of 17 pixels or more; resolution is 16\."):
         train(recipe(*options[:-1], "resolution=16", out="small"), progress=False)
 
 
