@@ -8,6 +8,8 @@ import sys
 from types import FrameType
 from typing import Any
 
+_OBJECTS = 200_000  # new ones after which garbage is searched for before PyTorch is there; by default 700
+
 
 def main() -> None:
     """Run the command line and exit with its status; Ctrl-C ends it with one line and status 130.
@@ -32,9 +34,11 @@ def main() -> None:
 def _run(status: list[int]) -> None:
     from binarize.importing import after_import
 
-    # Imports leave no garbage, and searching their objects for it takes a sixth of the start.
-    gc.disable()
-    after_import("torch", _collect_garbage)
+    # Imports make many objects and little garbage, for which Python would search them again and again: a sixth of the
+    # start of `binarize upscale`.
+    usual = gc.get_threshold()
+    gc.set_threshold(_OBJECTS, *usual[1:])
+    after_import("torch", lambda: _collect_garbage(usual))
     after_import("diffusers", gc.freeze)
     from binarize.cli import main as run
 
@@ -46,10 +50,10 @@ def _run(status: list[int]) -> None:
         raise
 
 
-def _collect_garbage() -> None:
-    """Collect garbage from now on, but not among the objects that exist already."""
+def _collect_garbage(thresholds: tuple[int, int, int]) -> None:
+    """Search for garbage as often as these thresholds say, but not among the objects that exist already."""
     gc.freeze()
-    gc.enable()
+    gc.set_threshold(*thresholds)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 """The program as a whole: help, errors and exit statuses."""
 
+import gc
 import re
 import shutil
 import signal
@@ -116,9 +117,10 @@ def test_a_model_of_a_users_own_method_needs_its_plugin(model: Path, small: Path
 
 
 def test_imports_are_not_searched_for_garbage(tmp_path: Path) -> None:
-    plugin = tmp_path / "probe.py"
-    frozen = "gc.get_freeze_count() > 0"
-    plugin.write_text(f"import gc\nprint(gc.isenabled())\nimport torch\nprint(gc.isenabled(), {frozen})\n")
+    plugin, now = tmp_path / "probe.py", "print(gc.get_threshold()[0], gc.get_freeze_count())"
+    plugin.write_text(f"import gc\n{now}\nimport torch\n{now}\nimport diffusers\n{now}\n")
     command = [sys.executable, "-m", "binarize", "--plugin", str(plugin), "recipes", "ls"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[:2] == ["False", "True True"]
+    lines = [[int(number) for number in line.split()] for line in done.stdout.splitlines()[:3]]
+    assert [line[0] for line in lines] == [200_000, *[gc.get_threshold()[0]] * 2]
+    assert lines[0][1] < lines[1][1] < lines[2][1]
