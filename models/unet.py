@@ -26,7 +26,7 @@ from binarize.layers.fused import norm_silu
 from binarize.models.blocks import DecoderLevel, EncoderLevel, ResBlock, SinusoidalTime, fine_detail
 from binarize.models.unet_config import DOWN, FUSIONS, UP, check_config, check_detail
 from binarize.modules import align_tensors
-from binarize.packed.blocks import norm_silu_conv
+from binarize.packed.blocks import PackedBlock, needs_gradient, norm_silu_conv
 from binarize.packed.files import WEIGHTS, find_packed, read_config, read_packed
 
 _UNBUILDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
@@ -184,7 +184,7 @@ class SRUNet(ModelMixin, ConfigMixin):
                 x = self._run(block, x, time, skips.pop())
             if up_level.up is not None:
                 x = self._run(up_level.up, x)
-        if not torch.is_grad_enabled() and is_packed(self):
+        if isinstance(block, PackedBlock) and not needs_gradient(x, self.norm_out, self.conv_out):
             x = norm_silu_conv(self.norm_out, self.conv_out, x)
         else:
             x = self.conv_out(norm_silu(x, self.norm_out))

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from binarize.errors import BinarizeError
 from binarize.kernels import backends, reference
 from binarize.kernels.binary_conv import BinaryConv, Shortcut
+from binarize.kernels.bitpack import LANES
 from binarize.kernels.capture import is_captured
 from binarize.kernels.checks import check_devices, check_shape
 
@@ -235,6 +236,8 @@ def conv3x3(
     ``input_norm`` is ``(2, B, C_in)``, or None to convolve x itself; ``residual`` ``(B, C_out, H, W)`` is added.
     """
     check_devices("convolution", x, weight, bias, input_norm, residual)
+    if weight.shape[1] % LANES:
+        raise BinarizeError(f"convolution: {weight.shape[1]} input channels; they must be a multiple of {LANES}.")
     check_shape("convolution: the input", x, (None, weight.shape[1], None, None))
     check_shape("convolution: input_norm", input_norm, (2, x.shape[0], x.shape[1]))
     check_shape("convolution: the residual", residual, (x.shape[0], weight.shape[0], *x.shape[2:]))

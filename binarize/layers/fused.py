@@ -24,7 +24,7 @@ def is_plain(module: nn.Module | None, kind: type[ModuleT]) -> TypeGuard[ModuleT
 
 
 def is_conv3x3(module: nn.Module) -> bool:
-    """Return whether `binarize.kernels.ops.conv3x3` computes a module: 3x3, padding 1, a multiple of 16 inputs."""
+    """Return whether `binarize.kernels.ops.conv3x3` computes a module: 3x3, padding 1, C_in a multiple of 16."""
     if not isinstance(module, nn.Conv2d) or not is_plain(module, nn.Conv2d):
         return False
     geometry = module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode, module.groups
@@ -69,8 +69,9 @@ def norm_silu(
 def conv3x3(conv: nn.Module, x: Tensor) -> Tensor:
     """Return ``conv(x)``, by Winograd's algorithm where it is faster: with gradients, on CPUs with AVX-512.
 
-    It computes a plain nn.Conv2d that `is_conv3x3`, with float32 weights, widths of at least 32 and channels_last
-    images of at least 4x4; in bfloat16 unless the processor has AMX tiles. Any other module is called.
+    It computes a plain nn.Conv2d that `is_conv3x3`, with float32 weights, widths of 32 or more that are multiples of
+    16, and channels_last images of at least 4x4; in bfloat16 unless the processor has AMX tiles. Any other module is
+    called.
     """
     if torch.is_grad_enabled() and not (x.is_meta or is_captured()) and is_conv3x3(conv):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype

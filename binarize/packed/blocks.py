@@ -39,6 +39,12 @@ class PackedBlock(nn.Module):
         """Return the block that this one replaces, with the same submodules."""
 
 
+def needs_gradient(x: Tensor, *modules: nn.Module) -> bool:
+    """Return whether modules have to compute a gradient, which fused operators do not."""
+    trained = x.requires_grad or any(p.requires_grad for module in modules for p in module.parameters())
+    return trained and torch.is_grad_enabled()
+
+
 def norm_silu_conv(
     norm: nn.GroupNorm, conv: nn.Module, x: Tensor, channel_bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
 from binarize.kernels import backends
-from binarize.kernels.binary_conv import BinaryConv, OutputTransform, padding_correction
+from binarize.kernels.binary_conv import BinaryConv, OutputTransform, Shortcut, padding_correction
 from binarize.kernels.bitpack import FilterShape, from_bits, from_dense, to_bits, to_dense
 from binarize.kernels.checks import check_devices
 from binarize.kernels.ops import binary_conv2d, conv3x3, norm_factors, norm_silu, packed_conv2d, shuffle
@@ -84,6 +85,19 @@ def test_the_kernel_and_plain_torch_do_the_same(case: Any) -> None:
     x, conv, options = case
     results = on_each(EITHER, lambda: binary_conv2d(x, conv, **options))
     torch.testing.assert_close(*results, **CLOSE[x.dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shortcut", [Shortcut.FIRST, Shortcut.LAST])
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (2, 1), ((5, 3), 2), ((1, 4), (1, 3)), (1, 1)])
+def test_a_shortcut_reads_the_activated_input(kernel: Any, dilation: Any, shortcut: Shortcut, dtype: Any) -> None:
+    layer = BinaryConv2d(32, 32, kernel, padding="same", dilation=dilation, method=Method()).eval()
+    conv = dataclasses.replace(PackedConv2d(layer).compiled().convs[0], shortcut=shortcut, compiled={})
+    # Powers of two and steps of a quarter, so that no sign depends on rounding.
+    x = (torch.randint(-8, 8, (2, 32, 37, 6)) / 4 + 0.125).to(dtype)
+    norm = torch.stack([torch.randn(2, 32).sign(), torch.randn(2, 32).sign() / 16])
+    results = on_each(EITHER, lambda: binary_conv2d(x, conv, input_norm=norm))
+    torch.testing.assert_close(*results, **CLOSE[dtype])
 
 
 @st.composite
@@ -273,6 +287,7 @@ def test_a_group_may_lie_in_memory_in_any_way() -> None:
             r"the input is on cpu and the layer on meta; .* x\.to\('meta'\)",
         ),
         (lambda: conv3x3(torch.rand(1, 16, 8, 8), torch.rand(16, 32, 3, 3), None, None, None), "must have the shape"),
+        (lambda: conv3x3(torch.rand(1, 8, 8, 8), torch.rand(16, 8, 3, 3), None, None, None), "8 input channels; .* 16"),
         (
             lambda: norm_factors(torch.rand(1, 16, 8, 8), None, 4, torch.rand(8), None, 1e-5),
             "GroupNorm: weight must have the shape",
@@ -291,6 +306,14 @@ def test_a_3x3_convolution_equals_torchs_with_an_empty_batch_too(batch: int, wid
     residual, plain = torch.randn(batch, width, 9, 7), nn.functional.conv2d(x, weight, bias, padding=1)
     torch.testing.assert_close(conv3x3(x, weight, bias, None, None), plain, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(conv3x3(x, weight, bias, None, residual), plain + residual, rtol=1e-4, atol=1e-4)
+    norm = torch.randn(2, batch, 16)
+    activated = nn.functional.silu(x * norm[0, ..., None, None] + norm[1, ..., None, None])
+    expected = nn.functional.conv2d(activated, weight, None, padding=1)
+    torch.testing.assert_close(conv3x3(x, weight, None, norm, None), expected, rtol=1e-4, atol=1e-4)
+    rounded = conv3x3(x.bfloat16(), weight, None, norm, None).float()
+    torch.testing.assert_close(rounded, expected, rtol=0.05, atol=0.2)
+    with torch.device("meta"):
+        assert conv3x3(x, weight, bias, None, None).device.type == "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -274,6 +274,9 @@ def test_pixels_in_channels_last_are_shuffled_as_torch_does(batch, widths, size,
     assert torch.equal(shuffled, expected)
     assert torch.equal(pixel_unshuffle(shuffled), torch.cat(parts, 1))
     assert shuffled.requires_grad == grad
+    with torch.device("meta"):
+        assert pixel_shuffle(dense).device == pixel_unshuffle(shuffled).device == torch.device("cpu")
+    assert pixel_shuffle([dense[0].detach().half(), dense[0].detach().float()]).dtype == torch.float32
     with pytest.raises(RuntimeError, match="divisible"):
         pixel_unshuffle(torch.empty(1, 4, 3, 2, memory_format=torch.channels_last))
 

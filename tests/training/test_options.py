@@ -4,11 +4,7 @@ import functools
 import itertools
 import json
 import math
-import os
-import platform
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -224,55 +220,3 @@ def test_a_skipped_validation_is_done(recipe: Any, validated: tuple[str, ...], m
     assert math.isfinite(whole.best[1])
     index = json.loads((resumed.output_dir / "best" / "model_index.json").read_text())
     assert index["_class_name"] == "SuperResolutionPipeline"
-
-
-APART = """
-import ctypes, torch
-from binarize.training import keep_large_blocks_apart
-class Info(ctypes.Structure):  # mallinfo2 of malloc.h
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
-info = ctypes.CDLL(None).mallinfo2
-info.restype = Info
-print(keep_large_blocks_apart())
-for _ in range(3):
-    before = info().hblkhd
-    block = torch.empty(5 * 2**20, dtype=torch.uint8)
-    print(info().hblkhd - before >= 5 * 2**20)
-    del block
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-@pytest.mark.parametrize("user_set", [{}, {"MALLOC_MMAP_THRESHOLD_": "33554432"}])
-def test_large_blocks_come_from_mmap_unless_the_user_set_a_threshold(user_set: dict[str, str]) -> None:
-    assert printed(APART, user_set) == [str(not user_set)] * 4
-
-
-KEPT = """
-import resource, sys, torch
-from binarize.kernels.malloc import keep_freed_memory
-from binarize.training import keep_large_blocks_apart
-if "apart" in sys.argv:
-    keep_large_blocks_apart()
-print(keep_freed_memory())
-faults = []
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [torch.ones(16 * 2**20, dtype=torch.uint8) for _ in range(8)]
-    del blocks
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(faults[2] < 0.1 * 8 * 16 * 2**20 / resource.getpagesize())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_freed_memory_is_used_again_unless_something_else_was_set() -> None:
-    assert printed(KEPT, {}) == ["True", "True"]
-    assert printed(KEPT, {"MALLOC_TRIM_THRESHOLD_": "131072"}) == ["False", "False"]
-    assert printed(KEPT, {}, "apart") == ["False", "False"]
-
-
-def printed(code: str, user_set: dict[str, str], *arguments: str) -> list[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | user_set
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()

@@ -126,7 +126,9 @@ def _plan(
     left, right, top, _ = geometry.pad
     channels = shape.groups * shape.in_channels
     packed_row = (left + width + right) * shape.groups * shape.words * 4
-    strip = min(-(-out_height * batch // (TASKS_PER_THREAD * threads)), STRIP_BYTES // packed_row)
+    strip = min(
+        -(-out_height * batch // (TASKS_PER_THREAD * threads)), STRIP_BYTES // (packed_row * geometry.stride[0])
+    )
     strip = max(1, min(strip, out_height))
 
     reach = (kw - 1) * geometry.dilation[1]

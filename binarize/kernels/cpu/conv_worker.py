@@ -39,7 +39,7 @@ def _tile_row(x, entries, shortcut, residual, out, blocks, pixels, bf16, togethe
     """Compute a row of pixels for ``together`` blocks, the last of which has ``count`` channels; see `make_tile`.
 
     ``blocks`` are the tile's arguments w, bases, table and channel_bias, ``fixed`` those after count. ``ahead`` is the
-    next strip's input, of which each tile prefetches ``lines`` cache lines.
+    input of the next output row, of which each tile prefetches ``lines`` cache lines.
     """
     w_step, x_step, s_step, r_step, o_step = fixed[2:7]
     at = 0
@@ -251,7 +251,7 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
     start, done = first * stride_h - top, 0
     for y in range(first, last):
         end = (y - first) * stride_h + reach
-        for i in range(done, end):
+        for i in range(max(done, end - reach), end):  # a stride may pass over rows
             at, out_words = start + i, packed + i * padded * pixel
             if at < 0 or at >= height:
                 clear(out_words, padded * groups * words)

@@ -206,7 +206,7 @@ def sign_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """See `binarize.kernels.training.sign_backward`."""
     out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
-    rows = torch.zeros(1, x.shape[1], dtype=torch.float32) if shift is None else shift
+    rows = torch.zeros(1, x.shape[1], dtype=torch.float32, device="cpu") if shift is None else shift
     sums = np.zeros((count_chunks(x), x.shape[1]), np.float32)
     added, kind = as_array(out if through is None else through), _SURROGATES[surrogate]
     sizes = count_chunks(x), x.shape[2] * x.shape[3], row_sizes(x, len(rows))[1]
@@ -234,8 +234,8 @@ def pack(weight: Tensor, groups: int) -> PackedWeight:
     if groups > 1:
         filters = from_bits((weight.detach() >= 0).to(torch.uint8).unsqueeze(0), shape)[0]
         return PackedWeight(filters, padding_correction(filters, shape, unsigned=False), shape)
-    filters = torch.zeros(shape.memory[1:], dtype=torch.int32)
-    correction = torch.zeros(1 + kh * kw, shape.lanes, dtype=torch.int32)
+    filters = torch.zeros(shape.memory[1:], dtype=torch.int32, device="cpu")
+    correction = torch.zeros(1 + kh * kw, shape.lanes, dtype=torch.int32, device="cpu")
     correction[0] = kh * kw * in_channels
     run_loop(_pack, out_channels, _filters(weight), kh * kw, filters.numpy().view(np.uint32), correction[1:].numpy())
     return PackedWeight(filters, correction, shape)
@@ -248,7 +248,9 @@ def binary_conv(
 
     ``shift`` is ``(1 or B, C_in)`` or None. The transform's rows stand in place of timestep groups.
     """
-    thresholds = torch.zeros(1, x.shape[1], dtype=torch.float32) if shift is None else -shift.detach().float()
+    thresholds = (
+        torch.zeros(1, x.shape[1], dtype=torch.float32, device="cpu") if shift is None else -shift.detach().float()
+    )
     transform = OutputTransform() if transform is None else transform
     filters, correction, shape = weight
     layer = BinaryConv.lay_out(filters, shape, geometry, thresholds, transform, correction=correction)
@@ -258,7 +260,7 @@ def binary_conv(
 
 def scaled_codes(weight: Tensor, scale: Tensor | None) -> Tensor:
     """Return scale * sign(weight), sign(0) being 1, for float32 weights."""
-    out = torch.empty(weight.shape, dtype=torch.float32)
+    out = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     run_loop(_scaled_codes, weight.shape[0], _filters(weight), _scale(scale, weight.shape[0]), _filters(out))
     return out
 

@@ -8,12 +8,12 @@ absent tensor.
 
 from enum import IntEnum
 
-# A binary convolution. STRIP: output rows of a task; GROUP_IN, GROUP_OUT:
-# channels of a group; WORDS: of a pixel and group; OUT_BLOCKS: of 16 channels, of a group; FILTER_SUMS: int32 (taps,
-# lanes); BASE: int32 (lanes), the dot product of no differing bits; GROUP: int64 (B), rows of THRESHOLDS and TABLE;
-# LIMITS: not an address but two floats, the clamp; EARLY: 1 for a shortcut before the activation; CHANNEL_BIAS: float32
-# (B, C_out); NORM_FACTORS, NORM_OFFSETS: float32 (B, C_in); BORDERS: output columns with a tap outside the input;
-# INNER_FIRST, INNER_LAST: the first column whose taps are all inside and the one after the last.
+# A binary convolution. STRIP: output rows of a task; GROUP_IN, GROUP_OUT: channels of a group; WORDS: of a pixel and
+# group; OUT_BLOCKS: of 16 channels, of a group; FILTER_SUMS: int32 (taps, lanes); BASE: int32 (lanes), the dot product
+# of no differing bits; GROUP: int64 (B), rows of THRESHOLDS and TABLE; LIMITS: not an address but two floats, the
+# clamp; EARLY: 1 for a shortcut before the activation; CHANNEL_BIAS: float32 (B, C_out); NORM_FACTORS, NORM_OFFSETS:
+# float32 (B, C_in); BORDERS: output columns with a tap outside the input; INNER_FIRST, INNER_LAST: the first column
+# whose taps are all inside and the one after the last.
 Conv = IntEnum(
     "Conv",
     "WORKERS TASKS COUNT BF16 SCRATCH SCRATCH_STEP STRIP HEIGHT WIDTH OUT_HEIGHT OUT_WIDTH GROUPS GROUP_IN "

@@ -29,8 +29,8 @@ def norm_factors(
     x = as_channels_last(x)
     p, tasks, strips = _strips(x.shape, x.dtype)
     p = p[:]
-    sums = torch.zeros(x.shape[0], strips, 2, x.shape[1], dtype=torch.float32)
-    out = torch.empty(2, x.shape[0], x.shape[1], dtype=torch.float32)
+    sums = torch.zeros(x.shape[0], strips, 2, x.shape[1], dtype=torch.float32, device="cpu")
+    out = torch.empty(2, x.shape[0], x.shape[1], dtype=torch.float32, device="cpu")
     epsilon = array("d", [eps])
     rows = None if channel_bias is None else channel_bias.expand(x.shape[0], -1)
     alive = [None if t is None else as_floats(t) for t in (weight, bias, rows)]
@@ -46,7 +46,7 @@ def norm_factors(
 def norm_silu(x: Tensor, input_norm: Tensor) -> Tensor:
     """Return ``silu(x * input_norm[0] + input_norm[1])``; see `binarize.kernels.ops.norm_silu`."""
     x = as_channels_last(x)
-    out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     input_norm = as_floats(input_norm)
     p, tasks, _ = _strips(x.shape, x.dtype)
     p = p[:]
@@ -62,7 +62,7 @@ def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     hidden, skip = as_channels_last(hidden), as_channels_last(skip)
     batch, _, height, width = hidden.shape
     size = (batch, (hidden.shape[1] + skip.shape[1]) // 2, height, width)
-    outs = [torch.empty(size, dtype=hidden.dtype, memory_format=torch.channels_last) for _ in range(2)]
+    outs = [torch.empty(size, dtype=hidden.dtype, device="cpu", memory_format=torch.channels_last) for _ in range(2)]
     p = empty_fields(Shuffle)
     p[Shuffle.COUNT], p[Shuffle.BF16] = batch * height, int(hidden.dtype == torch.bfloat16)
     p[Shuffle.HEIGHT], p[Shuffle.WIDTH] = height, width

@@ -140,8 +140,8 @@ def kept_by_dropout(x: Tensor, dropout: Dropout) -> Tensor | None:
         return None
     images, channels = x.shape[0], x.shape[1]
     ones = torch.ones(x.shape, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
-    still = Moments(*torch.zeros(2, images, channels, dtype=torch.float64))
-    kept = norm_silu(ones, still, torch.zeros(channels), torch.ones(channels), dropout)
+    still = Moments(*torch.zeros(2, images, channels, dtype=torch.float64, device="cpu"))
+    kept = norm_silu(ones, still, torch.zeros(channels, device="cpu"), torch.ones(channels, device="cpu"), dropout)
     return (kept > 0) * float(dropout.boost)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Fields = MutableSequence[int] | np.ndarray
 ALIGN = 64
-# What a worker writes and reads again in a task should stay in the second-level cache.
+# The image rows or words of a task; what a worker reads again should stay in the second-level cache.
 STRIP_BYTES = 100_000
 TASKS_PER_THREAD = 4
 

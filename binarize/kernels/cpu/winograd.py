@@ -56,12 +56,14 @@ def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, input_norm: Tensor | None, residual: Tensor | None,
     tile: Literal[2, 4] = 4, transposed: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return a 3x3 convolution with padding 1 of a multiple of 16 channels; see `binarize.kernels.ops.conv3x3`.
+    """Return a 3x3 convolution with padding 1, C_in a multiple of 16; see `binarize.kernels.ops.conv3x3`.
 
     Tiles of 2 x 2 outputs (float32 only) round no more than a direct convolution does; tiles of 4 x 4 are faster.
-    ``transposed`` gives the transposed convolution, that is the gradient of the input from the output's.
+    ``transposed`` gives the transposed convolution, that is the gradient of the input from the output's; both widths
+    must then be multiples of 16.
     """
-    if spare := -weight.shape[0] % LANES:  # of zeros, such as beside the three channels of an image
+    spare = -weight.shape[0] % LANES
+    if spare and not transposed:  # fill the last block of output channels; an image has three
         weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, spare))
         bias = None if bias is None else F.pad(bias, (0, spare))
         y = conv3x3(x, weight, bias, input_norm, None, tile)[:, :-spare]
@@ -75,7 +77,9 @@ def conv3x3(
         first += 2 * (strides[2] + strides[3])
         strides = [strides[1], strides[0], -strides[2], -strides[3]]
     out_channels, size, count = weight.shape[1 if transposed else 0], x.element_size(), threads.count()
-    out = torch.empty((batch, out_channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty(
+        (batch, out_channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
     if out.numel() == 0:
         return out
     values = (tile + 2) ** 2
@@ -134,7 +138,7 @@ def weight_gradient(x: Tensor, grad: Tensor, tile: Literal[2, 4]) -> Tensor:
     p[Tiles.OUT_CHANNELS] = grad.shape[1]
     set_image(p, Tiles.GRAD, grad)
     if tiles == 0:
-        return torch.zeros(grad.shape[1], x.shape[1], 3, 3, dtype=torch.float32)
+        return torch.zeros(grad.shape[1], x.shape[1], 3, 3, dtype=torch.float32, device="cpu")
     small = 4 * (tile + 2) ** 2 * x.shape[1] * grad.shape[1] <= SUMS_BYTES
     return _filter_gradient(p, _sums_in_cache(p, tiles) if small else _sums_by_torch(p, tiles))
 
@@ -180,7 +184,7 @@ def _sums_in_cache(p: np.ndarray, tiles: int) -> Tensor:
     (values, channels, out_channels), count = _sizes(p), threads.count()
     size = TILES_TOGETHER * values * 4 * (channels + out_channels) + values * 2 * ALIGN
     memory = _room(p, aligned(size))
-    sums = torch.zeros(count, values, channels, out_channels, dtype=torch.float32)
+    sums = torch.zeros(count, values, channels, out_channels, dtype=torch.float32, device="cpu")
     p[Tiles.COUNT_TILES], p[Tiles.GROUPS] = tiles, -(-tiles // TILES_TOGETHER)
     p[Tiles.TASK_GROUPS], p[Tiles.SUMS] = -(-p[Tiles.GROUPS] // count), sums.data_ptr()
     p[Tiles.COUNT] = -(-p[Tiles.GROUPS] // p[Tiles.TASK_GROUPS])
@@ -191,7 +195,7 @@ def _sums_in_cache(p: np.ndarray, tiles: int) -> Tensor:
 
 def _sums_by_torch(p: np.ndarray, tiles: int) -> Tensor:
     """Return the same sums, computed by torch from as many tiles at a time as fit the last-level cache."""
-    sums = torch.zeros(*_sizes(p), dtype=torch.float32)
+    sums = torch.zeros(*_sizes(p), dtype=torch.float32, device="cpu")
     for here, patches, products in _in_planes(p, tiles):
         with torch.autocast("cpu", enabled=False):
             sums.baddbmm_(patches[:, :here].transpose(1, 2), products[:, :here])
@@ -219,7 +223,7 @@ def _in_planes(p: np.ndarray, tiles: int) -> Iterator[tuple[int, Tensor, Tensor]
 def _filter_gradient(p: np.ndarray, sums: Tensor) -> Tensor:
     """Apply the transposed filter transform to sums ``(n^2, C_in, C_out)``; return ``(C_out, C_in, 3, 3)``."""
     _, channels, out_channels = _sizes(p)
-    out = torch.empty(out_channels, channels, 3, 3, dtype=torch.float32)
+    out = torch.empty(out_channels, channels, 3, 3, dtype=torch.float32, device="cpu")
     memory = set_scratch(p, Tiles.SCRATCH, threads.count(), 4 * 9 * LANES**2)
     p[Tiles.WORKERS] = p[Tiles.TASKS] = 0
     p[Tiles.COUNT], p[Tiles.SUMS], p[Tiles.OUT] = out_channels // LANES, sums.data_ptr(), out.data_ptr()
@@ -230,4 +234,6 @@ def _filter_gradient(p: np.ndarray, sums: Tensor) -> Tensor:
 
 def _planes(count: int, rows: int, channels: int) -> Tensor:
     step = rows * channels + LANES  # the spare line keeps a tile's values out of one cache set
-    return torch.empty(count * step, dtype=torch.float32).as_strided((count, rows, channels), (step, channels, 1))
+    return torch.empty(count * step, dtype=torch.float32, device="cpu").as_strided(
+        (count, rows, channels), (step, channels, 1)
+    )
