@@ -76,7 +76,7 @@ def fuse(fusion: nn.Module | None, hidden: Tensor, skip: Tensor) -> Tensor:
     weights = [conv.weight.flatten(1).to(dtype) for conv in (first, second)]
     of_hidden = torch.stack([weights[1][:, :half], weights[0][:, :half]], dim=2).flatten(1)
     of_skip = torch.stack([weights[0][:, half:], weights[1][:, half:]], dim=2).flatten(1)
-    hidden, skip = (x.to(dtype, memory_format=torch.channels_last) for x in (hidden, skip))
+    hidden, skip = hidden.to(dtype), skip.to(dtype)
     biases = [conv.bias for conv in (first, second) if conv.bias is not None]
     bias = torch.stack(biases).sum(0).to(dtype) if biases else None
     out = F.conv2d(hidden, of_hidden[:, :, None, None], bias).permute(0, 2, 3, 1)
