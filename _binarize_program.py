@@ -8,7 +8,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-_OBJECTS = 200_000  # new ones after which garbage is searched for before PyTorch is there; by default 700
+_OBJECTS = 200_000  # how many new objects start a garbage collection until PyTorch is imported
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def main() -> None:
 def _run(status: list[int]) -> None:
     from binarize.importing import after_import
 
-    # Imports make many objects and little garbage, for which Python would search them again and again: a sixth of the
-    # start of `binarize upscale`.
+    # Imports create many objects and little garbage. With the default threshold, collections take a sixth of the start
+    # of `binarize upscale`.
     usual = gc.get_threshold()
     gc.set_threshold(_OBJECTS, *usual[1:])
     after_import("torch", lambda: _collect_garbage(usual))
@@ -51,7 +51,7 @@ def _run(status: list[int]) -> None:
 
 
 def _collect_garbage(thresholds: tuple[int, int, int]) -> None:
-    """Search for garbage as often as these thresholds say, but not among the objects that exist already."""
+    """Restore the thresholds of garbage collection, and exempt the objects that exist already."""
     gc.freeze()
     gc.set_threshold(*thresholds)
 

@@ -64,3 +64,12 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    """Return a file with the backbone of LPIPS, SqueezeNet with random weights."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "squeeze.pth")
+    return tmp_path / "squeeze.pth"

@@ -84,14 +84,6 @@ def test_the_objective_of_residuals(kind: str) -> None:
 PERCEPTUAL = ["target=residual", "scheduler.clip_sample_range=8", "residual_scale=0.05", "resolution=32"]
 
 
-@pytest.fixture
-def backbone(tmp_path: Path) -> Path:
-    torchvision = pytest.importorskip("torchvision")
-    torch.manual_seed(0)
-    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "squeeze.pth")
-    return tmp_path / "squeeze.pth"
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision.models")  # lpips passes deprecated arguments
 @pytest.mark.parametrize(
     "others", [[], ["snr_gamma=5"], ["target=image", "residual_scale=null", "scheduler.clip_sample_range=1"]], ids=str

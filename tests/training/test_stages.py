@@ -254,11 +254,9 @@ def test_the_distilled_loss_is_the_documented_sum(twin: Path) -> None:
     assert not teacher.training
 
 
-def test_lpips_is_a_term_beside_those_of_a_teacher(twin: Path, recipe: Any, tmp_path: Path) -> None:
-    torchvision = pytest.importorskip("torchvision")
+def test_lpips_is_a_term_beside_those_of_a_teacher(twin: Path, recipe: Any, backbone: Path) -> None:
     pytest.importorskip("lpips")
-    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "squeeze.pth")
-    section = f"perceptual={{weight: 0.3, backbone: {tmp_path / 'squeeze.pth'}}}"
+    section = f"perceptual={{weight: 0.3, backbone: {backbone}}}"
     options = (f"distillation={{teacher: {twin}, output: 0.5}}", "resolution=32", section)
     history = train(recipe(*options, "mixed_precision=bf16", "max_train_steps=2"), progress=False).history
     for entry in history:
