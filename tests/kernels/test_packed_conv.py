@@ -311,7 +311,7 @@ def test_a_3x3_convolution_equals_torchs_with_an_empty_batch_too(batch: int, wid
     expected = nn.functional.conv2d(activated, weight, None, padding=1)
     torch.testing.assert_close(conv3x3(x, weight, None, norm, None), expected, rtol=1e-4, atol=1e-4)
     rounded = conv3x3(x.bfloat16(), weight, None, norm, None).float()
-    torch.testing.assert_close(rounded, expected, rtol=0.05, atol=0.2)
+    assert (rounded - expected).norm() <= 0.02 * expected.norm()
     with torch.device("meta"):
         assert conv3x3(x, weight, bias, None, None).device.type == "cpu"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
@@ -29,6 +29,21 @@ def cpu_features() -> str:
 AVX512 = "+avx512f" in cpu_features()
 _I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 INTS, FLOATS, _HALVES = (ir.VectorType(t, LANES) for t in (I32, F32, _I16))
+# Instructions that multiply and round bfloat16; since LLVM 20, their intrinsics take its own type.
+BF16 = "+avx512bf16" in cpu_features() and binding.llvm_version_info[0] >= 20
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
 
 
 def constant(value: float | int, kind: ir.VectorType) -> ir.Constant:
@@ -64,6 +79,12 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     return call(b, "llvm.fma.v16f32", FLOATS, x, y, z)
 
 
+def dot_bf16(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """Return z plus the dot products of the pairs of bfloat16 in the 16 words of x and y; needs `BF16`."""
+    x, y = (b.bitcast(value, ir.VectorType(_BFloat(), 2 * LANES)) for value in (x, y))
+    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, z, x, y)
+
+
 def lanes_below(b: ir.IRBuilder, count: ir.Value) -> ir.Value:
     lanes = ir.Constant(INTS, list(range(LANES)))
     return b.icmp_signed("<", lanes, splat(b, b.trunc(count, I32)))
@@ -73,13 +94,22 @@ def _widen(b: ir.IRBuilder, halves: ir.Value) -> ir.Value:
     return b.bitcast(b.shl(b.zext(halves, INTS), constant(16, INTS)), FLOATS)
 
 
-def _narrow(b: ir.IRBuilder, values: ir.Value) -> ir.Value:
-    """Round to bfloat16, to nearest even; a NaN stays one."""
+def narrow(b: ir.IRBuilder, values: ir.Value) -> ir.Value:
+    """Round to bfloat16, to nearest even; a NaN stays one. The instruction turns subnormal numbers into zeros."""
+    if BF16:
+        rounded = call(b, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), LANES), values)
+        return b.bitcast(rounded, _HALVES)
     bits = b.bitcast(values, INTS)
     odd = b.and_(b.lshr(bits, constant(16, INTS)), constant(1, INTS))
     rounded = b.lshr(b.add(bits, b.add(odd, constant(0x7FFF, INTS))), constant(16, INTS))
     quiet = b.select(b.fcmp_unordered("uno", values, values), constant(0x7FC0, INTS), rounded)
     return b.trunc(quiet, _HALVES)
+
+
+def pair(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
+    """Return words of two bfloat16 each, of which ``first`` are the lower halves, for `dot_bf16`."""
+    low, high = (b.zext(narrow(b, values), INTS) for values in (first, second))
+    return b.or_(low, b.shl(high, constant(16, INTS)))
 
 
 def load_pixels(b: ir.IRBuilder, address: ir.Value, bf16: bool, mask: ir.Value | None) -> ir.Value:
@@ -96,7 +126,7 @@ def load_pixels(b: ir.IRBuilder, address: ir.Value, bf16: bool, mask: ir.Value |
 
 def store_pixels(b: ir.IRBuilder, value: ir.Value, address: ir.Value, bf16: bool, mask: ir.Value | None) -> None:
     if bf16:
-        value = _narrow(b, value)
+        value = narrow(b, value)
     if mask is None:
         store(b, value, address, 2 if bf16 else 4)
     else:

@@ -37,16 +37,16 @@ def _by_blocks(b: ir.IRBuilder, blocks: ir.Value, build: Callable[[int], None]) 
 
 
 @intrinsic
-def matmul(context, x, x_step, w, w_step, k, out, out_step, blocks):  # type: ignore[no-untyped-def]
-    """Write `ROWS` x ``blocks`` x 16 sums of k products, held in registers; all float32.
+def matmul(context, x, x_step, w, w_step, k, out, out_step, blocks, dot_bf16):  # type: ignore[no-untyped-def]
+    """Write `ROWS` x ``blocks`` x 16 sums of k products, held in registers; float32, or of 2k products of bfloat16.
 
     ``out[p * out_step + 64 r + 4 lane] = sum_j x[p * x_step + 4 j] * w[r * w_step + 64 j + 4 lane]``
     """
 
     def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        x, x_step, w, w_step, count, out, out_step, blocks = args
+        x, x_step, w, w_step, count, out, out_step, blocks, dot_bf16 = args
 
-        def multiply(n: int) -> None:
+        def multiply(n: int, add_product: Callable[..., ir.Value]) -> None:
             entry, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
             rows, columns = chain(b, x, x_step, ROWS), chain(b, w, w_step, n)
             b.branch(loop)
@@ -56,17 +56,24 @@ def matmul(context, x, x_step, w, w_step, k, out, out_step, blocks):  # type: ig
             new = []
             for p, address in enumerate(rows):
                 value = simd.splat(b, load(b, b.add(address, b.shl(j, I64(2))), F32))
-                new += [fma(b, value, f, sums[p * n + r]) for r, f in enumerate(filters)]
+                new += [add_product(b, value, f, sums[p * n + r]) for r, f in enumerate(filters)]
             zeros = [ir.Constant(FLOATS, None)] * len(sums)
             simd.close_loop(b, loop, done, entry, count, j, (sums, zeros, new))
             for p, target in enumerate(chain(b, out, out_step, ROWS)):
                 for r in range(n):
                     store(b, new[p * n + r], b.add(target, I64(64 * r)))
 
-        _by_blocks(b, blocks, multiply)
+        def choose(half_precision: bool) -> None:
+            add_product = simd.dot_bf16 if half_precision else fma
+            _by_blocks(b, blocks, lambda n: multiply(n, add_product))
+
+        if simd.BF16:
+            simd.by_dtype(b, dot_bf16, choose)
+        else:
+            choose(False)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8), codegen
+    return types.void(*[types.int64] * 9), codegen
 
 
 @intrinsic
@@ -117,10 +124,37 @@ def _combine(b: ir.IRBuilder, values: list[ir.Value], factors: tuple[float, ...]
     return total
 
 
+def _mirrored(line: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(-factor if i % 2 else factor for i, factor in enumerate(line))
+
+
+def _multiply(b: ir.IRBuilder, matrix: Matrix, values: list[ir.Value]) -> list[ir.Value]:
+    """Return matrix @ values. Points of interpolation come in pairs, x and -x, which share their even and odd parts."""
+    columns, rows = list(transposed(matrix)), list(matrix)
+    if len(columns) > len(rows):
+        for i in range(len(columns) - 1):
+            even, odd = (tuple(f * (y % 2 == part) for y, f in enumerate(columns[i])) for part in range(2))
+            if any(even) and any(odd) and columns[i + 1] == _mirrored(columns[i]):
+                columns[i : i + 2] = even, odd
+                first, second = values[i : i + 2]
+                values = [*values[:i], b.fadd(first, second), b.fsub(first, second), *values[i + 2 :]]
+        return [_combine(b, values, row) for row in transposed(tuple(columns))]
+    done: dict[int, ir.Value] = {}
+    for i, row in enumerate(rows):
+        if i in done:
+            continue
+        if any(row[::2]) and any(row[1::2]) and rows[i + 1 : i + 2] == [_mirrored(row)]:
+            even, odd = (_combine(b, values[part::2], row[part::2]) for part in range(2))
+            done[i], done[i + 1] = b.fadd(even, odd), b.fsub(even, odd)
+        else:
+            done[i] = _combine(b, values, row)
+    return [done[i] for i in range(len(rows))]
+
+
 def _sandwich(b: ir.IRBuilder, grid: list[list[ir.Value]], matrix: Matrix) -> list[list[ir.Value]]:
     """Return matrix @ grid @ matrix.T."""
-    columns = [[_combine(b, [line[x] for line in grid], row) for row in matrix] for x in range(len(grid[0]))]
-    return [[_combine(b, [column[y] for column in columns], row) for row in matrix] for y in range(len(matrix))]
+    columns = [_multiply(b, matrix, [line[x] for line in grid]) for x in range(len(grid[0]))]
+    return [_multiply(b, matrix, list(row)) for row in zip(*columns, strict=True)]
 
 
 class Winograd(NamedTuple):
@@ -131,25 +165,33 @@ class Winograd(NamedTuple):
     output: Matrix  # A^T, (m, n)
 
 
-# By m, from Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", sections 4.1 and 4.3.
+def _interpolate(x: float, y: float) -> Winograd:
+    """Return F(4 x 4, 3 x 3) for the points 0, x, -x, y, -y and infinity, by Toom and Cook's construction."""
+    points, product = (x, -x, y, -y), x * x * y * y
+    others = (y, y, x, x)
+    scales = [2 * p * p * (p * p - q * q) for p, q in zip(points, others, strict=True)]
+    return Winograd(
+        (
+            (product, 0, -(x * x + y * y), 0, 1, 0),
+            *((0, -p * q * q, -q * q, p, 1, 0) for p, q in zip(points, others, strict=True)),
+            (0, product, 0, -(x * x + y * y), 0, 1),
+        ),
+        ((1 / product, 0, 0), *((1 / s, p / s, p * p / s) for p, s in zip(points, scales, strict=True)), (0, 0, 1)),
+        tuple((float(i == 0), *(p**i for p in points), float(i == 3)) for i in range(4)),
+    )
+
+
+# By m: 2 from Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.1; 4 with points that
+# round less than the 1 and 2 of section 4.3 (Barabasz et al. 2020, "Error analysis and improving the accuracy of
+# Winograd convolution for deep neural networks", propose others than integers): half as much in bfloat16.
 WINOGRAD = {
     2: Winograd(
         ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
         ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
         ((1, 1, 1, 0), (0, 1, -1, -1)),
     ),
-    4: Winograd(
-        (
-            (4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
-            (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1),
-        ),
-        (
-            (1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
-            (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1),
-        ),
-        ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
-    ),
-}  # fmt: skip
+    4: _interpolate(5 / 8, 3 / 2),
+}
 
 
 def transposed(matrix: Matrix) -> Matrix:
@@ -166,41 +208,51 @@ def _flat(grid: list[list[ir.Value]]) -> list[ir.Value]:
 
 
 def make_patch_transform(choose: Callable[[Winograd], Matrix]) -> Any:
-    """Return ``f(addresses, channel, out, step, m, bf16)``: matrix @ patch @ matrix.T for 16 channels of a patch.
+    """Return ``f(addresses, channel, out, step, m, bf16, narrow)``: matrix @ patch @ matrix.T for 16 channels.
 
     ``addresses`` points to the addresses of the patch's pixels, ``channel`` is an offset in bytes from each. Value i of
-    the transform goes to ``out + i * step``, float32.
+    the transform goes to ``out + i * step``, float32, or bfloat16 if ``narrow`` (then ``bf16``, and m is 4).
     """
 
     @intrinsic
-    def transform(context, addresses, channel, out, step, m, bf16):  # type: ignore[no-untyped-def]
+    def transform(context, addresses, channel, out, step, m, bf16, narrow):  # type: ignore[no-untyped-def]
         def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            addresses, channel, out, step, m, bf16 = args
+            addresses, channel, out, step, m, bf16, narrow = args
 
-            def apply(matrix: Matrix, half_precision: bool) -> None:
+            def apply(matrix: Matrix, half_precision: bool, narrowed: bool = False) -> None:
                 side = len(matrix[0])
                 places = [b.load(simd.pointer(b, b.add(addresses, I64(8 * i)), I64)) for i in range(side * side)]
                 pixels = [simd.load_pixels(b, b.add(place, channel), half_precision, None) for place in places]
                 grid = [pixels[side * y : side * (y + 1)] for y in range(side)]
                 for value, target in zip(_flat(_sandwich(b, grid, matrix)), iterate(b, out, step), strict=False):
-                    store(b, value, target)
+                    store(b, simd.narrow(b, value) if narrowed else value, target)
 
-            _by_size(b, m, lambda size: simd.by_dtype(b, bf16, lambda half: apply(choose(size), half)))
+            def apply_for(matrix: Matrix, half_precision: bool) -> None:
+                if half_precision and simd.BF16 and len(matrix) == 6:
+                    simd.by_dtype(b, narrow, lambda narrowed: apply(matrix, True, bool(narrowed)))
+                else:
+                    apply(matrix, half_precision)
+
+            _by_size(b, m, lambda size: simd.by_dtype(b, bf16, lambda half: apply_for(choose(size), half)))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return transform
 
 
 @intrinsic
-def filter_transform(context, w, lane, row, column, out, step, m):  # type: ignore[no-untyped-def]
-    """Transform one input channel's 3x3 taps for 16 output channels, whose weights are ``lane`` bytes apart."""
+def filter_transform(context, w, second, lane, row, column, out, step, m):  # type: ignore[no-untyped-def]
+    """Transform one input channel's 3x3 taps for 16 output channels, whose weights are ``lane`` bytes apart.
+
+    Unless ``second`` is 0 (m is 4 then), pairs of bfloat16 are written: of this channel and of the one that is
+    ``second`` bytes after it.
+    """
 
     def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        w, lane, row, column, out, step, m = args
+        w, second, lane, row, column, out, step, m = args
 
-        def tap(y: int, x: int) -> ir.Value:
+        def tap(w: ir.Value, y: int, x: int) -> ir.Value:
             start = b.add(w, b.add(b.mul(row, I64(y)), b.mul(column, I64(x))))
             values = ir.Constant(FLOATS, ir.Undefined)
             for i in range(LANES):
@@ -208,15 +260,27 @@ def filter_transform(context, w, lane, row, column, out, step, m):  # type: igno
                 values = b.insert_element(values, value, I32(i))
             return values
 
-        def apply(size: Winograd) -> None:
-            grid = [[tap(y, x) for x in range(3)] for y in range(3)]
-            for value, target in zip(_flat(_sandwich(b, grid, size.filter)), iterate(b, out, step), strict=False):
+        def transform(size: Winograd, w: ir.Value) -> list[ir.Value]:
+            return _flat(_sandwich(b, [[tap(w, y, x) for x in range(3)] for y in range(3)], size.filter))
+
+        def apply(size: Winograd, paired: bool) -> None:
+            values = transform(size, w)
+            if paired:
+                later = transform(size, b.add(w, second))
+                values = [simd.pair(b, *both) for both in zip(values, later, strict=True)]
+            for value, target in zip(values, iterate(b, out, step), strict=False):
                 store(b, value, target)
 
-        _by_size(b, m, apply)
+        def choose(size: Winograd) -> None:
+            if simd.BF16 and len(size.input) == 6:
+                simd.by_dtype(b, second, lambda paired: apply(size, bool(paired)))
+            else:
+                apply(size, False)
+
+        _by_size(b, m, choose)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7), codegen
+    return types.void(*[types.int64] * 8), codegen
 
 
 @intrinsic

@@ -15,7 +15,10 @@ from binarize.kernels.cpu.winograd_simd import filter_gradient, matmul, output_g
 
 def filter_worker(p):  # type: ignore[no-untyped-def]
     """Transform the 3x3 weights of one block of 16 output channels at a time."""
-    channels, step = field(p, Winograd.IN_CHANNELS), field(p, Winograd.FILTERS_STEP)
+    channels, step, together = field(p, Winograd.IN_CHANNELS), field(p, Winograd.FILTERS_STEP), 1
+    second = 0
+    if field(p, Winograd.DOT_BF16) != 0:
+        together, second = 2, field(p, Winograd.WEIGHT_IN)
     lane, row, column = field(p, Winograd.WEIGHT_OUT), field(p, Winograd.WEIGHT_ROW), field(p, Winograd.WEIGHT_COLUMN)
     while True:
         task = fetch_add(p + 8 * Winograd.TASKS, 1)
@@ -23,23 +26,23 @@ def filter_worker(p):  # type: ignore[no-untyped-def]
             break
         w = field(p, Winograd.WEIGHT) + task * LANES * lane
         out = field(p, Winograd.FILTERS) + task * field(p, Winograd.FILTERS_OUT)
-        for _ in range(channels):
-            winograd_simd.filter_transform(w, lane, row, column, out, step, field(p, Winograd.TILE))
-            w += field(p, Winograd.WEIGHT_IN)
+        for _ in range(0, channels, together):
+            winograd_simd.filter_transform(w, second, lane, row, column, out, step, field(p, Winograd.TILE))
+            w += together * field(p, Winograd.WEIGHT_IN)
             out += field(p, Winograd.FILTERS_IN)
 
 
 @part
-def _multiply_tiles(count, x, in_channels, w, out_channels, out):  # type: ignore[no-untyped-def]
-    """(count, C_in) times (C_in, C_out), count a multiple of 4."""
+def _multiply_tiles(count, x, words, w, out_channels, out, dot_bf16):  # type: ignore[no-untyped-def]
+    """(count, C_in) times (C_in, C_out), count a multiple of 4; C_in are ``words`` floats or pairs of bfloat16."""
     block = 0
     blocks = out_channels // LANES
     while block < blocks:
         together = min(4, blocks - block)
-        filters = w + block * in_channels * 64
+        filters = w + block * words * 64
         for t in range(0, count, 4):
-            source, target = x + t * in_channels * 4, out + (t * out_channels + block * LANES) * 4
-            matmul(source, in_channels * 4, filters, in_channels * 64, in_channels, target, out_channels * 4, together)
+            source, target = x + t * words * 4, out + (t * out_channels + block * LANES) * 4
+            matmul(source, words * 4, filters, words * 64, words, target, out_channels * 4, together, dot_bf16)
         block += together
 
 
@@ -55,10 +58,12 @@ def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def
     pixel = channels * size if field(p, Winograd.NORM_FACTORS) != 0 else field(p, Winograd.X_PIXEL)
     together = field(p, Winograd.TILES)
     addresses = scratch
+    dot_bf16 = field(p, Winograd.DOT_BF16)
+    words = channels >> dot_bf16
     nothing = addresses + 320
     patches = nothing + (channels * 4 + 63) // 64 * 64
     # A line more than needed, or all values of a patch would fall into one set of the first cache.
-    patch_step, product_step = together * channels * 4 + 64, together * out_channels * 4 + 64
+    patch_step, product_step = together * words * 4 + 64, together * out_channels * 4 + 64
     products = patches + n * n * patch_step
     filter_step = field(p, Winograd.FILTERS_STEP)
     out = field(p, Winograd.OUT) + sample * field(p, Winograd.OUT_BATCH) + m * tile_y * field(p, Winograd.OUT_ROW)
@@ -77,12 +82,13 @@ def _tile_row(p, sample, tile_y, lines, scratch):  # type: ignore[no-untyped-def
                     write_int64(at, line + x * pixel if line != 0 and 0 <= x < width else nothing)
                     at += 8
             for c in range(0, channels, LANES):
-                target = patches + (t * channels + c) * 4
-                winograd_simd.input_transform(addresses, c * size, target, patch_step, m, bf16)
+                target = patches + (t * words + (c >> dot_bf16)) * 4
+                winograd_simd.input_transform(addresses, c * size, target, patch_step, m, bf16, dot_bf16)
         rounded = (here + 3) // 4 * 4
         for i in range(n * n):
             w = field(p, Winograd.FILTERS) + i * filter_step
-            _multiply_tiles(rounded, patches + i * patch_step, channels, w, out_channels, products + i * product_step)
+            target = products + i * product_step
+            _multiply_tiles(rounded, patches + i * patch_step, words, w, out_channels, target, dot_bf16)
         for t in range(here):
             x = m * (first + t)
             rows, columns = min(m, height - m * tile_y), min(m, width - x)
@@ -205,14 +211,15 @@ def tile_worker(p):  # type: ignore[no-untyped-def]
                 step, pixel = field(p, Tiles.X_ROW), field(p, Tiles.X_PIXEL)
                 _point(x, step, pixel, height, width, top - 1, left - 1, n, addresses, nothing)
                 for c in range(0, channels, LANES):
-                    winograd_simd.input_transform(addresses, c * 4, patches + (t * channels + c) * 4, patch_step, m, 0)
+                    target = patches + (t * channels + c) * 4
+                    winograd_simd.input_transform(addresses, c * 4, target, patch_step, m, 0, 0)
                 if field(p, Tiles.GRAD) == 0:
                     continue
                 grad = field(p, Tiles.GRAD) + sample * field(p, Tiles.GRAD_BATCH)
                 step, pixel = field(p, Tiles.GRAD_ROW), field(p, Tiles.GRAD_PIXEL)
                 _point(grad, step, pixel, height, width, top, left, m, addresses, nothing)
                 for c in range(0, out_channels, LANES):
-                    output_gradient(addresses, c * 4, products + (t * out_channels + c) * 4, product_step, m, 0)
+                    output_gradient(addresses, c * 4, products + (t * out_channels + c) * 4, product_step, m, 0, 0)
             for i in range(0 if keep else n * n):
                 out = sums + i * channels * out_channels * 4
                 _add_outer(here, patches + i * patch_step, channels, products + i * product_step, out_channels, out)
