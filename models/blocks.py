@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from binarize.kernels.row_sums import RowSums
 from binarize.layers.fused import conv3x3, norm_silu
 from binarize.packed.blocks import PackableBlock, PackedBlock, fuse, norm_silu_conv
 
@@ -110,9 +111,10 @@ class PackedResBlock(PackedBlock):
         """Map ``(B, C_in, H, W)``, the embedding ``(B, C_time)`` and an optional skip to ``(B, C, H, W)``."""
         if skip is not None:
             x = fuse(self.fusion, x, skip)
-        h = norm_silu_conv(self.norm1, self.conv1, x)
+        sums = RowSums()
+        h = norm_silu_conv(self.norm1, self.conv1, x, out_sums=sums)
         bias = self.time(F.silu(time))
-        h = norm_silu_conv(self.norm2, self.conv2, h, channel_bias=bias, residual=self.residual(x))
+        h = norm_silu_conv(self.norm2, self.conv2, h, channel_bias=bias, residual=self.residual(x), x_sums=sums)
         return h if self.attention is None else self.attention(h)
 
     def unpacked_form(self) -> ResBlock:

@@ -2,7 +2,8 @@
 
 The choice is made at each call. ``BINARIZE_BACKEND=torch`` in the environment, or `use` in code, selects plain torch.
 
-A backend is a module with `run`, `norm_factors` and `norm_silu`, as in `binarize.kernels.reference`.
+A backend is a module with `run`, `norm_factors` and `norm_silu`, as in `binarize.kernels.reference`. It need not fill
+the row sums that a convolution is given.
 """
 
 from __future__ import annotations

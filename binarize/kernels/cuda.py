@@ -23,6 +23,7 @@ from binarize.errors import BinarizeError
 from binarize.kernels.binary_conv import COEFFICIENTS, BinaryConv
 from binarize.kernels.bitpack import LANES, WORD
 from binarize.kernels.checks import as_channels_last, check_inputs
+from binarize.kernels.row_sums import RowSums
 
 FEW_TILES = 264  # twice the multiprocessors of an H100, some of which fewer large tiles would leave idle
 OLDEST = (8, 0)  # compute capability: tensor cores for 8-bit integers that Triton compiles for
@@ -202,7 +203,7 @@ def check(device: int) -> None:
 
 def run(
     x: Tensor, conv: BinaryConv, timestep_group: Tensor | None = None, input_norm: Tensor | None = None,
-    channel_bias: Tensor | None = None, residual: Tensor | None = None,
+    channel_bias: Tensor | None = None, residual: Tensor | None = None, row_sums: RowSums | None = None,
 ) -> Tensor:  # fmt: skip
     """Apply a binary convolution; see `binarize.kernels.ops.binary_conv2d`."""
     check_inputs(x, conv, timestep_group, input_norm, channel_bias, residual)
@@ -249,8 +250,9 @@ def run(
 
 
 def norm_factors(
-    x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+    x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    row_sums: RowSums | None = None,
+) -> Tensor:  # fmt: skip
     """Return GroupNorm's factors and offsets; see `binarize.kernels.ops.norm_factors`."""
     batch, channels = x.shape[:2]
     variances, means = torch.var_mean(x.float(), dim=(2, 3), correction=0)

@@ -2,7 +2,8 @@
 
 `torch.compile` and `torch.export` see one call per operator. Packed operators raise an error if a gradient is required.
 A call with ordinary CPU tensors skips the dispatcher, which takes about as long as the kernel of a small layer, unless
-the call is being compiled, traced, recorded or differentiated.
+the call is being compiled, traced, recorded or differentiated. Only calls that skip it leave row sums, so the profiler
+shows passes over images that other runs save.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from binarize.kernels.binary_conv import BinaryConv, Shortcut
 from binarize.kernels.bitpack import LANES
 from binarize.kernels.capture import is_captured
 from binarize.kernels.checks import check_devices, check_shape
+from binarize.kernels.row_sums import RowSums
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,9 +52,10 @@ class Operator(Generic[P, R]):
         self.overload = getattr(torch.ops.binarize, function.__name__).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the operator."""
+        """Run the operator. The dispatcher does not see ``row_sums``, and does not fill them."""
         if skips_dispatcher(*args, *kwargs.values()):
             return self._function(*args, **kwargs)
+        kwargs.pop("row_sums", None)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, [*args, *kwargs.values()])):
             _refuse_gradient(None)  # the dispatcher would drop the tangent
         return self.overload(*args, **kwargs)
@@ -114,7 +117,7 @@ class WithoutGradient(torch.autograd.Function):
 
 def binary_conv2d(
     x: Tensor, conv: BinaryConv, timestep_group: Tensor | None = None, input_norm: Tensor | None = None,
-    channel_bias: Tensor | None = None, residual: Tensor | None = None,
+    channel_bias: Tensor | None = None, residual: Tensor | None = None, *, row_sums: RowSums | None = None,
 ) -> Tensor:  # fmt: skip
     """Apply a binary convolution: signs, dot products and everything that follows; see `binarize.kernels.binary_conv`.
 
@@ -125,10 +128,11 @@ def binary_conv2d(
         input_norm: ``(2, B, C_in)`` float32; the layer then reads ``silu(x * input_norm[0] + input_norm[1])``.
         channel_bias: ``(B, C_out)``, added to every pixel.
         residual: ``(B, C_out, H', W')``, added to the output, which is channels_last in x's dtype.
+        row_sums: For `norm_factors` of the output; only CPU kernels fill them, and not if the dispatcher runs the call.
     """
     if skips_dispatcher(x, conv.filters, timestep_group, input_norm, channel_bias, residual):
         kernels: Any = backends.kernels_for(x) or reference
-        return kernels.run(x, conv, timestep_group, input_norm, channel_bias, residual)
+        return kernels.run(x, conv, timestep_group, input_norm, channel_bias, residual, row_sums)
     return packed_conv2d(
         x, *conv.tensors, timestep_group, conv.sizes, conv.unsigned, conv.low, conv.high, int(conv.shortcut),
         input_norm, channel_bias, residual,
@@ -171,14 +175,19 @@ def _fake_factors(x, channel_bias, groups, weight, bias, eps):  # type: ignore[n
     return x.new_empty((2, x.shape[0], x.shape[1]), dtype=dtype)
 
 
-@operator(_fake_factors)
+_FACTORS_SCHEMA = "(Tensor x, Tensor? channel_bias, int groups, Tensor? weight, Tensor? bias, float eps) -> Tensor"
+
+
+@operator(_fake_factors, _FACTORS_SCHEMA)
 def norm_factors(
-    x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+    x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, *,
+    row_sums: RowSums | None = None,
+) -> Tensor:  # fmt: skip
     """Return what GroupNorm of ``x + channel_bias`` multiplies by and adds, ``(2, B, C)`` in float32 or float64.
 
     ``group_norm(x + channel_bias) = x * factors + offsets``, with ``channel_bias`` ``(B, C)`` added to every pixel. The
-    packed convolution, or `norm_silu` in front of a full-precision one, applies them while it reads x.
+    packed convolution, or `norm_silu` in front of a full-precision one, applies them while it reads x. ``row_sums``
+    save a pass over x if they are those of x.
     """
     check_devices("GroupNorm", x, channel_bias, weight, bias)
     check_shape("GroupNorm: the input", x, (None, None, None, None))
@@ -186,7 +195,7 @@ def norm_factors(
     for name, values in (("weight", weight), ("bias", bias)):
         check_shape(f"GroupNorm: {name}", values, (x.shape[1],))
     kernels: Any = backends.kernels_for(x) or reference
-    return kernels.norm_factors(x, channel_bias, groups, weight, bias, eps)
+    return kernels.norm_factors(x, channel_bias, groups, weight, bias, eps, row_sums)
 
 
 @operator(lambda x, input_norm: torch.empty_like(x, memory_format=torch.channels_last))
@@ -222,19 +231,21 @@ def _fake_conv3x3(x, weight, bias, input_norm, residual):  # type: ignore[no-unt
     return x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:])).to(memory_format=torch.channels_last)
 
 
-@operator(_fake_conv3x3)
+@operator(_fake_conv3x3, "(Tensor x, Tensor weight, Tensor? bias, Tensor? input_norm, Tensor? residual) -> Tensor")
 def conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None, input_norm: Tensor | None, residual: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, input_norm: Tensor | None, residual: Tensor | None, *,
+    row_sums: RowSums | None = None,
+) -> Tensor:  # fmt: skip
     """Return a full-precision 3x3 convolution with padding 1 of ``silu(x * input_norm[0] + input_norm[1])``.
 
     These convolutions take most of the time once the others are binary. CPUs run them with Winograd's algorithm,
     F(4x4, 3x3) (Lavin and Gray 2016): a quarter of the multiplications, at rounding errors of a few 1e-6 of the
-    output's scale in float32. In bfloat16 the arithmetic inside is float32, but processors with AVX512_BF16 multiply
-    transforms rounded to bfloat16, at errors of about 1% of the output's scale. On processors with AMX tiles PyTorch's
-    own bfloat16 convolution is faster and runs instead. ``C_in`` must be a multiple of 16.
+    output's scale in float32. In bfloat16 the arithmetic inside is float32, except on two kinds of processors. With
+    AVX512_BF16, the transforms are rounded to bfloat16 and multiplied; errors are about 1% of the output's scale. With
+    AMX, PyTorch's own convolution runs, which is faster. ``C_in`` must be a multiple of 16.
 
     ``input_norm`` is ``(2, B, C_in)``, or None to convolve x itself; ``residual`` ``(B, C_out, H, W)`` is added.
+    ``row_sums`` are filled as by `binary_conv2d`.
     """
     check_devices("convolution", x, weight, bias, input_norm, residual)
     if weight.shape[1] % LANES:
@@ -245,4 +256,4 @@ def conv3x3(
     kernels: Any = backends.cpu_kernels(x)
     if kernels is None or not kernels.winograd.is_faster(x):
         return reference.conv3x3(x, weight, bias, input_norm, residual)
-    return kernels.winograd.conv3x3(x, weight, bias, input_norm, residual, round_products=True)
+    return kernels.winograd.conv3x3(x, weight, bias, input_norm, residual, bf16_products=True, row_sums=row_sums)

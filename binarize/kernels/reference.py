@@ -11,11 +11,12 @@ from torch import Tensor
 from binarize.kernels.binary_conv import BinaryConv, Shortcut, channel_coefficients
 from binarize.kernels.bitpack import WORD, to_bits
 from binarize.kernels.checks import check_inputs
+from binarize.kernels.row_sums import RowSums
 
 
 def run(
     x: Tensor, conv: BinaryConv, timestep_group: Tensor | None = None, input_norm: Tensor | None = None,
-    channel_bias: Tensor | None = None, residual: Tensor | None = None,
+    channel_bias: Tensor | None = None, residual: Tensor | None = None, row_sums: RowSums | None = None,
 ) -> Tensor:  # fmt: skip
     """Apply a binary convolution; see `binarize.kernels.ops.binary_conv2d`."""
     check_inputs(x, conv, timestep_group, input_norm, channel_bias, residual)
@@ -51,8 +52,9 @@ def run(
 
 
 def norm_factors(
-    x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+    x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    row_sums: RowSums | None = None,
+) -> Tensor:  # fmt: skip
     """Return GroupNorm's factors and offsets; see `binarize.kernels.ops.norm_factors`."""
     out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, square = x.to(out_dtype).mean((2, 3)).double(), x.to(out_dtype).square().mean((2, 3)).double()

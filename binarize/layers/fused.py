@@ -13,6 +13,7 @@ from binarize.kernels import ops, training
 from binarize.kernels.autograd import CompiledNormSiLUFunction, Conv3x3Function, NormSiLUFunction
 from binarize.kernels.bitpack import LANES
 from binarize.kernels.capture import is_captured
+from binarize.kernels.row_sums import RowSums
 from binarize.layers.declared import is_hooked, runs_own_forward
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -31,9 +32,11 @@ def is_conv3x3(module: nn.Module) -> bool:
     return module.in_channels % LANES == 0 and geometry == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros", 1)
 
 
-def norm_factors(norm: nn.GroupNorm, x: Tensor, channel_bias: Tensor | None = None) -> Tensor:
+def norm_factors(
+    norm: nn.GroupNorm, x: Tensor, channel_bias: Tensor | None = None, row_sums: RowSums | None = None
+) -> Tensor:
     """Return `binarize.kernels.ops.norm_factors` of a GroupNorm."""
-    return ops.norm_factors(x, channel_bias, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return ops.norm_factors(x, channel_bias, norm.num_groups, norm.weight, norm.bias, norm.eps, row_sums=row_sums)
 
 
 @renamed_argument("shift", "channel_bias")

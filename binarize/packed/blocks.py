@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from binarize.kernels.ops import conv3x3, norm_silu, shuffle
 from binarize.kernels.product import compute_dtype
+from binarize.kernels.row_sums import RowSums
 from binarize.layers.fused import is_conv3x3, is_plain, norm_factors
 from binarize.layers.structure import CSFusion, sum_convs
 from binarize.packed.layers import PackedConv2d
@@ -46,18 +47,25 @@ def needs_gradient(x: Tensor, *modules: nn.Module) -> bool:
 
 
 def norm_silu_conv(
-    norm: nn.GroupNorm, conv: nn.Module, x: Tensor, channel_bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """Return ``conv(silu(norm(x + channel_bias))) + residual``; the bias is ``(B, C_in)``."""
+    norm: nn.GroupNorm, conv: nn.Module, x: Tensor, channel_bias: Tensor | None = None, residual: Tensor | None = None,
+    x_sums: RowSums | None = None, out_sums: RowSums | None = None,
+) -> Tensor:  # fmt: skip
+    """Return ``conv(silu(norm(x + channel_bias))) + residual``; the bias is ``(B, C_in)``.
+
+    ``x_sums`` are the row sums of x, if known. ``out_sums`` receives those of the output.
+    """
     if not is_plain(norm, nn.GroupNorm):
         out: Tensor = conv(F.silu(norm(x if channel_bias is None else x + channel_bias[:, :, None, None])))
         return out if residual is None else out + residual
-    factors = norm_factors(norm, x, channel_bias)
+    factors = norm_factors(norm, x, channel_bias, x_sums)
     if isinstance(conv, PackedConv2d):
-        packed: Tensor = conv(x, factors, residual)
+        # Hooks and other forward methods may change the output in place, and know no row sums.
+        plain = is_plain(conv, PackedConv2d) and not nn.modules.module._has_any_global_hook()
+        packed: Tensor = conv(x, factors, residual, out_sums) if plain else conv(x, factors, residual)
         return packed
     if is_conv3x3(conv):
-        return conv3x3(x, cast(Tensor, conv.weight), cast("Tensor | None", conv.bias), factors, residual)
+        bias = cast("Tensor | None", conv.bias)
+        return conv3x3(x, cast(Tensor, conv.weight), bias, factors, residual, row_sums=out_sums)
     y: Tensor = conv(norm_silu(x, factors))
     return y if residual is None else y + residual
 

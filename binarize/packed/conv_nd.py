@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from binarize.kernels.ops import binary_conv2d
+from binarize.kernels.row_sums import RowSums
 from binarize.layers.parts import LayerKind, per_channel
 from binarize.packed.compiled import as_under_autocast
 from binarize.packed.layers import PackedConv, PackedConv2d, row_width
@@ -16,8 +17,14 @@ from binarize.packed.layers import PackedConv, PackedConv2d, row_width
 class PackedConv1d(PackedConv2d):
     """A binary 1-D convolution for inference, ``(B, C_in, L)`` to ``(B, C_out, L')``; see `PackedConv2d`."""
 
-    def forward(self, input: Tensor, input_norm: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Apply the layer to an image of height 1, or of more rows if the positions are independent."""
+    def forward(
+        self, input: Tensor, input_norm: Tensor | None = None, residual: Tensor | None = None,
+        row_sums: RowSums | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Apply the layer to an image of height 1, or of more rows if the positions are independent.
+
+        ``row_sums`` stay empty.
+        """
         x = input
         compiled = self.compiled()
         pointwise = self.kernel_size == self.stride == (1,) and self.padding == (0,)

@@ -34,6 +34,7 @@ from binarize.kernels.bitpack import (
 from binarize.kernels.capture import is_captured
 from binarize.kernels.ops import TRAIN_PACKED, WithoutGradient, binary_conv2d, norm_silu
 from binarize.kernels.product import BinaryWeight, compute_dtype, float_product
+from binarize.kernels.row_sums import RowSums
 from binarize.layers import BinaryConvNd, BinaryLayer, BinaryLinear
 from binarize.layers.adapters import Original
 from binarize.layers.lowering import LoweredLayer, lower
@@ -230,13 +231,13 @@ class PackedLayer(PartPipeline):
 
     def count(
         self, x: Tensor, compiled: CompiledLayer, input_norm: Tensor | None = None, residual: Tensor | None = None,
-        group: Tensor | None = None,
+        group: Tensor | None = None, row_sums: RowSums | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the sum of the products of images ``(B, C_in, H, W)`` with all bases, for all bits of their values."""
         planes, convs = compiled.lowered.planes, compiled.convs
         if not planes:
             x = self._pad(x)
-            y = binary_conv2d(x, convs[0], group, input_norm, residual=residual)
+            y = binary_conv2d(x, convs[0], group, input_norm, residual=residual, row_sums=row_sums)
             for conv in convs[1:]:
                 y = y + binary_conv2d(x, conv, group, input_norm)
             return y
@@ -320,10 +321,14 @@ class PackedConv2d(PackedConv, AccumulatingConv):
 
     kind: LayerKind = "conv2d"
 
-    def forward(self, input: Tensor, input_norm: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, input_norm: Tensor | None = None, residual: Tensor | None = None,
+        row_sums: RowSums | None = None,
+    ) -> Tensor:  # fmt: skip
         """Apply the layer to ``silu(x * input_norm[0] + input_norm[1])`` and add ``residual`` to the output.
 
         Both are part of the kernel's call if it computes the whole layer; see `binarize.kernels.ops.binary_conv2d`.
+        ``row_sums``, for the blocks of packed networks, may be filled then.
         """
         compiled = self.kernel_for(input)
         if compiled is None:
@@ -332,9 +337,9 @@ class PackedConv2d(PackedConv, AccumulatingConv):
         x, lowered, added_last = self._input(input, compiled), compiled.lowered, None
         if not lowered.is_one_kernel:
             x = x if input_norm is None else norm_silu(x, input_norm)
-            input_norm, residual, added_last = None, None, residual
+            input_norm, residual, row_sums, added_last = None, None, None, residual
         source = x if lowered.fuses_pre else self.shifted(x)
-        y = self.count(source, compiled, input_norm, residual, compiled.timestep_group(x))
+        y = self.count(source, compiled, input_norm, residual, compiled.timestep_group(x), row_sums)
         y = as_under_autocast(y, x, compiled)
         if lowered.rest:
             y = self.run_stages(lowered.rest, y, x)

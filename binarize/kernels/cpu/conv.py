@@ -22,16 +22,18 @@ from binarize.kernels.cpu.parameters import (
     as_floats,
     empty_fields,
     set_image,
+    set_row_sums,
     set_scratch,
 )
 from binarize.kernels.malloc import keep_freed_memory
+from binarize.kernels.row_sums import RowSums
 
 COMPILED_SIZES = 8  # how many input sizes a layer keeps the parameters of
 
 
 def run(
     x: Tensor, conv: BinaryConv, timestep_group: Tensor | None = None, input_norm: Tensor | None = None,
-    channel_bias: Tensor | None = None, residual: Tensor | None = None,
+    channel_bias: Tensor | None = None, residual: Tensor | None = None, row_sums: RowSums | None = None,
 ) -> Tensor:  # fmt: skip
     """Apply a binary convolution; see `binarize.kernels.ops.binary_conv2d`."""
     # All that can be wrong with a call, or need other parameters.
@@ -47,7 +49,7 @@ def run(
         if len(conv.compiled) > COMPILED_SIZES:
             conv.compiled.clear()
         compiled = conv.compiled[key] = CompiledConv(conv, x.shape, x.dtype, input_norm is not None)
-    return compiled(x, timestep_group, input_norm, channel_bias, residual)
+    return compiled(x, timestep_group, input_norm, channel_bias, residual, row_sums)
 
 
 class _Plan(NamedTuple):
@@ -73,7 +75,7 @@ class CompiledConv:
 
     def __call__(
         self, x: Tensor, timestep_group: Tensor | None, input_norm: Tensor | None, channel_bias: Tensor | None,
-        residual: Tensor | None,
+        residual: Tensor | None, row_sums: RowSums | None,
     ) -> Tensor:  # fmt: skip
         """Apply the convolution."""
         batch = self._size[0]
@@ -101,6 +103,7 @@ class CompiledConv:
         if residual is not None:
             alive.append(as_channels_last(residual.to(self._dtype)))
             set_image(p, Conv.RESIDUAL, alive[-1])
+        set_row_sums(p, Conv.ROW_SUMS, row_sums, out)
         threads.run(self._worker, p.buffer_info()[0], self._plan.tasks, self._threads)
         return out
 

@@ -82,6 +82,15 @@ def activate_row(x, x_step, width, channels, factors, offsets, out, out_step, bf
 
 
 @part
+def sum_row(x, step, width, channels, sums, bf16):  # type: ignore[no-untyped-def]
+    """Write each channel's sum, and sum of squares, over a row of pixels."""
+    size = 4 - 2 * bf16
+    for c in range(0, channels, LANES):
+        count, squares = min(LANES, channels - c), sums + 4 * (channels + c)
+        simd.row_moments(x + c * size, step, width, sums + 4 * c, squares, count, bf16)
+
+
+@part
 def _sign_row(x, x_step, width, groups, channels, words, thresholds, out, bf16):  # type: ignore[no-untyped-def]
     """Write the words of signs of a row of pixels."""
     size = 4 - 2 * bf16
@@ -241,6 +250,7 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
     has_shortcut = field(p, Conv.SHORTCUT) == 1
     out = field(p, Conv.OUT) + sample * field(p, Conv.OUT_BATCH)
     out_row, out_pixel = field(p, Conv.OUT_ROW), field(p, Conv.OUT_PIXEL)
+    row_sums, out_channels = field(p, Conv.ROW_SUMS), groups * group_out
 
     # The input rows of the next output row, a part with every tile, where they are dense and leave room in the cache.
     tiles = max(1, out_width // PIXELS)
@@ -298,6 +308,9 @@ def _strip(p, task, scratch, last_rows):  # type: ignore[no-untyped-def]
                      high, early),
                 )  # fmt: skip
                 block += together
+        if row_sums != 0:
+            sums = row_sums + (sample * out_height + y) * 8 * out_channels
+            sum_row(out + y * out_row, out_pixel, out_width, out_channels, sums, bf16)
     return last_rows
 
 

@@ -12,24 +12,24 @@ from enum import IntEnum
 # group; OUT_BLOCKS: of 16 channels, of a group; FILTER_SUMS: int32 (taps, lanes); BASE: int32 (lanes), the dot product
 # of no differing bits; GROUP: int64 (B), rows of THRESHOLDS and TABLE; LIMITS: not an address but two floats, the
 # clamp; EARLY: 1 for a shortcut before the activation; CHANNEL_BIAS: float32 (B, C_out); NORM_FACTORS, NORM_OFFSETS:
-# float32 (B, C_in); BORDERS: output columns with a tap outside the input; INNER_FIRST, INNER_LAST: the first column
-# whose taps are all inside and the one after the last.
+# float32 (B, C_in); ROW_SUMS: of the output, as in Norm, or 0; BORDERS: output columns with a tap outside the input;
+# INNER_FIRST, INNER_LAST: the first column whose taps are all inside and the one after the last.
 Conv = IntEnum(
     "Conv",
     "WORKERS TASKS COUNT BF16 SCRATCH SCRATCH_STEP STRIP HEIGHT WIDTH OUT_HEIGHT OUT_WIDTH GROUPS GROUP_IN "
     "GROUP_OUT WORDS OUT_BLOCKS KERNEL_H KERNEL_W STRIDE_H STRIDE_W LEFT RIGHT TOP DILATION_H DILATION_W X X_BATCH "
     "X_ROW X_PIXEL OUT OUT_BATCH OUT_ROW OUT_PIXEL RESIDUAL RESIDUAL_BATCH RESIDUAL_ROW RESIDUAL_PIXEL FILTERS "
     "FILTER_SUMS BASE UNSIGNED THRESHOLDS TABLE GROUP LIMITS SHORTCUT EARLY CHANNEL_BIAS NORM_FACTORS NORM_OFFSETS "
-    "BORDERS INNER_FIRST INNER_LAST",
+    "ROW_SUMS BORDERS INNER_FIRST INNER_LAST",
     start=0,
 )
 
-# GroupNorm's moments, or its result and SiLU. ROWS: of a strip; SUMS: float32 (B, STRIPS, 2, C); FACTORS, OFFSETS,
-# SHIFT: float32 (B, C); WEIGHT, BIAS: float32 (C); EPS: the address of a float64.
+# GroupNorm's moments, or its result and SiLU. ROW_SUMS: float32 (B, H, 2, C), sums of rows and of their squares;
+# FACTORS, OFFSETS, SHIFT: float32 (B, C); WEIGHT, BIAS: float32 (C); EPS: the address of a float64.
 Norm = IntEnum(
     "Norm",
-    "WORKERS TASKS COUNT BF16 STRIPS ROWS HEIGHT WIDTH CHANNELS X X_BATCH X_ROW X_PIXEL OUT OUT_BATCH OUT_ROW "
-    "OUT_PIXEL SUMS FACTORS OFFSETS GROUPS WEIGHT BIAS SHIFT EPS",
+    "WORKERS TASKS COUNT BF16 HEIGHT WIDTH CHANNELS X X_BATCH X_ROW X_PIXEL OUT OUT_BATCH OUT_ROW OUT_PIXEL "
+    "ROW_SUMS FACTORS OFFSETS GROUPS WEIGHT BIAS SHIFT EPS",
     start=0,
 )
 
@@ -45,13 +45,14 @@ Shuffle = IntEnum(
 # 2 or 4; TILE_ROWS: rows of tiles of a task; TILES: multiplied together, a multiple of 4; FILTERS: float32 (n * n,
 # C_out / 16, C_in, 16), or (n * n, C_in, C_out) if torch multiplies, with the steps FILTERS_OUT per 16 output channels,
 # FILTERS_IN, and FILTERS_STEP per n * n; DOT_BF16: 1 to multiply bfloat16, with FILTERS bfloat16 (n * n, C_out / 16,
-# C_in / 2, 16, 2); WEIGHT: float32, of the direct convolution, with its strides.
+# C_in / 2, 16, 2); ROW_SUMS: of the output, as in Norm, or 0; WEIGHT: float32, of the direct convolution, with its
+# strides.
 Winograd = IntEnum(
     "Winograd",
     "WORKERS TASKS COUNT BF16 SCRATCH SCRATCH_STEP TILE TILE_ROWS TILES HEIGHT WIDTH IN_CHANNELS OUT_CHANNELS X "
     "X_BATCH X_ROW X_PIXEL OUT OUT_BATCH OUT_ROW OUT_PIXEL RESIDUAL RESIDUAL_BATCH RESIDUAL_ROW RESIDUAL_PIXEL "
-    "FILTERS FILTERS_OUT FILTERS_IN FILTERS_STEP DOT_BF16 BIAS NORM_FACTORS NORM_OFFSETS WEIGHT WEIGHT_OUT WEIGHT_IN "
-    "WEIGHT_ROW WEIGHT_COLUMN",
+    "FILTERS FILTERS_OUT FILTERS_IN FILTERS_STEP DOT_BF16 BIAS NORM_FACTORS NORM_OFFSETS ROW_SUMS WEIGHT WEIGHT_OUT "
+    "WEIGHT_IN WEIGHT_ROW WEIGHT_COLUMN",
     start=0,
 )
 

@@ -12,33 +12,25 @@ from binarize.kernels.checks import as_channels_last
 from binarize.kernels.cpu import threads
 from binarize.kernels.cpu.compile import worker
 from binarize.kernels.cpu.fields import Norm, Shuffle
-from binarize.kernels.cpu.parameters import (
-    STRIP_BYTES,
-    TASKS_PER_THREAD,
-    Fields,
-    as_floats,
-    empty_fields,
-    set_image,
-)  # fmt: skip
+from binarize.kernels.cpu.parameters import Fields, as_floats, empty_fields, empty_row_sums, set_image
+from binarize.kernels.row_sums import RowSums
 
 
 def norm_factors(
-    x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+    x: Tensor, channel_bias: Tensor | None, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    row_sums: RowSums | None = None,
+) -> Tensor:  # fmt: skip
     """Return GroupNorm's factors and offsets; see `binarize.kernels.ops.norm_factors`."""
-    x = as_channels_last(x)
-    p, tasks, strips = _strips(x.shape, x.dtype)
-    p = p[:]
-    sums = torch.zeros(x.shape[0], strips, 2, x.shape[1], dtype=torch.float32, device="cpu")
+    p = _rows(x.shape, x.dtype)[:]
+    known = row_sums.tensor if row_sums is not None and row_sums.of is x else None
+    sums = _row_sums(x, p) if known is None else known
     out = torch.empty(2, x.shape[0], x.shape[1], dtype=torch.float32, device="cpu")
     epsilon = array("d", [eps])
     rows = None if channel_bias is None else channel_bias.expand(x.shape[0], -1)
     alive = [None if t is None else as_floats(t) for t in (weight, bias, rows)]
-    p[Norm.GROUPS], p[Norm.SUMS], p[Norm.EPS] = groups, sums.data_ptr(), epsilon.buffer_info()[0]
+    p[Norm.GROUPS], p[Norm.ROW_SUMS], p[Norm.EPS] = groups, sums.data_ptr(), epsilon.buffer_info()[0]
     p[Norm.WEIGHT], p[Norm.BIAS], p[Norm.SHIFT] = (0 if t is None else t.data_ptr() for t in alive)
-    set_image(p, Norm.X, x)
     _set_norm(p, out)
-    threads.run(worker("moments"), p.buffer_info()[0], tasks)
     threads.run(worker("factors"), p.buffer_info()[0], 1)
     return out
 
@@ -48,12 +40,11 @@ def norm_silu(x: Tensor, input_norm: Tensor) -> Tensor:
     x = as_channels_last(x)
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     input_norm = as_floats(input_norm)
-    p, tasks, _ = _strips(x.shape, x.dtype)
-    p = p[:]
+    p = _rows(x.shape, x.dtype)[:]
     set_image(p, Norm.X, x)
     set_image(p, Norm.OUT, out)
     _set_norm(p, input_norm)
-    threads.run(worker("silu"), p.buffer_info()[0], tasks)
+    threads.run(worker("silu"), p.buffer_info()[0], p[Norm.COUNT])
     return out
 
 
@@ -74,6 +65,18 @@ def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     return outs[0], outs[1]
 
 
+def _row_sums(x: Tensor, p: array[int]) -> Tensor:
+    """Return the row sums of ``x``, for which ``p`` are the parameters of a pass."""
+    x, p = as_channels_last(x), p[:]
+    sums = empty_row_sums(x)
+    if x.numel() == 0:
+        return sums.zero_()
+    p[Norm.ROW_SUMS] = sums.data_ptr()
+    set_image(p, Norm.X, x)
+    threads.run(worker("moments"), p.buffer_info()[0], p[Norm.COUNT])
+    return sums
+
+
 def _set_norm(p: Fields, norm: Tensor) -> None:
     """Set the addresses of factors and offsets, dense ``(2, B, C)`` float32."""
     p[Norm.FACTORS] = norm.data_ptr()
@@ -81,13 +84,10 @@ def _set_norm(p: Fields, norm: Tensor) -> None:
 
 
 @lru_cache(maxsize=512)
-def _strips(size: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[array[int], int, int]:
-    """Return the parameters of a pass over all pixels, without addresses, its number of tasks, and strips a sample."""
+def _rows(size: tuple[int, int, int, int], dtype: torch.dtype) -> array[int]:
+    """Return the parameters of a pass over all rows, without addresses."""
     batch, channels, height, width = size
-    rows = max(1, min(STRIP_BYTES // max(1, width * channels * dtype.itemsize), -(-height // TASKS_PER_THREAD)))
-    strips = -(-height // rows)
     p = empty_fields(Norm)
-    p[Norm.COUNT], p[Norm.STRIPS], p[Norm.ROWS] = batch * strips, strips, rows
+    p[Norm.COUNT], p[Norm.BF16] = batch * height, int(dtype == torch.bfloat16)
     p[Norm.HEIGHT], p[Norm.WIDTH], p[Norm.CHANNELS] = height, width, channels
-    p[Norm.BF16] = int(dtype == torch.bfloat16)
-    return p, batch * strips, strips
+    return p

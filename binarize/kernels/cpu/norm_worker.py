@@ -7,44 +7,32 @@ from numba import types
 
 from binarize.kernels.bitpack import WORD
 from binarize.kernels.cpu import simd
-from binarize.kernels.cpu.conv_worker import activate_row
+from binarize.kernels.cpu.conv_worker import activate_row, sum_row
 from binarize.kernels.cpu.fields import Norm, Shuffle
 from binarize.kernels.cpu.parts import part
-from binarize.kernels.cpu.simd import LANES, fetch_add, field, read_float32, write_float32
-
-
-@part
-def _moments_row(x, step, width, channels, sums, squares, bf16):  # type: ignore[no-untyped-def]
-    size = 4 - 2 * bf16
-    for c in range(0, channels, LANES):
-        count = min(LANES, channels - c)
-        simd.add_moments(x + c * size, step, width, sums + 4 * c, squares + 4 * c, count, bf16)
+from binarize.kernels.cpu.simd import fetch_add, field, read_float32, write_float32
 
 
 def moments_worker(p):  # type: ignore[no-untyped-def]
-    """Sum each strip of rows and its squares, channel by channel."""
-    strips, rows, channels = field(p, Norm.STRIPS), field(p, Norm.ROWS), field(p, Norm.CHANNELS)
+    """Sum each row and its squares, channel by channel."""
+    height, channels = field(p, Norm.HEIGHT), field(p, Norm.CHANNELS)
     while True:
         task = fetch_add(p + 8 * Norm.TASKS, 1)
         if task >= field(p, Norm.COUNT):
             break
-        first = task % strips * rows
-        x = field(p, Norm.X) + task // strips * field(p, Norm.X_BATCH) + first * field(p, Norm.X_ROW)
-        sums = field(p, Norm.SUMS) + task * 8 * channels
-        for _ in range(first, min(first + rows, field(p, Norm.HEIGHT))):
-            squares, bf16 = sums + 4 * channels, field(p, Norm.BF16)
-            _moments_row(x, field(p, Norm.X_PIXEL), field(p, Norm.WIDTH), channels, sums, squares, bf16)
-            x += field(p, Norm.X_ROW)
+        x = field(p, Norm.X) + task // height * field(p, Norm.X_BATCH) + task % height * field(p, Norm.X_ROW)
+        sums = field(p, Norm.ROW_SUMS) + task * 8 * channels
+        sum_row(x, field(p, Norm.X_PIXEL), field(p, Norm.WIDTH), channels, sums, field(p, Norm.BF16))
 
 
 def factors_worker(p):  # type: ignore[no-untyped-def]
     """Turn sums and sums of squares into GroupNorm's factors and offsets, for every sample."""
-    strips, channels, groups = field(p, Norm.STRIPS), field(p, Norm.CHANNELS), field(p, Norm.GROUPS)
-    pixels = field(p, Norm.HEIGHT) * field(p, Norm.WIDTH)
+    height, channels, groups = field(p, Norm.HEIGHT), field(p, Norm.CHANNELS), field(p, Norm.GROUPS)
+    pixels = height * field(p, Norm.WIDTH)
     weight, bias, shifts, eps = field(p, Norm.WEIGHT), field(p, Norm.BIAS), field(p, Norm.SHIFT), field(p, Norm.EPS)
     width = channels // groups
-    for sample in range(field(p, Norm.COUNT) // strips):
-        sums = field(p, Norm.SUMS) + sample * strips * 8 * channels
+    for sample in range(field(p, Norm.COUNT) // height):
+        sums = field(p, Norm.ROW_SUMS) + sample * height * 8 * channels
         row = shifts + sample * channels * 4 if shifts != 0 else 0
         factors = field(p, Norm.FACTORS) + sample * channels * 4
         offsets = field(p, Norm.OFFSETS) + sample * channels * 4
@@ -52,9 +40,9 @@ def factors_worker(p):  # type: ignore[no-untyped-def]
             mean, square = 0.0, 0.0
             for c in range(g * width, (g + 1) * width):
                 total, squares = 0.0, 0.0
-                for strip in range(strips):
-                    total += types.float64(read_float32(sums + (strip * 2 * channels + c) * 4))
-                    squares += types.float64(read_float32(sums + ((strip * 2 + 1) * channels + c) * 4))
+                for y in range(height):
+                    total += types.float64(read_float32(sums + (y * 2 * channels + c) * 4))
+                    squares += types.float64(read_float32(sums + ((y * 2 + 1) * channels + c) * 4))
                 shift = types.float64(read_float32(row + 4 * c)) if row != 0 else 0.0
                 mean += total / pixels + shift
                 square += squares / pixels + 2 * shift * total / pixels + shift * shift
@@ -73,20 +61,18 @@ def factors_worker(p):  # type: ignore[no-untyped-def]
 
 def silu_worker(p):  # type: ignore[no-untyped-def]
     """Write silu(x * factor + offset)."""
-    strips, rows, channels = field(p, Norm.STRIPS), field(p, Norm.ROWS), field(p, Norm.CHANNELS)
-    bf16 = field(p, Norm.BF16)
+    height, channels, bf16 = field(p, Norm.HEIGHT), field(p, Norm.CHANNELS), field(p, Norm.BF16)
     while True:
         task = fetch_add(p + 8 * Norm.TASKS, 1)
         if task >= field(p, Norm.COUNT):
             break
-        sample, first = task // strips, task % strips * rows
+        sample, y = task // height, task % height
         factors = field(p, Norm.FACTORS) + sample * channels * 4
         offsets = field(p, Norm.OFFSETS) + sample * channels * 4
-        for y in range(first, min(first + rows, field(p, Norm.HEIGHT))):
-            x = field(p, Norm.X) + sample * field(p, Norm.X_BATCH) + y * field(p, Norm.X_ROW)
-            out = field(p, Norm.OUT) + sample * field(p, Norm.OUT_BATCH) + y * field(p, Norm.OUT_ROW)
-            step, out_step = field(p, Norm.X_PIXEL), field(p, Norm.OUT_PIXEL)
-            activate_row(x, step, field(p, Norm.WIDTH), channels, factors, offsets, out, out_step, bf16)
+        x = field(p, Norm.X) + sample * field(p, Norm.X_BATCH) + y * field(p, Norm.X_ROW)
+        out = field(p, Norm.OUT) + sample * field(p, Norm.OUT_BATCH) + y * field(p, Norm.OUT_ROW)
+        step, out_step = field(p, Norm.X_PIXEL), field(p, Norm.OUT_PIXEL)
+        activate_row(x, step, field(p, Norm.WIDTH), channels, factors, offsets, out, out_step, bf16)
 
 
 @part

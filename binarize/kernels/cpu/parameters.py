@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from binarize.kernels.row_sums import RowSums
+
 Fields = MutableSequence[int] | np.ndarray
 ALIGN = 64
 # The image rows or words of a task; what a worker reads again should stay in the second-level cache.
@@ -40,6 +42,19 @@ def set_scratch(p: Fields, field: int, workers: int, size: int) -> Tensor:
     memory = torch.empty(workers * size + ALIGN, dtype=torch.uint8, device="cpu")
     p[field], p[field + 1] = aligned(memory.data_ptr()), size
     return memory
+
+
+def empty_row_sums(out: Tensor) -> Tensor:
+    """Return a tensor for the row sums of ``out``; see `RowSums`."""
+    batch, channels, height, _ = out.shape
+    return torch.empty(batch, height, 2, channels, dtype=torch.float32, device="cpu")
+
+
+def set_row_sums(p: Fields, field: int, row_sums: RowSums | None, out: Tensor) -> None:
+    """Have the worker write the row sums of its output into ``row_sums``, if given."""
+    if row_sums is not None:
+        row_sums.of, row_sums.tensor = out, empty_row_sums(out)
+        p[field] = row_sums.tensor.data_ptr()
 
 
 def as_floats(values: Tensor) -> Tensor:

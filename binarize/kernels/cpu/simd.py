@@ -29,8 +29,8 @@ def cpu_features() -> str:
 AVX512 = "+avx512f" in cpu_features()
 _I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 INTS, FLOATS, _HALVES = (ir.VectorType(t, LANES) for t in (I32, F32, _I16))
-# Instructions that multiply and round bfloat16; since LLVM 20, their intrinsics take its own type.
-BF16 = "+avx512bf16" in cpu_features() and binding.llvm_version_info[0] >= 20
+# Whether AVX512_BF16 can be used: its intrinsics have other types in LLVM 15, which llvmlite had before LLVM 20.
+AVX512_BF16 = "+avx512bf16" in cpu_features() and binding.llvm_version_info[0] >= 20
 
 
 class _BFloat(ir.Type):
@@ -39,11 +39,8 @@ class _BFloat(ir.Type):
     def _to_string(self) -> str:
         return "bfloat"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
 
-    def __hash__(self) -> int:
-        return hash(_BFloat)
+_BFLOAT = _BFloat()
 
 
 def constant(value: float | int, kind: ir.VectorType) -> ir.Constant:
@@ -80,8 +77,8 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
 
 
 def dot_bf16(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-    """Return z plus the dot products of the pairs of bfloat16 in the 16 words of x and y; needs `BF16`."""
-    x, y = (b.bitcast(value, ir.VectorType(_BFloat(), 2 * LANES)) for value in (x, y))
+    """Return z plus the dot products of the pairs of bfloat16 in the 16 words of x and y; needs `AVX512_BF16`."""
+    x, y = (b.bitcast(value, ir.VectorType(_BFLOAT, 2 * LANES)) for value in (x, y))
     return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, z, x, y)
 
 
@@ -95,9 +92,12 @@ def _widen(b: ir.IRBuilder, halves: ir.Value) -> ir.Value:
 
 
 def narrow(b: ir.IRBuilder, values: ir.Value) -> ir.Value:
-    """Round to bfloat16, to nearest even; a NaN stays one. The instruction turns subnormal numbers into zeros."""
-    if BF16:
-        rounded = call(b, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), LANES), values)
+    """Round to bfloat16, to nearest even; a NaN stays one.
+
+    The instruction turns subnormal numbers into zeros, so that a negative one, now -0, counts as +1 in a binary layer.
+    """
+    if AVX512_BF16:
+        rounded = call(b, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFLOAT, LANES), values)
         return b.bitcast(rounded, _HALVES)
     bits = b.bitcast(values, INTS)
     odd = b.and_(b.lshr(bits, constant(16, INTS)), constant(1, INTS))
@@ -210,7 +210,7 @@ def close_loop(
     b.position_at_end(done)
 
 
-def by_dtype(b: ir.IRBuilder, bf16: ir.Value, build: Callable[[bool], ir.Value | None]) -> ir.Value | None:
+def by_flag(b: ir.IRBuilder, bf16: ir.Value, build: Callable[[bool], ir.Value | None]) -> ir.Value | None:
     """Append ``build(True)`` and ``build(False)``, one of which runs by the flag, and return the value of that one."""
     with b.if_else(b.icmp_signed("!=", bf16, I64(0))) as (then, otherwise):
         with then:
@@ -223,8 +223,8 @@ def by_dtype(b: ir.IRBuilder, bf16: ir.Value, build: Callable[[bool], ir.Value |
 
 
 def by_mask(b: ir.IRBuilder, count: ir.Value, lanes: int, build: Callable[[bool], ir.Value | None]) -> ir.Value | None:
-    """Append ``build(partial)`` for fewer than ``lanes`` channels and for all of them; see `by_dtype`."""
-    return by_dtype(b, b.zext(b.icmp_signed("<", count, I64(lanes)), I64), build)
+    """Append ``build(partial)`` for fewer than ``lanes`` channels and for all of them; see `by_flag`."""
+    return by_flag(b, b.zext(b.icmp_signed("<", count, I64(lanes)), I64), build)
 
 
 @intrinsic
@@ -247,7 +247,7 @@ def signs(context, x, thresholds, count, bf16):  # type: ignore[no-untyped-def]
                 bits = lanes if half == 0 else b.or_(bits, b.shl(lanes, I32(LANES)))
             return bits
 
-        return by_dtype(b, bf16, lambda half: by_mask(b, count, 2 * LANES, lambda partial: word(half, partial)))
+        return by_flag(b, bf16, lambda half: by_mask(b, count, 2 * LANES, lambda partial: word(half, partial)))
 
     return types.int32(*[types.int64] * 4), codegen
 
@@ -265,15 +265,15 @@ def affine_silu(context, x, factors, offsets, out, count, bf16):  # type: ignore
             value = b.fadd(b.fmul(load_pixels(b, x, half_precision, mask), factor), offset)
             store_pixels(b, _silu(b, value), out, half_precision, mask)
 
-        by_dtype(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: activate(half, partial)))
+        by_flag(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: activate(half, partial)))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), codegen
 
 
 @intrinsic
-def add_moments(context, x, step, pixels, sums, squares, count, bf16):  # type: ignore[no-untyped-def]
-    """Add the sums and the sums of squares of a row of pixels for ``count`` (at most 16) channels."""
+def row_moments(context, x, step, pixels, sums, squares, count, bf16):  # type: ignore[no-untyped-def]
+    """Write the sums and the sums of squares of a row of pixels, at least one, for ``count`` (at most 16) channels."""
 
     def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
         x, step, pixels, sums, squares, count, bf16 = args
@@ -282,17 +282,17 @@ def add_moments(context, x, step, pixels, sums, squares, count, bf16):  # type: 
             mask = lanes_below(b, count) if partial else None
             entry = b.block
             loop, done = b.append_basic_block("loop"), b.append_basic_block("done")
-            start = [load_pixels(b, a, False, mask) for a in (sums, squares)]
+            zeros = [ir.Constant(FLOATS, None)] * 2
             b.branch(loop)
             b.position_at_end(loop)
             i, total, square = b.phi(I64), b.phi(FLOATS), b.phi(FLOATS)
             value = load_pixels(b, b.add(x, b.mul(i, step)), half_precision, mask)
             new_total, new_square = b.fadd(total, value), fma(b, value, value, square)
-            close_loop(b, loop, done, entry, pixels, i, ([total, square], start, [new_total, new_square]))
+            close_loop(b, loop, done, entry, pixels, i, ([total, square], zeros, [new_total, new_square]))
             store_pixels(b, new_total, sums, False, mask)
             store_pixels(b, new_square, squares, False, mask)
 
-        by_dtype(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: add(half, partial)))
+        by_flag(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: add(half, partial)))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7), codegen
@@ -312,7 +312,7 @@ def deinterleave(context, x, evens, odds, bf16):  # type: ignore[no-untyped-def]
                 lanes = ir.Constant(INTS, list(range(first, 2 * LANES, 2)))
                 store(b, b.shuffle_vector(low, high, lanes), out, size)
 
-        by_dtype(b, bf16, deal)
+        by_flag(b, bf16, deal)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen

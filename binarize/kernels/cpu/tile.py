@@ -60,7 +60,7 @@ def make_tile(pixels: int) -> Any:
                     b.branch(done)
                 b.position_at_end(done)
 
-            simd.by_dtype(b, bf16, build)
+            simd.by_flag(b, bf16, build)
             return context.get_dummy_value()
 
         kinds = [types.float32 if name in ("low", "high") else types.int64 for name in _ARGUMENTS]

@@ -18,8 +18,17 @@ from binarize.kernels.checks import as_channels_last
 from binarize.kernels.cpu import threads
 from binarize.kernels.cpu.compile import worker
 from binarize.kernels.cpu.fields import Tiles, Winograd
-from binarize.kernels.cpu.parameters import ALIGN, TASKS_PER_THREAD, aligned, as_floats, set_image, set_scratch
-from binarize.kernels.cpu.simd import AVX512, BF16
+from binarize.kernels.cpu.parameters import (
+    ALIGN,
+    TASKS_PER_THREAD,
+    aligned,
+    as_floats,
+    set_image,
+    set_row_sums,
+    set_scratch,
+)
+from binarize.kernels.cpu.simd import AVX512, AVX512_BF16
+from binarize.kernels.row_sums import RowSums
 
 # Filters up to this size stay in the second-level cache beside the transformed patches of some tiles and their
 # products. Larger ones are multiplied by torch, with as many tiles at once as the last-level cache has room for.
@@ -54,20 +63,21 @@ def tile_size(x: Tensor, low_precision: bool) -> Literal[2, 4]:
 
 def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, input_norm: Tensor | None, residual: Tensor | None,
-    tile: Literal[2, 4] = 4, transposed: bool = False, round_products: bool = False,
+    tile: Literal[2, 4] = 4, transposed: bool = False, bf16_products: bool = False,
+    row_sums: RowSums | None = None,
 ) -> Tensor:  # fmt: skip
     """Return a 3x3 convolution with padding 1, C_in a multiple of 16; see `binarize.kernels.ops.conv3x3`.
 
     Tiles of 2 x 2 outputs (float32 only) round no more than a direct convolution does; tiles of 4 x 4 are faster.
     ``transposed`` gives the transposed convolution, that is the gradient of the input from the output's; both widths
-    must then be multiples of 16. ``round_products`` rounds the factors of the products in bfloat16 convolutions too,
-    where the processor has an instruction for that and tiles are 4 x 4.
+    must then be multiples of 16. ``bf16_products`` multiplies bfloat16 if x is bfloat16, tiles are 4 x 4 and the
+    processor has AVX512_BF16. Otherwise products are float32, as in training, whose errors would add up.
     """
     spare = -weight.shape[0] % LANES
     if spare and not transposed:  # fill the last block of output channels; an image has three
         weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, spare))
         bias = None if bias is None else F.pad(bias, (0, spare))
-        y = conv3x3(x, weight, bias, input_norm, None, tile, round_products=round_products)[:, :-spare]
+        y = conv3x3(x, weight, bias, input_norm, None, tile, bf16_products=bf16_products)[:, :-spare]
         y = y.contiguous(memory_format=torch.channels_last)
         return y if residual is None else y.add_(residual)
     x = as_channels_last(x)
@@ -86,7 +96,7 @@ def conv3x3(
     values = (tile + 2) ** 2
     apart = 4 * values * channels * out_channels > FILTER_BYTES
     apart = apart and size == 4 and input_norm is None and residual is None
-    dot_bf16 = BF16 and round_products and size == 2 and tile == 4 and not transposed
+    dot_bf16 = AVX512_BF16 and bf16_products and size == 2 and tile == 4 and not transposed
     filters = _planes(values, channels // (1 + dot_bf16), out_channels)
     p = np.zeros(len(Winograd), np.int64)
     p[Winograd.COUNT], p[Winograd.IN_CHANNELS], p[Winograd.OUT_CHANNELS] = out_channels // LANES, channels, out_channels
@@ -124,6 +134,7 @@ def conv3x3(
     if residual is not None:
         held.append(as_channels_last(residual.to(x.dtype)))
         set_image(p, Winograd.RESIDUAL, held[-1])
+    set_row_sums(p, Winograd.ROW_SUMS, row_sums, out)
     threads.run(worker("winograd"), p.ctypes.data, tasks)
     return out
 

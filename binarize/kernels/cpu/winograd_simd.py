@@ -41,6 +41,8 @@ def matmul(context, x, x_step, w, w_step, k, out, out_step, blocks, dot_bf16):  
     """Write `ROWS` x ``blocks`` x 16 sums of k products, held in registers; float32, or of 2k products of bfloat16.
 
     ``out[p * out_step + 64 r + 4 lane] = sum_j x[p * x_step + 4 j] * w[r * w_step + 64 j + 4 lane]``
+
+    With ``dot_bf16``, a word is a pair of bfloat16, and each product is the dot product of two pairs.
     """
 
     def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
@@ -67,8 +69,8 @@ def matmul(context, x, x_step, w, w_step, k, out, out_step, blocks, dot_bf16):  
             add_product = simd.dot_bf16 if half_precision else fma
             _by_blocks(b, blocks, lambda n: multiply(n, add_product))
 
-        if simd.BF16:
-            simd.by_dtype(b, dot_bf16, choose)
+        if simd.AVX512_BF16:
+            simd.by_flag(b, dot_bf16, choose)
         else:
             choose(False)
         return context.get_dummy_value()
@@ -129,7 +131,11 @@ def _mirrored(line: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _multiply(b: ir.IRBuilder, matrix: Matrix, values: list[ir.Value]) -> list[ir.Value]:
-    """Return matrix @ values. Points of interpolation come in pairs, x and -x, which share their even and odd parts."""
+    """Return matrix @ values.
+
+    Rows (or columns) of opposite points differ only in the signs of their odd entries, so both are computed from one
+    even and one odd part.
+    """
     columns, rows = list(transposed(matrix)), list(matrix)
     if len(columns) > len(rows):
         for i in range(len(columns) - 1):
@@ -165,25 +171,25 @@ class Winograd(NamedTuple):
     output: Matrix  # A^T, (m, n)
 
 
-def _interpolate(x: float, y: float) -> Winograd:
-    """Return F(4 x 4, 3 x 3) for the points 0, x, -x, y, -y and infinity, by Toom and Cook's construction."""
-    points, product = (x, -x, y, -y), x * x * y * y
-    others = (y, y, x, x)
+def _interpolate(first: float, second: float) -> Winograd:
+    """Return F(4 x 4, 3 x 3) for 0, two pairs of opposite points and infinity, by the Toom-Cook construction."""
+    points, others = (first, -first, second, -second), (second, second, first, first)
+    product, squares = (first * second) ** 2, first**2 + second**2
     scales = [2 * p * p * (p * p - q * q) for p, q in zip(points, others, strict=True)]
     return Winograd(
         (
-            (product, 0, -(x * x + y * y), 0, 1, 0),
+            (product, 0, -squares, 0, 1, 0),
             *((0, -p * q * q, -q * q, p, 1, 0) for p, q in zip(points, others, strict=True)),
-            (0, product, 0, -(x * x + y * y), 0, 1),
+            (0, product, 0, -squares, 0, 1),
         ),
         ((1 / product, 0, 0), *((1 / s, p / s, p * p / s) for p, s in zip(points, scales, strict=True)), (0, 0, 1)),
         tuple((float(i == 0), *(p**i for p in points), float(i == 3)) for i in range(4)),
     )
 
 
-# By m: 2 from Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.1; 4 with points that
-# round less than the 1 and 2 of section 4.3 (Barabasz et al. 2020, "Error analysis and improving the accuracy of
-# Winograd convolution for deep neural networks", propose others than integers): half as much in bfloat16.
+# By m. m = 2 is from Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.1. m = 4 uses
+# the points 5/8 and 3/2 instead of 1 and 2 (section 4.3), which halves the rounding errors. Barabasz et al. 2020,
+# "Error analysis and improving the accuracy of Winograd convolution for deep neural networks", use fractions too.
 WINOGRAD = {
     2: Winograd(
         ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
@@ -200,18 +206,24 @@ def transposed(matrix: Matrix) -> Matrix:
 
 def _by_size(b: ir.IRBuilder, m: ir.Value, build: Callable[[Winograd], None]) -> None:
     """Append the code for both tile sizes and run the one for m x m outputs."""
-    simd.by_dtype(b, b.and_(m, I64(4)), lambda four: build(WINOGRAD[4 if four else 2]))
+    simd.by_flag(b, b.and_(m, I64(4)), lambda four: build(WINOGRAD[4 if four else 2]))
+
+
+def _has_pairs(size: Winograd) -> bool:
+    """Return whether there is code that multiplies pairs of bfloat16."""
+    return simd.AVX512_BF16 and size is WINOGRAD[4]
 
 
 def _flat(grid: list[list[ir.Value]]) -> list[ir.Value]:
     return [value for line in grid for value in line]
 
 
-def make_patch_transform(choose: Callable[[Winograd], Matrix]) -> Any:
+def make_patch_transform(choose: Callable[[Winograd], Matrix], narrows: bool = False) -> Any:
     """Return ``f(addresses, channel, out, step, m, bf16, narrow)``: matrix @ patch @ matrix.T for 16 channels.
 
     ``addresses`` points to the addresses of the patch's pixels, ``channel`` is an offset in bytes from each. Value i of
     the transform goes to ``out + i * step``, float32, or bfloat16 if ``narrow`` (then ``bf16``, and m is 4).
+    Only with ``narrows`` is there code for that.
     """
 
     @intrinsic
@@ -219,7 +231,7 @@ def make_patch_transform(choose: Callable[[Winograd], Matrix]) -> Any:
         def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
             addresses, channel, out, step, m, bf16, narrow = args
 
-            def apply(matrix: Matrix, half_precision: bool, narrowed: bool = False) -> None:
+            def apply(matrix: Matrix, half_precision: bool, narrowed: bool) -> None:
                 side = len(matrix[0])
                 places = [b.load(simd.pointer(b, b.add(addresses, I64(8 * i)), I64)) for i in range(side * side)]
                 pixels = [simd.load_pixels(b, b.add(place, channel), half_precision, None) for place in places]
@@ -227,13 +239,13 @@ def make_patch_transform(choose: Callable[[Winograd], Matrix]) -> Any:
                 for value, target in zip(_flat(_sandwich(b, grid, matrix)), iterate(b, out, step), strict=False):
                     store(b, simd.narrow(b, value) if narrowed else value, target)
 
-            def apply_for(matrix: Matrix, half_precision: bool) -> None:
-                if half_precision and simd.BF16 and len(matrix) == 6:
-                    simd.by_dtype(b, narrow, lambda narrowed: apply(matrix, True, bool(narrowed)))
+            def apply_for(size: Winograd, half_precision: bool) -> None:
+                if narrows and half_precision and _has_pairs(size):
+                    simd.by_flag(b, narrow, lambda narrowed: apply(choose(size), True, narrowed))
                 else:
-                    apply(matrix, half_precision)
+                    apply(choose(size), half_precision, False)
 
-            _by_size(b, m, lambda size: simd.by_dtype(b, bf16, lambda half: apply_for(choose(size), half)))
+            _by_size(b, m, lambda size: simd.by_flag(b, bf16, lambda half: apply_for(size, half)))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), codegen
@@ -242,15 +254,15 @@ def make_patch_transform(choose: Callable[[Winograd], Matrix]) -> Any:
 
 
 @intrinsic
-def filter_transform(context, w, second, lane, row, column, out, step, m):  # type: ignore[no-untyped-def]
+def filter_transform(context, w, later, paired, lane, row, column, out, step, m):  # type: ignore[no-untyped-def]
     """Transform one input channel's 3x3 taps for 16 output channels, whose weights are ``lane`` bytes apart.
 
-    Unless ``second`` is 0 (m is 4 then), pairs of bfloat16 are written: of this channel and of the one that is
-    ``second`` bytes after it.
+    The values are float32. If ``paired`` (m is 4 then), they are pairs of bfloat16 instead: this channel's and those of
+    the channel at ``later``.
     """
 
     def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        w, second, lane, row, column, out, step, m = args
+        w, later, paired, lane, row, column, out, step, m = args
 
         def tap(w: ir.Value, y: int, x: int) -> ir.Value:
             start = b.add(w, b.add(b.mul(row, I64(y)), b.mul(column, I64(x))))
@@ -263,24 +275,23 @@ def filter_transform(context, w, second, lane, row, column, out, step, m):  # ty
         def transform(size: Winograd, w: ir.Value) -> list[ir.Value]:
             return _flat(_sandwich(b, [[tap(w, y, x) for x in range(3)] for y in range(3)], size.filter))
 
-        def apply(size: Winograd, paired: bool) -> None:
+        def apply(size: Winograd, as_pairs: bool) -> None:
             values = transform(size, w)
-            if paired:
-                later = transform(size, b.add(w, second))
-                values = [simd.pair(b, *both) for both in zip(values, later, strict=True)]
+            if as_pairs:
+                values = [simd.pair(b, *both) for both in zip(values, transform(size, later), strict=True)]
             for value, target in zip(values, iterate(b, out, step), strict=False):
                 store(b, value, target)
 
         def choose(size: Winograd) -> None:
-            if simd.BF16 and len(size.input) == 6:
-                simd.by_dtype(b, second, lambda paired: apply(size, bool(paired)))
+            if _has_pairs(size):
+                simd.by_flag(b, paired, lambda as_pairs: apply(size, as_pairs))
             else:
                 apply(size, False)
 
         _by_size(b, m, choose)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8), codegen
+    return types.void(*[types.int64] * 9), codegen
 
 
 @intrinsic
@@ -335,12 +346,12 @@ def output_transform(context, x, step, bias, residual, r_row, r_pixel, out, row,
                         target = b.add(out, b.add(b.mul(row, I64(y)), b.mul(pixel, I64(i))))
                         simd.store_pixels(b, value, target, half_precision, None)
 
-        _by_size(b, m, lambda size: simd.by_dtype(b, bf16, lambda half: write(size, half)))
+        _by_size(b, m, lambda size: simd.by_flag(b, bf16, lambda half: write(size, half)))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 13), codegen
 
 
-input_transform = make_patch_transform(lambda size: size.input)
+input_transform = make_patch_transform(lambda size: size.input, narrows=True)
 # The transpose of `output_transform`, for the gradient of the output.
 output_gradient = make_patch_transform(lambda size: transposed(size.output))

@@ -6,7 +6,7 @@ They are workers like those of `_workers`.
 from __future__ import annotations
 
 from binarize.kernels.cpu import winograd_simd
-from binarize.kernels.cpu.conv_worker import activate_row, clear
+from binarize.kernels.cpu.conv_worker import activate_row, clear, sum_row
 from binarize.kernels.cpu.fields import Tiles, Winograd
 from binarize.kernels.cpu.parts import part
 from binarize.kernels.cpu.simd import LANES, fetch_add, field, read_int64, write_int64
@@ -15,10 +15,8 @@ from binarize.kernels.cpu.winograd_simd import filter_gradient, matmul, output_g
 
 def filter_worker(p):  # type: ignore[no-untyped-def]
     """Transform the 3x3 weights of one block of 16 output channels at a time."""
-    channels, step, together = field(p, Winograd.IN_CHANNELS), field(p, Winograd.FILTERS_STEP), 1
-    second = 0
-    if field(p, Winograd.DOT_BF16) != 0:
-        together, second = 2, field(p, Winograd.WEIGHT_IN)
+    channels, step = field(p, Winograd.IN_CHANNELS), field(p, Winograd.FILTERS_STEP)
+    paired, next_channel = field(p, Winograd.DOT_BF16), field(p, Winograd.WEIGHT_IN)
     lane, row, column = field(p, Winograd.WEIGHT_OUT), field(p, Winograd.WEIGHT_ROW), field(p, Winograd.WEIGHT_COLUMN)
     while True:
         task = fetch_add(p + 8 * Winograd.TASKS, 1)
@@ -26,9 +24,10 @@ def filter_worker(p):  # type: ignore[no-untyped-def]
             break
         w = field(p, Winograd.WEIGHT) + task * LANES * lane
         out = field(p, Winograd.FILTERS) + task * field(p, Winograd.FILTERS_OUT)
-        for _ in range(0, channels, together):
-            winograd_simd.filter_transform(w, second, lane, row, column, out, step, field(p, Winograd.TILE))
-            w += together * field(p, Winograd.WEIGHT_IN)
+        for _ in range(0, channels, 1 + paired):
+            later = w + next_channel
+            winograd_simd.filter_transform(w, later, paired, lane, row, column, out, step, field(p, Winograd.TILE))
+            w += (1 + paired) * next_channel
             out += field(p, Winograd.FILTERS_IN)
 
 
@@ -115,6 +114,7 @@ def winograd_worker(p):  # type: ignore[no-untyped-def]
     scratch = field(p, Winograd.SCRATCH) + me * field(p, Winograd.SCRATCH_STEP)
     lines, activated = scratch, scratch + 64
     normed = field(p, Winograd.NORM_FACTORS) != 0
+    row_sums, out_channels = field(p, Winograd.ROW_SUMS), field(p, Winograd.OUT_CHANNELS)
     row_size = width * channels * size
     rest = activated + (8 * row_size + 63) // 64 * 64 if normed else activated
     clear(rest + 320, channels)
@@ -147,6 +147,10 @@ def winograd_worker(p):  # type: ignore[no-untyped-def]
                 write_int64(lines + 8 * i, line)
             done = m * tile_y + m + 1
             _tile_row(p, sample, tile_y, lines, rest)
+            for y in range(m * tile_y, min(m * tile_y + m, height) if row_sums != 0 else 0):
+                out = field(p, Winograd.OUT) + sample * field(p, Winograd.OUT_BATCH) + y * field(p, Winograd.OUT_ROW)
+                sums = row_sums + (sample * height + y) * 8 * out_channels
+                sum_row(out, field(p, Winograd.OUT_PIXEL), width, out_channels, sums, bf16)
 
 
 @part
