@@ -87,7 +87,7 @@ def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96, z
     for path in sorted(data.iterdir()):
         high = read_image(path).pixels()
         high = high[..., : high.shape[-2] // 8 * 8, : high.shape[-1] // 8 * 8]
-        top, left = _most_textured(high.float().mean(0).numpy(), 2 * side)
+        top, left = most_textured(high.float().mean(0).numpy(), 2 * side)
         around = high[..., top : top + 2 * side, left : left + 2 * side]
         small = degrade(around, pipeline.scale)
         low = _image(small)
@@ -96,21 +96,28 @@ def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96, z
         panels.append(_image(around))
         middle = (side // 2, side // 2, side // 2 + side, side // 2 + side)
         lines.append([panel.crop(middle).resize((side * zoom,) * 2, Image.Resampling.NEAREST) for panel in panels])
-    width, margin, head = side * zoom, 4, 16
-    sheet = Image.new("RGB", (4 * (width + margin) + margin, len(lines) * (width + margin) + margin + head), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, title in enumerate(("bicubic", _steps(min(steps)), _steps(max(steps)), "original")):
+    sheet(["bicubic", _steps(min(steps)), _steps(max(steps)), "original"], lines).save(to)
+
+
+def sheet(titles: list[str], lines: list[list[Image.Image]], margin: int = 4, head: int = 16) -> Image.Image:
+    """Return square panels of one size in lines, with a title above each column."""
+    width = lines[0][0].width
+    size = len(titles) * (width + margin) + margin, len(lines) * (width + margin) + margin + head
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for i, title in enumerate(titles):
         draw.text((margin + i * (width + margin), 2), title, fill="black")
         for j, line in enumerate(lines):
-            sheet.paste(line[i], (margin + i * (width + margin), head + margin + j * (width + margin)))
-    sheet.save(to)
+            image.paste(line[i], (margin + i * (width + margin), head + margin + j * (width + margin)))
+    return image
 
 
 def _steps(count: int) -> str:
     return f"{count} step{'s' if count > 1 else ''}"
 
 
-def _most_textured(grey: np.ndarray, side: int) -> tuple[int, int]:
+def most_textured(grey: np.ndarray, side: int) -> tuple[int, int]:
+    """Return the top left corner of the square with the most texture."""
     slopes = np.abs(np.diff(grey, axis=0))[:, 1:] + np.abs(np.diff(grey, axis=1))[1:]
     corners = [
         (y, x) for y in range(0, grey.shape[0] - side, 16) for x in range(0, grey.shape[1] - side, 16)

@@ -220,6 +220,27 @@ def quality(rows: list[dict[str, Any]]) -> str:
     return Table([Column("steps", align="left"), *columns], lines).to_markdown()
 
 
+def photographs(result: dict[str, Any]) -> str:
+    """Return PSNR on degraded photographs: that of Lanczos, and what models add to it."""
+    rows, noise = result["rows"], result["noise"]
+    models = [name for name in noise if name not in ("input", "Lanczos")]
+    lines: list[list[Any]] = []
+    for row in rows:
+        scores = row["psnr"]
+        gains = [scores[name] - scores["Lanczos"] for name in models]
+        lines.append(
+            [row["image"], row["degradation"], f"{scores['Lanczos']:.2f}", *(f"{gain:+.2f}" for gain in gains)]
+        )
+    sums = [sum(row["psnr"][name] - row["psnr"]["Lanczos"] for row in rows) / len(rows) for name in models]
+    lines.append(["mean", "", "", *(f"{gain:+.2f}" for gain in sums)])
+    levels = [f"{noise[name]:.1f}" for name in ("Lanczos", *models)]
+    lines.append([f"noise of {noise['input']:.1f} levels", "deviation after", *levels])
+    columns = [Column(name, align="right") for name in ("Lanczos", *models)]
+    return Table(
+        [Column("photograph", align="left"), Column("degradation", align="left"), *columns], lines
+    ).to_markdown()
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "packed-layers": packed_layers,
     "packed-roofline": packed_roofline,
@@ -259,6 +280,8 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
     kind, _, part = name.partition("-")
     if kind == "quality":
         return quality(json.loads((RESULTS / f"{name}.json").read_text())["rows"])
+    if kind == "photographs":
+        return photographs(json.loads((RESULTS / f"{name}.json").read_text()))
     key = part or "rows"
     results = {file: data[key] for file, data in found.items() if file.startswith(kind) and data.get(key)}
     if results:
@@ -275,7 +298,9 @@ def main() -> None:
     }
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"<!-- ((?:machines|packed|training|gpu|quality|bits|int8)[\w-]*):begin -->", text):
+        for name in re.findall(
+            r"<!-- ((?:machines|packed|training|gpu|quality|photographs|bits|int8)[\w-]*):begin -->", text
+        ):
             text = replace_between(text, name, section(name, found))
         page.write_text(text, encoding="utf-8")
         print(f"wrote {page.relative_to(ROOT)}")

@@ -1,0 +1,117 @@
+"""The quality of super-resolution models on degraded photographs, compared with Lanczos upscaling.
+
+    python benchmarks/photographs.py FOLDER --model models/pretrained/photo_x2 models/pretrained/x2 --name x2
+
+Each photograph of the folder is reduced by Pillow's box filter, or by its Lanczos filter and then compressed as a JPEG
+of quality 90 or 75, and upscaled again. PSNR is measured on Y without a border of `scale` pixels. A last row has the
+standard deviation of a gray gradient with Gaussian noise of 5 levels, after the gradient has been subtracted. Results
+go to benchmarks/results/photographs-NAME.json. `--crops` instead draws a detail of each photograph after JPEG 75.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from quality import most_textured, sheet
+from tables import photographs
+
+from binarize.evaluation import psnr
+from binarize.imaging import degradation as steps
+from binarize.imaging import read_image
+from binarize.models import SuperResolutionPipeline
+from binarize.models.loading import load_pipeline, prepare, sample
+
+RESULTS = Path(__file__).parent / "results"
+DEGRADATIONS: dict[str, tuple[str, int | None]] = {"box": ("box", None), "JPEG 90": ("lanczos", 90)}
+DEGRADATIONS |= {"JPEG 75": ("lanczos", 75)}
+NOISE = 5
+Models = dict[str, SuperResolutionPipeline | None]
+
+
+def reduced(image: torch.Tensor, scale: int, kind: str) -> Image.Image:
+    """Return a low-resolution image of uint8 (3, H, W)."""
+    name, quality = DEGRADATIONS[kind]
+    low = steps.resize(image.float() / 255, (image.shape[1] // scale, image.shape[2] // scale), name)
+    low = low if quality is None else steps.compress(low, "JPEG", quality=quality, subsampling="4:2:0")
+    return to_image((255 * low).round().byte())
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def upscale(image: Image.Image, pipeline: SuperResolutionPipeline | None, scale: int) -> torch.Tensor:
+    """Return the result of a model, or of Lanczos upscaling."""
+    if pipeline is None:
+        size = image.width * scale, image.height * scale
+        return to_pixels(image.resize(size, Image.Resampling.LANCZOS))
+    return to_pixels(sample(pipeline, image, steps=None, seed=0))
+
+
+def deviation(pixels: torch.Tensor, gradient: torch.Tensor) -> float:
+    """Return the standard deviation from a horizontal gradient, away from the borders."""
+    return float((pixels.float() - gradient)[:, 16:-16, 16:-16].std())
+
+
+def crops(folder: Path, models: Models, scale: int, side: int = 96, zoom: int = 2) -> Image.Image:
+    """Return the detail with the most texture of each photograph: every model's result, and the original."""
+    lines, middle = [], (side // 2, side // 2, side // 2 + side, side // 2 + side)
+    for image in photographs_of(folder, 8).values():
+        top, left = most_textured(image.float().mean(0).numpy(), 2 * side)
+        around = image[:, top : top + 2 * side, left : left + 2 * side]
+        low = reduced(around, scale, "JPEG 75")
+        panels = [to_image(upscale(low, model, scale)) for model in models.values()] + [to_image(around)]
+        lines.append([panel.crop(middle).resize((side * zoom,) * 2, Image.Resampling.NEAREST) for panel in panels])
+    return sheet([*models, "original"], lines)
+
+
+def photographs_of(folder: Path, multiple: int) -> dict[str, torch.Tensor]:
+    """Return name -> uint8 (3, H, W), cut to sides that are multiples."""
+    found = {path.stem: (255 * read_image(path).rgb).round().byte() for path in sorted(folder.iterdir())}
+    return {
+        name: image[:, : image.shape[1] // multiple * multiple, : image.shape[2] // multiple * multiple]
+        for name, image in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="photographs")
+    parser.add_argument("--model", type=Path, nargs="+", required=True, help="models of one scale")
+    parser.add_argument("--name", help="write results/photographs-NAME.json")
+    parser.add_argument("--crops", type=Path, help="draw details to this file instead of measuring")
+    options = parser.parse_args()
+    models: Models = {"Lanczos": None, **{model.name: prepare(load_pipeline(model)) for model in options.model}}
+    (scale,) = {pipeline.scale for pipeline in models.values() if pipeline is not None}
+    if options.crops is not None:
+        crops(options.folder, models, scale).save(options.crops)
+        return
+    rows = []
+    for title, image in photographs_of(options.folder, scale).items():
+        for kind in DEGRADATIONS:
+            low = reduced(image, scale, kind)
+            scores = {name: psnr(upscale(low, model, scale), image, border=scale) for name, model in models.items()}
+            rows.append({"image": title, "degradation": kind, "psnr": scores})
+    ramp = torch.linspace(100, 150, 128).expand(3, 128, 128)
+    noise = NOISE * torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    noisy, found = to_image((ramp + noise).round().byte()), {"input": deviation((ramp + noise).round(), ramp)}
+    large = torch.nn.functional.interpolate(ramp[None], scale_factor=scale, mode="bilinear")[0]
+    for name, model in models.items():
+        found[name] = deviation(upscale(noisy, model, scale), large)
+    result = {"scale": scale, "rows": rows, "noise": found}
+    if options.name:
+        (RESULTS / f"photographs-{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(photographs(result))
+
+
+if __name__ == "__main__":
+    main()
