@@ -17,7 +17,7 @@ import binarize
 from binarize.diagnosis import doctor
 from binarize.models import GenerationPipeline, SRUNet, SuperResolutionPipeline, default_model
 from binarize.models import default as _pretrained
-from binarize.models.default import default_generator
+from binarize.models.default import KINDS, default_generator
 from binarize.models.upscaler import default_scheduler
 from binarize.recipes import build_pipeline, load_recipe
 
@@ -110,22 +110,25 @@ def test_a_recipe_hands_its_steps_on() -> None:
         assert build_pipeline(recipe, SRUNet(**NETWORK, num_train_timesteps=timesteps)).num_inference_steps == steps
 
 
+@pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("scale", [2, 4])
-def test_a_shipped_model_is_whole_packed_and_small(scale: int) -> None:
-    folder = default_model(scale)
+def test_a_shipped_model_is_whole_packed_and_small(scale: int, kind: str | None) -> None:
+    folder = default_model(scale, kind)
+    assert folder.name == ("x" if kind == "clean" else "photo_x") + str(scale)
     assert f"x{scale}" in (folder / "README.md").read_text(encoding="utf-8")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     assert (index["scale"], type(index["num_inference_steps"])) == (scale, int)
     for file in folder.rglob("*.json"):
         assert "_name_or_path" not in json.loads(file.read_text())
     assert binarize.is_packed(SuperResolutionPipeline.from_pretrained(folder).unet)
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 4e6
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 2e6
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [2, 4])
-def test_a_shipped_model_is_healthy(scale: int) -> None:
-    report = doctor(default_model(scale))
+def test_a_shipped_model_is_healthy(scale: int, kind: str) -> None:
+    report = doctor(default_model(scale, kind))
     assert report.healthy, report
 
 
