@@ -17,32 +17,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from quality import most_textured, sheet
+from quality import most_textured, sheet, to_image
 from tables import photographs
 
 from binarize.evaluation import psnr
-from binarize.imaging import degradation as steps
 from binarize.imaging import read_image
 from binarize.models import SuperResolutionPipeline
 from binarize.models.loading import load_pipeline, prepare, sample
+from binarize.recipes import load_degradation
 
 RESULTS = Path(__file__).parent / "results"
-DEGRADATIONS: dict[str, tuple[str, int | None]] = {"box": ("box", None), "JPEG 90": ("lanczos", 90)}
-DEGRADATIONS |= {"JPEG 75": ("lanczos", 75)}
+DEGRADATIONS = {
+    "box": load_degradation([{"reduce": "box"}]),
+    "JPEG 90": load_degradation([{"reduce": "lanczos"}, {"jpeg": 90}]),
+    "JPEG 75": load_degradation([{"reduce": "lanczos"}, {"jpeg": 75}]),
+}
 NOISE = 5
 Models = dict[str, SuperResolutionPipeline | None]
 
 
 def reduced(image: torch.Tensor, scale: int, kind: str) -> Image.Image:
     """Return a low-resolution image of uint8 (3, H, W)."""
-    name, quality = DEGRADATIONS[kind]
-    low = steps.resize(image.float() / 255, (image.shape[1] // scale, image.shape[2] // scale), name)
-    low = low if quality is None else steps.compress(low, "JPEG", quality=quality, subsampling="4:2:0")
-    return to_image((255 * low).round().byte())
-
-
-def to_image(pixels: torch.Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    degrade = DEGRADATIONS[kind].seeded(0)
+    assert degrade is not None
+    return to_image(degrade(image, scale, 0))
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
@@ -62,21 +60,19 @@ def deviation(pixels: torch.Tensor, gradient: torch.Tensor) -> float:
     return float((pixels.float() - gradient)[:, 16:-16, 16:-16].std())
 
 
-def crops(folder: Path, models: Models, scale: int, side: int = 96, zoom: int = 2) -> Image.Image:
+def crops(folder: Path, models: Models, scale: int, side: int = 96) -> Image.Image:
     """Return the detail with the most texture of each photograph: every model's result, and the original."""
-    lines, middle = [], (side // 2, side // 2, side // 2 + side, side // 2 + side)
+    lines = []
     for image in photographs_of(folder, 8).values():
-        top, left = most_textured(image.float().mean(0).numpy(), 2 * side)
-        around = image[:, top : top + 2 * side, left : left + 2 * side]
+        around = most_textured(image, 2 * side)
         low = reduced(around, scale, "JPEG 75")
-        panels = [to_image(upscale(low, model, scale)) for model in models.values()] + [to_image(around)]
-        lines.append([panel.crop(middle).resize((side * zoom,) * 2, Image.Resampling.NEAREST) for panel in panels])
+        lines.append([*(to_image(upscale(low, model, scale)) for model in models.values()), to_image(around)])
     return sheet([*models, "original"], lines)
 
 
 def photographs_of(folder: Path, multiple: int) -> dict[str, torch.Tensor]:
     """Return name -> uint8 (3, H, W), cut to sides that are multiples."""
-    found = {path.stem: (255 * read_image(path).rgb).round().byte() for path in sorted(folder.iterdir())}
+    found = {path.stem: read_image(path).pixels() for path in sorted(folder.iterdir())}
     return {
         name: image[:, : image.shape[1] // multiple * multiple, : image.shape[2] // multiple * multiple]
         for name, image in found.items()

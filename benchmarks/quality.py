@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from tables import quality
 
@@ -80,35 +81,34 @@ def plot(models: dict[str, list[dict[str, Any]]], to: Path) -> None:
     figure.savefig(to, dpi=110)
 
 
-def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96, zoom: int = 2) -> None:
+def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96) -> None:
     """Draw the detail with the most texture of each image: bicubic, two numbers of steps, and the original."""
     pipeline = prepare(load_pipeline(model))
     lines = []
     for path in sorted(data.iterdir()):
         high = read_image(path).pixels()
         high = high[..., : high.shape[-2] // 8 * 8, : high.shape[-1] // 8 * 8]
-        top, left = most_textured(high.float().mean(0).numpy(), 2 * side)
-        around = high[..., top : top + 2 * side, left : left + 2 * side]
+        around = most_textured(high, 2 * side)
         small = degrade(around, pipeline.scale)
-        low = _image(small)
-        panels = [_image(upscale_bicubic(small, pipeline.scale))]
+        low = to_image(small)
+        panels = [to_image(upscale_bicubic(small, pipeline.scale))]
         panels += [sample(pipeline, low, steps=count, seed=0) for count in (min(steps), max(steps))]
-        panels.append(_image(around))
-        middle = (side // 2, side // 2, side // 2 + side, side // 2 + side)
-        lines.append([panel.crop(middle).resize((side * zoom,) * 2, Image.Resampling.NEAREST) for panel in panels])
+        lines.append([*panels, to_image(around)])
     sheet(["bicubic", _steps(min(steps)), _steps(max(steps)), "original"], lines).save(to)
 
 
-def sheet(titles: list[str], lines: list[list[Image.Image]], margin: int = 4, head: int = 16) -> Image.Image:
-    """Return square panels of one size in lines, with a title above each column."""
-    width = lines[0][0].width
+def sheet(titles: list[str], lines: list[list[Image.Image]], zoom: int = 2) -> Image.Image:
+    """Return the middles of square panels, half as wide and enlarged, in lines, with a title above each column."""
+    side, margin, head = lines[0][0].width // 2, 4, 16
+    width, middle = side * zoom, (side // 2, side // 2, side // 2 + side, side // 2 + side)
     size = len(titles) * (width + margin) + margin, len(lines) * (width + margin) + margin + head
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for i, title in enumerate(titles):
         draw.text((margin + i * (width + margin), 2), title, fill="black")
         for j, line in enumerate(lines):
-            image.paste(line[i], (margin + i * (width + margin), head + margin + j * (width + margin)))
+            panel = line[i].crop(middle).resize((width, width), Image.Resampling.NEAREST)
+            image.paste(panel, (margin + i * (width + margin), head + margin + j * (width + margin)))
     return image
 
 
@@ -116,17 +116,20 @@ def _steps(count: int) -> str:
     return f"{count} step{'s' if count > 1 else ''}"
 
 
-def most_textured(grey: np.ndarray, side: int) -> tuple[int, int]:
-    """Return the top left corner of the square with the most texture."""
+def most_textured(image: torch.Tensor, side: int) -> torch.Tensor:
+    """Return the square with the most texture of uint8 (3, H, W)."""
+    grey = image.float().mean(0).numpy()
     slopes = np.abs(np.diff(grey, axis=0))[:, 1:] + np.abs(np.diff(grey, axis=1))[1:]
     corners = [
         (y, x) for y in range(0, grey.shape[0] - side, 16) for x in range(0, grey.shape[1] - side, 16)
     ] or [(0, 0)]  # fmt: skip
     best = max(corners, key=lambda c: float(slopes[c[0] : c[0] + side, c[1] : c[1] + side].mean()))
-    return best[0] // 8 * 8, best[1] // 8 * 8
+    top, left = best[0] // 8 * 8, best[1] // 8 * 8
+    return image[..., top : top + side, left : left + side]
 
 
-def _image(pixels: Any) -> Image.Image:
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """Return uint8 (3, H, W) as an image."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 

@@ -2,8 +2,8 @@
 
 `torch.compile` and `torch.export` see one call per operator. Packed operators raise an error if a gradient is required.
 A call with ordinary CPU tensors skips the dispatcher, which takes about as long as the kernel of a small layer, unless
-the call is being compiled, traced, recorded or differentiated. Only calls that skip it leave row sums, so the profiler
-shows passes over images that other runs save.
+the call is being compiled, traced, recorded or differentiated. Row sums are computed only by calls that skip it, so a
+profiled network makes more passes over its activations.
 """
 
 from __future__ import annotations

@@ -314,26 +314,6 @@ def test_a_3x3_convolution_equals_torchs_with_an_empty_batch_too(batch: int, wid
         assert conv3x3(x, weight, bias, None, None).device.type == "cpu"
 
 
-@pytest.mark.parametrize("widths", [(16, 3), (48, 32), (80, 144)])
-@pytest.mark.parametrize("size", [(5, 7), (9, 70)])
-@pytest.mark.parametrize("dots", [True, False])
-def test_a_3x3_convolution_in_bfloat16_is_near_torchs_in_float32(
-    dots: bool, size: tuple[int, int], widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    winograd = pytest.importorskip("binarize.kernels.cpu.winograd")
-    if not dots:  # the code that processors without AVX512_BF16 run
-        monkeypatch.setattr(winograd, "AVX512_BF16", False)
-    x, weight = torch.randn(2, widths[0], *size).bfloat16(), torch.randn(*widths[::-1], 3, 3)
-    bias, residual = torch.randn(widths[1]), torch.randn(2, widths[1], *size).bfloat16()
-    norm = torch.randn(2, 2, widths[0])
-    activated = nn.functional.silu(x.float() * norm[0, ..., None, None] + norm[1, ..., None, None])
-    expected = nn.functional.conv2d(activated, weight, bias, padding=1) + residual.float()
-    error = conv3x3(x, weight, bias, norm, residual).float() - expected
-    share = 0.02 if dots else 0.006
-    assert error.norm() <= share * expected.norm()
-    assert error.abs().max() <= 3 * share * expected.abs().max()
-
-
 def test_outputs_in_bfloat16_are_rounded_to_the_nearest_and_ties_to_even() -> None:
     packed = PackedConv2d(BinaryConv2d.from_float(nn.Conv2d(64, 32, 3, padding=1, bias=False), "bnn").eval())
     x = torch.randn(2, 64, 12, 12).bfloat16()

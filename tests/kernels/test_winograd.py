@@ -1,4 +1,4 @@
-"""Winograd's algorithm in training: products and gradients of 3x3 convolutions, against torch's in float64."""
+"""Winograd's algorithm for 3x3 convolutions: products and gradients, against torch's convolution."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import binarize
+from binarize.kernels import ops
 from binarize.kernels.cpu.threads import has_amx
 from binarize.layers import BinaryConv2d
 from binarize.layers.fused import conv3x3
@@ -221,3 +222,22 @@ def test_a_network_has_the_same_gradients_with_and_without_winograd(calls: list[
     torch.testing.assert_close(y, plain_y, rtol=0, atol=1e-5)
     for name, value in plain.items():
         assert float((found[name] - value).norm()) <= 1e-4 * float(value.norm()) + 1e-7, name
+
+
+@pytest.mark.parametrize("widths", [(16, 3), (48, 32), (80, 144)])
+@pytest.mark.parametrize("size", [(5, 7), (9, 70)])
+@pytest.mark.parametrize("dots", [True, False])
+def test_a_3x3_convolution_in_bfloat16_is_near_torchs_in_float32(
+    dots: bool, size: tuple[int, int], widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not dots:  # the code that processors without AVX512_BF16 run
+        monkeypatch.setattr(winograd, "AVX512_BF16", False)
+    x, weight = torch.randn(2, widths[0], *size).bfloat16(), torch.randn(*widths[::-1], 3, 3)
+    bias, residual = torch.randn(widths[1]), torch.randn(2, widths[1], *size).bfloat16()
+    norm = torch.randn(2, 2, widths[0])
+    activated = nn.functional.silu(x.float() * norm[0, ..., None, None] + norm[1, ..., None, None])
+    expected = nn.functional.conv2d(activated, weight, bias, padding=1) + residual.float()
+    error = ops.conv3x3(x, weight, bias, norm, residual).float() - expected
+    share = 0.02 if dots else 0.006
+    assert error.norm() <= share * expected.norm()
+    assert error.abs().max() <= 3 * share * expected.abs().max()

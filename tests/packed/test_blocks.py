@@ -32,9 +32,14 @@ def test_a_full_precision_fusion_equals_its_convolutions(biases: tuple[bool, boo
             torch.testing.assert_close(found, expected)
 
 
-def test_a_packed_network_fuses_its_last_layers_and_copies_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_network() -> SRUNet:
     unet = SRUNet(base_channels=16, channel_mults=(1, 2), res_blocks=1, norm_groups=4, dropout=0.0).eval()
     binarize.convert(unet, "bidiffsr")
+    return unet
+
+
+def test_a_packed_network_fuses_its_last_layers_and_copies_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = small_network()
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([10])
     with torch.no_grad():
         expected = unet(x, t, x).sample
@@ -129,8 +134,7 @@ def test_a_packed_network_sums_no_image_that_a_block_has_summed(monkeypatch: pyt
     if backends.cpu_kernels() is None:
         pytest.skip("plain torch leaves no sums")
     norm = pytest.importorskip("binarize.kernels.cpu.norm")
-    unet = SRUNet(base_channels=16, channel_mults=(1, 2), res_blocks=1, norm_groups=4, dropout=0.0).eval()
-    packed, read, plain = binarize.pack(binarize.convert(unet, "bidiffsr")), [], norm._row_sums
+    packed, read, plain = binarize.pack(small_network()), [], norm._row_sums
 
     def row_sums(x: Tensor, p: Any) -> Tensor:
         read.append(x)
@@ -146,8 +150,7 @@ def test_a_packed_network_sums_no_image_that_a_block_has_summed(monkeypatch: pyt
 
 
 def test_a_hook_that_changes_a_convolutions_output_changes_the_norm_after_it() -> None:
-    unet = SRUNet(base_channels=16, channel_mults=(1, 2), res_blocks=1, norm_groups=4, dropout=0.0).eval()
-    packed = binarize.pack(binarize.convert(unet, "bidiffsr"))
+    packed = binarize.pack(small_network())
     block = next(m for m in packed.modules() if isinstance(getattr(m, "conv1", None), PackedConv2d))
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([10])
     with torch.no_grad():

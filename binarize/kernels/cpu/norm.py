@@ -66,8 +66,8 @@ def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_sums(x: Tensor, p: array[int]) -> Tensor:
-    """Return the row sums of ``x``, for which ``p`` are the parameters of a pass."""
-    x, p = as_channels_last(x), p[:]
+    """Return the row sums of ``x``, computed with the parameters ``p`` of a pass over it."""
+    x = as_channels_last(x)
     sums = empty_row_sums(x)
     if x.numel() == 0:
         return sums.zero_()
