@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from binarize.recipes import sections
-from binarize.recipes.schema import TrainingRecipe
+from binarize.recipes.schema import Loss, TrainingRecipe
 from binarize.recipes.sections import Section, UserPath
 
 _BY_CLASSES = "has no effect without classes; name them, or remove it"
@@ -73,7 +73,7 @@ class GenerationRecipe(TrainingRecipe):
     model: NetworkSection = Field(description="The network: its class and options, `from_pretrained`, or `factory`.")
     distillation: GenerationDistillation | None = None
     """Train with a trained network as the teacher: `{teacher: folder, ...}`."""
-    loss: Literal["l1", "l2", "charbonnier"] = Field(default="l2", description="Loss between prediction and target.")
+    loss: Loss = Field(default="l2", description="Loss between prediction and target.")
 
     classes: tuple[str, ...] | None = Field(default=None, min_length=1)
     """The sub-folders of `train_data_dir`, one per class, in the order of their labels; null: no classes."""

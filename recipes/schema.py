@@ -18,6 +18,7 @@ _TIMM_LR_SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rs
 _OPTIMIZERS = ("adam", "adamw")
 _TIMM_NAME = re.compile(r"timm/\w+")
 DEFAULT_TASK = "super_resolution"
+Loss = Literal["l1", "l2", "charbonnier", "psnr"]
 
 
 class TrainingRecipe(sections.Section):
@@ -72,7 +73,7 @@ class TrainingRecipe(sections.Section):
     allow_tf32: bool = Field(default=False, description="Let CUDA round the inputs of matrix products to TF32.")
     max_train_steps: PositiveInt = Field(default=1_000_000, description="Optimiser steps.")
 
-    loss: Literal["l1", "l2", "charbonnier"] = Field(default="l1", description="Loss between prediction and target.")
+    loss: Loss = Field(default="l1", description="Loss between prediction and target.")
     snr_gamma: float | None = Field(default=None, gt=0, description="Gamma of Min-SNR timestep weighting (paper: 5).")
     distillation: sections.DistillationSection | None = None
     """Train with a trained network as the teacher: `{teacher: folder, ...}`."""
@@ -126,6 +127,13 @@ class TrainingRecipe(sections.Section):
     def _needs_method(cls, value: Any, info: ValidationInfo) -> Any:
         if info.data.get("method", ...) is None and value not in (None, False, "auto", "exact"):
             raise ValueError("has no effect while method is null; name a method, or remove it")
+        return value
+
+    @field_validator("snr_gamma")
+    @classmethod
+    def _weights(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("loss") == "psnr":
+            raise ValueError("has no effect with loss: psnr, which has the same gradient for scaled errors; remove it")
         return value
 
     @field_validator("optimizer", "lr_scheduler")

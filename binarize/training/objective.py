@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from binarize.training.perceptual import PerceptualLoss
 
 _CHARBONNIER_EPSILON = 1e-3
+_PSNR_EPSILON = 1e-2
 
 
 class Losses(NamedTuple):
@@ -114,7 +115,8 @@ def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float, loss: str) -> T
 
     With snr = a_t / (1 - a_t), the squared error of x_0 is weighted by min(snr, gamma), whatever the network predicts:
     the squared error of "sample" by that, of "epsilon" by that over snr, of "v_prediction" by that over snr + 1. The
-    losses "l1" and "charbonnier" are linear in the error and use the weight's square root. gamma is 5 in the paper.
+    losses "l1" and "charbonnier" are linear in the error and use the weight's square root. "psnr" has no weights: they
+    would not change its gradient. gamma is 5 in the paper.
     """
     a = scheduler.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]
     snr = a / (1 - a)
@@ -126,16 +128,22 @@ def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float, loss: str) -> T
 def sample_losses(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
     """Return the loss of each sample, (B,), from two (B, C, H, W).
 
-    With d = prediction - target, "l1" is |d|, "l2" is d^2 and "charbonnier" is sqrt(d^2 + 1e-6), each averaged over
-    channels and pixels.
+    With d = prediction - target and the mean over channels and pixels, "l1" is mean(|d|), "l2" is mean(d^2),
+    "charbonnier" is mean(sqrt(d^2 + 1e-6)), and "psnr" is log(mean(d^2) + 0.01), a falling function of the PSNR (Chen
+    et al. 2021, "HINet").
     """
     difference = prediction - target
     if kind == "l1":
-        distance = difference.abs()
-    elif kind == "l2":
-        distance = difference.square()
-    elif kind == "charbonnier":
-        distance = (difference.square() + _CHARBONNIER_EPSILON**2).sqrt()
-    else:
-        raise BinarizeError(f"unknown loss {kind!r}; it must be 'l1', 'l2' or 'charbonnier'.")
+        return _mean(difference.abs())
+    if kind == "l2":
+        return _mean(difference.square())
+    if kind == "charbonnier":
+        return _mean((difference.square() + _CHARBONNIER_EPSILON**2).sqrt())
+    if kind == "psnr":
+        # The constant, 1% of the variance of noise or residuals, bounds the gradient of samples without error.
+        return (_mean(difference.square()) + _PSNR_EPSILON).log()
+    raise BinarizeError(f"unknown loss {kind!r}; it must be 'l1', 'l2', 'charbonnier' or 'psnr'.")
+
+
+def _mean(distance: Tensor) -> Tensor:
     return distance.flatten(1).mean(dim=1)

@@ -156,7 +156,7 @@ def test_all_errors_are_listed_at_once() -> None:
     expected = [
         r"resolution: got 64; must be a multiple of scale \(3\)\.",
         r"learnin_rate: unknown key\. Did you mean 'learning_rate'\?",
-        r"loss: got 'charbonier'; must be 'l1', 'l2' or 'charbonnier'\. Did you mean 'charbonnier'\?",
+        r"loss: got 'charbonier'; must be 'l1', 'l2', 'charbonnier' or 'psnr'\. Did you mean 'charbonnier'\?",
         r"train_batch_size: got 0; must be greater than 0\.",
         r"model\.base_chanels: unknown key\. Did you mean 'base_channels'\?",
         r"model\.fusion: got 'css'; must be 'wide', 'concat', 'add', 'split' or 'cs'\. Did you mean 'cs'\?",
@@ -172,6 +172,7 @@ def test_all_errors_are_listed_at_once() -> None:
     ("overrides", "message"),
     [
         (["model.num_train_timesteps=1000"], r"model: num_train_timesteps is 1000 but the noise schedule's is 2000"),
+        (["loss=psnr", "snr_gamma=5"], r"snr_gamma: got 5; has no effect with loss: psnr, .*; remove it"),
         (["method=null", "structure=keep"], r"structure: got 'keep'; has no effect while method is null"),
         (["method=null", "keep=[head]"], r"keep: has no effect while method is null"),
         (["resolution=60", "scale=2", "model.channel_mults=[1,2,4,8]"], r"resolution: got 60; must be a multiple of 8"),

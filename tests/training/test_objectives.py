@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from binarize.recipes import build_pipeline, build_scheduler, load_recipe
 from binarize.training import train
 from binarize.training.data import PairedPatches, residual_std
 from binarize.training.loop import open_task
-from binarize.training.objective import Objective, prediction_target, snr_weights
+from binarize.training.objective import Objective, prediction_target, sample_losses, snr_weights
 from binarize.training.perceptual import perceptual_loss
 from binarize.training.samples import BatchPlan
 
@@ -79,6 +80,34 @@ def test_the_objective_of_residuals(kind: str) -> None:
     target = targets(a, clean, noise)[kind]
     torch.testing.assert_close(losses.total, target.square().mean((1, 2, 3)), rtol=1e-6, atol=0)
     assert losses.parts == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("l1", lambda d: np.abs(d).mean()),
+        ("l2", lambda d: (d**2).mean()),
+        ("charbonnier", lambda d: np.hypot(d, 1e-3).mean()),
+        ("psnr", lambda d: math.log((d**2).mean() + 0.01)),
+    ],
+)
+def test_losses_of_samples_are_their_formulas(kind: str, expected: Callable[[np.ndarray], float]) -> None:
+    random = np.random.default_rng(0)
+    prediction, target = random.normal(size=(2, 3, 3, 5, 7)) * np.array([1e-3, 1, 30])[:, None, None, None]
+    losses = sample_losses(kind, torch.from_numpy(prediction), torch.from_numpy(target))
+    expected_losses = [expected(difference) for difference in prediction - target]
+    np.testing.assert_allclose(losses.numpy(), expected_losses, rtol=1e-12)
+
+
+def test_loss_psnr_has_the_same_gradient_for_scaled_errors() -> None:
+    target = torch.randn(1, 3, 8, 8).double()
+    large, larger = (target + factor * torch.ones_like(target) for factor in (1e3, 2e3))
+    gradients = []
+    for prediction in (large, larger):
+        prediction.requires_grad_()
+        sample_losses("psnr", prediction, target).sum().backward()
+        gradients.append(prediction.grad * (prediction - target).detach())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=0)
 
 
 PERCEPTUAL = ["target=residual", "scheduler.clip_sample_range=8", "residual_scale=0.05", "resolution=32"]
