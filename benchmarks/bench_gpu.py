@@ -21,9 +21,11 @@ from common import RESULTS, TIMESTEP, Job, inputs, interleaved, machine, network
 from tables import section
 
 from binarize.kernels import backends
+from binarize.models import SuperResolutionPipeline
 
+PRETRAINED = Path(__file__).parents[1] / "models/pretrained"
 SHAPES = ((256, 1), (256, 8), (1024, 1))
-SECTIONS = ("networks", "training")
+SECTIONS = ("networks", "training", "pipelines")
 
 
 def milliseconds(job: Job) -> float:
@@ -114,6 +116,26 @@ def training_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def pipeline_rows(rounds: int, side: int = 128, steps: int = 50) -> list[dict[str, Any]]:
+    """Time a denoising step in calls of pretrained pipelines, whose results must be equal with a CUDA graph."""
+    rows = []
+    low = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
+    for name in ("x2", "photo_x4"):
+        pipe = SuperResolutionPipeline.from_pretrained(PRETRAINED / name).to("cuda")
+        pipe.set_progress_bar_config(disable=True)
+
+        def call(graphs: bool, pipe: SuperResolutionPipeline = pipe) -> torch.Tensor:
+            pipe.cuda_graphs = graphs
+            noise = torch.Generator().manual_seed(0)
+            return pipe(low, num_inference_steps=steps, generator=noise, output_type="pt").images
+
+        ms = timed({"eager": lambda: call(False), "graph": lambda: call(True)}, rounds)
+        row = {"model": name, "side": pipe.config.scale * side, "equal": torch.equal(call(False), call(True))}
+        rows.append(row | {f"{kind} ms": time / steps for kind, time in ms.items()})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
@@ -130,8 +152,10 @@ def main() -> None:
             results["networks"] = network_rows(options.rounds)
     if "training" in options.only:
         results["training"] = training_rows(options.rounds)
+    if "pipelines" in options.only:
+        results["pipelines"] = pipeline_rows(options.rounds)
     options.json.write_text(json.dumps(results, indent=1) + "\n")
-    for name in options.only:
+    for name in set(options.only) & {"networks", "training"}:
         print(section(f"gpu-{name}", {"gpu": results}))
 
 

@@ -61,7 +61,7 @@ class GenerationPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq: str = "unet->vae"
     _optional_components: list[str] = ["vae"]
-    cuda_graphs = False
+    cuda_graphs = True
     unet: ModelMixin
     vae: AutoencoderKL | None
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps

@@ -46,9 +46,9 @@ class SuperResolutionPipeline(Upscaling, DiffusionPipeline):
             most the scheduler's number of training timesteps.
 
     Attributes:
-        cuda_graphs: Set it to True to replay a CUDA graph on a GPU in calls with at least 16 passes of the network
-            (steps times tiles) of the same shape, if the graph gives the same bits. Calls with a callback and networks
-            with hooks run without one. It has not been tested on a GPU.
+        cuda_graphs: Whether calls with at least 16 passes of the network (steps times tiles) of the same shape replay a
+            CUDA graph on a GPU, if it gives the same bits. Calls with a callback and networks with hooks run without
+            one. Default: True.
 
     Example:
         ```python

@@ -83,7 +83,7 @@ class Upscaling:
 
     _callback_tensor_inputs = ["latents", "condition"]
 
-    cuda_graphs = False
+    cuda_graphs = True
     unet: ModelMixin
     scheduler: Any  # diffusers' common base class declares neither step nor set_timesteps
     config: Any

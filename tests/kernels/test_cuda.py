@@ -187,7 +187,7 @@ def test_a_loaded_pipeline_keeps_its_bits_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores")  # of the compiler
 @pytest.mark.parametrize("mode", ["export", "inductor"])
 def test_export_and_compile_take_a_packed_network(mode: str) -> None:
     model = binarize.pack(network(**SMALL)).cuda()

@@ -64,7 +64,6 @@ def upscaler() -> SuperResolutionPipeline:
             parameter.add_(0.1 * torch.randn_like(parameter))
     pipe = SuperResolutionPipeline(binarize.pack(network), scale=2)
     pipe.set_progress_bar_config(disable=True)
-    pipe.cuda_graphs = True
     return pipe
 
 
@@ -75,7 +74,6 @@ def generator() -> GenerationPipeline:
     network = binarize.convert(UNet2DModel(8, 3, 3, add_attention=False, **blocks, **widths).eval(), "reactnet")
     pipe = GenerationPipeline(binarize.pack(network), DDIMScheduler(100), ["a", "b"], guidance_scale=2.0)
     pipe.set_progress_bar_config(disable=True)
-    pipe.cuda_graphs = True
     return pipe
 
 
