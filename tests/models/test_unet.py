@@ -10,7 +10,7 @@ from errors_case import assert_error
 import binarize
 from binarize.errors import BinarizeError
 from binarize.models import SRUNet
-from binarize.models.blocks import SelfAttention, SinusoidalTime
+from binarize.models.blocks import SelfAttention, SinusoidalTime, attend
 from binarize.recipes import load_recipe
 
 TINY = {"base_channels": 16, "channel_mults": (1, 2), "res_blocks": 1, "norm_groups": 8}
@@ -55,6 +55,18 @@ def test_attention_is_softmax_of_scores_over_sqrt_c():
     weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / 16**0.5, dim=-1)
     expected = x + attention.out(torch.einsum("bij,bcj->bci", weights, v).reshape(x.shape))
     torch.testing.assert_close(attention(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pixels", [81, 2100])  # few, with products in bfloat16 on some processors, and many
+@pytest.mark.parametrize("trained", [False, True])
+def test_attention_in_bfloat16_is_that_in_float64(pixels, trained):
+    q, k, v = torch.randn(3, 2, pixels, 64).bfloat16()
+    weights = torch.softmax(torch.einsum("bic,bjc->bij", q.double(), k.double()) / 64**0.5, dim=-1)
+    expected = torch.einsum("bij,bjc->bic", weights, v.double())
+    with torch.set_grad_enabled(trained):
+        found = attend(q, k, v)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize(
