@@ -19,7 +19,8 @@ from binarize.kernels.capture import is_captured
 from binarize.timestep import TimestepContext
 
 Pass = Callable[..., Tensor]
-LEAST_CALLS = 16  # a graph costs about six calls
+LEAST_CALLS = 16  # a graph costs about seven calls
+MOST_PIXELS = 1 << 19  # of a batch; with more, a GPU does not wait for Python
 _log = logging.getLogger("binarize")
 _on_pass: ContextVar[Callable[[], object] | None] = ContextVar("on_pass", default=None)
 
@@ -45,7 +46,8 @@ class GraphedPasses:
         function: Takes a timestep, a scalar tensor, and images ``(B, C, H, W)``; returns images.
         network: The network that the function calls.
         probes: Timesteps at which the graph is compared, such as the first and the last.
-        calls: How many calls there will be; with fewer than `LEAST_CALLS`, no graph is recorded.
+        calls: How many calls there will be; with fewer than `LEAST_CALLS`, or with batches of more than `MOST_PIXELS`
+            pixels, no graph is recorded.
     """
 
     def __init__(self, function: Pass, network: nn.Module, probes: Sequence[Tensor], calls: int) -> None:
@@ -61,7 +63,7 @@ class GraphedPasses:
         return result
 
     def _passed(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        if self._calls < LEAST_CALLS or not share_a_gpu(inputs):
+        if self._calls < LEAST_CALLS or _pixels(inputs[1]) > MOST_PIXELS or not share_a_gpu(inputs):
             return self._function(*inputs)
         shapes: list[object] = [(each.shape, each.dtype) for each in inputs]
         if self._shapes is None and runs_alone(self._network):
@@ -89,6 +91,10 @@ class GraphedPasses:
         return graph
 
 
+def _pixels(images: Tensor) -> int:
+    return images.shape[0] * images.shape[-2] * images.shape[-1]
+
+
 def share_a_gpu(inputs: Sequence[Tensor]) -> bool:
     """Return whether all tensors are on one GPU."""
     return all(each.is_cuda and each.device == inputs[0].device for each in inputs)
@@ -96,9 +102,15 @@ def share_a_gpu(inputs: Sequence[Tensor]) -> bool:
 
 def runs_alone(network: nn.Module) -> bool:
     """Return whether nothing but a network takes part in its calls: no hook, offloading, compiler or autocast."""
-    if is_captured() or torch.is_autocast_enabled("cuda") or hasattr(network, "_orig_mod"):
+    if is_captured() or torch.is_autocast_enabled("cuda"):
         return False
-    return not any(_is_watched(module) or hasattr(module, "_hf_hook") for module in network.modules())
+    return not any(_is_watched(module) or _is_wrapped(module) for module in network.modules())
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Return whether accelerate or torch.compile replaced a module's call."""
+    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or hasattr(module, "_hf_hook")
 
 
 def _is_watched(module: nn.Module) -> bool:

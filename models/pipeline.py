@@ -47,8 +47,8 @@ class SuperResolutionPipeline(Upscaling, DiffusionPipeline):
 
     Attributes:
         cuda_graphs: Whether calls with at least 16 passes of the network (steps times tiles) of the same shape replay a
-            CUDA graph on a GPU, if it gives the same bits. Calls with a callback and networks with hooks run without
-            one. Default: True.
+            CUDA graph on a GPU, if it gives the same bits. Calls with a callback, passes of more than 2^19 pixels and
+            networks with hooks run without one. Default: True.
 
     Example:
         ```python

@@ -106,6 +106,16 @@ def test_replays_give_the_same_images(options, calls, recorder) -> None:
     assert seen.recorded == (calls >= LEAST_CALLS)
 
 
+def test_large_batches_run_without_a_graph(recorder, monkeypatch) -> None:
+    pipe, seen = upscaler(), recorder()
+    monkeypatch.setattr(graphs, "MOST_PIXELS", 24 * 28)
+    images(pipe, num_inference_steps=16)
+    assert seen.recorded == 1
+    monkeypatch.setattr(graphs, "MOST_PIXELS", 24 * 28 - 1)
+    images(pipe, num_inference_steps=16)
+    assert seen.recorded == 1
+
+
 def test_each_call_records_the_network_of_now(recorder) -> None:
     pipe, seen = upscaler(), recorder()
     before = images(pipe, num_inference_steps=16)
@@ -169,6 +179,10 @@ def test_what_runs_alone() -> None:
     handle.remove()
     assert runs_alone(network)
     assert not runs_alone(torch.compile(network))
+    network.conv_in.compile()
+    assert not runs_alone(network)
+    network.conv_in._compiled_call_impl = None
+    assert runs_alone(network)
     network.conv_in._hf_hook = None  # where accelerate keeps what it does around a call
     assert not runs_alone(network)
     assert not share_a_gpu([torch.zeros(1)])
