@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.backends.cpu import get_cpu_capability
 
+from binarize.kernels.capture import is_captured
 from binarize.kernels.row_sums import RowSums
 from binarize.layers.fused import conv3x3, norm_silu
 from binarize.packed.blocks import PackableBlock, PackedBlock, fuse, norm_silu_conv
 
-_AVX512 = get_cpu_capability() == "AVX512"
+# Whether bfloat16 is multiplied as such; PyTorch before 2.10 does not tell.
+_AVX512_BF16 = bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 _FEW_PIXELS = 2048  # of an attention whose scores fit into a CPU's cache
 
 
@@ -51,8 +52,8 @@ class SelfAttention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(C)) v of three ``(B, N, C)``."""
-    products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and _AVX512
-    if products and q.shape[1] <= _FEW_PIXELS and not torch.is_grad_enabled():
+    plain = q.device.type == "cpu" and not (torch.is_grad_enabled() or is_captured())
+    if plain and _AVX512_BF16 and q.dtype == torch.bfloat16 and q.shape[1] <= _FEW_PIXELS:
         # On CPUs, PyTorch's operator multiplies in float32, which takes twice as long as products in bfloat16.
         scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=q.shape[2] ** -0.5)
         return torch.bmm(scores.softmax(dim=2), v)

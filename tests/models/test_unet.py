@@ -1,6 +1,7 @@
 """SRUNet: every structure, against shapes, diffusers' own time embedding and published sizes."""
 
 import itertools
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from errors_case import assert_error
 
 import binarize
 from binarize.errors import BinarizeError
-from binarize.models import SRUNet
+from binarize.models import SRUNet, blocks
 from binarize.models.blocks import SelfAttention, SinusoidalTime, attend
 from binarize.recipes import load_recipe
 
@@ -57,16 +58,31 @@ def test_attention_is_softmax_of_scores_over_sqrt_c():
     torch.testing.assert_close(attention(x), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("pixels", [81, 2100])  # few, with products in bfloat16 on some processors, and many
-@pytest.mark.parametrize("trained", [False, True])
-def test_attention_in_bfloat16_is_that_in_float64(pixels, trained):
+@pytest.mark.parametrize(("spread", "error"), [(1, 0.01), (16, 0.03)])  # of the scores, and relative
+@pytest.mark.parametrize(("pixels", "trained"), [(81, False), (81, True), (2100, False)])
+def test_attention_in_bfloat16_is_that_in_float64(pixels, trained, spread, error, monkeypatch):
+    monkeypatch.setattr(blocks, "_AVX512_BF16", True)
+    called = MagicMock(wraps=torch.baddbmm)
+    monkeypatch.setattr(torch, "baddbmm", called)
     q, k, v = torch.randn(3, 2, pixels, 64).bfloat16()
+    q *= spread
     weights = torch.softmax(torch.einsum("bic,bjc->bij", q.double(), k.double()) / 64**0.5, dim=-1)
     expected = torch.einsum("bij,bjc->bic", weights, v.double())
     with torch.set_grad_enabled(trained):
         found = attend(q, k, v)
+    assert called.called == (pixels <= 2048 and not trained)
     assert found.dtype == torch.bfloat16
-    assert (found.double() - expected).norm() < 0.01 * expected.norm()
+    assert (found.double() - expected).norm() < error * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter
+def test_attention_in_bfloat16_is_exported_for_all_sizes(monkeypatch):
+    monkeypatch.setattr(blocks, "_AVX512_BF16", True)
+    attention, side = SelfAttention(16, 8).bfloat16(), torch.export.Dim("side", min=4, max=64)
+    small, large = torch.randn(1, 16, 8, 8).bfloat16(), torch.randn(1, 16, 48, 48).bfloat16()
+    with torch.no_grad():
+        exported = torch.export.export(attention, (small,), dynamic_shapes=({2: side, 3: side},)).module()
+        torch.testing.assert_close(exported(large), attention(large))
 
 
 @pytest.mark.parametrize(
