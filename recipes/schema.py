@@ -131,9 +131,10 @@ class TrainingRecipe(sections.Section):
 
     @field_validator("snr_gamma")
     @classmethod
-    def _weights(cls, value: float | None, info: ValidationInfo) -> float | None:
+    def _weighs_errors(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and info.data.get("loss") == "psnr":
-            raise ValueError("has no effect with loss: psnr, which has the same gradient for scaled errors; remove it")
+            reason = "the gradient of loss: psnr does not depend on the scale of the error that Min-SNR weighs"
+            raise ValueError(f"{reason}; remove it, or use the loss l1, l2 or charbonnier")
         return value
 
     @field_validator("optimizer", "lr_scheduler")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from binarize.training.perceptual import PerceptualLoss
 
 _CHARBONNIER_EPSILON = 1e-3
-_PSNR_EPSILON = 1e-2
+_PSNR_EPSILON = 1e-2  # 1% of the variance of noise and of residuals; bounds the gradient of samples without error
 
 
 class Losses(NamedTuple):
@@ -115,8 +115,8 @@ def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float, loss: str) -> T
 
     With snr = a_t / (1 - a_t), the squared error of x_0 is weighted by min(snr, gamma), whatever the network predicts:
     the squared error of "sample" by that, of "epsilon" by that over snr, of "v_prediction" by that over snr + 1. The
-    losses "l1" and "charbonnier" are linear in the error and use the weight's square root. "psnr" has no weights: they
-    would not change its gradient. gamma is 5 in the paper.
+    losses "l1" and "charbonnier" are linear in the error and use the weight's square root. gamma is 5 in the paper.
+    "psnr", whose gradient does not depend on the scale of the error, has no such weight and is not accepted by recipes.
     """
     a = scheduler.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]
     snr = a / (1 - a)
@@ -140,7 +140,6 @@ def sample_losses(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
     if kind == "charbonnier":
         return _mean((difference.square() + _CHARBONNIER_EPSILON**2).sqrt())
     if kind == "psnr":
-        # The constant, 1% of the variance of noise or residuals, bounds the gradient of samples without error.
         return (_mean(difference.square()) + _PSNR_EPSILON).log()
     raise BinarizeError(f"unknown loss {kind!r}; it must be 'l1', 'l2', 'charbonnier' or 'psnr'.")
 

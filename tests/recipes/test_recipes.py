@@ -172,7 +172,7 @@ def test_all_errors_are_listed_at_once() -> None:
     ("overrides", "message"),
     [
         (["model.num_train_timesteps=1000"], r"model: num_train_timesteps is 1000 but the noise schedule's is 2000"),
-        (["loss=psnr", "snr_gamma=5"], r"snr_gamma: got 5; has no effect with loss: psnr, .*; remove it"),
+        (["loss=psnr", "snr_gamma=5"], r"snr_gamma: got 5; the gradient of loss: psnr .*; remove it, or"),
         (["method=null", "structure=keep"], r"structure: got 'keep'; has no effect while method is null"),
         (["method=null", "keep=[head]"], r"keep: has no effect while method is null"),
         (["resolution=60", "scale=2", "model.channel_mults=[1,2,4,8]"], r"resolution: got 60; must be a multiple of 8"),

@@ -100,14 +100,20 @@ def test_losses_of_samples_are_their_formulas(kind: str, expected: Callable[[np.
 
 
 def test_loss_psnr_has_the_same_gradient_for_scaled_errors() -> None:
-    target = torch.randn(1, 3, 8, 8).double()
-    large, larger = (target + factor * torch.ones_like(target) for factor in (1e3, 2e3))
+    target, error = torch.randn(2, 1, 3, 8, 8, dtype=torch.float64)
     gradients = []
-    for prediction in (large, larger):
-        prediction.requires_grad_()
-        sample_losses("psnr", prediction, target).sum().backward()
-        gradients.append(prediction.grad * (prediction - target).detach())
+    for scale in (1e3, 2e3):
+        factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+        sample_losses("psnr", target + scale * factor * error, target).sum().backward()
+        gradients.append(factor.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[0], torch.tensor(2.0, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_loss_psnr_has_no_gradient_without_an_error() -> None:
+    prediction = torch.randn(1, 3, 8, 8, requires_grad=True)
+    sample_losses("psnr", prediction, prediction.detach().clone()).sum().backward()
+    assert torch.equal(prediction.grad, torch.zeros_like(prediction))
 
 
 PERCEPTUAL = ["target=residual", "scheduler.clip_sample_range=8", "residual_scale=0.05", "resolution=32"]
