@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from binarize.kernels.row_sums import RowSums
 from binarize.layers.fused import conv3x3, norm_silu
 from binarize.packed.blocks import PackableBlock, PackedBlock, fuse, norm_silu_conv
 
-# Whether bfloat16 is multiplied as such; PyTorch before 2.10 does not tell.
-_AVX512_BF16 = bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+_CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older versions of PyTorch
+_AVX512_BF16 = bool(_CPU.get("avx512_bf16"))
 _FEW_PIXELS = 2048  # of an attention whose scores fit into a CPU's cache
 
 
