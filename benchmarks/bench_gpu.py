@@ -21,9 +21,8 @@ from common import RESULTS, TIMESTEP, Job, inputs, interleaved, machine, network
 from tables import section
 
 from binarize.kernels import backends
-from binarize.models import SuperResolutionPipeline
+from binarize.models import SuperResolutionPipeline, default_model
 
-PRETRAINED = Path(__file__).parents[1] / "models/pretrained"
 SHAPES = ((256, 1), (256, 8), (1024, 1))
 SECTIONS = ("networks", "training", "pipelines")
 
@@ -120,8 +119,8 @@ def pipeline_rows(rounds: int, side: int = 128, steps: int = 50) -> list[dict[st
     """Time a denoising step in calls of pretrained pipelines, with and without a CUDA graph."""
     rows = []
     low = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
-    for name in ("x2", "photo_x4"):
-        pipe = SuperResolutionPipeline.from_pretrained(PRETRAINED / name).to("cuda")
+    for folder in (default_model(2, "clean"), default_model(4, "photo")):
+        pipe = SuperResolutionPipeline.from_pretrained(folder).to("cuda")
         pipe.set_progress_bar_config(disable=True)
 
         def call(graphs: bool, pipe: SuperResolutionPipeline = pipe) -> torch.Tensor:
@@ -131,8 +130,8 @@ def pipeline_rows(rounds: int, side: int = 128, steps: int = 50) -> list[dict[st
 
         ms = timed({"eager": lambda: call(False), "graph": lambda: call(True)}, rounds)
         if not torch.equal(call(False), call(True)):
-            raise AssertionError(f"{name} gives other images with a CUDA graph")
-        row = {"model": name, "side": pipe.config.scale * side}
+            raise AssertionError(f"{folder.name} gives other images with a CUDA graph")
+        row = {"model": folder.name, "side": pipe.config.scale * side}
         rows.append(row | {f"{kind} ms": time / steps for kind, time in ms.items()})
         print(json.dumps(rows[-1]), flush=True)
     return rows

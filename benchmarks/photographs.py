@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from quality import most_textured, sheet, to_image
+from quality import images_of, most_textured, sheet, to_image
 from tables import photographs
+from torchvision.transforms.functional import center_crop
 
 from binarize.evaluation import psnr
-from binarize.imaging import read_image
 from binarize.models import SuperResolutionPipeline
 from binarize.models.loading import load_pipeline, prepare, sample
 from binarize.recipes import load_degradation
@@ -93,25 +93,11 @@ def deviation(pixels: torch.Tensor, gradient: torch.Tensor) -> float:
 def crops(folder: Path, models: dict[str, Upscaler], scale: int, side: int = 96) -> Image.Image:
     """Return the detail with the most texture of each photograph: every model's result, and the original."""
     lines = []
-    for image in photographs_of(folder, 8).values():
+    for image in images_of(folder, 8).values():
         around = most_textured(image, 2 * side)
         low = reduced(around, scale, "JPEG 75")
         lines.append([*(to_image(model(low)) for model in models.values()), to_image(around)])
     return sheet([*models, "original"], lines)
-
-
-def photographs_of(folder: Path, multiple: int) -> dict[str, torch.Tensor]:
-    """Return name -> uint8 (3, H, W), cut to sides that are multiples."""
-    found = {path.stem: read_image(path).pixels() for path in sorted(folder.iterdir())}
-    return {
-        name: image[:, : image.shape[1] // multiple * multiple, : image.shape[2] // multiple * multiple]
-        for name, image in found.items()
-    }
-
-
-def middle(image: torch.Tensor, side: int) -> torch.Tensor:
-    top, left = ((length - side) // 2 for length in image.shape[-2:])
-    return image[:, top : top + side, left : left + side]
 
 
 def main() -> None:
@@ -131,8 +117,8 @@ def main() -> None:
         crops(options.folder, models, scale).save(options.crops)
         return
     rows = []
-    for title, whole in photographs_of(options.folder, scale).items():
-        image = whole if options.side is None else middle(whole, options.side)
+    for title, whole in images_of(options.folder, scale).items():
+        image = whole if options.side is None else center_crop(whole, [options.side])
         for kind in DEGRADATIONS:
             low = reduced(image, scale, kind)
             scores = {name: psnr(model(low), image, border=scale) for name, model in models.items()}

@@ -85,9 +85,7 @@ def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96) -
     """Draw the detail with the most texture of each image: bicubic, two numbers of steps, and the original."""
     pipeline = prepare(load_pipeline(model))
     lines = []
-    for path in sorted(data.iterdir()):
-        high = read_image(path).pixels()
-        high = high[..., : high.shape[-2] // 8 * 8, : high.shape[-1] // 8 * 8]
+    for high in images_of(data, 8).values():
         around = most_textured(high, 2 * side)
         small = degrade(around, pipeline.scale)
         low = to_image(small)
@@ -95,6 +93,15 @@ def crops(model: Path, data: Path, steps: list[int], to: Path, side: int = 96) -
         panels += [sample(pipeline, low, steps=count, seed=0) for count in (min(steps), max(steps))]
         lines.append([*panels, to_image(around)])
     sheet(["bicubic", _steps(min(steps)), _steps(max(steps)), "original"], lines).save(to)
+
+
+def images_of(folder: Path, multiple: int) -> dict[str, torch.Tensor]:
+    """Return name -> uint8 (3, H, W), cut to sides that are multiples."""
+    found = {path.stem: read_image(path).pixels() for path in sorted(folder.iterdir())}
+    return {
+        name: image[:, : image.shape[1] // multiple * multiple, : image.shape[2] // multiple * multiple]
+        for name, image in found.items()
+    }
 
 
 def sheet(titles: list[str], lines: list[list[Image.Image]], zoom: int = 2) -> Image.Image:
