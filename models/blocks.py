@@ -17,7 +17,7 @@ from binarize.packed.blocks import PackableBlock, PackedBlock, fuse, norm_silu_c
 
 _CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older versions of PyTorch
 _AVX512_BF16 = bool(_CPU.get("avx512_bf16"))
-_FEW_PIXELS = 2048  # of an attention whose scores fit into a CPU's cache
+_FEW_PIXELS = 2048  # The scores of all pairs of so many pixels fit into a CPU's cache.
 
 
 class SinusoidalTime(nn.Module):

@@ -20,7 +20,7 @@ from binarize.timestep import TimestepContext
 
 Pass = Callable[..., Tensor]
 LEAST_CALLS = 16  # a graph costs about seven calls
-MOST_PIXELS = 1 << 19  # of a batch; with more, a GPU does not wait for Python
+MOST_PIXELS = 1 << 19  # of a batch; a larger one keeps a GPU busy while Python launches the next kernels
 _log = logging.getLogger("binarize")
 _on_pass: ContextVar[Callable[[], object] | None] = ContextVar("on_pass", default=None)
 

@@ -129,7 +129,7 @@ def sample_losses(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
     """Return the loss of each sample, (B,), from two (B, C, H, W).
 
     With d = prediction - target and the mean over channels and pixels, "l1" is mean(|d|), "l2" is mean(d^2),
-    "charbonnier" is mean(sqrt(d^2 + 1e-6)), and "psnr" is log(mean(d^2) + 0.01), a falling function of the PSNR (Chen
+    "charbonnier" is mean(sqrt(d^2 + 1e-6)), and "psnr" is log(mean(d^2) + 0.01), which falls as the PSNR rises (Chen
     et al. 2021, "HINet").
     """
     difference = prediction - target
