@@ -90,14 +90,18 @@ class ResBlock(PackableBlock):
         self.residual = nn.Conv2d(width, out_channels, 1) if width != out_channels else nn.Identity()
         self.attention = SelfAttention(out_channels, norm_groups) if attention else None
 
-    def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Map ``(B, C_in, H, W)``, the embedding ``(B, C_time)`` and an optional skip to ``(B, C, H, W)``."""
+    def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None, time_bias: Tensor | None = None) -> Tensor:
+        """Map ``(B, C_in, H, W)``, the embedding ``(B, C_time)`` and an optional skip to ``(B, C, H, W)``.
+
+        ``time_bias`` is the output of ``time`` for SiLU of the embedding, ``(B, C)``, if it is known.
+        """
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         if self.fusion is not None:
             x = self.fusion(x)
         h = conv3x3(self.conv1, norm_silu(x, self.norm1))
-        h = conv3x3(self.conv2, norm_silu(h, self.norm2, self.dropout, channel_bias=self.time(F.silu(time))))
+        bias = self.time(F.silu(time)) if time_bias is None else time_bias
+        h = conv3x3(self.conv2, norm_silu(h, self.norm2, self.dropout, channel_bias=bias))
         h = h + self.residual(x)
         return h if self.attention is None else self.attention(h)
 
@@ -122,13 +126,13 @@ class PackedResBlock(PackedBlock):
         super().__init__()
         _take_submodules(self, block)
 
-    def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Map ``(B, C_in, H, W)``, the embedding ``(B, C_time)`` and an optional skip to ``(B, C, H, W)``."""
+    def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None, time_bias: Tensor | None = None) -> Tensor:
+        """Do what `ResBlock.forward` does."""
         if skip is not None:
             x = fuse(self.fusion, x, skip)
         sums = RowSums()
         h = norm_silu_conv(self.norm1, self.conv1, x, out_sums=sums)
-        bias = self.time(F.silu(time))
+        bias = self.time(F.silu(time)) if time_bias is None else time_bias
         h = norm_silu_conv(self.norm2, self.conv2, h, channel_bias=bias, residual=self.residual(x), x_sums=sums)
         return h if self.attention is None else self.attention(h)
 

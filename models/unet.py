@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -161,6 +162,9 @@ class SRUNet(ModelMixin, ConfigMixin):
             )
         timesteps = timestep.to(device=sample.device, dtype=precise).reshape(-1).expand(sample.shape[0])
         time = self.time_mlp(self.time_proj(timesteps).to(self.time_mlp[0].weight.dtype))
+        # Compute all time biases first. Between large convolutions, these small products would run with cold caches.
+        active = F.silu(time)
+        biases = iter([block.time(active) for block in self._blocks()])
 
         conditions = [condition]
         if self._detail_factor is not None:
@@ -172,16 +176,16 @@ class SRUNet(ModelMixin, ConfigMixin):
         skips = [x]
         for level in cast(Iterable[EncoderLevel], self.encoder):
             for block in level.blocks:
-                x = self._run(block, x, time)
+                x = self._run(block, x, time, None, next(biases))
                 skips.append(x)
             if level.down is not None:
                 x = self._run(level.down, x)
                 skips.append(x)
         for block in self.middle:
-            x = self._run(block, x, time)
+            x = self._run(block, x, time, None, next(biases))
         for up_level in reversed(cast(Sequence[DecoderLevel], self.decoder)):
             for block in up_level.blocks:
-                x = self._run(block, x, time, skips.pop())
+                x = self._run(block, x, time, skips.pop(), next(biases))
             if up_level.up is not None:
                 x = self._run(up_level.up, x)
         if isinstance(block, PackedBlock) and not needs_gradient(x, self.norm_out, self.conv_out):
@@ -190,7 +194,13 @@ class SRUNet(ModelMixin, ConfigMixin):
             x = self.conv_out(norm_silu(x, self.norm_out))
         return SRUNetOutput(sample=x) if return_dict else (x,)
 
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+    def _blocks(self) -> list[Any]:
+        """Return the ResBlocks in the order of their calls."""
+        encoder = [block for level in cast(Iterable[EncoderLevel], self.encoder) for block in level.blocks]
+        levels = reversed(cast(Sequence[DecoderLevel], self.decoder))
+        return [*encoder, *self.middle, *(block for level in levels for block in level.blocks)]
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             out: Tensor = self._gradient_checkpointing_func(block, *inputs)
         else:

@@ -10,7 +10,7 @@ full-precision convolutions as well.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,23 +70,28 @@ def norm_silu_conv(
     return y if residual is None else y + residual
 
 
+def _is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    if not is_plain(conv, nn.Conv2d):
+        return False
+    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+
+
 def fuse(fusion: nn.Module | None, hidden: Tensor, skip: Tensor) -> Tensor:
     """Return a decoder's fusion of hidden and skip, without concatenating them first if it can."""
     if not isinstance(fusion, CSFusion) or fusion.form != "published" or hidden.shape[1] % 2 or skip.shape[1] % 2:
         joined = torch.cat([hidden, skip], dim=1)
         return joined if fusion is None else fusion(joined)
     first, second = fusion.convs
-    if not (is_plain(first, nn.Conv2d) and is_plain(second, nn.Conv2d)):
+    if not (_is_pointwise(first) and _is_pointwise(second)):
         return sum_convs(fusion.convs, shuffle(hidden, skip))
     # Two full-precision 1x1 convolutions of shuffled channels are two products with shuffled weights. The first one is
     # a convolution, which adds the bias to its sums; `addmm` would first fill its output with the bias.
     half, dtype = hidden.shape[1] // 2, compute_dtype(hidden)
-    weights = [conv.weight.flatten(1).to(dtype) for conv in (first, second)]
-    of_hidden = torch.stack([weights[1][:, :half], weights[0][:, :half]], dim=2).flatten(1)
-    of_skip = torch.stack([weights[0][:, half:], weights[1][:, half:]], dim=2).flatten(1)
+    weights = torch.stack([first.weight, second.weight], dim=2)[..., 0, 0].to(dtype)
+    of_hidden, of_skip = weights[:, :half].flip(2).flatten(1), weights[:, half:].flatten(1)
     hidden, skip = hidden.to(dtype), skip.to(dtype)
     biases = [conv.bias for conv in (first, second) if conv.bias is not None]
-    bias = torch.stack(biases).sum(0).to(dtype) if biases else None
+    bias = sum(biases[1:], biases[0]).to(dtype) if biases else None
     out = F.conv2d(hidden, of_hidden[:, :, None, None], bias).permute(0, 2, 3, 1)
     pixels = out.reshape(-1, out.shape[3]).addmm_(skip.permute(0, 2, 3, 1).reshape(-1, skip.shape[1]), of_skip.T)
     return pixels.view(out.shape).permute(0, 3, 1, 2)

@@ -14,6 +14,7 @@ from binarize.kernels.ops import norm_factors
 from binarize.kernels.row_sums import RowSums
 from binarize.layers import BinaryConv2d, CSFusion
 from binarize.models import SRUNet
+from binarize.models.blocks import ResBlock
 from binarize.packed import PackedConv2d, blocks
 
 
@@ -30,6 +31,30 @@ def test_a_full_precision_fusion_equals_its_convolutions(biases: tuple[bool, boo
         for layout in (torch.contiguous_format, torch.channels_last):
             found = blocks.fuse(fusion, *(x.contiguous(memory_format=layout) for x in (hidden, skip)))
             torch.testing.assert_close(found, expected)
+
+
+def test_a_fusion_of_other_convolutions_calls_them() -> None:
+    fusion = CSFusion(6, 6, 6)
+    fusion.convs = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(2))
+    hidden, skip = torch.randn(2, 6, 4, 3), torch.randn(2, 6, 4, 3)
+    with torch.no_grad():
+        expected = fusion(torch.cat([hidden, skip], dim=1))
+        torch.testing.assert_close(blocks.fuse(fusion, hidden, skip), expected)
+
+
+def test_each_block_gets_the_bias_of_its_own_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = small_network()
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([10])
+    plain = ResBlock.forward
+
+    def forward(self: ResBlock, x: Tensor, time: Tensor, skip: Tensor | None, time_bias: Tensor) -> Tensor:
+        assert torch.equal(time_bias, self.time(F.silu(time)))
+        return plain(self, x, time, skip)
+
+    with torch.no_grad():
+        expected = unet(x, t, x).sample
+        monkeypatch.setattr(ResBlock, "forward", forward)
+        assert torch.equal(unet(x, t, x).sample, expected)
 
 
 def small_network() -> SRUNet:
