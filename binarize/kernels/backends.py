@@ -1,6 +1,7 @@
 """The choice of the code that runs the operators: numba's kernels on a CPU, Triton's on CUDA, plain torch elsewhere.
 
-The choice is made at each call. ``BINARIZE_BACKEND=torch`` in the environment, or `use` in code, selects plain torch.
+The backend is chosen at each call: by `use` if it is active, else by the environment variable ``BINARIZE_BACKEND``.
+The variable is read once per process; forked processes inherit it. "torch" selects plain torch.
 
 A backend is a module with `run`, `norm_factors` and `norm_silu`, as in `binarize.kernels.reference`. It need not fill
 the row sums that a convolution is given.
@@ -59,7 +60,12 @@ def use(backend: Backend) -> Iterator[None]:
 
 def current() -> str:
     """Return the selected backend: by `use`, else by the environment, else "auto"."""
-    chosen = _chosen.get() or os.environ.get(VARIABLE) or "auto"
+    return _chosen.get() or _by_environment()
+
+
+@cache
+def _by_environment() -> str:
+    chosen = os.environ.get(VARIABLE) or "auto"
     _check(chosen, VARIABLE)
     return chosen
 

@@ -16,9 +16,8 @@ def is_transformed() -> bool:
     This holds for torch.jit.trace, which cannot save such a function, for torch.func (vmap, grad, jvp) and for
     forward-mode differentiation, for which they have no rules.
     """
-    if torch.compiler.is_compiling():  # first: compilers cannot trace the next lines
-        return False
-    return torch.jit.is_tracing() or _interpreter() is not None or forward_ad._current_level >= 0
+    # Compilers cannot trace `_is_transformed`.
+    return not torch.compiler.is_compiling() and _is_transformed()
 
 
 def is_captured() -> bool:
@@ -26,7 +25,11 @@ def is_captured() -> bool:
 
     Besides compilers and the above, this holds for dispatch modes, such as FakeTensorMode's and make_fx's.
     """
-    return torch.compiler.is_compiling() or _python_dispatch.is_in_torch_dispatch_mode() or is_transformed()
+    return torch.compiler.is_compiling() or _python_dispatch.is_in_torch_dispatch_mode() or _is_transformed()
+
+
+def _is_transformed() -> bool:
+    return torch._C._is_tracing() or _interpreter() is not None or forward_ad._current_level >= 0
 
 
 _interpreter = torch._C._functorch.peek_interpreter_stack

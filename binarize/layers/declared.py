@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,18 +54,22 @@ def calls_own_forward(kind: type[nn.Module]) -> bool:
     A function that was assigned to the class afterwards comes from another place, and a decorated one has other code.
     """
     forward = kind.forward
+    check: Callable[..., bool] = _is_own if torch.compiler.is_compiling() else _is_own_cached  # Dynamo traces no caches
+    return isinstance(forward, FunctionType) and check(kind, forward, kind.__call__)
+
+
+def _is_own(kind: type[nn.Module], forward: FunctionType, call: Callable[..., Any]) -> bool:
     # A tracer may have replaced the call of all modules.
-    if (
-        kind.__call__ is not nn.Module.__call__
-        or not isinstance(forward, FunctionType)
-        or forward.__code__.co_name != "forward"
-    ):
+    if call is not nn.Module.__call__ or forward.__code__.co_name != "forward":
         return False
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     if forward.__module__ != owner.__module__:
         return False
     # torch.compile cannot read a function's qualified name.
     return torch.compiler.is_compiling() or forward.__qualname__ == f"{owner.__qualname__}.forward"
+
+
+_is_own_cached: Callable[..., bool] = lru_cache(maxsize=256)(_is_own)
 
 
 def _has_methods(kind: type) -> bool:

@@ -12,7 +12,6 @@ from abuse_case import SECONDS, command
 
 # Variables that are read when they are needed.
 LATE = {
-    "BINARIZE_BACKEND": ["", "x", "torch", "\033[31m", "9" * 5000],
     "COLUMNS": ["", "0", "-1", "x", "1", "9" * 20],
     "LINES": ["0", "x"],
     "TERM": ["", "dumb", "x"],
@@ -28,8 +27,9 @@ LATE = {
     "OMP_NUM_THREADS": ["0", "x"],
     "TZ": ["x/y"],
 }
-# Variables that the libraries read when they are imported.
+# Variables that are read once per process, most of them by libraries that are imported.
 EARLY = {
+    "BINARIZE_BACKEND": ["", "x", "torch", "\033[31m", "9" * 5000],
     "NUMBA_NUM_THREADS": ["0", "x"],
     "NUMBA_CPU_FEATURES": ["x"],
     "NUMBA_DISABLE_JIT": ["x", "1"],
