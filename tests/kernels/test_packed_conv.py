@@ -212,6 +212,17 @@ def test_norm_and_shuffle_equal_the_modules(backend: Any, dtype: torch.dtype) ->
             assert torch.equal(second, torch.cat([hidden[:, ::2], skip[:, 1::2]], 1))
 
 
+def test_silu_is_exact_to_a_few_units_in_the_last_place() -> None:
+    x = torch.cat([torch.linspace(-80, 80, 2**14), torch.linspace(-1, 1, 2**14 - 16), torch.zeros(16)])
+    image, still = x.view(1, 32, 32, 32), torch.stack([torch.ones(1, 32), torch.zeros(1, 32)])
+    with torch.no_grad():
+        found = norm_silu(image, still)
+        torch.testing.assert_close(found.double(), nn.functional.silu(image.double()), rtol=5e-7, atol=0)
+        ends = norm_silu(torch.tensor([torch.nan, torch.inf, 1e30, -1e30] * 8).view(1, 32, 1, 1), still)
+    limits = torch.tensor([torch.nan, torch.inf, 1e30, 0.0])
+    torch.testing.assert_close(ends.flatten()[:4], limits, rtol=0, atol=1e-6, equal_nan=True)
+
+
 def test_operators_keep_the_contract_of_torch_library() -> None:
     layer = PackedConv2d(BinaryConv2d(5, 6, 3, 2, 1, method="reactnet").eval())
     conv, x = layer.compiled().convs[0], torch.randn(2, 5, 7, 8)

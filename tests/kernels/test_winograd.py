@@ -224,6 +224,28 @@ def test_a_network_has_the_same_gradients_with_and_without_winograd(calls: list[
         assert float((found[name] - value).norm()) <= 1e-4 * float(value.norm()) + 1e-7, name
 
 
+@pytest.mark.parametrize("widths", [(16, 3), (32, 48)])
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dots", [True, False])
+def test_weights_in_bfloat16_are_their_values_in_float32(
+    dots: bool, dtype: torch.dtype, tile: Literal[2, 4], widths: tuple[int, int]
+) -> None:
+    x, weight = torch.randn(2, widths[0], 6, 9).to(dtype), torch.randn(*widths[::-1], 3, 3).bfloat16()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = weight.contiguous(memory_format=layout)
+        found, expected = (
+            winograd.conv3x3(x, w, None, None, None, tile, bf16_products=dots) for w in (given, weight.float())
+        )
+        assert torch.equal(found, expected)
+    if widths[1] % 16 == 0 and dtype == torch.float32:
+        grad = torch.randn(2, widths[1], 6, 9)
+        found, expected = (
+            winograd.conv3x3(grad, w, None, None, None, tile, transposed=True) for w in (weight, weight.float())
+        )
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("widths", [(16, 3), (48, 32), (80, 144)])
 @pytest.mark.parametrize("size", [(5, 7), (9, 70)])
 @pytest.mark.parametrize("dots", [True, False])

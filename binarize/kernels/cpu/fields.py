@@ -45,14 +45,14 @@ Shuffle = IntEnum(
 # 2 or 4; TILE_ROWS: rows of tiles of a task; TILES: multiplied together, a multiple of 4; FILTERS: float32 (n * n,
 # C_out / 16, C_in, 16), or (n * n, C_in, C_out) if torch multiplies, with the steps FILTERS_OUT per 16 output channels,
 # FILTERS_IN, and FILTERS_STEP per n * n; DOT_BF16: 1 to multiply bfloat16, with FILTERS bfloat16 (n * n, C_out / 16,
-# C_in / 2, 16, 2); ROW_SUMS: of the output, as in Norm, or 0; WEIGHT: float32, of the direct convolution, with its
-# strides.
+# C_in / 2, 16, 2); ROW_SUMS: of the output, as in Norm, or 0; WEIGHT: float32, or bfloat16 if WEIGHT_BF16, of the
+# direct convolution, with its strides.
 Winograd = IntEnum(
     "Winograd",
     "WORKERS TASKS COUNT BF16 SCRATCH SCRATCH_STEP TILE TILE_ROWS TILES HEIGHT WIDTH IN_CHANNELS OUT_CHANNELS X "
     "X_BATCH X_ROW X_PIXEL OUT OUT_BATCH OUT_ROW OUT_PIXEL RESIDUAL RESIDUAL_BATCH RESIDUAL_ROW RESIDUAL_PIXEL "
     "FILTERS FILTERS_OUT FILTERS_IN FILTERS_STEP DOT_BF16 BIAS NORM_FACTORS NORM_OFFSETS ROW_SUMS WEIGHT WEIGHT_OUT "
-    "WEIGHT_IN WEIGHT_ROW WEIGHT_COLUMN",
+    "WEIGHT_IN WEIGHT_ROW WEIGHT_COLUMN WEIGHT_BF16",
     start=0,
 )
 

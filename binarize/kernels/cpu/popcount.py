@@ -12,19 +12,18 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from binarize.kernels.cpu.simd import I32, I64, INTS, LANES, call, constant, cpu_features, load, meet, splat, when
+from binarize.kernels.cpu import simd
+from binarize.kernels.cpu.simd import I32, I64, INTS, LANES, Body, Values, call, constant, load, loop, splat, when
 
 # Counts are of bytes where no instruction counts 32-bit lanes.
-BYTEWISE = "+avx512vpopcntdq" not in cpu_features()
+BYTEWISE = "+avx512vpopcntdq" not in simd.cpu_features()
 # Adding words bit by bit pays where one instruction computes any function of three operands.
-CARRY_SAVE = BYTEWISE and "+avx512bw" in cpu_features()
-VNNI = CARRY_SAVE and "+avx512vnni" in cpu_features()
+CARRY_SAVE = BYTEWISE and "+avx512bw" in simd.cpu_features()
+VNNI = CARRY_SAVE and "+avx512vnni" in simd.cpu_features()
 # Register blocking: how many pixels x 16 output channels are summed at once; sums and filters must fit the registers.
 PIXELS, BLOCKS = (4, 1) if BYTEWISE else (4, 4)
 _I8 = ir.IntType(8)
 _SHORTS, _BYTES = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(_I8, 4 * LANES)
-Values = list[ir.Value]
-Body = Callable[[ir.Value, Values], Values]  # of a loop: index and values to new values
 _LOW_NIBBLES = 0x0F0F0F0F
 
 
@@ -111,22 +110,6 @@ class Words(NamedTuple):
         return [b.xor(word, f) for word, f in self.pairs(b, j)]
 
 
-def _loop(b: ir.IRBuilder, start: ir.Value, stop: ir.Value, kept: Values, step: int, body: Body) -> Values:
-    """Run ``kept = body(j, kept)`` for j from start to below stop, by step."""
-    before, inside, done = b.block, b.append_basic_block("body"), b.append_basic_block("done")
-    b.cbranch(b.icmp_signed("<", start, stop), inside, done)
-    b.position_at_end(inside)
-    j, held = b.phi(I64), [b.phi(INTS) for _ in kept]
-    new = body(j, held)
-    after, last = b.add(j, I64(step)), b.block
-    for phi, first, more in ((j, start, after), *zip(held, kept, new, strict=True)):
-        phi.add_incoming(first, before)
-        phi.add_incoming(more, last)
-    b.cbranch(b.icmp_signed("<", after, stop), inside, done)
-    b.position_at_end(done)
-    return meet(b, (kept, before), (new, last))
-
-
 def _end(b: ir.IRBuilder, start: ir.Value, size: int, stop: ir.Value) -> ir.Value:
     end = b.add(start, I64(size))
     return b.select(b.icmp_signed("<", end, stop), end, stop)
@@ -142,10 +125,10 @@ def _count_all(b: ir.IRBuilder, words: Words) -> Values:
 
     def add_chunk(j: ir.Value, sums: Values) -> Values:
         # Bytes never carry into one another: 31 counts of at most 8 stay below 256.
-        found = _loop(b, j, _end(b, j, 31, words.count), zeros, 1, add_counts)
+        found = loop(b, _end(b, j, 31, words.count), zeros, add_counts, j)
         return _added(b, sums, [_sum_bytes(b, total) for total in found])
 
-    return _loop(b, I64(0), words.count, zeros, *((31, add_chunk) if BYTEWISE else (1, add_counts)))
+    return loop(b, words.count, zeros, *((add_chunk, I64(0), 31) if BYTEWISE else (add_counts,)))
 
 
 class _CarrySave:
@@ -197,7 +180,7 @@ class _CarrySave:
         def body(j: ir.Value, held: Values) -> Values:
             bits, totals = held[: 3 * self.n], held[3 * self.n :]
             zeros = [ir.Constant(INTS, None)] * self.n
-            found = _loop(self.b, j, _end(self.b, j, 31 * 8, whole), [*bits, *zeros], 8, self.add_eight)
+            found = loop(self.b, _end(self.b, j, 31 * 8, whole), [*bits, *zeros], self.add_eight, j, 8)
             eights = zip(totals, found[3 * self.n :], strict=True)
             return [*found[: 3 * self.n], *(_add_products(self.b, t, e, self.per_eight) for t, e in eights)]
 
@@ -208,7 +191,7 @@ class _CarrySave:
         b, count = self.b, self.words.count
         whole = b.add(b.and_(b.sub(count, I64(7)), I64(-8)), I64(7))
         kept = [value for bits in self.first_seven() for value in bits]
-        held = _loop(b, I64(7), whole, [*kept, *totals], 31 * 8, self.add_eights(whole))
+        held = loop(b, whole, [*kept, *totals], self.add_eights(whole), I64(7), 31 * 8)
         fours, totals = held[2 * self.n : 3 * self.n], held[3 * self.n :]
         # In bytes, at most 112: 7 x 8 of the three planes, and 7 x 8 of what is left.
         small = [_count_bytes(b, bits, 4) for bits in fours]
@@ -256,4 +239,4 @@ def dots(b: ir.IRBuilder, words: Words, base: Callable[[], Values], unsigned: ir
     second = _CarrySave(b, words, unsigned).add_to(base()), b.block
     b.branch(after)
     b.position_at_end(after)
-    return meet(b, first, second)
+    return simd.meet(b, first, second)

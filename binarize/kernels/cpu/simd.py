@@ -9,6 +9,7 @@ Addresses are int64 values, strides are in bytes. Nothing here checks anything: 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from llvmlite import binding, ir
@@ -27,10 +28,15 @@ def cpu_features() -> str:
 
 
 AVX512 = "+avx512f" in cpu_features()
-_I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-INTS, FLOATS, _HALVES = (ir.VectorType(t, LANES) for t in (I32, F32, _I16))
+I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_ZERO = I64(0)
+INTS, FLOATS, HALVES = (ir.VectorType(t, LANES) for t in (I32, F32, I16))
 # Whether AVX512_BF16 can be used: its intrinsics have other types in LLVM 15, which llvmlite had before LLVM 20.
 AVX512_BF16 = "+avx512bf16" in cpu_features() and binding.llvm_version_info[0] >= 20
+
+
+Values = list[ir.Value]
+Body = Callable[[ir.Value, Values], Values]  # of a loop: index and values to new values
 
 
 class _BFloat(ir.Type):
@@ -41,6 +47,20 @@ class _BFloat(ir.Type):
 
 
 _BFLOAT = _BFloat()
+
+
+def instructions(append: Callable[..., None]) -> Any:
+    """Turn a function that appends instructions into an intrinsic without a result. All arguments are int64."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        append(b, *args)
+        return context.get_dummy_value()
+
+    @wraps(append)
+    def typed(context: Any, *args: Any) -> Any:
+        return types.void(*[types.int64] * len(args)), codegen
+
+    return intrinsic(typed)
 
 
 def constant(value: float | int, kind: ir.VectorType) -> ir.Constant:
@@ -98,12 +118,12 @@ def narrow(b: ir.IRBuilder, values: ir.Value) -> ir.Value:
     """
     if AVX512_BF16:
         rounded = call(b, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFLOAT, LANES), values)
-        return b.bitcast(rounded, _HALVES)
+        return b.bitcast(rounded, HALVES)
     bits = b.bitcast(values, INTS)
     odd = b.and_(b.lshr(bits, constant(16, INTS)), constant(1, INTS))
     rounded = b.lshr(b.add(bits, b.add(odd, constant(0x7FFF, INTS))), constant(16, INTS))
     quiet = b.select(b.fcmp_unordered("uno", values, values), constant(0x7FC0, INTS), rounded)
-    return b.trunc(quiet, _HALVES)
+    return b.trunc(quiet, HALVES)
 
 
 def pair(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
@@ -112,9 +132,15 @@ def pair(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
     return b.or_(low, b.shl(high, constant(16, INTS)))
 
 
+def load_float(b: ir.IRBuilder, address: ir.Value, bf16: bool) -> ir.Value:
+    if not bf16:
+        return load(b, address, F32)
+    return b.bitcast(b.shl(b.zext(load(b, address, I16, 2), I32), I32(16)), F32)
+
+
 def load_pixels(b: ir.IRBuilder, address: ir.Value, bf16: bool, mask: ir.Value | None) -> ir.Value:
     """Load 16 channels as float32; lanes outside the mask give 0 and are not touched."""
-    kind = _HALVES if bf16 else FLOATS
+    kind = HALVES if bf16 else FLOATS
     if mask is None:
         value = load(b, address, kind, 2 if bf16 else 4)
     else:
@@ -134,26 +160,32 @@ def store_pixels(b: ir.IRBuilder, value: ir.Value, address: ir.Value, bf16: bool
         call(b, name, ir.VoidType(), value, pointer(b, address, value.type), I32(2 if bf16 else 4), mask)
 
 
-def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """exp(x) to about 1 unit in the last place: 2^n times Taylor's polynomial of order 7 on |r| <= ln(2) / 2."""
-    x = call(b, "llvm.minnum.v16f32", FLOATS, x, constant(88.0, FLOATS))
-    x = call(b, "llvm.maxnum.v16f32", FLOATS, x, constant(-87.0, FLOATS))
-    n = call(b, "llvm.rint.v16f32", FLOATS, b.fmul(x, constant(1.4426950216293335, FLOATS)))
-    r = fma(b, n, constant(-0.693145751953125, FLOATS), x)
-    r = fma(b, n, constant(-1.428606765330187e-06, FLOATS), r)
-    y = constant(1 / 5040, FLOATS)
-    for factorial in (720, 120, 24, 6, 2, 1, 1):
-        y = fma(b, y, r, constant(1 / factorial, FLOATS))
+# Coefficients of a minimax polynomial of exp(-r) for |r| <= ln(2) / 2, highest power first. Relative error: 9.5e-8.
+_EXP_MINUS = (-0.008290295094, 0.041897939425, -0.166676366574, 0.499991494399, -0.999999706944, 1.0)
+
+
+def _exp_minus(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp(-x), as 2^n times a polynomial of r = x + n ln(2). Relative error: 2e-7."""
+    x = call(b, "llvm.minnum.v16f32", FLOATS, x, constant(87.0, FLOATS))
+    x = call(b, "llvm.maxnum.v16f32", FLOATS, x, constant(-88.0, FLOATS))
+    n = call(b, "llvm.rint.v16f32", FLOATS, b.fmul(x, constant(-1.4426950216293335, FLOATS)))
+    r = fma(b, n, constant(0.693145751953125, FLOATS), x)
+    r = fma(b, n, constant(1.428606765330187e-06, FLOATS), r)
+    y = constant(_EXP_MINUS[0], FLOATS)
+    for factor in _EXP_MINUS[1:]:
+        y = fma(b, y, r, constant(factor, FLOATS))
+    if AVX512:
+        return call(b, "llvm.x86.avx512.mask.scalef.ps.512", FLOATS, y, n, y, ir.Constant(I16, -1), I32(4))
     power = b.shl(b.add(b.fptosi(n, INTS), constant(127, INTS)), constant(23, INTS))
     return b.fmul(y, b.bitcast(power, FLOATS))
 
 
 def _silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    divisor = b.fadd(constant(1.0, FLOATS), _exp(b, b.fneg(x)))
+    divisor = b.fadd(constant(1.0, FLOATS), _exp_minus(b, x))
     if not AVX512:
         return b.fdiv(x, divisor)
     # A division keeps its unit busy for 16 cycles. 14 bits of the reciprocal and one Newton step come in three.
-    every = ir.Constant(_I16, -1)
+    every = ir.Constant(I16, -1)
     guess = call(b, "llvm.x86.avx512.rcp14.ps.512", FLOATS, divisor, ir.Constant(FLOATS, None), every)
     rest = fma(b, b.fneg(divisor), guess, constant(1.0, FLOATS))
     return b.fmul(x, fma(b, guess, rest, guess))
@@ -194,20 +226,20 @@ def chain(b: ir.IRBuilder, start: ir.Value, step: ir.Value, count: int) -> list[
     return addresses
 
 
-def close_loop(
-    b: ir.IRBuilder, loop: ir.Block, done: ir.Block, entry: ir.Block, count: ir.Value, index: ir.Value,
-    carried: tuple[list[ir.Value], list[ir.Value], list[ir.Value]],
-) -> None:  # fmt: skip
-    """End a loop of one block for ``index`` from 0 to ``count`` (at least 1), and continue in ``done``.
-
-    ``carried`` has the phi nodes of what the loop carries, their values before it, and their new values.
-    """
-    after = b.add(index, I64(1))
-    for phi, first, new in ((index, I64(0), after), *zip(*carried, strict=True)):
-        phi.add_incoming(first, entry)
-        phi.add_incoming(new, loop)
-    b.cbranch(b.icmp_signed("<", after, count), loop, done)
+def loop(b: ir.IRBuilder, stop: ir.Value, kept: Values, body: Body, start: ir.Value = _ZERO, step: int = 1) -> Values:
+    """Run ``kept = body(j, kept)`` for j from start to below stop, by step; return the last values."""
+    before, inside, done = b.block, b.append_basic_block("body"), b.append_basic_block("done")
+    b.cbranch(b.icmp_signed("<", start, stop), inside, done)
+    b.position_at_end(inside)
+    j, held = b.phi(I64), [b.phi(value.type) for value in kept]
+    new = body(j, held)
+    after, last = b.add(j, I64(step)), b.block
+    for phi, first, more in ((j, start, after), *zip(held, kept, new, strict=True)):
+        phi.add_incoming(first, before)
+        phi.add_incoming(more, last)
+    b.cbranch(b.icmp_signed("<", after, stop), inside, done)
     b.position_at_end(done)
+    return meet(b, (kept, before), (new, last))
 
 
 def by_flag(b: ir.IRBuilder, bf16: ir.Value, build: Callable[[bool], ir.Value | None]) -> ir.Value | None:
@@ -243,7 +275,7 @@ def signs(context, x, thresholds, count, bf16):  # type: ignore[no-untyped-def]
                 limits = load(b, b.add(thresholds, I64(64 * half)), FLOATS)
                 above = b.fcmp_ordered(">=", values, limits)
                 above = above if mask is None else b.and_(above, mask)
-                lanes = b.zext(b.bitcast(above, _I16), I32)
+                lanes = b.zext(b.bitcast(above, I16), I32)
                 bits = lanes if half == 0 else b.or_(bits, b.shl(lanes, I32(LANES)))
             return bits
 
@@ -252,70 +284,49 @@ def signs(context, x, thresholds, count, bf16):  # type: ignore[no-untyped-def]
     return types.int32(*[types.int64] * 4), codegen
 
 
-@intrinsic
-def affine_silu(context, x, factors, offsets, out, count, bf16):  # type: ignore[no-untyped-def]
+@instructions
+def affine_silu(b, x, factors, offsets, out, count, bf16):  # type: ignore[no-untyped-def]
     """Write ``silu(x * factors + offsets)`` for ``count`` (at most 16) channels."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        x, factors, offsets, out, count, bf16 = args
+    def activate(half_precision: bool, partial: bool) -> None:
+        mask = lanes_below(b, count) if partial else None
+        factor, offset = (load_pixels(b, a, False, mask) for a in (factors, offsets))
+        value = b.fadd(b.fmul(load_pixels(b, x, half_precision, mask), factor), offset)
+        store_pixels(b, _silu(b, value), out, half_precision, mask)
 
-        def activate(half_precision: bool, partial: bool) -> None:
-            mask = lanes_below(b, count) if partial else None
-            factor, offset = (load_pixels(b, a, False, mask) for a in (factors, offsets))
-            value = b.fadd(b.fmul(load_pixels(b, x, half_precision, mask), factor), offset)
-            store_pixels(b, _silu(b, value), out, half_precision, mask)
-
-        by_flag(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: activate(half, partial)))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 6), codegen
+    by_flag(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: activate(half, partial)))
 
 
-@intrinsic
-def row_moments(context, x, step, pixels, sums, squares, count, bf16):  # type: ignore[no-untyped-def]
-    """Write the sums and the sums of squares of a row of pixels, at least one, for ``count`` (at most 16) channels."""
+@instructions
+def row_moments(b, x, step, pixels, sums, squares, count, bf16):  # type: ignore[no-untyped-def]
+    """Write the sums and the sums of squares of a row of pixels for ``count`` (at most 16) channels."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        x, step, pixels, sums, squares, count, bf16 = args
+    def add(half_precision: bool, partial: bool) -> None:
+        mask = lanes_below(b, count) if partial else None
 
-        def add(half_precision: bool, partial: bool) -> None:
-            mask = lanes_below(b, count) if partial else None
-            entry = b.block
-            loop, done = b.append_basic_block("loop"), b.append_basic_block("done")
-            zeros = [ir.Constant(FLOATS, None)] * 2
-            b.branch(loop)
-            b.position_at_end(loop)
-            i, total, square = b.phi(I64), b.phi(FLOATS), b.phi(FLOATS)
+        def add_pixel(i: ir.Value, kept: Values) -> Values:
             value = load_pixels(b, b.add(x, b.mul(i, step)), half_precision, mask)
-            new_total, new_square = b.fadd(total, value), fma(b, value, value, square)
-            close_loop(b, loop, done, entry, pixels, i, ([total, square], zeros, [new_total, new_square]))
-            store_pixels(b, new_total, sums, False, mask)
-            store_pixels(b, new_square, squares, False, mask)
+            return [b.fadd(kept[0], value), fma(b, value, value, kept[1])]
 
-        by_flag(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: add(half, partial)))
-        return context.get_dummy_value()
+        totals = loop(b, pixels, [ir.Constant(FLOATS, None)] * 2, add_pixel)
+        for total, place in zip(totals, (sums, squares), strict=True):
+            store_pixels(b, total, place, False, mask)
 
-    return types.void(*[types.int64] * 7), codegen
+    by_flag(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: add(half, partial)))
 
 
-@intrinsic
-def deinterleave(context, x, evens, odds, bf16):  # type: ignore[no-untyped-def]
+@instructions
+def deinterleave(b, x, evens, odds, bf16):  # type: ignore[no-untyped-def]
     """Write the 16 even and the 16 odd ones of 32 channels to two places."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        x, evens, odds, bf16 = args
+    def deal(half_precision: bool) -> None:
+        kind, size = (HALVES, 2) if half_precision else (FLOATS, 4)
+        low, high = load(b, x, kind, size), load(b, b.add(x, I64(LANES * size)), kind, size)
+        for first, out in ((0, evens), (1, odds)):
+            lanes = ir.Constant(INTS, list(range(first, 2 * LANES, 2)))
+            store(b, b.shuffle_vector(low, high, lanes), out, size)
 
-        def deal(half_precision: bool) -> None:
-            kind, size = (_HALVES, 2) if half_precision else (FLOATS, 4)
-            low, high = load(b, x, kind, size), load(b, b.add(x, I64(LANES * size)), kind, size)
-            for first, out in ((0, evens), (1, odds)):
-                lanes = ir.Constant(INTS, list(range(first, 2 * LANES, 2)))
-                store(b, b.shuffle_vector(low, high, lanes), out, size)
-
-        by_flag(b, bf16, deal)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+    by_flag(b, bf16, deal)
 
 
 @intrinsic
@@ -334,15 +345,10 @@ def prefetch_line(b: ir.IRBuilder, address: ir.Value, write: bool) -> None:
     call(b, "llvm.prefetch.p0", ir.VoidType(), where, I32(int(write)), I32(3 if write else 2), I32(1))
 
 
-@intrinsic
-def prefetch(context, address):  # type: ignore[no-untyped-def]
+@instructions
+def prefetch(b, address):  # type: ignore[no-untyped-def]
     """Have a line read into the second-level cache; the address may be any."""
-
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        prefetch_line(b, args[0], write=False)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    prefetch_line(b, address, write=False)
 
 
 def _memory(kind: Any, width: ir.Type) -> tuple[Any, Any]:

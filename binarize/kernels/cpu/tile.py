@@ -10,8 +10,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from binarize.kernels.cpu import simd
-from binarize.kernels.cpu.popcount import BLOCKS, Values, Words, dots
-from binarize.kernels.cpu.simd import FLOATS, I64, INTS, LANES, chain, load, splat, when
+from binarize.kernels.cpu.popcount import BLOCKS, Words, dots
+from binarize.kernels.cpu.simd import FLOATS, I64, INTS, LANES, Values, chain, load, splat, when
 
 _ARGUMENTS = (
     "x", "entries", "shortcut", "residual", "out", "ahead", "w", "bases", "table", "channel_bias", "count",

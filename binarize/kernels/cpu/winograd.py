@@ -82,8 +82,8 @@ def conv3x3(
         return y if residual is None else y.add_(residual)
     x = as_channels_last(x)
     batch, channels, height, width = x.shape
-    weight = weight.float()
-    strides, first = [4 * s for s in weight.stride()], weight.data_ptr()
+    weight = weight if weight.dtype == torch.bfloat16 else weight.float()
+    strides, first = [weight.element_size() * s for s in weight.stride()], weight.data_ptr()
     if transposed:  # swap the widths and read the taps backwards
         first += 2 * (strides[2] + strides[3])
         strides = [strides[1], strides[0], -strides[2], -strides[3]]
@@ -102,6 +102,7 @@ def conv3x3(
     p[Winograd.COUNT], p[Winograd.IN_CHANNELS], p[Winograd.OUT_CHANNELS] = out_channels // LANES, channels, out_channels
     p[Winograd.TILE], p[Winograd.FILTERS], p[Winograd.WEIGHT] = tile, filters.data_ptr(), first
     p[Winograd.FILTERS_STEP], p[Winograd.DOT_BF16] = 4 * filters.stride(0), dot_bf16
+    p[Winograd.WEIGHT_BF16] = weight.dtype == torch.bfloat16
     p[Winograd.FILTERS_OUT], p[Winograd.FILTERS_IN] = (
         (4 * LANES, 4 * out_channels) if apart else (4 * LANES * filters.shape[1], 64)
     )

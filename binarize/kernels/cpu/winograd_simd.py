@@ -6,21 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from binarize.kernels.cpu import simd
-from binarize.kernels.cpu.simd import F32, FLOATS, I32, I64, LANES, chain, fma, load, store, when
+from binarize.kernels.cpu.simd import F32, FLOATS, I32, I64, LANES, Values, chain, fma, instructions, load, loop, store
 
 Matrix = tuple[tuple[float, ...], ...]
 ROWS, MOST_BLOCKS = 4, 4  # register blocking of the products
-
-
-def iterate(b: ir.IRBuilder, start: ir.Value, step: ir.Value) -> Iterator[ir.Value]:
-    """Yield addresses, a step apart."""
-    while True:
-        yield start
-        start = b.add(start, step)
 
 
 def _by_blocks(b: ir.IRBuilder, blocks: ir.Value, build: Callable[[int], None]) -> None:
@@ -36,85 +27,67 @@ def _by_blocks(b: ir.IRBuilder, blocks: ir.Value, build: Callable[[int], None]) 
     b.position_at_end(done)
 
 
-@intrinsic
-def matmul(context, x, x_step, w, w_step, k, out, out_step, blocks, dot_bf16):  # type: ignore[no-untyped-def]
-    """Write `ROWS` x ``blocks`` x 16 sums of k products, held in registers; float32, or of 2k products of bfloat16.
+@instructions
+def matmul(b, x, x_step, w, w_step, count, out, out_step, blocks, dot_bf16):  # type: ignore[no-untyped-def]
+    """Write `ROWS` x ``blocks`` x 16 sums of ``count`` products; float32, or of twice as many products of bfloat16.
 
     ``out[p * out_step + 64 r + 4 lane] = sum_j x[p * x_step + 4 j] * w[r * w_step + 64 j + 4 lane]``
 
     With ``dot_bf16``, a word is a pair of bfloat16, and each product is the dot product of two pairs.
     """
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        x, x_step, w, w_step, count, out, out_step, blocks, dot_bf16 = args
+    def multiply(n: int, add_product: Callable[..., ir.Value]) -> None:
+        rows, columns = chain(b, x, x_step, ROWS), chain(b, w, w_step, n)
 
-        def multiply(n: int, add_product: Callable[..., ir.Value]) -> None:
-            entry, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
-            rows, columns = chain(b, x, x_step, ROWS), chain(b, w, w_step, n)
-            b.branch(loop)
-            b.position_at_end(loop)
-            j, sums = b.phi(I64), [b.phi(FLOATS) for _ in range(ROWS * n)]
+        def add_products(j: ir.Value, kept: Values) -> Values:
             filters = [load(b, b.add(a, b.shl(j, I64(6))), FLOATS) for a in columns]
-            new = []
-            for p, address in enumerate(rows):
-                value = simd.splat(b, load(b, b.add(address, b.shl(j, I64(2))), F32))
-                new += [add_product(b, value, f, sums[p * n + r]) for r, f in enumerate(filters)]
-            zeros = [ir.Constant(FLOATS, None)] * len(sums)
-            simd.close_loop(b, loop, done, entry, count, j, (sums, zeros, new))
-            for p, target in enumerate(chain(b, out, out_step, ROWS)):
-                for r in range(n):
-                    store(b, new[p * n + r], b.add(target, I64(64 * r)))
+            words = [simd.splat(b, load(b, b.add(a, b.shl(j, I64(2))), F32)) for a in rows]
+            pairs = [(word, f) for word in words for f in filters]
+            return [add_product(b, *pair, total) for pair, total in zip(pairs, kept, strict=True)]
 
-        def choose(half_precision: bool) -> None:
-            add_product = simd.dot_bf16 if half_precision else fma
-            _by_blocks(b, blocks, lambda n: multiply(n, add_product))
+        sums = loop(b, count, [ir.Constant(FLOATS, None)] * (ROWS * n), add_products)
+        for p, target in enumerate(chain(b, out, out_step, ROWS)):
+            for r in range(n):
+                store(b, sums[p * n + r], b.add(target, I64(64 * r)))
 
-        if simd.AVX512_BF16:
-            simd.by_flag(b, dot_bf16, choose)
-        else:
-            choose(False)
-        return context.get_dummy_value()
+    def choose(half_precision: bool) -> None:
+        add_product = simd.dot_bf16 if half_precision else fma
+        _by_blocks(b, blocks, lambda n: multiply(n, add_product))
 
-    return types.void(*[types.int64] * 9), codegen
+    if simd.AVX512_BF16:
+        simd.by_flag(b, dot_bf16, choose)
+    else:
+        choose(False)
 
 
-@intrinsic
-def add_outer(context, x, x_step, w, w_step, k, out, out_step, blocks):  # type: ignore[no-untyped-def]
-    """Add `ROWS` x ``blocks`` x 16 sums of k outer products to ``out``; all float32.
+@instructions
+def add_outer(b, x, x_step, w, w_step, count, out, out_step, blocks):  # type: ignore[no-untyped-def]
+    """Add `ROWS` x ``blocks`` x 16 sums of ``count`` outer products to ``out``; all float32.
 
     ``out[p * out_step + 64 r + 4 lane] += sum_j x[4 p + j * x_step] * w[64 r + 4 lane + j * w_step]``
     """
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        x, x_step, w, w_step, count, out, out_step, blocks = args
+    def multiply(n: int) -> None:
+        targets = [b.add(row, I64(64 * r)) for row in chain(b, out, out_step, ROWS) for r in range(n)]
 
-        def multiply(n: int) -> None:
-            entry, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
-            targets = [b.add(row, I64(64 * r)) for row in chain(b, out, out_step, ROWS) for r in range(n)]
-            before = [load(b, target, FLOATS) for target in targets]
-            b.branch(loop)
-            b.position_at_end(loop)
-            j, sums = b.phi(I64), [b.phi(FLOATS) for _ in targets]
+        def add_products(j: ir.Value, kept: Values) -> Values:
             here, there = b.add(x, b.mul(j, x_step)), b.add(w, b.mul(j, w_step))
             lines = [load(b, b.add(there, I64(64 * r)), FLOATS) for r in range(n)]
-            new = []
-            for p in range(ROWS):
-                value = simd.splat(b, load(b, b.add(here, I64(4 * p)), F32))
-                new += [fma(b, value, line, sums[p * n + r]) for r, line in enumerate(lines)]
-            simd.close_loop(b, loop, done, entry, count, j, (sums, before, new))
-            for value, target in zip(new, targets, strict=True):
-                store(b, value, target)
+            values = [simd.splat(b, load(b, b.add(here, I64(4 * p)), F32)) for p in range(ROWS)]
+            pairs = [(value, line) for value in values for line in lines]
+            return [fma(b, *pair, total) for pair, total in zip(pairs, kept, strict=True)]
 
-        _by_blocks(b, blocks, multiply)
-        return context.get_dummy_value()
+        sums = loop(b, count, [load(b, target, FLOATS) for target in targets], add_products)
+        for value, target in zip(sums, targets, strict=True):
+            store(b, value, target)
 
-    return types.void(*[types.int64] * 8), codegen
+    _by_blocks(b, blocks, multiply)
 
 
 def _combine(b: ir.IRBuilder, values: list[ir.Value], factors: tuple[float, ...]) -> ir.Value:
-    """Return the sum of values times constants."""
+    """Return the sum of values times constants. It starts with a value whose factor is 1, if there is one."""
     total = None
-    for value, factor in zip(values, factors, strict=True):
+    for value, factor in sorted(zip(values, factors, strict=True), key=lambda term: term[1] != 1):
         if factor == 0:
             continue
         if total is None:
@@ -157,10 +130,16 @@ def _multiply(b: ir.IRBuilder, matrix: Matrix, values: list[ir.Value]) -> list[i
     return [done[i] for i in range(len(rows))]
 
 
-def _sandwich(b: ir.IRBuilder, grid: list[list[ir.Value]], matrix: Matrix) -> list[list[ir.Value]]:
-    """Return matrix @ grid @ matrix.T."""
-    columns = [_multiply(b, matrix, [line[x] for line in grid]) for x in range(len(grid[0]))]
-    return [_multiply(b, matrix, list(row)) for row in zip(*columns, strict=True)]
+def _sandwich(b: ir.IRBuilder, read: Callable[[int], ir.Value], matrix: Matrix) -> Iterator[tuple[int, ir.Value]]:
+    """Yield (place, value) for each value of matrix @ grid @ matrix.T, column by column; ``read(i)`` loads one.
+
+    Few values are alive at once if each is read when it is needed and written when it is yielded.
+    """
+    side, width = len(matrix[0]), len(matrix)
+    lines = [_multiply(b, matrix, [read(side * y + x) for x in range(side)]) for y in range(side)]
+    for x, column in enumerate(zip(*lines, strict=True)):
+        for y, value in enumerate(_multiply(b, matrix, list(column))):
+            yield width * y + x, value
 
 
 class Winograd(NamedTuple):
@@ -214,8 +193,8 @@ def _has_pairs(size: Winograd) -> bool:
     return simd.AVX512_BF16 and size is WINOGRAD[4]
 
 
-def _flat(grid: list[list[ir.Value]]) -> list[ir.Value]:
-    return [value for line in grid for value in line]
+def _at(b: ir.IRBuilder, start: ir.Value, step: ir.Value, i: int) -> ir.Value:
+    return b.add(start, b.mul(step, I64(i)))
 
 
 def make_patch_transform(choose: Callable[[Winograd], Matrix], narrows: bool = False) -> Any:
@@ -226,130 +205,99 @@ def make_patch_transform(choose: Callable[[Winograd], Matrix], narrows: bool = F
     Only with ``narrows`` is there code for that.
     """
 
-    @intrinsic
-    def transform(context, addresses, channel, out, step, m, bf16, narrow):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-            addresses, channel, out, step, m, bf16, narrow = args
+    @instructions
+    def transform(b, addresses, channel, out, step, m, bf16, narrow):  # type: ignore[no-untyped-def]
+        def apply(matrix: Matrix, half_precision: bool, narrowed: bool) -> None:
+            def read(i: int) -> ir.Value:
+                place = b.load(simd.pointer(b, b.add(addresses, I64(8 * i)), I64))
+                return simd.load_pixels(b, b.add(place, channel), half_precision, None)
 
-            def apply(matrix: Matrix, half_precision: bool, narrowed: bool) -> None:
-                side = len(matrix[0])
-                places = [b.load(simd.pointer(b, b.add(addresses, I64(8 * i)), I64)) for i in range(side * side)]
-                pixels = [simd.load_pixels(b, b.add(place, channel), half_precision, None) for place in places]
-                grid = [pixels[side * y : side * (y + 1)] for y in range(side)]
-                for value, target in zip(_flat(_sandwich(b, grid, matrix)), iterate(b, out, step), strict=False):
-                    store(b, simd.narrow(b, value) if narrowed else value, target)
+            for i, value in _sandwich(b, read, matrix):
+                store(b, simd.narrow(b, value) if narrowed else value, _at(b, out, step, i))
 
-            def apply_for(size: Winograd, half_precision: bool) -> None:
-                if narrows and half_precision and _has_pairs(size):
-                    simd.by_flag(b, narrow, lambda narrowed: apply(choose(size), True, narrowed))
-                else:
-                    apply(choose(size), half_precision, False)
+        def apply_for(size: Winograd, half_precision: bool) -> None:
+            if narrows and half_precision and _has_pairs(size):
+                simd.by_flag(b, narrow, lambda narrowed: apply(choose(size), True, narrowed))
+            else:
+                apply(choose(size), half_precision, False)
 
-            _by_size(b, m, lambda size: simd.by_flag(b, bf16, lambda half: apply_for(size, half)))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 7), codegen
+        _by_size(b, m, lambda size: simd.by_flag(b, bf16, lambda half: apply_for(size, half)))
 
     return transform
 
 
-@intrinsic
-def filter_transform(context, w, later, paired, lane, row, column, out, step, m):  # type: ignore[no-untyped-def]
+@instructions
+def filter_transform(b, w, bf16, later, paired, lane, row, column, out, step, m):  # type: ignore[no-untyped-def]
     """Transform one input channel's 3x3 taps for 16 output channels, whose weights are ``lane`` bytes apart.
 
     The values are float32. If ``paired`` (m is 4 then), they are pairs of bfloat16 instead: this channel's and those of
     the channel at ``later``.
     """
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        w, later, paired, lane, row, column, out, step, m = args
+    def tap(w: ir.Value, i: int, half_precision: bool) -> ir.Value:
+        start = _at(b, _at(b, w, row, i // 3), column, i % 3)
+        values = ir.Constant(FLOATS, ir.Undefined)
+        for k in range(LANES):
+            value = simd.load_float(b, _at(b, start, lane, k), half_precision)
+            values = b.insert_element(values, value, I32(k))
+        return values
 
-        def tap(w: ir.Value, y: int, x: int) -> ir.Value:
-            start = b.add(w, b.add(b.mul(row, I64(y)), b.mul(column, I64(x))))
-            values = ir.Constant(FLOATS, ir.Undefined)
-            for i in range(LANES):
-                value = load(b, b.add(start, b.mul(lane, I64(i))), F32)
-                values = b.insert_element(values, value, I32(i))
-            return values
+    def apply(size: Winograd, as_pairs: bool, half_precision: bool) -> None:
+        found = list(_sandwich(b, lambda i: tap(w, i, half_precision), size.filter))
+        if as_pairs:
+            second = _sandwich(b, lambda i: tap(later, i, half_precision), size.filter)
+            found = [(i, simd.pair(b, value, other)) for (i, value), (_, other) in zip(found, second, strict=True)]
+        for i, value in found:
+            store(b, value, _at(b, out, step, i))
 
-        def transform(size: Winograd, w: ir.Value) -> list[ir.Value]:
-            return _flat(_sandwich(b, [[tap(w, y, x) for x in range(3)] for y in range(3)], size.filter))
+    def choose(size: Winograd, half_precision: bool) -> None:
+        if _has_pairs(size):
+            simd.by_flag(b, paired, lambda as_pairs: apply(size, as_pairs, half_precision))
+        else:
+            apply(size, False, half_precision)
 
-        def apply(size: Winograd, as_pairs: bool) -> None:
-            values = transform(size, w)
-            if as_pairs:
-                values = [simd.pair(b, *both) for both in zip(values, transform(size, later), strict=True)]
-            for value, target in zip(values, iterate(b, out, step), strict=False):
-                store(b, value, target)
-
-        def choose(size: Winograd) -> None:
-            if _has_pairs(size):
-                simd.by_flag(b, paired, lambda as_pairs: apply(size, as_pairs))
-            else:
-                apply(size, False)
-
-        _by_size(b, m, choose)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 9), codegen
+    _by_size(b, m, lambda size: simd.by_flag(b, bf16, lambda half: choose(size, half)))
 
 
-@intrinsic
-def filter_gradient(context, x, step, out, lane, m):  # type: ignore[no-untyped-def]
+@instructions
+def filter_gradient(b, x, step, out, lane, m):  # type: ignore[no-untyped-def]
     """Apply the transpose of `filter_transform`: n x n values at ``x + i * step`` to 3x3 taps at ``out + i * lane``."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        x, step, out, lane, m = args
+    def apply(size: Winograd) -> None:
+        lanes = chain(b, out, lane, LANES)
+        for tap, value in _sandwich(b, lambda i: load(b, _at(b, x, step, i), FLOATS), transposed(size.filter)):
+            for i, target in enumerate(lanes):
+                store(b, b.extract_element(value, I32(i)), b.add(target, I64(4 * tap)))
 
-        def apply(size: Winograd) -> None:
-            side = len(size.filter)
-            values = [load(b, a, FLOATS) for a in chain(b, x, step, side * side)]
-            grid = [values[side * y : side * (y + 1)] for y in range(side)]
-            lanes = chain(b, out, lane, LANES)
-            for tap, value in enumerate(_flat(_sandwich(b, grid, transposed(size.filter)))):
-                for i, target in enumerate(lanes):
-                    store(b, b.extract_element(value, I32(i)), b.add(target, I64(4 * tap)))
-
-        _by_size(b, m, apply)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), codegen
+    _by_size(b, m, apply)
 
 
-@intrinsic
-def output_transform(context, x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns, m, bf16):  # type: ignore[no-untyped-def]
+@instructions
+def output_transform(b, x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns, m, bf16):  # type: ignore[no-untyped-def]
     """Write m x m output pixels of 16 channels from the n x n values at ``x + i * step``.
 
     ``bias`` and ``residual`` are added unless null. ``rows`` x ``columns`` of the pixels lie inside the image.
     """
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        x, step, bias, residual, r_row, r_pixel, out, row, pixel, rows, columns, m, bf16 = args
+    def write(size: Winograd, half_precision: bool) -> None:
+        zero, side = ir.Constant(FLOATS, None), len(size.output)
+        (start,) = simd.when(b, b.icmp_signed("!=", bias, I64(0)), [zero], lambda _: [load(b, bias, FLOATS)])
+        has_residual = b.icmp_signed("!=", residual, I64(0))
+        for i, value in _sandwich(b, lambda i: load(b, _at(b, x, step, i), FLOATS), size.output):
+            y, left = divmod(i, side)
+            inside = b.and_(b.icmp_signed(">", rows, I64(y)), b.icmp_signed(">", columns, I64(left)))
+            with b.if_then(inside):
+                value = b.fadd(value, start)
+                place = _at(b, _at(b, residual, r_row, y), r_pixel, left)
 
-        def write(size: Winograd, half_precision: bool) -> None:
-            side, zero = len(size.input), ir.Constant(FLOATS, None)
-            values = [load(b, a, FLOATS) for a in chain(b, x, step, side * side)]
-            grid = [values[side * y : side * (y + 1)] for y in range(side)]
-            (start,) = when(b, b.icmp_signed("!=", bias, I64(0)), [zero], lambda _: [load(b, bias, FLOATS)])
-            has_residual = b.icmp_signed("!=", residual, I64(0))
-            for y, line in enumerate(_sandwich(b, grid, size.output)):
-                for i, value in enumerate(line):
-                    inside = b.and_(b.icmp_signed(">", rows, I64(y)), b.icmp_signed(">", columns, I64(i)))
-                    with b.if_then(inside):
-                        value = b.fadd(value, start)
-                        place = b.add(residual, b.add(b.mul(r_row, I64(y)), b.mul(r_pixel, I64(i))))
+                def plus(values: list[ir.Value], place: ir.Value = place) -> list[ir.Value]:
+                    return [b.fadd(values[0], simd.load_pixels(b, place, half_precision, None))]
 
-                        def plus(values: list[ir.Value], place: ir.Value = place) -> list[ir.Value]:
-                            return [b.fadd(values[0], simd.load_pixels(b, place, half_precision, None))]
+                (value,) = simd.when(b, has_residual, [value], plus)
+                target = _at(b, _at(b, out, row, y), pixel, left)
+                simd.store_pixels(b, value, target, half_precision, None)
 
-                        (value,) = when(b, has_residual, [value], plus)
-                        target = b.add(out, b.add(b.mul(row, I64(y)), b.mul(pixel, I64(i))))
-                        simd.store_pixels(b, value, target, half_precision, None)
-
-        _by_size(b, m, lambda size: simd.by_flag(b, bf16, lambda half: write(size, half)))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 13), codegen
+    _by_size(b, m, lambda size: simd.by_flag(b, bf16, lambda half: write(size, half)))
 
 
 input_transform = make_patch_transform(lambda size: size.input, narrows=True)

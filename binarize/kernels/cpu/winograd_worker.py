@@ -17,6 +17,7 @@ def filter_worker(p):  # type: ignore[no-untyped-def]
     """Transform the 3x3 weights of one block of 16 output channels at a time."""
     channels, step = field(p, Winograd.IN_CHANNELS), field(p, Winograd.FILTERS_STEP)
     paired, next_channel = field(p, Winograd.DOT_BF16), field(p, Winograd.WEIGHT_IN)
+    half = field(p, Winograd.WEIGHT_BF16)
     lane, row, column = field(p, Winograd.WEIGHT_OUT), field(p, Winograd.WEIGHT_ROW), field(p, Winograd.WEIGHT_COLUMN)
     while True:
         task = fetch_add(p + 8 * Winograd.TASKS, 1)
@@ -26,7 +27,9 @@ def filter_worker(p):  # type: ignore[no-untyped-def]
         out = field(p, Winograd.FILTERS) + task * field(p, Winograd.FILTERS_OUT)
         for _ in range(0, channels, 1 + paired):
             later = w + next_channel
-            winograd_simd.filter_transform(w, later, paired, lane, row, column, out, step, field(p, Winograd.TILE))
+            winograd_simd.filter_transform(
+                w, half, later, paired, lane, row, column, out, step, field(p, Winograd.TILE)
+            )
             w += (1 + paired) * next_channel
             out += field(p, Winograd.FILTERS_IN)
 
