@@ -222,7 +222,7 @@ def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     check_devices("CS-Fusion", hidden, skip)
     check_shape("CS-Fusion: the skip", skip, (hidden.shape[0], None, *hidden.shape[2:]))
     kernels: Any = backends.cpu_kernels(hidden)
-    if kernels is None or hidden.shape[1] % 32 or skip.shape[1] % 32:
+    if kernels is None or hidden.dtype != skip.dtype or hidden.shape[1] % 32 or skip.shape[1] % 32:
         return reference.shuffle(hidden, skip)
     return kernels.shuffle(hidden, skip)
 

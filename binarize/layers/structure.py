@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binarize.errors import BinarizeError
+from binarize.kernels.backends import cpu_kernels
+from binarize.kernels.bitpack import LANES
 from binarize.kernels.capture import is_captured
+from binarize.kernels.ops import skips_dispatcher
 from binarize.layers.shortcut import pool_channels
 
 
@@ -38,13 +41,17 @@ def sum_convs(convs: nn.ModuleList, parts: Sequence[Tensor]) -> Tensor:
 def pixel_shuffle(parts: Sequence[Tensor]) -> Tensor:
     """Return ``F.pixel_shuffle`` by 2 of the concatenation of images along their channels."""
     first = parts[0]
-    alike = all(part.dtype == first.dtype and part.shape[1] % 4 == 0 for part in parts)
+    kind = first.dtype, first.shape[0], first.shape[2:]
+    alike = all((x.dtype, x.shape[0], x.shape[2:]) == kind and x.shape[1] % 4 == 0 for x in parts)
     if not (alike and all(map(_copies_faster, parts))):
         return F.pixel_shuffle(torch.cat(list(parts), dim=1), 2)
     widths = [part.shape[1] // 4 for part in parts]
     size = first.shape[0], sum(widths), 2 * first.shape[2], 2 * first.shape[3]
     out = torch.empty(size, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
     for target, part in zip(out.split(widths, dim=1), parts, strict=True):
+        if kernels := _kernels(target):
+            kernels.pixel_shuffle(part, target)
+            continue
         for pixels, phase in _phases(target, part):
             pixels.copy_(phase)
     return out
@@ -56,13 +63,22 @@ def pixel_unshuffle(x: Tensor) -> Tensor:
         return F.pixel_unshuffle(x, 2)
     size = x.shape[0], 4 * x.shape[1], x.shape[2] // 2, x.shape[3] // 2
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if kernels := _kernels(x):
+        kernels.pixel_shuffle(out, x, back=True)
+        return out
     for pixels, phase in _phases(x, out):
         phase.copy_(pixels)
     return out
 
 
+def _kernels(image: Tensor) -> Any:
+    """Return the compiled kernels if they can shuffle the pixels of this image, else None."""
+    fits = image.shape[1] % LANES == 0 and image.numel() > 0 and skips_dispatcher(image)
+    return cpu_kernels(image) if fits else None
+
+
 def _copies_faster(x: Tensor) -> bool:
-    """Return whether four strided copies take less time than PyTorch's operator: without a gradient, on a CPU."""
+    """Return whether copies take less time than PyTorch's operator: without a gradient, in channels_last, on a CPU."""
     differentiated = torch.is_grad_enabled() and x.requires_grad
     plain = type(x) is Tensor and x.dim() == 4 and x.device.type == "cpu" and not (differentiated or is_captured())
     return plain and x.is_contiguous(memory_format=torch.channels_last)

@@ -206,10 +206,24 @@ def test_norm_and_shuffle_equal_the_modules(backend: Any, dtype: torch.dtype) ->
         affine = x.float() * bare[0][..., None, None] + bare[1][..., None, None]
         torch.testing.assert_close(affine, nn.functional.group_norm(x.float(), 4), **close)
         for widths in ((32, 32), (64, 32), (6, 10)):
-            hidden, skip = (torch.randn(2, width, 5, 3).to(dtype) for width in widths)
-            first, second = shuffle(hidden, skip)
-            assert torch.equal(first, torch.cat([hidden[:, 1::2], skip[:, ::2]], 1))
-            assert torch.equal(second, torch.cat([hidden[:, ::2], skip[:, 1::2]], 1))
+            hidden, skip = (torch.randn(2, width, 5, 19).to(dtype) for width in widths)
+            joined = torch.cat([skip, hidden], 1).to(memory_format=torch.channels_last)
+            slices = joined[:, widths[1] :], joined[:, : widths[1]]
+            for given in ((hidden, skip), slices, (hidden, skip.double()), (hidden[:0], skip[:0])):
+                first, second = shuffle(*given)
+                assert torch.equal(first, torch.cat([given[0][:, 1::2], given[1][:, ::2]], 1))
+                assert torch.equal(second, torch.cat([given[0][:, ::2], given[1][:, 1::2]], 1))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 2), (24, 3), (40, 40)])
+@pytest.mark.parametrize("mean", [0, 100])
+def test_a_norms_factors_are_those_of_float64(mean: float, channels: int, groups: int) -> None:
+    x = torch.randn(2, channels, 33, 5) + mean
+    with torch.no_grad():
+        factors, offsets = norm_factors(x, None, groups, None, None, 1e-5)
+    affine = x.double() * factors[..., None, None] + offsets[..., None, None]
+    expected = nn.functional.group_norm(x.double(), groups)
+    torch.testing.assert_close(affine, expected, rtol=0, atol=1e-5 if mean == 0 else 2e-2)
 
 
 def test_silu_is_exact_to_a_few_units_in_the_last_place() -> None:

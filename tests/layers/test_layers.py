@@ -263,11 +263,12 @@ def test_cp_up_branches_and_shuffles(channels, branches):
 
 
 @given(
-    batch=st.integers(1, 2), widths=st.lists(st.integers(1, 3), min_size=1, max_size=3), size=st.integers(1, 3),
+    batch=st.integers(1, 2), widths=st.lists(st.sampled_from([1, 2, 3, 16, 48]), min_size=1, max_size=3),
+    size=st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 5, 19])),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), grad=st.booleans(),
 )  # fmt: skip
 def test_pixels_in_channels_last_are_shuffled_as_torch_does(batch, widths, size, dtype, grad):
-    parts = [torch.randn(batch, 4 * width, size, 2, dtype=torch.float64).to(dtype) for width in widths]
+    parts = [torch.randn(batch, 4 * width, *size, dtype=torch.float64).to(dtype) for width in widths]
     expected = F.pixel_shuffle(torch.cat(parts, 1), 2)
     dense = [part.to(memory_format=torch.channels_last).requires_grad_(grad) for part in parts]
     shuffled = pixel_shuffle(dense)
@@ -279,6 +280,19 @@ def test_pixels_in_channels_last_are_shuffled_as_torch_does(batch, widths, size,
     assert pixel_shuffle([dense[0].detach().half(), dense[0].detach().float()]).dtype == torch.float32
     with pytest.raises(RuntimeError, match="divisible"):
         pixel_unshuffle(torch.empty(1, 4, 3, 2, memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("other", [(1, 64, 10, 10), (1, 64, 4, 8), (2, 64, 8, 8), (1, 64, 8, 1)])
+def test_parts_of_different_sizes_are_not_shuffled(other):
+    parts = [torch.randn(size).to(memory_format=torch.channels_last) for size in ((1, 64, 8, 8), other)]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        pixel_shuffle(parts)
+
+
+def test_negated_pixels_are_shuffled_with_their_signs():
+    x = torch.randn(1, 16, 4, 6).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.equal(pixel_unshuffle(torch._neg_view(x)), -F.pixel_unshuffle(x, 2))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ _WORKERS = {
     "moments": norm_worker.moments_worker,
     "factors": norm_worker.factors_worker,
     "silu": norm_worker.silu_worker,
-    "shuffle": norm_worker.shuffle_worker,
+    "deal": norm_worker.deal_worker,
     "winograd": winograd_worker.winograd_worker,
     "winograd_filter": winograd_worker.filter_worker,
     "winograd_tiles": winograd_worker.tile_worker,

@@ -25,19 +25,21 @@ Conv = IntEnum(
 )
 
 # GroupNorm's moments, or its result and SiLU. ROW_SUMS: float32 (B, H, 2, C), sums of rows and of their squares;
-# FACTORS, OFFSETS, SHIFT: float32 (B, C); WEIGHT, BIAS: float32 (C); EPS: the address of a float64.
+# FACTORS, OFFSETS, SHIFT: float32 (B, C); WEIGHT, BIAS: float32 (C); EPS: the address of a float64;
+# TOTALS: scratch for 2 C float64, rounded up to whole vectors.
 Norm = IntEnum(
     "Norm",
     "WORKERS TASKS COUNT BF16 HEIGHT WIDTH CHANNELS X X_BATCH X_ROW X_PIXEL OUT OUT_BATCH OUT_ROW OUT_PIXEL "
-    "ROW_SUMS FACTORS OFFSETS GROUPS WEIGHT BIAS SHIFT EPS",
+    "ROW_SUMS FACTORS OFFSETS GROUPS WEIGHT BIAS SHIFT EPS TOTALS",
     start=0,
 )
 
-# CS-Fusion's shuffle. FIRST, SECOND: the outputs, both dense.
-Shuffle = IntEnum(
-    "Shuffle",
-    "WORKERS TASKS COUNT BF16 HEIGHT WIDTH HIDDEN_CHANNELS SKIP_CHANNELS HIDDEN HIDDEN_BATCH HIDDEN_ROW HIDDEN_PIXEL "
-    "SKIP SKIP_BATCH SKIP_ROW SKIP_PIXEL FIRST SECOND",
+# A shuffle of channels. CHANNELS: of X; WAYS: the number of places, 2 or 4; PLACE: the first place, with the strides
+# from one pixel of X to the next; COLUMN, ROW: bytes from PLACE to the others; BACK: 1 to copy from the places to X.
+Deal = IntEnum(
+    "Deal",
+    "WORKERS TASKS COUNT BF16 HEIGHT WIDTH CHANNELS WAYS BACK X X_BATCH X_ROW X_PIXEL PLACE PLACE_BATCH PLACE_ROW "
+    "PLACE_PIXEL COLUMN ROW",
     start=0,
 )
 

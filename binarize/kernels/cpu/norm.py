@@ -1,4 +1,4 @@
-"""GroupNorm's statistics, SiLU and CS-Fusion's shuffle on a CPU: starts their workers."""
+"""GroupNorm's statistics, SiLU and shuffles of channels on a CPU: starts their workers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from binarize.kernels.bitpack import LANES
 from binarize.kernels.checks import as_channels_last
 from binarize.kernels.cpu import threads
 from binarize.kernels.cpu.compile import worker
-from binarize.kernels.cpu.fields import Norm, Shuffle
+from binarize.kernels.cpu.fields import Deal, Norm
 from binarize.kernels.cpu.parameters import Fields, as_floats, empty_fields, empty_row_sums, set_image
 from binarize.kernels.row_sums import RowSums
 
@@ -25,11 +26,12 @@ def norm_factors(
     known = row_sums.tensor if row_sums is not None and row_sums.of is x else None
     sums = _row_sums(x, p) if known is None else known
     out = torch.empty(2, x.shape[0], x.shape[1], dtype=torch.float32, device="cpu")
-    epsilon = array("d", [eps])
+    epsilon, totals = array("d", [eps]), torch.empty(2 * x.shape[1] + LANES, dtype=torch.float64, device="cpu")
     rows = None if channel_bias is None else channel_bias.expand(x.shape[0], -1)
     alive = [None if t is None else as_floats(t) for t in (weight, bias, rows)]
     p[Norm.GROUPS], p[Norm.ROW_SUMS], p[Norm.EPS] = groups, sums.data_ptr(), epsilon.buffer_info()[0]
     p[Norm.WEIGHT], p[Norm.BIAS], p[Norm.SHIFT] = (0 if t is None else t.data_ptr() for t in alive)
+    p[Norm.TOTALS] = totals.data_ptr()
     _set_norm(p, out)
     threads.run(worker("factors"), p.buffer_info()[0], 1)
     return out
@@ -50,19 +52,37 @@ def norm_silu(x: Tensor, input_norm: Tensor) -> Tensor:
 
 def shuffle(hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     """Return CS-Fusion's two mixtures, widths being multiples of 32; see `binarize.kernels.ops.shuffle`."""
-    hidden, skip = as_channels_last(hidden), as_channels_last(skip)
-    batch, _, height, width = hidden.shape
-    size = (batch, (hidden.shape[1] + skip.shape[1]) // 2, height, width)
-    outs = [torch.empty(size, dtype=hidden.dtype, device="cpu", memory_format=torch.channels_last) for _ in range(2)]
-    p = empty_fields(Shuffle)
-    p[Shuffle.COUNT], p[Shuffle.BF16] = batch * height, int(hidden.dtype == torch.bfloat16)
-    p[Shuffle.HEIGHT], p[Shuffle.WIDTH] = height, width
-    p[Shuffle.HIDDEN_CHANNELS], p[Shuffle.SKIP_CHANNELS] = hidden.shape[1], skip.shape[1]
-    set_image(p, Shuffle.HIDDEN, hidden)
-    set_image(p, Shuffle.SKIP, skip)
-    p[Shuffle.FIRST], p[Shuffle.SECOND] = (out.data_ptr() for out in outs)
-    threads.run(worker("shuffle"), p.buffer_info()[0], batch * height)
-    return outs[0], outs[1]
+    (batch, channels, height, width), more = hidden.shape, skip.shape[1]
+    size, kind = (batch, (channels + more) // 2, height, width), hidden.dtype
+    first, second = (torch.empty(size, dtype=kind, device="cpu", memory_format=torch.channels_last) for _ in range(2))
+    apart = second.data_ptr() - first.data_ptr()
+    _deal(hidden, second[:, : channels // 2], 2, 1, (-apart, 0))
+    _deal(skip, first[:, channels // 2 :], 2, 1, (apart, 0))
+    return first, second
+
+
+def pixel_shuffle(x: Tensor, image: Tensor, back: bool = False) -> None:
+    """Write ``F.pixel_shuffle(x, 2)`` to ``image``. With ``back``, write ``F.pixel_unshuffle(image, 2)`` to ``x``.
+
+    Both have one dtype and the channels of a pixel side by side. The image's number of channels is a multiple of 16.
+    """
+    row, column = (stride * image.element_size() for stride in image.stride()[2:])
+    _deal(x, image, 4, 2, (column, row), back)
+
+
+def _deal(x: Tensor, place: Tensor, ways: int, step: int, apart: tuple[int, int], back: bool = False) -> None:
+    """Distribute the channels of ``x`` over ``ways`` places: see `Deal` for ``place``, ``apart`` and ``back``.
+
+    Neighbouring pixels of ``x`` are ``step`` pixels apart there.
+    """
+    x, p = as_channels_last(x), empty_fields(Deal)
+    batch, p[Deal.CHANNELS], p[Deal.HEIGHT], p[Deal.WIDTH] = x.shape
+    p[Deal.COUNT], p[Deal.BF16], p[Deal.WAYS] = batch * x.shape[2], int(x.dtype == torch.bfloat16), ways
+    p[Deal.COLUMN], p[Deal.ROW], p[Deal.BACK] = *apart, int(back)
+    set_image(p, Deal.X, x)
+    set_image(p, Deal.PLACE, place)
+    p[Deal.PLACE_ROW], p[Deal.PLACE_PIXEL] = step * p[Deal.PLACE_ROW], step * p[Deal.PLACE_PIXEL]
+    threads.run(worker("deal"), p.buffer_info()[0], p[Deal.COUNT])
 
 
 def _row_sums(x: Tensor, p: array[int]) -> Tensor:

@@ -315,20 +315,6 @@ def row_moments(b, x, step, pixels, sums, squares, count, bf16):  # type: ignore
     by_flag(b, bf16, lambda half: by_mask(b, count, LANES, lambda partial: add(half, partial)))
 
 
-@instructions
-def deinterleave(b, x, evens, odds, bf16):  # type: ignore[no-untyped-def]
-    """Write the 16 even and the 16 odd ones of 32 channels to two places."""
-
-    def deal(half_precision: bool) -> None:
-        kind, size = (HALVES, 2) if half_precision else (FLOATS, 4)
-        low, high = load(b, x, kind, size), load(b, b.add(x, I64(LANES * size)), kind, size)
-        for first, out in ((0, evens), (1, odds)):
-            lanes = ir.Constant(INTS, list(range(first, 2 * LANES, 2)))
-            store(b, b.shuffle_vector(low, high, lanes), out, size)
-
-    by_flag(b, bf16, deal)
-
-
 @intrinsic
 def fetch_add(context, address, amount):  # type: ignore[no-untyped-def]
     """Add to an int64 in memory as one step for all threads; return what it was."""
