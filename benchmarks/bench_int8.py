@@ -3,7 +3,8 @@
     python benchmarks/bench_int8.py                       three sizes, one and two threads; needs the extra "bench"
     python benchmarks/bench_int8.py --sizes 256 --threads 2
 
-All networks of a size and a number of threads are timed in turns, and a cell is the median, so ratios are reliable.
+The networks of a size and a number of threads take turns. Each is called three times in a row, as in a denoising loop.
+A cell is the median, so ratios are reliable.
 int8 is post-training quantization, calibrated on noisy photographs as sampling meets them, by NNCF or ONNX Runtime. In
 OpenVINO the rest runs in float32 or bfloat16. The quality of the quantized twin is not measured.
 """
@@ -32,6 +33,7 @@ from binarize.imaging import degrade, read_image, upscale_bicubic
 from binarize.models import SRUNet
 
 CALIBRATION_IMAGES, CALIBRATION_SIDE = 4, 128
+CALLS = 3  # consecutive calls of a network in each round
 NAMES = ["sample", "timestep", "condition"]
 
 
@@ -124,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 512])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=2, help=f"rounds of {CALLS} calls (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes a size")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -148,7 +150,7 @@ def main() -> None:
         rows = []
         for size in options.sizes:
             for threads in options.threads:
-                times = interleaved(jobs(models, size, threads), options.rounds)
+                times = interleaved(jobs(models, size, threads), options.rounds, calls=CALLS)
                 rows.append({"size": size, "threads": threads, "seconds": times})
                 print(f"-- {size}x{size}, {threads} thread(s)")
                 for label, seconds in times.items():
