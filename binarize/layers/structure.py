@@ -49,7 +49,7 @@ def pixel_shuffle(parts: Sequence[Tensor]) -> Tensor:
     size = first.shape[0], sum(widths), 2 * first.shape[2], 2 * first.shape[3]
     out = torch.empty(size, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
     for target, part in zip(out.split(widths, dim=1), parts, strict=True):
-        if kernels := _kernels(target):
+        if kernels := _kernels(target, part):
             kernels.pixel_shuffle(part, target)
             continue
         for pixels, phase in _phases(target, part):
@@ -63,7 +63,7 @@ def pixel_unshuffle(x: Tensor) -> Tensor:
         return F.pixel_unshuffle(x, 2)
     size = x.shape[0], 4 * x.shape[1], x.shape[2] // 2, x.shape[3] // 2
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if kernels := _kernels(x):
+    if kernels := _kernels(x, out):
         kernels.pixel_shuffle(out, x, back=True)
         return out
     for pixels, phase in _phases(x, out):
@@ -71,9 +71,9 @@ def pixel_unshuffle(x: Tensor) -> Tensor:
     return out
 
 
-def _kernels(image: Tensor) -> Any:
-    """Return the compiled kernels if they can shuffle the pixels of this image, else None."""
-    fits = image.shape[1] % LANES == 0 and image.numel() > 0 and skips_dispatcher(image)
+def _kernels(image: Tensor, shuffled: Tensor) -> Any:
+    """Return the compiled kernels if they can copy between an image and its shuffled form, else None."""
+    fits = image.shape[1] % LANES == 0 and image.numel() > 0 and skips_dispatcher(image, shuffled)
     return cpu_kernels(image) if fits else None
 
 

@@ -293,6 +293,8 @@ def test_negated_pixels_are_shuffled_with_their_signs():
     x = torch.randn(1, 16, 4, 6).to(memory_format=torch.channels_last)
     with torch.no_grad():
         assert torch.equal(pixel_unshuffle(torch._neg_view(x)), -F.pixel_unshuffle(x, 2))
+        part = torch.randn(1, 64, 2, 3).to(memory_format=torch.channels_last)
+        assert torch.equal(pixel_shuffle([torch._neg_view(part)]), -F.pixel_shuffle(part, 2))
 
 
 @pytest.mark.parametrize(
