@@ -26,10 +26,21 @@ def is_plain(module: nn.Module | None, kind: type[ModuleT]) -> TypeGuard[ModuleT
 
 def is_conv3x3(module: nn.Module) -> bool:
     """Return whether `binarize.kernels.ops.conv3x3` computes a module: 3x3, padding 1, C_in a multiple of 16."""
-    if not isinstance(module, nn.Conv2d) or not is_plain(module, nn.Conv2d):
+    return _is_conv(module, 3) and module.in_channels % LANES == 0
+
+
+def is_conv1x1(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether a module is a plain nn.Conv2d that multiplies each pixel by a matrix."""
+    return _is_conv(module, 1)
+
+
+def _is_conv(module: nn.Module, side: int) -> TypeGuard[nn.Conv2d]:
+    """Return whether a module is a plain nn.Conv2d with a square kernel that keeps the size of its input."""
+    if not is_plain(module, nn.Conv2d):
         return False
     geometry = module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode, module.groups
-    return module.in_channels % LANES == 0 and geometry == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros", 1)
+    pad = side // 2
+    return geometry == ((side, side), (1, 1), (1, 1), (pad, pad), "zeros", 1)
 
 
 def norm_factors(

@@ -10,7 +10,7 @@ full-precision convolutions as well.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TypeGuard, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from binarize.kernels.ops import conv3x3, norm_silu, shuffle
 from binarize.kernels.product import compute_dtype
 from binarize.kernels.row_sums import RowSums
-from binarize.layers.fused import is_conv3x3, is_plain, norm_factors
+from binarize.layers.fused import is_conv1x1, is_conv3x3, is_plain, norm_factors
 from binarize.layers.structure import CSFusion, sum_convs
 from binarize.packed.layers import PackedConv2d
 
@@ -70,19 +70,13 @@ def norm_silu_conv(
     return y if residual is None else y + residual
 
 
-def _is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-    if not is_plain(conv, nn.Conv2d):
-        return False
-    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
-
-
 def fuse(fusion: nn.Module | None, hidden: Tensor, skip: Tensor) -> Tensor:
     """Return a decoder's fusion of hidden and skip, without concatenating them first if it can."""
     if not isinstance(fusion, CSFusion) or fusion.form != "published" or hidden.shape[1] % 2 or skip.shape[1] % 2:
         joined = torch.cat([hidden, skip], dim=1)
         return joined if fusion is None else fusion(joined)
     first, second = fusion.convs
-    if not (_is_pointwise(first) and _is_pointwise(second)):
+    if not (is_conv1x1(first) and is_conv1x1(second)):
         return sum_convs(fusion.convs, shuffle(hidden, skip))
     # Two full-precision 1x1 convolutions of shuffled channels are two products with shuffled weights. The first one is
     # a convolution, which adds the bias to its sums; `addmm` would first fill its output with the bias.
